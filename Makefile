@@ -1,0 +1,60 @@
+# `make generate` and `make test` work on a fresh machine with Python >= 3.11, g++ and make.
+PYTHON ?= python3
+# What to install as JAX; `make generate JAX="jax[cuda13]"` brings a GPU backend.
+JAX ?= jax
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt $(shell find cpp -name '*.cc' -o -name '*.h' -o -name '*.txt')
+CXX_FILES = $(shell git ls-files 'cpp/*.cc' 'cpp/*.h' 'tests/cpp/*.cc' 'tests/cpp/*.h')
+
+.PHONY: generate test train bench lint format types stubs sanitize wheel clean
+
+generate: $(VENV)/examples.stamp
+	$(BIN)/python examples/generate.py
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest
+
+train: $(VENV)/examples.stamp
+	$(BIN)/python examples/train.py
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m benchmarks.cpu
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/pyright
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The C++ tests, then the conformance suite on the CPU engine, all under the address and undefined-behaviour sanitizers.
+sanitize: $(VENV)/test.stamp
+	cmake -S . -B build/sanitize -DJPA_SANITIZE=ON -DJPA_MODULE=OFF
+	cmake --build build/sanitize --parallel 2
+	ctest --test-dir build/sanitize --output-on-failure
+	tools/test_sanitized $(VENV)
+
+stubs: $(VENV)/test.stamp
+	$(BIN)/python -m nanobind.stubgen -m jax_paged_attn._cpu -o jax_paged_attn/_cpu.pyi
+
+# One wheel serves Python 3.12 and later; 3.11 has its own.
+wheel:
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(VENV)/python.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/%.stamp: $(VENV)/python.stamp $(SOURCES)
+	$(BIN)/python -m pip install --quiet "$(JAX)" --editable ".[$*]"
+	touch $@

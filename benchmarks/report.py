@@ -1,0 +1,130 @@
+"""What a run leaves behind: a table on the terminal, a JSON file, and a plot where matplotlib is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cases import Workload
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender in one workload; None where a column does not apply."""
+
+    contender: str
+    best_ms: float
+    median_ms: float
+    calls: int
+    gigabytes_per_s: float
+    gigaflops: float | None
+    of_read: float | None  # share of the read bandwidth
+    error: float | None  # relative, against float64
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio within one run, and what it should be at least."""
+
+    name: str
+    reached: float
+    wanted: float
+
+    def __str__(self) -> str:
+        verdict = "reached" if self.reached >= self.wanted else "MISSED"
+        return f"{self.name}: {self.reached:.2f}, goal {self.wanted:g}: {verdict}"
+
+
+@dataclass(frozen=True)
+class Result:
+    workload: Workload
+    copies: int  # of the pool, taken in turn
+    rows: list[Row]
+    goals: list[Goal]
+
+    def __str__(self) -> str:
+        def cell(value: float | None, form: str) -> str:
+            return "" if value is None else format(value, form)
+
+        mib = self.workload.bytes() / 2**20
+        lines = [
+            f"{self.workload.name}: {mib:.0f} MiB a call, {self.copies} copies in turn",
+            f"{'best ms':>30} {'median':>9} {'calls':>6} {'GB/s':>7} {'of read':>8} {'GFLOP/s':>8} {'error':>8}",
+        ]
+        for row in self.rows:
+            lines.append(
+                f"  {row.contender:18} {row.best_ms:9.2f} {row.median_ms:9.2f} {row.calls:6} {row.gigabytes_per_s:7.2f}"
+                f" {cell(row.of_read, '.1%'):>8} {cell(row.gigaflops, '.1f'):>8} {cell(row.error, '.1e'):>8}"
+            )
+        return "\n".join([*lines, *(f"  {goal}" for goal in self.goals)])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "workload": {**asdict(self.workload), "bytes": self.workload.bytes(), "flops": self.workload.flops()},
+        }
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the figures depend on."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "jax-paged-attn")}
+    return {
+        "processor": _processor_name(),
+        "threads": threads,
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def write(about: dict[str, Any], results: list[Result], folder: Path, name: str) -> None:
+    """Writes `<name>.json` and, with matplotlib, `<name>.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {"machine": about, "results": [result.as_dict() for result in results]}
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    try:
+        _plot(results, folder / f"{name}.png")
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        print("\nno plot: matplotlib is not installed")
+
+
+def _plot(results: list[Result], path: Path) -> None:
+    """A group of bars a workload, a bar a contender; a line where the time to read the bytes is."""
+    import matplotlib  # pyright: ignore[reportMissingImports]
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
+
+    places = np.arange(len(results))
+    names = [row.contender for row in results[0].rows if row.error is not None]
+    figure, axes = pyplot.subplots(figsize=(10, 5), layout="constrained")
+    for i, name in enumerate(names):
+        times = [next(row.best_ms for row in result.rows if row.contender == name) for result in results]
+        bars = axes.bar(places + (i - (len(names) - 1) / 2) * 0.8 / len(names), times, 0.8 / len(names), label=name)
+        axes.bar_label(bars, fmt=lambda ms: f"{ms:.1f}" if ms < 100 else f"{ms:.0f}", fontsize=7)
+    limits = [min((row.best_ms for row in result.rows if row.error is None), default=np.nan) for result in results]
+    axes.hlines(limits, places - 0.45, places + 0.45, "black", label="reading the bytes")
+    axes.set_yscale("log")
+    axes.set_ylabel("ms a call, the fastest")
+    axes.set_xticks(places, [result.workload.name for result in results], fontsize=8)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

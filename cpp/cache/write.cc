@@ -1,0 +1,138 @@
+#include "cache/write.h"
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/convert.h"
+#include "core/parallel_for.h"
+
+namespace jpa::cache {
+namespace {
+
+// Each stored type as (its C++ type, its conversion to f32, its conversion from f32).
+struct F32 {
+  using Bits = float;
+  static float Read(Bits x) { return x; }
+  static Bits Round(float x) { return x; }
+};
+struct BF16 {
+  using Bits = uint16_t;
+  static float Read(Bits x) { return BF16ToF32(x); }
+  static Bits Round(float x) { return F32ToBF16(x); }
+};
+struct F16 {
+  using Bits = uint16_t;
+  static float Read(Bits x) { return F16ToF32(x); }
+  static Bits Round(float x) { return F32ToF16(x); }
+};
+struct E4M3FN {
+  using Bits = uint8_t;
+  static Bits Round(float x) { return F32ToE4M3FN(x); }
+};
+struct E5M2 {
+  using Bits = uint8_t;
+  static Bits Round(float x) { return F32ToE5M2(x); }
+};
+struct S8 {
+  using Bits = int8_t;
+  static Bits Round(float x) { return F32ToS8(x); }
+};
+
+// One pool's share of the call.
+struct Side {
+  const void* values;   // [T, K, H]
+  void* pages;          // [P, S, K, H] through strides
+  PageStrides strides;
+  const float* scales;  // [X, K], null if X is 0
+  int64_t num_scales;   // X
+};
+
+using WriteRow = void (*)(const void* values, int64_t from, void* pages, int64_t to, const float* scale,
+                          int64_t head_dim);
+
+// Moves head_dim values from element `from` to element `to`. `scale` is null for 1.
+template <typename New, typename Stored>
+void ConvertRow(const void* values, int64_t from, void* pages, int64_t to, const float* scale,
+                int64_t head_dim) {
+  const auto* source = static_cast<const typename New::Bits*>(values) + from;
+  auto* target = static_cast<typename Stored::Bits*>(pages) + to;
+  if (scale == nullptr) {
+    for (int64_t d = 0; d < head_dim; ++d) target[d] = Stored::Round(New::Read(source[d]));
+  } else {
+    for (int64_t d = 0; d < head_dim; ++d) target[d] = Stored::Round(New::Read(source[d]) / *scale);
+  }
+}
+
+// Equal types without a scale keep every bit, subnormals and NaN payloads included.
+template <typename Type>
+void CopyOrConvertRow(const void* values, int64_t from, void* pages, int64_t to, const float* scale,
+                      int64_t head_dim) {
+  if (scale != nullptr) return ConvertRow<Type, Type>(values, from, pages, to, scale, head_dim);
+  using Bits = typename Type::Bits;
+  std::memcpy(static_cast<Bits*>(pages) + to, static_cast<const Bits*>(values) + from,
+              static_cast<size_t>(head_dim) * sizeof(Bits));
+}
+
+template <typename New>
+WriteRow ChooseStored(DType stored) {
+  switch (stored) {
+    case DType::kF32:
+      return ConvertRow<New, F32>;
+    case DType::kBF16:
+      return ConvertRow<New, BF16>;
+    case DType::kF16:
+      return ConvertRow<New, F16>;
+    case DType::kE4M3FN:
+      return ConvertRow<New, E4M3FN>;
+    case DType::kE5M2:
+      return ConvertRow<New, E5M2>;
+    case DType::kS8:
+      return ConvertRow<New, S8>;
+  }
+  return nullptr;
+}
+
+WriteRow ChooseRow(DType type, DType stored) {
+  switch (type) {
+    case DType::kBF16:
+      return stored == type ? CopyOrConvertRow<BF16> : ChooseStored<BF16>(stored);
+    case DType::kF16:
+      return stored == type ? CopyOrConvertRow<F16> : ChooseStored<F16>(stored);
+    default:
+      return stored == type ? CopyOrConvertRow<F32> : ChooseStored<F32>(stored);
+  }
+}
+
+}  // namespace
+
+Status RunWrite(const WriteProblem& problem, const WriteParams& params, TaskRunner& runner) {
+  const Side sides[2] = {
+      {params.k, params.k_pages, params.k_strides, params.k_scale, problem.num_k_scales},
+      {params.v, params.v_pages, params.v_strides, params.v_scale, problem.num_v_scales},
+  };
+  const WriteRow write_row = ChooseRow(problem.new_dtype, problem.kv_dtype);
+  const int64_t num_slots = problem.num_pages * problem.page_size;
+
+  // One unit a pool and head, each with all tokens in order: no two units share a byte, and the last of equal
+  // slots wins.
+  return ParallelFor(runner, 2 * problem.num_kv_heads, [&](int64_t unit) {
+    const Side& side = sides[unit / problem.num_kv_heads];
+    const int64_t head = unit % problem.num_kv_heads;
+    for (int64_t token = 0; token < problem.num_tokens; ++token) {
+      const int64_t slot = params.slot_mapping[token];
+      if (slot < 0 || slot >= num_slots) continue;
+      const int64_t page = slot / problem.page_size;
+      const int64_t to = page * side.strides.page + (slot - page * problem.page_size) * side.strides.token +
+                         head * side.strides.head;
+      const float* scale = nullptr;
+      if (side.num_scales > 0) {
+        const int64_t row = token / (problem.num_tokens / side.num_scales);
+        scale = side.scales + row * problem.num_kv_heads + head;
+      }
+      write_row(side.values, (token * problem.num_kv_heads + head) * problem.head_dim, side.pages, to, scale,
+                problem.head_dim);
+    }
+  });
+}
+
+}  // namespace jpa::cache

@@ -1,0 +1,52 @@
+// Pointers, strides and numbers of a call. Letters as in problem.h; strides count elements, and the head
+// dimension is always contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace jpa {
+
+struct PageStrides {
+  int64_t page;
+  int64_t token;
+  int64_t head;
+};
+
+struct AttentionParams {
+  const void* q;                // [T, N, H] in q_dtype
+  const void* k_pages;          // [Pk, S, K, H] in kv_dtype, through k_strides
+  const void* v_pages;          // [Pv, S, K, H] in kv_dtype, through v_strides
+  const int32_t* block_tables;  // [B, M], page ids; outside [0, max(Pk, Pv)) the page's tokens are masked
+  const int32_t* kv_lens;       // [B], clipped to [0, M * S]
+  const int32_t* q_starts;      // [B], first query row of the sequence
+  const int32_t* q_counts;      // [B], number of its query rows
+  const float* sinks;           // [X, N], null if X is 0
+  const float* k_scale;         // [X, K], null if X is 0
+  const float* v_scale;         // [X, K], null if X is 0
+  void* out;                    // [T, N, H] in q_dtype
+  float* lse;                   // [T, N], natural log
+  float* workspace;             // [B, N, kMaxSplits, H + 2], see workspace.h
+
+  PageStrides k_strides;
+  PageStrides v_strides;
+
+  float scale;             // of q . k, before the soft cap
+  float soft_cap;          // 0: none
+  int64_t sliding_window;  // 0: none
+  bool causal;
+};
+
+struct WriteParams {
+  const void* k;                // [T, K, H] in new_dtype
+  const void* v;                // [T, K, H] in new_dtype
+  const int32_t* slot_mapping;  // [T], page * S + offset; outside [0, P * S) the token is skipped
+  const float* k_scale;         // [X, K], null if X is 0
+  const float* v_scale;         // [X, K], null if X is 0
+  void* k_pages;                // [P, S, K, H] in kv_dtype, through k_strides
+  void* v_pages;                // [P, S, K, H] in kv_dtype, through v_strides
+
+  PageStrides k_strides;
+  PageStrides v_strides;
+};
+
+}  // namespace jpa

@@ -1,0 +1,54 @@
+// Sizes and dtypes of a call, without any pointer.
+#pragma once
+
+#include <cstdint>
+
+namespace jpa {
+
+enum class DType : uint8_t { kF32, kBF16, kF16, kE4M3FN, kE5M2, kS8 };
+
+constexpr int64_t ByteWidth(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return 4;
+    case DType::kBF16:
+    case DType::kF16:
+      return 2;
+    case DType::kE4M3FN:
+    case DType::kE5M2:
+    case DType::kS8:
+      return 1;
+  }
+  return 0;
+}
+
+struct AttentionProblem {
+  DType q_dtype;         // of q and out: f32, bf16 or f16
+  DType kv_dtype;        // of both pools
+  int64_t num_rows;      // T, query rows of all sequences
+  int64_t num_q_heads;   // N, a multiple of K
+  int64_t num_kv_heads;  // K
+  int64_t head_dim;      // H
+  int64_t page_size;     // S, tokens a page
+  int64_t num_k_pages;   // Pk
+  int64_t num_v_pages;   // Pv; where Pk != Pv the smaller pool is repeated
+  int64_t num_seqs;      // B
+  int64_t max_pages;     // M, table entries a sequence
+  int64_t num_sinks;     // X of sinks: 0 (none) or a divisor of B; sequence b uses row b / (B / X)
+  int64_t num_k_scales;  // X of k_scale, likewise
+  int64_t num_v_scales;  // X of v_scale, likewise
+};
+
+struct WriteProblem {
+  DType new_dtype;       // of the new keys and values: f32, bf16 or f16
+  DType kv_dtype;        // of both pools
+  int64_t num_tokens;    // T
+  int64_t num_kv_heads;  // K
+  int64_t head_dim;      // H
+  int64_t page_size;     // S
+  int64_t num_pages;     // P
+  int64_t num_k_scales;  // X of k_scale: 0 (none) or a divisor of T; token t uses row t / (T / X)
+  int64_t num_v_scales;  // X of v_scale, likewise
+};
+
+}  // namespace jpa

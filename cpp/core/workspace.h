@@ -1,0 +1,17 @@
+// The workspace of attention: partial results of sequences whose keys are split.
+#pragma once
+
+#include <cstdint>
+
+namespace jpa {
+
+// A sequence with one query row is cut into at most this many ranges of keys.
+inline constexpr int64_t kMaxSplits = 16;
+
+// [B, N, kMaxSplits] states of H unnormalised outputs, a maximum and a sum, in f32. A target's formula never
+// changes under one name; jax_paged_attn/_ffi.py holds the same polynomial.
+constexpr int64_t AttentionWorkspaceBytes(int64_t num_seqs, int64_t num_q_heads, int64_t head_dim) {
+  return num_seqs * num_q_heads * kMaxSplits * (head_dim + 2) * static_cast<int64_t>(sizeof(float));
+}
+
+}  // namespace jpa

@@ -1,0 +1,55 @@
+// Binds the kernels of one instruction set into a table.
+#ifndef JPA_ISA
+#error "include this header from kernels_*.cc only"
+#endif
+#pragma once
+
+#include "engines/cpu/kernels.h"
+#include "engines/cpu/thick.h"
+#include "engines/cpu/thin.h"
+
+namespace jpa::cpu::JPA_ISA {
+
+template <typename T>
+void AttendTyped(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile,
+                 void* scratch) {
+  if (tile.row_end - tile.row_begin <= kMaxThinRows) {
+    AttendThin<T>(problem, params, tile, scratch);
+  } else {
+    AttendThick<T>(problem, params, tile, scratch);
+  }
+}
+
+inline void Attend(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile,
+                   void* scratch) {
+  switch (problem.kv_dtype) {
+    case DType::kF32:
+      return AttendTyped<float>(problem, params, tile, scratch);
+    case DType::kBF16:
+      return AttendTyped<BF16>(problem, params, tile, scratch);
+    case DType::kF16:
+      return AttendTyped<F16>(problem, params, tile, scratch);
+    case DType::kE4M3FN:
+      return AttendTyped<E4M3FN>(problem, params, tile, scratch);
+    case DType::kE5M2:
+      return AttendTyped<E5M2>(problem, params, tile, scratch);
+    case DType::kS8:
+      return AttendTyped<int8_t>(problem, params, tile, scratch);
+  }
+}
+
+inline int64_t ScratchBytes(const AttentionProblem& problem) {
+  const int64_t thin = ThinScratchBytes(problem);
+  const int64_t thick = ThickScratchBytes(problem);
+  return thin > thick ? thin : thick;
+}
+
+#define JPA_STRING_(x) #x
+#define JPA_STRING(x) JPA_STRING_(x)
+
+const Kernels& GetKernels() {
+  static constexpr Kernels kKernels = {JPA_STRING(JPA_ISA), ScratchBytes, Attend, MergeSplits};
+  return kKernels;
+}
+
+}  // namespace jpa::cpu::JPA_ISA

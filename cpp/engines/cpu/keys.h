@@ -1,0 +1,92 @@
+// Walks the keys of a sequence through its block table.
+#ifndef JPA_ISA
+#error "include this header from kernels_*.cc only"
+#endif
+#pragma once
+
+#include <cstdint>
+
+#include "engines/cpu/kernels.h"
+
+namespace jpa::cpu::JPA_ISA {
+
+constexpr int kBlockKeys = 64;
+
+// Up to kBlockKeys keys with ascending positions, none of them on a masked page.
+struct KeyBlock {
+  int count;
+  int32_t position[kBlockKeys];
+  int64_t k_offset[kBlockKeys];  // elements from the start of the pool to head 0 of the token
+  int64_t v_offset[kBlockKeys];
+};
+
+class KeyWalker {
+ public:
+  KeyWalker(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile)
+      : problem_(problem),
+        params_(params),
+        pages_(params.block_tables + tile.seq * problem.max_pages),
+        next_(tile.key_begin),
+        end_(tile.key_end) {}
+
+  // Fills `block` with the next keys; false if there are none left.
+  bool Next(KeyBlock* block) {
+    const int64_t page_size = problem_.page_size;
+    int count = 0;
+    while (count < kBlockKeys && next_ < end_) {
+      const int64_t index = next_ / page_size;
+      const int64_t offset = next_ - index * page_size;
+      int64_t run = page_size - offset;
+      if (run > end_ - next_) run = end_ - next_;
+      int64_t k_page, v_page;
+      if (Locate(pages_[index], &k_page, &v_page)) {
+        if (run > kBlockKeys - count) run = kBlockKeys - count;
+        int64_t k = k_page * params_.k_strides.page + offset * params_.k_strides.token;
+        int64_t v = v_page * params_.v_strides.page + offset * params_.v_strides.token;
+        for (int64_t i = 0; i < run; ++i, ++count) {
+          block->position[count] = static_cast<int32_t>(next_ + i);
+          block->k_offset[count] = k;
+          block->v_offset[count] = v;
+          k += params_.k_strides.token;
+          v += params_.v_strides.token;
+        }
+      }
+      next_ += run;
+    }
+    block->count = count;
+    return count > 0;
+  }
+
+ private:
+  // False for an id that names no page. The smaller of two pools of unequal size is repeated.
+  bool Locate(int32_t id, int64_t* k_page, int64_t* v_page) const {
+    const int64_t num_k = problem_.num_k_pages;
+    const int64_t num_v = problem_.num_v_pages;
+    if (id < 0 || num_k == 0 || num_v == 0 || (id >= num_k && id >= num_v)) return false;
+    *k_page = id < num_k ? id : id % num_k;
+    *v_page = id < num_v ? id : id % num_v;
+    return true;
+  }
+
+  const AttentionProblem& problem_;
+  const AttentionParams& params_;
+  const int32_t* pages_;
+  int64_t next_;
+  int64_t end_;
+};
+
+// The positions that a query row sees are [first, last].
+struct Sight {
+  int32_t first;
+  int32_t last;
+};
+
+inline Sight SightOf(const AttentionParams& params, int64_t position) {
+  if (position < 0) return {0, -1};
+  // Positions are below 2^31: lengths are int32.
+  const int64_t first = params.sliding_window > 0 ? position - params.sliding_window + 1 : 0;
+  const int64_t last = params.causal ? position : INT32_MAX;
+  return {static_cast<int32_t>(first < 0 ? 0 : first), static_cast<int32_t>(last)};
+}
+
+}  // namespace jpa::cpu::JPA_ISA

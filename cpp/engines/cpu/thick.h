@@ -1,0 +1,282 @@
+// Attention for many rows a key (prefill): lanes run along the query rows, so that scores, maxima and sums
+// need no horizontal step and neither keys nor weights are ever transposed.
+//
+// A tile's queries are transposed once, Qt [H, rows]. Then for 64 keys at a time, converted to f32 in scratch:
+//   St [keys, rows] = K Qt,   softmax down the columns of St,   Ot [H, rows] += Vt St,
+// both products from register blocks of 4 broadcast values x up to kMaxPanelVecs vectors of rows. Rows beyond one
+// such panel form further panels, which share the converted keys.
+#ifndef JPA_ISA
+#error "include this header from kernels_*.cc only"
+#endif
+#pragma once
+
+#include "engines/cpu/keys.h"
+#include "engines/cpu/kernels.h"
+#include "engines/cpu/simd.h"
+#include "engines/cpu/softmax_state.h"
+
+namespace jpa::cpu::JPA_ISA {
+
+// With 4 broadcast values, as many accumulators as the registers hold.
+#if defined(JPA_ISA_AVX512)
+constexpr int kMaxPanelVecs = 6;
+#else
+constexpr int kMaxPanelVecs = 3;
+#endif
+constexpr int kMaxPanelRows = kMaxPanelVecs * kLanes;
+constexpr int kMaxPanels = (kMaxThickRows + kMaxPanelRows - 1) / kMaxPanelRows;
+
+// Some rows of a tile. All arrays have kVecs * kLanes columns; columns beyond the last row hold a row of zeros
+// that sees every key.
+struct Panel {
+  int64_t num_rows;
+  int num_vecs;
+  bool seen_by_all;    // of the current block: no row of the panel misses any of its keys
+  float* q;            // [H, columns], scaled
+  float* o;            // [H rounded up to 4, columns]
+  float* m;            // [columns]
+  float* l;            // [columns]
+  int32_t* first;      // [columns], see Sight
+  int32_t* last;       // [columns]
+  int32_t max_first;   // over the rows
+  int32_t min_last;    // over the rows
+};
+
+// scores[j] = K[j] Qt for j < count, which the rows of `keys` (strided) cover up to a multiple of 4.
+template <int kVecs>
+inline void PanelScores(const float* q, const float* keys, int64_t stride, int count, int64_t head_dim,
+                        float* scores) {
+  constexpr int kColumns = kVecs * kLanes;
+  for (int j = 0; j < count; j += 4) {
+    const float* key = keys + j * stride;
+    Vec sum[4][kVecs];
+    for (int i = 0; i < 4; ++i) {
+      for (int v = 0; v < kVecs; ++v) sum[i][v] = Zero();
+    }
+    for (int64_t d = 0; d < head_dim; ++d) {
+      Vec column[kVecs];
+      for (int v = 0; v < kVecs; ++v) column[v] = Load(q + d * kColumns + v * kLanes);
+      for (int i = 0; i < 4; ++i) {
+        const Vec x = Splat(key[i * stride + d]);
+        for (int v = 0; v < kVecs; ++v) sum[i][v] = MulAdd(x, column[v], sum[i][v]);
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      for (int v = 0; v < kVecs; ++v) Store(scores + (j + i) * kColumns + v * kLanes, sum[i][v]);
+    }
+  }
+}
+
+// Turns the scores of `block` into weights, moves m and l along, and stores by how much each row's o must shrink.
+template <int kVecs>
+inline void PanelSoftmax(const Panel& panel, const KeyBlock& block, float cap_factor, float* scores, float* alpha) {
+  constexpr int kColumns = kVecs * kLanes;
+  for (int c = 0; c < kColumns; c += kLanes) {
+    Vec largest = Load(panel.m + c);
+    for (int j = 0; j < block.count; ++j) {
+      float* at = scores + j * kColumns + c;
+      Vec score = Load(at);
+      if (cap_factor != 0.0f) score = Tanh(score) * Splat(cap_factor);
+      if (!panel.seen_by_all) score = MaskOutside(score, panel.first + c, panel.last + c, block.position[j]);
+      if (cap_factor != 0.0f || !panel.seen_by_all) Store(at, score);
+      largest = Max(largest, score);
+    }
+    const Vec base = SelectLess(largest, Splat(-__FLT_MAX__), Zero(), largest);  // SafeMax of each lane
+    const Vec shrink = Exp2(Load(panel.m + c) - base);
+    Vec sum = Load(panel.l + c) * shrink;
+    for (int j = 0; j < block.count; ++j) {
+      float* at = scores + j * kColumns + c;
+      const Vec p = Exp2(Load(at) - base);
+      Store(at, p);
+      sum = sum + p;
+    }
+    Store(panel.m + c, largest);
+    Store(panel.l + c, sum);
+    Store(alpha + c, shrink);
+  }
+}
+
+// Ot = alpha Ot + Vt P, four rows of Ot at a time.
+template <int kVecs>
+inline void PanelValues(const float* weights, const float* alpha, const float* values, int64_t stride, int count,
+                        int64_t head_dim, float* o) {
+  constexpr int kColumns = kVecs * kLanes;
+  for (int64_t d = 0; d < head_dim; d += 4) {
+    Vec sum[4][kVecs];
+    for (int i = 0; i < 4; ++i) {
+      for (int v = 0; v < kVecs; ++v) {
+        sum[i][v] = Load(o + (d + i) * kColumns + v * kLanes) * Load(alpha + v * kLanes);
+      }
+    }
+    for (int j = 0; j < count; ++j) {
+      Vec p[kVecs];
+      for (int v = 0; v < kVecs; ++v) p[v] = Load(weights + j * kColumns + v * kLanes);
+      for (int i = 0; i < 4; ++i) {
+        const Vec x = Splat(values[j * stride + d + i]);
+        for (int v = 0; v < kVecs; ++v) sum[i][v] = MulAdd(x, p[v], sum[i][v]);
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      for (int v = 0; v < kVecs; ++v) Store(o + (d + i) * kColumns + v * kLanes, sum[i][v]);
+    }
+  }
+}
+
+// One block of keys, converted.
+struct ConvertedKeys {
+  float* k;  // [kBlockKeys, stride]; rows and columns beyond the keys and H are 0 up to multiples of 4
+  float* v;
+  int64_t stride;
+};
+
+template <int kVecs>
+inline void AttendPanel(const Panel& panel, const KeyBlock& block, const ConvertedKeys& keys, int64_t head_dim,
+                        float cap_factor, float* scores) {
+  alignas(64) float alpha[kVecs * kLanes];
+  PanelScores<kVecs>(panel.q, keys.k, keys.stride, block.count, head_dim, scores);
+  PanelSoftmax<kVecs>(panel, block, cap_factor, scores, alpha);
+  PanelValues<kVecs>(scores, alpha, keys.v, keys.stride, block.count, head_dim, panel.o);
+}
+
+inline void AttendPanel(const Panel& panel, const KeyBlock& block, const ConvertedKeys& keys, int64_t head_dim,
+                        float cap_factor, float* scores) {
+  switch (panel.num_vecs) {
+    case 1:
+      return AttendPanel<1>(panel, block, keys, head_dim, cap_factor, scores);
+    case 2:
+      return AttendPanel<2>(panel, block, keys, head_dim, cap_factor, scores);
+    case 3:
+      return AttendPanel<3>(panel, block, keys, head_dim, cap_factor, scores);
+#if defined(JPA_ISA_AVX512)
+    case 4:
+      return AttendPanel<4>(panel, block, keys, head_dim, cap_factor, scores);
+    case 5:
+      return AttendPanel<5>(panel, block, keys, head_dim, cap_factor, scores);
+    case 6:
+      return AttendPanel<6>(panel, block, keys, head_dim, cap_factor, scores);
+#endif
+  }
+}
+
+// One key or value as f32, followed by zeros up to a multiple of kLanes.
+template <typename T>
+inline void ConvertRow(const T* from, int64_t head_dim, float* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= head_dim; d += kLanes) Store(to + d, Load(from + d));
+  if (d < head_dim) Store(to + d, LoadPartial(from + d, head_dim - d));
+}
+
+template <typename T>
+inline void Convert(const AttentionProblem& problem, const AttentionParams& params, const KeyBlock& block,
+                    int64_t head, const ConvertedKeys& keys) {
+  const T* k = static_cast<const T*>(params.k_pages) + head * params.k_strides.head;
+  const T* v = static_cast<const T*>(params.v_pages) + head * params.v_strides.head;
+  int j = 0;
+  for (; j < block.count; ++j) {
+    ConvertRow(k + block.k_offset[j], problem.head_dim, keys.k + j * keys.stride);
+    ConvertRow(v + block.v_offset[j], problem.head_dim, keys.v + j * keys.stride);
+  }
+  for (; j % 4 != 0; ++j) {
+    for (int64_t d = 0; d < keys.stride; d += kLanes) Store(keys.k + j * keys.stride + d, Zero());
+  }
+}
+
+// The stride of converted keys: not a multiple of the 4 KB that share a set of the first-level cache.
+inline int64_t ConvertedStride(const AttentionProblem& problem) {
+  return (problem.head_dim + 15) / 16 * 16 + 16;
+}
+
+// Lays out rows [row_begin, row_begin + num_rows) of the tile; `row` is scratch for one query.
+inline Panel MakePanel(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile,
+                       int64_t row_begin, int64_t num_rows, Scratch* scratch, float* row) {
+  const int64_t head = tile.head_begin;
+  const int64_t head_dim = problem.head_dim;
+  const int64_t group = problem.num_q_heads / problem.num_kv_heads;
+  const int64_t num_vecs = (num_rows + kLanes - 1) / kLanes;
+  const int64_t columns = num_vecs * kLanes;
+  Panel panel = {};
+  panel.num_rows = num_rows;
+  panel.num_vecs = static_cast<int>(num_vecs);
+  panel.q = scratch->Floats(head_dim * columns);
+  panel.o = scratch->Floats((head_dim + 3) / 4 * 4 * columns);
+  panel.m = scratch->Floats(columns);
+  panel.l = scratch->Floats(columns);
+  panel.first = scratch->Ints(columns);
+  panel.last = scratch->Ints(columns);
+  panel.max_first = 0;
+  panel.min_last = INT32_MAX;
+
+  const float factor = LogitScaleOf(problem, params, tile.seq, head).q_factor;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const int64_t packed_row = row_begin + r;
+    LoadQuery(problem, params, tile.q_start + packed_row / group, head * group + packed_row % group, factor, row);
+    for (int64_t d = 0; d < head_dim; ++d) panel.q[d * columns + r] = row[d];
+    const Sight sight = SightOf(params, tile.q_position + packed_row / group);
+    panel.first[r] = sight.first;
+    panel.last[r] = sight.last;
+    if (sight.first > panel.max_first) panel.max_first = sight.first;
+    if (sight.last < panel.min_last) panel.min_last = sight.last;
+  }
+  for (int64_t r = num_rows; r < columns; ++r) {
+    for (int64_t d = 0; d < head_dim; ++d) panel.q[d * columns + r] = 0.0f;
+    panel.first[r] = 0;
+    panel.last[r] = INT32_MAX;
+  }
+  for (int64_t i = 0; i < (head_dim + 3) / 4 * 4 * columns; i += kLanes) Store(panel.o + i, Zero());
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    Store(panel.m + c, Splat(-kInfinity));
+    Store(panel.l + c, Zero());
+  }
+  return panel;
+}
+
+template <typename T>
+void AttendThick(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile, void* memory) {
+  const int64_t head = tile.head_begin;
+  const int64_t head_dim = problem.head_dim;
+  const float cap_factor = LogitScaleOf(problem, params, tile.seq, head).cap_factor;
+
+  Scratch scratch(memory);
+  const int64_t stride = ConvertedStride(problem);
+  const ConvertedKeys keys = {scratch.Floats(kBlockKeys * stride), scratch.Floats(kBlockKeys * stride), stride};
+  float* scores = scratch.Floats(kBlockKeys * kMaxPanelRows);
+  float* row = scratch.Floats(stride);
+  Panel panels[kMaxPanels];
+  int num_panels = 0;
+  for (int64_t begin = tile.row_begin; begin < tile.row_end; begin += kMaxPanelRows) {
+    const int64_t left = tile.row_end - begin;
+    panels[num_panels++] =
+        MakePanel(problem, params, tile, begin, left < kMaxPanelRows ? left : kMaxPanelRows, &scratch, row);
+  }
+
+  KeyWalker walker(problem, params, tile);
+  KeyBlock block;
+  while (walker.Next(&block)) {
+    Convert<T>(problem, params, block, head, keys);
+    for (int i = 0; i < num_panels; ++i) {
+      Panel& panel = panels[i];
+      panel.seen_by_all =
+          block.position[0] >= panel.max_first && block.position[block.count - 1] <= panel.min_last;
+      AttendPanel(panel, block, keys, head_dim, cap_factor, scores);
+    }
+  }
+
+  int64_t packed_row = tile.row_begin;
+  for (int i = 0; i < num_panels; ++i) {
+    const Panel& panel = panels[i];
+    for (int64_t r = 0; r < panel.num_rows; ++r, ++packed_row) {
+      for (int64_t d = 0; d < head_dim; ++d) row[d] = panel.o[d * panel.num_vecs * kLanes + r];
+      FinishTileRow(problem, params, tile, packed_row, head, row, panel.m[r], panel.l[r]);
+    }
+  }
+}
+
+// Bytes of scratch for the largest tile.
+inline int64_t ThickScratchBytes(const AttentionProblem& problem) {
+  const int64_t stride = ConvertedStride(problem);
+  const int64_t columns = kMaxPanels * kMaxPanelRows;
+  const int64_t floats = 2 * kBlockKeys * stride + kBlockKeys * kMaxPanelRows + stride + columns * (2 * stride + 4);
+  return floats * static_cast<int64_t>(sizeof(float)) + (4 + 6 * kMaxPanels) * 64;
+}
+
+}  // namespace jpa::cpu::JPA_ISA

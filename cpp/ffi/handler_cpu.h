@@ -1,0 +1,14 @@
+// The FFI handlers of the CPU, as what module_cpu.cc may know of them: opaque pointers.
+#pragma once
+
+#include <string>
+
+namespace jpa {
+
+void* AttentionCpuHandler();  // target jax_paged_attn.attention.v1
+void* WriteCpuHandler();      // target jax_paged_attn.write.v1
+
+// Of the XLA FFI headers that the handlers were compiled with. A runtime accepts this version or older ones.
+std::string FfiApiVersion();
+
+}  // namespace jpa

@@ -1,0 +1,60 @@
+// The Python module jax_paged_attn._cpu: what to register with XLA, and what was built.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/workspace.h"
+#include "engines/cpu/isa.h"
+#include "ffi/handler_cpu.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+nb::dict Registrations() {
+  nb::dict targets;
+  targets["jax_paged_attn.attention.v1"] = nb::capsule(jpa::AttentionCpuHandler());
+  targets["jax_paged_attn.write.v1"] = nb::capsule(jpa::WriteCpuHandler());
+  return targets;
+}
+
+std::string Isa() {
+  const jpa::cpu::Kernels* kernels = nullptr;
+  if (jpa::Status status = jpa::cpu::ChosenKernels(&kernels); !status.ok()) {
+    throw std::runtime_error(status.message());
+  }
+  return kernels->name;
+}
+
+std::vector<std::string> AvailableIsas() {
+  std::vector<std::string> names;
+  for (const jpa::cpu::Kernels* kernels : jpa::cpu::AvailableKernels()) names.emplace_back(kernels->name);
+  return names;
+}
+
+nb::dict BuildInfo() {
+  nb::dict info;
+  info["compiler"] = JPA_COMPILER;
+  info["ffi_api"] = jpa::FfiApiVersion();
+  return info;
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "The CPU engine of jax_paged_attn: XLA FFI handlers and facts about the build.";
+  m.def("registrations", &Registrations, nb::sig("def registrations() -> dict[str, types.CapsuleType]"),
+        "Handlers by the name of their FFI target, for platform \"cpu\".");
+  m.def("attention_workspace_bytes", &jpa::AttentionWorkspaceBytes, nb::arg("num_seqs"), nb::arg("num_q_heads"),
+        nb::arg("head_dim"), "Size of the workspace result of the attention target.");
+  m.def("isa", &Isa,
+        "Instruction set in use: the best available, or what JPA_CPU_ISA names. Raises RuntimeError if that names "
+        "none that is available.");
+  m.def("available_isas", &AvailableIsas, "Instruction sets that this machine can run, fastest first.");
+  m.def("build_info", &BuildInfo, nb::sig("def build_info() -> dict[str, str]"),
+        "The compiler, and the version of the XLA FFI headers.");
+}

@@ -1,0 +1,178 @@
+"""A small Llama in Flax NNX: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU.
+
+Module and field names follow Hugging Face's, so that `checkpoint.py` is a plain renaming. Every attention goes through
+`jax_paged_attn.nnx.PagedSelfAttention`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_paged_attn.nnx import Llama3RopeScaling, PagedSelfAttention, StepMetadata
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of the model, named as in Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: Llama3RopeScaling | None = None
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Precision:
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+
+class Llama(nnx.Module):
+    """Tokens to next-token logits.
+
+    Args:
+      config: the sizes.
+      dtype, param_dtype: of the computation and of the weights.
+      dropout: rate on the embeddings and on what each block adds, in training only.
+      implementation: engine that every attention runs on; None for the best one.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        dropout: float = 0.0,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        precision = _Precision(dtype, param_dtype)
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            embedding_init=nnx.initializers.normal(0.02),
+            rngs=rngs,
+        )
+        self.layers = nnx.List(
+            [_Block(config, precision, dropout, implementation, rngs) for _ in range(config.num_hidden_layers)]
+        )
+        self.norm = _norm(config, precision, rngs)
+        self.dropout = nnx.Dropout(dropout)
+        self.lm_head = nnx.data(None)
+        if not config.tie_word_embeddings:
+            self.lm_head = _linear(config.hidden_size, config.vocab_size, precision, rngs)
+
+    def init_cache(
+        self,
+        num_pages: int,
+        page_size: int,
+        dtype: DTypeLike | None = None,
+        scales: list[tuple[ArrayLike, ArrayLike]] | None = None,
+    ) -> None:
+        """Gives every layer a cache of pages in `dtype`, by default that of the computation; scales: (k, v) a layer."""
+        for index, layer in enumerate(self.layers):
+            k_scale, v_scale = (None, None) if scales is None else scales[index]
+            layer.self_attn.init_cache(num_pages, page_size, dtype or self.dtype, k_scale=k_scale, v_scale=v_scale)
+
+    def hidden(self, tokens: Array, step: StepMetadata | None = None, rngs: nnx.Rngs | None = None) -> Array:
+        """`[..., T]` token ids to normalised hidden states `[..., T, D]`. See `__call__`."""
+        x = self.embed_tokens(tokens)
+        x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
+        for layer in self.layers:
+            x = layer(x, step, rngs)
+        return self.norm(x)
+
+    def logits(self, hidden: Array) -> Array:
+        """`[..., D]` to float32 `[..., vocab]`."""
+        out = self.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
+        return out.astype(jnp.float32)
+
+    def __call__(self, tokens: Array, step: StepMetadata | None = None, rngs: nnx.Rngs | None = None) -> Array:
+        """Logits, float32 `[..., T, vocab]`.
+
+        Args:
+          tokens: int32 `[T]`, the tokens of a step over the cache; or `[..., T]`, whole sequences, without one.
+          step: see `StepMetadata`; None reads and writes no cache.
+          rngs: for dropout, in training; None drops nothing.
+        """
+        return self.logits(self.hidden(tokens, step, rngs))
+
+
+class _Block(nnx.Module):
+    def __init__(
+        self, config: LlamaConfig, precision: _Precision, dropout: float, implementation: str | None, rngs: nnx.Rngs
+    ):
+        self.input_layernorm = _norm(config, precision, rngs)
+        self.self_attn = PagedSelfAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            use_bias=config.attention_bias,
+            rope_theta=config.rope_theta,
+            rope_scaling=config.rope_scaling,
+            implementation=implementation,
+            dtype=precision.dtype,
+            param_dtype=precision.param_dtype,
+            rngs=rngs,
+        )
+        self.post_attention_layernorm = _norm(config, precision, rngs)
+        self.mlp = _SwiGLU(config, precision, rngs)
+        self.dropout = nnx.Dropout(dropout)
+
+    def __call__(self, x: Array, step: StepMetadata | None, rngs: nnx.Rngs | None) -> Array:
+        def drop(y: Array) -> Array:
+            return self.dropout(y, deterministic=rngs is None, rngs=rngs)
+
+        x = x + drop(self.self_attn(self.input_layernorm(x), step))
+        return x + drop(self.mlp(self.post_attention_layernorm(x)))
+
+
+class _SwiGLU(nnx.Module):
+    """down(silu(gate(x)) · up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: LlamaConfig, precision: _Precision, rngs: nnx.Rngs):
+        self.gate_proj = _linear(config.hidden_size, config.intermediate_size, precision, rngs)
+        self.up_proj = _linear(config.hidden_size, config.intermediate_size, precision, rngs)
+        self.down_proj = _linear(config.intermediate_size, config.hidden_size, precision, rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _norm(config: LlamaConfig, precision: _Precision, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(
+        config.hidden_size,
+        epsilon=config.rms_norm_eps,
+        dtype=precision.dtype,
+        param_dtype=precision.param_dtype,
+        rngs=rngs,
+    )
+
+
+def _linear(inputs: int, outputs: int, precision: _Precision, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        inputs, outputs, use_bias=False, dtype=precision.dtype, param_dtype=precision.param_dtype, rngs=rngs
+    )

@@ -1,0 +1,41 @@
+"""Attention over paged key/value caches for JAX."""
+
+from jax_paged_attn._allocator import (
+    DoubleFree,
+    ForeignPage,
+    OutOfPages,
+    PageAllocator,
+    PageAllocatorError,
+    Sequence,
+)
+from jax_paged_attn._attention import (
+    merge_attention_states,
+    paged_attention,
+    paged_attention_reference,
+    ragged_paged_attention,
+    ragged_paged_attention_reference,
+)
+from jax_paged_attn._cache import PagedKVCache, copy_kv_pages, write_kv_pages
+from jax_paged_attn._engines import Explanation
+from jax_paged_attn._explain import explain
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DoubleFree",
+    "Explanation",
+    "ForeignPage",
+    "OutOfPages",
+    "PageAllocator",
+    "PageAllocatorError",
+    "PagedKVCache",
+    "Sequence",
+    "copy_kv_pages",
+    "explain",
+    "merge_attention_states",
+    "paged_attention",
+    "paged_attention_reference",
+    "ragged_paged_attention",
+    "ragged_paged_attention_reference",
+    "write_kv_pages",
+]

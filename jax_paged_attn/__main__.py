@@ -1,0 +1,32 @@
+"""`python -m jax_paged_attn`: what is installed, which engines run here, and why the others do not."""
+
+import platform
+import sys
+
+import jax
+import jaxlib
+
+from jax_paged_attn import __version__, _engines, _ffi
+
+
+def report() -> str:
+    """The text that `python -m jax_paged_attn` prints."""
+    backend = jax.default_backend()
+    lowering_platform = "cuda" if backend == "gpu" else backend
+    devices = ", ".join(str(d.device_kind) for d in jax.devices())
+    lines = [
+        f"jax_paged_attn {__version__}",
+        f"  python {platform.python_version()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}",
+        f"  backend {backend}: {devices}",
+    ]
+    lines += [f"  {line}" for line in _ffi.describe()]
+    lines.append("engines, best first:")
+    width = max(len(engine.name) for engine in _engines.ENGINES)
+    for engine in _engines.ENGINES:
+        reason = engine.missing(lowering_platform)
+        lines.append(f"  {engine.name:<{width}}  {'runs here' if reason is None else f'does not run here: {reason}'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(report() + "\n")

@@ -1,0 +1,373 @@
+"""The public attention functions: what they mean, their checks, and the way into the primitive."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jax_paged_attn import _checks, _primitive, _reference
+
+Attend = Callable[..., tuple[Array, Array]]
+
+
+def paged_attention(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: ArrayLike,
+    lengths: ArrayLike,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Array | tuple[Array, Array]:
+    """Decode: one query token a sequence, the newest, attends to the sequence's pages.
+
+    Letters: B sequences, N query heads, K key/value heads (N % K == 0), H head dim, P pages in the pool, S tokens a
+    page, M pages a sequence may have.
+
+    Args:
+      q: `[B, N, H]` bfloat16, float16 or float32.
+      k_pages: `[P, S, K, H]`, dtype as q, or float8_e4m3fn, float8_e5m2, int8.
+      v_pages: as `k_pages`.
+      block_tables: `[B, M]` int32; the page of token t of sequence b is `block_tables[b, t // S]`. Entries past the
+        length are never read. An entry outside [0, P) that is used masks its tokens.
+      lengths: `[B]` int32, tokens in the cache, the new one included; clipped to [0, M·S].
+      scale: multiplies the scores; None is 1/sqrt(H). A static number, as are window and cap.
+      sliding_window: w ≥ 1: the token at position i sees keys j with i − w < j ≤ i.
+      soft_cap: c > 0: scores become c·tanh(scores / c), after the scale, before the mask (Gemma 2).
+      sinks: `[N]` float32, one more logit a head in the softmax's denominator, without a value, neither scaled nor
+        capped (gpt-oss). In split work give them to one part only.
+      k_scale: positive float32, scalar or `[K]`: key = stored × k_scale. Default 1, required for int8.
+      v_scale: likewise for values.
+      return_lse: return the log-sum-exp of the scores too.
+      implementation: the engine that must run: "cpu" or "reference"; None picks the best for the call, see `explain`.
+
+    Returns:
+      `[B, N, H]` in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` float32, natural log, the sink
+      included. A sequence without visible keys gives 0, and lse −inf or its sink.
+
+    Raises:
+      ValueError: a shape, dtype or value that does not fit; the message names the argument, what was expected, and
+        what came.
+      TypeError: an argument of the wrong kind, such as a tracer for `scale`.
+    """
+    static = _static_parameters(scale, sliding_window, soft_cap, True, return_lse, implementation)
+    return _paged(_primitive.attention, static, q, k_pages, v_pages, block_tables, lengths, sinks, k_scale, v_scale)
+
+
+def paged_attention_reference(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: ArrayLike,
+    lengths: ArrayLike,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """`paged_attention` in plain JAX: the same arguments, results and errors; the oracle that engines are held to."""
+    static = _static_parameters(scale, sliding_window, soft_cap, True, return_lse, None)
+    return _paged(_run_reference, static, q, k_pages, v_pages, block_tables, lengths, sinks, k_scale, v_scale)
+
+
+def ragged_paged_attention(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    kv_lens: ArrayLike,
+    block_tables: ArrayLike,
+    cu_q_lens: ArrayLike,
+    num_seqs: ArrayLike | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Array | tuple[Array, Array]:
+    """Any mix of prompts, chunks of prompts and decode rows: T query tokens of B sequences attend to their pages.
+
+    The order of the arguments is that of JAX's TPU `ragged_paged_attention`. Letters as in `paged_attention`.
+
+    Args:
+      q: `[T, N, H]` bfloat16, float16 or float32; the rows of a sequence are adjacent.
+      k_pages: `[P, S, K, H]`, dtype as q, or float8_e4m3fn, float8_e5m2, int8.
+      v_pages: as `k_pages`.
+      kv_lens: `[B]` int32, tokens in the cache, those of this call included; clipped to [0, M·S].
+      block_tables: `[B, M]` int32, see `paged_attention`.
+      cu_q_lens: `[B + 1]` int32: the first row of each sequence, then the end; clipped to [0, T] and to its running
+        maximum. Rows outside [`cu_q_lens[0]`, `cu_q_lens[num_seqs]`) give 0 and lse −inf.
+      num_seqs: int32, scalar or `[1]`: how many of the B sequences are live, clipped to [0, B]; None is all.
+      causal: row r of a sequence with n rows stands at position i = kv_len − n + r and sees keys j ≤ i. False: it sees
+        all keys of the sequence (with a window those with j > i − w). Rows before position 0 see no key.
+      scale, sliding_window, soft_cap, sinks, k_scale, v_scale, return_lse, implementation: as in `paged_attention`.
+
+    Returns:
+      `[T, N, H]` in q's dtype; with `return_lse` a tuple of that and lse `[T, N]` float32.
+
+    Raises:
+      ValueError, TypeError: as `paged_attention`.
+    """
+    static = _static_parameters(scale, sliding_window, soft_cap, causal, return_lse, implementation)
+    return _ragged(
+        _primitive.attention,
+        static,
+        q,
+        k_pages,
+        v_pages,
+        kv_lens,
+        block_tables,
+        cu_q_lens,
+        num_seqs,
+        sinks,
+        k_scale,
+        v_scale,
+    )
+
+
+def ragged_paged_attention_reference(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    kv_lens: ArrayLike,
+    block_tables: ArrayLike,
+    cu_q_lens: ArrayLike,
+    num_seqs: ArrayLike | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """`ragged_paged_attention` in plain JAX: the same arguments, results and errors; the oracle."""
+    static = _static_parameters(scale, sliding_window, soft_cap, causal, return_lse, None)
+    return _ragged(
+        _run_reference, static, q, k_pages, v_pages, kv_lens, block_tables, cu_q_lens, num_seqs, sinks, k_scale, v_scale
+    )
+
+
+def merge_attention_states(
+    outs: ArrayLike | SequenceOf[ArrayLike], lses: ArrayLike | SequenceOf[ArrayLike]
+) -> tuple[Array, Array]:
+    """Merges attention over disjoint sets of keys, such as a shared prefix and the rest, or keys split over devices.
+
+    Args:
+      outs: `[parts, ..., N, H]`, or a sequence of `[..., N, H]`: the partial results, float32, bfloat16 or float16.
+      lses: `[parts, ..., N]` float32, or a sequence of `[..., N]`: their log-sum-exps, natural log. −inf marks an empty
+        part, whose `out` is ignored. Sinks belong to one part only.
+
+    Returns:
+      `(out, lse)`: `[..., N, H]` in the dtype of `outs`, and `[..., N]` float32. Rows empty in all parts give 0, −inf.
+
+    Raises:
+      ValueError: zero parts, or shapes that do not fit.
+    """
+    out_parts, lse_parts = _stack("outs", outs), _stack("lses", lses)
+    if out_parts.dtype not in [jnp.dtype(d) for d in _checks.COMPUTE_DTYPES]:
+        raise ValueError(f"outs: expected dtype {' or '.join(_checks.COMPUTE_DTYPES)}, got {out_parts.dtype}")
+    if lse_parts.dtype != jnp.float32:
+        raise ValueError(f"lses: expected dtype float32, got {lse_parts.dtype}")
+    if out_parts.ndim < 2 or lse_parts.shape != out_parts.shape[:-1]:
+        raise ValueError(
+            f"lses: expected the shape of outs without its last axis, {out_parts.shape[:-1]}, got {lse_parts.shape}"
+        )
+    if out_parts.shape[0] == 0:
+        raise ValueError("outs: expected at least one part (axis 0), got none")
+
+    top = jax.lax.stop_gradient(lse_parts.max(axis=0))
+    shift = jnp.where(jnp.isneginf(top), 0.0, top)
+    alive = ~jnp.isneginf(lse_parts)
+    weights = jnp.where(alive, jnp.exp(jnp.where(alive, lse_parts - shift, 0.0)), 0.0)
+    total = weights.sum(axis=0)
+    divisor = jnp.where(total > 0, total, 1.0)
+    weighted = jnp.where(alive[..., None], out_parts.astype(jnp.float32), 0.0) * (weights / divisor)[..., None]
+    lse = jnp.where(total > 0, shift + jnp.log(divisor), -jnp.inf)
+    return weighted.sum(axis=0).astype(out_parts.dtype), lse
+
+
+def _stack(name: str, parts: ArrayLike | SequenceOf[ArrayLike]) -> Array:
+    if not isinstance(parts, (list, tuple)):
+        return _checks.as_array(name, parts)
+    if not parts:
+        raise ValueError(f"{name}: expected at least one part, got none")
+    arrays = [_checks.as_array(f"{name}[{i}]", part) for i, part in enumerate(parts)]
+    for i, array in enumerate(arrays):
+        if array.shape != arrays[0].shape or array.dtype != arrays[0].dtype:
+            expected, got = (f"{x.dtype}{list(x.shape)}" for x in (arrays[0], array))
+            raise ValueError(f"{name}[{i}]: expected {expected} as {name}[0], got {got}")
+    return jnp.stack(arrays)
+
+
+def _static_parameters(
+    scale: float | None,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    causal: bool,
+    return_lse: bool,
+    implementation: str | None,
+) -> dict[str, Any]:
+    if implementation is not None and not isinstance(implementation, str):
+        raise TypeError(f"implementation: expected the name of an engine or None, got {type(implementation).__name__}")
+    return {
+        "scale": None if scale is None else _checks.static_number("scale", scale),
+        "sliding_window": 0 if sliding_window is None else _checks.static_count("sliding_window", sliding_window),
+        "soft_cap": 0.0 if soft_cap is None else _checks.static_positive("soft_cap", soft_cap),
+        "causal": _checks.static_bool("causal", causal),
+        "return_lse": _checks.static_bool("return_lse", return_lse),
+        "implementation": implementation,
+    }
+
+
+def _paged(
+    attend: Attend,
+    static: dict[str, Any],
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: ArrayLike,
+    lengths: ArrayLike,
+    sinks: ArrayLike | None,
+    k_scale: ArrayLike | None,
+    v_scale: ArrayLike | None,
+) -> Array | tuple[Array, Array]:
+    dims = _checks.Dims()
+    q, k_pages, v_pages = _query_and_pages(dims, "B N H", q, k_pages, v_pages)
+    block_tables = _int32(dims, "block_tables", block_tables, "B M")
+    lengths = _int32(dims, "lengths", lengths, "B")
+    return _attend(
+        attend,
+        {**static, "decode": True},
+        (q, k_pages, v_pages, block_tables, lengths),
+        (jnp.arange(dims["B"], dtype=jnp.int32), jnp.ones(dims["B"], jnp.int32)),
+        _per_head(dims, q, k_pages, sinks, k_scale, v_scale),
+    )
+
+
+def _ragged(
+    attend: Attend,
+    static: dict[str, Any],
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    kv_lens: ArrayLike,
+    block_tables: ArrayLike,
+    cu_q_lens: ArrayLike,
+    num_seqs: ArrayLike | None,
+    sinks: ArrayLike | None,
+    k_scale: ArrayLike | None,
+    v_scale: ArrayLike | None,
+) -> Array | tuple[Array, Array]:
+    dims = _checks.Dims()
+    q, k_pages, v_pages = _query_and_pages(dims, "T N H", q, k_pages, v_pages)
+    kv_lens = _int32(dims, "kv_lens", kv_lens, "B")
+    block_tables = _int32(dims, "block_tables", block_tables, "B M")
+    cu_q_lens = _int32(dims, "cu_q_lens", cu_q_lens, "B+1")
+
+    ends = jax.lax.cummax(jnp.clip(cu_q_lens, 0, dims["T"]))
+    q_counts = ends[1:] - ends[:-1]
+    if num_seqs is not None:
+        num_seqs = _checks.as_array("num_seqs", num_seqs)
+        num_seqs = _int32(dims, "num_seqs", num_seqs, "1" if num_seqs.ndim else "")
+        live = jnp.arange(dims["B"], dtype=jnp.int32) < num_seqs  # a [1] broadcasts as a scalar does
+        q_counts = jnp.where(live, q_counts, 0)
+    return _attend(
+        attend,
+        {**static, "decode": False},
+        (q, k_pages, v_pages, block_tables, kv_lens),
+        (ends[:-1], q_counts),
+        _per_head(dims, q, k_pages, sinks, k_scale, v_scale),
+    )
+
+
+def _query_and_pages(
+    dims: _checks.Dims, q_letters: str, q: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike
+) -> tuple[Array, Array, Array]:
+    q, k_pages, v_pages = (
+        _checks.as_array(name, x) for name, x in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages))
+    )
+    dims.match("q", q, q_letters, _checks.COMPUTE_DTYPES)
+    dims.match("k_pages", k_pages, "P S K H", (str(q.dtype), *_checks.QUANTIZED_DTYPES))
+    dims.match("v_pages", v_pages, "P S K H", (str(k_pages.dtype),))
+    _primitive.check_sizes(dims["N"], dims["K"], dims["H"], dims["S"])
+    return q, k_pages, v_pages
+
+
+def _int32(dims: _checks.Dims, name: str, x: ArrayLike, letters: str) -> Array:
+    array = _checks.as_array(name, x)
+    dims.match(name, array, letters, ("int32",))
+    return array
+
+
+def _per_head(
+    dims: _checks.Dims,
+    q: Array,
+    k_pages: Array,
+    sinks: ArrayLike | None,
+    k_scale: ArrayLike | None,
+    v_scale: ArrayLike | None,
+) -> tuple[Array, Array, Array]:
+    """`sinks`, `k_scale`, `v_scale` as the primitive takes them: `[1, heads]`, or `[0, heads]` where absent."""
+    if sinks is None:
+        sinks = jnp.zeros((0, dims["N"]), jnp.float32)
+    else:
+        sinks = _checks.as_array("sinks", sinks)
+        dims.match("sinks", sinks, "N", ("float32",))
+        sinks = sinks[None]
+    return sinks, page_scale(dims, "k_scale", k_scale, k_pages), page_scale(dims, "v_scale", v_scale, k_pages)
+
+
+def page_scale(dims: _checks.Dims, name: str, scale: ArrayLike | None, pages: Array) -> Array:
+    """A page scale as the primitives take it: `[1, K]` float32, or `[0, K]` where absent."""
+    if scale is None:
+        if pages.dtype == jnp.int8:
+            raise ValueError(f"{name}: required for int8 pages, got None")
+        return jnp.zeros((0, dims["K"]), jnp.float32)
+    array = _checks.as_array(name, jnp.float32(scale) if isinstance(scale, (int, float)) else scale)
+    dims.match(name, array, "K" if array.ndim else "", ("float32",))
+    if isinstance(scale, (int, float, np.ndarray, np.generic)) and not np.all(np.asarray(scale) > 0):
+        raise ValueError(f"{name}: expected positive scales, got {scale}")
+    return jnp.broadcast_to(array, (dims["K"],))[None]
+
+
+def _attend(
+    attend: Attend,
+    static: dict[str, Any],
+    arrays: tuple[Array, ...],
+    row_ranges: tuple[Array, Array],
+    per_head: tuple[Array, Array, Array],
+) -> Array | tuple[Array, Array]:
+    parameters = dict(static)
+    return_lse = parameters.pop("return_lse")
+    if parameters["scale"] is None:
+        parameters["scale"] = float(arrays[0].shape[-1]) ** -0.5
+    out, lse = attend(*arrays, *row_ranges, *per_head, **parameters)
+    return (out, lse) if return_lse else out
+
+
+def _run_reference(*operands: Array, implementation: str | None, **parameters: Any) -> tuple[Array, Array]:
+    del implementation  # the reference functions offer no choice
+    return _reference.attention(*operands, **parameters)

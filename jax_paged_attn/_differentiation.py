@@ -1,0 +1,270 @@
+"""Derivatives of attention, recomputed from lse one block of scores at a time.
+
+A block is a window of query rows of one sequence against a few of its pages. Blocks are visited in a fixed order,
+sequence after sequence and page after page, so sums have the same bits every time, also where sequences share pages.
+The equations are those of FlashAttention's backward pass (Dao et al. 2022, section 3.1), soft cap and sinks added.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_paged_attn._reference import row_of_each_sequence
+
+_ROW_WINDOW = 64  # 64 x 128 scores a head keep a block in cache
+_KEYS_PER_BLOCK = 128
+
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What the backward pass gets: the primitive's operands and its results."""
+
+    q: Array
+    k_pages: Array
+    v_pages: Array
+    block_tables: Array
+    kv_lens: Array
+    q_starts: Array
+    q_counts: Array
+    sinks: Array
+    k_scale: Array
+    v_scale: Array
+    out: Array
+    lse: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """One block of scores: R rows x C·S keys, heads grouped as [K, G]."""
+
+    rows: Array  # [R] row numbers, T where the window reaches past the sequence
+    pages: tuple[Array, Array]  # [C] page of K and of V, past the pool where masked
+    keys: Array  # [C·S, K, H] float32, dequantised
+    values: Array  # [C·S, K, H] float32
+    probs: Array  # [R, K, G, C·S], 0 where masked
+    slope: Array  # [R, K, G, C·S] d capped score / d score
+    k_scale: Array  # [K]
+    v_scale: Array  # [K]
+
+
+def tangent(
+    q_dot: Array | None,
+    k_dot: Array | None,
+    v_dot: Array | None,
+    sinks_dot: Array | None,
+    saved: Saved,
+    **parameters: Any,
+) -> tuple[Array, Array]:
+    """Tangents `(out_dot [T, N, H], lse_dot [T, N])`; an argument that is None has no tangent."""
+    num_rows, heads, head_dim = saved.q.shape
+    kv_heads = saved.k_pages.shape[2]
+    group = (kv_heads, heads // kv_heads)
+    scale = parameters["scale"]
+    q = _grouped(saved.q, kv_heads)
+    q_dots = None if q_dot is None else _grouped(q_dot, kv_heads)
+
+    def visit(block: _Block, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        weighted, total = state  # sums of p·s_dot·v + p·v_dot, and of p·s_dot
+        score_dot = jnp.zeros(block.probs.shape, jnp.float32)
+        if q_dots is not None:
+            score_dot += _einsum("rkgh,skh->rkgs", _take(q_dots, block.rows), block.keys)
+        if k_dot is not None:
+            dots = _tokens(k_dot, block.pages[0]) * block.k_scale[:, None]
+            score_dot += _einsum("rkgh,skh->rkgs", _take(q, block.rows), dots)
+        weight_dot = block.probs * block.slope * score_dot * scale
+        step = _einsum("rkgs,skh->rkgh", weight_dot, block.values)
+        if v_dot is not None:
+            step += _einsum("rkgs,skh->rkgh", block.probs, _tokens(v_dot, block.pages[1]) * block.v_scale[:, None])
+        return (
+            weighted.at[block.rows].add(step, mode="drop"),
+            total.at[block.rows].add(weight_dot.sum(axis=-1), mode="drop"),
+        )
+
+    zeros = (jnp.zeros((num_rows, *group, head_dim), jnp.float32), jnp.zeros((num_rows, *group), jnp.float32))
+    weighted, lse_dot = _for_each_block(visit, zeros, saved, **parameters)
+    if sinks_dot is not None:
+        share = _sink_share(saved) * _sink_of_each_row(sinks_dot, saved)
+        lse_dot += share.reshape(num_rows, *group)
+    out_dot = weighted - lse_dot[..., None] * _grouped(saved.out, kv_heads)
+    return out_dot.reshape(saved.q.shape).astype(saved.out.dtype), lse_dot.reshape(num_rows, heads)
+
+
+def cotangent(
+    out_bar: Array, lse_bar: Array, saved: Saved, wrt: tuple[bool, bool, bool, bool], **parameters: Any
+) -> list[Array]:
+    """Cotangents of those of q, k_pages, v_pages and sinks that `wrt` names, in that order, in their dtypes."""
+    kv_heads = saved.k_pages.shape[2]
+    scale = parameters["scale"]
+    q, out_bars = _grouped(saved.q, kv_heads), _grouped(out_bar, kv_heads)
+    # d score = p · (out_bar·v − out_bar·out + lse_bar): the last two are one number a row and head.
+    row_term = (out_bar.astype(jnp.float32) * saved.out.astype(jnp.float32)).sum(axis=-1) - lse_bar
+    row_terms = row_term.reshape(*q.shape[:-1])
+
+    def visit(block: _Block, state: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
+        q_bar, k_bar, v_bar = state
+        bars = _take(out_bars, block.rows)
+        score_bar = block.probs * (
+            _einsum("rkgh,skh->rkgs", bars, block.values) - _take(row_terms, block.rows)[..., None]
+        )
+        score_bar *= block.slope * scale
+        if q_bar is not None:
+            q_bar = q_bar.at[block.rows].add(_einsum("rkgs,skh->rkgh", score_bar, block.keys), mode="drop")
+        if k_bar is not None:
+            k_step = _einsum("rkgs,rkgh->skh", score_bar, _take(q, block.rows)) * block.k_scale[:, None]
+            k_bar = _add_pages(k_bar, block.pages[0], k_step)
+        if v_bar is not None:
+            v_step = _einsum("rkgs,rkgh->skh", block.probs, bars) * block.v_scale[:, None]
+            v_bar = _add_pages(v_bar, block.pages[1], v_step)
+        return q_bar, k_bar, v_bar
+
+    like = (q, saved.k_pages, saved.v_pages)
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) if w else None for x, w in zip(like, wrt[:3], strict=True))
+    bars = _for_each_block(visit, zeros, saved, **parameters) if any(wrt[:3]) else zeros
+    originals = (saved.q, saved.k_pages, saved.v_pages)
+    results = [bar.reshape(x.shape).astype(x.dtype) for bar, x in zip(bars, originals, strict=True) if bar is not None]
+    if wrt[3]:
+        results.append(_sinks_bar(-_sink_share(saved) * row_term, saved))
+    return results
+
+
+def _for_each_block(
+    visit: Callable[[_Block, Any], Any],
+    state: Any,
+    saved: Saved,
+    *,
+    scale: float,
+    soft_cap: float,
+    sliding_window: int,
+    causal: bool,
+    decode: bool,
+) -> Any:
+    """Folds `visit` over every block that holds a visible key, in order."""
+    num_rows = saved.q.shape[0]
+    num_seqs, max_pages = saved.block_tables.shape
+    k_pool, page_size, kv_heads, _ = saved.k_pages.shape
+    v_pool = saved.v_pages.shape[0]
+    if 0 in (num_rows, num_seqs, max_pages, k_pool, v_pool):
+        return state
+    window = 1 if decode else _ROW_WINDOW
+    pages_per_block = max(1, min(_KEYS_PER_BLOCK // page_size, max_pages))
+    block_size = pages_per_block * page_size
+    q, lse = _grouped(saved.q, kv_heads), saved.lse.reshape(num_rows, kv_heads, -1)
+    k_scales = row_of_each_sequence(saved.k_scale, num_seqs, kv_heads, 1.0)
+    v_scales = row_of_each_sequence(saved.v_scale, num_seqs, kv_heads, 1.0)
+
+    def block(seq: Array, first_row: Array, first_page: Array) -> _Block:
+        length = jnp.clip(saved.kv_lens[seq], 0, max_pages * page_size)
+        offsets = first_row + jnp.arange(window, dtype=jnp.int32)
+        rows = jnp.where(offsets < saved.q_counts[seq], saved.q_starts[seq] + offsets, num_rows)
+        position = (length - saved.q_counts[seq] + offsets)[:, None]
+
+        slots = first_page + jnp.arange(pages_per_block, dtype=jnp.int32)
+        ids = jnp.where(slots < max_pages, saved.block_tables[seq, jnp.minimum(slots, max_pages - 1)], -1)
+        in_pool = (ids >= 0) & (ids < max(k_pool, v_pool)) & (slots * page_size < length)
+        pages = (jnp.where(in_pool, ids % k_pool, k_pool), jnp.where(in_pool, ids % v_pool, v_pool))
+
+        key_ids = first_page * page_size + jnp.arange(block_size, dtype=jnp.int32)
+        valid = jnp.repeat(in_pool, page_size) & (key_ids < length)
+        visible = valid[None, :] & (position >= 0)
+        if causal:
+            visible &= key_ids[None, :] <= position
+        if sliding_window:
+            visible &= key_ids[None, :] > position - sliding_window
+
+        keep = valid[:, None, None]
+        keys = jnp.where(keep, _tokens(saved.k_pages, pages[0]) * k_scales[seq][:, None], 0.0)
+        values = jnp.where(keep, _tokens(saved.v_pages, pages[1]) * v_scales[seq][:, None], 0.0)
+        scores = _einsum("rkgh,skh->rkgs", _take(q, rows), keys) * scale
+        slope = jnp.ones((), jnp.float32)
+        if soft_cap:
+            squashed = jnp.tanh(scores / soft_cap)
+            scores, slope = soft_cap * squashed, 1.0 - squashed**2
+        row_lse = lse.at[rows].get(mode="fill", fill_value=-jnp.inf)[..., None]
+        seen = visible[:, None, None, :] & ~jnp.isneginf(row_lse)
+        probs = jnp.where(seen, jnp.exp(jnp.where(seen, scores - row_lse, 0.0)), 0.0)
+        return _Block(
+            rows, pages, keys, values, probs, jnp.broadcast_to(slope, probs.shape), k_scales[seq], v_scales[seq]
+        )
+
+    def visit_pages(seq: Array, first_row: Array, state: Any) -> Any:
+        length = jnp.clip(saved.kv_lens[seq], 0, max_pages * page_size)
+        position = length - saved.q_counts[seq] + first_row  # of the window's first row
+        stop = jnp.clip(position + window, 0, length) if causal else length
+        start = (
+            jnp.maximum(position - sliding_window + 1, 0) // block_size if sliding_window else jnp.zeros((), jnp.int32)
+        )
+        blocks = (start, (stop + block_size - 1) // block_size)
+        return jax.lax.fori_loop(*blocks, lambda i, s: visit(block(seq, first_row, i * pages_per_block), s), state)
+
+    def visit_sequence(seq: Array, state: Any) -> Any:
+        windows = (saved.q_counts[seq] + window - 1) // window
+        return _repeat(windows, lambda i, s: visit_pages(seq, i * window, s), state)
+
+    return _repeat(num_seqs, visit_sequence, state)
+
+
+def _repeat(count: int | Array, body: Callable[[Array, Any], Any], state: Any) -> Any:
+    """`fori_loop` from 0 with an int32 index, also where x64 is enabled."""
+    return jax.lax.fori_loop(jnp.int32(0), jnp.asarray(count, jnp.int32), body, state)
+
+
+def _grouped(rows: Array, kv_heads: int) -> Array:
+    """`[T, N, H]` -> `[T, K, G, H]` float32."""
+    num_rows, heads, head_dim = rows.shape
+    return rows.astype(jnp.float32).reshape(num_rows, kv_heads, heads // kv_heads, head_dim)
+
+
+def _take(rows: Array, ids: Array) -> Array:
+    return rows.at[ids].get(mode="fill", fill_value=0)
+
+
+def _tokens(pages: Array, ids: Array) -> Array:
+    """The tokens of some pages, `[C·S, K, H]` float32; pages past the pool are zeros."""
+    return pages.at[ids].get(mode="fill", fill_value=0).reshape(-1, *pages.shape[2:]).astype(jnp.float32)
+
+
+def _add_pages(pool: Array, ids: Array, tokens: Array) -> Array:
+    """Adds `tokens [C·S, K, H]` to the pages, one page after the other: a table may name one page twice."""
+    pages = tokens.reshape(ids.shape[0], *pool.shape[1:])
+    return _repeat(ids.shape[0], lambda i, p: p.at[ids[i]].add(pages[i], mode="drop"), pool)
+
+
+def _sequence_of_each_row(saved: Saved) -> Array:
+    """`[T]` int32: which sequence claims a row; B where none does."""
+    rows = jnp.arange(saved.q.shape[0], dtype=jnp.int32)
+    num_seqs = saved.block_tables.shape[0]
+
+    def claim(seq: Array, owner: Array) -> Array:
+        start = saved.q_starts[seq]
+        return jnp.where((rows >= start) & (rows < start + saved.q_counts[seq]), seq, owner)
+
+    return _repeat(num_seqs, claim, jnp.full(rows.shape, num_seqs, jnp.int32))
+
+
+def _sink_of_each_row(sinks: Array, saved: Saved) -> Array:
+    num_seqs, heads = saved.block_tables.shape[0], saved.q.shape[1]
+    each = row_of_each_sequence(sinks, num_seqs, heads, 0.0)
+    return each.at[_sequence_of_each_row(saved)].get(mode="fill", fill_value=0)
+
+
+def _sink_share(saved: Saved) -> Array:
+    """`[T, N]`: the share of the softmax that goes to the sink."""
+    seen = ~jnp.isneginf(saved.lse)
+    return jnp.where(seen, jnp.exp(jnp.where(seen, _sink_of_each_row(saved.sinks, saved) - saved.lse, 0.0)), 0.0)
+
+
+def _sinks_bar(bar_of_rows: Array, saved: Saved) -> Array:
+    """Sums `[T, N]` into the `[X, N]` rows that the sinks came from."""
+    num_seqs, num_sinks = saved.block_tables.shape[0], saved.sinks.shape[0]
+    owner = _sequence_of_each_row(saved)
+    row_of = owner // max(num_seqs // num_sinks, 1)
+    # As a product with a one-hot matrix the sum has a fixed order, unlike a scatter-add with equal targets.
+    belongs = (row_of[None, :] == jnp.arange(num_sinks, dtype=jnp.int32)[:, None]) & (owner < num_seqs)[None, :]
+    return _einsum("xt,tn->xn", belongs.astype(jnp.float32), bar_of_rows)

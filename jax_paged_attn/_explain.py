@@ -1,0 +1,75 @@
+"""`explain`: which engine a function's attention calls would get, without running them."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Jaxpr, jaxprs_in_params
+
+from jax_paged_attn import _engines, _primitive
+
+# JAX says "gpu" for either vendor where it means the kind of device; lowering rules go by the vendor's platform.
+_PLATFORM_ALIASES = {"gpu": "cuda"}
+
+
+def explain(
+    fn: Callable[..., Any],
+    *args: Any,
+    platform: str | None = None,
+    device: jax.Device | None = None,
+    **kwargs: Any,
+) -> _engines.Explanation:
+    """Says which engine would run the attention calls of `fn(*args, **kwargs)`, and why the others would not.
+
+    Nothing is computed or compiled: the function is traced, so `jax.ShapeDtypeStruct`s do as arguments.
+
+    Args:
+      fn: `paged_attention`, `ragged_paged_attention`, or any function that calls them.
+      *args: arrays or `jax.ShapeDtypeStruct`s (in pytrees too).
+      platform: "cpu", "cuda", "tpu", …; None is the platform of `device`, or JAX's default backend.
+      device: a device whose platform is meant.
+      **kwargs: keywords of `fn`; those that are not arrays stay static.
+
+    Returns:
+      An `Explanation`: `.engine`, `.rejected` (`{engine: reason}`), and `.calls`, one entry an attention call.
+
+    Raises:
+      ValueError: the function has no attention call, a named implementation does not run on the platform, or both
+        `platform` and `device` are given.
+    """
+    if platform is not None and device is not None:
+        raise ValueError("platform: expected None where a device is given, got both")
+    if platform is None:
+        platform = device.platform if device is not None else jax.default_backend()
+    platform = _PLATFORM_ALIASES.get(platform, platform)
+
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    traced = {
+        i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+    }
+
+    def call(arrays: dict[int, Any]) -> Any:
+        these_args, these_kwargs = jax.tree.unflatten(tree, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+        return fn(*these_args, **these_kwargs)
+
+    jaxpr = jax.make_jaxpr(call)(traced).jaxpr
+    calls = tuple(
+        _engines.choose(described, platform, implementation) for described, implementation in _attention_calls(jaxpr)
+    )
+    if not calls:
+        raise ValueError("fn: expected a function that calls paged attention, found no such call")
+    rejected = {name: reason for one in reversed(calls) for name, reason in one.rejected.items()}
+    engines = list(dict.fromkeys(one.engine for one in calls))
+    rejected = {name: reason for name, reason in rejected.items() if name not in engines}
+    return dataclasses.replace(calls[0], engine=", ".join(engines), rejected=rejected, calls=calls)
+
+
+def _attention_calls(jaxpr: Jaxpr) -> Iterator[tuple[_engines.Call, str | None]]:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is _primitive.attention_p:
+            q, k_pages, *_ = (x.aval for x in eqn.invars)
+            yield _primitive.describe(q, k_pages, eqn.params["decode"]), eqn.params["implementation"]
+        for inner in jaxprs_in_params(eqn.params):
+            yield from _attention_calls(inner)

@@ -1,0 +1,97 @@
+"""Batching by folding: a mapped call of a primitive is one larger call of it.
+
+Mapped queries become more rows, mapped tables and lengths more sequences, mapped pools more pages. Each operand and
+result has an `Axis`: what its leading axis counts, which decides how a mapped one is folded and an unmapped one is
+repeated.
+"""
+
+import enum
+from collections.abc import Collection, Sequence
+
+import jax.numpy as jnp
+from jax import Array
+
+
+class Axis(enum.Enum):
+    """What the leading axis of an operand counts."""
+
+    ROWS = enum.auto()  # query rows, or new tokens
+    SEQUENCES = enum.auto()
+    FIRST_ROWS = enum.auto()  # sequences; the values are row numbers
+    TABLES = enum.auto()  # sequences; the values are page ids
+    SLOTS = enum.auto()  # tokens; the values are slot numbers
+    K_POOL = enum.auto()
+    V_POOL = enum.auto()
+    SINKS = enum.auto()  # X rows, X dividing the number of sequences; 0 rows where absent
+    SCALES = enum.auto()  # X rows, X dividing the number of sequences or tokens
+
+
+POOLS = (Axis.K_POOL, Axis.V_POOL)
+
+# Operands of these kinds must keep equal leading sizes among themselves: one mapped, all mapped.
+_TIED = (*POOLS, Axis.SINKS)
+
+
+def fold(
+    axes: Sequence[Axis], operands: Sequence[Array], dims: Sequence[int | None], mapped: Collection[Axis] = ()
+) -> tuple[list[Array], int]:
+    """Folds the mapped axis `dims[i]` of each operand (None: not mapped) into its leading axis.
+
+    Args:
+      axes, operands, dims: one entry an operand.
+      mapped: kinds to treat as mapped even if no operand of theirs is, because results of that kind must be.
+
+    Returns:
+      The folded operands, and the size V of the mapped axis.
+    """
+    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    together = set(mapped) | {a for a, d in zip(axes, dims, strict=True) if d is not None and a in _TIED}
+    shapes = [_without(d, x.shape) for x, d in zip(operands, dims, strict=True)]
+    pages = {axis: shape[0] for axis, shape in zip(axes, shapes, strict=True) if axis in POOLS}
+    repeats = _repeats_of_smaller_pool(pages, together)
+
+    folded: list[Array] = []
+    for axis, x, d in zip(axes, operands, dims, strict=True):
+        is_mapped = d is not None or axis in together
+        stacked = jnp.moveaxis(x, d, 0) if d is not None else x[None]
+        if axis in POOLS:
+            if not is_mapped:
+                folded.append(x)
+                continue
+            stacked = jnp.tile(stacked, (1, repeats.get(axis, 1), 1, 1, 1))
+        if axis in (Axis.SINKS, Axis.SCALES) and not is_mapped and x.shape[0] in (0, 1):
+            folded.append(x)  # one row serves every sequence already
+            continue
+        stacked = jnp.broadcast_to(stacked, (size, *stacked.shape[1:]))
+        copies = jnp.arange(size, dtype=jnp.int32)
+        if axis is Axis.FIRST_ROWS:
+            stacked += (copies * shapes[axes.index(Axis.ROWS)][0])[:, None]
+        elif axis in (Axis.TABLES, Axis.SLOTS) and together & set(POOLS):
+            in_use = max(pages.values())
+            if axis is Axis.SLOTS:
+                in_use *= shapes[axes.index(Axis.K_POOL)][1]
+            # Strangers become -1 first: shifted, a bad id could land in the pool of a neighbour.
+            shift = jnp.expand_dims(copies * in_use, tuple(range(1, stacked.ndim)))
+            stacked = jnp.where((stacked >= 0) & (stacked < in_use), stacked + shift, -1)
+        folded.append(stacked.reshape(size * stacked.shape[1], *stacked.shape[2:]))
+    return folded, size
+
+
+def unfold(results: Sequence[Array], size: int) -> list[Array]:
+    """The inverse for results: `[V·n, ...]` -> `[V, n, ...]`."""
+    return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in results]
+
+
+def _without(dim: int | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one copy of a mapped operand."""
+    return shape if dim is None else (*shape[:dim], *shape[dim + 1 :])
+
+
+def _repeats_of_smaller_pool(pages: dict[Axis, int], together: set[Axis]) -> dict[Axis, int]:
+    """How often a mapped pool must be repeated so that ids modulo its size stay right after the fold.
+
+    A smaller pool is read modulo its size. Ids are shifted by whole multiples of the larger size, so a smaller pool may
+    stay as it is while it is unmapped, but must be brought to the larger size before it is folded.
+    """
+    largest = max(pages.values(), default=0)
+    return {axis: largest // n for axis, n in pages.items() if axis in together and 0 < n < largest}

@@ -1,0 +1,393 @@
+"""The JAX primitives: attention, its tangent and cotangent, and writes to the cache.
+
+Each has abstract evaluation, a lowering a platform, batching by folding and differentiation. The public functions check
+the user's arguments; the shape rules here hold for whoever binds a primitive, transformations included.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_paged_attn import _checks, _differentiation, _engines, _ffi, _reference
+from jax_paged_attn._folding import Axis, fold, unfold
+
+# The ten operands of attention, as in docs/architecture.md.
+_OPERANDS = (
+    "q",
+    "k_pages",
+    "v_pages",
+    "block_tables",
+    "kv_lens",
+    "q_starts",
+    "q_counts",
+    "sinks",
+    "k_scale",
+    "v_scale",
+)
+_AXES = (
+    Axis.ROWS,
+    Axis.K_POOL,
+    Axis.V_POOL,
+    Axis.TABLES,
+    Axis.SEQUENCES,
+    Axis.FIRST_ROWS,
+    Axis.SEQUENCES,
+    Axis.SINKS,
+    Axis.SCALES,
+    Axis.SCALES,
+)
+# Where q, k_pages, v_pages and sinks stand among them: what can be differentiated.
+_DIFFERENTIABLE = (0, 1, 2, 7)
+_ANY_DTYPE = (*_checks.COMPUTE_DTYPES, *_checks.QUANTIZED_DTYPES)
+
+attention_p = Primitive("paged_attention")
+attention_p.multiple_results = True
+tangent_p = Primitive("paged_attention_tangent")
+tangent_p.multiple_results = True
+cotangent_p = Primitive("paged_attention_cotangent")
+cotangent_p.multiple_results = True
+write_p = Primitive("write_kv_pages")
+write_p.multiple_results = True
+
+
+def attention(*operands: Array, **parameters: Any) -> tuple[Array, Array]:
+    """Binds the attention primitive: `(out, lse)` for its ten operands and its static parameters."""
+    out, lse = attention_p.bind(*_vary_alike(operands), **parameters)
+    return out, lse
+
+
+def write(*operands: Array) -> tuple[Array, Array]:
+    """Binds the write primitive: the two pools after the write."""
+    k_pages, v_pages = write_p.bind(*_vary_alike(operands))
+    return k_pages, v_pages
+
+
+def check_sizes(num_heads: int, kv_heads: int, head_dim: int, page_size: int) -> None:
+    """Raises ValueError for sizes that no call can have."""
+    for name, size in (("q: query heads N", num_heads), ("q: head dim H", head_dim)):
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+    for name, size in (("k_pages: page size S", page_size), ("k_pages: key/value heads K", kv_heads)):
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+    if num_heads % kv_heads:
+        raise ValueError(
+            f"q: expected query heads divisible by the {kv_heads} key/value heads of k_pages, got {num_heads}"
+        )
+
+
+def _vary_alike(operands: Sequence[Array]) -> tuple[Array, ...]:
+    """Inside `shard_map`, casts operands to vary over every mesh axis that one of them varies over."""
+    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
+    everywhere = frozenset[str]().union(*varying)
+    return tuple(
+        jax.lax.pcast(x, tuple(sorted(everywhere - axes)), to="varying") if axes != everywhere else x
+        for x, axes in zip(operands, varying, strict=True)
+    )
+
+
+def _aval(like: Any, shape: tuple[int, ...], dtype: Any) -> jax.core.ShapedArray:
+    """An abstract result that varies over the same mesh axes as `like`."""
+    sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*[None] * len(shape)))
+    return like.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+
+
+# ---- abstract evaluation ---------------------------------------------------------------------------------------------
+
+
+def describe(q: Any, k_pages: Any, decode: bool) -> _engines.Call:
+    """What the choice of an engine depends on, from the operands' shapes and dtypes."""
+    return _engines.Call(
+        num_heads=q.shape[1],
+        kv_heads=k_pages.shape[2],
+        head_dim=q.shape[2],
+        page_size=k_pages.shape[1],
+        q_dtype=str(q.dtype),
+        page_dtype=str(k_pages.dtype),
+        decode=decode,
+    )
+
+
+def _attention_abstract(*operands: Any, implementation: str | None, decode: bool, **_: Any) -> list[Any]:
+    q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale = operands
+    dims = _checks.Dims()
+    dims.match("q", q, "T N H", _checks.COMPUTE_DTYPES)
+    dims.match("k_pages", k_pages, "Pk S K H", (str(q.dtype), *_checks.QUANTIZED_DTYPES))
+    dims.match("v_pages", v_pages, "Pv S K H", (str(k_pages.dtype),))
+    dims.match("block_tables", block_tables, "B M", ("int32",))
+    for name, x in (("kv_lens", kv_lens), ("q_starts", q_starts), ("q_counts", q_counts)):
+        dims.match(name, x, "B", ("int32",))
+    dims.match("sinks", sinks, "Xs N", ("float32",))
+    dims.match("k_scale", k_scale, "Xk K", ("float32",))
+    dims.match("v_scale", v_scale, "Xv K", ("float32",))
+    check_sizes(dims["N"], dims["K"], dims["H"], dims["S"])
+    for name, x in (("sinks", sinks), ("k_scale", k_scale), ("v_scale", v_scale)):
+        _check_divides(name, x.shape[0], dims["B"])
+    if decode and dims["T"] != dims["B"]:
+        raise ValueError(f"q: expected one row for each of the {dims['B']} sequences, got {dims['T']}")
+    _engines.check_supported(describe(q, k_pages, decode), implementation)
+    return [_aval(q, q.shape, q.dtype), _aval(q, q.shape[:2], jnp.float32)]
+
+
+def _check_divides(name: str, rows: int, count: int) -> None:
+    if rows not in (0, 1) and count % rows:
+        raise ValueError(f"{name}: expected a number of rows that divides {count}, got {rows}")
+
+
+def _tangent_abstract(*operands: Any, wrt: tuple[bool, ...], **_: Any) -> list[Any]:
+    out, lse = operands[-2:]
+    return [_aval(out, out.shape, out.dtype), _aval(lse, lse.shape, lse.dtype)]
+
+
+def _cotangent_abstract(*operands: Any, wrt: tuple[bool, ...], **_: Any) -> list[Any]:
+    originals = [operands[2 + i] for i, w in zip(_DIFFERENTIABLE, wrt, strict=True) if w]
+    return [_aval(x, x.shape, x.dtype) for x in originals]
+
+
+def _write_abstract(*operands: Any) -> list[Any]:
+    k_pages, v_pages, k, v, slot_mapping, k_scale, v_scale = operands
+    dims = _checks.Dims()
+    dims.match("k_pages", k_pages, "P S K H", _ANY_DTYPE)
+    dims.match("v_pages", v_pages, "P S K H", (str(k_pages.dtype),))
+    dims.match("k", k, "T K H", _checks.COMPUTE_DTYPES)
+    dims.match("v", v, "T K H", (str(k.dtype),))
+    dims.match("slot_mapping", slot_mapping, "T", ("int32",))
+    dims.match("k_scale", k_scale, "Xk K", ("float32",))
+    dims.match("v_scale", v_scale, "Xv K", ("float32",))
+    for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+        _check_divides(name, x.shape[0], dims["T"])
+    return [_aval(x, x.shape, x.dtype) for x in (k_pages, v_pages)]
+
+
+# ---- lowering --------------------------------------------------------------------------------------------------------
+
+
+def _inline(run: Callable[..., Sequence[Array]]) -> Callable[..., Any]:
+    """The lowering rule that puts the operations of a traceable function in the place of the primitive.
+
+    Inside `shard_map` the operands' types say over which mesh axes they vary. What a shard does has no need to know,
+    and loops would insist on carries of the same type, so the function is traced as if there was no mesh.
+    """
+
+    def rule(ctx: mlir.LoweringRuleContext, *operands: Any, **parameters: Any) -> Any:
+        avals_in, avals_out = (
+            [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in avals] for avals in (ctx.avals_in, ctx.avals_out)
+        )
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            unsharded = ctx.replace(avals_in=avals_in, avals_out=avals_out)
+            return mlir.lower_fun(run, multiple_results=True)(unsharded, *operands, **parameters)
+
+    return rule
+
+
+def _attention_lowering(platform: str | None) -> Callable[..., Any]:
+    def lower(
+        ctx: mlir.LoweringRuleContext, *operands: Any, implementation: str | None, decode: bool, **static: Any
+    ) -> Any:
+        q, k_pages, *_ = ctx.avals_in
+        here = platform or _platform_of(ctx)
+        engine = _engines.choose(describe(q, k_pages, decode), here, implementation).engine
+        if engine == "reference":
+            run = functools.partial(_reference.attention, decode=decode, **static)
+        else:
+            run = functools.partial(_ffi.ATTENTION[engine], **static)
+        return _inline(run)(ctx, *operands)
+
+    return lower
+
+
+def _platform_of(ctx: mlir.LoweringRuleContext) -> str:
+    platforms = ctx.platforms or ctx.module_context.platforms
+    return platforms[0]
+
+
+def _tangent_impl(
+    *operands: Array, wrt: tuple[bool, ...], implementation: str | None, **static: Any
+) -> Sequence[Array]:
+    dots = iter(operands[: sum(wrt)])
+    saved = _differentiation.Saved(*operands[sum(wrt) :])
+    return _differentiation.tangent(*(next(dots) if w else None for w in wrt), saved, **static)
+
+
+def _cotangent_impl(
+    out_bar: Array,
+    lse_bar: Array,
+    *residuals: Array,
+    wrt: tuple[bool, bool, bool, bool],
+    implementation: str | None,
+    **static: Any,
+) -> Sequence[Array]:
+    return _differentiation.cotangent(out_bar, lse_bar, _differentiation.Saved(*residuals), wrt, **static)
+
+
+# ---- batching --------------------------------------------------------------------------------------------------------
+
+
+def _batcher(
+    primitive: Primitive,
+    axes_of: Callable[..., tuple[tuple[Axis, ...], frozenset[Axis]]],
+) -> Callable[..., Any]:
+    """The batching rule; `axes_of(**parameters)`: the operands' axes, and those that results force to be mapped."""
+
+    def batch(
+        operands: Sequence[Array], dims: Sequence[int | None], **parameters: Any
+    ) -> tuple[list[Array], list[int]]:
+        axes, forced = axes_of(**parameters)
+        folded, size = fold(axes, operands, dims, forced)
+        results = unfold(primitive.bind(*folded, **parameters), size)
+        return results, [0] * len(results)
+
+    return batch
+
+
+def _attention_axes(**_: Any) -> tuple[tuple[Axis, ...], frozenset[Axis]]:
+    return _AXES, frozenset()
+
+
+def _tangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> tuple[tuple[Axis, ...], frozenset[Axis]]:
+    dots = tuple(_AXES[i] for i, w in zip(_DIFFERENTIABLE, wrt, strict=True) if w)
+    return (*dots, *_AXES, Axis.ROWS, Axis.ROWS), frozenset()
+
+
+def _cotangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> tuple[tuple[Axis, ...], frozenset[Axis]]:
+    # Each copy of the batch has a cotangent of its own for the pools and sinks, shared by all copies or not.
+    forced = frozenset(_AXES[i] for i, w in zip(_DIFFERENTIABLE, wrt, strict=True) if w) - {Axis.ROWS}
+    return (Axis.ROWS, Axis.ROWS, *_AXES, Axis.ROWS, Axis.ROWS), forced
+
+
+def _write_axes() -> tuple[tuple[Axis, ...], frozenset[Axis]]:
+    axes = (Axis.K_POOL, Axis.V_POOL, Axis.ROWS, Axis.ROWS, Axis.SLOTS, Axis.SCALES, Axis.SCALES)
+    return axes, frozenset((Axis.K_POOL, Axis.V_POOL))
+
+
+# ---- differentiation -------------------------------------------------------------------------------------------------
+
+
+def _has_tangent(tangent: Any) -> bool:
+    return not isinstance(tangent, ad.Zero) and tangent.dtype != jax.dtypes.float0
+
+
+def _reject_fp8(name: str, pages: Any) -> None:
+    if pages.dtype != jnp.int8 and jnp.finfo(pages.dtype).bits == 8:
+        raise TypeError(
+            f"{name}: {pages.dtype} pages cannot be differentiated, expected float32, bfloat16 or float16; "
+            "use jax.lax.stop_gradient on them"
+        )
+
+
+def _zero_tangents(results: Sequence[Array]) -> list[Any]:
+    return [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
+
+
+def _attention_jvp(primals: Sequence[Array], tangents: Sequence[Any], **parameters: Any) -> tuple[Any, Any]:
+    results = attention_p.bind(*primals, **parameters)
+    dots = [tangents[i] for i in _DIFFERENTIABLE]  # scales are constants
+    wrt = tuple(_has_tangent(dot) for dot in dots)
+    for index in (1, 2):
+        if wrt[index]:
+            _reject_fp8(_OPERANDS[index], primals[index])
+    if not any(wrt):
+        return results, _zero_tangents(results)
+    present = [dot for dot, w in zip(dots, wrt, strict=True) if w]
+    return results, tangent_p.bind(*present, *primals, *results, wrt=wrt, **parameters)
+
+
+def _tangent_transpose(bars: Sequence[Any], *operands: Any, wrt: tuple[bool, ...], **parameters: Any) -> list[Any]:
+    residuals = operands[sum(wrt) :]
+    grads = cotangent_p.bind(*map(ad.instantiate_zeros, bars), *residuals, wrt=wrt, **parameters)
+    return [*grads, *[None] * len(residuals)]
+
+
+def _write_jvp(primals: Sequence[Array], tangents: Sequence[Any]) -> tuple[Any, Any]:
+    results = write_p.bind(*primals)
+    for name, pages, tangent in zip(("k_pages", "v_pages", "k", "v"), primals[:2] * 2, tangents, strict=False):
+        if _has_tangent(tangent):
+            _reject_fp8(name, pages)
+    if primals[0].dtype == jnp.int8 or not any(map(_has_tangent, tangents[:4])):
+        return results, _zero_tangents(results)
+    # The write is linear in pools and tokens: its tangent is the same write of the tangents.
+    return results, write_p.bind(*map(ad.instantiate_zeros, tangents[:4]), *primals[4:])
+
+
+def _write_transpose(bars: Sequence[Any], *operands: Any) -> list[Any]:
+    pool_bars = list(map(ad.instantiate_zeros, bars))
+    k, v = (x.aval if ad.is_undefined_primal(x) else x for x in operands[2:4])
+    slots, scales = operands[4], operands[5:]
+    # What a token overwrote has no influence: its slot of the pools' cotangent becomes zero.
+    nothing = [jnp.zeros(x.shape, x.dtype) for x in (k, v)]
+    kept = write_p.bind(*pool_bars, *_vary_like(pool_bars[0], nothing), *operands[4:])
+    tokens = [
+        _reference.read_tokens(bar, slots, scale).astype(x.dtype)
+        for bar, scale, x in zip(pool_bars, scales, (k, v), strict=True)
+    ]
+    grads = [*kept, *tokens]
+    undefined = [ad.is_undefined_primal(x) for x in operands[:4]]
+    return [g if u else None for g, u in zip(grads, undefined, strict=True)] + [None] * 3
+
+
+def _vary_like(like: Array, arrays: Sequence[Array]) -> tuple[Array, ...]:
+    return _vary_alike((like, *arrays))[1:]
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+
+def _second_order(impl: Callable[..., Sequence[Array]]) -> Callable[..., Any]:
+    """Derivatives of derivatives go through the plain JAX code; forward over reverse, since its loops are dynamic."""
+
+    def jvp(primals: Sequence[Array], tangents: Sequence[Any], **parameters: Any) -> tuple[Any, Any]:
+        held = [i for i, t in enumerate(tangents) if _has_tangent(t)]
+
+        def of_held(*xs: Array) -> Sequence[Array]:
+            operands = list(primals)
+            for i, x in zip(held, xs, strict=True):
+                operands[i] = x
+            return impl(*operands, **parameters)
+
+        return jax.jvp(of_held, [primals[i] for i in held], [tangents[i] for i in held])
+
+    return jvp
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(primitive: Primitive, parameters: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    return jax.jit(functools.partial(primitive.bind, **dict(parameters)))
+
+
+def _run_eagerly(primitive: Primitive) -> Callable[..., Any]:
+    def run(*operands: Array, **parameters: Any) -> Any:
+        return _compiled(primitive, tuple(sorted(parameters.items())))(*operands)
+
+    return run
+
+
+for _primitive, _abstract, _axes_of in (
+    (attention_p, _attention_abstract, _attention_axes),
+    (tangent_p, _tangent_abstract, _tangent_axes),
+    (cotangent_p, _cotangent_abstract, _cotangent_axes),
+    (write_p, _write_abstract, _write_axes),
+):
+    _primitive.def_impl(_run_eagerly(_primitive))
+    _primitive.def_abstract_eval(_abstract)
+    batching.primitive_batchers[_primitive] = _batcher(_primitive, _axes_of)
+
+mlir.register_lowering(attention_p, _attention_lowering(None))
+mlir.register_lowering(attention_p, _attention_lowering("cpu"), platform="cpu")
+mlir.register_lowering(tangent_p, _inline(_tangent_impl))
+mlir.register_lowering(cotangent_p, _inline(_cotangent_impl))
+mlir.register_lowering(write_p, _inline(_reference.write))
+mlir.register_lowering(write_p, _inline(_ffi.write_cpu), platform="cpu")
+
+ad.primitive_jvps[attention_p] = _attention_jvp
+ad.primitive_jvps[tangent_p] = _second_order(_tangent_impl)
+ad.primitive_transposes[tangent_p] = _tangent_transpose
+ad.primitive_jvps[cotangent_p] = _second_order(_cotangent_impl)
+ad.primitive_jvps[write_p] = _write_jvp
+ad.primitive_transposes[write_p] = _write_transpose

@@ -1,0 +1,177 @@
+"""The oracle: paged attention and cache writes in plain `jnp`, one sequence after the other.
+
+It works on the primitive's operands (see `docs/architecture.md`), computes in float32 and is written to be read, not
+to be fast. Platforms without an engine of their own run it too.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# Products of float32 values would otherwise be rounded to tf32 or bfloat16 on GPUs and TPUs.
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "soft_cap", "sliding_window", "causal", "decode"))
+def attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_tables: Array,
+    kv_lens: Array,
+    q_starts: Array,
+    q_counts: Array,
+    sinks: Array,
+    k_scale: Array,
+    v_scale: Array,
+    *,
+    scale: float,
+    soft_cap: float,
+    sliding_window: int,
+    causal: bool,
+    decode: bool,
+) -> tuple[Array, Array]:
+    """Returns `out [T, N, H]` in q's dtype and `lse [T, N]` float32, for the primitive's operands and parameters."""
+    num_rows, num_heads, _ = q.shape
+    num_seqs = block_tables.shape[0]
+    kv_heads = k_pages.shape[2]
+    per_sequence = (
+        block_tables,
+        kv_lens,
+        q_starts,
+        q_counts,
+        row_of_each_sequence(sinks, num_seqs, num_heads, -jnp.inf),
+        row_of_each_sequence(k_scale, num_seqs, kv_heads, 1.0),
+        row_of_each_sequence(v_scale, num_seqs, kv_heads, 1.0),
+    )
+
+    def attend(rows: Array, row_ids: Array, sequence: tuple[Array, ...]) -> tuple[Array, Array]:
+        table, kv_len, q_start, q_count, sink, k_mult, v_mult = sequence
+        keys, valid = _gather(k_pages, v_pages.shape[0], table, kv_len, k_mult)
+        values, _ = _gather(v_pages, k_pages.shape[0], table, kv_len, v_mult)
+        capacity = keys.shape[0]
+
+        position = jnp.clip(kv_len, 0, capacity) - q_count + (row_ids - q_start)
+        key_ids = jnp.arange(capacity, dtype=jnp.int32)
+        visible = jnp.broadcast_to(valid[None, :], (rows.shape[0], capacity))
+        if causal:
+            visible &= key_ids[None, :] <= position[:, None]
+        else:
+            visible &= position[:, None] >= 0  # a row before position 0 sees no key
+        if sliding_window:
+            visible &= key_ids[None, :] > position[:, None] - sliding_window
+
+        grouped = rows.astype(jnp.float32).reshape(rows.shape[0], kv_heads, num_heads // kv_heads, -1)
+        scores = _einsum("tkgh,skh->tkgs", grouped, keys) * scale
+        if soft_cap:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        return _softmax_average(scores, visible[:, None, None, :], sink.reshape(kv_heads, -1), values)
+
+    if decode:
+        row_ids = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
+        out, lse = jax.lax.map(lambda args: attend(*args), (q[:, None], row_ids, per_sequence))
+        return out.reshape(q.shape).astype(q.dtype), lse.reshape(num_rows, num_heads)
+
+    row_ids = jnp.arange(num_rows, dtype=jnp.int32)
+
+    def step(state: tuple[Array, Array], sequence: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
+        _, _, q_start, q_count, *_ = sequence
+        out, lse = attend(q, row_ids, sequence)
+        mine = (row_ids >= q_start) & (row_ids < q_start + q_count)
+        return (
+            jnp.where(mine[:, None, None], out.reshape(q.shape), state[0]),
+            jnp.where(mine[:, None], lse.reshape(num_rows, num_heads), state[1]),
+        ), None
+
+    nothing = (jnp.zeros(q.shape, jnp.float32), jnp.full((num_rows, num_heads), -jnp.inf, jnp.float32))
+    (out, lse), _ = jax.lax.scan(step, nothing, per_sequence)
+    return out.astype(q.dtype), lse
+
+
+def row_of_each_sequence(rows: Array, num_seqs: int, width: int, absent: float) -> Array:
+    """`[X, width]`, X dividing B or 0 -> `[B, width]`: the row of each sequence, `absent` where X is 0."""
+    if rows.shape[0] == 0:
+        return jnp.full((num_seqs, width), absent, jnp.float32)
+    return jnp.repeat(rows, num_seqs // rows.shape[0], axis=0)
+
+
+def _gather(pages: Array, other_pages: int, table: Array, kv_len: Array, scale: Array) -> tuple[Array, Array]:
+    """The keys (or values) of one sequence, `[M·S, K, H]` float32, and which of them are valid, `[M·S]`.
+
+    Tokens past the length and tokens of ids outside the pool are 0 and not valid, whatever memory holds there.
+    """
+    num_pages, page_size, kv_heads, head_dim = pages.shape
+    in_pool = (table >= 0) & (table < max(num_pages, other_pages))
+    valid = jnp.repeat(in_pool, page_size) & (jnp.arange(table.shape[0] * page_size, dtype=jnp.int32) < kv_len)
+    if num_pages == 0:
+        return jnp.zeros((valid.shape[0], kv_heads, head_dim), jnp.float32), valid
+    tokens = pages[jnp.where(in_pool, table, 0) % num_pages].reshape(-1, kv_heads, head_dim)
+    return jnp.where(valid[:, None, None], tokens.astype(jnp.float32) * scale[:, None], 0.0), valid
+
+
+def _softmax_average(scores: Array, visible: Array, sink: Array, values: Array) -> tuple[Array, Array]:
+    """Softmax of `scores [T, K, G, S]` over the visible keys and the sink `[K, G]`, applied to `values [S, K, H]`."""
+    top = jnp.max(scores, axis=-1, initial=-jnp.inf, where=visible)
+    top = jax.lax.stop_gradient(jnp.maximum(top, sink))
+    shift = jnp.where(jnp.isfinite(top), top, 0.0)
+    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - shift[..., None], 0.0)), 0.0)
+    total = weights.sum(axis=-1) + jnp.exp(sink - shift)
+    some = total > 0
+    divisor = jnp.where(some, total, 1.0)
+    out = _einsum("tkgs,skh->tkgh", weights / divisor[..., None], values)
+    return out, jnp.where(some, shift + jnp.log(divisor), -jnp.inf)
+
+
+@jax.jit
+def write(
+    k_pages: Array, v_pages: Array, k: Array, v: Array, slot_mapping: Array, k_scale: Array, v_scale: Array
+) -> tuple[Array, Array]:
+    """Returns the pools with the tokens of `k`, `v` `[T, K, H]` stored at `slot_mapping [T]`."""
+    num_slots = k_pages.shape[0] * k_pages.shape[1]
+    targets = jnp.where(last_writer(slot_mapping, num_slots), slot_mapping, num_slots)
+    return _scatter(k_pages, k, targets, k_scale), _scatter(v_pages, v, targets, v_scale)
+
+
+def last_writer(slots: Array, num_slots: int) -> Array:
+    """Whether token t is the one whose value stays: its slot is in the pool and no later token has the same."""
+    token_ids = jnp.arange(slots.shape[0], dtype=jnp.int32)
+    in_pool = (slots >= 0) & (slots < num_slots)
+    # Sorting by (slot, token) puts the last token of each slot at the end of its run.
+    sorted_slots, order = jax.lax.sort((slots, token_ids), num_keys=2)
+    ends_run = jnp.concatenate([sorted_slots[1:] != sorted_slots[:-1], jnp.ones(min(1, slots.shape[0]), bool)])
+    return in_pool & jnp.zeros(slots.shape, bool).at[order].set(ends_run)
+
+
+def _scatter(pages: Array, tokens: Array, targets: Array, scale: Array) -> Array:
+    num_pages, page_size, kv_heads, head_dim = pages.shape
+    scale = row_of_each_sequence(scale, tokens.shape[0], kv_heads, 1.0)
+    # The barrier keeps XLA from multiplying by a rounded reciprocal where it sees one divisor for many values.
+    divisor = jax.lax.optimization_barrier(jnp.broadcast_to(scale[:, :, None], tokens.shape))
+    stored = quantize(tokens.astype(jnp.float32) / divisor, pages.dtype)
+    flat = pages.reshape(num_pages * page_size, kv_heads, head_dim)
+    return flat.at[targets].set(stored, mode="drop", unique_indices=False).reshape(pages.shape)
+
+
+def quantize(values: Array, dtype: jnp.dtype) -> Array:
+    """Rounds float32 to nearest even; 8-bit types saturate, NaN stays NaN in fp8 and becomes 0 in int8."""
+    if dtype == jnp.int8:
+        return jnp.nan_to_num(jnp.clip(jnp.round(values), -127, 127), nan=0.0).astype(jnp.int8)
+    if jnp.finfo(dtype).bits == 8:
+        # The conversion itself turns what is too large into NaN (e4m3) or infinity (e5m2).
+        bound = float(jnp.finfo(dtype).max)
+        return jnp.clip(values, -bound, bound).astype(dtype)
+    return values.astype(dtype)
+
+
+def read_tokens(pages: Array, slots: Array, scale: Array) -> Array:
+    """What stands in the slot of each token, `[T, K, H]` float32, divided by its scale; 0 if the token is not there.
+
+    As a linear map this is the transpose of the write.
+    """
+    num_pages, page_size, kv_heads, head_dim = pages.shape
+    num_slots = num_pages * page_size
+    targets = jnp.where(last_writer(slots, num_slots), slots, num_slots)
+    tokens = pages.reshape(num_slots, kv_heads, head_dim).at[targets].get(mode="fill", fill_value=0)
+    return tokens.astype(jnp.float32) / row_of_each_sequence(scale, slots.shape[0], kv_heads, 1.0)[:, :, None]

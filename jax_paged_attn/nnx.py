@@ -1,0 +1,316 @@
+"""Flax NNX: an attention layer whose key/value cache is `nnx` state.
+
+Needs the extra `flax`. `PagedSelfAttention` is a whole layer; `PagedAttention` is the part between the projections, for
+models that have projections of their own. Either takes the tokens of all sequences of a step in one row, and a
+`StepMetadata` that says whose they are::
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.attention = PagedSelfAttention(hidden_size=512, num_heads=8, num_kv_heads=2, head_dim=64, rngs=rngs)
+            self.attention.init_cache(num_pages=1024, page_size=16, dtype=jnp.bfloat16)
+
+        def __call__(self, x, step):
+            return x + self.attention(x, step)
+
+The pages are `CacheVariable`s, so a step can take them apart from the weights and donate them::
+
+    graphdef, cache, weights = nnx.split(model, CacheVariable, ...)
+
+    @partial(jax.jit, donate_argnums=0)
+    def run(cache, weights, x, step):
+        model = nnx.merge(graphdef, cache, weights)
+        y = model(x, step)
+        return y, nnx.state(model, CacheVariable)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_paged_attn import ragged_paged_attention, write_kv_pages
+
+__all__ = [
+    "CacheVariable",
+    "Llama3RopeScaling",
+    "PagedAttention",
+    "PagedSelfAttention",
+    "StepMetadata",
+    "apply_rope",
+    "rope_frequencies",
+]
+
+
+class CacheVariable(nnx.Variable):
+    """Key or value pages of one layer, `[P, S, K, H]`: changed by every step, unlike the weights."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetadata:
+    """Which sequences the T tokens of a step belong to, and where their keys and values go. All int32.
+
+    Attributes:
+      positions: `[T]`, position of each token in its sequence, from 0.
+      slot_mapping: `[T]`, page · S + offset of each token; −1 for padding, which is not written.
+      block_tables: `[B, M]`, page ids of each sequence.
+      kv_lens: `[B]`, tokens of each sequence in the cache, the new ones included.
+      cu_q_lens: `[B + 1]`, first token of each sequence in the step, then the end.
+      num_seqs: scalar, how many of the B rows are live.
+    """
+
+    positions: Array
+    slot_mapping: Array
+    block_tables: Array
+    kv_lens: Array
+    cu_q_lens: Array
+    num_seqs: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3RopeScaling:
+    """The rotary frequencies of Llama 3.1 and later, stretched to contexts longer than the pretrained one.
+
+    Frequencies whose wavelength is above ``original_max_position_embeddings / low_freq_factor`` are divided by
+    `factor`, those below ``original_max_position_embeddings / high_freq_factor`` stay, and those between are
+    interpolated. Field names are those of `rope_scaling` in Hugging Face's config.json.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self):
+        if self.factor <= 0 or self.original_max_position_embeddings <= 0:
+            raise ValueError(f"rope scaling: expected a positive factor and original length, got {self}")
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(f"rope scaling: expected 0 < low_freq_factor < high_freq_factor, got {self}")
+
+
+def rope_frequencies(head_dim: int, theta: float = 10000.0, scaling: Llama3RopeScaling | None = None) -> np.ndarray:
+    """Rotary frequencies in radians a token (RoFormer, Su et al. 2021), float32 `[head_dim / 2]`.
+
+    Raises:
+      ValueError: `head_dim` is odd or `theta` is not positive.
+    """
+    if head_dim % 2:
+        raise ValueError(f"head_dim: expected an even number for rotary embeddings, got {head_dim}")
+    if theta <= 0:
+        raise ValueError(f"theta: expected a positive number, got {theta}")
+    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is not None:
+        wavelengths_in_context = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        keep = (wavelengths_in_context - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        keep = np.clip(keep, 0.0, 1.0)
+        frequencies = keep * frequencies + (1 - keep) * frequencies / scaling.factor
+    return frequencies.astype(np.float32)
+
+
+def apply_rope(x: Array, positions: Array, frequencies: ArrayLike) -> Array:
+    """Rotates pairs (i, i + H/2) of each head by position · frequency: the halves convention of GPT-NeoX and Llama.
+
+    Args:
+      x: `[..., heads, H]`.
+      positions: int32, the leading axes of `x`.
+      frequencies: `[H / 2]`, see `rope_frequencies`.
+
+    Returns:
+      As `x`, in its dtype; the rotation is computed in float32.
+    """
+    angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class PagedAttention(nnx.Module):
+    """Rotates queries and keys, writes keys and values to the cache, attends. No weights except the optional sinks.
+
+    Args:
+      num_heads, num_kv_heads, head_dim: N, K, H.
+      rope_theta: base of the rotary frequencies; None for no rotation.
+      rope_scaling: Llama 3's stretched frequencies.
+      scale, sliding_window, soft_cap, implementation: as for `jax_paged_attn.ragged_paged_attention`.
+      sinks: whether each head has a learnt sink logit, an `nnx.Param` `[N]` float32, initially 0.
+
+    Raises:
+      ValueError: N is no multiple of K, or what `rope_frequencies` refuses.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        rope_theta: float | None = 10000.0,
+        rope_scaling: Llama3RopeScaling | None = None,
+        scale: float | None = None,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: bool = False,
+        implementation: str | None = None,
+    ):
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_heads: expected a multiple of num_kv_heads = {num_kv_heads}, got {num_heads}")
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
+        self.scale = scale
+        self.sliding_window = sliding_window
+        self.soft_cap = soft_cap
+        self.implementation = implementation
+        self.sinks = nnx.data(nnx.Param(jnp.zeros(num_heads, jnp.float32)) if sinks else None)
+        self.k_pages: CacheVariable | None = nnx.data(None)
+        self.v_pages: CacheVariable | None = nnx.data(None)
+        self.k_scale: nnx.Variable | None = nnx.data(None)
+        self.v_scale: nnx.Variable | None = nnx.data(None)
+        if rope_theta is not None:
+            rope_frequencies(head_dim, rope_theta, rope_scaling)
+
+    def init_cache(
+        self,
+        num_pages: int,
+        page_size: int,
+        dtype: DTypeLike,
+        *,
+        k_scale: ArrayLike | None = None,
+        v_scale: ArrayLike | None = None,
+    ) -> None:
+        """Gives the layer an empty cache of `[num_pages, page_size, K, H]` a side, in place of any it had.
+
+        Args:
+          dtype: that of the queries, or float8_e4m3fn, float8_e5m2, int8.
+          k_scale, v_scale: positive f32, scalar or `[K]`: value = stored · scale. Required for int8.
+
+        Raises:
+          ValueError: no pages, no tokens a page, or an int8 cache without scales.
+        """
+        if num_pages < 1 or page_size < 1:
+            raise ValueError(f"num_pages, page_size: expected at least 1, got {num_pages}, {page_size}")
+        if jnp.dtype(dtype) == jnp.int8 and (k_scale is None or v_scale is None):
+            raise ValueError("k_scale, v_scale: required for int8 pages, got None")
+        shape = (num_pages, page_size, self.num_kv_heads, self.head_dim)
+        self.k_pages = CacheVariable(jnp.zeros(shape, dtype))
+        self.v_pages = CacheVariable(jnp.zeros(shape, dtype))
+        self.k_scale = None if k_scale is None else nnx.Variable(jnp.asarray(k_scale, jnp.float32))
+        self.v_scale = None if v_scale is None else nnx.Variable(jnp.asarray(v_scale, jnp.float32))
+
+    def __call__(self, q: Array, k: Array, v: Array, step: StepMetadata | None = None) -> Array:
+        """Attends causally, over the cache or, without a step, within each of a batch of whole sequences.
+
+        Args:
+          q: `[T, N, H]`, or `[..., T, N, H]` without a step; k, v: likewise with K heads.
+          step: whose tokens these are. None for training and scoring: no cache is read or written.
+
+        Returns:
+          As `q`.
+
+        Raises:
+          ValueError: a step, but no cache.
+        """
+        positions = jnp.arange(q.shape[-3], dtype=jnp.int32) if step is None else step.positions
+        if self.rope_theta is not None:
+            frequencies = rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
+            q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
+        if step is None:
+            return self._attend_within(q, k, v)
+        if self.k_pages is None or self.v_pages is None:
+            raise ValueError("step: expected a layer with a cache, but init_cache was never called")
+
+        scales = {
+            "k_scale": None if self.k_scale is None else self.k_scale[...],
+            "v_scale": None if self.v_scale is None else self.v_scale[...],
+        }
+        k_pages, v_pages = write_kv_pages(self.k_pages[...], self.v_pages[...], k, v, step.slot_mapping, **scales)
+        self.k_pages.set_value(k_pages)
+        self.v_pages.set_value(v_pages)
+        return self._attend(
+            q, k_pages, v_pages, step.kv_lens, step.block_tables, step.cu_q_lens, step.num_seqs, **scales
+        )
+
+    def _attend_within(self, q: Array, k: Array, v: Array) -> Array:
+        """Whole sequences `[..., T, heads, H]`, each attending within itself."""
+        if self.soft_cap is None and self.sinks is None:
+            window = None if self.sliding_window is None else (self.sliding_window - 1, 0)
+            return jax.nn.dot_product_attention(q, k, v, scale=self.scale, is_causal=True, local_window_size=window)
+        # A batch of whole sequences is a pool of long pages, one a sequence.
+        length = q.shape[-3]
+        pages = [x.reshape(-1, *x.shape[-3:]) for x in (k, v)]
+        count = pages[0].shape[0]
+        sequences = jnp.arange(count + 1, dtype=jnp.int32)
+        lengths = jnp.full(count, length, jnp.int32)
+        rows = q.reshape(-1, *q.shape[-2:])
+        return self._attend(rows, *pages, lengths, sequences[:-1, None], sequences * length).reshape(q.shape)
+
+    def _attend(self, *arrays: Array, **scales: Array | None) -> Array:
+        out = ragged_paged_attention(
+            *arrays,
+            scale=self.scale,
+            sliding_window=self.sliding_window,
+            soft_cap=self.soft_cap,
+            sinks=None if self.sinks is None else self.sinks[...],
+            implementation=self.implementation,
+            **scales,
+        )
+        assert isinstance(out, Array)
+        return out
+
+
+class PagedSelfAttention(nnx.Module):
+    """Grouped-query self-attention with projections, rotary embeddings and a paged cache.
+
+    Args:
+      hidden_size: D, size of the tokens' vectors.
+      num_heads, num_kv_heads, head_dim: N, K, H.
+      use_bias: whether the q, k and v projections have a bias.
+      dtype: of the computation; None for that of inputs and weights.
+      param_dtype: of the weights.
+      rngs: for the weights' initial values.
+      options: those of `PagedAttention`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        use_bias: bool = False,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+        **options,
+    ):
+        def linear(inputs: int, outputs: int, use_bias: bool) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+        self.attention = PagedAttention(num_heads, num_kv_heads, head_dim, **options)
+        self.q_proj = linear(hidden_size, num_heads * head_dim, use_bias)
+        self.k_proj = linear(hidden_size, num_kv_heads * head_dim, use_bias)
+        self.v_proj = linear(hidden_size, num_kv_heads * head_dim, use_bias)
+        self.o_proj = linear(num_heads * head_dim, hidden_size, False)
+
+    def init_cache(self, num_pages: int, page_size: int, dtype: DTypeLike, **scales: ArrayLike | None) -> None:
+        """See `PagedAttention.init_cache`."""
+        self.attention.init_cache(num_pages, page_size, dtype, **scales)
+
+    def __call__(self, x: Array, step: StepMetadata | None = None) -> Array:
+        """`[T, D]` tokens of a step, or `[..., T, D]` whole sequences without one; returns as `x`."""
+
+        def heads(projected: Array) -> Array:
+            return projected.reshape(*projected.shape[:-1], -1, self.attention.head_dim)
+
+        out = self.attention(heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x)), step)
+        return self.o_proj(out.reshape(*out.shape[:-2], -1))

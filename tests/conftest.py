@@ -1,0 +1,26 @@
+"""The fixture `engine`: the name of each engine that the package has, skipped where it cannot run."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from jax_paged_attn import _engines
+
+
+def _engine_params() -> list[object]:
+    # JAX calls the backend "gpu" and the platform it lowers for "cuda".
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    params = []
+    for engine in _engines.ENGINES:
+        marks = [pytest.mark.gpu] if engine.platform == "cuda" else []
+        reason = engine.missing(platform)
+        if reason is not None:
+            marks.append(pytest.mark.skip(reason=reason))
+        params.append(pytest.param(engine.name, marks=marks))
+    return params
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "engine" in metafunc.fixturenames:
+        metafunc.parametrize("engine", _engine_params())

@@ -1,0 +1,154 @@
+"""The specification as a loop: float64 NumPy, one query row and one head at a time.
+
+Every engine, the pure-JAX reference included, is measured against this file, so it takes nothing from the
+package and nothing from JAX: only NumPy, and ml_dtypes for the rounding of 8-bit floats.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[Any]
+
+SATURATION = {
+    np.dtype(ml_dtypes.float8_e4m3fn): 448.0,
+    np.dtype(ml_dtypes.float8_e5m2): 57344.0,
+    np.dtype(np.int8): 127.0,
+}
+
+
+def _per_head(scale: ArrayLike | None, num_heads: int, dtype: Any) -> Array:
+    """A scale given as None, scalar or `[K]`, as `[K]`."""
+    return np.broadcast_to(np.asarray(1.0 if scale is None else scale, dtype), (num_heads,))
+
+
+def ragged_paged_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    kv_lens: Array,
+    block_tables: Array,
+    cu_q_lens: Array,
+    num_seqs: ArrayLike | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Array | None = None,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+) -> tuple[Array, Array]:
+    """Attention of ragged query rows over paged keys: `(out [T, N, H], lse [T, N])`, both float64."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_pages, page_size, num_kv_heads, _ = k_pages.shape
+    batch, max_pages = block_tables.shape
+    group = num_heads // num_kv_heads
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    k_scales = _per_head(k_scale, num_kv_heads, np.float64)
+    v_scales = _per_head(v_scale, num_kv_heads, np.float64)
+    live = batch if num_seqs is None else int(np.clip(int(np.asarray(num_seqs).reshape(())), 0, batch))
+    starts = np.maximum.accumulate(np.clip(np.asarray(cu_q_lens, np.int64), 0, num_tokens))
+
+    out = np.zeros(q.shape)
+    lse = np.full((num_tokens, num_heads), -np.inf)
+    for b in range(live):
+        kv_len = int(np.clip(int(kv_lens[b]), 0, max_pages * page_size))
+        first, count = int(starts[b]), int(starts[b + 1] - starts[b])
+        for row in range(count):
+            position = kv_len - count + row
+            last_key = position if causal or position < 0 else kv_len - 1
+            first_key = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+            seen = [
+                (int(block_tables[b, j // page_size]), j % page_size)
+                for j in range(first_key, last_key + 1)
+                if 0 <= block_tables[b, j // page_size] < num_pages
+            ]
+            pages, offsets = np.array(seen, np.int64).reshape(-1, 2).T
+            for head in range(num_heads):
+                kv_head = head // group
+                keys = k_pages[pages, offsets, kv_head].astype(np.float64) * k_scales[kv_head]
+                values = v_pages[pages, offsets, kv_head].astype(np.float64) * v_scales[kv_head]
+                scores = keys @ q[first + row, head].astype(np.float64) * scale
+                if soft_cap is not None:
+                    scores = soft_cap * np.tanh(scores / soft_cap)
+                sink = -np.inf if sinks is None else float(sinks[head])
+                top = max(scores.max(initial=-np.inf), sink)
+                if top == -np.inf:
+                    continue
+                weights = np.exp(scores - top)
+                total = weights.sum() + np.exp(sink - top)
+                out[first + row, head] = weights @ values / total
+                lse[first + row, head] = top + np.log(total)
+    return out, lse
+
+
+def paged_attention(
+    q: Array, k_pages: Array, v_pages: Array, block_tables: Array, lengths: Array, **keywords: Any
+) -> tuple[Array, Array]:
+    """Decode: every sequence has one query row, which stands at its last token."""
+    return ragged_paged_attention(
+        q, k_pages, v_pages, lengths, block_tables, np.arange(q.shape[0] + 1, dtype=np.int32), **keywords
+    )
+
+
+def store(values: Array, scales: Array, dtype: Any) -> Array:
+    """`values [..., K, H]` as they stand in pages of `dtype`: divided in float32, saturated, rounded to nearest even."""
+    dtype = np.dtype(dtype)
+    scaled = values.astype(np.float32) / scales[:, None]
+    limit = SATURATION.get(dtype)
+    if limit is not None:
+        scaled = np.clip(scaled, -limit, limit)
+    if dtype == np.int8:
+        scaled = np.rint(np.where(np.isnan(scaled), np.float32(0), scaled))
+    return scaled.astype(dtype)
+
+
+def write_kv_pages(
+    k_pages: Array,
+    v_pages: Array,
+    k: Array,
+    v: Array,
+    slot_mapping: Array,
+    *,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+) -> tuple[Array, Array]:
+    """Copies of the pools with token t at slot `page · S + offset`; the last of equal slots wins."""
+    num_pages, page_size, num_kv_heads, _ = k_pages.shape
+    k_pages, v_pages = k_pages.copy(), v_pages.copy()
+    k_scales, v_scales = (_per_head(s, num_kv_heads, np.float32) for s in (k_scale, v_scale))
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if 0 <= slot < num_pages * page_size:
+            page, offset = divmod(slot, page_size)
+            k_pages[page, offset] = store(k[token], k_scales, k_pages.dtype)
+            v_pages[page, offset] = store(v[token], v_scales, v_pages.dtype)
+    return k_pages, v_pages
+
+
+def copy_kv_pages(k_pages: Array, v_pages: Array, src: Array, dst: Array) -> tuple[Array, Array]:
+    """Copies of the pools with page `src[i]` in place of page `dst[i]`; sources are read before any write."""
+    num_pages = k_pages.shape[0]
+    k_new, v_new = k_pages.copy(), v_pages.copy()
+    for source, target in zip(src.tolist(), dst.tolist(), strict=True):
+        if 0 <= source < num_pages and 0 <= target < num_pages:
+            k_new[target], v_new[target] = k_pages[source], v_pages[source]
+    return k_new, v_new
+
+
+def merge_attention_states(outs: Array, lses: Array) -> tuple[Array, Array]:
+    """Partial results over disjoint keys, parts on the leading axis, as one float64 `(out, lse)`."""
+    outs, lses = outs.astype(np.float64), lses.astype(np.float64)
+    top = np.max(lses, axis=0)
+    shift = np.where(np.isfinite(top), top, 0.0)
+    weights = np.exp(lses - shift)
+    total = weights.sum(axis=0)
+    empty = total == 0
+    out = np.einsum("p...,p...h->...h", weights, outs) / np.where(empty, 1.0, total)[..., None]
+    with np.errstate(divide="ignore"):
+        return out, shift + np.log(total)

@@ -1,0 +1,304 @@
+"""Writing tokens, copying pages, and the pytree that holds the pools: bit for bit against the oracle, and in place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import DTYPES, Array, random_values
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jax_paged_attn as jpa
+
+P, S, K, H = 7, 3, 2, 16
+SCALES = {"none": None, "scalar": np.float32(0.37), "head": np.array([0.5, 3.0], np.float32)}
+
+
+def assert_same_bits(got: Any, want: Array) -> None:
+    """Equal bits, except that one NaN is as good as another."""
+    got = np.asarray(got)
+    assert (got.dtype, got.shape) == (want.dtype, want.shape)
+    if want.dtype != np.int8:
+        nan = np.isnan(want.astype(np.float32))
+        np.testing.assert_array_equal(np.isnan(got.astype(np.float32)), nan)
+        got, want = np.where(nan, 0, got), np.where(nan, 0, want)
+    bits = np.dtype(f"u{want.dtype.itemsize}")
+    np.testing.assert_array_equal(got.view(bits), want.view(bits))
+
+
+def pools(seed: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    rng = np.random.default_rng(seed)
+    return random_values(rng, (P, S, K, H), dtype), random_values(rng, (P, S, K, H), dtype)
+
+
+def hard_values(tokens: int) -> Array:
+    """Float32 values that meet every rule of rounding: ties, saturation, denormals of fp8, NaN, Inf, signed zeros."""
+    rng = np.random.default_rng(1)
+    values = (rng.standard_normal((tokens, K, H)) * 10.0 ** rng.integers(-8, 6, (tokens, K, H))).astype(np.float32)
+    ties = np.array([0.5, 1.5, 2.5, -0.5, -126.5, 126.5, 127.5, 1.0625, 1.1875, 17.0, 19.0, 2.0**-10, 3 * 2.0**-10])
+    limits = np.array([448, 464, 465, -500, 57344, 61440, 65504, -1e9, 127, 128, 3e38, np.inf, -np.inf, np.nan, 0.0, -0.0])
+    special = np.concatenate([ties, limits]).astype(np.float32)
+    values.reshape(-1)[: special.size] = special
+    return values
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("page_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+def test_write_matches_the_oracle(dtype: str, page_dtype: str, scales: str) -> None:
+    if page_dtype == "int8" and scales == "none":
+        pytest.skip("int8 needs scales")
+    k_pages, v_pages = pools(0, DTYPES[page_dtype])
+    with np.errstate(over="ignore"):
+        k = hard_values(6).astype(DTYPES[dtype])
+    v = k[::-1].copy()
+    # Skipped, skipped, first and last slot, a duplicate: token 5 wins over token 2.
+    slots = np.array([-1, P * S, 4, P * S - 1, 0, 4], np.int32)
+    factors = {"k_scale": SCALES[scales], "v_scale": SCALES[scales]}
+    got = harness.call("write_kv_pages", k_pages, v_pages, k, v, slots, **factors)
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = oracle.write_kv_pages(k_pages, v_pages, k, v, slots, **factors)
+    for mine, theirs in zip(got, want, strict=True):
+        assert_same_bits(mine, theirs)
+
+
+INT32 = st.one_of(st.integers(-3, P * S + 3), st.sampled_from([2**31 - 1, -(2**31), 2**31 - P * S]))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(slots=st.lists(INT32, min_size=9, max_size=9))
+def test_write_to_any_slots_matches_the_oracle(slots: list[int]) -> None:
+    k_pages, v_pages = pools(0, DTYPES["bf16"])
+    k, v = np.random.default_rng(2).standard_normal((2, 9, K, H)).astype(np.float32)
+    got = harness.call("write_kv_pages", k_pages, v_pages, k, v, np.array(slots, np.int32))
+    for mine, theirs in zip(got, oracle.write_kv_pages(k_pages, v_pages, k, v, np.array(slots)), strict=True):
+        assert_same_bits(mine, theirs)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(pairs=st.lists(st.tuples(INT32, INT32), min_size=6, max_size=6), dtype=st.sampled_from(["f32", "int8"]))
+def test_copy_matches_the_oracle(pairs: list[tuple[int, int]], dtype: str) -> None:
+    k_pages, v_pages = pools(3, DTYPES[dtype])
+    src, dst = np.array(pairs, np.int32).T
+    got = harness.call("copy_kv_pages", k_pages, v_pages, src, dst)
+    for mine, theirs in zip(got, oracle.copy_kv_pages(k_pages, v_pages, src, dst), strict=True):
+        assert_same_bits(mine, theirs)
+
+
+def test_copy_reads_sources_as_they_were() -> None:
+    """A rotation of pages and a chain: no target may be read after it was written. Of equal targets the last wins."""
+    k_pages, v_pages = pools(3, DTYPES["e4m3"])
+    src, dst = np.array([0, 1, 2, 3, 0, P], np.int32), np.array([1, 2, 0, 4, 4, 4], np.int32)
+    k_new, v_new = jpa.copy_kv_pages(k_pages, v_pages, src, dst)
+    for new, old in ((k_new, k_pages), (v_new, v_pages)):
+        assert_same_bits(new, old[[2, 0, 1, 3, 0, 5, 6]])
+
+
+def test_no_tokens_and_no_pages_change_nothing() -> None:
+    k_pages, v_pages = pools(0, DTYPES["f32"])
+    none, ids = np.zeros((0, K, H), np.float32), np.zeros(0, np.int32)
+    for result in (jpa.write_kv_pages(k_pages, v_pages, none, none, ids), jpa.copy_kv_pages(k_pages, v_pages, ids, ids)):
+        assert_same_bits(result[0], k_pages)
+        assert_same_bits(result[1], v_pages)
+    empty = k_pages[:0]
+    tokens, slots = np.ones((2, K, H), np.float32), np.array([0, 1], np.int32)
+    for result in (jpa.write_kv_pages(empty, empty, tokens, tokens, slots), jpa.copy_kv_pages(empty, empty, slots, slots)):
+        assert result[0].shape == empty.shape
+
+
+# ---- In place --------------------------------------------------------------------------------------------------------
+
+
+def _write(k_pages: Any, v_pages: Any) -> Any:
+    tokens = jnp.ones((2, K, H)) * 3
+    return jpa.write_kv_pages(k_pages, v_pages, tokens, tokens, jnp.array([4, 9], jnp.int32))
+
+
+def _copy(k_pages: Any, v_pages: Any) -> Any:
+    return jpa.copy_kv_pages(k_pages, v_pages, jnp.array([0, 1], jnp.int32), jnp.array([1, 5], jnp.int32))
+
+
+def _scan(k_pages: Any, v_pages: Any) -> Any:
+    """Three steps of writing, each reading what the one before wrote."""
+
+    def step(pages: Any, slot: Any) -> Any:
+        tokens = pages[0][0, :1] + 1
+        pages = jpa.write_kv_pages(*pages, tokens, tokens, slot[None])
+        lengths, tables = jnp.full(1, S, jnp.int32), jnp.zeros((1, 1), jnp.int32)
+        return pages, jpa.paged_attention(tokens, *pages, tables, lengths)
+
+    return jax.lax.scan(step, (k_pages, v_pages), jnp.array([0, 0, 8], jnp.int32))[0]
+
+
+@pytest.mark.parametrize("update", [_write, _copy, _scan])
+def test_donated_pages_are_updated_in_place(update: Callable[..., Any]) -> None:
+    k_pages, v_pages = (jax.device_put(x) + 0 for x in pools(4, DTYPES["f32"]))
+    want = [np.asarray(x) for x in jax.jit(update)(k_pages, v_pages)]
+    assert not np.array_equal(want[0], k_pages)
+    pointers = [x.unsafe_buffer_pointer() for x in (k_pages, v_pages)]
+
+    donating = jax.jit(update, donate_argnums=(0, 1)).lower(k_pages, v_pages).compile()
+    shape = ",".join(map(str, (P, S, K, H)))
+    copies = re.findall(rf".*= f32\[{shape}\]\S* (?:copy|copy-start|broadcast|concatenate|fusion)\(.*", donating.as_text())
+    assert not [line for line in copies if "scatter" not in line]
+    assert donating.memory_analysis().temp_size_in_bytes < k_pages.nbytes
+
+    got = donating(k_pages, v_pages)
+    assert [x.unsafe_buffer_pointer() for x in got] == pointers
+    assert k_pages.is_deleted()
+    assert v_pages.is_deleted()
+    for mine, theirs in zip(got, want, strict=True):
+        assert_same_bits(mine, theirs)
+
+
+@pytest.mark.parametrize("update", [_write, _copy, _scan])
+@pytest.mark.parametrize("transform", [jax.jit, lambda f: f], ids=["jit", "eager"])
+def test_pages_that_are_not_donated_stay(update: Callable[..., Any], transform: Callable[..., Any]) -> None:
+    before = pools(4, DTYPES["f32"])
+    k_pages, v_pages = (jax.device_put(x) + 0 for x in before)
+    k_new, v_new = transform(update)(k_pages, v_pages)
+    assert_same_bits(k_pages, before[0])
+    assert_same_bits(v_pages, before[1])
+    assert not np.array_equal(k_new, k_pages)
+    assert not np.array_equal(v_new, v_pages)
+
+
+# ---- vmap ------------------------------------------------------------------------------------------------------------
+
+WRITE_OPERANDS = ("k_pages", "v_pages", "k", "v", "slot_mapping", "k_scale", "v_scale")
+
+
+@pytest.mark.parametrize(
+    "mapped",
+    [*[(name,) for name in WRITE_OPERANDS], ("k_pages", "v_pages"), ("k", "v", "slot_mapping"), WRITE_OPERANDS],
+    ids="+".join,
+)
+def test_vmap_of_write_is_a_loop(mapped: tuple[str, ...]) -> None:
+    rng = np.random.default_rng(6)
+    variants = []
+    for _ in range(3):
+        k, v = rng.standard_normal((2, 8, K, H)).astype(np.float32)
+        # Skipped slots that a neighbour's pool would have, and duplicates.
+        slots = rng.permutation([0, 0, 5, 11, P * S - 1, P * S, P * S + 5, -1]).astype(np.int32)
+        scales = rng.random((2, K), np.float32) + 0.1
+        variants.append(dict(zip(WRITE_OPERANDS, (*pools(rng.integers(99), DTYPES["e4m3"]), k, v, slots, *scales), strict=True)))
+    axes = {name: 0 if name in mapped else None for name in WRITE_OPERANDS}
+    stacked = {n: np.stack([x[n] for x in variants]) if n in mapped else variants[0][n] for n in WRITE_OPERANDS}
+    got = jax.jit(jax.vmap(lambda x: jpa.write_kv_pages(**x), in_axes=(axes,)))(stacked)
+    for i, variant in enumerate(variants):
+        alone = {n: variant[n] if n in mapped else variants[0][n] for n in WRITE_OPERANDS}
+        for mine, theirs in zip(got, oracle.write_kv_pages(**alone), strict=True):
+            assert_same_bits(mine[i], theirs)
+
+
+@pytest.mark.parametrize("mapped", ["src", "dst", "k_pages"])
+def test_vmap_of_copy_is_a_loop(mapped: str) -> None:
+    k_pages, v_pages = pools(7, DTYPES["bf16"])
+    ids = np.array([[0, 1, P + 2], [3, 3, 5], [-1, 6, 0]], np.int32)
+    args: dict[str, Any] = {"k_pages": k_pages, "v_pages": v_pages, "src": ids[1], "dst": ids[0]}
+    args[mapped] = ids if mapped != "k_pages" else np.stack([pools(i, DTYPES["bf16"])[0] for i in range(3)])
+    axes = {name: 0 if name == mapped else None for name in args}
+    got = jax.vmap(lambda x: jpa.copy_kv_pages(**x), in_axes=(axes,), out_axes=0)(args)
+    for i in range(3):
+        want = oracle.copy_kv_pages(**{**args, mapped: args[mapped][i]})
+        for mine, theirs in zip(got, want, strict=True):
+            assert_same_bits(mine[i], theirs)
+
+
+# ---- PagedKVCache ----------------------------------------------------------------------------------------------------
+
+LAYERS = 3
+
+
+def _caches(**keywords: Any) -> list[jpa.PagedKVCache]:
+    sizes = (LAYERS, P, S, K, H)
+    return [jpa.PagedKVCache.create(*sizes, dtype=jnp.float32, stacked=s, **keywords) for s in (False, True)]
+
+
+def test_cache_is_a_pytree_of_pools() -> None:
+    tuples, flat = _caches(k_scale=0.5, v_scale=np.array([1.0, 2.0]))
+    assert [x.shape for x in jax.tree.leaves(tuples)] == [(P, S, K, H)] * (2 * LAYERS) + [(), (K,)]
+    assert [x.shape for x in jax.tree.leaves(flat)] == [(LAYERS * P, S, K, H)] * 2 + [(), (K,)]
+    for cache, stacked in ((tuples, False), (flat, True)):
+        doubled = jax.tree.map(lambda x: 2 * x, cache)
+        assert isinstance(doubled, jpa.PagedKVCache)
+        assert (doubled.num_layers, doubled.num_pages, doubled.page_size) == (LAYERS, P, S)
+        assert doubled.stacked == stacked
+        assert jax.tree.structure(doubled) == jax.tree.structure(cache)
+    assert jpa.PagedKVCache(tuples.k_pages, tuples.v_pages, None, None).num_layers == LAYERS
+
+
+def test_both_layouts_give_the_same_attention() -> None:
+    """Each layer writes other tokens, then attends; ids that are bad stay so in the flat pool."""
+    rng = np.random.default_rng(8)
+    k, v = rng.standard_normal((2, LAYERS, 5, K, H)).astype(np.float32)
+    q = rng.standard_normal((LAYERS, 2, K, H)).astype(np.float32)
+    slots = jnp.array([0, 1, 2, P * S - 1, P * S], jnp.int32)
+    tables, lengths = jnp.array([[0, P + 1], [P - 1, -1]], jnp.int32), jnp.array([5, 3], jnp.int32)
+    src, dst = jnp.array([P - 1, 0, P], jnp.int32), jnp.array([3, 4, 0], jnp.int32)
+
+    def layer(cache: jpa.PagedKVCache, index: Any) -> Any:
+        return jpa.paged_attention(q[index], *(parts := cache.layer(index, tables))[:2], parts[2], lengths, return_lse=True)
+
+    @jax.jit
+    def step(cache: jpa.PagedKVCache) -> Any:
+        for index in range(LAYERS):
+            cache = cache.write(index, k[index], v[index], slots)
+        cache = cache.copy(src, dst)
+        return cache, [layer(cache, index) for index in range(LAYERS)]
+
+    (tuples, want), (flat, got) = map(step, _caches(k_scale=0.5, v_scale=2.0))
+    assert_same_bits(flat.k_pages[0], np.concatenate(tuples.k_pages))
+    assert_same_bits(flat.v_pages[0], np.concatenate(tuples.v_pages))
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_same_bits(mine, np.asarray(theirs))
+    expected_k, _ = oracle.write_kv_pages(np.zeros((P, S, K, H), np.float32), np.zeros((P, S, K, H), np.float32), k[1], v[1], np.asarray(slots), k_scale=0.5)
+    assert_same_bits(tuples.k_pages[1][:3], expected_k[:3])
+    assert_same_bits(tuples.k_pages[1][3], expected_k[P - 1])
+
+
+def test_flat_pool_is_carried_by_a_scan_in_place() -> None:
+    _, cache = _caches()
+    k, v = np.random.default_rng(9).standard_normal((2, LAYERS, 2, K, H)).astype(np.float32)
+    slots = jnp.array([1, 20], jnp.int32)
+
+    def over_layers(cache: jpa.PagedKVCache, k: Any, v: Any) -> Any:
+        def step(cache: jpa.PagedKVCache, xs: Any) -> Any:
+            return cache.write(*xs, slots), None
+
+        return jax.lax.scan(step, cache, (jnp.arange(LAYERS), k, v))[0]
+
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache)]
+    got = jax.jit(over_layers, donate_argnums=0)(cache, k, v)
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(got)] == pointers
+    for index in range(LAYERS):
+        zeros = np.zeros((P, S, K, H), np.float32)
+        want, _ = oracle.write_kv_pages(zeros, zeros, k[index], v[index], np.asarray(slots))
+        assert_same_bits(got.k_pages[0][index * P : (index + 1) * P], want)
+
+
+def test_tuple_of_pools_wants_a_static_layer() -> None:
+    tuples, _ = _caches()
+    tables = jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(TypeError, match="^index: expected a static layer"):
+        jax.jit(lambda i: tuples.layer(i, tables))(0)
+    with pytest.raises(ValueError, match=rf"^index: expected a layer in \[0, {LAYERS}\), got {LAYERS}"):
+        tuples.layer(LAYERS, tables)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"num_pages": 0}, "num_pages: expected an integer >= 1, got 0"), ({"dtype": jnp.int32}, "dtype: expected .* got int32")],
+)
+def test_cache_rejects_bad_sizes(change: dict[str, Any], message: str) -> None:
+    sizes = {"num_layers": 1, "num_pages": P, "page_size": S, "num_kv_heads": K, "head_dim": H}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        jpa.PagedKVCache.create(**{**sizes, **change})

@@ -1,0 +1,231 @@
+"""Bad input raises at trace time, and the message names the argument, what was expected, and what came."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_paged_attn as jpa
+
+# B = 2 sequences, T = 5 rows, N = 4, K = 2, H = 8, P = 6, S = 4, M = 3.
+POOLS = {"k_pages": jnp.zeros((6, 4, 2, 8)), "v_pages": jnp.zeros((6, 4, 2, 8))}
+TABLES = {"block_tables": jnp.zeros((2, 3), jnp.int32)}
+DECODE = {"q": jnp.zeros((2, 4, 8)), **POOLS, **TABLES, "lengths": jnp.ones(2, jnp.int32)}
+RAGGED = {
+    "q": jnp.zeros((5, 4, 8)),
+    **POOLS,
+    **TABLES,
+    "kv_lens": jnp.ones(2, jnp.int32),
+    "cu_q_lens": jnp.zeros(3, jnp.int32),
+}
+WRITE = {
+    **POOLS,
+    "k": jnp.zeros((5, 2, 8)),
+    "v": jnp.zeros((5, 2, 8)),
+    "slot_mapping": jnp.zeros(5, jnp.int32),
+}
+COPY = {**POOLS, "src": jnp.zeros(2, jnp.int32), "dst": jnp.zeros(2, jnp.int32)}
+MERGE = {"outs": jnp.zeros((3, 5, 4, 8)), "lses": jnp.zeros((3, 5, 4))}
+FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
+    jpa.paged_attention: DECODE,
+    jpa.paged_attention_reference: DECODE,
+    jpa.ragged_paged_attention: RAGGED,
+    jpa.ragged_paged_attention_reference: RAGGED,
+    jpa.write_kv_pages: WRITE,
+    jpa.copy_kv_pages: COPY,
+    jpa.merge_attention_states: MERGE,
+}
+ATTENTION = tuple(FUNCTIONS)[:4]
+ENGINES = (jpa.paged_attention, jpa.ragged_paged_attention)
+EVERY_DECODE, EVERY_RAGGED = ATTENTION[:2], ATTENTION[2:]
+
+
+class Bad(NamedTuple):
+    """A change to a good call that must raise; `expected` and `got` are what the message must say."""
+
+    functions: tuple[Callable[..., Any], ...]
+    changes: dict[str, Any]
+    error: type[Exception]
+    argument: str
+    expected: str
+    got: str
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    return jnp.zeros(shape, dtype)
+
+
+def _int8(**scales: Any) -> dict[str, Any]:
+    return {"k_pages": _zeros((6, 4, 2, 8), jnp.int8), "v_pages": _zeros((6, 4, 2, 8), jnp.int8), **scales}
+
+
+WRITES, COPIES, MERGES = (jpa.write_kv_pages,), (jpa.copy_kv_pages,), (jpa.merge_attention_states,)
+TAKE_POOLS = (*ATTENTION, *WRITES, *COPIES)
+TAKE_SCALES = (*ATTENTION, *WRITES)
+
+ARRAYS = [
+    # Queries.
+    Bad(ATTENTION, {"q": _zeros((5, 8))}, ValueError, "q", "rank 3", r"\(5, 8\)"),
+    Bad(ATTENTION, {"q": _zeros((2, 1, 4, 8))}, ValueError, "q", "rank 3", r"\(2, 1, 4, 8\)"),
+    Bad(ATTENTION, {"q": _zeros((5, 4, 8), jnp.int32)}, ValueError, "q", "float32", "int32"),
+    Bad(ATTENTION, {"q": _zeros((5, 4, 8), jnp.float8_e5m2)}, ValueError, "q", "float32", "float8_e5m2"),
+    Bad(ATTENTION, {"q": _zeros((2, 5, 8))}, ValueError, "q", "divisible by the 2", "5"),
+    Bad(EVERY_DECODE, {"q": _zeros((3, 4, 8))}, ValueError, "block_tables", "3", r"\(2, 3\)"),
+    Bad(
+        ATTENTION,
+        {"q": _zeros((2, 4, 0)), "k_pages": _zeros((6, 4, 2, 0)), "v_pages": _zeros((6, 4, 2, 0))},
+        ValueError, "q", "head dim.*at least 1", "0",
+    ),
+    # Pools.
+    Bad(TAKE_POOLS, {"k_pages": _zeros((6, 8, 8))}, ValueError, "k_pages", "rank 4", r"\(6, 8, 8\)"),
+    Bad(TAKE_POOLS, {"v_pages": _zeros((6, 8, 8))}, ValueError, "v_pages", "rank 4", r"\(6, 8, 8\)"),
+    Bad(TAKE_POOLS, {"v_pages": _zeros((7, 4, 2, 8))}, ValueError, "v_pages", "6", r"\(7, 4, 2, 8\)"),
+    Bad(TAKE_POOLS, {"v_pages": _zeros((6, 5, 2, 8))}, ValueError, "v_pages", "4", r"\(6, 5, 2, 8\)"),
+    Bad(TAKE_POOLS, {"v_pages": _zeros((6, 4, 1, 8))}, ValueError, "v_pages", "2", r"\(6, 4, 1, 8\)"),
+    Bad(TAKE_POOLS, {"v_pages": _zeros((6, 4, 2, 9))}, ValueError, "v_pages", "8", r"\(6, 4, 2, 9\)"),
+    Bad(TAKE_POOLS, {"v_pages": _zeros((6, 4, 2, 8), jnp.bfloat16)}, ValueError, "v_pages", "float32", "bfloat16"),
+    Bad(ATTENTION, {"k_pages": _zeros((6, 4, 2, 9))}, ValueError, "k_pages", "8", r"\(6, 4, 2, 9\)"),
+    Bad(ATTENTION, {"k_pages": _zeros((6, 4, 2, 8), jnp.bfloat16)}, ValueError, "k_pages", "float32", "bfloat16"),
+    Bad(ATTENTION, {"k_pages": _zeros((6, 4, 2, 8), jnp.uint8)}, ValueError, "k_pages", "int8", "uint8"),
+    Bad(ATTENTION, {"k_pages": _zeros((6, 4, 2, 8), jnp.float8_e4m3b11fnuz)}, ValueError, "k_pages", "e4m3fn", "b11"),
+    Bad(
+        ATTENTION,
+        {"k_pages": _zeros((6, 4, 0, 8)), "v_pages": _zeros((6, 4, 0, 8))},
+        ValueError, "k_pages", "heads.*at least 1", "0",
+    ),
+    Bad(
+        ATTENTION,
+        {"k_pages": _zeros((6, 0, 2, 8)), "v_pages": _zeros((6, 0, 2, 8))},
+        ValueError, "k_pages", "page size.*at least 1", "0",
+    ),
+    # Tables and lengths.
+    Bad(ATTENTION, {"block_tables": _zeros((6,), jnp.int32)}, ValueError, "block_tables", "rank 2", r"\(6,\)"),
+    Bad(ATTENTION, {"block_tables": _zeros((2, 3))}, ValueError, "block_tables", "int32", "float32"),
+    Bad(ATTENTION, {"block_tables": _zeros((2, 3), jnp.uint32)}, ValueError, "block_tables", "int32", "uint32"),
+    Bad(EVERY_DECODE, {"lengths": _zeros((3,), jnp.int32)}, ValueError, "lengths", "2", r"\(3,\)"),
+    Bad(EVERY_DECODE, {"lengths": _zeros((2, 1), jnp.int32)}, ValueError, "lengths", "rank 1", r"\(2, 1\)"),
+    Bad(EVERY_DECODE, {"lengths": _zeros((2,), jnp.int16)}, ValueError, "lengths", "int32", "int16"),
+    Bad(EVERY_RAGGED, {"block_tables": _zeros((3, 3), jnp.int32)}, ValueError, "block_tables", "2", r"\(3, 3\)"),
+    Bad(EVERY_RAGGED, {"kv_lens": _zeros((2,))}, ValueError, "kv_lens", "int32", "float32"),
+    Bad(EVERY_RAGGED, {"kv_lens": _zeros((), jnp.int32)}, ValueError, "kv_lens", "rank 1", r"\(\)"),
+    Bad(EVERY_RAGGED, {"cu_q_lens": _zeros((2,), jnp.int32)}, ValueError, "cu_q_lens", "3", r"\(2,\)"),
+    Bad(EVERY_RAGGED, {"cu_q_lens": _zeros((3,))}, ValueError, "cu_q_lens", "int32", "float32"),
+    Bad(EVERY_RAGGED, {"num_seqs": _zeros((2,), jnp.int32)}, ValueError, "num_seqs", "1", r"\(2,\)"),
+    Bad(EVERY_RAGGED, {"num_seqs": _zeros((1, 1), jnp.int32)}, ValueError, "num_seqs", "rank 1", r"\(1, 1\)"),
+    Bad(EVERY_RAGGED, {"num_seqs": _zeros((1,))}, ValueError, "num_seqs", "int32", "float32"),
+    # Sinks and scales.
+    Bad(ATTENTION, {"sinks": _zeros((2,))}, ValueError, "sinks", "4", r"\(2,\)"),
+    Bad(ATTENTION, {"sinks": _zeros((4,), jnp.bfloat16)}, ValueError, "sinks", "float32", "bfloat16"),
+    Bad(TAKE_SCALES, {"k_scale": _zeros((4,))}, ValueError, "k_scale", "2", r"\(4,\)"),
+    Bad(TAKE_SCALES, {"v_scale": _zeros((1, 2))}, ValueError, "v_scale", "rank 1", r"\(1, 2\)"),
+    Bad(TAKE_SCALES, {"v_scale": _zeros((2,), jnp.float16)}, ValueError, "v_scale", "float32", "float16"),
+    Bad(TAKE_SCALES, _int8(v_scale=_zeros(())), ValueError, "k_scale", "required.*int8", "None"),
+    Bad(TAKE_SCALES, _int8(k_scale=_zeros(())), ValueError, "v_scale", "required.*int8", "None"),
+    # Writing, copying, merging.
+    Bad(WRITES, {"k": _zeros((5, 16))}, ValueError, "k", "rank 3", r"\(5, 16\)"),
+    Bad(WRITES, {"k": _zeros((5, 3, 8))}, ValueError, "k", "2", r"\(5, 3, 8\)"),
+    Bad(WRITES, {"v": _zeros((4, 2, 8))}, ValueError, "v", "5", r"\(4, 2, 8\)"),
+    Bad(WRITES, {"v": _zeros((5, 2, 7))}, ValueError, "v", "8", r"\(5, 2, 7\)"),
+    Bad(WRITES, {"k": _zeros((5, 2, 8), jnp.int8)}, ValueError, "k", "float32", "int8"),
+    Bad(WRITES, {"v": _zeros((5, 2, 8), jnp.bfloat16)}, ValueError, "v", "float32", "bfloat16"),
+    Bad(WRITES, {"slot_mapping": _zeros((4,), jnp.int32)}, ValueError, "slot_mapping", "5", r"\(4,\)"),
+    Bad(WRITES, {"slot_mapping": _zeros((5,))}, ValueError, "slot_mapping", "int32", "float32"),
+    Bad(COPIES, {"dst": _zeros((3,), jnp.int32)}, ValueError, "dst", "2", r"\(3,\)"),
+    Bad(COPIES, {"src": _zeros((2, 1), jnp.int32)}, ValueError, "src", "rank 1", r"\(2, 1\)"),
+    Bad(COPIES, {"src": _zeros((2,))}, ValueError, "src", "int32", "float32"),
+    Bad(MERGES, {"outs": _zeros((0, 5, 4, 8)), "lses": _zeros((0, 5, 4))}, ValueError, "outs", "at least one part", "none"),
+    Bad(MERGES, {"lses": _zeros((3, 5, 8))}, ValueError, "lses", r"\(3, 5, 4\)", r"\(3, 5, 8\)"),
+    Bad(MERGES, {"lses": _zeros((3, 5, 4), jnp.bfloat16)}, ValueError, "lses", "float32", "bfloat16"),
+    Bad(MERGES, {"outs": _zeros((3, 5, 4, 8), jnp.int32)}, ValueError, "outs", "float32", "int32"),
+]  # fmt: skip
+
+KEYWORDS = [
+    Bad(ATTENTION, {"scale": "0.5"}, TypeError, "scale", "number", "str"),
+    Bad(ATTENTION, {"scale": True}, TypeError, "scale", "number", "bool"),
+    Bad(ATTENTION, {"scale": float("nan")}, ValueError, "scale", "finite", "nan"),
+    Bad(ATTENTION, {"sliding_window": 0}, ValueError, "sliding_window", "1", "0"),
+    Bad(ATTENTION, {"sliding_window": -4}, ValueError, "sliding_window", "1", "-4"),
+    Bad(ATTENTION, {"sliding_window": 1.5}, TypeError, "sliding_window", "integer", "1.5"),
+    Bad(ATTENTION, {"sliding_window": [4]}, TypeError, "sliding_window", "number", "list"),
+    Bad(ATTENTION, {"soft_cap": 0.0}, ValueError, "soft_cap", "positive", "0"),
+    Bad(ATTENTION, {"soft_cap": -2.0}, ValueError, "soft_cap", "positive", "-2"),
+    Bad(ATTENTION, {"soft_cap": float("inf")}, ValueError, "soft_cap", "finite", "inf"),
+    Bad(EVERY_RAGGED, {"causal": 1}, TypeError, "causal", "bool", "int"),
+    Bad(ATTENTION, {"return_lse": "yes"}, TypeError, "return_lse", "bool", "str"),
+    Bad(ENGINES, {"implementation": "flash"}, ValueError, "implementation", "cpu.*reference|reference.*cpu", "flash"),
+    Bad(ENGINES, {"implementation": 3}, TypeError, "implementation", "name", "int"),
+    # Host numbers can be looked at; traced scales cannot.
+    Bad(TAKE_SCALES, {"k_scale": 0.0}, ValueError, "k_scale", "positive", "0"),
+    Bad(TAKE_SCALES, {"v_scale": np.array([1, -1], np.float32)}, ValueError, "v_scale", "positive", "-1"),
+    Bad(ATTENTION, {"q": "text"}, TypeError, "q", "array", "str"),
+    Bad(ATTENTION, {"block_tables": None}, TypeError, "block_tables", "array", "NoneType"),
+    Bad((*WRITES,), {"slot_mapping": None}, TypeError, "slot_mapping", "array", "NoneType"),
+]  # fmt: skip
+
+
+def _params(table: list[Bad]) -> list[Any]:
+    """Each function with each of its bad calls, named by function, arguments and values."""
+    params = []
+    for bad in table:
+        for function in bad.functions:
+            what = "-".join(f"{name}:{_describe(value)}" for name, value in bad.changes.items())
+            params.append(pytest.param(function, bad, id=f"{function.__name__}-{what}"))
+    return params
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, jax.Array):
+        return f"{value.dtype}{list(value.shape)}".replace(" ", "")
+    return str(value)
+
+
+# The places where a user may make the call; all trace, none needs a value of an array.
+CONTEXTS: dict[str, Callable[[Callable[..., Any], dict[str, Any]], Any]] = {
+    "eager": lambda call, arrays: call(**arrays),
+    "jit": lambda call, arrays: jax.jit(call)(**arrays),
+    "eval_shape": lambda call, arrays: jax.eval_shape(call, **arrays),
+    "vmap": lambda call, arrays: jax.vmap(lambda mapped: call(**mapped))({name: x[None] for name, x in arrays.items()}),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize(("function", "bad"), _params(ARRAYS + KEYWORDS))
+def test_bad_argument_raises(function: Callable[..., Any], bad: Bad, context: str) -> None:
+    arguments = {**FUNCTIONS[function], **bad.changes}
+    arrays = {name: x for name, x in arguments.items() if isinstance(x, jax.Array)}
+    host = {name: x for name, x in arguments.items() if name not in arrays}
+    message = rf"(?s)^({bad.argument})\b.*({bad.expected}).*got.*({bad.got})"
+    with pytest.raises(bad.error, match=message):
+        CONTEXTS[context](functools.partial(function, **host), arrays)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_the_calls_that_errors_are_made_of_are_good(function: Callable[..., Any], context: str) -> None:
+    jax.block_until_ready(CONTEXTS[context](function, FUNCTIONS[function]))
+
+
+def test_merging_empty_lists_raises() -> None:
+    with pytest.raises(ValueError, match="^outs: expected at least one part, got none"):
+        jpa.merge_attention_states([], [])
+
+
+STATIC = [(f, name) for f in ATTENTION for name in ("scale", "sliding_window", "soft_cap", "return_lse")]
+
+
+@pytest.mark.parametrize(("function", "name"), [*STATIC, *((f, "causal") for f in EVERY_RAGGED)])
+def test_static_keyword_rejects_tracer(function: Callable[..., Any], name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name}: expected a static (number|bool), got a tracer"):
+        jax.jit(lambda value: function(**FUNCTIONS[function], **{name: value}))(2)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_unknown_keyword_raises(function: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match="softcap"):
+        function(**FUNCTIONS[function], softcap=1.0)

@@ -1,0 +1,95 @@
+"""`explain` says what would run, and the same holds when it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import BY_NAME, build
+
+import jax_paged_attn as jpa
+from jax_paged_attn import _engines
+
+DECODE = build(BY_NAME["decode"]).arguments()[0]
+RAGGED = build(BY_NAME["mixed"]).arguments()[0]
+NAMES = {engine.name for engine in _engines.ENGINES}
+
+
+def specs(args: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+
+
+def test_cpu_runs_the_cpu_engine() -> None:
+    explanation = jpa.explain(jpa.paged_attention, *DECODE, platform="cpu")
+    assert explanation.engine == "cpu"
+    assert set(explanation.rejected) == NAMES - {"cpu"}
+    assert all(explanation.rejected.values())
+
+
+@pytest.mark.parametrize("form", ["arrays", "specs"])
+@pytest.mark.parametrize(("function", "args"), [(jpa.paged_attention, DECODE), (jpa.ragged_paged_attention, RAGGED)])
+def test_tpu_runs_the_reference(function: Any, args: Any, form: str) -> None:
+    args = specs(args) if form == "specs" else args
+    explanation = jpa.explain(function, *args, platform="tpu", sliding_window=3)
+    assert explanation.engine == "reference"
+    assert set(explanation.rejected) == NAMES - {"reference"}
+    assert "cpu" in explanation.rejected["cpu"]
+    assert "tpu" in explanation.rejected["cpu"]
+
+
+def test_default_platform_and_device_agree() -> None:
+    device = jax.devices()[0]
+    plain, named, on_device = (
+        jpa.explain(jpa.paged_attention, *DECODE, **where) for where in ({}, {"platform": device.platform}, {"device": device})
+    )
+    assert plain == named == on_device
+    with pytest.raises(ValueError, match="platform"):
+        jpa.explain(jpa.paged_attention, *DECODE, platform="cpu", device=device)
+
+
+def test_named_implementation_is_obeyed() -> None:
+    explanation = jpa.explain(jpa.paged_attention, *DECODE, platform="cpu", implementation="reference")
+    assert explanation.engine == "reference"
+    assert "reference" in explanation.rejected["cpu"]
+    with pytest.raises(ValueError, match="implementation.*'cpu'"):
+        jpa.explain(jpa.paged_attention, *DECODE, platform="tpu", implementation="cpu")
+
+
+def test_calls_inside_a_users_function_are_found() -> None:
+    q, k_pages, v_pages, tables, lengths = DECODE
+
+    @jax.jit
+    def model(q: Any, layers: Any, name: str | None = None) -> Any:
+        def layer(q: Any, pools: Any) -> Any:
+            return jax.checkpoint(lambda q: jpa.paged_attention(q, *pools, tables, lengths))(q), None
+
+        q, _ = jax.lax.scan(layer, q, layers)
+        return jax.lax.cond(q.sum() > 0, lambda: q, lambda: jpa.paged_attention(q, k_pages, v_pages, tables, lengths))
+
+    layers = tuple(jnp.stack([x, x]) for x in (k_pages, v_pages))
+    explanation = jpa.explain(model, q, layers, platform="cpu")
+    assert explanation.engine == "cpu"
+    assert [call.engine for call in explanation.calls] == ["cpu", "cpu"]
+
+
+def test_several_engines_are_all_named() -> None:
+    def two(q: Any) -> Any:
+        rest = DECODE[1:]
+        return jpa.paged_attention(jpa.paged_attention(q, *rest, implementation="reference"), *rest)
+
+    explanation = jpa.explain(two, DECODE[0], platform="cpu")
+    assert explanation.engine == "reference, cpu"
+    assert "cpu" not in explanation.rejected
+
+
+def test_function_without_attention_is_an_error() -> None:
+    with pytest.raises(ValueError, match="^fn: "):
+        jpa.explain(lambda x: x + 1, 1.0)
+
+
+def test_engine_that_the_platform_lacks_raises_at_lowering() -> None:
+    traced = jax.jit(lambda *args: jpa.paged_attention(*args, implementation="cpu")).trace(*DECODE)
+    with pytest.raises(ValueError, match="^implementation: 'cpu' .*tpu"):
+        traced.lower(lowering_platforms=("tpu",))

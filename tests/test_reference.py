@@ -1,0 +1,13 @@
+"""The pure-JAX reference against the NumPy loop."""
+
+from __future__ import annotations
+
+import harness
+import pytest
+from cases import CASES, Case
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_function_matches_the_oracle(case: Case) -> None:
+    out, lse = harness.run(case, function=f"{case.function}_reference")
+    harness.assert_close(out, lse, *harness.expected(case.name), case.dtype)
