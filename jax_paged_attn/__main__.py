@@ -2,9 +2,9 @@
 
 import platform
 import sys
+from importlib.metadata import version
 
 import jax
-import jaxlib
 
 from jax_paged_attn import __version__, _engines, _ffi
 
@@ -16,7 +16,7 @@ def report() -> str:
     devices = ", ".join(str(d.device_kind) for d in jax.devices())
     lines = [
         f"jax_paged_attn {__version__}",
-        f"  python {platform.python_version()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}",
+        f"  python {platform.python_version()}, jax {jax.__version__}, jaxlib {version('jaxlib')}",
         f"  backend {backend}: {devices}",
     ]
     lines += [f"  {line}" for line in _ffi.describe()]

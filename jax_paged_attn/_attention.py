@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,55 @@ from jax.typing import ArrayLike
 from jax_paged_attn import _checks, _primitive, _reference
 
 Attend = Callable[..., tuple[Array, Array]]
+
+
+class _Options(TypedDict, total=False):
+    """The keywords of `paged_attention_reference` but `return_lse`, for the types of what it decides."""
+
+    scale: float | None
+    sliding_window: int | None
+    soft_cap: float | None
+    sinks: ArrayLike | None
+    k_scale: ArrayLike | None
+    v_scale: ArrayLike | None
+
+
+class _RaggedOptions(_Options, total=False):
+    causal: bool
+
+
+class _EngineOptions(_Options, total=False):
+    implementation: str | None
+
+
+class _RaggedEngineOptions(_RaggedOptions, total=False):
+    implementation: str | None
+
+
+@overload
+def paged_attention(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: ArrayLike,
+    lengths: ArrayLike,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_EngineOptions],
+) -> Array: ...
+
+
+@overload
+def paged_attention(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: ArrayLike,
+    lengths: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_EngineOptions],
+) -> tuple[Array, Array]: ...
 
 
 def paged_attention(
@@ -66,6 +115,32 @@ def paged_attention(
     return _paged(_primitive.attention, static, q, k_pages, v_pages, block_tables, lengths, sinks, k_scale, v_scale)
 
 
+@overload
+def paged_attention_reference(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: ArrayLike,
+    lengths: ArrayLike,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Array: ...
+
+
+@overload
+def paged_attention_reference(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: ArrayLike,
+    lengths: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Array, Array]: ...
+
+
 def paged_attention_reference(
     q: ArrayLike,
     k_pages: ArrayLike,
@@ -84,6 +159,36 @@ def paged_attention_reference(
     """`paged_attention` in plain JAX: the same arguments, results and errors; the oracle that engines are held to."""
     static = _static_parameters(scale, sliding_window, soft_cap, True, return_lse, None)
     return _paged(_run_reference, static, q, k_pages, v_pages, block_tables, lengths, sinks, k_scale, v_scale)
+
+
+@overload
+def ragged_paged_attention(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    kv_lens: ArrayLike,
+    block_tables: ArrayLike,
+    cu_q_lens: ArrayLike,
+    num_seqs: ArrayLike | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_RaggedEngineOptions],
+) -> Array: ...
+
+
+@overload
+def ragged_paged_attention(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    kv_lens: ArrayLike,
+    block_tables: ArrayLike,
+    cu_q_lens: ArrayLike,
+    num_seqs: ArrayLike | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_RaggedEngineOptions],
+) -> tuple[Array, Array]: ...
 
 
 def ragged_paged_attention(
@@ -143,6 +248,36 @@ def ragged_paged_attention(
         k_scale,
         v_scale,
     )
+
+
+@overload
+def ragged_paged_attention_reference(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    kv_lens: ArrayLike,
+    block_tables: ArrayLike,
+    cu_q_lens: ArrayLike,
+    num_seqs: ArrayLike | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_RaggedOptions],
+) -> Array: ...
+
+
+@overload
+def ragged_paged_attention_reference(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    kv_lens: ArrayLike,
+    block_tables: ArrayLike,
+    cu_q_lens: ArrayLike,
+    num_seqs: ArrayLike | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_RaggedOptions],
+) -> tuple[Array, Array]: ...
 
 
 def ragged_paged_attention_reference(
@@ -210,7 +345,7 @@ def merge_attention_states(
 
 
 def _stack(name: str, parts: ArrayLike | SequenceOf[ArrayLike]) -> Array:
-    if not isinstance(parts, (list, tuple)):
+    if not isinstance(parts, SequenceOf):
         return _checks.as_array(name, parts)
     if not parts:
         raise ValueError(f"{name}: expected at least one part, got none")

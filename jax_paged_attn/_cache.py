@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_paged_attn import _checks, _primitive, _reference
@@ -204,7 +205,7 @@ class PagedKVCache:
         return dataclasses.replace(self, k_pages=tuple(k for k, _ in pools), v_pages=tuple(v for _, v in pools))
 
     def _static(self, index: int | Array) -> int:
-        if isinstance(index, jax.core.Tracer):
+        if isinstance(index, Tracer):
             raise TypeError(
                 "index: expected a static layer number, since the cache has one array a layer; got a tracer"
             )

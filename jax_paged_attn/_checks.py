@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -56,7 +57,7 @@ def as_array(name: str, x: ArrayLike) -> jax.Array:
 
 def static_number(name: str, x: object) -> float:
     """`x` as a float; TypeError for tracers (the number is compiled into the kernel) and for what is no number."""
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         raise TypeError(f"{name}: expected a static number, got a tracer; close over it or mark it as static")
     if isinstance(x, (jax.Array, np.ndarray)) and x.ndim == 0:
         x = x.item()
@@ -86,7 +87,7 @@ def static_count(name: str, x: object) -> int:
 
 
 def static_bool(name: str, x: object) -> bool:
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         raise TypeError(f"{name}: expected a static bool, got a tracer; close over it or mark it as static")
     if not isinstance(x, (bool, np.bool_)):
         raise TypeError(f"{name}: expected a bool, got {type(x).__name__}")

@@ -18,7 +18,7 @@ def explain(
     fn: Callable[..., Any],
     *args: Any,
     platform: str | None = None,
-    device: jax.Device | None = None,
+    device: Any = None,
     **kwargs: Any,
 ) -> _engines.Explanation:
     """Says which engine would run the attention calls of `fn(*args, **kwargs)`, and why the others would not.
@@ -29,7 +29,7 @@ def explain(
       fn: `paged_attention`, `ragged_paged_attention`, or any function that calls them.
       *args: arrays or `jax.ShapeDtypeStruct`s (in pytrees too).
       platform: "cpu", "cuda", "tpu", …; None is the platform of `device`, or JAX's default backend.
-      device: a device whose platform is meant.
+      device: a `jax.Device` whose platform is meant.
       **kwargs: keywords of `fn`; those that are not arrays stay static.
 
     Returns:
@@ -41,9 +41,8 @@ def explain(
     """
     if platform is not None and device is not None:
         raise ValueError("platform: expected None where a device is given, got both")
-    if platform is None:
-        platform = device.platform if device is not None else jax.default_backend()
-    platform = _PLATFORM_ALIASES.get(platform, platform)
+    name = platform or (device.platform if device is not None else jax.default_backend())
+    lowered_for: str = _PLATFORM_ALIASES.get(name, name)
 
     leaves, tree = jax.tree.flatten((args, kwargs))
     traced = {
@@ -56,7 +55,7 @@ def explain(
 
     jaxpr = jax.make_jaxpr(call)(traced).jaxpr
     calls = tuple(
-        _engines.choose(described, platform, implementation) for described, implementation in _attention_calls(jaxpr)
+        _engines.choose(described, lowered_for, implementation) for described, implementation in _attention_calls(jaxpr)
     )
     if not calls:
         raise ValueError("fn: expected a function that calls paged attention, found no such call")

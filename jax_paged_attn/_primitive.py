@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
@@ -93,7 +94,7 @@ def _vary_alike(operands: Sequence[Array]) -> tuple[Array, ...]:
     )
 
 
-def _aval(like: Any, shape: tuple[int, ...], dtype: Any) -> jax.core.ShapedArray:
+def _aval(like: Any, shape: tuple[int, ...], dtype: Any) -> ShapedArray:
     """An abstract result that varies over the same mesh axes as `like`."""
     sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*[None] * len(shape)))
     return like.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
@@ -177,11 +178,11 @@ def _inline(run: Callable[..., Sequence[Array]]) -> Callable[..., Any]:
     """
 
     def rule(ctx: mlir.LoweringRuleContext, *operands: Any, **parameters: Any) -> Any:
-        avals_in, avals_out = (
-            [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in avals] for avals in (ctx.avals_in, ctx.avals_out)
-        )
+        def without_mesh(avals: Sequence[Any]) -> list[ShapedArray]:
+            return [ShapedArray(aval.shape, aval.dtype) for aval in avals]
+
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            unsharded = ctx.replace(avals_in=avals_in, avals_out=avals_out)
+            unsharded = ctx.replace(avals_in=without_mesh(ctx.avals_in), avals_out=without_mesh(ctx.avals_out))
             return mlir.lower_fun(run, multiple_results=True)(unsharded, *operands, **parameters)
 
     return rule
@@ -213,7 +214,8 @@ def _tangent_impl(
 ) -> Sequence[Array]:
     dots = iter(operands[: sum(wrt)])
     saved = _differentiation.Saved(*operands[sum(wrt) :])
-    return _differentiation.tangent(*(next(dots) if w else None for w in wrt), saved, **static)
+    q_dot, k_dot, v_dot, sinks_dot = (next(dots) if w else None for w in wrt)
+    return _differentiation.tangent(q_dot, k_dot, v_dot, sinks_dot, saved, **static)
 
 
 def _cotangent_impl(
@@ -307,7 +309,9 @@ def _tangent_transpose(bars: Sequence[Any], *operands: Any, wrt: tuple[bool, ...
 
 def _write_jvp(primals: Sequence[Array], tangents: Sequence[Any]) -> tuple[Any, Any]:
     results = write_p.bind(*primals)
-    for name, pages, tangent in zip(("k_pages", "v_pages", "k", "v"), primals[:2] * 2, tangents, strict=False):
+    for name, pages, tangent in zip(
+        ("k_pages", "v_pages", "k", "v"), (*primals[:2], *primals[:2]), tangents[:4], strict=True
+    ):
         if _has_tangent(tangent):
             _reject_fp8(name, pages)
     if primals[0].dtype == jnp.int8 or not any(map(_has_tangent, tangents[:4])):

@@ -34,7 +34,7 @@ def attention(
     decode: bool,
 ) -> tuple[Array, Array]:
     """Returns `out [T, N, H]` in q's dtype and `lse [T, N]` float32, for the primitive's operands and parameters."""
-    num_rows, num_heads, _ = q.shape
+    num_rows, num_heads, head_dim = q.shape
     num_seqs = block_tables.shape[0]
     kv_heads = k_pages.shape[2]
     per_sequence = (
@@ -63,7 +63,7 @@ def attention(
         if sliding_window:
             visible &= key_ids[None, :] > position[:, None] - sliding_window
 
-        grouped = rows.astype(jnp.float32).reshape(rows.shape[0], kv_heads, num_heads // kv_heads, -1)
+        grouped = rows.astype(jnp.float32).reshape(rows.shape[0], kv_heads, num_heads // kv_heads, head_dim)
         scores = _einsum("tkgh,skh->tkgs", grouped, keys) * scale
         if soft_cap:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
