@@ -14,7 +14,7 @@ generate: $(VENV)/examples.stamp
 	$(BIN)/python examples/generate.py
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 train: $(VENV)/examples.stamp
 	$(BIN)/python examples/train.py

@@ -9,6 +9,7 @@ import argparse
 import functools
 import itertools
 import os
+import statistics
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -129,6 +130,7 @@ def measure(workload: Workload, rotate_bytes: int, budget: float, threads: Threa
             contender=contender.name,
             best_ms=contender.best * 1e3,
             median_ms=contender.median * 1e3,
+            core_ms=statistics.median(contender.core_seconds) * 1e3,
             calls=len(contender.seconds),
             gigabytes_per_s=workload.bytes() / contender.best / 1e9,
             gigaflops=workload.flops() / contender.best / 1e9 if contender.name in attends else None,

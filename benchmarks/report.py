@@ -22,6 +22,7 @@ class Row:
     contender: str
     best_ms: float
     median_ms: float
+    core_ms: float  # median processor time of a call, all threads together
     calls: int
     gigabytes_per_s: float
     gigaflops: float | None
@@ -53,16 +54,23 @@ class Result:
         def cell(value: float | None, form: str) -> str:
             return "" if value is None else format(value, form)
 
-        mib = self.workload.bytes() / 2**20
-        lines = [
-            f"{self.workload.name}: {mib:.0f} MiB a call, {self.copies} copies in turn",
-            f"{'best ms':>30} {'median':>9} {'calls':>6} {'GB/s':>7} {'of read':>8} {'GFLOP/s':>8} {'error':>8}",
-        ]
-        for row in self.rows:
-            lines.append(
-                f"  {row.contender:18} {row.best_ms:9.2f} {row.median_ms:9.2f} {row.calls:6} {row.gigabytes_per_s:7.2f}"
-                f" {cell(row.of_read, '.1%'):>8} {cell(row.gigaflops, '.1f'):>8} {cell(row.error, '.1e'):>8}"
+        titles = ("", "best ms", "median", "core ms", "calls", "GB/s", "of read", "GFLOP/s", "error")
+        cells = [titles] + [
+            (
+                row.contender,
+                f"{row.best_ms:.2f}",
+                f"{row.median_ms:.2f}",
+                f"{row.core_ms:.2f}",
+                str(row.calls),
+                f"{row.gigabytes_per_s:.2f}",
+                cell(row.of_read, ".1%"),
+                cell(row.gigaflops, ".1f"),
+                cell(row.error, ".1e"),
             )
+            for row in self.rows
+        ]
+        lines = [f"{self.workload.name}: {self.workload.bytes() / 2**20:.0f} MiB a call, {self.copies} copies in turn"]
+        lines += [f"  {name:17}" + "".join(f"{column:>10}" for column in columns) for name, *columns in cells]
         return "\n".join([*lines, *(f"  {goal}" for goal in self.goals)])
 
     def as_dict(self) -> dict[str, Any]:

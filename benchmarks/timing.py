@@ -1,6 +1,7 @@
 """Fair timing on a machine that is never quite idle: all contenders in one process, in turn, round after round.
 
 Of its calls each contender's fastest counts, since whatever else runs on the machine only ever makes a call slower.
+The processor time of a call, all threads together, tells what it costs where its threads have to wait for cores.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class Contender:
     name: str
     calls: Iterable[Callable[[], Any]] = field(repr=False)
     seconds: list[float] = field(default_factory=list)
+    core_seconds: list[float] = field(default_factory=list)
 
     @property
     def best(self) -> float:
@@ -36,16 +38,14 @@ def race(contenders: list[Contender], budget: float) -> None:
 
     So no contender gets more chances of a lucky call than the first, and each gets its fewest calls.
     """
-    supplies = [iter(contender.calls) for contender in contenders]
-    for supply in supplies:
-        next(supply)()  # compiles
-    running = list(zip(contenders, supplies, strict=True))
+    running = [(contender, iter(contender.calls)) for contender in contenders]
     while running and running[0][0] is contenders[0]:
         for contender, supply in running:
             call = next(supply)
-            start = time.perf_counter()
+            start, core_start = time.perf_counter(), time.process_time()
             call()
             contender.seconds.append(time.perf_counter() - start)
+            contender.core_seconds.append(time.process_time() - core_start)
         running = [
             (contender, supply)
             for contender, supply in running

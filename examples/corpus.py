@@ -42,7 +42,7 @@ def heldout_documents() -> list[bytes]:
 def training_and_validation_documents() -> tuple[list[bytes], list[bytes]]:
     """This Python's documents without any held-out paragraph, and without repetitions."""
     heldout = [document.decode() for document in heldout_documents()]
-    validation = _without_overlap([topics.topics[name] for name in VALIDATION_TOPICS], heldout)
+    validation = _without_overlap([topics.topics[name] for name in VALIDATION_TOPICS if name in topics.topics], heldout)
     names = sorted(set(topics.topics) - set(VALIDATION_TOPICS))
     training = _without_overlap([topics.topics[name] for name in names], [*heldout, *validation])
     return [d.encode() for d in training], [d.encode() for d in validation]

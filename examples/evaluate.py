@@ -1,22 +1,28 @@
-"""Bits a byte of a byte-level checkpoint on the held-out text: `python evaluate.py [--model DIR] [--dense]`.
+"""Bits a byte of a byte-level checkpoint on the held-out text: `python evaluate.py [--model DIR]`.
 
-The text is cut into windows of the model's context that overlap by half; every byte but those of the first window is predicted
-from at least half a context. The windows are served through the paged cache; `--dense` attends without one.
+The text is cut into windows of the model's context that overlap by half, so that every byte after the first window is
+predicted from at least half a context. Attention runs over the paged cache; beside it stands the figure of
+attention without one, and those of n-gram models fitted to the same training text.
 """
 
 from __future__ import annotations
 
+import argparse
+import collections
 import functools
 import math
+from pathlib import Path
 
+import checkpoint
+import corpus
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from llama import Llama
 
 from jax_paged_attn.nnx import CacheVariable, StepMetadata
-from llama import Llama
 
 
 def windows(stream: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -31,7 +37,9 @@ def windows(stream: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray, n
     return padded[starts], padded[starts + 1], weights
 
 
-def bits_per_byte(model: Llama, stream: np.ndarray, *, paged: bool, context: int | None = None, batch: int = 8) -> float:
+def bits_per_byte(
+    model: Llama, stream: np.ndarray, *, paged: bool, context: int | None = None, batch: int = 8
+) -> float:
     """Mean −log₂ p of the bytes of `stream` after the first.
 
     Args:
@@ -47,9 +55,8 @@ def bits_per_byte(model: Llama, stream: np.ndarray, *, paged: bool, context: int
     step = None
     if paged:
         page_size = 16
-        pages = math.ceil(context / page_size)
-        model.init_cache(batch * pages, page_size)
-        step = _whole_windows(batch, context, pages, page_size)
+        model.init_cache(batch * math.ceil(context / page_size), page_size)
+        step = StepMetadata.whole_sequences(batch, context, page_size)
     graphdef, cache, rest = nnx.split(model, CacheVariable, ...)
     score = functools.partial(_bits, graphdef, rest, step)
     for first in range(0, len(inputs), batch):
@@ -78,16 +85,46 @@ def _bits(
     return -(likelihood * weights).sum() / math.log(2), nnx.state(model, CacheVariable)
 
 
-def _whole_windows(batch: int, context: int, pages: int, page_size: int) -> StepMetadata:
-    """A step that prefills `batch` sequences of `context` tokens, each with `pages` pages of its own."""
-    tables = np.arange(batch * pages, dtype=np.int32).reshape(batch, pages)
-    positions = np.tile(np.arange(context, dtype=np.int32), batch)
-    slots = tables[:, positions[:context] // page_size] * page_size + positions[:context] % page_size
-    return StepMetadata(
-        positions=jnp.asarray(positions),
-        slot_mapping=jnp.asarray(slots.reshape(-1)),
-        block_tables=jnp.asarray(tables),
-        kv_lens=jnp.full(batch, context, jnp.int32),
-        cu_q_lens=jnp.arange(batch + 1, dtype=jnp.int32) * context,
-        num_seqs=jnp.int32(batch),
-    )
+def ngram_bits_per_byte(training: bytes, text: bytes, order: int, discount: float = 0.75) -> float:
+    """Mean −log₂ p of `text` under an n-gram model of bytes with interpolated absolute discounting."""
+    counts: list[dict[bytes, collections.Counter[int]]] = [{} for _ in range(order)]
+    for index, byte in enumerate(training):
+        for length in range(min(order, index + 1)):
+            counts[length].setdefault(training[index - length : index], collections.Counter())[byte] += 1
+    totals = [{context: following.total() for context, following in table.items()} for table in counts]
+    bits = 0.0
+    for index, byte in enumerate(text):
+        probability = 1 / 256
+        for length in range(min(order, index + 1)):
+            context = text[index - length : index]
+            following = counts[length].get(context)
+            if following is None:
+                break
+            backed_off = discount * len(following) * probability
+            probability = (max(following[byte] - discount, 0.0) + backed_off) / totals[length][context]
+        bits -= math.log2(probability)
+    return bits / len(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Bits a byte of a byte-level checkpoint on the held-out text.")
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "checkpoint", help="checkpoint folder")
+    arguments = parser.parse_args()
+    try:
+        model = checkpoint.load(arguments.model, dtype="float32").model
+        if model.config.vocab_size != 256:
+            raise checkpoint.CheckpointError(f"{arguments.model}: expected a vocabulary of 256 bytes")
+    except checkpoint.CheckpointError as error:
+        parser.error(str(error))
+
+    heldout = corpus.token_stream(corpus.heldout_documents())
+    training = corpus.token_stream(corpus.training_and_validation_documents()[0])
+    print(f"held-out text of {len(heldout):,} bytes; bits a byte:")
+    print(f"  paged cache   {bits_per_byte(model, heldout, paged=True):.4f}")
+    print(f"  no cache      {bits_per_byte(model, heldout, paged=False):.4f}")
+    for order in (3, 5):
+        print(f"  {order}-gram        {ngram_bits_per_byte(training.tobytes(), heldout.tobytes(), order):.4f}")
+
+
+if __name__ == "__main__":
+    main()

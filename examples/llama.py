@@ -7,6 +7,8 @@ Module and field names follow Hugging Face's, so that `checkpoint.py` is a plain
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,7 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: Llama3RopeScaling | None = None
     attention_bias: bool = False
+    mlp_bias: bool = False
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -89,12 +92,28 @@ class Llama(nnx.Module):
         num_pages: int,
         page_size: int,
         dtype: DTypeLike | None = None,
-        scales: list[tuple[ArrayLike, ArrayLike]] | None = None,
+        scales: Sequence[tuple[ArrayLike, ArrayLike]] | None = None,
     ) -> None:
         """Gives every layer a cache of pages in `dtype`, by default that of the computation; scales: (k, v) a layer."""
         for index, layer in enumerate(self.layers):
             k_scale, v_scale = (None, None) if scales is None else scales[index]
             layer.self_attn.init_cache(num_pages, page_size, dtype or self.dtype, k_scale=k_scale, v_scale=v_scale)
+
+    def int8_scales(self, tokens: Array) -> list[tuple[Array, Array]]:
+        """Scales (k, v) of each layer, `[K]`, such that the largest key and value over `tokens [T]` become 127.
+
+        Replaces the cache.
+        """
+        page_size = 16
+        self.init_cache(math.ceil(len(tokens) / page_size), page_size)
+        self.hidden(tokens, StepMetadata.whole_sequences(1, len(tokens), page_size))
+
+        def scale(pages: nnx.Variable | None) -> Array:
+            assert pages is not None
+            return jnp.abs(pages[...].astype(jnp.float32)).max((0, 1, 3)) / 127
+
+        caches = [layer.self_attn.attention for layer in self.layers]
+        return [(scale(cache.k_pages), scale(cache.v_pages)) for cache in caches]
 
     def hidden(self, tokens: Array, step: StepMetadata | None = None, rngs: nnx.Rngs | None = None) -> Array:
         """`[..., T]` token ids to normalised hidden states `[..., T, D]`. See `__call__`."""
@@ -154,9 +173,10 @@ class _SwiGLU(nnx.Module):
     """down(silu(gate(x)) · up(x)) (Shazeer 2020)."""
 
     def __init__(self, config: LlamaConfig, precision: _Precision, rngs: nnx.Rngs):
-        self.gate_proj = _linear(config.hidden_size, config.intermediate_size, precision, rngs)
-        self.up_proj = _linear(config.hidden_size, config.intermediate_size, precision, rngs)
-        self.down_proj = _linear(config.intermediate_size, config.hidden_size, precision, rngs)
+        outer, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = _linear(outer, inner, precision, rngs, bias)
+        self.up_proj = _linear(outer, inner, precision, rngs, bias)
+        self.down_proj = _linear(inner, outer, precision, rngs, bias)
 
     def __call__(self, x: Array) -> Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -172,7 +192,7 @@ def _norm(config: LlamaConfig, precision: _Precision, rngs: nnx.Rngs) -> nnx.RMS
     )
 
 
-def _linear(inputs: int, outputs: int, precision: _Precision, rngs: nnx.Rngs) -> nnx.Linear:
+def _linear(inputs: int, outputs: int, precision: _Precision, rngs: nnx.Rngs, use_bias: bool = False) -> nnx.Linear:
     return nnx.Linear(
-        inputs, outputs, use_bias=False, dtype=precision.dtype, param_dtype=precision.param_dtype, rngs=rngs
+        inputs, outputs, use_bias=use_bias, dtype=precision.dtype, param_dtype=precision.param_dtype, rngs=rngs
     )

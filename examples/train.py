@@ -15,16 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import checkpoint
+import corpus
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from evaluate import bits_per_byte
 from flax import nnx
 from jax import Array
-
-import checkpoint
-import corpus
-from evaluate import bits_per_byte
 from llama import Llama, LlamaConfig
 
 MODEL = LlamaConfig(
@@ -69,7 +68,7 @@ class TrainConfig:
     seed: int = 0
 
 
-TrainState = tuple[nnx.State, nnx.State, optax.OptState]  # weights, their average, AdamW's
+TrainState = tuple[Any, Any, optax.OptState]  # weights, their average, AdamW's
 
 
 def train(model_config: LlamaConfig, config: TrainConfig) -> tuple[Llama, float]:
@@ -99,8 +98,8 @@ def train(model_config: LlamaConfig, config: TrainConfig) -> tuple[Llama, float]
             if bits < best_bits:
                 best, best_bits = average, bits
             print(
-                f"step {index}/{config.steps}: training {float(loss) / math.log(2):.3f}, validation {bits:.3f} bits/byte, "
-                f"{index / (time.perf_counter() - started):.2f} steps/s",
+                f"step {index}/{config.steps}: training {float(loss) / math.log(2):.3f}, "
+                f"validation {bits:.3f} bits/byte, {index / (time.perf_counter() - started):.2f} steps/s",
                 flush=True,
             )
     return nnx.merge(graphdef, best, rest), best_bits
@@ -143,7 +142,7 @@ def _train_step(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Trains the byte-level example checkpoint.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "checkpoint", help="folder to write")
     parser.add_argument("--steps", type=int, default=TrainConfig.steps)
     arguments = parser.parse_args()
@@ -154,7 +153,9 @@ def main() -> None:
     heldout = corpus.token_stream(corpus.heldout_documents())
     heldout_bits = bits_per_byte(checkpoint.load(arguments.out).model, heldout, paged=True)
     minutes = (time.perf_counter() - started) / 60
-    print(f"{arguments.out}: validation {validation_bits:.3f}, held-out {heldout_bits:.3f} bits/byte, {minutes:.0f} min")
+    print(
+        f"{arguments.out}: validation {validation_bits:.3f}, held-out {heldout_bits:.3f} bits/byte, {minutes:.0f} min"
+    )
 
 
 if __name__ == "__main__":

@@ -44,6 +44,14 @@ def has(platform: str) -> bool:
     return _loaded.get(platform) is not None
 
 
+def compiled(platform: str) -> ModuleType:
+    """The platform's compiled module; LookupError if there is none."""
+    module = _loaded.get(platform)
+    if module is None:
+        raise LookupError(missing(platform))
+    return module
+
+
 def missing(platform: str) -> str | None:
     """Why there is no compiled module for the platform, or None if there is one."""
     if has(platform):
@@ -57,10 +65,10 @@ def describe() -> list[str]:
     """A line a compiled module: how it was built and what it uses here."""
     lines = []
     for platform, name in _MODULES.items():
-        module = _loaded[platform]
-        if module is None:
+        if not has(platform):
             lines.append(f"{name}: {missing(platform)}")
             continue
+        module = compiled(platform)
         build = module.build_info()
         lines.append(
             f"{name}: built by {build['compiler']} for XLA FFI {build['ffi_api']}; runs {module.isa()} "

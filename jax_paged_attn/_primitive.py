@@ -387,7 +387,8 @@ mlir.register_lowering(attention_p, _attention_lowering("cpu"), platform="cpu")
 mlir.register_lowering(tangent_p, _inline(_tangent_impl))
 mlir.register_lowering(cotangent_p, _inline(_cotangent_impl))
 mlir.register_lowering(write_p, _inline(_reference.write))
-mlir.register_lowering(write_p, _inline(_ffi.write_cpu), platform="cpu")
+if _ffi.has("cpu"):
+    mlir.register_lowering(write_p, _inline(_ffi.write_cpu), platform="cpu")
 
 ad.primitive_jvps[attention_p] = _attention_jvp
 ad.primitive_jvps[tangent_p] = _second_order(_tangent_impl)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,9 @@ __all__ = [
 ]
 
 
+IntArray = Array | np.ndarray
+
+
 class CacheVariable(nnx.Variable):
     """Key or value pages of one layer, `[P, S, K, H]`: changed by every step, unlike the weights."""
 
@@ -66,12 +70,28 @@ class StepMetadata:
       num_seqs: scalar, how many of the B rows are live.
     """
 
-    positions: Array
-    slot_mapping: Array
-    block_tables: Array
-    kv_lens: Array
-    cu_q_lens: Array
-    num_seqs: Array
+    positions: IntArray
+    slot_mapping: IntArray
+    block_tables: IntArray
+    kv_lens: IntArray
+    cu_q_lens: IntArray
+    num_seqs: IntArray
+
+    @classmethod
+    def whole_sequences(cls, num_seqs: int, length: int, page_size: int) -> StepMetadata:
+        """The step that prefills `num_seqs` new sequences of `length` tokens each, with pages 0, 1, … in order."""
+        pages = -(-length // page_size)
+        tables = np.arange(num_seqs * pages, dtype=np.int32).reshape(num_seqs, pages)
+        positions = np.arange(length, dtype=np.int32)
+        slots = tables[:, positions // page_size] * page_size + positions % page_size
+        return cls(
+            positions=jnp.tile(positions, num_seqs),
+            slot_mapping=jnp.asarray(slots.reshape(-1)),
+            block_tables=jnp.asarray(tables),
+            kv_lens=jnp.full(num_seqs, length, jnp.int32),
+            cu_q_lens=jnp.arange(num_seqs + 1, dtype=jnp.int32) * length,
+            num_seqs=jnp.int32(num_seqs),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +134,7 @@ def rope_frequencies(head_dim: int, theta: float = 10000.0, scaling: Llama3RopeS
     return frequencies.astype(np.float32)
 
 
-def apply_rope(x: Array, positions: Array, frequencies: ArrayLike) -> Array:
+def apply_rope(x: Array, positions: IntArray, frequencies: ArrayLike) -> Array:
     """Rotates pairs (i, i + H/2) of each head by position · frequency: the halves convention of GPT-NeoX and Llama.
 
     Args:
@@ -125,7 +145,7 @@ def apply_rope(x: Array, positions: Array, frequencies: ArrayLike) -> Array:
     Returns:
       As `x`, in its dtype; the rotation is computed in float32.
     """
-    angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    angles = jnp.asarray(positions, jnp.float32)[..., None, None] * jnp.asarray(frequencies, jnp.float32)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -142,7 +162,8 @@ class PagedAttention(nnx.Module):
       sinks: whether each head has a learnt sink logit, an `nnx.Param` `[N]` float32, initially 0.
 
     Raises:
-      ValueError: N is no multiple of K, or what `rope_frequencies` refuses.
+      ValueError: N is no multiple of K, a window below 1, a cap that is not positive, or what `rope_frequencies`
+        refuses.
     """
 
     def __init__(
@@ -161,6 +182,10 @@ class PagedAttention(nnx.Module):
     ):
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_heads: expected a multiple of num_kv_heads = {num_kv_heads}, got {num_heads}")
+        if sliding_window is not None and sliding_window < 1:
+            raise ValueError(f"sliding_window: expected at least 1, got {sliding_window}")
+        if soft_cap is not None and soft_cap <= 0:
+            raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -223,48 +248,80 @@ class PagedAttention(nnx.Module):
         if self.rope_theta is not None:
             frequencies = rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
             q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
+        options: dict[str, Any] = {
+            "scale": self.scale,
+            "sliding_window": self.sliding_window,
+            "soft_cap": self.soft_cap,
+            "sinks": None if self.sinks is None else self.sinks[...],
+        }
         if step is None:
-            return self._attend_within(q, k, v)
+            return _attend_within(q, k, v, **options)
         if self.k_pages is None or self.v_pages is None:
             raise ValueError("step: expected a layer with a cache, but init_cache was never called")
 
-        scales = {
+        scales: dict[str, Any] = {
             "k_scale": None if self.k_scale is None else self.k_scale[...],
             "v_scale": None if self.v_scale is None else self.v_scale[...],
         }
         k_pages, v_pages = write_kv_pages(self.k_pages[...], self.v_pages[...], k, v, step.slot_mapping, **scales)
         self.k_pages.set_value(k_pages)
         self.v_pages.set_value(v_pages)
-        return self._attend(
-            q, k_pages, v_pages, step.kv_lens, step.block_tables, step.cu_q_lens, step.num_seqs, **scales
-        )
-
-    def _attend_within(self, q: Array, k: Array, v: Array) -> Array:
-        """Whole sequences `[..., T, heads, H]`, each attending within itself."""
-        if self.soft_cap is None and self.sinks is None:
-            window = None if self.sliding_window is None else (self.sliding_window - 1, 0)
-            return jax.nn.dot_product_attention(q, k, v, scale=self.scale, is_causal=True, local_window_size=window)
-        # A batch of whole sequences is a pool of long pages, one a sequence.
-        length = q.shape[-3]
-        pages = [x.reshape(-1, *x.shape[-3:]) for x in (k, v)]
-        count = pages[0].shape[0]
-        sequences = jnp.arange(count + 1, dtype=jnp.int32)
-        lengths = jnp.full(count, length, jnp.int32)
-        rows = q.reshape(-1, *q.shape[-2:])
-        return self._attend(rows, *pages, lengths, sequences[:-1, None], sequences * length).reshape(q.shape)
-
-    def _attend(self, *arrays: Array, **scales: Array | None) -> Array:
-        out = ragged_paged_attention(
-            *arrays,
-            scale=self.scale,
-            sliding_window=self.sliding_window,
-            soft_cap=self.soft_cap,
-            sinks=None if self.sinks is None else self.sinks[...],
+        return ragged_paged_attention(
+            q,
+            k_pages,
+            v_pages,
+            step.kv_lens,
+            step.block_tables,
+            step.cu_q_lens,
+            step.num_seqs,
             implementation=self.implementation,
+            **options,
             **scales,
         )
-        assert isinstance(out, Array)
-        return out
+
+
+def _attend_within(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float | None,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    sinks: Array | None,
+) -> Array:
+    """Causal attention of whole sequences, q `[..., T, N, H]` and k, v `[..., T, K, H]`, each within itself.
+
+    A block of queries at a time, which leaves out the keys that none of them sees; the queries of a group are rows of
+    one product. The scores of a block are kept for the backward pass.
+    """
+    length, num_heads, head_dim = q.shape[-3:]
+    kv_heads = k.shape[-2]
+    grouped = q.reshape(*q.shape[:-2], kv_heads, num_heads // kv_heads, head_dim)
+    block = max(128, math.ceil(length / 8))
+    outs = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
+        distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)
+        visible = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+
+        scores = jnp.einsum(
+            "...qkgh,...skh->...kgqs",
+            grouped[..., start:stop, :, :, :],
+            k[..., first:stop, :, :],
+            preferred_element_type=jnp.float32,
+        )
+        scores *= head_dim**-0.5 if scale is None else scale
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores = jnp.where(visible, scores, -jnp.inf)
+        if sinks is not None:
+            sink = jnp.broadcast_to(sinks.reshape(kv_heads, -1, 1, 1), (*scores.shape[:-1], 1))
+            scores = jnp.concatenate([scores, sink], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1)[..., : stop - first].astype(v.dtype)
+        outs.append(jnp.einsum("...kgqs,...skh->...qkgh", weights, v[..., first:stop, :, :]))
+    return jnp.concatenate(outs, axis=-4).reshape(q.shape)
 
 
 class PagedSelfAttention(nnx.Module):
@@ -273,7 +330,7 @@ class PagedSelfAttention(nnx.Module):
     Args:
       hidden_size: D, size of the tokens' vectors.
       num_heads, num_kv_heads, head_dim: N, K, H.
-      use_bias: whether the q, k and v projections have a bias.
+      use_bias: whether the projections have a bias.
       dtype: of the computation; None for that of inputs and weights.
       param_dtype: of the weights.
       rngs: for the weights' initial values.
@@ -293,14 +350,14 @@ class PagedSelfAttention(nnx.Module):
         rngs: nnx.Rngs,
         **options,
     ):
-        def linear(inputs: int, outputs: int, use_bias: bool) -> nnx.Linear:
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
             return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.attention = PagedAttention(num_heads, num_kv_heads, head_dim, **options)
-        self.q_proj = linear(hidden_size, num_heads * head_dim, use_bias)
-        self.k_proj = linear(hidden_size, num_kv_heads * head_dim, use_bias)
-        self.v_proj = linear(hidden_size, num_kv_heads * head_dim, use_bias)
-        self.o_proj = linear(num_heads * head_dim, hidden_size, False)
+        self.q_proj = linear(hidden_size, num_heads * head_dim)
+        self.k_proj = linear(hidden_size, num_kv_heads * head_dim)
+        self.v_proj = linear(hidden_size, num_kv_heads * head_dim)
+        self.o_proj = linear(num_heads * head_dim, hidden_size)
 
     def init_cache(self, num_pages: int, page_size: int, dtype: DTypeLike, **scales: ArrayLike | None) -> None:
         """See `PagedAttention.init_cache`."""

@@ -1,7 +1,7 @@
 """What the conformance suite runs: named calls of attention as data, and how their inputs are made.
 
 Memory is always poisoned. A pool starts out full of NaN and Inf (of NaN bytes or 127 where the dtype has no better)
-and only tokens that a live sequence owns are overwritten; unused table entries hold ids no pool has; query rows
+and only tokens that a sequence owns are overwritten; unused table entries hold ids no pool has; query rows
 that no sequence claims are NaN. So a case passes only if nothing of that is ever used.
 
 Every compilation costs more than the computation, so edges that differ in values only share their shapes and keywords.
@@ -56,6 +56,7 @@ class Case:
     bad_ids: tuple[tuple[int, int, int], ...] = ()  # (sequence, column, id) that stand in used entries
     shared_pages: int = 0  # leading pages that every sequence shares with the first
     sinks: bool = False
+    sink_offset: float = 0.0  # added to standard normal sinks
     k_scale: float | tuple[float, ...] | None = None
     v_scale: float | tuple[float, ...] | None = None
     keywords: dict[str, Any] = field(default_factory=dict)  # the static ones
@@ -121,7 +122,9 @@ def build(case: Case) -> Inputs:
     block_tables = np.array([next(garbage) for _ in range(batch * max_pages)], np.int32).reshape(batch, max_pages)
     free_pages = iter(rng.permutation(num_pages))
     bad = {(b, column): page for b, column, page in case.bad_ids}
-    for b in range(live):
+    for b in range(batch):
+        if b >= live and b % 2 == 0:
+            continue  # half of the dead sequences have garbage, the others what they had when they were alive
         kv_len = min(max(case.kv_lens[b], 0), max_pages * page_size)
         for column in range(-(-kv_len // page_size)):
             if (b, column) in bad:
@@ -147,7 +150,7 @@ def build(case: Case) -> Inputs:
         kv_lens=np.array(case.kv_lens, np.int32),
         cu_q_lens=cu_q_lens,
         num_seqs=None if case.num_seqs is None else np.array([case.num_seqs], np.int32),
-        sinks=rng.standard_normal(case.num_heads, np.float32) if case.sinks else None,
+        sinks=rng.standard_normal(case.num_heads, np.float32) + np.float32(case.sink_offset) if case.sinks else None,
         k_scale=None if case.k_scale is None else np.array(case.k_scale, np.float32),
         v_scale=None if case.v_scale is None else np.array(case.v_scale, np.float32),
     )
@@ -156,6 +159,8 @@ def build(case: Case) -> Inputs:
 # Ragged queries over four sequences: a decode row, a whole prompt, no row, a later chunk; three rows are slack.
 MIXED = Case("mixed", q_lens=(1, 5, 0, 7), kv_lens=(17, 5, 9, 33), rows=16)
 DECODE = Case("decode", (1, 1, 1, 1), (1, 17, 48, 64), function="paged_attention")
+# Enough rows a key that an engine may take them by tiles: a chunk, a whole prompt, a decode row, no row.
+PROMPT = Case("prompt", q_lens=(40, 9, 1, 0), kv_lens=(75, 9, 33, 5), num_heads=6, max_pages=5)
 
 
 def _edges() -> list[Case]:
@@ -164,6 +169,9 @@ def _edges() -> list[Case]:
     return [
         MIXED,
         DECODE,
+        PROMPT,
+        replace(PROMPT, name="prompt_more_rows_than_keys", kv_lens=(20, 0, 1, 5)),
+        replace(PROMPT, name="prompt_used_ids_bad", bad_ids=((0, 0, -1), (0, 2, 23), (1, 0, INT32_MAX))),  # P is 23
         replace(MIXED, name="length_zero", kv_lens=(0, 5, 0, 33)),
         replace(MIXED, name="length_zero_everywhere", kv_lens=(0, 0, 0, 0)),
         replace(MIXED, name="length_negative", kv_lens=(-1, INT32_MIN, 9, -33)),
@@ -200,14 +208,18 @@ def _keywords() -> list[Case]:
         ("sinks", {"sinks": True}),
         ("all", {"keywords": {"scale": 0.25, "sliding_window": 20, "soft_cap": 1.5}, "sinks": True}),
     ]
-    cases = [replace(base, name=f"{base.name}_{name}", **kw) for base in (MIXED, DECODE) for name, kw in variants]
-    dense = [replace(MIXED, keywords={"causal": False})] + [
-        replace(MIXED, keywords={"causal": False, "sliding_window": 9}, sinks=sinks) for sinks in (False, True)
+    dense: list[tuple[str, dict[str, Any]]] = [
+        ("dense", {"keywords": {"causal": False}}),
+        ("dense_window", {"keywords": {"causal": False, "sliding_window": 9}}),
+        ("dense_window_sinks", {"keywords": {"causal": False, "sliding_window": 9}, "sinks": True}),
     ]
-    names = ("dense", "dense_window", "dense_window_sinks")
-    cases += [replace(case, name=f"mixed_{name}") for name, case in zip(names, dense, strict=True)]
+    cases = [replace(base, name=f"{base.name}_{name}", **kw) for base in (MIXED, DECODE) for name, kw in variants]
+    cases += [replace(MIXED, name=f"mixed_{name}", **kw) for name, kw in dense]
+    several = [(name, kw) for name, kw in variants + dense if name in ("window", "cap", "all", "dense_window_sinks")]
+    cases += [replace(PROMPT, name=f"prompt_{name}", **kw) for name, kw in several]
     by_name = {case.name: case for case in cases}
     short = (0, 2, 0, 3)
+    passed = ((0, 0, -1), (3, 0, 19), (3, 1, INT32_MAX))
     cases += [
         # The same shapes and keywords as above, at their edges.
         replace(by_name["mixed_sinks"], name="sinks_without_keys", kv_lens=short),
@@ -219,12 +231,16 @@ def _keywords() -> list[Case]:
         replace(by_name["mixed_dense_window"], name="dense_window_more_rows_than_keys", kv_lens=(1, 2, 9, 3)),
         replace(by_name["mixed_all"], name="mixed_all_short", kv_lens=short),
         # A server frees pages that a window has passed: their entries are garbage.
-        replace(by_name["mixed_window"], name="window_passed_pages", kv_lens=(33, 5, 9, 60), bad_ids=((0, 0, -1), (3, 0, 19), (3, 1, -1))),
-        replace(by_name["decode_window"], name="decode_window_passed_pages", bad_ids=((2, 0, -1), (3, 0, 19), (3, 1, INT32_MAX))),
+        replace(by_name["mixed_window"], name="window_passed_pages", kv_lens=(33, 5, 9, 60), bad_ids=passed),
+        replace(by_name["decode_window"], name="decode_window_passed_pages", kv_lens=(33, 17, 48, 64), bad_ids=passed),
+        replace(MIXED, name="sinks_large", dtype="bf16", sinks=True, sink_offset=150.0),
+        replace(DECODE, name="decode_sinks_large", dtype="bf16", sinks=True, sink_offset=150.0),
+        replace(DECODE, name="decode_sinks_small", dtype="bf16", sinks=True, sink_offset=-300.0),
+        replace(MIXED, name="sinks_absent", sinks=True, sink_offset=-np.inf),
         # exp overflows f32 from 89 on; the maximum must be taken off first.
         replace(MIXED, name="large_logits", dtype="bf16", keywords={"scale": 20.0}),
         replace(DECODE, name="decode_large_logits", dtype="bf16", keywords={"scale": 20.0}),
-    ]  # fmt: skip
+    ]
     return cases
 
 
@@ -232,22 +248,24 @@ def _dtypes() -> list[Case]:
     """Every query dtype with every page dtype; scales are absent, scalar or one a head."""
     cases = []
     for dtype in ("f32", "bf16", "f16"):
-        for base, scales in ((MIXED, {"k_scale": 0.7, "v_scale": 1.9}), (DECODE, {"k_scale": (0.5, 1.5)})):
+        scalar, per_head = {"k_scale": 0.7, "v_scale": 1.9}, {"k_scale": (0.5, 1.5)}
+        for base, scales in ((MIXED, scalar), (DECODE, per_head), (PROMPT, per_head)):
             for page_dtype in ("e4m3", "e5m2"):
                 name = f"{base.name}_{dtype}_{page_dtype}"
                 cases.append(replace(base, name=name, dtype=dtype, page_dtype=page_dtype, **scales))
         int8 = {"dtype": dtype, "page_dtype": "int8"}
         cases.append(replace(MIXED, name=f"mixed_{dtype}_int8", k_scale=(0.02, 0.01), v_scale=(0.01, 0.03), **int8))
         cases.append(replace(DECODE, name=f"decode_{dtype}_int8", k_scale=0.02, v_scale=0.01, **int8))
+        cases.append(replace(PROMPT, name=f"prompt_{dtype}_int8", k_scale=0.01, v_scale=(0.01, 0.03), **int8))
     for dtype in ("bf16", "f16"):
-        cases += [replace(base, name=f"{base.name}_{dtype}", dtype=dtype) for base in (MIXED, DECODE)]
+        cases += [replace(base, name=f"{base.name}_{dtype}", dtype=dtype) for base in (MIXED, DECODE, PROMPT)]
     cases += [
         replace(MIXED, name="fp8_unscaled", dtype="bf16", page_dtype="e4m3"),
         replace(MIXED, name="f32_scaled", k_scale=(0.5, 2.0), v_scale=3.0),
         replace(MIXED, name="bf16_v_scaled", dtype="bf16", v_scale=(0.5, 3.0)),
         # Scales come before the cap.
-        replace(DECODE, name="fp8_scaled_cap", page_dtype="e4m3", k_scale=4.0, v_scale=(1.0, 0.5), keywords={"soft_cap": 1.5}, sinks=True),
-    ]  # fmt: skip
+        replace(DECODE, name="fp8_scaled_cap", page_dtype="e4m3", k_scale=4.0, keywords={"soft_cap": 1.5}, sinks=True),
+    ]
     return cases
 
 
@@ -265,22 +283,35 @@ def _shapes() -> list[Case]:
         cases.append(replace(DECODE, name=f"decode_head_dim_{head_dim}", head_dim=head_dim, dtype="bf16"))
         if head_dim in (40, 80, 128, 256):
             cases.append(replace(MIXED, name=f"mixed_head_dim_{head_dim}", head_dim=head_dim))
-    cases.append(replace(DECODE, name="decode_head_dim_40_int8", head_dim=40, page_dtype="int8", k_scale=0.02, v_scale=0.01))
-    cases.append(replace(DECODE, name="decode_head_dim_80_fp8", head_dim=80, page_dtype="e5m2", dtype="f16"))
+    int8 = {"page_dtype": "int8", "k_scale": 0.02, "v_scale": 0.01}
+    for head_dim, page in ((1, {}), (7, int8), (33, {"page_dtype": "e4m3"}), (40, int8), (80, {"page_dtype": "e5m2"})):
+        for base in (DECODE, PROMPT):
+            name = f"{base.name}_head_dim_{head_dim}_{page.get('page_dtype', 'f16')}"
+            cases.append(replace(base, name=name, head_dim=head_dim, dtype="f16", **page))
+    cases.append(replace(PROMPT, name="prompt_head_dim_128", head_dim=128, dtype="bf16"))
+    cases.append(replace(PROMPT, name="prompt_head_dim_576", head_dim=576))
+    cases.append(replace(PROMPT, name="prompt_page_size_1", page_size=1, max_pages=80))
+    cases.append(replace(PROMPT, name="prompt_page_size_17", page_size=17, dtype="bf16"))
+    cases.append(replace(PROMPT, name="prompt_group_7", num_heads=7, num_kv_heads=1, dtype="bf16"))
+    cases.append(replace(DECODE, name="decode_group_40", num_heads=40, num_kv_heads=1))
+    cases.append(replace(DECODE, name="decode_heads_32_8", num_heads=32, num_kv_heads=8, head_dim=128, dtype="bf16"))
     for page_size in (1, 3, 17, 64, 256):
         max_pages = max(2, 60 // page_size)
         most = max_pages * page_size
         size = {"page_size": page_size, "max_pages": max_pages}
         ends = (1, page_size, page_size + 1, most)  # one token, a full page, one token more, a full table
         cases.append(replace(DECODE, name=f"decode_page_size_{page_size}", kv_lens=ends, **size))
-        cases.append(replace(MIXED, name=f"mixed_page_size_{page_size}", kv_lens=(most, page_size, 1, most - 1), **size))
-    cases.append(replace(MIXED, name="page_size_1_bf16_window", page_size=1, max_pages=60, dtype="bf16", kv_lens=(60, 7, 1, 41), keywords={"sliding_window": 5}))
-    return cases  # fmt: skip
+        ends = (most, page_size, 1, most - 1)
+        cases.append(replace(MIXED, name=f"mixed_page_size_{page_size}", kv_lens=ends, **size))
+    by_name = {case.name: case for case in cases}
+    window = {"dtype": "bf16", "keywords": {"sliding_window": 5}}
+    cases.append(replace(by_name["mixed_page_size_1"], name="page_size_1_bf16_window", **window))
+    return cases
 
 
 def _long() -> list[Case]:
     """Enough keys that an engine splits them between workers, with parts that are empty or short."""
-    long = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 64, "max_pages": 320}
+    long: dict[str, Any] = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 64, "max_pages": 320}
     decode = Case("long_decode", (1, 1), (5000, 37), function="paged_attention", **long)
     prefill = Case("long_prefill", (20, 1), (4107, 4096), **long)
     passed = tuple((0, column, -1) for column in range(200))
@@ -294,6 +325,7 @@ def _long() -> list[Case]:
         replace(decode, name="long_decode_bf16", dtype="bf16"),
         replace(decode, name="long_decode_int8", dtype="bf16", page_dtype="int8", k_scale=0.02, v_scale=0.02),
         replace(decode, name="long_decode_e4m3", dtype="f16", page_dtype="e4m3", keywords={"soft_cap": 3.0}),
+        replace(decode, name="long_decode_group_24", num_heads=24),
         prefill,
         replace(prefill, name="long_prefill_bf16", dtype="bf16"),
         replace(prefill, name="long_prefill_window", keywords={"sliding_window": 700}, sinks=True),

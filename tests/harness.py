@@ -1,9 +1,14 @@
-"""Runs a case through a function of the package and compares the result with the oracle."""
+"""What the tests share: running a case, comparing with the oracle, hashing bits, starting a fresh interpreter."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +21,9 @@ import jax_paged_attn as jpa
 # A single row may be this much worse than the bound on the whole output: the bound alone would let one wrong row of
 # many pass, while a row of small values may exceed it by rounding.
 ROW_SLACK = 8
+
+# A large sink leaves so little for the values that float32 has no normal number for it.
+UNDERFLOW = float(np.finfo(np.float32).tiny)
 
 
 @functools.cache
@@ -48,9 +56,9 @@ def expected(case_name: str) -> tuple[Array, Array]:
     return getattr(oracle, case.function)(*args, **traced, **case.keywords)
 
 
-def assert_close(out: Array, lse: Array, want_out: Array, want_lse: Array, dtype: str) -> None:
-    """Holds a result to the specification's bounds for queries of `dtype` (a name of `cases.DTYPES`)."""
-    out, lse = out.astype(np.float64), lse.astype(np.float64)
+def assert_close(got: Any, want: Any, dtype: str) -> None:
+    """Holds `(out, lse)` to the specification's bounds for queries of `dtype` (a name of `cases.DTYPES`)."""
+    (out, lse), (want_out, want_lse) = ((np.asarray(x).astype(np.float64) for x in pair) for pair in (got, want))
     assert out.shape == want_out.shape
     assert lse.shape == want_lse.shape
     assert np.isfinite(out).all(), f"{np.isnan(out).sum()} NaN, {np.isinf(out).sum()} Inf in out"
@@ -62,12 +70,31 @@ def assert_close(out: Array, lse: Array, want_out: Array, want_lse: Array, dtype
     finite = np.isfinite(want_lse)
     np.testing.assert_allclose(lse[finite], want_lse[finite], rtol=0, atol=LSE_BOUND[dtype])
 
-    norm = np.linalg.norm(want_out)
-    assert np.linalg.norm(out - want_out) <= OUT_BOUND[dtype] * norm
-    row_norms = np.linalg.norm(want_out, axis=-1)
-    row_errors = np.linalg.norm(out - want_out, axis=-1)
-    worst = np.argmax(row_errors - ROW_SLACK * OUT_BOUND[dtype] * row_norms)
-    index = np.unravel_index(worst, row_errors.shape)
-    assert (row_errors <= ROW_SLACK * OUT_BOUND[dtype] * row_norms).all(), (
-        f"row and head {index}: error {row_errors[index]:.2e} for a norm of {row_norms[index]:.2e}"
-    )
+    error, norm = np.linalg.norm(out - want_out), np.linalg.norm(want_out)
+    assert error <= OUT_BOUND[dtype] * norm + UNDERFLOW
+    row_errors, row_norms = np.linalg.norm(out - want_out, axis=-1), np.linalg.norm(want_out, axis=-1)
+    excess = row_errors - ROW_SLACK * OUT_BOUND[dtype] * row_norms
+    worst = np.unravel_index(np.argmax(excess), excess.shape) if excess.size else ()
+    assert (excess <= UNDERFLOW).all(), f"row and head {worst}: {row_errors[worst]} for a norm of {row_norms[worst]}"
+
+
+def digest(*arrays: Array) -> str:
+    """A hash of the bits."""
+    return hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in arrays)).hexdigest()
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """What a compiled function allocates besides its operands and results."""
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
+def python(code: str, *args: str, **environment: str) -> list[str]:
+    """The lines that a fresh interpreter prints; the suite's own modules and environment are at its hand."""
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", code, *args]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split("\n")[:-1]

@@ -98,7 +98,7 @@ def paged_attention(
 
 
 def store(values: Array, scales: Array, dtype: Any) -> Array:
-    """`values [..., K, H]` as they stand in pages of `dtype`: divided in float32, saturated, rounded to nearest even."""
+    """`values [K, H]` as pages of `dtype` hold them: divided in float32, saturated, rounded to nearest even."""
     dtype = np.dtype(dtype)
     scaled = values.astype(np.float32) / scales[:, None]
     limit = SATURATION.get(dtype)
@@ -143,7 +143,8 @@ def copy_kv_pages(k_pages: Array, v_pages: Array, src: Array, dst: Array) -> tup
 
 def merge_attention_states(outs: Array, lses: Array) -> tuple[Array, Array]:
     """Partial results over disjoint keys, parts on the leading axis, as one float64 `(out, lse)`."""
-    outs, lses = outs.astype(np.float64), lses.astype(np.float64)
+    lses = lses.astype(np.float64)
+    outs = np.where(np.isneginf(lses)[..., None], 0.0, outs.astype(np.float64))
     top = np.max(lses, axis=0)
     shift = np.where(np.isfinite(top), top, 0.0)
     weights = np.exp(lses - shift)

@@ -139,7 +139,11 @@ ARRAYS = [
     Bad(COPIES, {"dst": _zeros((3,), jnp.int32)}, ValueError, "dst", "2", r"\(3,\)"),
     Bad(COPIES, {"src": _zeros((2, 1), jnp.int32)}, ValueError, "src", "rank 1", r"\(2, 1\)"),
     Bad(COPIES, {"src": _zeros((2,))}, ValueError, "src", "int32", "float32"),
-    Bad(MERGES, {"outs": _zeros((0, 5, 4, 8)), "lses": _zeros((0, 5, 4))}, ValueError, "outs", "at least one part", "none"),
+    Bad(
+        MERGES,
+        {"outs": _zeros((0, 5, 4, 8)), "lses": _zeros((0, 5, 4))},
+        ValueError, "outs", "at least one part", "none",
+    ),
     Bad(MERGES, {"lses": _zeros((3, 5, 8))}, ValueError, "lses", r"\(3, 5, 4\)", r"\(3, 5, 8\)"),
     Bad(MERGES, {"lses": _zeros((3, 5, 4), jnp.bfloat16)}, ValueError, "lses", "float32", "bfloat16"),
     Bad(MERGES, {"outs": _zeros((3, 5, 4, 8), jnp.int32)}, ValueError, "outs", "float32", "int32"),
@@ -212,7 +216,7 @@ def test_the_calls_that_errors_are_made_of_are_good(function: Callable[..., Any]
 
 
 def test_merging_empty_lists_raises() -> None:
-    with pytest.raises(ValueError, match="^outs: expected at least one part, got none"):
+    with pytest.raises(ValueError, match=r"^outs: expected at least one part, got none"):
         jpa.merge_attention_states([], [])
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from cases import BY_NAME, build
+from harness import python
 
 import jax_paged_attn as jpa
 from jax_paged_attn import _engines
@@ -41,9 +43,9 @@ def test_tpu_runs_the_reference(function: Any, args: Any, form: str) -> None:
 
 def test_default_platform_and_device_agree() -> None:
     device = jax.devices()[0]
-    plain, named, on_device = (
-        jpa.explain(jpa.paged_attention, *DECODE, **where) for where in ({}, {"platform": device.platform}, {"device": device})
-    )
+    plain = jpa.explain(jpa.paged_attention, *DECODE)
+    named = jpa.explain(jpa.paged_attention, *DECODE, platform=device.platform)
+    on_device = jpa.explain(jpa.paged_attention, *DECODE, device=device)
     assert plain == named == on_device
     with pytest.raises(ValueError, match="platform"):
         jpa.explain(jpa.paged_attention, *DECODE, platform="cpu", device=device)
@@ -53,8 +55,15 @@ def test_named_implementation_is_obeyed() -> None:
     explanation = jpa.explain(jpa.paged_attention, *DECODE, platform="cpu", implementation="reference")
     assert explanation.engine == "reference"
     assert "reference" in explanation.rejected["cpu"]
-    with pytest.raises(ValueError, match="implementation.*'cpu'"):
+    with pytest.raises(ValueError, match=r"^implementation.*'cpu'"):
         jpa.explain(jpa.paged_attention, *DECODE, platform="tpu", implementation="cpu")
+
+
+def test_a_debug_log_says_what_runs(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="jax_paged_attn"):
+        jax.jit(lambda *args: jpa.paged_attention(*args, implementation="reference")).lower(*DECODE)
+    (record,) = [r for r in caplog.records if r.name == "jax_paged_attn"]
+    assert ": reference (rejected: {'cpu': " in record.getMessage()
 
 
 def test_calls_inside_a_users_function_are_found() -> None:
@@ -63,7 +72,8 @@ def test_calls_inside_a_users_function_are_found() -> None:
     @jax.jit
     def model(q: Any, layers: Any, name: str | None = None) -> Any:
         def layer(q: Any, pools: Any) -> Any:
-            return jax.checkpoint(lambda q: jpa.paged_attention(q, *pools, tables, lengths))(q), None
+            k_pages, v_pages = pools
+            return jax.checkpoint(lambda q: jpa.paged_attention(q, k_pages, v_pages, tables, lengths))(q), None
 
         q, _ = jax.lax.scan(layer, q, layers)
         return jax.lax.cond(q.sum() > 0, lambda: q, lambda: jpa.paged_attention(q, k_pages, v_pages, tables, lengths))
@@ -76,8 +86,8 @@ def test_calls_inside_a_users_function_are_found() -> None:
 
 def test_several_engines_are_all_named() -> None:
     def two(q: Any) -> Any:
-        rest = DECODE[1:]
-        return jpa.paged_attention(jpa.paged_attention(q, *rest, implementation="reference"), *rest)
+        first: Any = jpa.paged_attention(q, *DECODE[1:], implementation="reference")
+        return jpa.paged_attention(first, *DECODE[1:])
 
     explanation = jpa.explain(two, DECODE[0], platform="cpu")
     assert explanation.engine == "reference, cpu"
@@ -85,11 +95,37 @@ def test_several_engines_are_all_named() -> None:
 
 
 def test_function_without_attention_is_an_error() -> None:
-    with pytest.raises(ValueError, match="^fn: "):
+    with pytest.raises(ValueError, match=r"^fn: "):
         jpa.explain(lambda x: x + 1, 1.0)
+
+
+WITHOUT_MODULES = """
+import sys
+sys.modules["jax_paged_attn._cpu"] = None  # importing it raises ModuleNotFoundError, as where it was never built
+import jax, harness, jax_paged_attn as jpa
+from cases import BY_NAME, build
+case = BY_NAME["decode"]
+(q, k_pages, v_pages, tables, lengths), _ = build(case).arguments()
+harness.assert_close(harness.run(case), harness.expected(case.name), case.dtype)
+
+def step(q):
+    pools = jpa.write_kv_pages(k_pages, v_pages, q[:, :2], q[:, :2], lengths)
+    return jpa.paged_attention(q, *pools, tables, lengths).sum()
+
+jax.block_until_ready(jax.jit(jax.value_and_grad(step))(q))
+explanation = jpa.explain(step, q, platform="cpu")
+print(explanation.engine)
+print(explanation.rejected["cpu"])
+"""
+
+
+def test_package_works_without_compiled_modules() -> None:
+    engine, reason = python(WITHOUT_MODULES)
+    assert engine == "reference"
+    assert "built without jax_paged_attn._cpu" in reason
 
 
 def test_engine_that_the_platform_lacks_raises_at_lowering() -> None:
     traced = jax.jit(lambda *args: jpa.paged_attention(*args, implementation="cpu")).trace(*DECODE)
-    with pytest.raises(ValueError, match="^implementation: 'cpu' .*tpu"):
+    with pytest.raises(ValueError, match=r"^implementation: 'cpu' .*tpu"):
         traced.lower(lowering_platforms=("tpu",))

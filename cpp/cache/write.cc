@@ -40,8 +40,8 @@ struct S8 {
 
 // One pool's share of the call.
 struct Side {
-  const void* values;   // [T, K, H]
-  void* pages;          // [P, S, K, H] through strides
+  const void* values;  // [T, K, H]
+  void* pages;         // [P, S, K, H] through strides
   PageStrides strides;
   const float* scales;  // [X, K], null if X is 0
   int64_t num_scales;   // X

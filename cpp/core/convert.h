@@ -3,8 +3,8 @@
 // XLA's threads flush f32 subnormals to zero, so nothing here rests on them: narrow subnormals are read as an
 // integer times a power of two, and all rounding (to nearest, ties to even) is done on integers.
 //
-// Functions are `static` because files compiled for different instruction sets include this header: each keeps
-// its own copy instead of one that the linker picks.
+// Functions are `static` because files compiled for different instruction sets include this header: each
+// keeps its own copy instead of one that the linker picks.
 #pragma once
 
 #include <cstdint>
@@ -51,8 +51,8 @@ static inline float E4M3FNToF32(uint8_t bits) {
   return FloatFromBits(((magnitude << 20) + (120u << 23)) | sign);
 }
 
-// The magnitude bits of the nearest value in a format with that many mantissa bits and that exponent bias, as if
-// the exponent had no upper end: the caller saturates. `magnitude` is that of an f32 that is not NaN.
+// The magnitude bits of the nearest value in a format with that many mantissa bits and that exponent bias, as
+// if the exponent had no upper end: the caller saturates. `magnitude` is that of an f32 that is not NaN.
 static inline uint32_t RoundMagnitude(uint32_t magnitude, uint32_t mantissa_bits, uint32_t bias) {
   const uint32_t exponent = magnitude >> 23;
   const uint32_t min_normal_exponent = 128u - bias;

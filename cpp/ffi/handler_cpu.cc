@@ -18,9 +18,7 @@ class XlaTaskRunner : public TaskRunner {
  public:
   explicit XlaTaskRunner(ffi::ThreadPool& pool) : pool_(pool) {}
 
-  int num_threads() const override {
-    return static_cast<int>(std::max<int64_t>(pool_.num_threads(), 1));
-  }
+  int num_threads() const override { return static_cast<int>(std::max<int64_t>(pool_.num_threads(), 1)); }
   void Schedule(std::function<void()> task) override { pool_.Schedule(std::move(task)); }
 
  private:
@@ -57,8 +55,8 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_pa
                      ffi::AnyBuffer block_tables, ffi::AnyBuffer kv_lens, ffi::AnyBuffer q_starts,
                      ffi::AnyBuffer q_counts, ffi::AnyBuffer sinks, ffi::AnyBuffer k_scale,
                      ffi::AnyBuffer v_scale, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
-                     ffi::Result<ffi::AnyBuffer> workspace, float scale, float soft_cap, int64_t sliding_window,
-                     bool causal) {
+                     ffi::Result<ffi::AnyBuffer> workspace, float scale, float soft_cap,
+                     int64_t sliding_window, bool causal) {
   return Guard([&] {
     const AttentionBuffers buffers = {{"q", q},
                                       {"k_pages", k_pages},
@@ -75,7 +73,8 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_pa
                                       {"workspace", *workspace}};
     AttentionProblem problem;
     AttentionParams params;
-    if (Status s = ParseAttention(buffers, {scale, soft_cap, sliding_window, causal}, &problem, &params); !s.ok()) {
+    if (Status s = ParseAttention(buffers, {scale, soft_cap, sliding_window, causal}, &problem, &params);
+        !s.ok()) {
       return s;
     }
     const cpu::Kernels* kernels;
@@ -86,8 +85,9 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_pa
 }
 
 ffi::Error Write(ffi::ThreadPool pool, ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages, ffi::AnyBuffer k,
-                 ffi::AnyBuffer v, ffi::AnyBuffer slot_mapping, ffi::AnyBuffer k_scale, ffi::AnyBuffer v_scale,
-                 ffi::Result<ffi::AnyBuffer> k_pages_out, ffi::Result<ffi::AnyBuffer> v_pages_out) {
+                 ffi::AnyBuffer v, ffi::AnyBuffer slot_mapping, ffi::AnyBuffer k_scale,
+                 ffi::AnyBuffer v_scale, ffi::Result<ffi::AnyBuffer> k_pages_out,
+                 ffi::Result<ffi::AnyBuffer> v_pages_out) {
   return Guard([&] {
     const WriteBuffers buffers = {{"k_pages", k_pages},
                                   {"v_pages", v_pages},

@@ -47,13 +47,13 @@ nb::dict BuildInfo() {
 
 NB_MODULE(_cpu, m) {
   m.doc() = "The CPU engine of jax_paged_attn: XLA FFI handlers and facts about the build.";
-  m.def("registrations", &Registrations, nb::sig("def registrations() -> dict[str, types.CapsuleType]"),
+  m.def("registrations", &Registrations, nb::sig("def registrations() -> dict[str, object]"),
         "Handlers by the name of their FFI target, for platform \"cpu\".");
-  m.def("attention_workspace_bytes", &jpa::AttentionWorkspaceBytes, nb::arg("num_seqs"), nb::arg("num_q_heads"),
-        nb::arg("head_dim"), "Size of the workspace result of the attention target.");
+  m.def("attention_workspace_bytes", &jpa::AttentionWorkspaceBytes, nb::arg("num_seqs"),
+        nb::arg("num_q_heads"), nb::arg("head_dim"), "Size of the workspace result of the attention target.");
   m.def("isa", &Isa,
-        "Instruction set in use: the best available, or what JPA_CPU_ISA names. Raises RuntimeError if that names "
-        "none that is available.");
+        "Instruction set in use: the best available, or JPA_CPU_ISA. RuntimeError if that one is not "
+        "available.");
   m.def("available_isas", &AvailableIsas, "Instruction sets that this machine can run, fastest first.");
   m.def("build_info", &BuildInfo, nb::sig("def build_info() -> dict[str, str]"),
         "The compiler, and the version of the XLA FFI headers.");

@@ -1,5 +1,5 @@
-// From XLA's buffers to Problem and Params. Whatever a caller passes is checked here, so that the engines need
-// not: a malformed call becomes a status that names the argument, what was expected and what came.
+// From XLA's buffers to Problem and Params. Whatever a caller passes is checked here, so that the engines
+// need not: a malformed call becomes a status that names the argument, what was expected and what came.
 #pragma once
 
 #include <cmath>
@@ -78,10 +78,10 @@ inline Status Expect(const NamedBuffer& argument, ffi::DataType dtype, const std
 }
 
 // [X, columns] in f32, where X is 0 or divides `period`.
-inline Status ExpectRepeated(const NamedBuffer& argument, int64_t columns, int64_t period, const char* letter) {
+inline Status ExpectRepeated(const NamedBuffer& argument, int64_t columns, int64_t period,
+                             const char* letter) {
   const bool fits = argument.buffer.element_type() == ffi::DataType::F32 && argument.rank() == 2 &&
-                    argument.dim(1) == columns &&
-                    (argument.dim(0) == 0 || period % argument.dim(0) == 0);
+                    argument.dim(1) == columns && (argument.dim(0) == 0 || period % argument.dim(0) == 0);
   if (fits) return Status::Ok();
   return Mismatch(argument, "float32[X, " + std::to_string(columns) + "] where X is 0 or divides " + letter +
                                 " = " + std::to_string(period));
@@ -155,15 +155,16 @@ struct AttentionAttributes {
 
 inline Status ParseAttention(const AttentionBuffers& buffers, const AttentionAttributes& attributes,
                              AttentionProblem* problem, AttentionParams* params) {
-  const auto& [q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale, out, lse,
-               workspace] = buffers;
+  const auto& [q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale, out,
+               lse, workspace] = buffers;
 
   DType q_dtype{}, kv_dtype{};
   if (Status s = ExpectRank(q, 3, "[T, N, H]"); !s.ok()) return s;
   if (Status s = ParseFloating(q, &q_dtype); !s.ok()) return s;
   if (Status s = ExpectPages(k_pages, v_pages, &kv_dtype); !s.ok()) return s;
   if (kv_dtype != q_dtype && ByteWidth(kv_dtype) > 1) {
-    return Mismatch(k_pages, std::string("the dtype of q, ") + NameOf(q.buffer.element_type()) + ", or an 8-bit dtype");
+    return Mismatch(
+        k_pages, std::string("the dtype of q, ") + NameOf(q.buffer.element_type()) + ", or an 8-bit dtype");
   }
   const int64_t num_rows = q.dim(0), num_q_heads = q.dim(1), head_dim = q.dim(2);
   const int64_t num_kv_heads = k_pages.dim(2);
@@ -185,12 +186,14 @@ inline Status ParseAttention(const AttentionBuffers& buffers, const AttentionAtt
   }
   if (Status s = Expect(out, q.buffer.element_type(), {num_rows, num_q_heads, head_dim}); !s.ok()) return s;
   if (Status s = Expect(lse, ffi::DataType::F32, {num_rows, num_q_heads}); !s.ok()) return s;
-  if (Status s = Expect(workspace, ffi::DataType::U8, {AttentionWorkspaceBytes(num_seqs, num_q_heads, head_dim)});
+  if (Status s =
+          Expect(workspace, ffi::DataType::U8, {AttentionWorkspaceBytes(num_seqs, num_q_heads, head_dim)});
       !s.ok()) {
     return s;
   }
   if (!std::isfinite(attributes.scale)) {
-    return Status::InvalidArgument("scale: expected a finite number, got " + std::to_string(attributes.scale));
+    return Status::InvalidArgument("scale: expected a finite number, got " +
+                                   std::to_string(attributes.scale));
   }
   if (!std::isfinite(attributes.soft_cap) || attributes.soft_cap < 0) {
     return Status::InvalidArgument("soft_cap: expected a finite number >= 0 (0: none), got " +
@@ -202,8 +205,9 @@ inline Status ParseAttention(const AttentionBuffers& buffers, const AttentionAtt
   }
 
   const PageStrides strides = DenseStrides(k_pages.dim(1), num_kv_heads, head_dim);
-  *problem = {q_dtype,        kv_dtype,       num_rows, num_q_heads, num_kv_heads, head_dim,       k_pages.dim(1),
-              k_pages.dim(0), v_pages.dim(0), num_seqs, max_pages,   sinks.dim(0), k_scale.dim(0), v_scale.dim(0)};
+  *problem = {q_dtype,   kv_dtype,       num_rows,       num_q_heads,    num_kv_heads,
+              head_dim,  k_pages.dim(1), k_pages.dim(0), v_pages.dim(0), num_seqs,
+              max_pages, sinks.dim(0),   k_scale.dim(0), v_scale.dim(0)};
   *params = {q.buffer.untyped_data(),
              k_pages.buffer.untyped_data(),
              v_pages.buffer.untyped_data(),
@@ -238,31 +242,36 @@ inline Status ParseWrite(const WriteBuffers& buffers, WriteProblem* problem, Wri
   if (Status s = ExpectPages(k_pages, v_pages, &kv_dtype); !s.ok()) return s;
   const int64_t num_pages = k_pages.dim(0), page_size = k_pages.dim(1), num_kv_heads = k_pages.dim(2),
                 head_dim = k_pages.dim(3);
-  if (v_pages.dim(0) != num_pages) return Mismatch(v_pages, "as many pages as k_pages, " + std::to_string(num_pages));
+  if (v_pages.dim(0) != num_pages)
+    return Mismatch(v_pages, "as many pages as k_pages, " + std::to_string(num_pages));
   if (Status s = ParseFloating(k, &new_dtype); !s.ok()) return s;
   if (Status s = ExpectRank(k, 3, "[T, K, H]"); !s.ok()) return s;
   const int64_t num_tokens = k.dim(0);
   for (const NamedBuffer& rows : {k, v}) {
-    if (Status s = Expect(rows, k.buffer.element_type(), {num_tokens, num_kv_heads, head_dim}); !s.ok()) return s;
+    if (Status s = Expect(rows, k.buffer.element_type(), {num_tokens, num_kv_heads, head_dim}); !s.ok())
+      return s;
   }
   if (Status s = Expect(slot_mapping, ffi::DataType::S32, {num_tokens}); !s.ok()) return s;
   for (const NamedBuffer& scale : {k_scale, v_scale}) {
     if (Status s = ExpectRepeated(scale, num_kv_heads, num_tokens, "T"); !s.ok()) return s;
   }
   for (const NamedBuffer& pages : {k_pages_out, v_pages_out}) {
-    if (Status s = Expect(pages, k_pages.buffer.element_type(), {num_pages, page_size, num_kv_heads, head_dim});
+    if (Status s =
+            Expect(pages, k_pages.buffer.element_type(), {num_pages, page_size, num_kv_heads, head_dim});
         !s.ok()) {
       return s;
     }
   }
-  // The call is made with both pools aliased; anything else would return pages with only the new tokens in them.
+  // The call is made with both pools aliased; anything else would return pages with only the new tokens in
+  // them.
   if (k_pages_out.buffer.untyped_data() != k_pages.buffer.untyped_data() ||
       v_pages_out.buffer.untyped_data() != v_pages.buffer.untyped_data()) {
-    return Status::InvalidArgument("k_pages, v_pages: expected results aliased to these operands, got others");
+    return Status::InvalidArgument(
+        "k_pages, v_pages: expected results aliased to these operands, got others");
   }
 
   const PageStrides strides = DenseStrides(page_size, num_kv_heads, head_dim);
-  *problem = {new_dtype, kv_dtype,  num_tokens,     num_kv_heads, head_dim,
+  *problem = {new_dtype, kv_dtype,  num_tokens,     num_kv_heads,  head_dim,
               page_size, num_pages, k_scale.dim(0), v_scale.dim(0)};
   *params = {k.buffer.untyped_data(),
              v.buffer.untyped_data(),

@@ -19,8 +19,8 @@ inline constexpr int64_t kMaxThinStates = 256;
 // The most packed rows in a tile of the thick kernel, which takes one key/value head at a time.
 inline constexpr int64_t kMaxThickRows = 96;
 
-// What one call of a kernel works on. A sequence's queries are packed: packed row p of key/value head h is query
-// row p / group and query head h * group + p % group, so that rows of a group share the keys they load.
+// What one call of a kernel works on. A sequence's queries are packed: packed row p of key/value head h is
+// query row p / group and query head h * group + p % group, so that rows of a group share the keys they load.
 struct Tile {
   int64_t seq;
   int64_t q_start;     // query row 0 of the sequence is row q_start of q
@@ -41,7 +41,8 @@ struct Kernels {
   // What `attend` and `merge` need, in bytes, at 64-byte alignment.
   int64_t (*scratch_bytes)(const AttentionProblem& problem);
 
-  // Attends a tile. With one split the result goes to out and lse, otherwise a partial state to the workspace.
+  // Attends a tile. With one split the result goes to out and lse, otherwise a partial state to the
+  // workspace.
   void (*attend)(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile,
                  void* scratch);
 

@@ -10,14 +10,14 @@
 
 namespace jpa::cpu::JPA_ISA {
 
-constexpr int kBlockKeys = 64;
+constexpr int kMaxBlockKeys = 64;
 
-// Up to kBlockKeys keys with ascending positions, none of them on a masked page.
+// Some keys with ascending positions, none of them on a masked page.
 struct KeyBlock {
   int count;
-  int32_t position[kBlockKeys];
-  int64_t k_offset[kBlockKeys];  // elements from the start of the pool to head 0 of the token
-  int64_t v_offset[kBlockKeys];
+  int32_t position[kMaxBlockKeys];
+  int64_t k_offset[kMaxBlockKeys];  // elements from the start of the pool to head 0 of the token
+  int64_t v_offset[kMaxBlockKeys];
 };
 
 class KeyWalker {
@@ -29,18 +29,18 @@ class KeyWalker {
         next_(tile.key_begin),
         end_(tile.key_end) {}
 
-  // Fills `block` with the next keys; false if there are none left.
-  bool Next(KeyBlock* block) {
+  // Fills `block` with the next keys, at most `limit`; false if there are none left.
+  bool Next(int limit, KeyBlock* block) {
     const int64_t page_size = problem_.page_size;
     int count = 0;
-    while (count < kBlockKeys && next_ < end_) {
+    while (count < limit && next_ < end_) {
       const int64_t index = next_ / page_size;
       const int64_t offset = next_ - index * page_size;
       int64_t run = page_size - offset;
       if (run > end_ - next_) run = end_ - next_;
       int64_t k_page, v_page;
       if (Locate(pages_[index], &k_page, &v_page)) {
-        if (run > kBlockKeys - count) run = kBlockKeys - count;
+        if (run > limit - count) run = limit - count;
         int64_t k = k_page * params_.k_strides.page + offset * params_.k_strides.token;
         int64_t v = v_page * params_.v_strides.page + offset * params_.v_strides.token;
         for (int64_t i = 0; i < run; ++i, ++count) {

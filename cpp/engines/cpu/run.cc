@@ -31,12 +31,9 @@ Sequence SequenceAt(const AttentionProblem& problem, const AttentionParams& para
   const int64_t kv_len = std::clamp<int64_t>(params.kv_lens[seq], 0, capacity);
   const int64_t count = std::max<int64_t>(params.q_counts[seq], 0);
   const int64_t start = params.q_starts[seq];
-  return {seq,
-          start,
-          kv_len - count,
-          std::max<int64_t>(-start, 0),
-          std::min(count, problem.num_rows - start),
-          kv_len};
+  return {
+      seq,   start, kv_len - count, std::max<int64_t>(-start, 0), std::min(count, problem.num_rows - start),
+      kv_len};
 }
 
 // A tile and, if its keys are split, where it is counted: the last split to finish merges all.
@@ -55,22 +52,23 @@ struct Plan {
 void AddTile(const AttentionProblem& problem, const AttentionParams& params, const Sequence& sequence,
              int64_t row_begin, int64_t row_end, int64_t head_begin, int64_t head_end, Plan* plan) {
   const int64_t group = problem.num_q_heads / problem.num_kv_heads;
-  const KeyRange keys = VisibleKeys(sequence.kv_len, sequence.q_position + row_begin / group,
-                                    sequence.q_position + (row_end - 1) / group, params.causal,
-                                    params.sliding_window);
+  const KeyRange keys =
+      VisibleKeys(sequence.kv_len, sequence.q_position + row_begin / group,
+                  sequence.q_position + (row_end - 1) / group, params.causal, params.sliding_window);
   const bool lone_row = params.q_counts[sequence.seq] == 1;
   const int64_t num_splits = lone_row ? NumSplits(keys) : 1;
   const int64_t merge = num_splits > 1 ? plan->num_merges++ : -1;
   for (int64_t split = 0; split < num_splits; ++split) {
     const KeyRange part = SplitKeys(keys, num_splits, split);
-    const Tile tile = {sequence.seq, sequence.q_start, sequence.q_position, row_begin,  row_end, head_begin,
-                       head_end,     part.begin,       part.end,            split, num_splits};
+    const Tile tile = {sequence.seq, sequence.q_start, sequence.q_position, row_begin, row_end,
+                       head_begin,   head_end,         part.begin,          part.end,  split,
+                       num_splits};
     plan->units.push_back({tile, part.size() * (row_end - row_begin) * (head_end - head_begin), merge});
   }
 }
 
-// Few rows take several heads at a time, so that neighbouring heads are read together; yet no more than leaves
-// every thread a few units. (A head's bits do not depend on the heads beside it.)
+// Few rows take several heads at a time, so that neighbouring heads are read together; yet no more than
+// leaves every thread a few units. (A head's bits do not depend on the heads beside it.)
 int64_t HeadsPerThinTile(const AttentionProblem& problem, int64_t rows, int64_t num_tiles, int num_threads) {
   constexpr int64_t kUnitsPerThread = 4;
   const int64_t blocks = (kUnitsPerThread * num_threads + num_tiles - 1) / std::max<int64_t>(num_tiles, 1);

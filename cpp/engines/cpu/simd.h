@@ -1,5 +1,5 @@
-// Vectors of f32 for the instruction set that this translation unit is compiled for: loads that convert from every
-// stored type, stores that round, reductions, exp2 and tanh.
+// Vectors of f32 for the instruction set that this translation unit is compiled for: loads that convert from
+// every stored type, stores that round, reductions, exp2 and tanh.
 //
 // Included by kernels_*.cc only, which set JPA_ISA (see kernels.h for why).
 #ifndef JPA_ISA
@@ -35,7 +35,8 @@ struct E5M2 {
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504088896340736f;
 
-// ---- Vectors -----------------------------------------------------------------------------------------------
+// ---- Vectors
+// -----------------------------------------------------------------------------------------------
 
 #if defined(JPA_ISA_AVX512)
 
@@ -53,8 +54,8 @@ inline Vec SelectLess(Vec a, Vec b, Vec yes, Vec no) {
 // x where first <= position <= last, else -inf.
 inline Vec MaskOutside(Vec x, const int32_t* first, const int32_t* last, int32_t position) {
   const IntVec at = _mm512_set1_epi32(position);
-  const __mmask16 seen = _mm512_mask_cmple_epi32_mask(_mm512_cmple_epi32_mask(_mm512_loadu_si512(first), at), at,
-                                                      _mm512_loadu_si512(last));
+  const __mmask16 seen = _mm512_mask_cmple_epi32_mask(_mm512_cmple_epi32_mask(_mm512_loadu_si512(first), at),
+                                                      at, _mm512_loadu_si512(last));
   return _mm512_mask_blend_ps(seen, _mm512_set1_ps(-kInfinity), x);
 }
 inline Vec Abs(Vec a) { return _mm512_abs_ps(a); }
@@ -89,9 +90,9 @@ inline Vec SelectLess(Vec a, Vec b, Vec yes, Vec no) {
 }
 inline Vec MaskOutside(Vec x, const int32_t* first, const int32_t* last, int32_t position) {
   const IntVec at = _mm256_set1_epi32(position);
-  const IntVec unseen = _mm256_or_si256(
-      _mm256_cmpgt_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)), at),
-      _mm256_cmpgt_epi32(at, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(last))));
+  const IntVec unseen =
+      _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)), at),
+                      _mm256_cmpgt_epi32(at, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(last))));
   return _mm256_blendv_ps(x, _mm256_set1_ps(-kInfinity), _mm256_castsi256_ps(unseen));
 }
 inline Vec Abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
@@ -159,7 +160,8 @@ inline void ReduceSum4(Vec a, Vec b, Vec c, Vec d, float* out) {
 
 inline Vec Zero() { return Splat(0.0f); }
 
-// ---- Loads and stores: unaligned; the partial ones touch `count` < kLanes elements only ---------------------
+// ---- Loads and stores: unaligned; the partial ones touch `count` < kLanes elements only
+// ---------------------
 
 inline Vec Load(const float* p) {
   Vec v;
@@ -189,40 +191,35 @@ inline __m128i LoadBytes(const void* p) {
 #if defined(JPA_ISA_AVX512)
 using Halves = __m256i;
 inline Vec FromF16(Halves x) { return _mm512_cvtph_ps(x); }
-inline Vec FromBF16(Halves x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
+inline Vec FromBF16(Halves x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline Vec FromS8(__m128i x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); }
 inline Halves WidenBytes(__m128i x) { return _mm256_cvtepi8_epi16(x); }
 inline Halves ShiftLeft(Halves x, int n) { return _mm256_slli_epi16(x, n); }
-inline Halves And(Halves x, int mask) { return _mm256_and_si256(x, _mm256_set1_epi16(static_cast<short>(mask))); }
-inline Halves Or(Halves x, Halves y) { return _mm256_or_si256(x, y); }
-inline Halves Equal(Halves x, int value) {
-  return _mm256_cmpeq_epi16(x, _mm256_set1_epi16(static_cast<short>(value)));
+inline Halves And(Halves x, int mask) {
+  return _mm256_and_si256(x, _mm256_set1_epi16(static_cast<short>(mask)));
 }
+inline Halves Or(Halves x, Halves y) { return _mm256_or_si256(x, y); }
+inline Halves Add(Halves x, short y) { return _mm256_add_epi16(x, _mm256_set1_epi16(y)); }
 #else
 using Halves = __m128i;
 inline Vec FromF16(Halves x) { return _mm256_cvtph_ps(x); }
-inline Vec FromBF16(Halves x) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
-}
+inline Vec FromBF16(Halves x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
 inline Vec FromS8(__m128i x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)); }
 inline Halves WidenBytes(__m128i x) { return _mm_cvtepi8_epi16(x); }
 inline Halves ShiftLeft(Halves x, int n) { return _mm_slli_epi16(x, n); }
 inline Halves And(Halves x, int mask) { return _mm_and_si128(x, _mm_set1_epi16(static_cast<short>(mask))); }
 inline Halves Or(Halves x, Halves y) { return _mm_or_si128(x, y); }
-inline Halves Equal(Halves x, int value) {
-  return _mm_cmpeq_epi16(x, _mm_set1_epi16(static_cast<short>(value)));
-}
+inline Halves Add(Halves x, short y) { return _mm_add_epi16(x, _mm_set1_epi16(y)); }
 #endif
 
-// Both 8-bit floats go through f16, whose conversion is exact even where subnormals are flushed. e5m2 is the high
-// byte of an f16. Of an e4m3fn, exponent and mantissa fall into place 7 bits up, where the larger bias of f16
-// makes the value 2^8 smaller; its NaN (all ones) needs the exponent of f16's.
+// Both 8-bit floats go through f16, whose conversion is exact even where subnormals are flushed. e5m2 is the
+// high byte of an f16. Of an e4m3fn, exponent and mantissa fall into place 7 bits up, where the larger bias
+// of f16 makes the value 2^8 smaller. Its NaN, all ones, is the only one that carries into bit 14 when 1 is
+// added; with that bit set as well it is a NaN of f16.
 inline Vec FromE5M2(__m128i x) { return FromF16(ShiftLeft(WidenBytes(x), 8)); }
 inline Vec FromE4M3FN(__m128i x) {
   const Halves f16 = And(ShiftLeft(WidenBytes(x), 7), 0xbf80);
-  const Halves nan = And(Equal(And(f16, 0x3f80), 0x3f80), 0x7c00);
+  const Halves nan = And(Add(f16, 0x0080), 0x4000);
   return FromF16(Or(f16, nan)) * Splat(256.0f);
 }
 
@@ -296,7 +293,8 @@ inline void Prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 }
 
-// ---- Functions ---------------------------------------------------------------------------------------------
+// ---- Functions
+// ---------------------------------------------------------------------------------------------
 
 // 2^n where the low mantissa bits of `x` hold the integer n in [-126, 127].
 inline Vec PowerOfTwo(Vec x) {
@@ -337,8 +335,8 @@ inline float Exp2(float x) {
 
 // tanh(x) within 3 ulp.
 inline Vec Tanh(Vec x) {
-  // Near 0 an odd polynomial, minimax in relative error; elsewhere (1 - e) / (1 + e) with e = exp(-2|x|), which
-  // loses digits near 0.
+  // Near 0 an odd polynomial, minimax in relative error; elsewhere (1 - e) / (1 + e) with e = exp(-2|x|),
+  // which loses digits near 0.
   const Vec magnitude = Abs(x);
   const Vec square = x * x;
   Vec y = Splat(-0.006096941f);

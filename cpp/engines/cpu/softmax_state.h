@@ -1,7 +1,7 @@
 // Where softmax states begin and end: logits in units of log 2, partial states, the final division.
 //
-// A state (O, m, l) stands for a set of keys: m is the largest logit in units of log 2, l the sum of 2^(s - m) and O
-// the sum of 2^(s - m) v. The empty set has m = -inf, l = 0, O = 0.
+// A state (O, m, l) stands for a set of keys: m is the largest logit in units of log 2, l the sum of 2^(s -
+// m) and O the sum of 2^(s - m) v. The empty set has m = -inf, l = 0, O = 0.
 #ifndef JPA_ISA
 #error "include this header from kernels_*.cc only"
 #endif
@@ -151,7 +151,9 @@ class Scratch {
  public:
   explicit Scratch(void* memory) : next_(static_cast<char*>(memory)) {}
 
-  float* Floats(int64_t count) { return static_cast<float*>(Take(count * static_cast<int64_t>(sizeof(float)))); }
+  float* Floats(int64_t count) {
+    return static_cast<float*>(Take(count * static_cast<int64_t>(sizeof(float))));
+  }
   int32_t* Ints(int64_t count) {
     return static_cast<int32_t*>(Take(count * static_cast<int64_t>(sizeof(int32_t))));
   }

@@ -1,17 +1,18 @@
 // Attention for many rows a key (prefill): lanes run along the query rows, so that scores, maxima and sums
 // need no horizontal step and neither keys nor weights are ever transposed.
 //
-// A tile's queries are transposed once, Qt [H, rows]. Then for 64 keys at a time, converted to f32 in scratch:
+// A tile's queries are transposed once, Qt [H, rows]. Then for 64 keys at a time, converted to f32 in
+// scratch:
 //   St [keys, rows] = K Qt,   softmax down the columns of St,   Ot [H, rows] += Vt St,
-// both products from register blocks of 4 broadcast values x up to kMaxPanelVecs vectors of rows. Rows beyond one
-// such panel form further panels, which share the converted keys.
+// both products from register blocks of 4 broadcast values x up to kMaxPanelVecs vectors of rows. Rows beyond
+// one such panel form further panels, which share the converted keys.
 #ifndef JPA_ISA
 #error "include this header from kernels_*.cc only"
 #endif
 #pragma once
 
-#include "engines/cpu/keys.h"
 #include "engines/cpu/kernels.h"
+#include "engines/cpu/keys.h"
 #include "engines/cpu/simd.h"
 #include "engines/cpu/softmax_state.h"
 
@@ -23,23 +24,25 @@ constexpr int kMaxPanelVecs = 6;
 #else
 constexpr int kMaxPanelVecs = 3;
 #endif
+// Keys taken at a time.
+constexpr int kThickKeys = kMaxBlockKeys;
 constexpr int kMaxPanelRows = kMaxPanelVecs * kLanes;
 constexpr int kMaxPanels = (kMaxThickRows + kMaxPanelRows - 1) / kMaxPanelRows;
 
-// Some rows of a tile. All arrays have kVecs * kLanes columns; columns beyond the last row hold a row of zeros
-// that sees every key.
+// Some rows of a tile. All arrays have kVecs * kLanes columns; columns beyond the last row hold a row of
+// zeros that sees every key.
 struct Panel {
   int64_t num_rows;
   int num_vecs;
-  bool seen_by_all;    // of the current block: no row of the panel misses any of its keys
-  float* q;            // [H, columns], scaled
-  float* o;            // [H rounded up to 4, columns]
-  float* m;            // [columns]
-  float* l;            // [columns]
-  int32_t* first;      // [columns], see Sight
-  int32_t* last;       // [columns]
-  int32_t max_first;   // over the rows
-  int32_t min_last;    // over the rows
+  bool seen_by_all;   // of the current block: no row of the panel misses any of its keys
+  float* q;           // [H, columns], scaled
+  float* o;           // [H rounded up to 4, columns]
+  float* m;           // [columns]
+  float* l;           // [columns]
+  int32_t* first;     // [columns], see Sight
+  int32_t* last;      // [columns]
+  int32_t max_first;  // over the rows
+  int32_t min_last;   // over the rows
 };
 
 // scores[j] = K[j] Qt for j < count, which the rows of `keys` (strided) cover up to a multiple of 4.
@@ -67,9 +70,11 @@ inline void PanelScores(const float* q, const float* keys, int64_t stride, int c
   }
 }
 
-// Turns the scores of `block` into weights, moves m and l along, and stores by how much each row's o must shrink.
+// Turns the scores of `block` into weights, moves m and l along, and stores by how much each row's o must
+// shrink.
 template <int kVecs>
-inline void PanelSoftmax(const Panel& panel, const KeyBlock& block, float cap_factor, float* scores, float* alpha) {
+inline void PanelSoftmax(const Panel& panel, const KeyBlock& block, float cap_factor, float* scores,
+                         float* alpha) {
   constexpr int kColumns = kVecs * kLanes;
   for (int c = 0; c < kColumns; c += kLanes) {
     Vec largest = Load(panel.m + c);
@@ -98,8 +103,8 @@ inline void PanelSoftmax(const Panel& panel, const KeyBlock& block, float cap_fa
 
 // Ot = alpha Ot + Vt P, four rows of Ot at a time.
 template <int kVecs>
-inline void PanelValues(const float* weights, const float* alpha, const float* values, int64_t stride, int count,
-                        int64_t head_dim, float* o) {
+inline void PanelValues(const float* weights, const float* alpha, const float* values, int64_t stride,
+                        int count, int64_t head_dim, float* o) {
   constexpr int kColumns = kVecs * kLanes;
   for (int64_t d = 0; d < head_dim; d += 4) {
     Vec sum[4][kVecs];
@@ -124,22 +129,22 @@ inline void PanelValues(const float* weights, const float* alpha, const float* v
 
 // One block of keys, converted.
 struct ConvertedKeys {
-  float* k;  // [kBlockKeys, stride]; rows and columns beyond the keys and H are 0 up to multiples of 4
+  float* k;  // [kThickKeys, stride]; rows and columns beyond the keys and H are 0 up to multiples of 4
   float* v;
   int64_t stride;
 };
 
 template <int kVecs>
-inline void AttendPanel(const Panel& panel, const KeyBlock& block, const ConvertedKeys& keys, int64_t head_dim,
-                        float cap_factor, float* scores) {
+inline void AttendPanel(const Panel& panel, const KeyBlock& block, const ConvertedKeys& keys,
+                        int64_t head_dim, float cap_factor, float* scores) {
   alignas(64) float alpha[kVecs * kLanes];
   PanelScores<kVecs>(panel.q, keys.k, keys.stride, block.count, head_dim, scores);
   PanelSoftmax<kVecs>(panel, block, cap_factor, scores, alpha);
   PanelValues<kVecs>(scores, alpha, keys.v, keys.stride, block.count, head_dim, panel.o);
 }
 
-inline void AttendPanel(const Panel& panel, const KeyBlock& block, const ConvertedKeys& keys, int64_t head_dim,
-                        float cap_factor, float* scores) {
+inline void AttendPanel(const Panel& panel, const KeyBlock& block, const ConvertedKeys& keys,
+                        int64_t head_dim, float cap_factor, float* scores) {
   switch (panel.num_vecs) {
     case 1:
       return AttendPanel<1>(panel, block, keys, head_dim, cap_factor, scores);
@@ -209,7 +214,8 @@ inline Panel MakePanel(const AttentionProblem& problem, const AttentionParams& p
   const float factor = LogitScaleOf(problem, params, tile.seq, head).q_factor;
   for (int64_t r = 0; r < num_rows; ++r) {
     const int64_t packed_row = row_begin + r;
-    LoadQuery(problem, params, tile.q_start + packed_row / group, head * group + packed_row % group, factor, row);
+    LoadQuery(problem, params, tile.q_start + packed_row / group, head * group + packed_row % group, factor,
+              row);
     for (int64_t d = 0; d < head_dim; ++d) panel.q[d * columns + r] = row[d];
     const Sight sight = SightOf(params, tile.q_position + packed_row / group);
     panel.first[r] = sight.first;
@@ -231,15 +237,17 @@ inline Panel MakePanel(const AttentionProblem& problem, const AttentionParams& p
 }
 
 template <typename T>
-void AttendThick(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile, void* memory) {
+void AttendThick(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile,
+                 void* memory) {
   const int64_t head = tile.head_begin;
   const int64_t head_dim = problem.head_dim;
   const float cap_factor = LogitScaleOf(problem, params, tile.seq, head).cap_factor;
 
   Scratch scratch(memory);
   const int64_t stride = ConvertedStride(problem);
-  const ConvertedKeys keys = {scratch.Floats(kBlockKeys * stride), scratch.Floats(kBlockKeys * stride), stride};
-  float* scores = scratch.Floats(kBlockKeys * kMaxPanelRows);
+  const ConvertedKeys keys = {scratch.Floats(kThickKeys * stride), scratch.Floats(kThickKeys * stride),
+                              stride};
+  float* scores = scratch.Floats(kThickKeys * kMaxPanelRows);
   float* row = scratch.Floats(stride);
   Panel panels[kMaxPanels];
   int num_panels = 0;
@@ -251,7 +259,7 @@ void AttendThick(const AttentionProblem& problem, const AttentionParams& params,
 
   KeyWalker walker(problem, params, tile);
   KeyBlock block;
-  while (walker.Next(&block)) {
+  while (walker.Next(kThickKeys, &block)) {
     Convert<T>(problem, params, block, head, keys);
     for (int i = 0; i < num_panels; ++i) {
       Panel& panel = panels[i];
@@ -275,7 +283,8 @@ void AttendThick(const AttentionProblem& problem, const AttentionParams& params,
 inline int64_t ThickScratchBytes(const AttentionProblem& problem) {
   const int64_t stride = ConvertedStride(problem);
   const int64_t columns = kMaxPanels * kMaxPanelRows;
-  const int64_t floats = 2 * kBlockKeys * stride + kBlockKeys * kMaxPanelRows + stride + columns * (2 * stride + 4);
+  const int64_t floats =
+      2 * kThickKeys * stride + kThickKeys * kMaxPanelRows + stride + columns * (2 * stride + 4);
   return floats * static_cast<int64_t>(sizeof(float)) + (4 + 6 * kMaxPanels) * 64;
 }
 

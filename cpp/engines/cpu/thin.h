@@ -1,15 +1,16 @@
 // Attention for few rows a key (decode): keys and values are converted in registers as they are read from the
 // pages, once for every kMaxBlockRows rows, and lanes run along the head dimension.
 //
-// A tile's keys are taken 64 at a time, and for each such block all its heads in turn: tokens are adjacent in
-// memory across heads, so this order reads the pages almost sequentially.
+// A tile's keys are taken a few at a time, and for each such block all its heads in turn, the next head's
+// rows being prefetched meanwhile. Tokens are adjacent in memory across heads, so this order stays within few
+// pages of memory.
 #ifndef JPA_ISA
 #error "include this header from kernels_*.cc only"
 #endif
 #pragma once
 
-#include "engines/cpu/keys.h"
 #include "engines/cpu/kernels.h"
+#include "engines/cpu/keys.h"
 #include "engines/cpu/simd.h"
 #include "engines/cpu/softmax_state.h"
 
@@ -24,16 +25,21 @@ constexpr int kMaxBlockRows = 2;
 constexpr int kMaxBlockVecs = 4;
 #endif
 
+// Keys taken at a time. Measured: with more, memory pages are left and found again too often; with fewer, the
+// steps between the two products weigh more.
+constexpr int kThinKeys = 16;
+
 // The rows of one key/value head in a block, in elements of T.
 template <typename T>
 struct RowPointers {
-  const T* k[kBlockKeys];
-  const T* v[kBlockKeys];
+  const T* k[kThinKeys];
+  const T* v[kThinKeys];
 };
 
 // Pointers beyond the last key repeat it.
 template <typename T>
-inline void FindRows(const AttentionParams& params, const KeyBlock& block, int64_t head, RowPointers<T>* rows) {
+inline void FindRows(const AttentionParams& params, const KeyBlock& block, int64_t head,
+                     RowPointers<T>* rows) {
   const T* k = static_cast<const T*>(params.k_pages) + head * params.k_strides.head;
   const T* v = static_cast<const T*>(params.v_pages) + head * params.v_strides.head;
   int j = 0;
@@ -41,7 +47,7 @@ inline void FindRows(const AttentionParams& params, const KeyBlock& block, int64
     rows->k[j] = k + block.k_offset[j];
     rows->v[j] = v + block.v_offset[j];
   }
-  for (; j < kBlockKeys; ++j) {
+  for (; j < kThinKeys; ++j) {
     rows->k[j] = rows->k[j - 1];
     rows->v[j] = rows->v[j - 1];
   }
@@ -74,16 +80,16 @@ inline void Scores(const float* q, int64_t q_stride, const T* const* k, const T*
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      ReduceSum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * kBlockKeys + j);
+      ReduceSum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * kThinKeys + j);
     }
   }
 }
 
-// o[r] = alpha[r] * o[r] + sum over j of p[r][j] * v[j], for kRows rows and kVecs vectors of the head dimension, of
-// which a lone partial one has `partial` elements. Prefetches as much of next_v on the way.
+// o[r] = alpha[r] * o[r] + sum over j of p[r][j] * v[j], for kRows rows and kVecs vectors of the head
+// dimension, of which a lone partial one has `partial` elements. Prefetches as much of next_v on the way.
 template <int kRows, int kVecs, bool kPartial, typename T>
-inline void AddValues(const float* p, const float* alpha, const T* const* v, const T* const* next_v, int count,
-                      int64_t d, int64_t partial, float* o, int64_t o_stride) {
+inline void AddValues(const float* p, const float* alpha, const T* const* v, const T* const* next_v,
+                      int count, int64_t d, int64_t partial, float* o, int64_t o_stride) {
   Vec sum[kRows][kVecs];
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kVecs; ++i) sum[r][i] = Load(o + r * o_stride + d + i * kLanes) * Splat(alpha[r]);
@@ -96,7 +102,7 @@ inline void AddValues(const float* p, const float* alpha, const T* const* v, con
       x[i] = kPartial ? LoadPartial(from, partial) : Load(from);
     }
     for (int r = 0; r < kRows; ++r) {
-      const Vec weight = Splat(p[r * kBlockKeys + j]);
+      const Vec weight = Splat(p[r * kThinKeys + j]);
       for (int i = 0; i < kVecs; ++i) sum[r][i] = MulAdd(weight, x[i], sum[r][i]);
     }
   }
@@ -106,8 +112,8 @@ inline void AddValues(const float* p, const float* alpha, const T* const* v, con
 }
 
 template <int kRows, typename T>
-inline void AddAllValues(const float* p, const float* alpha, const T* const* v, const T* const* next_v, int count,
-                         int64_t head_dim, float* o, int64_t o_stride) {
+inline void AddAllValues(const float* p, const float* alpha, const T* const* v, const T* const* next_v,
+                         int count, int64_t head_dim, float* o, int64_t o_stride) {
   int64_t d = 0;
   for (; d + kMaxBlockVecs * kLanes <= head_dim; d += kMaxBlockVecs * kLanes) {
     AddValues<kRows, kMaxBlockVecs, false>(p, alpha, v, next_v, count, d, 0, o, o_stride);
@@ -120,7 +126,8 @@ inline void AddAllValues(const float* p, const float* alpha, const T* const* v, 
 
 // Turns a row's scores of `block` into weights and moves its state (m, lanes of l) along. Returns by how much
 // the row's o must shrink.
-inline float Softmax(const KeyBlock& block, Sight sight, float cap_factor, float* scores, float* m, float* l) {
+inline float Softmax(const KeyBlock& block, Sight sight, float cap_factor, float* scores, float* m,
+                     float* l) {
   const int count = block.count;
   const int padded = (count + kLanes - 1) / kLanes * kLanes;
   if (cap_factor != 0.0f) {
@@ -161,14 +168,15 @@ template <int kRows, typename T>
 inline void AttendRows(const KeyBlock& block, const RowPointers<T>& pointers, const RowPointers<T>& next,
                        const Sight* sights, float cap_factor, int64_t state, int64_t head_dim, int64_t stride,
                        const ThinStates& states) {
-  alignas(64) float scores[kRows * kBlockKeys];
+  alignas(64) float scores[kRows * kThinKeys];
   float alpha[kRows];
   Scores<kRows>(states.q + state * stride, stride, pointers.k, next.k, block.count, head_dim, scores);
   for (int r = 0; r < kRows; ++r) {
-    alpha[r] = Softmax(block, sights[r], cap_factor, scores + r * kBlockKeys, states.m + state + r,
+    alpha[r] = Softmax(block, sights[r], cap_factor, scores + r * kThinKeys, states.m + state + r,
                        states.l + (state + r) * kLanes);
   }
-  AddAllValues<kRows>(scores, alpha, pointers.v, next.v, block.count, head_dim, states.o + state * stride, stride);
+  AddAllValues<kRows>(scores, alpha, pointers.v, next.v, block.count, head_dim, states.o + state * stride,
+                      stride);
 }
 
 template <typename T>
@@ -206,7 +214,8 @@ void AttendThin(const AttentionProblem& problem, const AttentionParams& params, 
     }
   }
 
-  // While one head's rows of a block are attended, those of the next head are prefetched, or of the next block.
+  // While one head's rows of a block are attended, those of the next head are prefetched, or of the next
+  // block.
   KeyWalker walker(problem, params, tile);
   KeyBlock blocks[2];
   KeyBlock* block = &blocks[0];
@@ -214,10 +223,10 @@ void AttendThin(const AttentionProblem& problem, const AttentionParams& params, 
   RowPointers<T> pointers[2];
   RowPointers<T>* now = &pointers[0];
   RowPointers<T>* next = &pointers[1];
-  bool more = walker.Next(block);
+  bool more = walker.Next(kThinKeys, block);
   if (more) FindRows(params, *block, tile.head_begin, now);
   while (more) {
-    more = walker.Next(next_block);
+    more = walker.Next(kThinKeys, next_block);
     int64_t state = 0;
     for (int64_t head = tile.head_begin; head < tile.head_end; ++head) {
       if (head + 1 < tile.head_end) {
@@ -228,10 +237,12 @@ void AttendThin(const AttentionProblem& problem, const AttentionParams& params, 
       const float cap_factor = LogitScaleOf(problem, params, tile.seq, head).cap_factor;
       int64_t r = 0;
       for (; r + kMaxBlockRows <= rows; r += kMaxBlockRows, state += kMaxBlockRows) {
-        AttendRows<kMaxBlockRows>(*block, *now, *next, sights + r, cap_factor, state, head_dim, stride, states);
+        AttendRows<kMaxBlockRows>(*block, *now, r == 0 ? *next : *now, sights + r, cap_factor, state,
+                                  head_dim, stride, states);
       }
       for (; r < rows; ++r, ++state) {
-        AttendRows<1>(*block, *now, *next, sights + r, cap_factor, state, head_dim, stride, states);
+        AttendRows<1>(*block, *now, r == 0 ? *next : *now, sights + r, cap_factor, state, head_dim, stride,
+                      states);
       }
       Swap(&now, &next);
     }

@@ -1,0 +1,21 @@
+# Fails if an object file for one instruction set defines a symbol that another file may define too, outside the
+# namespace of its set: the linker keeps one of them, perhaps for a machine that cannot run it.
+#   cmake -DNM=nm -DOBJECTS="a.o;b.o" -P check_symbols.cmake
+set(checked 0)
+foreach(object IN LISTS OBJECTS)
+  if(NOT object MATCHES "kernels_([a-z0-9]+)\\.cc")
+    continue()
+  endif()
+  set(isa ${CMAKE_MATCH_1})
+  execute_process(COMMAND ${NM} -C ${object} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
+  string(REGEX MATCHALL "[^\n]* [WVuTDB] [^\n]*" shared "${symbols}")
+  foreach(symbol IN LISTS shared)
+    if(NOT symbol MATCHES "jpa::cpu::${isa}::")
+      message(SEND_ERROR "${object}: ${symbol}")
+    endif()
+  endforeach()
+  math(EXPR checked "${checked} + 1")
+endforeach()
+if(checked EQUAL 0)
+  message(FATAL_ERROR "no kernels among: ${OBJECTS}")
+endif()

@@ -1,0 +1,68 @@
+// Visible keys against their definition, and splits: every key in exactly one, cuts from the keys alone.
+#include <algorithm>
+#include <cstdint>
+#include <random>
+
+#include "check.h"
+#include "engines/cpu/partition.h"
+
+namespace jpa::test {
+namespace {
+
+using cpu::KeyRange;
+
+bool Sees(int64_t kv_len, int64_t position, int64_t key, bool causal, int64_t window) {
+  return position >= 0 && key < kv_len && (!causal || key <= position) &&
+         (window == 0 || key > position - window);
+}
+
+void VisibleKeysAreTheUnionOfRows() {
+  std::mt19937 random(1);
+  for (int repeat = 0; repeat < 3000; ++repeat) {
+    const int64_t kv_len = static_cast<int64_t>(random() % 40);
+    const int64_t num_rows = 1 + static_cast<int64_t>(random() % 8);
+    const int64_t last = kv_len - 1 - static_cast<int64_t>(random() % 4);
+    const bool causal = random() % 2 == 0;
+    const int64_t window = static_cast<int64_t>(random() % 3) * static_cast<int64_t>(random() % 20);
+    const KeyRange keys = cpu::VisibleKeys(kv_len, last - num_rows + 1, last, causal, window);
+    for (int64_t key = 0; key < kv_len; ++key) {
+      bool seen = false;
+      for (int64_t row = 0; row < num_rows; ++row)
+        seen = seen || Sees(kv_len, last - row, key, causal, window);
+      // The rows' ranges overlap or touch, so their union has no gaps.
+      CHECK(seen == (keys.begin <= key && key < keys.end),
+            "len %d rows %d last %d causal %d window %d key %d", static_cast<int>(kv_len),
+            static_cast<int>(num_rows), static_cast<int>(last), causal, static_cast<int>(window),
+            static_cast<int>(key));
+    }
+    CHECK(keys.begin >= 0 && keys.end <= std::max(kv_len, keys.begin), "[%d, %d)",
+          static_cast<int>(keys.begin), static_cast<int>(keys.end));
+  }
+}
+
+void SplitsCoverEachKeyOnce() {
+  std::mt19937 random(2);
+  for (int repeat = 0; repeat < 3000; ++repeat) {
+    const int64_t begin = static_cast<int64_t>(random() % 5000);
+    const KeyRange keys = {begin, begin + static_cast<int64_t>(random() % (repeat % 2 == 0 ? 3000 : 300000))};
+    const int64_t num_splits = cpu::NumSplits(keys);
+    CHECK(num_splits >= 1 && num_splits <= kMaxSplits, "%d splits", static_cast<int>(num_splits));
+    int64_t next = keys.begin;
+    for (int64_t i = 0; i < num_splits; ++i) {
+      const KeyRange part = cpu::SplitKeys(keys, num_splits, i);
+      CHECK(part.begin == next && part.begin <= part.end, "split %d: [%d, %d) after %d", static_cast<int>(i),
+            static_cast<int>(part.begin), static_cast<int>(part.end), static_cast<int>(next));
+      next = part.end;
+    }
+    CHECK(next == keys.end, "ends at %d of %d", static_cast<int>(next), static_cast<int>(keys.end));
+  }
+}
+
+}  // namespace
+}  // namespace jpa::test
+
+int main() {
+  jpa::test::VisibleKeysAreTheUnionOfRows();
+  jpa::test::SplitsCoverEachKeyOnce();
+  return jpa::test::failures;
+}

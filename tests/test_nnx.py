@@ -1,0 +1,188 @@
+"""The Flax layer: rotary embeddings, cached against whole-sequence attention, the cache as `nnx` state."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_paged_attn.nnx import (
+    CacheVariable,
+    Llama3RopeScaling,
+    PagedAttention,
+    PagedSelfAttention,
+    StepMetadata,
+    apply_rope,
+    rope_frequencies,
+)
+
+LLAMA3 = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 24, 6, 2, 8
+PAGE_SIZE = 4
+
+
+def make_layer(seed: int = 0, **options) -> PagedSelfAttention:
+    layer = PagedSelfAttention(HIDDEN, HEADS, KV_HEADS, HEAD_DIM, rngs=nnx.Rngs(seed), **options)
+    if layer.attention.sinks is not None:
+        layer.attention.sinks.set_value(jnp.linspace(-1.0, 2.0, HEADS))
+    return layer
+
+
+def tokens_of(length: int, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (length, HIDDEN))
+
+
+def relative_error(out: jax.Array, expected: jax.Array) -> float:
+    return float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))
+
+
+def test_rope_rotates_pairs_by_position_times_frequency():
+    frequencies = rope_frequencies(HEAD_DIM, theta=100.0)
+    np.testing.assert_allclose(frequencies, [1.0, 100**-0.25, 0.1, 100**-0.75], rtol=1e-6)
+    x = np.asarray(jax.random.normal(jax.random.key(0), (5, 3, HEAD_DIM)))
+    positions = np.array([0, 1, 7, 100, 3], np.int32)
+    pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[:, None, None] * frequencies)
+    expected = np.concatenate([pairs.real, pairs.imag], axis=-1)
+    np.testing.assert_allclose(apply_rope(jnp.asarray(x), jnp.asarray(positions), frequencies), expected, atol=1e-4)
+
+
+def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones():
+    plain = rope_frequencies(64, theta=10000.0)
+    scaled = rope_frequencies(64, theta=10000.0, scaling=LLAMA3)
+    wavelengths = 2 * np.pi / plain
+    short, long = wavelengths < 64 / 4, wavelengths > 64 / 1
+    assert short.any()
+    assert long.any()
+    np.testing.assert_allclose(scaled[short], plain[short], rtol=1e-6)
+    np.testing.assert_allclose(scaled[long], plain[long] / 8, rtol=1e-6)
+    between = ~short & ~long
+    smooth = (64 / wavelengths[between] - 1.0) / (4.0 - 1.0)
+    np.testing.assert_allclose(scaled[between], ((1 - smooth) / 8 + smooth) * plain[between], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rope_scaling": LLAMA3},
+        {"rope_theta": None},
+        {"sliding_window": 5},
+        {"soft_cap": 2.0},
+        {"sinks": True, "sliding_window": 3, "soft_cap": 5.0, "scale": 0.5, "use_bias": True},
+        {"implementation": "reference"},
+    ],
+    ids=str,
+)
+def test_chunked_steps_over_the_cache_equal_whole_sequences(options: dict):
+    """Two sequences, computed in two steps, the second in the middle of pages; padding between nothing and nowhere."""
+    layer = make_layer(**options)
+    layer.init_cache(num_pages=9, page_size=PAGE_SIZE, dtype=jnp.float32)
+    lengths, split = (11, 7), (6, 3)
+    inputs = [tokens_of(length, seed=i) for i, length in enumerate(lengths)]
+    tables = np.array([[4, 1, 8], [7, 2, -1]], np.int32)
+
+    outs: list[list[jax.Array]] = [[], []]
+    for part in (0, 1):
+        begins = (0, 0) if part == 0 else split
+        ends = split if part == 0 else lengths
+        counts = [end - begin for begin, end in zip(begins, ends, strict=True)]
+        positions = np.concatenate([np.arange(b, e) for b, e in zip(begins, ends, strict=True)])
+        owner = np.repeat([0, 1], counts)
+        slots = tables[owner, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+        step = StepMetadata(
+            positions=jnp.asarray(np.append(positions, [0, 0]), jnp.int32),
+            slot_mapping=jnp.asarray(np.append(slots, [-1, -1]), jnp.int32),
+            block_tables=jnp.asarray(tables),
+            kv_lens=jnp.asarray(ends, jnp.int32),
+            cu_q_lens=jnp.asarray(np.cumsum([0, *counts]), jnp.int32),
+            num_seqs=jnp.int32(2),
+        )
+        x = jnp.concatenate([*(x[b:e] for x, b, e in zip(inputs, begins, ends, strict=True)), jnp.ones((2, HIDDEN))])
+        out = layer(x, step)
+        outs[0].append(out[: counts[0]])
+        outs[1].append(out[counts[0] : sum(counts)])
+
+    for x, parts in zip(inputs, outs, strict=True):
+        assert relative_error(jnp.concatenate(parts), layer(x)) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 100}, {"sinks": True, "soft_cap": 3.0}], ids=str)
+def test_whole_sequences_are_computed_in_blocks_without_a_seam(options: dict):
+    layer = make_layer(**options)
+    batch = jax.random.normal(jax.random.key(1), (2, 300, HIDDEN))
+    layer.init_cache(num_pages=2, page_size=300, dtype=jnp.float32)
+    paged = layer(batch.reshape(600, HIDDEN), StepMetadata.whole_sequences(2, 300, 300))
+    assert relative_error(layer(batch).reshape(600, HIDDEN), paged) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(jnp.float8_e4m3fn, 0.06), (jnp.float8_e5m2, 0.12), (jnp.int8, 0.02)], ids=lambda x: str(x)
+)
+def test_eight_bit_cache_with_scales(dtype, bound: float):
+    layer, x = make_layer(), tokens_of(13)
+    expected = layer(x)
+    layer.init_cache(num_pages=4, page_size=PAGE_SIZE, dtype=dtype, k_scale=jnp.full(KV_HEADS, 0.03), v_scale=0.03)
+    out = layer(x, StepMetadata.whole_sequences(1, 13, PAGE_SIZE))
+    assert layer.attention.k_pages is not None
+    assert layer.attention.k_pages[...].dtype == dtype
+    assert 1e-4 < relative_error(out, expected) < bound
+
+
+def test_dtypes_of_weights_and_computation():
+    layer = make_layer(dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    layer.init_cache(num_pages=4, page_size=PAGE_SIZE, dtype=jnp.bfloat16)
+    out = layer(tokens_of(9), StepMetadata.whole_sequences(1, 9, PAGE_SIZE))
+    assert layer.q_proj.kernel.dtype == jnp.float32
+    assert out.dtype == jnp.bfloat16
+    assert relative_error(out.astype(jnp.float32), make_layer()(tokens_of(9))) < 2e-2
+
+
+def test_the_cache_is_state_of_its_own_that_a_jitted_step_donates():
+    layer, x = make_layer(), tokens_of(10)
+    expected = layer(x)
+    layer.init_cache(num_pages=4, page_size=PAGE_SIZE, dtype=jnp.float32)
+    graphdef, cache, weights = nnx.split(layer, CacheVariable, ...)
+    assert len(jax.tree.leaves(cache)) == 2
+    pointers = [pages.unsafe_buffer_pointer() for pages in jax.tree.leaves(cache)]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(cache, weights, x, step):
+        layer = nnx.merge(graphdef, cache, weights)
+        return layer(x, step), nnx.state(layer, CacheVariable)
+
+    out, new_cache = run(cache, weights, x, StepMetadata.whole_sequences(1, 10, PAGE_SIZE))
+    assert relative_error(out, expected) < 1e-5
+    assert [pages.unsafe_buffer_pointer() for pages in jax.tree.leaves(new_cache)] == pointers
+    assert all(pages.is_deleted() for pages in jax.tree.leaves(cache))
+
+
+def test_gradients_reach_weights_and_sinks_without_a_cache():
+    layer, x = make_layer(sinks=True, sliding_window=4), tokens_of(9)
+    gradients = nnx.grad(lambda layer: (layer(x) ** 2).sum())(layer)
+    leaves = jax.tree.leaves(gradients)
+    assert len(leaves) == 5
+    assert all(bool(jnp.isfinite(g).all()) and float(jnp.abs(g).max()) > 0 for g in leaves)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="num_heads"):
+        PagedAttention(6, 4, 8)
+    with pytest.raises(ValueError, match="head_dim"):
+        PagedAttention(2, 2, 7)
+    with pytest.raises(ValueError, match="sliding_window"):
+        PagedAttention(2, 2, 8, sliding_window=0)
+    with pytest.raises(ValueError, match="soft_cap"):
+        PagedAttention(2, 2, 8, soft_cap=-1.0)
+    with pytest.raises(ValueError, match="theta"):
+        rope_frequencies(8, theta=0.0)
+    with pytest.raises(ValueError, match="low_freq_factor"):
+        Llama3RopeScaling(8.0, 4.0, 4.0, 64)
+    layer = make_layer()
+    with pytest.raises(ValueError, match="k_scale, v_scale"):
+        layer.init_cache(4, PAGE_SIZE, jnp.int8)
+    with pytest.raises(ValueError, match="num_pages"):
+        layer.init_cache(0, PAGE_SIZE, jnp.float32)
+    with pytest.raises(ValueError, match="init_cache was never called"):
+        layer(tokens_of(4), StepMetadata.whole_sequences(1, 4, PAGE_SIZE))
