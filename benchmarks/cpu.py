@@ -10,7 +10,7 @@ import functools
 import itertools
 import os
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,14 +69,20 @@ def gather_and_einsum(q: Array, k_pages: Array, v_pages: Array, block_tables: Ar
     return jnp.einsum("bkgrs,bskh->brkgh", weights, values).reshape(q.shape)
 
 
-def attention_contender(name: str, attend: Attend, inputs: Inputs) -> tuple[Contender, Array]:
+def rotated(items: Sequence[Any], turn: int, turns: int) -> Iterator[Any]:
+    """Cycles through the items from a start of its own, so that no contender finds in cache what another just read."""
+    start = turn * len(items) // turns
+    return itertools.cycle([*items[start:], *items[:start]])
+
+
+def attention_contender(name: str, attend: Attend, inputs: Inputs, turn: int, turns: int) -> tuple[Contender, Array]:
     """The contender, and its result."""
     compiled = jax.jit(attend)
 
     def call(pool: tuple[Array, Array]) -> Array:
         return compiled(inputs.q, *pool, inputs.block_tables, inputs.kv_lens).block_until_ready()
 
-    calls = (functools.partial(call, pool) for pool in itertools.cycle(inputs.pools))
+    calls = (functools.partial(call, pool) for pool in rotated(inputs.pools, turn, turns))
     return Contender(name, calls), call(inputs.pools[0])
 
 
@@ -92,16 +98,16 @@ def read_contenders(num_bytes: int, copies: int, threads: ThreadPoolExecutor) ->
     def in_threads(read: Callable[[np.ndarray], Any], parts: list[np.ndarray]) -> list[Any]:
         return list(threads.map(read, parts))  # NumPy lets go of the interpreter's lock meanwhile
 
-    def each(read: Callable[[Any], Any], data: list[Any]) -> Iterable[Callable[[], Any]]:
-        return (functools.partial(read, item) for item in itertools.cycle(data))
+    def contender(turn: int, name: str, read: Callable[[Any], Any], data: list[Any]) -> Contender:
+        return Contender(f"read: {name}", (functools.partial(read, item) for item in rotated(data, turn, 4)))
 
     integer_max = functools.partial(in_threads, lambda part: part.view(np.int64).max())
     dot = functools.partial(in_threads, lambda part: np.dot(part, part))
     return [
-        Contender("read: NumPy max", each(integer_max, parts)),
-        Contender("read: NumPy dot", each(dot, parts)),
-        Contender("read: XLA max", each(lambda x: xla_max(x).block_until_ready(), buffers)),
-        Contender("read: XLA matvec", each(lambda x: xla_matvec(x, ones).block_until_ready(), buffers)),
+        contender(0, "NumPy max", integer_max, parts),
+        contender(1, "NumPy dot", dot, parts),
+        contender(2, "XLA max", lambda x: xla_max(x).block_until_ready(), buffers),
+        contender(3, "XLA matvec", lambda x: xla_matvec(x, ones).block_until_ready(), buffers),
     ]
 
 
@@ -115,8 +121,8 @@ def measure(workload: Workload, rotate_bytes: int, budget: float, threads: Threa
         REFERENCE: package(workload, "reference"),
     }
     attention, errors = [], {}
-    for name, attend in attends.items():
-        contender, out = attention_contender(name, attend, inputs)
+    for turn, (name, attend) in enumerate(attends.items()):
+        contender, out = attention_contender(name, attend, inputs, turn, len(attends))
         attention.append(contender)
         errors[name] = float(np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected))
     # Prefill is bound by arithmetic, and its few keys fit in caches: reading them says nothing.

@@ -94,7 +94,7 @@ def train(model_config: LlamaConfig, config: TrainConfig) -> tuple[Llama, float]
         state, loss = step(state, batch, jax.random.fold_in(key, index))
         if index % config.evaluate_every == 0 or index == config.steps:
             average = jax.tree.map(jnp.copy, state[1])
-            bits = bits_per_byte(nnx.merge(graphdef, average, rest), validation, paged=False, context=context)
+            bits = bits_per_byte(nnx.merge(graphdef, average, rest), validation, paged=False)
             if bits < best_bits:
                 best, best_bits = average, bits
             print(

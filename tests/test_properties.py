@@ -149,6 +149,22 @@ def test_any_mixed_batch_matches_the_oracle(engine: str, ends: list[int], more: 
     harness.assert_close(harness.run(case, implementation=engine), want, case.dtype)
 
 
+def test_nan_stays_in_its_row(engine: str) -> None:
+    """A query that is NaN changes no other row; nor does a sequence whose keys and values are NaN change another."""
+    case = BY_NAME["prompt"]
+    args, _ = build(case).arguments()
+    clean = attend(engine, case.function, *args)
+    q, k_pages, v_pages, lengths, tables, cu_q_lens = (np.copy(x) for x in args[:6])
+    q[3] = np.nan
+    for pages in (k_pages, v_pages):
+        pages[tables[1, 0], : lengths[1]] = np.nan
+    out, lse = attend(engine, case.function, q, k_pages, v_pages, lengths, tables, cu_q_lens)
+    spoilt = np.zeros(len(q), bool)
+    spoilt[[3, *range(cu_q_lens[1], cu_q_lens[2])]] = True
+    assert np.isnan(out[spoilt]).all()
+    harness.assert_close((out[~spoilt], lse[~spoilt]), [x[~spoilt] for x in clean], case.dtype)
+
+
 # ---- vmap ------------------------------------------------------------------------------------------------------------
 
 ARGUMENTS = ("q", "k_pages", "v_pages", "kv_lens", "block_tables", "cu_q_lens", "num_seqs")
@@ -265,7 +281,15 @@ def test_vmap_with_an_unmapped_pool_copies_no_pool(engine: str) -> None:
 
 # ---- The same bits ---------------------------------------------------------------------------------------------------
 
-SAME_BITS = ("mixed_all", "decode_bf16_int8", "long_decode", "long_decode_bf16", "long_prefill", "whole_prompt")
+SAME_BITS = (
+    "mixed_all",
+    "decode_bf16_int8",
+    "prompt_bf16_e4m3",
+    "long_decode",
+    "long_decode_bf16",
+    "long_prefill",
+    "whole_prompt",
+)
 DIGESTS = """
 import sys, harness
 from cases import BY_NAME
@@ -283,7 +307,6 @@ for name in sys.argv[1:]:
     harness.assert_close(harness.run(case, implementation="cpu"), harness.expected(name), case.dtype)
     print(name)
 """
-QUANTIZED = ("e4m3", "e5m2", "int8")
 
 
 @pytest.mark.parametrize("name", SAME_BITS)
@@ -301,7 +324,9 @@ def test_number_of_threads_changes_no_bit(engine: str) -> None:
     assert results[1:] == results[:1] * 2
 
 
-@pytest.mark.parametrize("name", ["mixed", "decode_all", "decode_group_7", "long_decode", "long_decode_bf16"])
+@pytest.mark.parametrize(
+    "name", ["mixed", "prompt_bf16", "decode_all", "decode_group_7", "long_decode", "long_decode_bf16"]
+)
 def test_a_sequence_alone_has_the_bits_it_has_in_a_batch(engine: str, name: str) -> None:
     if engine == "reference":
         pytest.skip("XLA's own kernels decide")
@@ -325,14 +350,11 @@ def test_each_instruction_set_conforms(isa: str) -> None:
     cpu = pytest.importorskip("jax_paged_attn._cpu", exc_type=ModuleNotFoundError)
     if isa not in cpu.available_isas():
         pytest.skip(f"this processor runs {cpu.available_isas()}")
-    dtypes = [
-        f"{base}_{q}_{page}" for base in ("mixed", "decode") for q in ("f32", "bf16", "f16") for page in QUANTIZED
-    ]
-    names = [
-        name for name in BY_NAME if name.startswith(("decode_head_dim", "mixed_head_dim", "long", "decode_group_5"))
-    ]
-    names += [*dtypes, "mixed", "decode", "mixed_f16", "decode_f16", "mixed_bf16", "decode_bf16", "whole_prompt"]
-    names += ["mixed_all", "used_ids_bad", "length_beyond_table", "chunked_prompt", "page_size_1_bf16_window"]
+    names = [name for name in BY_NAME if "head_dim" in name or name.startswith(("prompt", "long", "decode_group_5"))]
+    names += ["mixed", "decode", "mixed_f16", "decode_f16", "mixed_bf16", "decode_bf16", "whole_prompt", "mixed_all"]
+    names += ["used_ids_bad", "length_beyond_table", "chunked_prompt", "page_size_1_bf16_window"]
+    for base, q, page in itertools.product(("mixed", "decode"), ("f32", "bf16", "f16"), ("e4m3", "e5m2", "int8")):
+        names.append(f"{base}_{q}_{page}")
     assert python(CONFORM, *names, JPA_CPU_ISA=isa) == [isa, *names]
 
 

@@ -52,7 +52,11 @@ Status ParallelFor(TaskRunner& runner, int64_t count, const std::function<void(i
   if (count <= 0) return Status::Ok();
   const auto loop = std::make_shared<Loop>(count, &body);
   const int64_t helpers = std::min<int64_t>(runner.num_threads(), count) - 1;
-  for (int64_t i = 0; i < helpers; ++i) runner.Schedule([loop] { loop->Work(); });
+  try {
+    for (int64_t i = 0; i < helpers; ++i) runner.Schedule([loop] { loop->Work(); });
+  } catch (const std::bad_alloc&) {
+    // Fewer helpers do as well; to leave now would leave those that run without a `body`.
+  }
   loop->Work();
   loop->Wait();
   if (loop->out_of_memory.load(std::memory_order_relaxed)) {

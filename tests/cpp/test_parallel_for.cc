@@ -49,6 +49,23 @@ void OutOfMemoryIsAStatus() {
   CHECK(calls == 50, "%d calls", calls.load());
 }
 
+// A pool that has no memory for a second task.
+class FullRunner : public BusyRunner {
+ public:
+  using BusyRunner::BusyRunner;
+  void Schedule(std::function<void()> task) override {
+    if (num_kept() == 1) throw std::bad_alloc();
+    BusyRunner::Schedule(std::move(task));
+  }
+};
+
+void FewerHelpersDoAsWell() {
+  FullRunner runner(4);
+  int calls = 0;
+  const Status status = ParallelFor(runner, 10, [&](int64_t) { ++calls; });
+  CHECK(status.ok() && calls == 10, "%d calls", calls);
+}
+
 }  // namespace
 }  // namespace jpa::test
 
@@ -56,5 +73,6 @@ int main() {
   jpa::test::EachIndexOnce();
   jpa::test::LateTasksTouchNothing();
   jpa::test::OutOfMemoryIsAStatus();
+  jpa::test::FewerHelpersDoAsWell();
   return jpa::test::failures;
 }

@@ -16,14 +16,13 @@
 
 namespace jpa::cpu::JPA_ISA {
 
-// Register blocks: rows x 4 keys for q . k, rows x kMaxBlockVecs vectors of the head dimension for p . v.
+// Register blocks: up to kMaxBlockRows rows x 4 keys for q . k, such rows x kBlockVecs vectors for p . v.
 #if defined(JPA_ISA_AVX512)
 constexpr int kMaxBlockRows = 4;
-constexpr int kMaxBlockVecs = 4;
 #else
 constexpr int kMaxBlockRows = 2;
-constexpr int kMaxBlockVecs = 4;
 #endif
+constexpr int kBlockVecs = 4;
 
 // Keys taken at a time. Measured: with more, memory pages are left and found again too often; with fewer, the
 // steps between the two products weigh more.
@@ -115,8 +114,8 @@ template <int kRows, typename T>
 inline void AddAllValues(const float* p, const float* alpha, const T* const* v, const T* const* next_v,
                          int count, int64_t head_dim, float* o, int64_t o_stride) {
   int64_t d = 0;
-  for (; d + kMaxBlockVecs * kLanes <= head_dim; d += kMaxBlockVecs * kLanes) {
-    AddValues<kRows, kMaxBlockVecs, false>(p, alpha, v, next_v, count, d, 0, o, o_stride);
+  for (; d + kBlockVecs * kLanes <= head_dim; d += kBlockVecs * kLanes) {
+    AddValues<kRows, kBlockVecs, false>(p, alpha, v, next_v, count, d, 0, o, o_stride);
   }
   for (; d + kLanes <= head_dim; d += kLanes) {
     AddValues<kRows, 1, false>(p, alpha, v, next_v, count, d, 0, o, o_stride);
@@ -180,6 +179,24 @@ inline void AttendRows(const KeyBlock& block, const RowPointers<T>& pointers, co
 }
 
 template <typename T>
+inline void AttendRows(int64_t num_rows, const KeyBlock& block, const RowPointers<T>& pointers,
+                       const RowPointers<T>& next, const Sight* sights, float cap_factor, int64_t state,
+                       int64_t head_dim, int64_t stride, const ThinStates& states) {
+  switch (num_rows) {
+    case 1:
+      return AttendRows<1>(block, pointers, next, sights, cap_factor, state, head_dim, stride, states);
+    case 2:
+      return AttendRows<2>(block, pointers, next, sights, cap_factor, state, head_dim, stride, states);
+#if defined(JPA_ISA_AVX512)
+    case 3:
+      return AttendRows<3>(block, pointers, next, sights, cap_factor, state, head_dim, stride, states);
+    case 4:
+      return AttendRows<4>(block, pointers, next, sights, cap_factor, state, head_dim, stride, states);
+#endif
+  }
+}
+
+template <typename T>
 inline void Swap(T** a, T** b) {
   T* const old = *a;
   *a = *b;
@@ -214,7 +231,7 @@ void AttendThin(const AttentionProblem& problem, const AttentionParams& params, 
     }
   }
 
-  // While one head's rows of a block are attended, those of the next head are prefetched, or of the next
+  // What is prefetched meanwhile: the rows of the next head in the block, or of the first one in the next
   // block.
   KeyWalker walker(problem, params, tile);
   KeyBlock blocks[2];
@@ -235,14 +252,14 @@ void AttendThin(const AttentionProblem& problem, const AttentionParams& params, 
         FindRows(params, more ? *next_block : *block, tile.head_begin, next);
       }
       const float cap_factor = LogitScaleOf(problem, params, tile.seq, head).cap_factor;
-      int64_t r = 0;
-      for (; r + kMaxBlockRows <= rows; r += kMaxBlockRows, state += kMaxBlockRows) {
-        AttendRows<kMaxBlockRows>(*block, *now, r == 0 ? *next : *now, sights + r, cap_factor, state,
-                                  head_dim, stride, states);
-      }
-      for (; r < rows; ++r, ++state) {
-        AttendRows<1>(*block, *now, r == 0 ? *next : *now, sights + r, cap_factor, state, head_dim, stride,
-                      states);
+      for (int64_t r = 0; r < rows;) {
+        const int64_t num_rows = rows - r < kMaxBlockRows ? rows - r : kMaxBlockRows;
+        // The first rows prefetch; to the others their own keys are as good, which are there already.
+        const RowPointers<T>& prefetched = r == 0 ? *next : *now;
+        AttendRows(num_rows, *block, *now, prefetched, sights + r, cap_factor, state, head_dim, stride,
+                   states);
+        r += num_rows;
+        state += num_rows;
       }
       Swap(&now, &next);
     }
