@@ -24,8 +24,8 @@ import jax_paged_attn
 
 DOCUMENTATION_PROMPTS = (
     'The "with" statement is used to wrap the execution of a block with ',
-    "Note: ",
-    "A class definition is ",
+    "If an exception is raised in the body, the ",
+    "A class definition is an executable statement. ",
     "Slicings\n********\n\nA slicing selects a range of items in ",
     "The following methods are called when ",
     ">>> def f(x):\n...     return ",
