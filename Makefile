@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cpp -name '*.cc' -o -name '*.h' -o -name '*.txt')
 CXX_FILES = $(shell git ls-files 'cpp/*.cc' 'cpp/*.h' 'tests/cpp/*.cc' 'tests/cpp/*.h')
 
-.PHONY: generate test train bench lint format types stubs sanitize wheel clean
+.PHONY: generate test train bench lint format stubs sanitize wheel clean
 
 generate: $(VENV)/examples.stamp
 	$(BIN)/python examples/generate.py
@@ -22,7 +22,7 @@ train: $(VENV)/examples.stamp
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.cpu
 
-lint: $(VENV)/dev.stamp
+lint: $(VENV)/test.stamp $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
@@ -34,13 +34,13 @@ format: $(VENV)/dev.stamp
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 # The C++ tests, then the conformance suite on the CPU engine, all under the address and undefined-behaviour sanitizers.
-sanitize: $(VENV)/test.stamp
-	cmake -S . -B build/sanitize -DJPA_SANITIZE=ON -DJPA_MODULE=OFF
-	cmake --build build/sanitize --parallel 2
-	ctest --test-dir build/sanitize --output-on-failure
+sanitize: $(VENV)/test.stamp $(VENV)/dev.stamp
+	$(BIN)/cmake -S . -B build/sanitize -DJPA_SANITIZE=ON -DJPA_MODULE=OFF
+	$(BIN)/cmake --build build/sanitize --parallel 2
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 	tools/test_sanitized $(VENV)
 
-stubs: $(VENV)/test.stamp
+stubs: $(VENV)/test.stamp $(VENV)/dev.stamp
 	$(BIN)/python -m nanobind.stubgen -m jax_paged_attn._cpu -o jax_paged_attn/_cpu.pyi
 
 # One wheel serves Python 3.12 and later; 3.11 has its own.
@@ -53,6 +53,10 @@ clean:
 $(VENV)/python.stamp:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/python.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --group dev
 	touch $@
 
 $(VENV)/%.stamp: $(VENV)/python.stamp $(SOURCES)
