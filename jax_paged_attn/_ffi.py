@@ -79,14 +79,6 @@ def missing(platform: str) -> str | None:
     return f"there is no compiled module for platform {platform!r}"
 
 
-def compiled_module(platform: str) -> Any:
-    """The compiled module for the platform; RuntimeError if there is none."""
-    module = _loaded.get(platform)
-    if module is None:
-        raise RuntimeError(missing(platform))
-    return module
-
-
 def describe() -> list[str]:
     """A line a compiled module: how it was built and what it uses here."""
     lines = []
@@ -118,7 +110,7 @@ def workspace_limit_cuda() -> int:
     """
     text = os.environ.get("JPA_CUDA_WORKSPACE_MIB")
     if text is None:
-        return compiled_module("cuda").DEFAULT_WORKSPACE_LIMIT
+        return compiled("cuda").DEFAULT_WORKSPACE_LIMIT
     if not (text.isascii() and text.isdigit() and int(text) >= 1):
         raise ValueError(f"JPA_CUDA_WORKSPACE_MIB: expected a whole number of at least 1, got {text!r}")
     return int(text) << 20
@@ -132,7 +124,7 @@ def attention_workspace_bytes_cuda(
     The handler makes its plan by the same function, so for known sizes no byte is left over. Of symbolic sizes the
     plan cannot be known, but it keeps to the limit and what rows and sequences add.
     """
-    module = compiled_module("cuda")
+    module = compiled("cuda")
     dtypes = (str(q.dtype), str(k_pages.dtype))
     num_rows, num_q_heads, head_dim = q.shape
     page_size, num_kv_heads = k_pages.shape[1:3]

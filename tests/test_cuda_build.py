@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 
 def plan_of(*sizes: Any, limit: int = 256 * MIB) -> dict[str, int]:
-    return _ffi.compiled_module("cuda").attention_plan(*sizes, limit)
+    return _ffi.compiled("cuda").attention_plan(*sizes, limit)
 
 
 @settings(max_examples=2000, deadline=None)
@@ -41,7 +41,7 @@ def test_plan_covers_the_call_within_its_bound(
     dtypes: tuple[str, str], kv_heads: int, group: int, head_dim: int, page_size: int,
     num_seqs: int, num_rows: int, max_pages: int, decode: bool, limit: int,
 ) -> None:  # fmt: skip
-    module = _ffi.compiled_module("cuda")
+    module = _ffi.compiled("cuda")
     rows = num_seqs if decode else num_rows
     plan = plan_of(
         *dtypes, rows, kv_heads * group, kv_heads, head_dim, page_size, num_seqs, max_pages, decode, limit=limit

@@ -136,7 +136,7 @@ def test_lengths_grow_between_replays_of_a_graph(cuda_engine: str) -> None:
     step = layers_step(cuda_engine)
     q, caches, tables, _ = layers_inputs(layers)
     lengths = jnp.ones((4,), jnp.int32)
-    module = _ffi.compiled_module("cuda")
+    module = _ffi.compiled("cuda")
     results, calls = [], []
     for _ in range(steps):
         before = module.host_calls()
@@ -178,7 +178,7 @@ def test_cublaslt_launches(page_size: int) -> None:
         args = decode_inputs(batch, length, page_size, heads=heads, kv_heads=heads // 4)
         for lengths in (args[4], jnp.zeros_like(args[4]), args[4] // 2):
             counts.add(count_launches(compiled("cublaslt"), *args[:4], lengths))
-    plan = _ffi.compiled_module("cuda").attention_plan(
+    plan = _ffi.compiled("cuda").attention_plan(
         *("bfloat16", "bfloat16", 2, 8, 2, 64, page_size, 2, 512 // page_size, True, _ffi.workspace_limit_cuda())
     )
     assert counts == {plan["launches"]}
@@ -190,7 +190,7 @@ def test_cublaslt_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     args = decode_inputs(3, 9000, 16)
     whole = compiled("cublaslt")(*args)
     monkeypatch.setenv("JPA_CUDA_WORKSPACE_MIB", "1")
-    plan = _ffi.compiled_module("cuda").attention_plan(
+    plan = _ffi.compiled("cuda").attention_plan(
         *("bfloat16", "bfloat16", 3, 8, 2, 64, 16, 3, 563, True, _ffi.workspace_limit_cuda())
     )
     assert plan["groups"] > 1
