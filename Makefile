@@ -5,10 +5,10 @@ JAX ?= jax
 
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml CMakeLists.txt $(shell find cpp -name '*.cc' -o -name '*.h' -o -name '*.txt')
-CXX_FILES = $(shell git ls-files 'cpp/*.cc' 'cpp/*.h' 'tests/cpp/*.cc' 'tests/cpp/*.h')
+SOURCES := pyproject.toml CMakeLists.txt $(shell find cpp -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.txt')
+CXX_FILES = $(shell git ls-files 'cpp/*.cc' 'cpp/*.h' 'cpp/*.cu' 'cpp/*.cuh' 'tests/cpp/*.cc' 'tests/cpp/*.h')
 
-.PHONY: generate test train bench lint format stubs sanitize wheel clean
+.PHONY: generate test train bench lint format stubs sanitize wheel cuda-wheel gpu-test clean
 
 generate: $(VENV)/examples.stamp
 	$(BIN)/python examples/generate.py
@@ -46,6 +46,19 @@ stubs: $(VENV)/test.stamp $(VENV)/dev.stamp
 # One wheel serves Python 3.12 and later; 3.11 has its own.
 wheel:
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+
+# With the CUDA module. Where there is no toolkit, NVIDIA's packages bring nvcc and headers for the build.
+CUDA_ARCHITECTURES ?= 80;89;90a;100;120
+cuda-wheel:
+	mkdir -p dist/cuda
+	$(PYTHON) -m pip wheel --verbose --no-deps --wheel-dir dist/cuda --config-settings=cmake.define.JPA_CUDA=ON \
+	  --config-settings=cmake.define.JPA_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" . > dist/cuda/build.log 2>&1 \
+	  || { tail -n 50 dist/cuda/build.log; exit 1; }
+	$(PYTHON) tools/check_ptxas dist/cuda/build.log
+
+# On a machine with a GPU and JAX, no network needed: make gpu-test WHEEL=dist/cuda/jax_paged_attn-….whl
+gpu-test:
+	PYTHON=$(PYTHON) tools/gpu_test $(WHEEL)
 
 clean:
 	rm -rf $(VENV) build dist

@@ -100,7 +100,8 @@ def paged_attention(
       k_scale: positive float32, scalar or `[K]`: key = stored × k_scale. Default 1, required for int8.
       v_scale: likewise for values.
       return_lse: return the log-sum-exp of the scores too.
-      implementation: the engine that must run: "cpu" or "reference"; None picks the best for the call, see `explain`.
+      implementation: the engine that must run: "cpu", "cublaslt" or "reference"; None picks the best for the call, see
+        `explain`.
 
     Returns:
       `[B, N, H]` in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` float32, natural log, the sink

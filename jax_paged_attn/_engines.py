@@ -54,6 +54,7 @@ class Engine:
 # Best first.
 ENGINES = (
     Engine("cpu", platform="cpu"),
+    Engine("cublaslt", platform="cuda"),
     Engine("reference", platform=None),
 )
 _BY_NAME = {engine.name: engine for engine in ENGINES}

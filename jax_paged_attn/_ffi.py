@@ -1,10 +1,13 @@
 """The compiled modules: the only importer of them, their FFI targets, and the calls of these targets.
 
-A platform has one compiled module, `_cpu` for "cpu". An absent module is normal (a build without it); one that is there
-but does not load raises on import of this package.
+A platform has one compiled module, `_cpu` for "cpu" and `_cuda` for "cuda". An absent module is normal (a build without
+it); one that is there but does not load raises on import of this package.
 """
 
+import functools
 import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -14,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-_MODULES = {"cpu": "jax_paged_attn._cpu"}
+_MODULES = {"cpu": "jax_paged_attn._cpu", "cuda": "jax_paged_attn._cuda"}
+# What XLA calls the platforms that JAX lowers for.
+_XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 
 ATTENTION_TARGET = "jax_paged_attn.attention.v1"
 WRITE_TARGET = "jax_paged_attn.write.v1"
@@ -31,16 +36,29 @@ def _load(platform: str) -> ModuleType | None:
         if error.name != name:
             raise
         return None
+    if platform == "cuda":
+        for type_name, registration in module.state_types().items():
+            jax.ffi.register_ffi_type(type_name, registration, platform=_XLA_PLATFORMS[platform])
+        module.set_library_directory(_cublas_directory())
     for target, handler in module.registrations().items():
-        jax.ffi.register_ffi_target(target, handler, platform=platform, api_version=1)
+        jax.ffi.register_ffi_target(target, handler, platform=_XLA_PLATFORMS[platform], api_version=1)
     return module
+
+
+def _cublas_directory() -> str:
+    """Where NVIDIA's packages keep cuBLAS, which JAX's CUDA plugin depends on; empty if they are not installed."""
+    if importlib.util.find_spec("nvidia") is None:
+        return ""
+    spec = importlib.util.find_spec("nvidia.cu13")
+    locations = spec.submodule_search_locations if spec else None
+    return os.path.join(locations[0], "lib") if locations else ""
 
 
 _loaded = {platform: _load(platform) for platform in _MODULES}
 
 
 def has(platform: str) -> bool:
-    """Whether this installation has a compiled module for the platform ("cpu")."""
+    """Whether this installation has a compiled module for the platform ("cpu" or "cuda")."""
     return _loaded.get(platform) is not None
 
 
@@ -70,16 +88,52 @@ def describe() -> list[str]:
             continue
         module = compiled(platform)
         build = module.build_info()
-        lines.append(
-            f"{name}: built by {build['compiler']} for XLA FFI {build['ffi_api']}; runs {module.isa()} "
-            f"(of {', '.join(module.available_isas())})"
-        )
+        line = f"{name}: built by {build['compiler']} for XLA FFI {build['ffi_api']}; "
+        if platform == "cpu":
+            line += f"runs {module.isa()} (of {', '.join(module.available_isas())})"
+        else:
+            line += f"has kernels for compute capabilities {build['architectures']}"
+        lines.append(line)
     return lines
 
 
 def attention_workspace_bytes(num_seqs: Any, num_q_heads: Any, head_dim: Any) -> Any:
     """Size of the attention target's workspace, as a polynomial in dimensions that may be symbolic."""
     return num_seqs * num_q_heads * _MAX_SPLITS * (head_dim + 2) * 4
+
+
+def workspace_limit_cuda() -> int:
+    """Bytes that attention on CUDA may use for scores and gathered pages: 256 MiB, or JPA_CUDA_WORKSPACE_MIB.
+
+    Raises:
+      ValueError: the variable is not a whole number of at least 1.
+    """
+    text = os.environ.get("JPA_CUDA_WORKSPACE_MIB")
+    if text is None:
+        return compiled("cuda").DEFAULT_WORKSPACE_LIMIT
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise ValueError(f"JPA_CUDA_WORKSPACE_MIB: expected a whole number of at least 1, got {text!r}")
+    return int(text) << 20
+
+
+def attention_workspace_bytes_cuda(
+    q: Array, k_pages: Array, block_tables: Array, *, decode: bool, workspace_limit: int
+) -> Any:
+    """Size of the attention target's workspace on CUDA, exact for known sizes and enough for symbolic ones.
+
+    The handler makes its plan by the same function, so for known sizes no byte is left over. Of symbolic sizes the
+    plan cannot be known, but it keeps to the limit and what rows and sequences add.
+    """
+    module = compiled("cuda")
+    dtypes = (str(q.dtype), str(k_pages.dtype))
+    num_rows, num_q_heads, head_dim = q.shape
+    page_size, num_kv_heads = k_pages.shape[1:3]
+    num_seqs, max_pages = block_tables.shape
+    if all(isinstance(size, int) for size in (num_rows, num_seqs, max_pages)):
+        sizes = (num_rows, num_q_heads, num_kv_heads, head_dim, page_size, num_seqs, max_pages)
+        return module.attention_plan(*dtypes, *sizes, decode, workspace_limit)["workspace_bytes"]
+    bound = module.workspace_bound(*dtypes, num_q_heads, num_kv_heads, head_dim, page_size, workspace_limit)
+    return (num_rows + num_seqs) * module.WORKSPACE_BYTES_PER_ROW + bound
 
 
 def attention_cpu(
@@ -98,6 +152,7 @@ def attention_cpu(
     soft_cap: float,
     sliding_window: int,
     causal: bool,
+    decode: bool,
 ) -> tuple[Array, Array]:
     """Attention on the CPU engine; operands and attributes as in docs/architecture.md.
 
@@ -124,7 +179,54 @@ def attention_cpu(
     return out, lse
 
 
-def write_cpu(
+def attention_cuda(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_tables: Array,
+    kv_lens: Array,
+    q_starts: Array,
+    q_counts: Array,
+    sinks: Array,
+    k_scale: Array,
+    v_scale: Array,
+    *,
+    engine: str,
+    scale: float,
+    soft_cap: float,
+    sliding_window: int,
+    causal: bool,
+    decode: bool,
+) -> tuple[Array, Array]:
+    """Attention on an engine for CUDA; operands and attributes as in docs/architecture.md.
+
+    Returns:
+      `out [T, N, H]` in q's dtype and `lse [T, N]` f32.
+    """
+    limit = workspace_limit_cuda()
+    workspace = attention_workspace_bytes_cuda(q, k_pages, block_tables, decode=decode, workspace_limit=limit)
+    call = jax.ffi.ffi_call(
+        ATTENTION_TARGET,
+        (
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(q.shape[:2], jnp.float32),
+            jax.ShapeDtypeStruct((workspace,), jnp.uint8),
+        ),
+    )
+    out, lse, _ = call(
+        *(q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale),
+        scale=np.float32(scale),
+        soft_cap=np.float32(soft_cap),
+        sliding_window=np.int64(sliding_window),
+        causal=bool(causal),
+        decode=bool(decode),
+        engine=engine,
+        workspace_limit=np.int64(limit),
+    )
+    return out, lse
+
+
+def write(
     k_pages: Array,
     v_pages: Array,
     k: Array,
@@ -133,7 +235,7 @@ def write_cpu(
     k_scale: Array,
     v_scale: Array,
 ) -> tuple[Array, Array]:
-    """Writes new keys and values on the CPU; operands as in docs/architecture.md.
+    """Writes new keys and values, on a platform with a compiled module; operands as in docs/architecture.md.
 
     Returns:
       Both pools, in the buffers of the operands where these are donated.
@@ -148,4 +250,7 @@ def write_cpu(
 
 
 # The call of each engine that has a compiled one.
-ATTENTION: dict[str, Callable[..., tuple[Array, Array]]] = {"cpu": attention_cpu}
+ATTENTION: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "cpu": attention_cpu,
+    "cublaslt": functools.partial(attention_cuda, engine="cublaslt"),
+}

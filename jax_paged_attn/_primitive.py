@@ -198,7 +198,7 @@ def _attention_lowering(platform: str | None) -> Callable[..., Any]:
         if engine == "reference":
             run = functools.partial(_reference.attention, decode=decode, **static)
         else:
-            run = functools.partial(_ffi.ATTENTION[engine], **static)
+            run = functools.partial(_ffi.ATTENTION[engine], decode=decode, **static)
         return _inline(run)(ctx, *operands)
 
     return lower
@@ -383,12 +383,13 @@ for _primitive, _abstract, _axes_of in (
     batching.primitive_batchers[_primitive] = _batcher(_primitive, _axes_of)
 
 mlir.register_lowering(attention_p, _attention_lowering(None))
-mlir.register_lowering(attention_p, _attention_lowering("cpu"), platform="cpu")
 mlir.register_lowering(tangent_p, _inline(_tangent_impl))
 mlir.register_lowering(cotangent_p, _inline(_cotangent_impl))
 mlir.register_lowering(write_p, _inline(_reference.write))
-if _ffi.has("cpu"):
-    mlir.register_lowering(write_p, _inline(_ffi.write_cpu), platform="cpu")
+for _platform in ("cpu", "cuda"):
+    mlir.register_lowering(attention_p, _attention_lowering(_platform), platform=_platform)
+    if _ffi.has(_platform):
+        mlir.register_lowering(write_p, _inline(_ffi.write), platform=_platform)
 
 ad.primitive_jvps[attention_p] = _attention_jvp
 ad.primitive_jvps[tangent_p] = _second_order(_tangent_impl)

@@ -98,6 +98,23 @@ def test_write_to_any_slots_matches_the_oracle(slots: list[int]) -> None:
         assert_same_bits(mine, theirs)
 
 
+@pytest.mark.parametrize(("tokens", "kv_heads", "head_dim"), [(600, 1, 5), (5000, 2, 16), (150_000, 1, 8)])
+def test_write_of_many_tokens(tokens: int, kv_heads: int, head_dim: int) -> None:
+    """More tokens than a worker looks at at once; most slots have several of them, far apart, and some are outside."""
+    rng = np.random.default_rng(3)
+    num_pages = tokens // (2 * S)
+    shape = (num_pages, S, kv_heads, head_dim)
+    pages = [random_values(rng, shape, DTYPES["f16"]) for _ in "kv"]
+    new = [random_values(rng, (tokens, kv_heads, head_dim), DTYPES["f16"]) for _ in "kv"]
+    slots = rng.integers(-5, num_pages * S + 5, tokens).astype(np.int32)
+    inside = (slots >= 0) & (slots < num_pages * S)
+    got = harness.call("write_kv_pages", *pages, *new, slots)
+    for mine, before, values in zip(got, pages, new, strict=True):
+        want = before.copy()
+        want.reshape(-1, kv_heads, head_dim)[slots[inside]] = values[inside]  # of equal indices NumPy keeps the last
+        assert_same_bits(mine, want)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(pairs=st.lists(st.tuples(INT32, INT32), min_size=6, max_size=6), dtype=st.sampled_from(["f32", "int8"]))
 def test_copy_matches_the_oracle(pairs: list[tuple[int, int]], dtype: str) -> None:

@@ -141,7 +141,7 @@ def test_malformed_write_is_an_error_that_names_the_argument(name: str, change: 
     operands = _write_operands()
     operands[name] = change(operands[name])
     with pytest.raises(jax.errors.JaxRuntimeError, match=rf"\b({name}|v_pages): expected .*, got"):
-        jax.block_until_ready(_ffi.write_cpu(*operands.values()))
+        jax.block_until_ready(_ffi.write(*operands.values()))
 
 
 def test_write_needs_aliased_pools() -> None:
@@ -180,7 +180,7 @@ def test_written_bits_are_those_of_ml_dtypes(source: str, target: str, scale: fl
     pool = jnp.zeros((1, len(values), 1, dim), target)
     factor = jnp.zeros((0, 1)) if scale is None else jnp.full((1, 1), scale, jnp.float32)
     slots = jnp.arange(len(values), dtype=jnp.int32)
-    k_pages, v_pages = _ffi.write_cpu(pool, pool, jnp.asarray(values), jnp.asarray(values[::-1]), slots, factor, factor)
+    k_pages, v_pages = _ffi.write(pool, pool, jnp.asarray(values), jnp.asarray(values[::-1]), slots, factor, factor)
 
     for pages, written in ((k_pages, values), (v_pages, values[::-1])):
         expected = _quantize(written.astype(np.float32), None if scale is None else np.float32(scale), target)

@@ -1,14 +1,14 @@
 #include "ffi/handler_cpu.h"
 
 #include <algorithm>
-#include <exception>
 #include <functional>
-#include <new>
 #include <utility>
 
 #include "cache/write.h"
+#include "core/workspace.h"
 #include "engines/cpu/isa.h"
 #include "engines/cpu/run.h"
+#include "ffi/guard.h"
 #include "ffi/parse.h"
 
 namespace jpa {
@@ -24,32 +24,6 @@ class XlaTaskRunner : public TaskRunner {
  private:
   ffi::ThreadPool& pool_;
 };
-
-ffi::Error ToError(const Status& status) {
-  switch (status.code()) {
-    case Status::Code::kOk:
-      return ffi::Error::Success();
-    case Status::Code::kInvalidArgument:
-      return ffi::Error::InvalidArgument(status.message());
-    case Status::Code::kResourceExhausted:
-      return ffi::Error(ffi::ErrorCode::kResourceExhausted, status.message());
-    case Status::Code::kInternal:
-      break;
-  }
-  return ffi::Error::Internal(status.message());
-}
-
-// Runs `call` and turns what the standard library may throw into an error: nothing may unwind into XLA.
-template <typename Call>
-ffi::Error Guard(const Call& call) {
-  try {
-    return ToError(call());
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory on the host");
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(error.what());
-  }
-}
 
 ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages,
                      ffi::AnyBuffer block_tables, ffi::AnyBuffer kv_lens, ffi::AnyBuffer q_starts,
@@ -77,6 +51,9 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_pa
         !s.ok()) {
       return s;
     }
+    const int64_t workspace_bytes =
+        AttentionWorkspaceBytes(problem.num_seqs, problem.num_q_heads, problem.head_dim);
+    if (Status s = Expect(buffers.workspace, ffi::DataType::U8, {workspace_bytes}); !s.ok()) return s;
     const cpu::Kernels* kernels;
     if (Status s = cpu::ChosenKernels(&kernels); !s.ok()) return s;
     XlaTaskRunner runner(pool);

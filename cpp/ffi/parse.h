@@ -5,11 +5,11 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "core/params.h"
 #include "core/problem.h"
 #include "core/status.h"
-#include "core/workspace.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jpa {
@@ -186,10 +186,9 @@ inline Status ParseAttention(const AttentionBuffers& buffers, const AttentionAtt
   }
   if (Status s = Expect(out, q.buffer.element_type(), {num_rows, num_q_heads, head_dim}); !s.ok()) return s;
   if (Status s = Expect(lse, ffi::DataType::F32, {num_rows, num_q_heads}); !s.ok()) return s;
-  if (Status s =
-          Expect(workspace, ffi::DataType::U8, {AttentionWorkspaceBytes(num_seqs, num_q_heads, head_dim)});
-      !s.ok()) {
-    return s;
+  // How much workspace it takes is the engine's to say.
+  if (workspace.buffer.element_type() != ffi::DataType::U8 || workspace.rank() != 1) {
+    return Mismatch(workspace, "uint8[W]");
   }
   if (!std::isfinite(attributes.scale)) {
     return Status::InvalidArgument("scale: expected a finite number, got " +

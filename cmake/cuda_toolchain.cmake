@@ -1,0 +1,77 @@
+# Finds nvcc, the static CUDA runtime and cublasLt.h, and enables the language CUDA.
+#
+# Sets JPA_HAVE_CUDA, and if that is true JPA_CUDART_LIBRARY and JPA_CUBLAS_INCLUDE_DIR. An installed toolkit comes first; what it
+# lacks is taken from NVIDIA's packages on PyPI where the build's Python has them (JPA_CUDA=ON makes them build
+# requirements, see tools/build_backend.py). They all unpack into one folder, nvidia/cu13.
+
+set(JPA_HAVE_CUDA OFF)
+if(JPA_CUDA STREQUAL "OFF")
+  return()
+endif()
+
+function(jpa_without_cuda reason)
+  if(JPA_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "JPA_CUDA=ON: ${reason}")
+  endif()
+  message(STATUS "Building without the CUDA module: ${reason}")
+endfunction()
+
+execute_process(
+  COMMAND "${Python_EXECUTABLE}" -c
+    "import importlib.util as u; s = u.find_spec('nvidia') and u.find_spec('nvidia.cu13'); print(s.submodule_search_locations[0] if s else '')"
+  OUTPUT_VARIABLE JPA_PYPI_CUDA OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+
+if(NOT CMAKE_CUDA_COMPILER)
+  if(NOT "$ENV{CUDACXX}" STREQUAL "")
+    set(CMAKE_CUDA_COMPILER "$ENV{CUDACXX}")
+  else()
+    find_program(JPA_NVCC nvcc PATHS /usr/local/cuda/bin)
+    if(NOT JPA_NVCC AND JPA_PYPI_CUDA)
+      find_program(JPA_NVCC nvcc PATHS "${JPA_PYPI_CUDA}/bin" NO_DEFAULT_PATH)
+    endif()
+    if(NOT JPA_NVCC)
+      jpa_without_cuda("no nvcc was found")
+      return()
+    endif()
+    set(CMAKE_CUDA_COMPILER "${JPA_NVCC}")
+  endif()
+endif()
+
+# Where nvcc itself says its toolkit is: it may be a link or a script.
+execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --dryrun -c -x cu /dev/null ERROR_VARIABLE JPA_NVCC_DRYRUN OUTPUT_QUIET)
+string(REGEX MATCH "_HERE_=([^\n]+)" JPA_NVCC_HERE "${JPA_NVCC_DRYRUN}")
+get_filename_component(JPA_TOOLKIT "${CMAKE_MATCH_1}/.." ABSOLUTE)
+
+find_library(JPA_CUDART_LIBRARY cudart_static
+  PATHS "${JPA_TOOLKIT}/lib64" "${JPA_TOOLKIT}/lib" "${JPA_TOOLKIT}/targets/x86_64-linux/lib"
+        "${JPA_TOOLKIT}/targets/sbsa-linux/lib" "${JPA_PYPI_CUDA}/lib"
+  NO_DEFAULT_PATH)
+if(NOT JPA_CUDART_LIBRARY)
+  jpa_without_cuda("no libcudart_static.a beside ${CMAKE_CUDA_COMPILER}")
+  return()
+endif()
+
+find_path(JPA_CUBLAS_INCLUDE_DIR cublasLt.h
+  PATHS "${JPA_TOOLKIT}/include" "${JPA_PYPI_CUDA}/include" NO_DEFAULT_PATH)
+if(NOT JPA_CUBLAS_INCLUDE_DIR)
+  jpa_without_cuda("no cublasLt.h in ${JPA_TOOLKIT}/include, nor from the package nvidia-cublas")
+  return()
+endif()
+file(STRINGS "${JPA_CUBLAS_INCLUDE_DIR}/cublasLt.h" JPA_POINTER_ARRAYS REGEX "CUBLASLT_BATCH_MODE_POINTER_ARRAY = ")
+file(STRINGS "${JPA_CUBLAS_INCLUDE_DIR}/cublas_api.h" JPA_CUBLAS_MAJOR REGEX "#define CUBLAS_VER_MAJOR 13$")
+if(NOT JPA_POINTER_ARRAYS OR NOT JPA_CUBLAS_MAJOR)
+  jpa_without_cuda("cublasLt.h of ${JPA_CUBLAS_INCLUDE_DIR} is not cuBLAS 13's")
+  return()
+endif()
+
+# Ours are compiled for JPA_CUDA_ARCHITECTURES; CMake's own try-outs need nothing but to link.
+set(CMAKE_CUDA_ARCHITECTURES OFF)
+get_filename_component(JPA_CUDART_DIR "${JPA_CUDART_LIBRARY}" DIRECTORY)
+set(CMAKE_CUDA_FLAGS_INIT "-L${JPA_CUDART_DIR}")
+set(CMAKE_CUDA_RUNTIME_LIBRARY None)
+enable_language(CUDA)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(JPA_HAVE_CUDA ON)
+message(STATUS "CUDA module: nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${JPA_CUDA_ARCHITECTURES}, cublasLt.h of "
+               "${JPA_CUBLAS_INCLUDE_DIR}")

@@ -1,0 +1,376 @@
+// One kernel for both pools. Every CTA owns a range of tokens. First it finds out which of them are the last
+// of their slot, by looking at every later slot of the call. Then its warps move the rows of those that are:
+// a row is all heads of a token in one pool, and a warp moves 32 vectors of it at a time.
+//
+// So no two rows that are written share a byte, whatever the slots are: the result is the same at any order
+// of CTAs. There are only as many CTAs as the device runs at a time, hence the slots are read that many times
+// at most, from the L2 cache, and looking them up in a hash table costs the same for a CTA of one token and
+// of many.
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <type_traits>
+
+#include "cache/write_cuda.h"
+#include "device/convert.cuh"
+#include "device/fast_division.cuh"
+#include "device/packed.cuh"
+
+namespace jpa::cache {
+namespace {
+
+// A multiprocessor runs so many threads: in one CTA, whose many warps share what it learns about slots, or in
+// small ones of one token each, which are done sooner.
+constexpr int kThreadsPerSm = 1024;
+constexpr int kFewestThreads = 256;
+
+constexpr int kTile = kThreadsPerSm;  // tokens that a CTA resolves at a time, at most
+constexpr int kParts = 2;             // vectors that a lane has in flight
+constexpr int kSlotLoads = 8;         // later slots that a thread has in flight
+
+// One pool's share of the call.
+struct Side {
+  const void* values;  // [T, K, H]
+  void* pages;         // [P, S, K, H] through strides
+  PageStrides strides;
+  const float* scales;                   // [X, K], null if X is 0
+  device::FastDivisor tokens_per_scale;  // T / X
+};
+
+struct WriteArgs {
+  Side sides[2];
+  const int32_t* slots;  // [T]
+  int64_t num_slots;     // P * S
+  int32_t num_tokens;
+  int32_t tokens_per_cta;
+  int32_t num_kv_heads;
+  int32_t row_length;  // K * H
+  device::FastDivisor head_dim;
+  device::FastDivisor page_size;
+  device::FastDivisor parts_per_row;  // how many times 32 vectors, a lane each, make a row at least
+};
+
+__device__ int NumWarps() { return static_cast<int>(blockDim.x / 32); }
+
+// The slots of a tile's tokens, each with the last token that has it: a hash table in shared memory.
+class LastTokens {
+ public:
+  struct Storage {
+    int32_t slots[4 * kTile];
+    int32_t tokens[4 * kTile];
+  };
+
+  // At least four entries a token, so that probing is short.
+  __device__ LastTokens(Storage& storage, int count)
+      : slots_(storage.slots), tokens_(storage.tokens), log_entries_(LogEntries(count)) {}
+
+  __device__ void Clear() {
+    for (int i = static_cast<int>(threadIdx.x); i <= Mask(); i += static_cast<int>(blockDim.x)) {
+      slots_[i] = kNone;
+      tokens_[i] = kNone;
+    }
+  }
+
+  __device__ void Insert(int32_t slot, int32_t token) {
+    int i = FirstEntry(slot);
+    for (int32_t found; (found = atomicCAS(&slots_[i], kNone, slot)) != kNone && found != slot;) i = Next(i);
+    atomicMax(&tokens_[i], token);
+  }
+
+  // Notes a token of any slot, once all insertions are done.
+  __device__ void Observe(int32_t slot, int32_t token) {
+    if (const int i = Find(slot); slots_[i] == slot) atomicMax(&tokens_[i], token);
+  }
+
+  __device__ bool IsLast(int32_t slot, int32_t token) const { return tokens_[Find(slot)] == token; }
+
+ private:
+  static constexpr int kNone = -1;
+
+  __device__ static int LogEntries(int count) { return 32 - __clz(4 * count - 1); }
+
+  // Multiplicative (Fibonacci) hashing: neighbouring slots land far apart.
+  __device__ int FirstEntry(int32_t slot) const {
+    return static_cast<int>((static_cast<uint32_t>(slot) * 0x9e3779b1u) >> (32 - log_entries_));
+  }
+  __device__ int Next(int i) const { return (i + 1) & Mask(); }
+  __device__ int Mask() const { return (1 << log_entries_) - 1; }
+
+  // The entry of the slot, or the empty one where its search ends.
+  __device__ int Find(int32_t slot) const {
+    int i = FirstEntry(slot);
+    while (slots_[i] != slot && slots_[i] != kNone) i = Next(i);
+    return i;
+  }
+
+  int32_t* const slots_;
+  int32_t* const tokens_;
+  const int log_entries_;
+};
+
+__device__ bool InPool(const WriteArgs& args, int32_t slot) { return slot >= 0 && slot < args.num_slots; }
+
+// What a thread reads at a time of the slots from token `first` on; -1 past the end.
+struct SomeSlots {
+  __device__ SomeSlots(const WriteArgs& args, int64_t first) {
+#pragma unroll
+    for (int i = 0; i < kSlotLoads; ++i) {
+      const int64_t token = first + i * blockDim.x + threadIdx.x;
+      slots[i] = token < args.num_tokens ? args.slots[token] : -1;
+    }
+  }
+
+  int32_t slots[kSlotLoads];
+};
+
+// Sets targets[i] to the slot of token first + i if its value stays there, else to -1, for up to blockDim.x
+// tokens. Ends with a barrier.
+__device__ void ResolveTile(const WriteArgs& args, int32_t first, int count, LastTokens::Storage& storage,
+                            int32_t* targets) {
+  const int mine = static_cast<int>(threadIdx.x);  // the thread's token of the tile
+  LastTokens last_tokens(storage, count);
+  int32_t slot = -1;
+  if (mine < count) slot = args.slots[first + mine];
+  if (!InPool(args, slot)) slot = -1;
+  int64_t next = int64_t{first} + count;
+  SomeSlots later(args, next);  // already on their way while the table is made
+
+  last_tokens.Clear();
+  __syncthreads();
+  if (slot >= 0) last_tokens.Insert(slot, first + mine);
+  __syncthreads();
+  while (next < args.num_tokens) {
+    const int64_t current = next;
+    next += kSlotLoads * blockDim.x;
+    const SomeSlots after(args, next);
+#pragma unroll
+    for (int i = 0; i < kSlotLoads; ++i) {
+      if (later.slots[i] < 0) continue;
+      last_tokens.Observe(later.slots[i], static_cast<int32_t>(current + i * blockDim.x + threadIdx.x));
+    }
+    later = after;
+  }
+  __syncthreads();
+  if (mine < count) targets[mine] = slot >= 0 && last_tokens.IsLast(slot, first + mine) ? slot : -1;
+  __syncthreads();
+}
+
+// As true division rounds, for what is stored as `Stored` next.
+template <typename Stored, int n>
+__device__ void Divide(device::Unpacked<float, n>* values, float scale) {
+  if constexpr (sizeof(Stored) == 1) {
+    const device::DivisorFor8Bits divisor(scale);
+    if (divisor.is_moderate()) {
+#pragma unroll
+      for (float& value : values->values) value = divisor.Divide(value);
+      return;
+    }
+  }
+#pragma unroll
+  for (float& value : values->values) value = __fdiv_rn(value, scale);
+}
+
+// Equal types without a scale keep every bit, subnormals and NaN payloads included.
+template <typename New, typename Stored, int n>
+__device__ device::Packed<Stored, n> Convert(const device::Packed<New, n>& packed, bool scaled, float scale) {
+  if constexpr (std::is_same_v<New, Stored>) {
+    if (!scaled) return packed;
+  }
+  const device::Unpacked<New, n> values = device::Unpack<New, n>(packed);
+  device::Unpacked<float, n> wide;
+#pragma unroll
+  for (int i = 0; i < n; ++i) wide.values[i] = device::ToF32(values.values[i]);
+  if (scaled) Divide<Stored>(&wide, scale);
+  return device::PackFromF32<Stored, n>(wide);
+}
+
+// Parts of rows that a warp moves at a time, one vector a lane and part.
+template <typename New, typename Stored, int kVector>
+class Parts {
+ public:
+  // Of the rows of a tile of `count` tokens from token `first` on.
+  __device__ Parts(const WriteArgs& args, int32_t first, int count)
+      : args_(args), first_(first), count_(count) {}
+
+  // Part `index` and others, a CTA's number of warps apart; given targets, only what stays.
+  __device__ void Load(int index, const int32_t* targets) {
+#pragma unroll
+    for (int j = 0; j < kParts; ++j) {
+      const Place place = PlaceOf(index + j * NumWarps());
+      if (!place.exists || (targets != nullptr && targets[place.token] < 0)) continue;
+      const Side& side = args_.sides[place.side];
+      const int32_t token = first_ + place.token;
+      const auto* row = static_cast<const New*>(side.values) + int64_t{token} * args_.row_length;
+      values_[j] = device::LoadPacked<kVector>(row + place.element);
+      if (side.scales == nullptr) continue;
+      const int64_t scale_row = side.tokens_per_scale.Quotient(token);
+      scales_[j] = side.scales[scale_row * args_.num_kv_heads + args_.head_dim.Quotient(place.element)];
+    }
+  }
+
+  __device__ void Store(int index, const int32_t* targets) const {
+#pragma unroll
+    for (int j = 0; j < kParts; ++j) {
+      const Place place = PlaceOf(index + j * NumWarps());
+      if (!place.exists || targets[place.token] < 0) continue;
+      const Side& side = args_.sides[place.side];
+      const int32_t slot = targets[place.token];
+      const int32_t page = args_.page_size.Quotient(slot), head = args_.head_dim.Quotient(place.element);
+      auto* target = static_cast<Stored*>(side.pages) + page * side.strides.page +
+                     (slot - page * args_.page_size.divisor()) * side.strides.token +
+                     head * side.strides.head + (place.element - head * args_.head_dim.divisor());
+      device::StorePacked<kVector>(
+          target, Convert<New, Stored, kVector>(values_[j], side.scales != nullptr, scales_[j]));
+    }
+  }
+
+ private:
+  struct Place {
+    bool exists;
+    int token;        // of the tile
+    int side;         // 0 for keys, 1 for values
+    int32_t element;  // of the row, the lane's first
+  };
+
+  __device__ Place PlaceOf(int index) const {
+    const int row = args_.parts_per_row.Quotient(index), part = index - row * args_.parts_per_row.divisor();
+    const int32_t element = (part * 32 + static_cast<int>(threadIdx.x % 32)) * kVector;
+    return {row < 2 * count_ && element < args_.row_length, row / 2, row % 2, element};
+  }
+
+  const WriteArgs& args_;
+  const int32_t first_;
+  const int count_;
+  device::Packed<New, kVector> values_[kParts];
+  float scales_[kParts];
+};
+
+template <typename New, typename Stored, int kVector>
+__global__ void __launch_bounds__(kThreadsPerSm, 1) WriteKernel(const __grid_constant__ WriteArgs args) {
+  __shared__ LastTokens::Storage storage;
+  __shared__ int32_t targets[kTile];
+
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int64_t begin = int64_t{blockIdx.x} * args.tokens_per_cta;
+  const int64_t end = min(begin + args.tokens_per_cta, int64_t{args.num_tokens});
+  for (int64_t first = begin; first < end; first += blockDim.x) {
+    const int count = static_cast<int>(min(end - first, int64_t{blockDim.x}));
+    Parts<New, Stored, kVector> parts(args, static_cast<int32_t>(first), count);
+    // The first values are on their way before it is known whether they are wanted.
+    parts.Load(warp, nullptr);
+    ResolveTile(args, static_cast<int32_t>(first), count, storage, targets);
+    parts.Store(warp, targets);
+    const int num_parts = 2 * count * args.parts_per_row.divisor();
+    for (int index = warp + kParts * NumWarps(); index < num_parts; index += kParts * NumWarps()) {
+      parts.Load(index, targets);
+      parts.Store(index, targets);
+    }
+    __syncthreads();
+  }
+}
+
+// ---- launch --------------------------------------------------------------------------------------
+
+using Kernel = void (*)(WriteArgs);
+
+// Values of a vector: 16 bytes of new ones, or a single value where heads do not divide into such.
+template <typename New>
+constexpr int kWidest = 16 / sizeof(New);
+
+template <typename New, typename Stored>
+Kernel ChooseWidth(bool vectors) {
+  return vectors ? WriteKernel<New, Stored, kWidest<New>> : WriteKernel<New, Stored, 1>;
+}
+
+template <typename New>
+Kernel ChooseStored(DType stored, bool vectors) {
+  switch (stored) {
+    case DType::kF32:
+      return ChooseWidth<New, device::TypeOf<DType::kF32>>(vectors);
+    case DType::kBF16:
+      return ChooseWidth<New, device::TypeOf<DType::kBF16>>(vectors);
+    case DType::kF16:
+      return ChooseWidth<New, device::TypeOf<DType::kF16>>(vectors);
+    case DType::kE4M3FN:
+      return ChooseWidth<New, device::TypeOf<DType::kE4M3FN>>(vectors);
+    case DType::kE5M2:
+      return ChooseWidth<New, device::TypeOf<DType::kE5M2>>(vectors);
+    case DType::kS8:
+      return ChooseWidth<New, device::TypeOf<DType::kS8>>(vectors);
+  }
+  return nullptr;
+}
+
+Kernel ChooseKernel(DType type, DType stored, bool vectors) {
+  switch (type) {
+    case DType::kBF16:
+      return ChooseStored<device::TypeOf<DType::kBF16>>(stored, vectors);
+    case DType::kF16:
+      return ChooseStored<device::TypeOf<DType::kF16>>(stored, vectors);
+    default:
+      return ChooseStored<device::TypeOf<DType::kF32>>(stored, vectors);
+  }
+}
+
+bool IsAligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+Status CudaError(const char* what, cudaError_t error) {
+  return Status::Internal(std::string("write_kv_pages: ") + what + ": " + cudaGetErrorString(error));
+}
+
+}  // namespace
+
+Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaStream_t stream) {
+  constexpr int64_t kMost = INT32_MAX, kMostValues = 1 << 24;  // the parts of a tile are counted in 32 bits
+  if (problem.num_tokens > kMost || problem.page_size > kMost ||
+      problem.num_kv_heads * problem.head_dim > kMostValues) {
+    return Status::InvalidArgument(
+        "k: expected fewer than 2^31 tokens and at most 2^24 values a token, got " +
+        std::to_string(problem.num_tokens) + " of " +
+        std::to_string(problem.num_kv_heads * problem.head_dim));
+  }
+  int device = 0, num_sms = 0;
+  if (cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return CudaError("cudaGetDevice", e);
+  if (cudaError_t e = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+      e != cudaSuccess) {
+    return CudaError("cudaDeviceGetAttribute", e);
+  }
+  // A CTA a token while that is possible, else as many CTAs as run at a time. An empty call launches too: a
+  // command buffer wants the same operation each time.
+  const int64_t most_small = int64_t{num_sms} * (kThreadsPerSm / kFewestThreads);
+  const bool small = problem.num_tokens <= most_small;
+  const int64_t most_ctas = small ? most_small : num_sms;
+  const int64_t tokens_per_cta = std::max<int64_t>((problem.num_tokens + most_ctas - 1) / most_ctas, 1);
+  const int64_t num_ctas = std::max<int64_t>((problem.num_tokens + tokens_per_cta - 1) / tokens_per_cta, 1);
+
+  // Rows and heads are dense, so each starts as aligned as the pools if heads divide into vectors.
+  const int64_t widest = 16 / ByteWidth(problem.new_dtype);
+  const bool vectors = problem.head_dim % widest == 0 && IsAligned(params.k) && IsAligned(params.v) &&
+                       IsAligned(params.k_pages) && IsAligned(params.v_pages);
+  const int64_t part_length = 32 * (vectors ? widest : 1),
+                row_length = problem.num_kv_heads * problem.head_dim;
+  const auto divisor = [](int64_t number) { return device::FastDivisor(static_cast<int32_t>(number)); };
+  const auto tokens_per_scale = [&](int64_t num_scales) {
+    return divisor(num_scales > 0 ? std::max<int64_t>(problem.num_tokens / num_scales, 1) : 1);
+  };
+  WriteArgs args = {
+      {{params.k, params.k_pages, params.k_strides, params.k_scale, tokens_per_scale(problem.num_k_scales)},
+       {params.v, params.v_pages, params.v_strides, params.v_scale, tokens_per_scale(problem.num_v_scales)}},
+      params.slot_mapping,
+      problem.num_pages * problem.page_size,
+      static_cast<int32_t>(problem.num_tokens),
+      static_cast<int32_t>(tokens_per_cta),
+      static_cast<int32_t>(problem.num_kv_heads),
+      static_cast<int32_t>(row_length),
+      divisor(problem.head_dim),
+      divisor(problem.page_size),
+      divisor((row_length + part_length - 1) / part_length)};
+  const Kernel kernel = ChooseKernel(problem.new_dtype, problem.kv_dtype, vectors);
+  void* kernel_args[] = {&args};
+  const cudaError_t error =
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<uint32_t>(num_ctas)),
+                       dim3(small ? kFewestThreads : kThreadsPerSm), kernel_args, 0, stream);
+  return error == cudaSuccess ? Status::Ok() : CudaError("launch", error);
+}
+
+}  // namespace jpa::cache

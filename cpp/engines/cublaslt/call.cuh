@@ -1,0 +1,126 @@
+// What kernels ask of a call: tiles, units, pages, and places in the workspace.
+#pragma once
+
+#include <cstdint>
+
+#include "engines/cublaslt/kernels.h"
+
+namespace jpa::cublaslt {
+
+inline constexpr int kThreads = 256;
+inline constexpr int kWarps = kThreads / 32;
+
+template <typename T>
+__device__ inline T* At(const Call& call, int64_t offset) {
+  return reinterpret_cast<T*>(call.workspace + offset);
+}
+
+__device__ inline void** PointersAt(const Call& call, PointerArray array) {
+  return At<void*>(call, call.plan.pointers) + array * call.plan.units * call.plan.blocks();
+}
+
+// Query rows [begin, end) of a sequence lie in q; row 0 of the sequence is row `start`.
+struct LiveRows {
+  int64_t start;
+  int64_t begin;
+  int64_t end;
+
+  __device__ int64_t size() const { return max(end - begin, int64_t{0}); }
+};
+
+__device__ inline LiveRows LiveRowsOf(const Call& call, int64_t seq) {
+  const int64_t start = call.params.q_starts[seq];
+  const int64_t count = max(call.params.q_counts[seq], 0);
+  return {start, max(-start, int64_t{0}), min(count, call.problem.num_rows - start)};
+}
+
+// The tile of R rows that starts at live row `first` of the sequence.
+__device__ inline Tile MakeTile(const Call& call, int64_t seq, int64_t first) {
+  const LiveRows rows = LiveRowsOf(call, seq);
+  const int64_t capacity = call.problem.max_pages * call.problem.page_size;
+  const int64_t kv_len = min(max(static_cast<int64_t>(call.params.kv_lens[seq]), int64_t{0}), capacity);
+  const int64_t row = rows.begin + first;
+  const int64_t num_rows = max(min(call.plan.rows_per_tile, rows.end - row), int64_t{0});
+  const int64_t position = kv_len - max(call.params.q_counts[seq], 0) + row;
+  const int64_t last = position + num_rows - 1;
+  // Rows before position 0 see no key.
+  int64_t begin = 0, end = 0;
+  if (num_rows > 0 && last >= 0) {
+    end = call.params.causal ? min(kv_len, last + 1) : kv_len;
+    if (call.params.sliding_window > 0)
+      begin = min(max(position - call.params.sliding_window + 1, int64_t{0}), end);
+  }
+  return {static_cast<int32_t>(seq),      static_cast<int32_t>(rows.start + row),
+          static_cast<int32_t>(num_rows), static_cast<int32_t>(position),
+          static_cast<int32_t>(begin),    static_cast<int32_t>(end),
+          static_cast<int32_t>(kv_len)};
+}
+
+// Gathered units that share keys, the tiles of one sequence, are neighbours; in place it is those that share
+// a page.
+__device__ inline bool HeadsAreNeighbours(const Plan& plan) { return plan.decode || plan.in_place; }
+
+// What packing writes for a unit of a group (but for its live blocks), and other packing threads work out for
+// themselves. The last group may have units beyond the last one there is: dead ones.
+__device__ inline Unit MakeUnit(const Call& call, const Group& group, int64_t u) {
+  const Plan& plan = call.plan;
+  const int64_t index = group.first_unit + u;
+  Unit unit = {Tile{}, static_cast<int32_t>(plan.num_tiles), 0, static_cast<int32_t>(u), 0, 0};
+  if (index >= plan.num_tiles * call.problem.num_kv_heads) return unit;
+  const int64_t count = HeadsAreNeighbours(plan) ? call.problem.num_kv_heads : plan.num_tiles;
+  const int64_t high = index / count, low = index % count;
+  unit.tile_index = static_cast<int32_t>(HeadsAreNeighbours(plan) ? high : low);
+  unit.head = static_cast<int32_t>(HeadsAreNeighbours(plan) ? low : high);
+  unit.tile =
+      plan.decode ? MakeTile(call, unit.tile_index, 0) : At<const Tile>(call, plan.tiles)[unit.tile_index];
+  if (!HeadsAreNeighbours(plan) && unit.tile.num_rows > 0) {
+    const int64_t first = high * count + At<const int32_t>(call, plan.tile_starts)[unit.tile.seq];
+    unit.owner = static_cast<int32_t>(max(first - group.first_unit, int64_t{0}));
+  }
+  return unit;
+}
+
+__device__ inline const Unit& UnitAt(const Call& call, int64_t u) {
+  return At<const Unit>(call, call.plan.unit_records)[u];
+}
+
+// The tile of the group that sees the last keys among those that share the unit's.
+__device__ inline Tile LastTileOf(const Call& call, const Group& group, const Unit& unit) {
+  const Plan& plan = call.plan;
+  if (HeadsAreNeighbours(plan)) return unit.tile;
+  const int64_t last_tile = At<const int32_t>(call, plan.tile_starts)[unit.tile.seq + 1] - 1;
+  const int64_t last_of_group = group.first_unit + plan.units - 1 - unit.head * plan.num_tiles;
+  return At<const Tile>(call, plan.tiles)[min(last_tile, last_of_group)];
+}
+
+// Keys [begin, end) of all blocks that some row of the tile sees; the other blocks are never read.
+struct KeyRange {
+  int64_t begin;
+  int64_t end;
+
+  __device__ bool Contains(int64_t key) const { return key >= begin && key < end; }
+};
+
+__device__ inline KeyRange LiveBlocks(const Call& call, int64_t begin, int64_t end) {
+  const int64_t keys = call.plan.block_keys;
+  if (begin >= end) return {0, 0};
+  return {begin / keys * keys, (end + keys - 1) / keys * keys};
+}
+
+__device__ inline KeyRange LiveBlocks(const Call& call, const Tile& tile) {
+  return LiveBlocks(call, tile.begin, tile.end);
+}
+
+// The page that holds a key of a sequence, -1 if the block table names none. Where one pool is smaller, it is
+// repeated.
+__device__ inline int64_t PageOf(const Call& call, int64_t seq, int64_t key) {
+  const int64_t id = call.params.block_tables[seq * call.problem.max_pages + key / call.problem.page_size];
+  return id >= 0 && id < max(call.problem.num_k_pages, call.problem.num_v_pages) ? id : -1;
+}
+
+// Of a scale or sink array [X, columns]: the row of a sequence.
+__device__ inline int64_t RepeatedRow(const Call& call, int64_t num_rows, int64_t seq) {
+  return seq / (call.problem.num_seqs / num_rows);
+}
+
+}  // namespace jpa::cublaslt

@@ -1,0 +1,46 @@
+// The launches of a plan, in the order in which run.cc makes them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/params.h"
+#include "core/problem.h"
+#include "core/status.h"
+#include "engines/cublaslt/plan.h"
+
+namespace jpa::cublaslt {
+
+// All that a kernel may want to know, passed by value.
+struct Call {
+  AttentionProblem problem;
+  AttentionParams params;
+  Plan plan;
+  char* workspace;  // [plan.workspace_bytes], aligned to 256 bytes
+  int64_t group;    // G
+};
+
+// Which units and which stretch of keys are in the workspace.
+struct Group {
+  int64_t first_unit;
+  int64_t first_key;
+  bool first;  // of the stretches of these units
+  bool last;
+};
+
+// Ragged only: cuts query rows into tiles, and writes 0 and -inf to all results, for rows that no sequence
+// claims.
+Status LaunchCut(const Call& call, cudaStream_t stream);
+
+// Records of the units, queries, pointers, and all keys and values that are not used in place.
+Status LaunchPack(const Call& call, const Group& group, cudaStream_t stream);
+
+// Scores of a chunk to probabilities, in their place.
+Status LaunchSoftmax(const Call& call, const Group& group, int64_t chunk, cudaStream_t stream);
+
+// Sums up partial results; after the last stretch writes out and lse.
+Status LaunchCombine(const Call& call, const Group& group, cudaStream_t stream);
+
+// What the last launch on the calling thread left behind.
+Status LaunchStatus(const char* kernel);
+
+}  // namespace jpa::cublaslt

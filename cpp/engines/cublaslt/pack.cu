@@ -1,0 +1,261 @@
+// Prepares a group: describes its units, packs the query rows of each unit into one matrix, fills the arrays
+// of pointers, and brings together what cannot be used in place. That is all keys and values where pages are
+// gathered; in place it is the last page of each sequence, since 0 * NaN is NaN and nobody knows what stands
+// behind the last value.
+#include <algorithm>
+#include <cstdint>
+
+#include "device/convert.cuh"
+#include "device/packed.cuh"
+#include "engines/cublaslt/call.cuh"
+
+namespace jpa::cublaslt {
+namespace {
+
+using device::LoadPacked;
+using device::Packed;
+using device::StorePacked;
+using device::Unpack;
+using device::Unpacked;
+
+constexpr int kWidth = 8;  // elements that a thread moves at once
+constexpr int64_t kMaxBlocks = 1056;
+
+__device__ int64_t ThreadIndex() { return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; }
+__device__ int64_t NumThreads() { return static_cast<int64_t>(gridDim.x) * kThreads; }
+__device__ int64_t WarpIndex() { return ThreadIndex() / 32; }
+__device__ int64_t NumWarps() { return NumThreads() / 32; }
+__device__ int Lane() { return static_cast<int>(threadIdx.x % 32); }
+
+// Up to kWidth elements from a row of the head dimension, zeros behind its end. 8-bit values are exact in all
+// wider types; their scales come later, in f32.
+template <typename T, typename From, bool kAligned>
+__device__ Packed<T, kWidth> LoadRow(const From* row, int64_t d, int64_t head_dim) {
+  if constexpr (kAligned && sizeof(From) == sizeof(T)) {
+    return LoadPacked<kWidth>(row + d);
+  } else {
+    Unpacked<From, kWidth> from;
+    if constexpr (kAligned) from = Unpack<From, kWidth>(LoadPacked<kWidth>(row + d));
+    Unpacked<float, kWidth> values;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if constexpr (kAligned) {
+        values.values[i] = device::ToF32(from.values[i]);
+      } else {
+        values.values[i] = d + i < head_dim ? device::ToF32(row[d + i]) : 0.0f;
+      }
+    }
+    return device::PackFromF32<T>(values);
+  }
+}
+
+template <typename T, bool kAligned>
+__device__ void PackQueries(const Call& call, const Group& group) {
+  const Plan& plan = call.plan;
+  const int64_t vectors = plan.head_dim / kWidth;
+  T* queries = At<T>(call, plan.queries);
+  for (int64_t i = ThreadIndex(); i < plan.units * plan.unit_rows * vectors; i += NumThreads()) {
+    const int64_t packed_row = i / vectors, d = i % vectors * kWidth;
+    const int64_t row = packed_row % plan.unit_rows / call.group,
+                  member = packed_row % plan.unit_rows % call.group;
+    const Unit unit = MakeUnit(call, group, packed_row / plan.unit_rows);
+    Packed<T, kWidth> values = {};
+    if (row < unit.tile.num_rows) {
+      const int64_t head = unit.head * call.group + member;
+      const T* from = static_cast<const T*>(call.params.q) +
+                      ((unit.tile.row + row) * call.problem.num_q_heads + head) * call.problem.head_dim;
+      values = LoadRow<T, T, kAligned>(from, d, call.problem.head_dim);
+    }
+    StorePacked<kWidth>(queries + i * kWidth, values);
+  }
+}
+
+template <typename T>
+__device__ void FillPointers(const Call& call, const Group& group) {
+  const Plan& plan = call.plan;
+  const int64_t blocks = plan.blocks();
+  for (int64_t i = ThreadIndex(); i < plan.units * blocks; i += NumThreads()) {
+    const int64_t u = i / blocks, block = i % blocks;
+    Unit unit = MakeUnit(call, group, u);
+    const KeyRange live_keys = LiveBlocks(call, unit.tile);
+    unit.live_begin = static_cast<int32_t>(live_keys.begin);
+    unit.live_end = static_cast<int32_t>(live_keys.end);
+    if (block == 0) At<Unit>(call, plan.unit_records)[u] = unit;
+    const int64_t key = group.first_key + block * plan.block_keys;
+    const bool live = live_keys.Contains(key);
+
+    const T* keys = At<const T>(call, plan.zeros);
+    const T* values = keys;
+    if (live && !plan.in_place) {
+      const int64_t offset = (unit.owner * plan.stretch_keys() + block * plan.block_keys) * plan.head_dim;
+      keys = At<const T>(call, plan.keys) + offset;
+      values = At<const T>(call, plan.values) + offset;
+    } else if (live) {
+      const int64_t page = PageOf(call, unit.tile.seq, key);
+      uint8_t* known =
+          At<uint8_t>(call, plan.known) + (u * plan.stretch_keys() + block * plan.block_keys) / 8;
+      for (int64_t byte = 0; byte < plan.block_keys / 8; ++byte) known[byte] = page >= 0 ? 0xff : 0;
+      if (page >= 0) {
+        const PageStrides &k = call.params.k_strides, &v = call.params.v_strides;
+        keys = static_cast<const T*>(call.params.k_pages) + page % call.problem.num_k_pages * k.page +
+               unit.head * k.head;
+        values = static_cast<const T*>(call.params.v_pages) + page % call.problem.num_v_pages * v.page +
+                 unit.head * v.head;
+        if (unit.tile.kv_len < key + plan.block_keys) {
+          values =
+              At<const T>(call, plan.values) + u / call.problem.num_kv_heads * v.page + unit.head * v.head;
+        }
+      }
+    }
+    // Probabilities of a segment take the first bytes of its scores.
+    float* scores =
+        At<float>(call, plan.scores) + u % plan.chunk_units * plan.unit_rows * plan.stretch_keys();
+    const int64_t segment = block / plan.blocks_per_segment * plan.segment_keys();
+    const int64_t in_segment = block % plan.blocks_per_segment * plan.block_keys;
+    PointersAt(call, kKeys)[i] = const_cast<T*>(keys);
+    PointersAt(call, kQueries)[i] = At<T>(call, plan.queries) + u * plan.unit_rows * plan.head_dim;
+    PointersAt(call, kScores)[i] = scores + segment + in_segment;
+    PointersAt(call, kValues)[i] = const_cast<T*>(values);
+    PointersAt(call, kProbabilities)[i] = reinterpret_cast<T*>(scores + segment) + in_segment;
+    PointersAt(call, kPartials)[i] = At<float>(call, plan.partials) + i * plan.unit_rows * plan.head_dim;
+  }
+}
+
+template <typename T>
+__device__ void FillZeros(const Call& call) {
+  const int64_t count = (call.plan.unit_records - call.plan.zeros) / static_cast<int64_t>(kWidth * sizeof(T));
+  for (int64_t i = ThreadIndex(); i < count; i += NumThreads()) {
+    StorePacked<kWidth>(At<T>(call, call.plan.zeros) + i * kWidth, {});
+  }
+}
+
+// In place: the values of the last page of each sequence, zeros behind the last token. A warp a token, all
+// heads.
+template <typename T>
+__device__ void CopyLastPages(const Call& call, const Group& group) {
+  const int64_t page_size = call.problem.page_size;
+  const PageStrides& strides = call.params.v_strides;
+  const int64_t tiles = call.plan.units / call.problem.num_kv_heads;
+  for (int64_t i = WarpIndex(); i < tiles * page_size; i += NumWarps()) {
+    const int64_t t = i / page_size, offset = i % page_size;
+    const Tile tile = MakeUnit(call, group, t * call.problem.num_kv_heads).tile;
+    const int64_t key = tile.kv_len / page_size * page_size;
+    if (tile.kv_len == key || !LiveBlocks(call, tile).Contains(key)) continue;
+    const int64_t page = PageOf(call, tile.seq, key);
+    if (page < 0) continue;
+    const T* from = static_cast<const T*>(call.params.v_pages) +
+                    page % call.problem.num_v_pages * strides.page + offset * strides.token;
+    T* to = At<T>(call, call.plan.values) + t * strides.page + offset * strides.token;
+    const bool live = key + offset < tile.kv_len;
+    for (int64_t d = Lane() * kWidth; d < strides.token; d += 32 * kWidth) {
+      StorePacked<kWidth>(to + d, live ? LoadPacked<kWidth>(from + d) : Packed<T, kWidth>{});
+    }
+  }
+}
+
+// Keys and values of each unit that owns some, token after token; zeros for tokens that no tile sees. A warp
+// 32 tokens.
+template <typename T, typename KV, bool kAligned>
+__device__ void Gather(const Call& call, const Group& group) {
+  const Plan& plan = call.plan;
+  const PageStrides &k = call.params.k_strides, &v = call.params.v_strides;
+  const int64_t strips = plan.stretch_keys() / 32;
+  const int vectors = static_cast<int>(plan.head_dim / kWidth);
+  for (int64_t i = WarpIndex(); i < plan.units * strips; i += NumWarps()) {
+    const int64_t u = i / strips, strip = i % strips * 32;
+    const Unit unit = MakeUnit(call, group, u);
+    if (unit.tile.num_rows == 0 || unit.owner != u) continue;
+    const int64_t begin = unit.tile.begin, end = LastTileOf(call, group, unit).end;
+    if (!LiveBlocks(call, begin, end).Contains(group.first_key + strip)) continue;
+
+    // Lane t looks up token t.
+    const int64_t key = group.first_key + strip + Lane();
+    int64_t k_offset = -1, v_offset = -1;
+    if (key >= begin && key < end) {
+      const int64_t page = PageOf(call, unit.tile.seq, key);
+      if (page >= 0) {
+        const int64_t token = key % call.problem.page_size;
+        k_offset = page % call.problem.num_k_pages * k.page + token * k.token + unit.head * k.head;
+        v_offset = page % call.problem.num_v_pages * v.page + token * v.token + unit.head * v.head;
+      }
+    }
+    const unsigned known = __ballot_sync(~0u, k_offset >= 0);
+    if (Lane() == 0) At<uint32_t>(call, plan.known)[(u * plan.stretch_keys() + strip) / 32] = known;
+    const int64_t to = (u * plan.stretch_keys() + strip) * plan.head_dim;
+#pragma unroll 4
+    for (int j = 0; j < vectors; ++j) {
+      const int vector = 32 * j + Lane();
+      const int token = vector / vectors, d = vector % vectors * kWidth;
+      const int64_t k_from = __shfl_sync(~0u, k_offset, token), v_from = __shfl_sync(~0u, v_offset, token);
+      Packed<T, kWidth> keys = {}, values = {};
+      if (k_from >= 0) {
+        keys = LoadRow<T, KV, kAligned>(static_cast<const KV*>(call.params.k_pages) + k_from, d,
+                                        call.problem.head_dim);
+        values = LoadRow<T, KV, kAligned>(static_cast<const KV*>(call.params.v_pages) + v_from, d,
+                                          call.problem.head_dim);
+      }
+      StorePacked<kWidth>(At<T>(call, plan.keys) + to + vector * kWidth, keys);
+      StorePacked<kWidth>(At<T>(call, plan.values) + to + vector * kWidth, values);
+    }
+  }
+}
+
+template <typename T, typename KV, bool kAligned>
+__global__ void __launch_bounds__(kThreads)
+    PackKernel(const __grid_constant__ Call call, const __grid_constant__ Group group) {
+  if (group.first && group.first_unit == 0) FillZeros<T>(call);
+  if (group.first) PackQueries<T, kAligned>(call, group);
+  FillPointers<T>(call, group);
+  if (!call.plan.in_place) {
+    Gather<T, KV, kAligned>(call, group);
+  } else if constexpr (kAligned && sizeof(T) == sizeof(KV)) {
+    CopyLastPages<T>(call, group);
+  }
+}
+
+using Kernel = void (*)(Call, Group);
+
+template <typename T, typename KV>
+Kernel AlignedOrNot(bool aligned) {
+  return aligned ? &PackKernel<T, KV, true> : &PackKernel<T, KV, false>;
+}
+
+template <DType q_dtype>
+Kernel Choose(DType kv_dtype, bool aligned) {
+  using T = device::TypeOf<q_dtype>;
+  switch (kv_dtype) {
+    case DType::kE4M3FN:
+      return AlignedOrNot<T, device::TypeOf<DType::kE4M3FN>>(aligned);
+    case DType::kE5M2:
+      return AlignedOrNot<T, device::TypeOf<DType::kE5M2>>(aligned);
+    case DType::kS8:
+      return AlignedOrNot<T, device::TypeOf<DType::kS8>>(aligned);
+    default:
+      return AlignedOrNot<T, T>(aligned);
+  }
+}
+
+Kernel Choose(const AttentionProblem& problem) {
+  const bool aligned = problem.head_dim % kWidth == 0;
+  switch (problem.q_dtype) {
+    case DType::kBF16:
+      return Choose<DType::kBF16>(problem.kv_dtype, aligned);
+    case DType::kF16:
+      return Choose<DType::kF16>(problem.kv_dtype, aligned);
+    default:
+      return Choose<DType::kF32>(problem.kv_dtype, aligned);
+  }
+}
+
+}  // namespace
+
+Status LaunchPack(const Call& call, const Group& group, cudaStream_t stream) {
+  const Plan& plan = call.plan;
+  const int64_t moved = plan.units * (plan.in_place ? plan.unit_rows : plan.unit_rows + plan.stretch_keys());
+  const int64_t threads = std::max(moved * plan.head_dim / kWidth, plan.units * plan.blocks());
+  const int64_t blocks = std::min((threads + kThreads - 1) / kThreads, kMaxBlocks);
+  Choose(call.problem)<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(call, group);
+  return LaunchStatus("pack");
+}
+
+}  // namespace jpa::cublaslt

@@ -1,0 +1,74 @@
+#include "engines/cublaslt/run.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "engines/cublaslt/kernels.h"
+
+namespace jpa::cublaslt {
+namespace {
+
+constexpr uintptr_t kAlign = 256;
+
+// A window beyond this sees as much; sums with it stay far from overflow.
+constexpr int64_t kWidestWindow = int64_t{1} << 40;
+
+Status RunGroup(const Call& call, const Group& group, const Products& products, cudaStream_t stream) {
+  const Plan& plan = call.plan;
+  void* const scratch = call.workspace + plan.gemm;
+  if (Status s = LaunchPack(call, group, stream); !s.ok()) return s;
+  for (int64_t chunk = 0; chunk < plan.chunks(); ++chunk) {
+    const auto array = [&](PointerArray index) {
+      const int64_t entry = (index * plan.chunks() + chunk) * plan.batch();
+      return static_cast<void*>(call.workspace + plan.pointers + entry * static_cast<int64_t>(sizeof(void*)));
+    };
+    if (Status s = products.scores.Launch(array(kKeys), array(kQueries), array(kScores), scratch, stream);
+        !s.ok()) {
+      return s;
+    }
+    if (Status s = LaunchSoftmax(call, group, chunk, stream); !s.ok()) return s;
+    if (Status s =
+            products.outputs.Launch(array(kValues), array(kProbabilities), array(kPartials), scratch, stream);
+        !s.ok()) {
+      return s;
+    }
+  }
+  return LaunchCombine(call, group, stream);
+}
+
+}  // namespace
+
+Status LaunchStatus(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return Status::Ok();
+  return Status::Internal(std::string("implementation 'cublaslt': launch of kernel ") + kernel + ": " +
+                          cudaGetErrorString(error));
+}
+
+Status RunAttention(const AttentionProblem& problem, const AttentionParams& params, const Plan& plan,
+                    const Products& products, int64_t workspace_bytes, cudaStream_t stream) {
+  if (workspace_bytes < plan.workspace_bytes) {
+    return Status::InvalidArgument("workspace: expected at least " + std::to_string(plan.workspace_bytes) +
+                                   " bytes, got " + std::to_string(workspace_bytes));
+  }
+  if (problem.num_rows == 0) return Status::Ok();
+  const uintptr_t start = reinterpret_cast<uintptr_t>(params.workspace);
+  Call call = {problem, params, plan, reinterpret_cast<char*>((start + kAlign - 1) / kAlign * kAlign),
+               problem.num_q_heads / problem.num_kv_heads};
+  call.params.sliding_window = std::min(params.sliding_window, kWidestWindow);
+
+  if (!plan.decode) {
+    if (Status s = LaunchCut(call, stream); !s.ok()) return s;
+  }
+  for (int64_t units = 0; units < plan.groups; ++units) {
+    for (int64_t keys = 0; keys < plan.stretches; ++keys) {
+      const Group group = {units * plan.units, keys * plan.stretch_keys(), keys == 0,
+                           keys == plan.stretches - 1};
+      if (Status s = RunGroup(call, group, products, stream); !s.ok()) return s;
+    }
+  }
+  return Status::Ok();
+}
+
+}  // namespace jpa::cublaslt

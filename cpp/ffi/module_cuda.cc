@@ -1,0 +1,134 @@
+// The Python module jax_paged_attn._cuda: what to register with XLA, and what was built. It loads without a
+// GPU.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "engines/cublaslt/library.h"
+#include "engines/cublaslt/plan.h"
+#include "ffi/handler_cuda.h"
+#include "ffi/handler_write_cuda.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+nb::dict Registrations() {
+  const jpa::AttentionCudaHandlers attention = jpa::GetAttentionCudaHandlers();
+  nb::dict stages;
+  stages["instantiate"] = nb::capsule(attention.instantiate);
+  stages["initialize"] = nb::capsule(attention.initialize);
+  stages["execute"] = nb::capsule(attention.execute);
+  nb::dict targets;
+  targets["jax_paged_attn.attention.v1"] = stages;
+  targets["jax_paged_attn.write.v1"] = nb::capsule(jpa::WriteCudaHandler());
+  return targets;
+}
+
+nb::dict Types() {
+  const jpa::AttentionCudaStateType state = jpa::GetAttentionCudaStateType();
+  nb::dict registration;
+  registration["type_id"] = nb::capsule(state.id);
+  registration["type_info"] = nb::capsule(state.info);
+  nb::dict types;
+  types["jax_paged_attn.attention.v1.state"] = registration;
+  return types;
+}
+
+jpa::DType DTypeOf(const std::string& name) {
+  if (name == "float32") return jpa::DType::kF32;
+  if (name == "bfloat16") return jpa::DType::kBF16;
+  if (name == "float16") return jpa::DType::kF16;
+  if (name == "float8_e4m3fn") return jpa::DType::kE4M3FN;
+  if (name == "float8_e5m2") return jpa::DType::kE5M2;
+  if (name == "int8") return jpa::DType::kS8;
+  throw std::invalid_argument(
+      "dtype: expected float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8, got " + name);
+}
+
+jpa::AttentionProblem Problem(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_rows,
+                              int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t page_size,
+                              int64_t num_seqs, int64_t max_pages) {
+  jpa::AttentionProblem problem{};
+  problem.q_dtype = DTypeOf(q_dtype);
+  problem.kv_dtype = DTypeOf(kv_dtype);
+  problem.num_rows = num_rows;
+  problem.num_q_heads = num_q_heads;
+  problem.num_kv_heads = num_kv_heads;
+  problem.head_dim = head_dim;
+  problem.page_size = page_size;
+  problem.num_seqs = num_seqs;
+  problem.max_pages = max_pages;
+  return problem;
+}
+
+nb::dict AttentionPlan(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_rows,
+                       int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t page_size,
+                       int64_t num_seqs, int64_t max_pages, bool decode, int64_t workspace_limit) {
+  const jpa::cublaslt::Plan plan =
+      jpa::cublaslt::MakePlan(Problem(q_dtype, kv_dtype, num_rows, num_q_heads, num_kv_heads, head_dim,
+                                      page_size, num_seqs, max_pages),
+                              decode, workspace_limit);
+  nb::dict result;
+  result["workspace_bytes"] = plan.workspace_bytes;
+  result["launches"] = plan.launches();
+  result["in_place"] = plan.in_place;
+  result["unit_rows"] = plan.unit_rows;
+  result["units"] = plan.units;
+  result["groups"] = plan.groups;
+  result["chunk_units"] = plan.chunk_units;
+  result["block_keys"] = plan.block_keys;
+  result["segment_keys"] = plan.segment_keys();
+  result["stretch_keys"] = plan.stretch_keys();
+  result["stretches"] = plan.stretches;
+  return result;
+}
+
+int64_t WorkspaceBound(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_q_heads,
+                       int64_t num_kv_heads, int64_t head_dim, int64_t page_size, int64_t workspace_limit) {
+  return jpa::cublaslt::WorkspaceBound(
+      Problem(q_dtype, kv_dtype, 1, num_q_heads, num_kv_heads, head_dim, page_size, 1, 1), workspace_limit);
+}
+
+nb::dict BuildInfo() {
+  nb::dict info;
+  info["compiler"] = JPA_COMPILER;
+  info["architectures"] = JPA_CUDA_ARCHITECTURES;
+  info["ffi_api"] = jpa::CudaFfiApiVersion();
+  return info;
+}
+
+}  // namespace
+
+NB_MODULE(_cuda, m) {
+  m.doc() = "The CUDA engines of jax_paged_attn: XLA FFI handlers and facts about the build.";
+  m.def("registrations", &Registrations,
+        nb::sig("def registrations() -> dict[str, object | dict[str, object]]"),
+        "Handlers, or those of each stage, by the name of their FFI target, for platform \"CUDA\".");
+  m.def("state_types", &Types, nb::sig("def state_types() -> dict[str, dict[str, object]]"),
+        "Registrations of the types of state, by name.");
+  m.def("attention_plan", &AttentionPlan, nb::arg("q_dtype"), nb::arg("kv_dtype"), nb::arg("num_rows"),
+        nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"),
+        nb::arg("num_seqs"), nb::arg("max_pages"), nb::arg("decode"), nb::arg("workspace_limit"),
+        nb::sig("def attention_plan(q_dtype: str, kv_dtype: str, num_rows: int, num_q_heads: int, "
+                "num_kv_heads: int, "
+                "head_dim: int, page_size: int, num_seqs: int, max_pages: int, decode: bool, "
+                "workspace_limit: int) -> "
+                "dict[str, int]"),
+        "How \"cublaslt\" would run a call of these sizes: `workspace_bytes`, `launches`, and sizes of its "
+        "parts.");
+  m.def("workspace_bound", &WorkspaceBound, nb::arg("q_dtype"), nb::arg("kv_dtype"), nb::arg("num_q_heads"),
+        nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"), nb::arg("workspace_limit"),
+        "At least the workspace of any such call, less WORKSPACE_BYTES_PER_ROW for each row and sequence.");
+  m.attr("WORKSPACE_BYTES_PER_ROW") = jpa::cublaslt::kWorkspaceBytesPerRow;
+  m.attr("DEFAULT_WORKSPACE_LIMIT") = jpa::cublaslt::kDefaultWorkspaceLimit;
+  m.def("set_library_directory", &jpa::cublaslt::SetLibraryDirectory, nb::arg("directory"),
+        "Where to look for libcublasLt.so.13 if neither the process nor the loader's search path has it.");
+  m.def("host_calls", &jpa::AttentionCudaHostCalls,
+        "How often XLA has called the attention handler in this process; replays of a CUDA graph do not.");
+  m.def("build_info", &BuildInfo, nb::sig("def build_info() -> dict[str, str]"),
+        "The compiler, the compute capabilities that kernels were compiled for, and the version of the XLA "
+        "FFI headers.");
+}

@@ -1,0 +1,41 @@
+"""
+The CUDA engines of jax_paged_attn: XLA FFI handlers and facts about the build.
+"""
+
+
+def registrations() -> dict[str, object | dict[str, object]]:
+    """
+    Handlers, or those of each stage, by the name of their FFI target, for platform "CUDA".
+    """
+
+def state_types() -> dict[str, dict[str, object]]:
+    """Registrations of the types of state, by name."""
+
+def attention_plan(q_dtype: str, kv_dtype: str, num_rows: int, num_q_heads: int, num_kv_heads: int, head_dim: int, page_size: int, num_seqs: int, max_pages: int, decode: bool, workspace_limit: int) -> dict[str, int]:
+    """
+    How "cublaslt" would run a call of these sizes: `workspace_bytes`, `launches`, and sizes of its parts.
+    """
+
+def workspace_bound(q_dtype: str, kv_dtype: str, num_q_heads: int, num_kv_heads: int, head_dim: int, page_size: int, workspace_limit: int) -> int:
+    """
+    At least the workspace of any such call, less WORKSPACE_BYTES_PER_ROW for each row and sequence.
+    """
+
+WORKSPACE_BYTES_PER_ROW: int = 32
+
+DEFAULT_WORKSPACE_LIMIT: int = 268435456
+
+def set_library_directory(directory: str) -> None:
+    """
+    Where to look for libcublasLt.so.13 if neither the process nor the loader's search path has it.
+    """
+
+def host_calls() -> int:
+    """
+    How often XLA has called the attention handler in this process; replays of a CUDA graph do not.
+    """
+
+def build_info() -> dict[str, str]:
+    """
+    The compiler, the compute capabilities that kernels were compiled for, and the version of the XLA FFI headers.
+    """

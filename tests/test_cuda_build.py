@@ -1,0 +1,96 @@
+"""What can be said of the CUDA module without a GPU: it loads, plans within its limits, and calls lower for it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import BY_NAME, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jax_paged_attn as jpa
+from jax_paged_attn import _ffi
+
+pytestmark = pytest.mark.skipif(not _ffi.has("cuda"), reason="this installation was built without the CUDA module")
+
+MIB = 1 << 20
+
+
+def plan_of(*sizes: Any, limit: int = 256 * MIB) -> dict[str, int]:
+    return _ffi.compiled("cuda").attention_plan(*sizes, limit)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(
+    dtypes=st.sampled_from([("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "int8")]),
+    kv_heads=st.integers(1, 16),
+    group=st.integers(1, 80),
+    head_dim=st.integers(1, 600),
+    page_size=st.one_of(st.integers(1, 300), st.sampled_from([64, 128, 4096, 8192])),
+    num_seqs=st.integers(0, 300),
+    num_rows=st.integers(0, 70000),
+    max_pages=st.integers(0, 1100),
+    decode=st.booleans(),
+    limit=st.sampled_from([1 * MIB, 16 * MIB, 256 * MIB]),
+)
+def test_plan_covers_the_call_within_its_bound(
+    dtypes: tuple[str, str], kv_heads: int, group: int, head_dim: int, page_size: int,
+    num_seqs: int, num_rows: int, max_pages: int, decode: bool, limit: int,
+) -> None:  # fmt: skip
+    module = _ffi.compiled("cuda")
+    rows = num_seqs if decode else num_rows
+    plan = plan_of(
+        *dtypes, rows, kv_heads * group, kv_heads, head_dim, page_size, num_seqs, max_pages, decode, limit=limit
+    )
+    bound = module.workspace_bound(*dtypes, kv_heads * group, kv_heads, head_dim, page_size, limit)
+    assert plan["workspace_bytes"] <= bound + (rows + num_seqs) * module.WORKSPACE_BYTES_PER_ROW
+    assert plan["stretch_keys"] * plan["stretches"] >= max_pages * page_size
+    # Every row has a place: of each sequence all tiles but one are full.
+    rows_per_tile = plan["unit_rows"] // group
+    tiles = rows if decode else min(rows, rows // rows_per_tile + num_seqs)
+    assert plan["units"] * plan["groups"] >= tiles * kv_heads
+    assert plan["units"] % plan["chunk_units"] == 0
+
+
+def test_launches_do_not_depend_on_the_batch_while_it_fits() -> None:
+    decode = {
+        plan_of(*["bfloat16"] * 2, b, 8 * k, k, 128, 64, b, 8, True)["launches"] for b in (1, 7, 64) for k in (1, 8)
+    }
+    ragged = {plan_of(*["bfloat16"] * 2, 64, 32, 8, 128, 16, b, 8, False)["launches"] for b in (1, 3, 16)}
+    assert decode == {5}
+    assert ragged == {6}
+
+
+def test_limit_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _ffi.workspace_limit_cuda() == 256 * MIB
+    monkeypatch.setenv("JPA_CUDA_WORKSPACE_MIB", "64")
+    assert _ffi.workspace_limit_cuda() == 64 * MIB
+    monkeypatch.setenv("JPA_CUDA_WORKSPACE_MIB", "-1")
+    with pytest.raises(ValueError, match=r"JPA_CUDA_WORKSPACE_MIB: expected .* got '-1'"):
+        _ffi.workspace_limit_cuda()
+
+
+@pytest.mark.parametrize("case", ["decode", "mixed"])
+def test_calls_lower_for_cuda(case: str) -> None:
+    args, _ = build(BY_NAME[case]).arguments()
+    call = functools.partial(getattr(jpa, BY_NAME[case].function), implementation="cublaslt")
+    text = jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert f"custom_call @{_ffi.ATTENTION_TARGET}" in text
+    assert 'engine = "cublaslt"' in text
+
+
+def test_a_symbolic_batch_exports_for_cuda() -> None:
+    (batch,) = jax.export.symbolic_shape("b")
+    spec = jax.ShapeDtypeStruct
+    pages = spec((99, 16, 2, 64), jnp.bfloat16)
+    call = jax.jit(functools.partial(jpa.paged_attention, implementation="cublaslt"))
+    exported = jax.export.export(
+        call,
+        platforms=["cuda"],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(_ffi.ATTENTION_TARGET)],
+    )(spec((batch, 8, 64), jnp.bfloat16), pages, pages, spec((batch, 7), jnp.int32), spec((batch,), jnp.int32))
+    assert _ffi.ATTENTION_TARGET in exported.mlir_module()

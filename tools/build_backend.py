@@ -1,0 +1,55 @@
+"""The build backend: scikit-build-core, and where JPA_CUDA=ON lacks a CUDA toolkit, NVIDIA's packages as requirements.
+
+JPA_CUDA comes from `--config-settings=cmake.define.JPA_CUDA=ON` or from SKBUILD_CMAKE_DEFINE="JPA_CUDA=ON".
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from scikit_build_core import build as _backend
+
+# The hooks that pip calls by name and that need no change.
+from scikit_build_core.build import (  # noqa: F401
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+
+# All of one minor version: a newer nvvm beside an older ptxas does not work.
+_COMPILER = [
+    "nvidia-cuda-nvcc==13.0.*",
+    "nvidia-nvvm==13.0.*",
+    "nvidia-cuda-crt==13.0.*",
+    "nvidia-cuda-runtime==13.0.*",
+    "nvidia-cuda-cccl==13.0.*",
+]
+# For its headers: the library itself is opened at run time.
+_CUBLAS = ["nvidia-cublas>=13.0,<14"]
+
+Settings = dict[str, str | list[str]] | None
+
+
+def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
+    """What pip installs before it builds a wheel."""
+    return _backend.get_requires_for_build_wheel(config_settings) + _cuda_requirements(config_settings)
+
+
+def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
+    """What pip installs before it builds an editable install."""
+    return _backend.get_requires_for_build_editable(config_settings) + _cuda_requirements(config_settings)
+
+
+def _cuda_requirements(config_settings: Settings) -> list[str]:
+    settings = config_settings or {}
+    defines = os.environ.get("SKBUILD_CMAKE_DEFINE", "").split(";")
+    if settings.get("cmake.define.JPA_CUDA") != "ON" and "JPA_CUDA=ON" not in defines:
+        return []
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+    if nvcc is None:
+        return _COMPILER + _CUBLAS
+    header = Path(nvcc).resolve().parent.parent / "include" / "cublasLt.h"
+    return [] if header.exists() else _CUBLAS
