@@ -106,8 +106,9 @@ def train(model_config: LlamaConfig, config: TrainConfig) -> tuple[Llama, float]
 
 
 def _adamw(config: TrainConfig) -> optax.GradientTransformation:
+    warmup = min(config.warmup, config.steps // 2)  # a short trial run warms up, too
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup, config.steps, end_value=config.learning_rate * 0.01
+        0.0, config.learning_rate, warmup, config.steps, end_value=config.learning_rate * 0.01
     )
 
     def matrices(weights: Any) -> Any:
