@@ -8,7 +8,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -136,92 +136,54 @@ def attention_workspace_bytes_cuda(
     return (num_rows + num_seqs) * module.WORKSPACE_BYTES_PER_ROW + bound
 
 
-def attention_cpu(
-    q: Array,
-    k_pages: Array,
-    v_pages: Array,
-    block_tables: Array,
-    kv_lens: Array,
-    q_starts: Array,
-    q_counts: Array,
-    sinks: Array,
-    k_scale: Array,
-    v_scale: Array,
-    *,
-    scale: float,
-    soft_cap: float,
-    sliding_window: int,
-    causal: bool,
-    decode: bool,
-) -> tuple[Array, Array]:
-    """Attention on the CPU engine; operands and attributes as in docs/architecture.md.
+def attention_cpu(*operands: Array, decode: bool, **parameters: Any) -> tuple[Array, Array]:
+    """Attention on the CPU engine, which has no use for `decode`; operands and parameters as in docs/architecture.md.
 
     Returns:
       `out [T, N, H]` in q's dtype and `lse [T, N]` f32.
     """
-    num_rows, num_q_heads, head_dim = q.shape
-    workspace = attention_workspace_bytes(block_tables.shape[0], num_q_heads, head_dim)
-    call = jax.ffi.ffi_call(
-        ATTENTION_TARGET,
-        (
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((num_rows, num_q_heads), jnp.float32),
-            jax.ShapeDtypeStruct((workspace,), jnp.uint8),
-        ),
-    )
-    out, lse, _ = call(
-        *(q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale),
-        scale=np.float32(scale),
-        soft_cap=np.float32(soft_cap),
-        sliding_window=np.int64(sliding_window),
-        causal=bool(causal),
-    )
-    return out, lse
+    q, block_tables = operands[0], operands[3]
+    workspace = attention_workspace_bytes(block_tables.shape[0], *q.shape[1:])
+    return _attention(operands, workspace, **parameters)
 
 
-def attention_cuda(
-    q: Array,
-    k_pages: Array,
-    v_pages: Array,
-    block_tables: Array,
-    kv_lens: Array,
-    q_starts: Array,
-    q_counts: Array,
-    sinks: Array,
-    k_scale: Array,
-    v_scale: Array,
-    *,
-    engine: str,
-    scale: float,
-    soft_cap: float,
-    sliding_window: int,
-    causal: bool,
-    decode: bool,
-) -> tuple[Array, Array]:
-    """Attention on an engine for CUDA; operands and attributes as in docs/architecture.md.
+def attention_cuda(*operands: Array, engine: str, decode: bool, **parameters: Any) -> tuple[Array, Array]:
+    """Attention on an engine for CUDA; operands and parameters as in docs/architecture.md.
 
     Returns:
       `out [T, N, H]` in q's dtype and `lse [T, N]` f32.
     """
     limit = workspace_limit_cuda()
+    q, k_pages, _, block_tables, *_ = operands
     workspace = attention_workspace_bytes_cuda(q, k_pages, block_tables, decode=decode, workspace_limit=limit)
-    call = jax.ffi.ffi_call(
-        ATTENTION_TARGET,
-        (
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct(q.shape[:2], jnp.float32),
-            jax.ShapeDtypeStruct((workspace,), jnp.uint8),
-        ),
+    attributes = {"decode": bool(decode), "engine": engine, "workspace_limit": np.int64(limit)}
+    return _attention(operands, workspace, attributes, **parameters)
+
+
+def _attention(
+    operands: tuple[Array, ...],
+    workspace_bytes: Any,
+    attributes: Mapping[str, Any] | None = None,
+    *,
+    scale: float,
+    soft_cap: float,
+    sliding_window: int,
+    causal: bool,
+) -> tuple[Array, Array]:
+    """Calls the attention target; `attributes` are those that one platform has beyond the common ones."""
+    q = operands[0]
+    results = (
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct(q.shape[:2], jnp.float32),
+        jax.ShapeDtypeStruct((workspace_bytes,), jnp.uint8),
     )
-    out, lse, _ = call(
-        *(q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale),
+    out, lse, _ = jax.ffi.ffi_call(ATTENTION_TARGET, results)(
+        *operands,
         scale=np.float32(scale),
         soft_cap=np.float32(soft_cap),
         sliding_window=np.int64(sliding_window),
         causal=bool(causal),
-        decode=bool(decode),
-        engine=engine,
-        workspace_limit=np.int64(limit),
+        **(attributes or {}),
     )
     return out, lse
 
