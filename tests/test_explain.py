@@ -106,7 +106,7 @@ import jax, harness, jax_paged_attn as jpa
 from cases import BY_NAME, build
 case = BY_NAME["decode"]
 (q, k_pages, v_pages, tables, lengths), _ = build(case).arguments()
-harness.assert_close(harness.run(case), harness.expected(case.name), case.dtype)
+harness.assert_close(harness.run(case), harness.expected(case), case.dtype)
 
 def step(q):
     pools = jpa.write_kv_pages(k_pages, v_pages, q[:, :2], q[:, :2], lengths)
