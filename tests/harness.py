@@ -73,16 +73,15 @@ def adapted(case: Case | str, engine: str) -> Case:
     Where the engine does not take the dtype of the queries, the name of the case decides among those it takes; of head
     dims the nearest is taken.
     """
-    if isinstance(case, str):
-        case = BY_NAME[case]
+    adapted = BY_NAME[case] if isinstance(case, str) else case
+    name, head_dim = adapted.name, adapted.head_dim
     row = engine_row(engine)
-    if DTYPES[case.dtype].name not in row.q_dtypes:
+    if DTYPES[adapted.dtype].name not in row.q_dtypes:
         taken = [dtype for dtype in OUT_BOUND if DTYPES[dtype].name in row.q_dtypes]
-        case = replace(case, dtype=taken[zlib.crc32(case.name.encode()) % len(taken)])
-    if row.head_dims is not None and case.head_dim not in row.head_dims:
-        nearest = min(row.head_dims, key=lambda head_dim: abs(head_dim - case.head_dim))
-        case = replace(case, head_dim=nearest)
-    return case
+        adapted = replace(adapted, dtype=taken[zlib.crc32(name.encode()) % len(taken)])
+    if row.head_dims is not None and head_dim not in row.head_dims:
+        adapted = replace(adapted, head_dim=min(row.head_dims, key=lambda taken: abs(taken - head_dim)))
+    return adapted
 
 
 def assert_close(got: Any, want: Any, dtype: str) -> None:
