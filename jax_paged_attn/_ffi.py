@@ -198,6 +198,10 @@ def attention_cuda(
         "workspace_limit": np.int64(limit),
         "batch_invariant": bool(batch_invariant),
     }
+    if decode:
+        # The rows are known then: XLA would make both arrays anew in each call.
+        none = jnp.zeros(0, jnp.int32)
+        operands = (*operands[:5], none, none, *operands[7:])
     return _attention(operands, workspace, attributes, **parameters)
 
 

@@ -91,6 +91,13 @@ __device__ inline float Reciprocal(float x) {
   return result;
 }
 
+// Within 2^-22.
+__device__ inline float Log2(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // ---- programmatic dependent launch: before compute capability 9.0 kernels of a stream just follow each other -------
 
 // Lets the next kernel of the stream start, up to its WaitForPreviousKernel.

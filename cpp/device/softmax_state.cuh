@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "device/exp2.cuh"
+#include "device/ptx.cuh"
 
 namespace jpa::device {
 
@@ -41,10 +42,10 @@ struct SoftmaxState {
   }
 
   // Of all values: 1 / sum, 0 for a row that saw no key.
-  __device__ float Normaliser() const { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+  __device__ float Normaliser() const { return sum == 0.0f ? 0.0f : Reciprocal(sum); }
   // log of the sum of exp, natural; -inf for a row that saw no key.
   __device__ float LogSumExp() const {
-    return sum == 0.0f ? -INFINITY : maximum * kLn2 + logf(sum);
+    return sum == 0.0f ? -INFINITY : (maximum + Log2(sum)) * kLn2;
   }
 };
 

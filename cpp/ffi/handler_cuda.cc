@@ -136,12 +136,8 @@ Status Parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
                                   buffers[5],  buffers[6],  buffers[7], buffers[8], buffers[9],
                                   buffers[10], buffers[11], buffers[12]};
   const AttentionAttributes shared = {attributes.scale, attributes.soft_cap, attributes.sliding_window,
-                                      attributes.causal};
+                                      attributes.causal, attributes.decode};
   if (Status s = ParseAttention(named, shared, &call->problem, &call->params); !s.ok()) return s;
-  if (attributes.decode && call->problem.num_rows != call->problem.num_seqs) {
-    return Mismatch(named.q,
-                    "one row for each of the " + std::to_string(call->problem.num_seqs) + " sequences");
-  }
   call->workspace_bytes = named.workspace.dim(0);
   return Status::Ok();
 }

@@ -28,9 +28,10 @@ struct Batch {
     return MakeSequence(facts, r.kv_len, r.q_start, r.q_count);
   }
   int32_t size() const { return static_cast<int32_t>(raw.size()); }
+  // Of a head.
   int64_t num_tiles() const {
     int64_t tiles = 0;
-    for (int32_t i = 0; i < size(); ++i) tiles += NumTiles(facts, (*this)(i));
+    for (int32_t i = 0; i < size(); ++i) tiles += TilesPerHead(facts, (*this)(i));
     return tiles;
   }
 };
@@ -39,7 +40,7 @@ Batch RandomBatch(std::mt19937& random) {
   const auto below = [&random](int32_t n) { return static_cast<int32_t>(random() % static_cast<uint32_t>(n)); };
   Batch batch;
   const int32_t window = below(3) == 0 ? 1 + below(400) : 0;
-  batch.facts = {1 + below(20), 1 + below(3), 0, below(4) == 0 ? 100 : 3000, window, below(4) != 0};
+  batch.facts = {FastDivisor(1 + below(20)), 1 + below(5), 0, below(4) == 0 ? 100 : 3000, window, below(4) != 0};
   const int32_t num_seqs = 1 + below(6), longest = below(2) == 0 ? 90 : 3100, most_rows = below(2) == 0 ? 2 : 60;
   int32_t row = below(5) == 0 ? -3 : 0;
   for (int32_t i = 0; i < num_seqs; ++i) {
@@ -71,7 +72,7 @@ void TilesHaveTheKeysThatRowsSee() {
         const int32_t rows = RowsOfTile(batch.facts, sequence, t);
         int32_t first = INT32_MAX, last = -1;
         for (int32_t p = packed_rows; p < packed_rows + rows; ++p) {
-          const int32_t row = sequence.row + p / batch.facts.group - raw.q_start;
+          const int32_t row = sequence.row + p / batch.facts.group.divisor() - raw.q_start;
           for (int32_t key = 0; key < batch.facts.capacity; ++key) {
             if (!Sees(batch.facts, raw, row, key)) continue;
             first = std::min(first, key);
@@ -90,7 +91,7 @@ void TilesHaveTheKeysThatRowsSee() {
       for (int32_t row = 0; row < raw.q_count; ++row) {
         live += raw.q_start + row >= 0 && raw.q_start + row < batch.facts.num_rows ? 1 : 0;
       }
-      CHECK(packed_rows == live * batch.facts.group, "%d packed rows of %d", packed_rows, live);
+      CHECK(packed_rows == live * batch.facts.group.divisor(), "%d packed rows of %d", packed_rows, live);
     }
   }
 }
@@ -107,14 +108,18 @@ struct Part {
 // Walks all shares as the kernel does.
 std::map<Unit, std::vector<Part>> Walk(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
   std::map<Unit, std::vector<Part>> parts;
-  const int64_t total = batch.num_tiles(), per = TilesPerCta(total, num_ctas);
+  const Deal deal = MakeDeal(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
   for (int64_t cta = 0; cta < num_ctas; ++cta) {
-    int64_t offset = cta * per;
-    if (offset >= total) continue;
+    const HeadRange heads = HeadsOfLane(batch.facts, deal, static_cast<int32_t>(cta % deal.num_lanes));
+    const int64_t total = batch.num_tiles() * (heads.end - heads.begin), per = TilesPerShare(total, deal);
+    const int64_t first = cta / deal.num_lanes * per;
+    if (cta / deal.num_lanes >= deal.shares || first >= total) continue;
+    const auto tiles_of = [&](int32_t index) { return NumTiles(batch.facts, heads, batch(index)); };
+    int64_t offset = first;
     int32_t index = 0;
-    for (; offset >= NumTiles(batch.facts, batch(index)); ++index) offset -= NumTiles(batch.facts, batch(index));
+    for (; offset >= tiles_of(index); ++index) offset -= tiles_of(index);
     const Batch& sequences = batch;
-    ShareCursor<const Batch> share(batch.facts, batch.size(), sequences, index, offset, per, batch_invariant);
+    ShareCursor<const Batch> share(batch.facts, heads, batch.size(), sequences, index, offset, per, batch_invariant);
     int64_t walked = 0;
     Part part{};
     for (; !share.done(); share.Next(), ++walked) {
@@ -131,7 +136,7 @@ std::map<Unit, std::vector<Part>> Walk(const Batch& batch, int64_t num_ctas, boo
       }
     }
     if (!batch_invariant) {
-      CHECK(walked == std::min(per, total - cta * per), "CTA %d: %d tiles of %d", static_cast<int>(cta),
+      CHECK(walked == std::min(per, total - first), "CTA %d: %d tiles of %d", static_cast<int>(cta),
             static_cast<int>(walked), static_cast<int>(per));
     }
   }
@@ -161,7 +166,8 @@ void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
             const int32_t size = std::min(SplitTiles(sequence, tiles), tiles.end - part.begin);
             CHECK(part.end - part.begin == size, "%d tiles of %d", part.end - part.begin, size);
           } else {
-            CHECK(part.cta == found->second[0].cta + index, "parts of a unit are in neighbouring shares");
+            const Deal deal = MakeDeal(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
+            CHECK(part.cta == found->second[0].cta + index * deal.num_lanes, "parts of a unit are in neighbouring shares");
             CHECK(part.to_come == static_cast<int32_t>(found->second.size()) - 1 - index, "%d parts to come",
                   part.to_come);
           }
@@ -176,16 +182,16 @@ void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
   }
   CHECK(units == static_cast<int64_t>(parts.size()), "%d units, %d in shares", static_cast<int>(units),
         static_cast<int>(parts.size()));
-  CHECK(tiles_seen == batch.num_tiles(), "%d tiles of %d", static_cast<int>(tiles_seen),
-        static_cast<int>(batch.num_tiles()));
+  const int64_t total = batch.num_tiles() * batch.facts.num_kv_heads;
+  CHECK(tiles_seen == total, "%d tiles of %d", static_cast<int>(tiles_seen), static_cast<int>(total));
 }
 
 void SharesTakeEachTileOnce() {
   std::mt19937 random(2);
   for (int repeat = 0; repeat < 2000; ++repeat) {
     const Batch batch = RandomBatch(random);
-    const int64_t total = batch.num_tiles();
-    for (const int64_t num_ctas : {int64_t{1}, int64_t{7}, int64_t{264}, total - 1, total, total + 1}) {
+    const int64_t total = batch.num_tiles() * batch.facts.num_kv_heads;
+    for (const int64_t num_ctas : {int64_t{1}, int64_t{2}, int64_t{7}, int64_t{264}, total - 1, total, total + 1}) {
       if (num_ctas < 1) continue;
       Check(batch, num_ctas, false);
       Check(batch, num_ctas, true);
@@ -195,7 +201,7 @@ void SharesTakeEachTileOnce() {
 
 void OneUnitOverAllShares() {
   Batch batch;
-  batch.facts = {4, 1, 1, 1 << 20, 0, true};
+  batch.facts = {FastDivisor(4), 1, 1, 1 << 20, 0, true};
   for (const int32_t tiles : {0, 1, 263, 264, 265, 2048, 1 << 14}) {
     batch.raw = {{tiles * kTileKeys, 0, 1}};
     Check(batch, 264, false);
@@ -205,7 +211,7 @@ void OneUnitOverAllShares() {
 
 void NumbersBeyondTheirRange() {
   Batch batch;
-  batch.facts = {3, 2, 5, 640, 1 << 30, true};
+  batch.facts = {FastDivisor(3), 2, 5, 640, 1 << 30, true};
   batch.raw = {{INT32_MIN, INT32_MIN, INT32_MAX}, {INT32_MAX, -2, INT32_MAX}, {5, 5, 7}, {7, INT32_MAX, 3}};
   const Sequence all = batch(1);
   CHECK(all.row == 0 && all.num_rows == 5 && all.kv_len == 640, "row %d, %d rows, %d keys", all.row, all.num_rows,

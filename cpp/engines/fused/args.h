@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
+#include "core/fast_division.h"
 #include "core/params.h"
 #include "core/problem.h"
-#include "device/fast_division.cuh"
 #include "engines/fused/decode/partition.h"
 
 namespace jpa::fused {
@@ -38,8 +38,12 @@ struct DecodeArgs {
   AttentionParams params;
   CallFacts facts;
   Partials partials;
-  device::FastDivisor page_size;
-  device::FastDivisor group;
+  Deal deal;
+  FastDivisor page_size;
+  // Sequence b has row b / seqs_per_.. of the array.
+  FastDivisor seqs_per_sink;
+  FastDivisor seqs_per_k_scale;
+  FastDivisor seqs_per_v_scale;
   int32_t num_pages;  // ids outside [0, num_pages) are no page
   bool batch_invariant;
   bool split_rows_by_sequence;  // batch-invariant: row of `partials` is kMaxSplitRows * sequence + row, not q's row

@@ -148,7 +148,9 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   DecodeArgs args{};
   args.problem = problem;
   args.params = params;
-  args.facts = {static_cast<int32_t>(group),
+  const auto divisor = [](int64_t number) { return FastDivisor(static_cast<int32_t>(std::max<int64_t>(number, 1))); };
+  const auto seqs_per = [&](int64_t rows) { return divisor(rows > 0 ? problem.num_seqs / rows : 1); };
+  args.facts = {divisor(group),
                 static_cast<int32_t>(problem.num_kv_heads),
                 static_cast<int32_t>(problem.num_rows),
                 static_cast<int32_t>(std::min(problem.max_pages * problem.page_size, kMost)),
@@ -157,8 +159,11 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   args.partials = {reinterpret_cast<float*>(workspace), reinterpret_cast<float2*>(workspace + layout.stats),
                    reinterpret_cast<UnfinishedUnit*>(workspace + layout.unfinished),
                    static_cast<int32_t>(layout.slot_rows)};
-  args.page_size = device::FastDivisor(static_cast<int32_t>(problem.page_size));
-  args.group = device::FastDivisor(static_cast<int32_t>(group));
+  args.deal = MakeDeal(static_cast<int32_t>(problem.num_kv_heads), device.num_ctas);
+  args.page_size = divisor(problem.page_size);
+  args.seqs_per_sink = seqs_per(problem.num_sinks);
+  args.seqs_per_k_scale = seqs_per(problem.num_k_scales);
+  args.seqs_per_v_scale = seqs_per(problem.num_v_scales);
   args.num_pages = static_cast<int32_t>(std::max(problem.num_k_pages, problem.num_v_pages));
   args.batch_invariant = options.batch_invariant;
   args.split_rows_by_sequence = !options.decode && problem.num_rows > kMaxSplitRows * problem.num_seqs;

@@ -15,7 +15,7 @@ namespace {
 
 using device::SoftmaxState;
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxHeadDim = 256;
 constexpr int kVectors = kMaxHeadDim / (32 * 4);  // of four columns, a lane
@@ -85,9 +85,9 @@ __device__ void MergeParts(const DecodeArgs& args, int32_t num_parts, const Inde
     sum.Add(states[w], others);
   }
 
-  const int32_t kv_head = args.group.Quotient(head);
+  const int32_t kv_head = args.facts.group.Quotient(head);
   const float factor = AddSinkOf(args, seq, head, &sum.state) * sum.state.Normaliser() *
-                       ScaleOf(args.params.v_scale, args.problem.num_v_scales, args, seq, kv_head);
+                       ScaleOf(args.params.v_scale, args.seqs_per_v_scale, args.facts.num_kv_heads, seq, kv_head);
   const int64_t index = q_row * args.problem.num_q_heads + head;
   auto* out = static_cast<device::TypeOf<q_dtype>*>(args.params.out) + index * head_dim;
 #pragma unroll
@@ -110,13 +110,13 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
   if (unit.num_parts == 0) return;
   for (int32_t row = static_cast<int32_t>(blockIdx.y); row < unit.num_rows; row += static_cast<int32_t>(gridDim.y)) {
     const auto index_of = [&](int32_t part) {
-      const int64_t slot = part == 0 ? 2 * cta + 1 : 2 * (cta + part);
+      const int64_t slot = part == 0 ? 2 * cta + 1 : 2 * (cta + part * args.deal.num_lanes);
       return slot * args.partials.slot_rows + row;
     };
-    const int32_t token = args.group.Quotient(unit.first + row);
-    const int32_t member = unit.first + row - token * args.facts.group;
+    const int32_t token = args.facts.group.Quotient(unit.first + row);
+    const int32_t member = unit.first + row - token * args.facts.group.divisor();
     MergeParts<q_dtype>(args, unit.num_parts + 1, index_of, unit.seq, int64_t{unit.row} + token,
-                        unit.head * args.facts.group + member);
+                        unit.head * args.facts.group.divisor() + member);
   }
 }
 
@@ -130,7 +130,8 @@ __global__ void __launch_bounds__(kThreads) CombineSplitsKernel(const __grid_con
     if (seq == blockIdx.x) device::WaitForPreviousKernel();
     if (sequence.num_rows > kMaxSplitRows) continue;
     for (int32_t token = 0; token < sequence.num_rows; ++token) {
-      const int32_t packed = token * args.facts.group + head % args.facts.group;
+      const int32_t packed = token * args.facts.group.divisor() + head -
+                             args.facts.group.Quotient(head) * args.facts.group.divisor();
       const int32_t splits = NumSplits(sequence, VisibleTiles(args.facts, sequence, packed / kTileRows));
       if (splits <= 1) continue;
       const int64_t first = PartOfRow(args, index, sequence.row, token, head);

@@ -57,7 +57,9 @@ struct Job {
 template <typename Traits>
 struct DecodeKernelState {
   static constexpr int kStages = Traits::Stages(kCapability);
-  static constexpr int kJobs = kStages + 1;
+  // Jobs are made so many tiles ahead: in time for the copies, and for the queries of the next unit.
+  static constexpr int kJobsAhead = kStages > 2 ? kStages : 2;
+  static constexpr int kJobs = kJobsAhead + 1;
   static constexpr int kFilledRows = 256;
 
   struct Shared {
@@ -82,14 +84,15 @@ int SharedBytes(int capability) {
 // Tells every thread how many tiles a share has; leaves where this CTA's starts in shared memory, -1 if it is empty.
 // A thread adds up neighbouring sequences, so that only the one that finds the start walks them again.
 template <typename Traits, typename Shared>
-__device__ inline int64_t FindShare(const DecodeArgs& args, Shared& shared) {
+__device__ inline int64_t FindShare(const DecodeArgs& args, const HeadRange& heads, Shared& shared) {
   const SequencesInMemory sequences(args);
   const int num_seqs = static_cast<int>(args.problem.num_seqs);
   const int each = (num_seqs + Traits::kThreads - 1) / Traits::kThreads;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int begin = min(thread * each, num_seqs), end = min(begin + each, num_seqs);
   int64_t mine = 0;
-  for (int i = begin; i < end; ++i) mine += NumTiles(args.facts, sequences(i));
+#pragma unroll 1
+  for (int i = begin; i < end; ++i) mine += NumTiles(args.facts, heads, sequences(i));
   int64_t before = mine;
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
@@ -106,17 +109,18 @@ __device__ inline int64_t FindShare(const DecodeArgs& args, Shared& shared) {
     total += shared.warp_tiles[w];
   }
   before -= mine;
-  const int64_t per = TilesPerCta(total, gridDim.x), first = blockIdx.x * per;
-  if (first >= before && first < before + mine) {
-    for (int i = begin; i < end; ++i) {
-      const int64_t tiles = NumTiles(args.facts, sequences(i));
-      if (first < before + tiles) {
-        shared.share_seq = i;
-        shared.share_offset = first - before;
-        break;
-      }
+  const int64_t per = TilesPerShare(total, args.deal);
+  const int64_t share = static_cast<int>(blockIdx.x) / args.deal.num_lanes, first = share * per;
+  if (share < args.deal.shares && first >= before && first < before + mine) {
+    int i = begin;
+#pragma unroll 1
+    for (int64_t tiles = mine; end - i > 1; ++i) {
+      tiles = NumTiles(args.facts, heads, sequences(i));
+      if (first < before + tiles) break;
       before += tiles;
     }
+    shared.share_seq = i;
+    shared.share_offset = first - before;
   }
   __syncthreads();
   return per;
@@ -129,7 +133,7 @@ __device__ inline void FillRowsWithoutTiles(const DecodeArgs& args, Shared& shar
   constexpr int kNone = -1, kHasTiles = -2;
   constexpr int kCount = DecodeKernelState<Traits>::kFilledRows;
   const SequencesInMemory sequences(args);
-  const int64_t num_rows = args.problem.num_rows, each = CeilDiv(num_rows, gridDim.x);
+  const int64_t num_rows = args.facts.num_rows, each = (args.facts.num_rows + gridDim.x - 1) / gridDim.x;
   const int64_t rows_end = min(num_rows, (blockIdx.x + 1) * each);
   const int thread = static_cast<int>(threadIdx.x);
   for (int64_t first = blockIdx.x * each; first < rows_end; first += kCount) {
@@ -137,12 +141,14 @@ __device__ inline void FillRowsWithoutTiles(const DecodeArgs& args, Shared& shar
     __syncthreads();
     for (int i = thread; i < count; i += Traits::kThreads) shared.row_owners[i] = kNone;
     __syncthreads();
+#pragma unroll 1
     for (int seq = thread; seq < args.problem.num_seqs; seq += Traits::kThreads) {
       const Sequence sequence = sequences(seq);
       const int64_t begin = max(sequence.row - first, int64_t{0});
       const int64_t end = min(sequence.row + int64_t{sequence.num_rows} - first, int64_t{count});
       // Later rows see no less than the first ones.
       const int owner = VisibleTiles(args.facts, sequence, 0).size() > 0 ? kHasTiles : seq;
+#pragma unroll 1
       for (int64_t i = begin; i < end; ++i) shared.row_owners[i] = owner;
     }
     __syncthreads();
@@ -153,7 +159,8 @@ __device__ inline void FillRowsWithoutTiles(const DecodeArgs& args, Shared& shar
       const Sequence sequence = owner == kNone ? Sequence{} : sequences(owner);
       for (int head = 0; head < args.problem.num_q_heads; ++head) {
         if (owner != kNone) {
-          const int32_t packed = static_cast<int32_t>(row - sequence.row) * args.facts.group + head % args.facts.group;
+          const int32_t packed = static_cast<int32_t>(row - sequence.row) * args.facts.group.divisor() +
+                                 head - args.facts.group.Quotient(head) * args.facts.group.divisor();
           if (VisibleTiles(args.facts, sequence, packed / kTileRows).size() > 0) continue;
         }
         SoftmaxState state;
@@ -170,9 +177,10 @@ __device__ inline void FillRowsWithoutTiles(const DecodeArgs& args, Shared& shar
 // to wait for the page's id.
 class JobMaker {
  public:
-  __device__ JobMaker(const DecodeArgs& args, SequencesAhead& sequences, int32_t seq, int64_t offset, int64_t per)
+  __device__ JobMaker(const DecodeArgs& args, const HeadRange& heads, SequencesAhead& sequences, int32_t seq,
+                      int64_t offset, int64_t per)
       : args_(args),
-        share_(args.facts, static_cast<int32_t>(args.problem.num_seqs), sequences, seq, offset, per,
+        share_(args.facts, heads, static_cast<int32_t>(args.problem.num_seqs), sequences, seq, offset, per,
                args.batch_invariant) {}
 
   // What the block table says of the thread's key in the tile that the walk stands at.
@@ -211,8 +219,8 @@ class JobMaker {
   template <typename Traits>
   __device__ int64_t Offset(const PageStrides& strides, int32_t page, int64_t num_pages, int32_t token) const {
     // Where one pool is smaller it is repeated.
-    const int64_t own = page < num_pages ? page : page % num_pages;
-    return (own * strides.page + token * strides.token + share_.at().head() * strides.head) * ByteWidth(Traits::kKV);
+    const uint32_t own = page < num_pages ? page : static_cast<uint32_t>(page) % static_cast<uint32_t>(num_pages);
+    return (int64_t{own} * strides.page + token * strides.token + share_.at().head() * strides.head) * ByteWidth(Traits::kKV);
   }
 
   __device__ void Describe(Job* job) const {
@@ -284,7 +292,8 @@ class WarpRows {
     share_ = warp / row_tiles;
     all_see_begin_ = 0;
     all_see_end_ = INT32_MAX;
-    const float k_scale = ScaleOf(args.params.k_scale, args.problem.num_k_scales, args, job.seq, job.head);
+    const float k_scale = 
+        ScaleOf(args.params.k_scale, args.seqs_per_k_scale, args.facts.num_kv_heads, job.seq, job.head);
     // With a cap c: c tanh(s) = c - 2 c / (1 + 2^(2 s log2 e)).
     const float cap = args.params.soft_cap;
     const float factor =
@@ -295,8 +304,8 @@ class WarpRows {
       see_begin_[r] = see_end_[r] = 0;
       const uint16_t* query = nullptr;
       if (row < job.num_rows) {
-        const int token = args.group.Quotient(job.first + row);
-        const int member = job.first + row - token * args.group.divisor();
+        const int token = args.facts.group.Quotient(job.first + row);
+        const int member = job.first + row - token * args.facts.group.divisor();
         const int position = job.position + token;
         if (position >= 0) {
           see_end_[r] = args.params.causal ? position + 1 : job.kv_len;
@@ -305,7 +314,7 @@ class WarpRows {
         all_see_begin_ = max(all_see_begin_, see_begin_[r]);
         all_see_end_ = min(all_see_end_, see_end_[r]);
         query = static_cast<const uint16_t*>(args.params.q) +
-                ((int64_t{job.row} + token) * args.problem.num_q_heads + job.head * args.facts.group + member) *
+                ((int64_t{job.row} + token) * args.problem.num_q_heads + job.head * args.facts.group.divisor() + member) *
                     kHeadDim;
       }
       const int exponent = queries_.LoadRow(r, query);
@@ -326,6 +335,7 @@ class WarpRows {
     const bool all_seen = job.key >= all_see_begin_ && job.key + kTileKeys <= all_see_end_ &&
                           (job.known[0] & job.known[1]) == ~0u;
     const int steps = kTileKeys / kKeys / num_shares_;
+#pragma unroll 1
     for (int i = 0; i < steps; ++i) {
       const int key = (share_ * steps + i) * kKeys;
       float scores[2][4];
@@ -350,11 +360,11 @@ class WarpRows {
       state.sum += __shfl_xor_sync(~0u, state.sum, 2);
     }
     const int row_tiles = kTileWarps / num_shares_, lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll 1
     for (int distance = num_shares_ / 2; distance > 0; distance /= 2) {
       const bool gives = share_ >= distance && share_ < 2 * distance, takes = share_ < distance;
       // Of the giver, its place among the givers.
-      const int place = (ColumnPart() * distance + share_ % distance) * row_tiles +
-                        static_cast<int>(threadIdx.x / 32) % row_tiles;
+      const int place = (ColumnPart() * distance + (share_ & (distance - 1))) * row_tiles + first_row_ / 16;
       float* values = reinterpret_cast<float*>(stage) + place * (kExchanged * 32) + lane;
       __syncthreads();
       if (gives) {
@@ -395,12 +405,13 @@ class WarpRows {
     for (int r = 0; r < 2; ++r) {
       const int row = Row(r);
       if (row >= job.num_rows) continue;
-      const int token = args.group.Quotient(job.first + row);
-      const int head = job.head * args.facts.group + job.first + row - token * args.group.divisor();
+      const int token = args.facts.group.Quotient(job.first + row);
+      const int head = job.head * args.facts.group.divisor() + job.first + row - token * args.facts.group.divisor();
       if (job.whole) {
         const int64_t q_row = int64_t{job.row} + token;
         const float factor = AddSinkOf(args, job.seq, head, &states_[r]);
-        const float v_scale = ScaleOf(args.params.v_scale, args.problem.num_v_scales, args, job.seq, job.head);
+        const float v_scale = 
+            ScaleOf(args.params.v_scale, args.seqs_per_v_scale, args.facts.num_kv_heads, job.seq, job.head);
         WriteRow<Traits::kQ>(args, q_row, head, factor * v_scale * states_[r].Normaliser(), r);
         if (HasStats()) args.params.lse[q_row * args.problem.num_q_heads + head] = states_[r].LogSumExp();
       } else {
@@ -591,44 +602,46 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   };
 
   device::LetNextKernelStart();
-  const int64_t per = FindShare<Traits>(args, shared);
+  const HeadRange heads = HeadsOfLane(args.facts, args.deal, static_cast<int>(blockIdx.x) % args.deal.num_lanes);
+  const int64_t per = FindShare<Traits>(args, heads, shared);
+  if (threadIdx.x == 0 && !args.batch_invariant) args.partials.unfinished[blockIdx.x].num_parts = 0;
   if (shared.share_seq < 0) {
-    if (threadIdx.x == 0 && !args.batch_invariant) args.partials.unfinished[blockIdx.x].num_parts = 0;
     FillRowsWithoutTiles<Traits>(args, shared);
     return;
   }
-
   const bool makes_jobs = threadIdx.x < kTileKeys;
-  SequencesAhead sequences(args);
-  JobMaker jobs(args, sequences, shared.share_seq, shared.share_offset, per);
-  if (makes_jobs) {
-    if (threadIdx.x == 0 && !args.batch_invariant) args.partials.unfinished[blockIdx.x].num_parts = 0;
-    for (int tile = 0; tile < kStages; ++tile) jobs.Make<Traits>(jobs.LookUp(), &shared.jobs[tile]);
-  }
-  __syncthreads();
-  for (int tile = 0; tile < kStages - 1; ++tile) copy(tile);
-  FillRowsWithoutTiles<Traits>(args, shared);  // while the first tiles arrive
-
+  SequencesAhead sequences(args, shared.share_seq);
+  JobMaker jobs(args, heads, sequences, shared.share_seq, shared.share_offset, per);
   WarpRows<Traits> rows;
-  for (int tile = 0;; ++tile) {
-    if constexpr (kStages == 1) {
-      __syncthreads();
-      copy(tile);
+
+  // Before tile 0 there are turns without products, that fill the pipeline: everything is written once, and so stays
+  // small enough for the instruction cache.
+  for (int tile = -State::kJobsAhead;; ++tile) {
+    if constexpr (kStages > 1) {
+      if (tile >= 0) device::WaitForCopies<kStages - 2>();
     }
-    device::WaitForCopies<(kStages > 2 ? kStages - 2 : 0)>();
     __syncthreads();
-    const Job& job = shared.jobs[tile % kJobs];
-    if (!job.exists) break;
-    if constexpr (kStages > 1) copy(tile + kStages - 1);
+    const Job& job = shared.jobs[(tile + kJobs) % kJobs];
+    if (tile >= 0 && !job.exists) break;
+    if (tile + kStages - 1 >= 0) copy(tile + kStages - 1);
+    if constexpr (kStages == 1) {
+      device::WaitForCopies<0>();
+      __syncthreads();
+    }
     const int32_t page = makes_jobs ? jobs.LookUp() : 0;
 
-    if (job.starts) rows.Start(args, job);
-    rows.Take(args, job, device::SharedAddress(stage_of(tile)));
-    if (job.ends) {
-      rows.MergeWarps(stage_of(tile));
-      rows.Write(args, job);
+    if (tile >= 0) {
+      rows.Take(args, job, device::SharedAddress(stage_of(tile)));
+      if (job.ends) {
+        rows.MergeWarps(stage_of(tile));
+        rows.Write(args, job);
+      }
+    } else if (tile == -1) {
+      FillRowsWithoutTiles<Traits>(args, shared);  // while the first tiles arrive
     }
-    if (makes_jobs) jobs.Make<Traits>(page, &shared.jobs[(tile + kStages) % kJobs]);
+    if (makes_jobs) jobs.Make<Traits>(page, &shared.jobs[(tile + State::kJobsAhead + kJobs) % kJobs]);
+    const Job& next = shared.jobs[(tile + 1 + kJobs) % kJobs];
+    if (tile >= -1 && next.exists && next.starts) rows.Start(args, next);
   }
   device::WaitForCopies<0>();
 }

@@ -6,9 +6,11 @@
 //   unit        a row tile and a key/value head: one softmax state a packed row
 //   tile        kTileKeys keys of a unit, from a multiple of kTileKeys on; tiles that no row of the unit sees are none
 //
-// All tiles of a call stand in one row: sequence after sequence, in there head after head, row tile after row tile,
-// key tile after key tile. Share c of that row is [c * per, (c + 1) * per), whatever lies in it: so a CTA has at most
-// two units that others have a part of (stream-K: Osama et al., PPoPP 2023).
+// CTAs are dealt to lanes, a key/value head each (or a few, where there are more heads than CTAs), and neighbouring CTAs
+// to neighbouring lanes: so a token's heads, neighbours in memory, are read at about the same time. The tiles of a lane
+// stand in one row: sequence after sequence, in there head after head, row tile after row tile, key tile after key tile.
+// Share i of that row is [i * per, (i + 1) * per), whatever lies in it: so a CTA has at most two units that others have a
+// part of (stream-K: Osama et al., PPoPP 2023).
 //
 // For results that do not depend on the rest of the batch, units may only be cut where a function of the unit alone
 // says so (SplitTiles), and a CTA takes the parts that start in its share.
@@ -16,6 +18,7 @@
 
 #include <cstdint>
 
+#include "core/fast_division.h"
 #include "core/host_device.h"
 
 namespace jpa::fused {
@@ -25,7 +28,7 @@ inline constexpr int kTileRows = 64;
 
 // Facts of a call that all sequences share.
 struct CallFacts {
-  int32_t group;           // G
+  FastDivisor group;       // G
   int32_t num_kv_heads;    // K
   int32_t num_rows;        // T
   int32_t capacity;        // min(M * S, 2^31 - 1): no sequence has more tokens
@@ -63,26 +66,24 @@ struct TileRange {
 };
 
 JPA_HOST_DEVICE inline int32_t NumRowTiles(const CallFacts& call, const Sequence& sequence) {
-  return static_cast<int32_t>(CeilDiv(int64_t{sequence.num_rows} * call.group, kTileRows));
+  return static_cast<int32_t>(CeilDiv(int64_t{sequence.num_rows} * call.group.divisor(), kTileRows));
 }
 
 // Packed rows of a row tile.
 JPA_HOST_DEVICE inline int32_t RowsOfTile(const CallFacts& call, const Sequence& sequence, int32_t row_tile) {
-  return Smaller(kTileRows, sequence.num_rows * call.group - row_tile * kTileRows);
+  return Smaller(kTileRows, sequence.num_rows * call.group.divisor() - row_tile * kTileRows);
 }
 
 // What the rows of a row tile see, together.
 JPA_HOST_DEVICE inline TileRange VisibleTiles(const CallFacts& call, const Sequence& sequence, int32_t row_tile) {
-  const int32_t first = row_tile * kTileRows / call.group;
-  const int32_t last = Smaller(((row_tile + 1) * kTileRows - 1) / call.group, sequence.num_rows - 1);
+  const int32_t first = call.group.Quotient(row_tile * kTileRows);
+  const int32_t last = Smaller(call.group.Quotient((row_tile + 1) * kTileRows - 1), sequence.num_rows - 1);
   const int32_t last_position = sequence.position + last;
   if (sequence.kv_len == 0 || last_position < 0) return {0, 0};
   const int32_t end = call.causal ? last_position + 1 : sequence.kv_len;
   int32_t begin = 0;
   if (call.sliding_window > 0) {
-    begin = static_cast<int32_t>(int64_t{Larger(sequence.position + first, 0)} - call.sliding_window + 1 < 0
-                                     ? 0
-                                     : Larger(sequence.position + first, 0) - call.sliding_window + 1);
+    begin = Larger(Larger(sequence.position + first, 0) - call.sliding_window + 1, 0);
   }
   return {begin / kTileKeys, (end - 1) / kTileKeys + 1};
 }
@@ -90,17 +91,41 @@ JPA_HOST_DEVICE inline TileRange VisibleTiles(const CallFacts& call, const Seque
 // Tiles of one key/value head of a sequence.
 JPA_HOST_DEVICE inline int64_t TilesPerHead(const CallFacts& call, const Sequence& sequence) {
   int64_t tiles = 0;
+  JPA_KEEP_LOOP
   for (int32_t i = 0; i < NumRowTiles(call, sequence); ++i) tiles += VisibleTiles(call, sequence, i).size();
   return tiles;
 }
 
-JPA_HOST_DEVICE inline int64_t NumTiles(const CallFacts& call, const Sequence& sequence) {
-  return call.num_kv_heads * TilesPerHead(call, sequence);
+// How CTAs are dealt. CTA c has share c / num_lanes of lane c % num_lanes; those beyond the last share have none.
+struct Deal {
+  int32_t num_lanes;
+  int32_t heads_per_lane;
+  int32_t shares;  // of a lane
+};
+
+inline Deal MakeDeal(int32_t num_kv_heads, int32_t num_ctas) {
+  const int32_t heads_per_lane = static_cast<int32_t>(CeilDiv(num_kv_heads, num_ctas));
+  const int32_t num_lanes = static_cast<int32_t>(CeilDiv(num_kv_heads, heads_per_lane));
+  return {num_lanes, heads_per_lane, num_ctas / num_lanes};
 }
 
-// Tiles in the share of each of `num_ctas` CTAs; the last shares may be smaller or empty.
-JPA_HOST_DEVICE inline int64_t TilesPerCta(int64_t num_tiles, int64_t num_ctas) {
-  return num_tiles > num_ctas ? CeilDiv(num_tiles, num_ctas) : 1;
+// Heads [begin, end).
+struct HeadRange {
+  int32_t begin;
+  int32_t end;
+};
+
+JPA_HOST_DEVICE inline HeadRange HeadsOfLane(const CallFacts& call, const Deal& deal, int32_t lane) {
+  return {lane * deal.heads_per_lane, Smaller((lane + 1) * deal.heads_per_lane, call.num_kv_heads)};
+}
+
+JPA_HOST_DEVICE inline int64_t NumTiles(const CallFacts& call, const HeadRange& heads, const Sequence& sequence) {
+  return (heads.end - heads.begin) * TilesPerHead(call, sequence);
+}
+
+// Tiles of each share of a lane; the last shares may be smaller or empty.
+JPA_HOST_DEVICE inline int64_t TilesPerShare(int64_t num_tiles, const Deal& deal) {
+  return num_tiles > deal.shares ? CeilDiv(num_tiles, deal.shares) : 1;
 }
 
 // ---- results that do not depend on the batch -------------------------------------------------------------------
@@ -129,39 +154,31 @@ template <typename Sequences>
 class TileCursor {
  public:
   // At tile `offset` of a sequence that has more tiles than that.
-  JPA_HOST_DEVICE TileCursor(const CallFacts& call, int32_t num_seqs, Sequences& sequences, int32_t index,
-                             int64_t offset)
-      : call_(call), num_seqs_(num_seqs), sequences_(sequences), index_(index), sequence_(sequences(index)) {
-    const int64_t per_head = TilesPerHead(call, sequence_);
-    head_ = static_cast<int32_t>(offset / per_head);
-    int64_t rest = offset % per_head;
-    row_tile_ = 0;
-    for (tiles_ = VisibleTiles(call, sequence_, 0); rest >= tiles_.size();) {
-      rest -= tiles_.size();
-      tiles_ = VisibleTiles(call, sequence_, ++row_tile_);
+  JPA_HOST_DEVICE TileCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs, Sequences& sequences,
+                             int32_t index, int64_t offset)
+      : call_(call),
+        heads_(heads),
+        num_seqs_(num_seqs),
+        sequences_(sequences),
+        index_(index),
+        sequence_(sequences(index)),
+        head_(heads.begin),
+        row_tile_(0) {
+    tiles_ = VisibleTiles(call, sequence_, 0);
+    tile_ = tiles_.begin;
+    for (; offset >= tiles_.size(); tile_ = tiles_.begin) {
+      offset -= tiles_.size();
+      NextUnit();
     }
-    tile_ = tiles_.begin + static_cast<int32_t>(rest);
+    tile_ += static_cast<int32_t>(offset);
   }
 
   // To the next tile; false behind the last one.
   JPA_HOST_DEVICE bool Next() {
-    if (++tile_ < tiles_.end) return true;
-    // A unit without tiles is passed over: rows at negative positions come first, so the next one may have some.
-    for (;;) {
-      if (++row_tile_ >= NumRowTiles(call_, sequence_)) {
-        row_tile_ = 0;
-        if (++head_ >= call_.num_kv_heads) {
-          head_ = 0;
-          do {
-            if (++index_ >= num_seqs_) return false;
-            sequence_ = sequences_(index_);
-          } while (sequence_.num_rows == 0);
-        }
-      }
-      tiles_ = VisibleTiles(call_, sequence_, row_tile_);
-      if (tiles_.size() > 0) break;
+    // Units without tiles are passed over.
+    for (++tile_; tile_ == tiles_.end; tile_ = tiles_.begin) {
+      if (!NextUnit()) return false;
     }
-    tile_ = tiles_.begin;
     return true;
   }
 
@@ -173,7 +190,22 @@ class TileCursor {
   JPA_HOST_DEVICE int32_t tile() const { return tile_; }
 
  private:
+  // False behind the last one.
+  JPA_HOST_DEVICE bool NextUnit() {
+    if (++row_tile_ >= NumRowTiles(call_, sequence_)) {
+      row_tile_ = 0;
+      if (++head_ == heads_.end) {
+        head_ = heads_.begin;
+        if (++index_ == num_seqs_) return false;
+        sequence_ = sequences_(index_);
+      }
+    }
+    tiles_ = VisibleTiles(call_, sequence_, row_tile_);
+    return true;
+  }
+
   const CallFacts& call_;
+  const HeadRange heads_;
   const int32_t num_seqs_;
   Sequences& sequences_;
   int32_t index_;
@@ -184,70 +216,76 @@ class TileCursor {
   int32_t tile_;
 };
 
-// The tiles of one CTA, one after the other, with what happens to its unit at each.
+// The tiles of one CTA, one after the other, and the parts of units that they make: from where the CTA starts a unit,
+// or SplitTiles cuts it, to where the next part or the share's end is.
 template <typename Sequences>
 class ShareCursor {
  public:
   // From tile `offset` of sequence `index` on, the first tile of the share of `per` tiles.
-  JPA_HOST_DEVICE ShareCursor(const CallFacts& call, int32_t num_seqs, Sequences& sequences, int32_t index,
-                              int64_t offset, int64_t per, bool batch_invariant)
-      : cursor_(call, num_seqs, sequences, index, offset),
-        per_(per),
+  JPA_HOST_DEVICE ShareCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs, Sequences& sequences,
+                              int32_t index, int64_t offset, int64_t per, bool batch_invariant)
+      : cursor_(call, heads, num_seqs, sequences, index, offset),
+        per_(static_cast<int32_t>(per < INT32_MAX ? per : INT32_MAX)),
         left_(per),
-        batch_invariant_(batch_invariant),
-        first_(cursor_.tile()) {
+        batch_invariant_(batch_invariant) {
+    if (!batch_invariant) {
+      StartPart(cursor_.tile(), 0);
+      return;
+    }
+    const int32_t split = SplitTiles(cursor_.sequence(), cursor_.tiles());
+    const int32_t done = cursor_.tile() - cursor_.tiles().begin, part = done / split;
+    StartPart(cursor_.tiles().begin + part * split, part);
     // The part that the share starts in the middle of belongs to whoever has its start.
-    while (batch_invariant_ && !done_ && !StartsPart()) Step();
-    first_ = cursor_.tile();
-    if (left_ <= 0) done_ = true;
+    while (!done_ && cursor_.tile() != part_begin_) Next();
   }
 
   JPA_HOST_DEVICE void Next() {
-    const bool part_ends = EndsPart();
-    Step();
-    if (part_ends) first_ = cursor_.tile();
-    if (left_ <= 0 && (!batch_invariant_ || part_ends)) done_ = true;
+    const bool part_ends = EndsPart(), unit_ends = HasEnd();
+    --left_;
+    if ((left_ <= 0 && (part_ends || !batch_invariant_)) || !cursor_.Next()) {
+      done_ = true;
+    } else if (part_ends) {
+      StartPart(cursor_.tile(), unit_ends ? 0 : part_ + 1);
+    }
   }
 
   JPA_HOST_DEVICE bool done() const { return done_; }
   JPA_HOST_DEVICE const TileCursor<Sequences>& at() const { return cursor_; }
 
-  // Whether the tile is the first or the last one of its unit that the CTA does in one go.
-  JPA_HOST_DEVICE bool StartsPart() const {
-    if (cursor_.tile() == cursor_.tiles().begin) return true;
-    if (!batch_invariant_) return left_ == per_;
-    return (cursor_.tile() - cursor_.tiles().begin) % split() == 0;
-  }
-  JPA_HOST_DEVICE bool EndsPart() const {
-    if (cursor_.tile() == cursor_.tiles().end - 1) return true;
-    if (!batch_invariant_) return left_ == 1;
-    return (cursor_.tile() + 1 - cursor_.tiles().begin) % split() == 0;
-  }
+  // Whether the tile is the first or the last one of its part.
+  JPA_HOST_DEVICE bool StartsPart() const { return cursor_.tile() == part_begin_; }
+  JPA_HOST_DEVICE bool EndsPart() const { return cursor_.tile() == part_end_ - 1; }
 
-  // Of the part that ends here: whether it starts with the unit, and ends with it.
-  JPA_HOST_DEVICE bool HasStart() const { return first_ == cursor_.tiles().begin; }
+  // Of the part: whether it starts and ends with the unit; these hold at its last tile.
+  JPA_HOST_DEVICE bool HasStart() const { return part_begin_ == cursor_.tiles().begin; }
   JPA_HOST_DEVICE bool HasEnd() const { return cursor_.tile() == cursor_.tiles().end - 1; }
 
-  // How many CTAs after this one have parts of the unit that ends here unfinished.
+  // How many shares after this one have parts of the unit that is left unfinished here.
   JPA_HOST_DEVICE int32_t PartsToCome() const {
-    return static_cast<int32_t>(CeilDiv(cursor_.tiles().end - 1 - cursor_.tile(), per_));
+    const uint32_t rest = static_cast<uint32_t>(cursor_.tiles().end - 1 - cursor_.tile());
+    return static_cast<int32_t>((rest + static_cast<uint32_t>(per_) - 1) / static_cast<uint32_t>(per_));
   }
-  // Which of the unit's parts ends here, where units are cut by SplitTiles.
-  JPA_HOST_DEVICE int32_t PartIndex() const { return (cursor_.tile() - cursor_.tiles().begin) / split(); }
+  // Which of the unit's parts it is, where units are cut by SplitTiles.
+  JPA_HOST_DEVICE int32_t PartIndex() const { return part_; }
 
  private:
-  JPA_HOST_DEVICE int32_t split() const { return SplitTiles(cursor_.sequence(), cursor_.tiles()); }
-  JPA_HOST_DEVICE void Step() {
-    --left_;
-    if (!cursor_.Next()) done_ = true;
+  JPA_HOST_DEVICE void StartPart(int32_t tile, int32_t part) {
+    part_ = part;
+    part_begin_ = tile;
+    part_end_ = cursor_.tiles().end;
+    if (batch_invariant_) {
+      part_end_ = Smaller(part_end_, tile + SplitTiles(cursor_.sequence(), cursor_.tiles()));
+    } else if (left_ < part_end_ - tile) {
+      part_end_ = tile + static_cast<int32_t>(left_);
+    }
   }
 
   TileCursor<Sequences> cursor_;
-  int64_t per_;
+  int32_t per_;
   int64_t left_;  // tiles of the share from this one on
   bool batch_invariant_;
   bool done_ = false;
-  int32_t first_;  // tile of the part that the cursor stands in
+  int32_t part_, part_begin_, part_end_;
 };
 
 }  // namespace jpa::fused

@@ -10,17 +10,15 @@
 namespace jpa::fused {
 
 // Of a scale array [X, K]: a key/value head's number for a sequence; 1 if there is no array.
-__device__ inline float ScaleOf(const float* scales, int64_t num_scales, const DecodeArgs& args, int32_t seq,
-                                int32_t head) {
-  if (scales == nullptr) return 1.0f;
-  const int64_t row = seq / (args.problem.num_seqs / num_scales);
-  return scales[row * args.problem.num_kv_heads + head];
+__device__ inline float ScaleOf(const float* scales, const FastDivisor& seqs_per_scale, int32_t num_kv_heads,
+                                int32_t seq, int32_t head) {
+  return scales == nullptr ? 1.0f : scales[int64_t{seqs_per_scale.Quotient(seq)} * num_kv_heads + head];
 }
 
 // Adds the sink of a query head, if there are sinks; returns the factor of what was summed up before.
 __device__ inline float AddSinkOf(const DecodeArgs& args, int32_t seq, int32_t head, device::SoftmaxState* state) {
   if (args.params.sinks == nullptr) return 1.0f;
-  const int64_t row = seq / (args.problem.num_seqs / args.problem.num_sinks);
+  const int64_t row = args.seqs_per_sink.Quotient(seq);
   return state->AddSink(args.params.sinks[row * args.problem.num_q_heads + head]);
 }
 

@@ -5,14 +5,23 @@
 
 namespace jpa::fused {
 
+// What memory holds of a sequence.
+struct RawSequence {
+  int32_t kv_len, q_start, q_count;
+
+  __device__ RawSequence(const DecodeArgs& args, int32_t index)
+      : kv_len(args.params.kv_lens[index]),
+        q_start(args.params.q_starts == nullptr ? index : args.params.q_starts[index]),
+        q_count(args.params.q_counts == nullptr ? 1 : args.params.q_counts[index]) {}
+
+  __device__ Sequence Clipped(const CallFacts& facts) const { return MakeSequence(facts, kv_len, q_start, q_count); }
+};
+
 class SequencesInMemory {
  public:
   __device__ explicit SequencesInMemory(const DecodeArgs& args) : args_(args) {}
 
-  __device__ Sequence operator()(int32_t index) const {
-    return MakeSequence(args_.facts, args_.params.kv_lens[index], args_.params.q_starts[index],
-                        args_.params.q_counts[index]);
-  }
+  __device__ Sequence operator()(int32_t index) const { return RawSequence(args_, index).Clipped(args_.facts); }
 
  private:
   const DecodeArgs& args_;
@@ -21,26 +30,18 @@ class SequencesInMemory {
 // For a walk: the next sequence's numbers are already on their way when they are asked for.
 class SequencesAhead {
  public:
-  __device__ explicit SequencesAhead(const DecodeArgs& args) : args_(args) {}
+  // A walk that starts at sequence `first`.
+  __device__ SequencesAhead(const DecodeArgs& args, int32_t first) : args_(args), next_(args, first) {}
 
   __device__ Sequence operator()(int32_t index) {
-    if (index != next_) Load(index);
-    const Sequence sequence = MakeSequence(args_.facts, kv_len_, q_start_, q_count_);
-    if (index + 1 < args_.problem.num_seqs) Load(index + 1);
+    const Sequence sequence = next_.Clipped(args_.facts);
+    if (index + 1 < args_.problem.num_seqs) next_ = RawSequence(args_, index + 1);
     return sequence;
   }
 
  private:
-  __device__ void Load(int32_t index) {
-    next_ = index;
-    kv_len_ = args_.params.kv_lens[index];
-    q_start_ = args_.params.q_starts[index];
-    q_count_ = args_.params.q_counts[index];
-  }
-
   const DecodeArgs& args_;
-  int32_t next_ = -1;
-  int32_t kv_len_, q_start_, q_count_;
+  RawSequence next_;
 };
 
 }  // namespace jpa::fused
