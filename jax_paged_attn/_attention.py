@@ -104,9 +104,9 @@ def paged_attention(
       return_lse: return the log-sum-exp of the scores too.
       implementation: the engine that must run: "cpu", "fused", "cublaslt" or "reference"; None picks the best for the
         call, see `explain`.
-      batch_invariant: True: a sequence gives the same bits alone and in any batch, wherever it stands there, whatever
-        the others are. Shapes and dtypes apart from B, T and P stay the same, as do the keywords; gradients promise
-        nothing. "cpu" does so anyway, "fused" at some cost, "cublaslt" and "reference" cannot. Static.
+      batch_invariant: True: a sequence gives the same bits alone and in any batch, wherever it stands there and
+        whatever the others are, in calls of this function that differ in B, T and P only; gradients promise nothing.
+        "cpu" does so anyway, "fused" at some cost, "cublaslt" and "reference" cannot. A static bool.
 
     Returns:
       `[B, N, H]` in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` float32, natural log, the sink

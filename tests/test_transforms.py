@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -420,6 +421,26 @@ def test_writes_and_gradients_run_under_x64() -> None:
         got = jax.jit(jax.grad(loss, (0, 1)))(q, k_pages)
     assert [x.dtype for x in got] == [np.float32] * 2
     assert_gradients_close(got, want, 1e-5)
+
+
+def test_batch_invariant_calls_have_the_same_derivatives(engine: str) -> None:
+    """And map as others do: derivatives are plain JAX, whatever is asked of the engine."""
+    if not harness.engine_row(engine).batch_invariant:
+        pytest.skip("makes no such promise")
+    case = harness.adapted("mixed_all", engine)
+    (q, k_pages, *rest), traced = build(case).arguments()
+
+    def loss(q: Any, k_pages: Any, batch_invariant: bool) -> Any:
+        keywords = {**traced, **case.keywords, "implementation": engine, "batch_invariant": batch_invariant}
+        return jpa.ragged_paged_attention(q, k_pages, *rest, **keywords).astype(jnp.float32).sum()
+
+    def derivatives(batch_invariant: bool) -> Any:
+        of_one = jax.value_and_grad(functools.partial(loss, batch_invariant=batch_invariant), (0, 1))
+        return jax.jit(jax.vmap(of_one, in_axes=(0, None)))(np.stack([q, 2 * q]), k_pages)
+
+    for mine, theirs in zip(*map(jax.tree.leaves, map(derivatives, (True, False))), strict=True):
+        # A batch-invariant call may round otherwise.
+        np.testing.assert_allclose(to_f64(mine), to_f64(theirs), rtol=GRADIENT_BOUND[case.dtype], atol=1e-2)
 
 
 # ---- Export ----------------------------------------------------------------------------------------------------------
