@@ -21,12 +21,53 @@ __device__ inline void CopyAsync16(uint32_t to, const void* from, bool exists) {
                : "memory");
 }
 
-__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// The same, if it is known to exist.
+__device__ inline void CopyAsync16(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
 
-// Until at most `pending` of the thread's latest groups are on their way.
-template <int pending>
-__device__ inline void WaitForCopies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+// ---- barriers ----------------------------------------------------------------------------------------------------
+
+// An mbarrier in shared memory: a phase ends when as many threads have arrived as it was made for.
+using Barrier = uint64_t;
+
+__device__ inline void InitBarrier(Barrier* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(arrivals) : "memory");
+}
+
+__device__ inline void Arrive(Barrier* barrier) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(SharedAddress(barrier))
+               : "memory");
+}
+
+// Arrives once all copies that the thread has started are there.
+__device__ inline void ArriveAfterCopies(Barrier* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+}
+
+// Until the phase of that parity has ended: the first one has parity 0. A barrier's phase before the first one counts
+// as ended.
+__device__ inline void WaitForPhase(Barrier* barrier, uint32_t parity) {
+  uint32_t ended;
+  do {
+    asm volatile(
+        "{\n.reg .pred ended;\n"
+#if __CUDA_ARCH__ >= 900
+        "mbarrier.try_wait.parity.shared.b64 ended, [%1], %2;\n"
+#else
+        "mbarrier.test_wait.parity.shared.b64 ended, [%1], %2;\n"
+#endif
+        "selp.u32 %0, 1, 0, ended;\n}"
+        : "=r"(ended)
+        : "r"(SharedAddress(barrier)), "r"(parity)
+        : "memory");
+  } while (ended == 0);
+}
+
+// Of some warps of a block: a barrier by number, 0 being __syncthreads'.
+template <int number, int threads>
+__device__ inline void SyncSomeThreads() {
+  asm volatile("bar.sync %0, %1;" ::"n"(number), "n"(threads) : "memory");
 }
 
 // ---- matrices ----------------------------------------------------------------------------------------------------
@@ -75,6 +116,22 @@ __device__ inline void MultiplyAdd(float (&d)[4], const uint32_t (&a)[4], uint32
       "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- registers ---------------------------------------------------------------------------------------------------
+
+// A warpgroup of the block (four warps, all of which come here) hands registers back, or takes what others handed back.
+template <int registers>
+__device__ inline void ShrinkRegisters() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+#endif
+}
+template <int registers>
+__device__ inline void GrowRegisters() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+#endif
 }
 
 // ---- bytes and numbers -------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ struct DecodeArgs {
   FastDivisor seqs_per_k_scale;
   FastDivisor seqs_per_v_scale;
   int32_t num_pages;  // ids outside [0, num_pages) are no page
+  bool same_offsets;  // keys and values have the same place in their pools
   bool batch_invariant;
   bool split_rows_by_sequence;  // batch-invariant: row of `partials` is kMaxSplitRows * sequence + row, not q's row
 };

@@ -165,6 +165,9 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   args.seqs_per_k_scale = seqs_per(problem.num_k_scales);
   args.seqs_per_v_scale = seqs_per(problem.num_v_scales);
   args.num_pages = static_cast<int32_t>(std::max(problem.num_k_pages, problem.num_v_pages));
+  const PageStrides &k = params.k_strides, &v = params.v_strides;
+  args.same_offsets = k.page == v.page && k.token == v.token && k.head == v.head &&
+                      problem.num_k_pages == problem.num_v_pages;
   args.batch_invariant = options.batch_invariant;
   args.split_rows_by_sequence = !options.decode && problem.num_rows > kMaxSplitRows * problem.num_seqs;
 

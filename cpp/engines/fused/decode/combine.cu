@@ -21,21 +21,27 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kVectors = kMaxHeadDim / (32 * 4);  // of four columns, a lane
 constexpr int kAhead = 4;                         // parts that a warp has in flight
 
+// Adds some columns of one state to those of another.
+__device__ void Add(float4* to, float factor, const float4& from, float factor_of_other) {
+  *to = {to->x * factor + from.x * factor_of_other, to->y * factor + from.y * factor_of_other,
+         to->z * factor + from.z * factor_of_other, to->w * factor + from.w * factor_of_other};
+}
+__device__ void AddTo(SoftmaxState* state, float4* values, const SoftmaxState& other, const float4& others) {
+  float mine, theirs;
+  state->Merge(other, &mine, &theirs);
+  Add(values, mine, others, theirs);
+}
+
 // A row that is being summed up: its state, and a lane's columns.
 struct PartialRow {
   SoftmaxState state;
   float4 values[kVectors] = {};
 
-  __device__ void Add(const SoftmaxState& other, const float4 (&others)[kVectors]) {
+  __device__ void AddPart(const SoftmaxState& other, const float4 (&others)[kVectors]) {
     float mine, theirs;
     state.Merge(other, &mine, &theirs);
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      values[i].x = values[i].x * mine + others[i].x * theirs;
-      values[i].y = values[i].y * mine + others[i].y * theirs;
-      values[i].z = values[i].z * mine + others[i].z * theirs;
-      values[i].w = values[i].w * mine + others[i].w * theirs;
-    }
+    for (int i = 0; i < kVectors; ++i) Add(&values[i], mine, others[i], theirs);
   }
 };
 
@@ -65,7 +71,7 @@ __device__ void MergeParts(const DecodeArgs& args, int32_t num_parts, const Inde
     }
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
-      if (first + j * kWarps < num_parts) sum.Add(states[j], values[j]);
+      if (first + j * kWarps < num_parts) sum.AddPart(states[j], values[j]);
     }
   }
 
@@ -76,34 +82,20 @@ __device__ void MergeParts(const DecodeArgs& args, int32_t num_parts, const Inde
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) rows[warp][lane + 32 * i] = sum.values[i];
   __syncthreads();
-  if (warp != 0) return;
+  const int vector = static_cast<int>(threadIdx.x);
+  if (vector * 4 >= head_dim) return;
+  SoftmaxState state;
+  float4 total = {0, 0, 0, 0};
 #pragma unroll
-  for (int w = 1; w < kWarps; ++w) {
-    float4 others[kVectors];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) others[i] = rows[w][lane + 32 * i];
-    sum.Add(states[w], others);
-  }
-
-  const int32_t kv_head = args.facts.group.Quotient(head);
-  const float factor = AddSinkOf(args, seq, head, &sum.state) * sum.state.Normaliser() *
-                       ScaleOf(args.params.v_scale, args.seqs_per_v_scale, args.facts.num_kv_heads, seq, kv_head);
-  const int64_t index = q_row * args.problem.num_q_heads + head;
-  auto* out = static_cast<device::TypeOf<q_dtype>*>(args.params.out) + index * head_dim;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int column = (lane + 32 * i) * 4;
-    if (column >= head_dim) continue;
-    const device::Unpacked<float, 4> scaled = {{sum.values[i].x * factor, sum.values[i].y * factor,
-                                                sum.values[i].z * factor, sum.values[i].w * factor}};
-    device::StorePacked<4>(out + column, device::PackFromF32<device::TypeOf<q_dtype>>(scaled));
-  }
-  if (lane == 0) args.params.lse[index] = sum.state.LogSumExp();
+  for (int w = 0; w < kWarps; ++w) AddTo(&state, &total, states[w], rows[w][vector]);
+  const float factor = FactorOfResult(args, seq, args.facts.group.Quotient(head), head, &state);
+  WriteResult<q_dtype>(args, q_row, head, vector * 4, total, factor, state);
 }
 
 // Block (c, y): rows y, y + gridDim.y, .. of the unit that began in CTA c's share and others ended.
 template <DType q_dtype>
 __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ DecodeArgs args) {
+  TouchArguments(args);
   device::WaitForPreviousKernel();
   const int32_t cta = static_cast<int32_t>(blockIdx.x);
   const UnfinishedUnit unit = args.partials.unfinished[cta];

@@ -2,9 +2,9 @@
 // copies, with just enough arithmetic beside it:
 //
 //   share    every CTA works out from the lengths alone which tiles are its own (partition.h)
-//   jobs     two warps walk these tiles, look up their pages and leave a Job for each in shared memory
-//   copies   all warps copy tiles of keys and values into stages, as many tiles ahead as there are stages
-//   products four warps share a tile: by rows, and where there are too few, by keys. S = Q K^T and O += P V by
+//   jobs     one warp walks these tiles, looks up their pages and leaves a Job for each in shared memory
+//   copies   it and three others copy the tiles' keys and values into stages, as many tiles ahead as there are stages
+//   products four more warps share a tile: by rows, and where there are too few, by keys. S = Q K^T and O += P V by
 //            mma.sync with 16 packed rows each, between them the online softmax in registers
 //   ends     where a part of a unit ends, the warps' states are merged; whole units are written out, others go to
 //            scratch memory, for combine.cu
@@ -37,7 +37,7 @@ inline constexpr int kCapability = 90;  // of no kernel: the host's pass wants a
 // A tile on its way: what the copies and the products need to know of it.
 struct Job {
   int64_t k_offsets[kTileKeys];  // bytes into the pool, of each key's row; -1: there is no such key
-  int64_t v_offsets[kTileKeys];
+  int64_t v_offsets[kTileKeys];  // likewise, unless they are the same
   uint32_t known[kTileKeys / 32];  // a bit a key: whether it exists
   int32_t exists;                  // 0 behind the last tile
   int32_t starts;                  // the tile is the first of a part of a unit
@@ -52,36 +52,39 @@ struct Job {
   int32_t row;       // of q, the sequence's first
   int32_t position;  // of that row
   int32_t kv_len;
+
+  __device__ bool all_known() const { return (known[0] & known[1]) == ~0u; }
 };
 
 template <typename Traits>
 struct DecodeKernelState {
   static constexpr int kStages = Traits::Stages(kCapability);
-  // Jobs are made so many tiles ahead: in time for the copies, and for the queries of the next unit.
-  static constexpr int kJobsAhead = kStages > 2 ? kStages : 2;
-  static constexpr int kJobs = kJobsAhead + 1;
   static constexpr int kFilledRows = 256;
 
   struct Shared {
-    Job jobs[kJobs];
-    int64_t warp_tiles[Traits::kWarps];
+    Job jobs[kStages];  // of each stage's tile
+    device::Barrier announced[kStages];  // the job is there
+    device::Barrier full[kStages];       // and so are its keys and values
+    device::Barrier empty[kStages];      // nobody needs them any more
+    int64_t warp_tiles[Traits::kThreads / 32];
     int64_t share_offset;  // of the share's first tile, in its sequence
-    int32_t share_seq;     // that sequence
+    int32_t share_seq;     // that sequence's index, -1 if the share is empty
+    RawSequence raw_sequence;
     int32_t row_owners[kFilledRows];
   };
-  static_assert(sizeof(Shared) <= kJobs * Traits::kJobBytes + Traits::kMiscBytes, "traits.h has to know");
+  static_assert(sizeof(Shared) <= kStages * Traits::kJobBytes + Traits::kMiscBytes, "traits.h has to know");
 };
 
 // Of a kernel's CTA.
 template <typename Traits>
 int SharedBytes(int capability) {
   const int stages = Traits::Stages(capability);
-  return stages * (Traits::kStageBytes + Traits::kJobBytes) + Traits::kJobBytes + Traits::kMiscBytes;
+  return stages * (Traits::kStageBytes + Traits::kJobBytes) + Traits::kMiscBytes;
 }
 
 // ---- share -------------------------------------------------------------------------------------------------------
 
-// Tells every thread how many tiles a share has; leaves where this CTA's starts in shared memory, -1 if it is empty.
+// Tells every thread how many tiles a share has; leaves where this CTA's starts in shared memory.
 // A thread adds up neighbouring sequences, so that only the one that finds the start walks them again.
 template <typename Traits, typename Shared>
 __device__ inline int64_t FindShare(const DecodeArgs& args, const HeadRange& heads, Shared& shared) {
@@ -104,7 +107,7 @@ __device__ inline int64_t FindShare(const DecodeArgs& args, const HeadRange& hea
   __syncthreads();
   int64_t total = 0;
 #pragma unroll
-  for (int w = 0; w < Traits::kWarps; ++w) {
+  for (int w = 0; w < Traits::kThreads / 32; ++w) {
     if (w < warp) before += shared.warp_tiles[w];
     total += shared.warp_tiles[w];
   }
@@ -121,13 +124,14 @@ __device__ inline int64_t FindShare(const DecodeArgs& args, const HeadRange& hea
     }
     shared.share_seq = i;
     shared.share_offset = first - before;
+    shared.raw_sequence = RawSequence(args, i);
   }
   __syncthreads();
   return per;
 }
 
 // Writes the results of rows that have no tile: those of no sequence, and those that see no key. A CTA has
-// neighbouring rows of q.
+// neighbouring rows of q. By the threads of the products.
 template <typename Traits, typename Shared>
 __device__ inline void FillRowsWithoutTiles(const DecodeArgs& args, Shared& shared) {
   constexpr int kNone = -1, kHasTiles = -2;
@@ -138,11 +142,11 @@ __device__ inline void FillRowsWithoutTiles(const DecodeArgs& args, Shared& shar
   const int thread = static_cast<int>(threadIdx.x);
   for (int64_t first = blockIdx.x * each; first < rows_end; first += kCount) {
     const int count = static_cast<int>(min(rows_end - first, int64_t{kCount}));
-    __syncthreads();
-    for (int i = thread; i < count; i += Traits::kThreads) shared.row_owners[i] = kNone;
-    __syncthreads();
+    device::SyncSomeThreads<1, Traits::kProductThreads>();
+    for (int i = thread; i < count; i += Traits::kProductThreads) shared.row_owners[i] = kNone;
+    device::SyncSomeThreads<1, Traits::kProductThreads>();
 #pragma unroll 1
-    for (int seq = thread; seq < args.problem.num_seqs; seq += Traits::kThreads) {
+    for (int seq = thread; seq < args.problem.num_seqs; seq += Traits::kProductThreads) {
       const Sequence sequence = sequences(seq);
       const int64_t begin = max(sequence.row - first, int64_t{0});
       const int64_t end = min(sequence.row + int64_t{sequence.num_rows} - first, int64_t{count});
@@ -151,8 +155,8 @@ __device__ inline void FillRowsWithoutTiles(const DecodeArgs& args, Shared& shar
 #pragma unroll 1
       for (int64_t i = begin; i < end; ++i) shared.row_owners[i] = owner;
     }
-    __syncthreads();
-    for (int i = thread / 32; i < count; i += Traits::kWarps) {
+    device::SyncSomeThreads<1, Traits::kProductThreads>();
+    for (int i = thread / 32; i < count; i += Traits::kProductThreads / 32) {
       const int owner = shared.row_owners[i];
       if (owner == kHasTiles) continue;
       const int64_t row = first + i;
@@ -173,54 +177,67 @@ __device__ inline void FillRowsWithoutTiles(const DecodeArgs& args, Shared& shar
 
 // ---- jobs --------------------------------------------------------------------------------------------------------
 
-// Two warps, a thread a key of a tile. A job is prepared in two steps, with the products of another tile between them
-// to wait for the page's id.
+// One warp, a lane two keys of a tile. Pages are looked up a tile ahead, so that their ids are there when they are needed.
 class JobMaker {
  public:
   __device__ JobMaker(const DecodeArgs& args, const HeadRange& heads, SequencesAhead& sequences, int32_t seq,
                       int64_t offset, int64_t per)
       : args_(args),
         share_(args.facts, heads, static_cast<int32_t>(args.problem.num_seqs), sequences, seq, offset, per,
-               args.batch_invariant) {}
-
-  // What the block table says of the thread's key in the tile that the walk stands at.
-  __device__ int32_t LookUp() const {
-    if (share_.done()) return -1;
-    const int32_t key = Key();
-    if (key >= share_.at().sequence().kv_len) return -1;
-    return args_.params.block_tables[share_.at().index() * args_.problem.max_pages + args_.page_size.Quotient(key)];
+               args.batch_invariant) {
+    LookUp();
   }
 
-  // Leaves the job of that tile, and steps to the next one.
+  // Leaves the job of the next tile, or word that there is none.
   template <typename Traits>
-  __device__ void Make(int32_t page, Job* job) {
-    const int thread = static_cast<int>(threadIdx.x);
+  __device__ void Make(Job* job) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
     if (share_.done()) {
-      if (thread == 0) job->exists = 0;
+      if (lane == 0) job->exists = 0;
       return;
     }
-    const auto& at = share_.at();
-    const int32_t key = Key();
-    const bool known = page >= 0 && page < args_.num_pages && key < at.sequence().kv_len;
-    const int32_t token = key - args_.page_size.Quotient(key) * args_.page_size.divisor();
-    job->k_offsets[thread] =
-        known ? Offset<Traits>(args_.params.k_strides, page, args_.problem.num_k_pages, token) : -1;
-    job->v_offsets[thread] =
-        known ? Offset<Traits>(args_.params.v_strides, page, args_.problem.num_v_pages, token) : -1;
-    const unsigned all = __ballot_sync(~0u, known);
-    if (thread % 32 == 0) job->known[thread / 32] = all;
-    if (thread == 0) Describe(job);
+#pragma unroll
+    for (int i = 0; i < kKeysPerLane; ++i) {
+      const int32_t key = Key(i), page = pages_[i];
+      const bool known = page >= 0 && page < args_.num_pages;
+      const int32_t token = key - args_.page_size.Quotient(key) * args_.page_size.divisor();
+      job->k_offsets[lane + 32 * i] =
+          known ? Offset<Traits>(args_.params.k_strides, page, args_.problem.num_k_pages, token) : -1;
+      if (!args_.same_offsets) {
+        job->v_offsets[lane + 32 * i] =
+            known ? Offset<Traits>(args_.params.v_strides, page, args_.problem.num_v_pages, token) : -1;
+      }
+      const unsigned all = __ballot_sync(~0u, known);
+      if (lane == 0) job->known[i] = all;
+    }
+    if (lane == 0) Describe(job);
     share_.Next();
+    LookUp();
   }
 
  private:
-  __device__ int32_t Key() const { return share_.at().tile() * kTileKeys + static_cast<int32_t>(threadIdx.x); }
+  static constexpr int kKeysPerLane = kTileKeys / 32;
+
+  __device__ int32_t Key(int i) const {
+    return share_.at().tile() * kTileKeys + static_cast<int32_t>(threadIdx.x % 32) + 32 * i;
+  }
+
+  // What the block table says of the lane's keys.
+  __device__ void LookUp() {
+    if (share_.done()) return;
+    const int32_t* table = args_.params.block_tables + share_.at().index() * args_.problem.max_pages;
+#pragma unroll
+    for (int i = 0; i < kKeysPerLane; ++i) {
+      pages_[i] = Key(i) < share_.at().sequence().kv_len ? table[args_.page_size.Quotient(Key(i))] : -1;
+    }
+  }
 
   template <typename Traits>
   __device__ int64_t Offset(const PageStrides& strides, int32_t page, int64_t num_pages, int32_t token) const {
     // Where one pool is smaller it is repeated.
     const uint32_t own = page < num_pages ? page : static_cast<uint32_t>(page) % static_cast<uint32_t>(num_pages);
-    return (int64_t{own} * strides.page + token * strides.token + share_.at().head() * strides.head) * ByteWidth(Traits::kKV);
+    return (int64_t{own} * strides.page + token * strides.token + share_.at().head() * strides.head) *
+           ByteWidth(Traits::kKV);
   }
 
   __device__ void Describe(Job* job) const {
@@ -249,25 +266,32 @@ class JobMaker {
 
   const DecodeArgs& args_;
   ShareCursor<SequencesAhead> share_;
+  int32_t pages_[kKeysPerLane];
 };
 
 // ---- copies ------------------------------------------------------------------------------------------------------
 
+// By all threads that copy.
 template <typename Traits>
 __device__ inline void CopyTile(const DecodeArgs& args, const Job& job, uint32_t stage) {
-  constexpr int kCopies = kTileKeys * Traits::kChunks;
+  constexpr int kCopies = kTileKeys * Traits::kChunks, kEach = (kCopies + Traits::kCopyThreads - 1) / Traits::kCopyThreads;
+  const int thread = static_cast<int>(threadIdx.x) - Traits::kProductThreads;
+  const char* const k_pages = static_cast<const char*>(args.params.k_pages);
+  const char* const v_pages = static_cast<const char*>(args.params.v_pages);
+  const bool simple = args.same_offsets && job.all_known();
 #pragma unroll
-  for (int pool = 0; pool < 2; ++pool) {
-    const char* pages = static_cast<const char*>(pool == 0 ? args.params.k_pages : args.params.v_pages);
-    const int64_t* offsets = pool == 0 ? job.k_offsets : job.v_offsets;
-#pragma unroll
-    for (int i = 0; i < (kCopies + Traits::kThreads - 1) / Traits::kThreads; ++i) {
-      const int copy = i * Traits::kThreads + static_cast<int>(threadIdx.x);
-      if (kCopies % Traits::kThreads != 0 && copy >= kCopies) break;
-      const int key = copy / Traits::kChunks, chunk = copy % Traits::kChunks;
-      const int64_t offset = offsets[key];
-      device::CopyAsync16(stage + pool * Traits::kTileBytes + key * Traits::kRowStride + chunk * 16,
-                          pages + (offset < 0 ? 0 : offset + chunk * 16), offset >= 0);
+  for (int i = 0; i < kEach; ++i) {
+    const int copy = i * Traits::kCopyThreads + thread, key = copy / Traits::kChunks, chunk = copy % Traits::kChunks;
+    if (kCopies % Traits::kCopyThreads != 0 && copy >= kCopies) break;
+    const uint32_t to = stage + key * Traits::kRowStride + chunk * 16;
+    const int64_t offset = job.k_offsets[key];
+    if (simple) {
+      device::CopyAsync16(to, k_pages + chunk * 16 + offset);
+      device::CopyAsync16(to + Traits::kTileBytes, v_pages + chunk * 16 + offset);
+    } else {
+      const int64_t v_offset = args.same_offsets ? offset : job.v_offsets[key];
+      device::CopyAsync16(to, k_pages + (offset < 0 ? 0 : offset + chunk * 16), offset >= 0);
+      device::CopyAsync16(to + Traits::kTileBytes, v_pages + (v_offset < 0 ? 0 : v_offset + chunk * 16), v_offset >= 0);
     }
   }
 }
@@ -279,14 +303,14 @@ template <typename Traits>
 class WarpRows {
  public:
   static constexpr int kHeadDim = Traits::kHeadDim;
-  static constexpr int kOutputs = Traits::kColumns / 8;  // blocks of eight columns
+  static constexpr int kOutputs = kHeadDim / 8;  // blocks of eight columns
   static constexpr int kKeys = 16;               // of a step
 
   // Loads the queries, and forgets the scores of the unit before.
   __device__ void Start(const DecodeArgs& args, const Job& job) {
     // As many row tiles of 16 as there are rows for, then as many shares of the keys as leave no warp idle.
     const int row_tiles = job.num_rows > 32 ? 4 : job.num_rows > 16 ? 2 : 1;
-    const int warp = static_cast<int>(threadIdx.x / 32) % kTileWarps;
+    const int warp = static_cast<int>(threadIdx.x / 32);
     first_row_ = warp % row_tiles * 16;
     num_shares_ = kTileWarps / row_tiles;
     share_ = warp / row_tiles;
@@ -332,12 +356,10 @@ class WarpRows {
 
   // Takes the warp's keys of a tile.
   __device__ void Take(const DecodeArgs& args, const Job& job, uint32_t stage) {
-    const bool all_seen = job.key >= all_see_begin_ && job.key + kTileKeys <= all_see_end_ &&
-                          (job.known[0] & job.known[1]) == ~0u;
-    const int steps = kTileKeys / kKeys / num_shares_;
+    const bool all_seen = job.key >= all_see_begin_ && job.key + kTileKeys <= all_see_end_ && job.all_known();
 #pragma unroll 1
-    for (int i = 0; i < steps; ++i) {
-      const int key = (share_ * steps + i) * kKeys;
+    for (int i = share_; i < kTileKeys / kKeys; i += num_shares_) {
+      const int key = i * kKeys;
       float scores[2][4];
       Scores(stage + key * Traits::kRowStride, scores);
       if (args.params.soft_cap > 0.0f) {
@@ -351,102 +373,83 @@ class WarpRows {
     }
   }
 
-  // Adds the states of the warps that have the same rows; one of these then has it all. All warps come here, and the
-  // stage is no longer used.
-  __device__ void MergeWarps(char* stage) {
-#pragma unroll
-    for (SoftmaxState& state : states_) {
-      state.sum += __shfl_xor_sync(~0u, state.sum, 1);
-      state.sum += __shfl_xor_sync(~0u, state.sum, 2);
-    }
-    const int row_tiles = kTileWarps / num_shares_, lane = static_cast<int>(threadIdx.x % 32);
-#pragma unroll 1
-    for (int distance = num_shares_ / 2; distance > 0; distance /= 2) {
-      const bool gives = share_ >= distance && share_ < 2 * distance, takes = share_ < distance;
-      // Of the giver, its place among the givers.
-      const int place = (ColumnPart() * distance + (share_ & (distance - 1))) * row_tiles + first_row_ / 16;
-      float* values = reinterpret_cast<float*>(stage) + place * (kExchanged * 32) + lane;
-      __syncthreads();
-      if (gives) {
-        for (int r = 0; r < 2; ++r) {
-          values[(4 * kOutputs + 2 * r) * 32] = states_[r].maximum;
-          values[(4 * kOutputs + 2 * r + 1) * 32] = states_[r].sum;
-        }
-#pragma unroll
-        for (int i = 0; i < kOutputs; ++i) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) values[(4 * i + j) * 32] = outputs_[i][j];
-        }
-      }
-      __syncthreads();
-      if (takes) {
-        float mine[2], theirs[2];
-        for (int r = 0; r < 2; ++r) {
-          SoftmaxState other;
-          other.maximum = values[(4 * kOutputs + 2 * r) * 32];
-          other.sum = values[(4 * kOutputs + 2 * r + 1) * 32];
-          states_[r].Merge(other, &mine[r], &theirs[r]);
-        }
-#pragma unroll
-        for (int i = 0; i < kOutputs; ++i) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            outputs_[i][j] = outputs_[i][j] * mine[j / 2] + values[(4 * i + j) * 32] * theirs[j / 2];
-          }
-        }
-      }
-    }
-  }
-
-  // Writes what MergeWarps left: results of a whole unit, or a state to scratch memory.
-  __device__ void Write(const DecodeArgs& args, const Job& job) {
-    if (share_ != 0) return;
+  // Ends a part of a unit: the warps bring their states together in the stage, which is no longer used, and every thread
+  // merges and writes some columns of some row: results of a whole unit, or a state to scratch memory. All warps come here.
+  __device__ void End(const DecodeArgs& args, const Job& job, char* stage) {
+    auto& exchange = *reinterpret_cast<Exchange*>(stage);
+    // The first eight rows of each warp, then the others, if there are any.
+    const int passes = job.num_rows > 8 ? 2 : 1;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = Row(r);
-      if (row >= job.num_rows) continue;
-      const int token = args.facts.group.Quotient(job.first + row);
-      const int head = job.head * args.facts.group.divisor() + job.first + row - token * args.facts.group.divisor();
-      if (job.whole) {
-        const int64_t q_row = int64_t{job.row} + token;
-        const float factor = AddSinkOf(args, job.seq, head, &states_[r]);
-        const float v_scale = 
-            ScaleOf(args.params.v_scale, args.seqs_per_v_scale, args.facts.num_kv_heads, job.seq, job.head);
-        WriteRow<Traits::kQ>(args, q_row, head, factor * v_scale * states_[r].Normaliser(), r);
-        if (HasStats()) args.params.lse[q_row * args.problem.num_q_heads + head] = states_[r].LogSumExp();
-      } else {
-        const int64_t index = args.batch_invariant
-                                  ? PartOfRow(args, job.seq, job.row, token, head) + job.slot
-                                  : int64_t{job.slot} * args.partials.slot_rows + row;
-        float* out = args.partials.out + index * kHeadDim;
-#pragma unroll
-        for (int i = 0; i < kOutputs; i += 2) {
-          const float4 values = Neighbours(i, r);
-          const int column = Column(i);
-          if constexpr (Layout::kNeighbours == 4) {
-            *reinterpret_cast<float4*>(out + column) = values;
-          } else {
-            *reinterpret_cast<float2*>(out + column) = {values.x, values.y};
-            *reinterpret_cast<float2*>(out + column + 8) = {values.z, values.w};
-          }
-        }
-        if (HasStats()) args.partials.stats[index] = {states_[r].maximum, states_[r].sum};
+      if (r == passes) break;
+      device::SyncSomeThreads<1, Traits::kProductThreads>();
+      Put(r, &exchange);
+      device::SyncSomeThreads<1, Traits::kProductThreads>();
+      const int row_tiles = kTileWarps / num_shares_;
+#pragma unroll 1
+      for (int i = static_cast<int>(threadIdx.x); i < row_tiles * 8 * kVectors; i += Traits::kProductThreads) {
+        const int exchanged = i / kVectors, row = exchanged / 8 * 16 + r * 8 + exchanged % 8;
+        if (row < job.num_rows) Write(args, job, exchange, exchanged, row, i % kVectors * 4);
       }
     }
   }
 
  private:
   using Layout = device::FragmentLayout<Traits::kBytes>;
-  // What a lane hands over of its rows: outputs, and maximum and sum of each. Two warps' fit into a stage.
-  static constexpr int kExchanged = 4 * kOutputs + 4;
-  static_assert(2 * Traits::kColumnParts * kExchanged * 32 * 4 <= Traits::kStageBytes, "MergeWarps needs room");
+  static constexpr int kVectors = kHeadDim / 4;  // of a row
 
-  // Which of the output's columns the warp has.
-  __device__ static int ColumnPart() { return static_cast<int>(threadIdx.x / 32) / kTileWarps; }
-  __device__ static int Column(int i) { return ColumnPart() * Traits::kColumns + Layout::Column(i); }
+  // Eight rows of each warp. Those of a row tile's first share come first, then those of its second one, ..
+  struct Exchange {
+    float values[kTileWarps * 8][kHeadDim + 8];  // four rows, of which half a warp stores, are in different banks
+    SoftmaxState states[kTileWarps * 8];
+  };
+  static_assert(sizeof(Exchange) <= Traits::kStageBytes, "End needs room");
 
-  // One lane of a row writes what the row has once.
-  __device__ static bool HasStats() { return threadIdx.x % 4 == 0 && ColumnPart() == 0; }
+  __device__ void Put(int r, Exchange* exchange) {
+    SoftmaxState& state = states_[r];
+    state.sum += __shfl_xor_sync(~0u, state.sum, 1);
+    state.sum += __shfl_xor_sync(~0u, state.sum, 2);
+    const int row = static_cast<int>(threadIdx.x) / 4;  // warps are in the order of shares, then rows
+    if (threadIdx.x % 4 == 0) exchange->states[row] = state;
+#pragma unroll
+    for (int i = 0; i < kOutputs; i += 2) {
+      const float4 columns = Neighbours(i, r);
+      float* to = &exchange->values[row][Layout::Column(i)];
+      if constexpr (Layout::kNeighbours == 4) {
+        *reinterpret_cast<float4*>(to) = columns;
+      } else {
+        *reinterpret_cast<float2*>(to) = {columns.x, columns.y};
+        *reinterpret_cast<float2*>(to + 8) = {columns.z, columns.w};
+      }
+    }
+  }
+
+  // Four columns of a packed row, which is row `exchanged` of the first share.
+  __device__ void Write(const DecodeArgs& args, const Job& job, const Exchange& exchange, int exchanged, int row,
+                        int column) const {
+    const int rows_of_share = kTileWarps * 8 / num_shares_;
+    SoftmaxState state;
+    float4 sum = {0, 0, 0, 0};
+#pragma unroll 4
+    for (int share = 0; share < num_shares_; ++share, exchanged += rows_of_share) {
+      const float4 values = *reinterpret_cast<const float4*>(&exchange.values[exchanged][column]);
+      float mine, theirs;
+      state.Merge(exchange.states[exchanged], &mine, &theirs);
+      sum = {sum.x * mine + values.x * theirs, sum.y * mine + values.y * theirs, sum.z * mine + values.z * theirs,
+             sum.w * mine + values.w * theirs};
+    }
+    const int token = args.facts.group.Quotient(job.first + row);
+    const int head = job.head * args.facts.group.divisor() + job.first + row - token * args.facts.group.divisor();
+    if (job.whole) {
+      const float factor = FactorOfResult(args, job.seq, job.head, head, &state);
+      WriteResult<Traits::kQ>(args, int64_t{job.row} + token, head, column, sum, factor, state);
+    } else {
+      const int64_t index = args.batch_invariant ? PartOfRow(args, job.seq, job.row, token, head) + job.slot
+                                                 : int64_t{job.slot} * args.partials.slot_rows + row;
+      *reinterpret_cast<float4*>(args.partials.out + index * kHeadDim + column) = sum;
+      if (column == 0) args.partials.stats[index] = {state.maximum, state.sum};
+    }
+  }
 
   __device__ int Row(int r) const { return first_row_ + r * 8 + static_cast<int>(threadIdx.x % 32) / 4; }
 
@@ -541,7 +544,7 @@ class WarpRows {
 #pragma unroll
     for (int i = 0; i < kOutputs / 2; ++i) {
       uint32_t columns[4];
-      device::LoadValues<Traits::kKV, Traits::kRowStride>(values, ColumnPart() * kOutputs / 2 + i, columns);
+      device::LoadValues<Traits::kKV, Traits::kRowStride>(values, i, columns);
       device::MultiplyAdd(outputs_[2 * i], fragment, columns[0], columns[1], Math());
       device::MultiplyAdd(outputs_[2 * i + 1], fragment, columns[2], columns[3], Math());
     }
@@ -551,24 +554,6 @@ class WarpRows {
   __device__ float4 Neighbours(int i, int r) const {
     return Layout::Neighbours(outputs_[i][2 * r], outputs_[i][2 * r + 1], outputs_[i + 1][2 * r],
                               outputs_[i + 1][2 * r + 1]);
-  }
-
-  template <DType dtype>
-  __device__ void WriteRow(const DecodeArgs& args, int64_t row, int head, float factor, int r) const {
-    uint16_t* out = static_cast<uint16_t*>(args.params.out) + (row * args.problem.num_q_heads + head) * kHeadDim;
-#pragma unroll
-    for (int i = 0; i < kOutputs; i += 2) {
-      const float4 values = Neighbours(i, r);
-      const uint2 packed = {device::PackPair<device::TypeOf<dtype>>(values.x * factor, values.y * factor),
-                            device::PackPair<device::TypeOf<dtype>>(values.z * factor, values.w * factor)};
-      const int column = Column(i);
-      if constexpr (Layout::kNeighbours == 4) {
-        *reinterpret_cast<uint2*>(out + column) = packed;
-      } else {
-        *reinterpret_cast<uint32_t*>(out + column) = packed.x;
-        *reinterpret_cast<uint32_t*>(out + column + 8) = packed.y;
-      }
-    }
   }
 
   using Math = device::TypeOf<Traits::kMath>;
@@ -590,60 +575,70 @@ template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapability))
     DecodeKernel(const __grid_constant__ DecodeArgs args) {
   using State = DecodeKernelState<Traits>;
-  constexpr int kStages = State::kStages, kJobs = State::kJobs;
-  extern __shared__ __align__(128) char memory[];
-  char* const stages = memory;
-  auto& shared = *reinterpret_cast<typename State::Shared*>(memory + kStages * Traits::kStageBytes);
-  const auto stage_of = [&](int tile) { return stages + tile % kStages * Traits::kStageBytes; };
-  const auto copy = [&](int tile) {
-    const Job& job = shared.jobs[tile % kJobs];
-    if (job.exists) CopyTile<Traits>(args, job, device::SharedAddress(stage_of(tile)));
-    device::CommitCopies();
-  };
+  constexpr int kStages = State::kStages;
+  extern __shared__ __align__(128) char stages[];
+  auto& shared = *reinterpret_cast<typename State::Shared*>(stages + kStages * Traits::kStageBytes);
 
   device::LetNextKernelStart();
+  TouchArguments(args);
+  if (threadIdx.x < kStages) {
+    device::InitBarrier(&shared.announced[threadIdx.x], 1);
+    device::InitBarrier(&shared.full[threadIdx.x], Traits::kCopyThreads);
+    device::InitBarrier(&shared.empty[threadIdx.x], Traits::kProductThreads / 32);
+  }
+  if (threadIdx.x == 0 && !args.batch_invariant) args.partials.unfinished[blockIdx.x].num_parts = 0;
   const HeadRange heads = HeadsOfLane(args.facts, args.deal, static_cast<int>(blockIdx.x) % args.deal.num_lanes);
   const int64_t per = FindShare<Traits>(args, heads, shared);
-  if (threadIdx.x == 0 && !args.batch_invariant) args.partials.unfinished[blockIdx.x].num_parts = 0;
-  if (shared.share_seq < 0) {
-    FillRowsWithoutTiles<Traits>(args, shared);
+
+  // Both sides go through the stages in turn; a turn's parity is that of its barriers' phases.
+  int stage = 0;
+  uint32_t parity = 0;
+  const auto next_stage = [&] {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  };
+
+  constexpr bool kSharesSm = Traits::CtasPerSm(kCapability) > 1;
+  if (threadIdx.x >= Traits::kProductThreads) {
+    if constexpr (kSharesSm) device::ShrinkRegisters<Traits::kCopyRegisters>();
+    if (shared.share_seq < 0) return;
+    const bool makes_jobs = threadIdx.x < Traits::kProductThreads + 32;
+    SequencesAhead sequences(args, shared.raw_sequence);
+    JobMaker jobs(args, heads, sequences, shared.share_seq, shared.share_offset, per);
+    for (;; next_stage()) {
+      Job& job = shared.jobs[stage];
+      if (makes_jobs) {
+        device::WaitForPhase(&shared.empty[stage], parity ^ 1);
+        jobs.Make<Traits>(&job);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) device::Arrive(&shared.announced[stage]);
+      }
+      device::WaitForPhase(&shared.announced[stage], parity);
+      if (!job.exists) break;
+      CopyTile<Traits>(args, job, device::SharedAddress(stages + stage * Traits::kStageBytes));
+      device::ArriveAfterCopies(&shared.full[stage]);
+    }
     return;
   }
-  const bool makes_jobs = threadIdx.x < kTileKeys;
-  SequencesAhead sequences(args, shared.share_seq);
-  JobMaker jobs(args, heads, sequences, shared.share_seq, shared.share_offset, per);
+
+  if constexpr (kSharesSm) device::GrowRegisters<Traits::kProductRegisters>();
+  FillRowsWithoutTiles<Traits>(args, shared);  // while the first tiles arrive
+  if (shared.share_seq < 0) return;
   WarpRows<Traits> rows;
-
-  // Before tile 0 there are turns without products, that fill the pipeline: everything is written once, and so stays
-  // small enough for the instruction cache.
-  for (int tile = -State::kJobsAhead;; ++tile) {
-    if constexpr (kStages > 1) {
-      if (tile >= 0) device::WaitForCopies<kStages - 2>();
-    }
-    __syncthreads();
-    const Job& job = shared.jobs[(tile + kJobs) % kJobs];
-    if (tile >= 0 && !job.exists) break;
-    if (tile + kStages - 1 >= 0) copy(tile + kStages - 1);
-    if constexpr (kStages == 1) {
-      device::WaitForCopies<0>();
-      __syncthreads();
-    }
-    const int32_t page = makes_jobs ? jobs.LookUp() : 0;
-
-    if (tile >= 0) {
-      rows.Take(args, job, device::SharedAddress(stage_of(tile)));
-      if (job.ends) {
-        rows.MergeWarps(stage_of(tile));
-        rows.Write(args, job);
-      }
-    } else if (tile == -1) {
-      FillRowsWithoutTiles<Traits>(args, shared);  // while the first tiles arrive
-    }
-    if (makes_jobs) jobs.Make<Traits>(page, &shared.jobs[(tile + State::kJobsAhead + kJobs) % kJobs]);
-    const Job& next = shared.jobs[(tile + 1 + kJobs) % kJobs];
-    if (tile >= -1 && next.exists && next.starts) rows.Start(args, next);
+  for (;; next_stage()) {
+    const Job& job = shared.jobs[stage];
+    device::WaitForPhase(&shared.announced[stage], parity);
+    if (!job.exists) break;
+    if (job.starts) rows.Start(args, job);
+    device::WaitForPhase(&shared.full[stage], parity);
+    char* const tile = stages + stage * Traits::kStageBytes;
+    rows.Take(args, job, device::SharedAddress(tile));
+    if (job.ends) rows.End(args, job, tile);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) device::Arrive(&shared.empty[stage]);
   }
-  device::WaitForCopies<0>();
 }
 
 }  // namespace jpa::fused

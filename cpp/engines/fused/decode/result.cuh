@@ -4,10 +4,23 @@
 #include <cstdint>
 
 #include "device/convert.cuh"
+#include "device/packed.cuh"
 #include "device/softmax_state.cuh"
 #include "engines/fused/args.h"
 
 namespace jpa::fused {
+
+// Brings a kernel's arguments into its multiprocessor's cache of constants, a line a warp: the misses overlap, where one
+// by one they would each stand in the way of what needs them.
+__device__ inline void TouchArguments(const DecodeArgs& args) {
+  constexpr int kLine = 64, kLines = static_cast<int>(sizeof(DecodeArgs) + kLine - 1) / kLine;
+  const auto* lines = reinterpret_cast<const char*>(&args);
+  const int warps = static_cast<int>(blockDim.x / 32);
+  for (int line = static_cast<int>(threadIdx.x / 32); line < kLines; line += warps) {
+    const int value = lines[min(line * kLine, static_cast<int>(sizeof(DecodeArgs)) - 1)];
+    asm volatile("" ::"r"(value));
+  }
+}
 
 // Of a scale array [X, K]: a key/value head's number for a sequence; 1 if there is no array.
 __device__ inline float ScaleOf(const float* scales, const FastDivisor& seqs_per_scale, int32_t num_kv_heads,
@@ -20,6 +33,27 @@ __device__ inline float AddSinkOf(const DecodeArgs& args, int32_t seq, int32_t h
   if (args.params.sinks == nullptr) return 1.0f;
   const int64_t row = args.seqs_per_sink.Quotient(seq);
   return state->AddSink(args.params.sinks[row * args.problem.num_q_heads + head]);
+}
+
+// The factor of a row's sum of values that makes the result, for a key/value head and a query head of it. Adds the sink
+// to the state.
+__device__ inline float FactorOfResult(const DecodeArgs& args, int32_t seq, int32_t kv_head, int32_t head,
+                                       device::SoftmaxState* state) {
+  const float factor = AddSinkOf(args, seq, head, state);
+  return factor * state->Normaliser() *
+         ScaleOf(args.params.v_scale, args.seqs_per_v_scale, args.facts.num_kv_heads, seq, kv_head);
+}
+
+// Four columns of a row's result; whoever has the first column writes lse too.
+template <DType q_dtype>
+__device__ inline void WriteResult(const DecodeArgs& args, int64_t row, int32_t head, int column, const float4& sum,
+                                   float factor, const device::SoftmaxState& state) {
+  using T = device::TypeOf<q_dtype>;
+  const int64_t index = row * args.problem.num_q_heads + head;
+  const device::Unpacked<float, 4> scaled = {{sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor}};
+  device::StorePacked<4>(static_cast<T*>(args.params.out) + index * args.problem.head_dim + column,
+                         device::PackFromF32<T>(scaled));
+  if (column == 0) args.params.lse[index] = state.LogSumExp();
 }
 
 // By one warp: the results of a row that sees no key. The state may have a sink.

@@ -9,6 +9,7 @@ namespace jpa::fused {
 struct RawSequence {
   int32_t kv_len, q_start, q_count;
 
+  RawSequence() = default;
   __device__ RawSequence(const DecodeArgs& args, int32_t index)
       : kv_len(args.params.kv_lens[index]),
         q_start(args.params.q_starts == nullptr ? index : args.params.q_starts[index]),
@@ -31,7 +32,7 @@ class SequencesInMemory {
 class SequencesAhead {
  public:
   // A walk that starts at sequence `first`.
-  __device__ SequencesAhead(const DecodeArgs& args, int32_t first) : args_(args), next_(args, first) {}
+  __device__ SequencesAhead(const DecodeArgs& args, const RawSequence& first) : args_(args), next_(first) {}
 
   __device__ Sequence operator()(int32_t index) {
     const Sequence sequence = next_.Clipped(args_.facts);

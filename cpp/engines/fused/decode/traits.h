@@ -26,11 +26,14 @@ struct DecodeTraits {
   // Of both products: pages' own type; 8-bit pages are exact in f16 and not all in bf16.
   static constexpr DType kMath = kBytes ? DType::kF16 : kv_dtype_;
 
-  // Columns of the output that a warp has, and how many warps it takes for all: a lane has room for 96 sums or so.
-  static constexpr int kColumnParts = kHeadDim > 192 ? 2 : 1;
-  static constexpr int kColumns = kHeadDim / kColumnParts;
-  static constexpr int kWarps = kTileWarps * kColumnParts;
-  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kProductThreads = 32 * kTileWarps;
+  // One warp could not issue copies as fast as memory answers them (2.4 us a tile on an H100, of which two CTAs need
+  // one in 2.8): so there are as many as for products.
+  static constexpr int kCopyThreads = kProductThreads;
+  static constexpr int kThreads = kProductThreads + kCopyThreads;
+  // Of a thread, where two CTAs share a multiprocessor's 65,536 registers. Products need more than the rest.
+  static constexpr int kCopyRegisters = 72;
+  static constexpr int kProductRegisters = 184;
 
   static constexpr int kRowBytes = kHeadDim * static_cast<int>(ByteWidth(kKV));
   static constexpr int kChunks = kRowBytes / 16;  // of a row
@@ -40,16 +43,17 @@ struct DecodeTraits {
   static constexpr int kTileBytes = kTileKeys * kRowStride;
   static constexpr int kStageBytes = 2 * kTileBytes;
 
-  static constexpr int kJobBytes = 1104;   // at least what a tile in flight needs beside its keys and values
+  static constexpr int kJobBytes = 1152;   // at least what a tile in flight needs beside its keys and values
   static constexpr int kMiscBytes = 2048;  // and what a CTA needs
 
-  // Stages that a CTA has room for, beside a job more.
+  // Stages that a CTA has room for.
   static constexpr int RoomFor(int capability, int ctas) {
-    return (SharedMemoryPerSm(capability) / ctas - kReservedPerCta - kMiscBytes - kJobBytes) / (kStageBytes + kJobBytes);
+    return (SharedMemoryPerSm(capability) / ctas - kReservedPerCta - kMiscBytes) / (kStageBytes + kJobBytes);
   }
-  // Two CTAs share a multiprocessor if each has room for three stages and registers: one computes while the other waits.
+  // Two CTAs share a multiprocessor if each has room for three stages, and if registers can be shared out unevenly, which
+  // sm_90a can; up to head dim 128 they are then enough.
   static constexpr int CtasPerSm(int capability) {
-    return kColumnParts == 1 && RoomFor(capability, 2) >= 3 ? 2 : 1;
+    return capability == 90 && kHeadDim <= 128 && RoomFor(capability, 2) >= 3 ? 2 : 1;
   }
   // More than six stages (some 100 KB in flight a multiprocessor) bring nothing.
   static constexpr int Stages(int capability) {
