@@ -5,6 +5,9 @@
 #include <mutex>
 #include <string>
 
+#include "engines/cublaslt/capture.h"
+#include "engines/cublaslt/lanes.h"
+
 namespace jpa::cublaslt {
 namespace {
 
@@ -41,18 +44,6 @@ Status HandleOfCurrentDevice(const Library& library, cublasLtHandle_t* handle) {
   handles->emplace(device, *handle);
   return Status::Ok();
 }
-
-// Lets the calling thread allocate while one of its streams is being captured, as a handle's creation may.
-class RelaxedCapture {
- public:
-  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  RelaxedCapture(const RelaxedCapture&) = delete;
-  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
 
 }  // namespace
 
@@ -200,6 +191,17 @@ Status Products::Make(const AttentionProblem& problem, const Plan& plan,
                                     plan.batch(), "PV");
       !s.ok()) {
     return s;
+  }
+  int device = 0, major = 0;
+  if (Status s = ToStatus(cudaGetDevice(&device), "no current device"); !s.ok()) return s;
+  if (Status s = ToStatus(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+                          "compute capability");
+      !s.ok()) {
+    return s;
+  }
+  made->early_launches = major >= 9;
+  if (plan.lanes > 1) {
+    if (Status s = ReserveSideStreams(); !s.ok()) return s;
   }
   *products = std::move(made);
   return Status::Ok();

@@ -17,6 +17,7 @@ struct Call {
   Plan plan;
   char* workspace;  // [plan.workspace_bytes], aligned to 256 bytes
   int64_t group;    // G
+  bool early;       // kernels may be launched before those in front of them are done
 };
 
 // Which units and which stretch of keys are in the workspace.

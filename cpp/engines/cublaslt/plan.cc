@@ -14,10 +14,13 @@ struct Tuning {
   int64_t max_unit_rows;      // of a tile of a long prompt
   int64_t min_rows_for_l2;    // from so many rows a unit on, a chunk's scores should not leave the L2 cache
   int64_t scores_in_l2;       // bytes of them
+  int64_t lanes;              // that many such chunks are under way at a time
+  int64_t prefetch;           // bytes that memory delivers, roughly, while packing or the softmax runs
   int64_t thin_products;      // how many thread blocks PV should have at least, where a unit has few rows,
   int64_t thick_products;     // and where it has many
 };
-constexpr Tuning kTuning = {32, kMaxSegmentKeys, 4, 256, 64, int64_t{32} << 20, 264, 32};
+constexpr Tuning kTuning = {32, kMaxSegmentKeys,   4,   256, 64, int64_t{24} << 20,
+                            2,  int64_t{16} << 20, 264, 24};
 
 constexpr int64_t kAlign = 256;
 constexpr int64_t kKeyStep = 64;
@@ -60,7 +63,7 @@ int64_t GatheredBlockKeys(int64_t context, int64_t products, bool thin) {
 void Lay(const AttentionProblem& problem, Plan* plan) {
   const int64_t width = ByteWidth(problem.q_dtype);
   const int64_t rows = plan->units * plan->unit_rows;
-  const int64_t keys = plan->units * plan->stretch_keys();
+  const int64_t keys = plan->slots * plan->stretch_keys();
   const int64_t page = problem.page_size * problem.num_kv_heads * problem.head_dim * width;
   int64_t end = 0;
   const auto place = [&end](int64_t bytes) {
@@ -78,12 +81,12 @@ void Lay(const AttentionProblem& problem, Plan* plan) {
   plan->values =
       place(plan->in_place ? plan->units / problem.num_kv_heads * page : keys * plan->head_dim * width);
   plan->known = place(keys / 8);
-  plan->scores = place(plan->chunk_units * plan->unit_rows * plan->stretch_keys() * 4);
+  plan->scores = place(plan->lanes * plan->lane_scores() * 4);
   plan->stats = place(rows * plan->segments * 8);
   plan->partials = place(rows * plan->blocks() * plan->head_dim * 4);
   plan->pointers = place(kPointerArrays * plan->units * plan->blocks() * static_cast<int64_t>(sizeof(void*)));
   plan->states = place(plan->stretches > 1 ? rows * (plan->head_dim + 2) * 4 : 0);
-  plan->gemm = place(kGemmWorkspaceBytes);
+  plan->gemm = place(plan->lanes * kGemmWorkspaceBytes);
   // XLA aligns less than 256 bytes on some devices.
   plan->workspace_bytes = end + kAlign;
 }
@@ -94,6 +97,19 @@ int64_t GroupBytes(const Plan& plan) { return plan.workspace_bytes - plan.zeros;
 int64_t EvenPart(int64_t total, int64_t most, int64_t step) {
   const int64_t parts = CeilDiv(total, std::max(std::min(most, total) / step * step, step));
   return RoundUp(CeilDiv(total, parts), step);
+}
+
+// Slots that the keys of a group need. Gathered units are in the order of heads, and within one of the tiles,
+// so that a group touches few heads, and of each at most every sequence.
+int64_t Slots(const AttentionProblem& problem, const Plan& plan) {
+  if (plan.in_place || plan.decode) return plan.units;
+  const int64_t heads = CeilDiv(plan.units - 1, std::max<int64_t>(plan.num_tiles, 1)) + 1;
+  return std::min(plan.units, std::min(heads, problem.num_kv_heads) * std::max<int64_t>(problem.num_seqs, 1));
+}
+
+int64_t PrefetchPages(const AttentionProblem& problem, const Plan& plan) {
+  const int64_t page = problem.page_size * problem.num_kv_heads * plan.head_dim * ByteWidth(problem.kv_dtype);
+  return std::min(kTuning.prefetch / page, plan.units / problem.num_kv_heads * plan.blocks());
 }
 
 // The largest x in [1, most] of which fits(x) holds; 1 if it holds for none.
@@ -129,6 +145,8 @@ Plan PlanOf(const AttentionProblem& problem, bool decode, int64_t rows_per_tile,
     plan.chunk_units = chunk_units;
     plan.units = chunk_units * chunks;
     plan.groups = CeilDiv(all_units, plan.units);
+    plan.lanes = std::min(chunks, kTuning.lanes);
+    plan.slots = Slots(problem, plan);
     plan.block_keys =
         plan.in_place ? problem.page_size : GatheredBlockKeys(context, chunk_units * products_per_unit, thin);
     const int64_t blocks = CeilDiv(context, plan.block_keys);
@@ -136,6 +154,7 @@ Plan PlanOf(const AttentionProblem& problem, bool decode, int64_t rows_per_tile,
     const int64_t segments = CeilDiv(blocks, plan.blocks_per_segment);
     plan.segments = EvenPart(segments, max_segments, 1);
     plan.stretches = CeilDiv(segments, plan.segments);
+    plan.prefetch_pages = plan.in_place && thin ? PrefetchPages(problem, plan) : 0;
     Lay(problem, &plan);
     return GroupBytes(plan) <= workspace_limit;
   };
@@ -146,8 +165,7 @@ Plan PlanOf(const AttentionProblem& problem, bool decode, int64_t rows_per_tile,
   const int64_t most_scores = thin ? workspace_limit : std::min(workspace_limit, kTuning.scores_in_l2);
   int64_t segments = INT64_MAX;
   const auto fits = [&](int64_t steps) {
-    return fit(steps * unit_step, 1, segments) &&
-           plan.chunk_units * plan.unit_rows * plan.stretch_keys() * 4 <= most_scores;
+    return fit(steps * unit_step, 1, segments) && plan.lane_scores() * 4 <= most_scores;
   };
   while (!fits(1) && plan.segments > 1) segments = CeilDiv(plan.segments, 2);
   int64_t steps = Largest(max_steps, fits);

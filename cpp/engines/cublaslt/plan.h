@@ -40,7 +40,8 @@ struct Unit {
   Tile tile;
   int32_t tile_index;  // num_tiles or more: there is no such unit
   int32_t head;
-  int32_t owner;       // the unit of the group whose gathered keys this one uses too
+  int32_t owner;       // the unit of the group that gathers the keys which this one uses
+  int32_t slot;        // where these are
   int32_t live_begin;  // tile.begin and tile.end, outwards to whole blocks: all that is ever read of the
                        // unit's results
   int32_t live_end;
@@ -60,6 +61,9 @@ struct Plan {
   int64_t units;  // of a group, a multiple of chunk_units
   int64_t groups;
   int64_t chunk_units;
+  int64_t lanes;           // chunks that are under way at the same time, each with scores of its own
+  int64_t prefetch_pages;  // in place: that many are fetched into the L2 cache ahead of each product
+  int64_t slots;  // of gathered keys and values in a group: tiles of one sequence share one for each head
 
   // Bytes from the start of the workspace, multiples of 256.
   int64_t tiles;         // Tile [num_tiles]
@@ -67,21 +71,23 @@ struct Plan {
   int64_t zeros;         // one block of keys of q's dtype
   int64_t unit_records;  // Unit [units]
   int64_t queries;       // [units, unit_rows, head_dim] of q's dtype
-  int64_t keys;          // gathered: [units, stretch_keys, head_dim] of q's dtype
+  int64_t keys;          // gathered: [slots, stretch_keys, head_dim] of q's dtype
   int64_t values;        // gathered: likewise; in place: copies of last pages, [units / K, S, K, H]
-  int64_t known;   // a bit a key, [units, stretch_keys / 8] bytes: whether the block table names its page
-  int64_t scores;  // f32 [chunk_units, unit_rows, stretch_keys]; probabilities of q's dtype take their place
+  int64_t known;   // a bit a key, [slots, stretch_keys / 8] bytes: whether the block table names its page
+  int64_t scores;  // f32 [lanes, chunk_units, unit_rows, stretch_keys]; probabilities of q's dtype take their
+                   // place
   int64_t stats;   // float2 [units, unit_rows, segments]: maximum and sum
   int64_t partials;  // f32 [units, blocks, unit_rows, head_dim]
   int64_t pointers;  // void* [kPointerArrays, units, blocks]
   int64_t states;    // f32 [units, unit_rows, head_dim + 2] between stretches
-  int64_t gemm;      // kGemmWorkspaceBytes
+  int64_t gemm;      // [lanes, kGemmWorkspaceBytes]
   int64_t workspace_bytes;
 
   constexpr int64_t segment_keys() const { return blocks_per_segment * block_keys; }
   constexpr int64_t blocks() const { return segments * blocks_per_segment; }
   constexpr int64_t stretch_keys() const { return segments * segment_keys(); }
   constexpr int64_t chunks() const { return units / chunk_units; }
+  constexpr int64_t lane_scores() const { return chunk_units * unit_rows * stretch_keys(); }
   // Matrices of a product.
   constexpr int64_t batch() const { return chunk_units * blocks(); }
   // cut (ragged only); then for each group and stretch pack, for each chunk QK^T, softmax and PV, and

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "engines/cublaslt/kernels.h"
+#include "engines/cublaslt/lanes.h"
 
 namespace jpa::cublaslt {
 namespace {
@@ -14,27 +15,31 @@ constexpr uintptr_t kAlign = 256;
 // A window beyond this sees as much; sums with it stay far from overflow.
 constexpr int64_t kWidestWindow = int64_t{1} << 40;
 
-Status RunGroup(const Call& call, const Group& group, const Products& products, cudaStream_t stream) {
+Status RunChunk(const Call& call, const Group& group, int64_t chunk, const Products& products,
+                cudaStream_t stream) {
   const Plan& plan = call.plan;
-  void* const scratch = call.workspace + plan.gemm;
-  if (Status s = LaunchPack(call, group, stream); !s.ok()) return s;
-  for (int64_t chunk = 0; chunk < plan.chunks(); ++chunk) {
-    const auto array = [&](PointerArray index) {
-      const int64_t entry = (index * plan.chunks() + chunk) * plan.batch();
-      return static_cast<void*>(call.workspace + plan.pointers + entry * static_cast<int64_t>(sizeof(void*)));
-    };
-    if (Status s = products.scores.Launch(array(kKeys), array(kQueries), array(kScores), scratch, stream);
-        !s.ok()) {
-      return s;
-    }
-    if (Status s = LaunchSoftmax(call, group, chunk, stream); !s.ok()) return s;
-    if (Status s =
-            products.outputs.Launch(array(kValues), array(kProbabilities), array(kPartials), scratch, stream);
-        !s.ok()) {
-      return s;
-    }
+  const auto array = [&](PointerArray index) {
+    const int64_t entry = (index * plan.chunks() + chunk) * plan.batch();
+    return static_cast<void*>(call.workspace + plan.pointers + entry * static_cast<int64_t>(sizeof(void*)));
+  };
+  void* const scratch = call.workspace + plan.gemm + chunk % plan.lanes * kGemmWorkspaceBytes;
+  if (Status s = products.scores.Launch(array(kKeys), array(kQueries), array(kScores), scratch, stream);
+      !s.ok()) {
+    return s;
   }
-  return LaunchCombine(call, group, stream);
+  if (Status s = LaunchSoftmax(call, group, chunk, stream); !s.ok()) return s;
+  return products.outputs.Launch(array(kValues), array(kProbabilities), array(kPartials), scratch, stream);
+}
+
+Status RunGroup(const Call& call, const Group& group, const Products& products, Lanes& lanes) {
+  if (Status s = LaunchPack(call, group, lanes.stream(0)); !s.ok()) return s;
+  if (Status s = lanes.Fork(); !s.ok()) return s;
+  for (int64_t chunk = 0; chunk < call.plan.chunks(); ++chunk) {
+    if (Status s = RunChunk(call, group, chunk, products, lanes.stream(chunk % call.plan.lanes)); !s.ok())
+      return s;
+  }
+  if (Status s = lanes.Join(); !s.ok()) return s;
+  return LaunchCombine(call, group, lanes.stream(0));
 }
 
 }  // namespace
@@ -54,10 +59,16 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   }
   if (problem.num_rows == 0) return Status::Ok();
   const uintptr_t start = reinterpret_cast<uintptr_t>(params.workspace);
-  Call call = {problem, params, plan, reinterpret_cast<char*>((start + kAlign - 1) / kAlign * kAlign),
-               problem.num_q_heads / problem.num_kv_heads};
+  Call call = {problem,
+               params,
+               plan,
+               reinterpret_cast<char*>((start + kAlign - 1) / kAlign * kAlign),
+               problem.num_q_heads / problem.num_kv_heads,
+               products.early_launches};
   call.params.sliding_window = std::min(params.sliding_window, kWidestWindow);
 
+  Lanes lanes;
+  if (Status s = lanes.Take(stream, plan.lanes); !s.ok()) return s;
   if (!plan.decode) {
     if (Status s = LaunchCut(call, stream); !s.ok()) return s;
   }
@@ -65,7 +76,7 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
     for (int64_t keys = 0; keys < plan.stretches; ++keys) {
       const Group group = {units * plan.units, keys * plan.stretch_keys(), keys == 0,
                            keys == plan.stretches - 1};
-      if (Status s = RunGroup(call, group, products, stream); !s.ok()) return s;
+      if (Status s = RunGroup(call, group, products, lanes); !s.ok()) return s;
     }
   }
   return Status::Ok();

@@ -7,8 +7,10 @@
 #include "device/convert.cuh"
 #include "device/exp2.cuh"
 #include "device/packed.cuh"
+#include "device/prefetch.cuh"
 #include "device/reduce.cuh"
 #include "engines/cublaslt/call.cuh"
+#include "engines/cublaslt/launch.cuh"
 
 namespace jpa::cublaslt {
 namespace {
@@ -50,10 +52,26 @@ __device__ float ScaleOf(const Call& call, const Unit& unit) {
   return params.scale * params.k_scale[x * call.problem.num_kv_heads + unit.head];
 }
 
+// Memory has little to do meanwhile: the first pages of values that PV will ask for, each head's thread block
+// a share of them.
+template <typename T>
+__device__ void PrefetchValues(const Call& call, const Unit& unit, unsigned u) {
+  const Plan& plan = call.plan;
+  const auto blocks = static_cast<unsigned>(plan.blocks());
+  const unsigned first_of_tile = u - static_cast<unsigned>(unit.head);
+  const unsigned page =
+      first_of_tile / static_cast<unsigned>(call.problem.num_kv_heads) * blocks + threadIdx.x;
+  if (threadIdx.x >= blocks || page >= plan.prefetch_pages) return;
+  const auto* values = static_cast<const T*>(PointersAt(call, kValues)[first_of_tile * blocks + threadIdx.x]);
+  const int64_t share = plan.block_keys * plan.head_dim;
+  device::PrefetchToL2(values + unit.head * share, static_cast<uint32_t>(share * sizeof(T)));
+}
+
 // A thread block for units, rows (several, if a warp is enough for one) and segments.
 template <typename T, int kThreadsPerRow>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 6)
     SoftmaxKernel(const __grid_constant__ Call call, const __grid_constant__ Group group, int64_t chunk) {
+  AwaitPrevious();
   constexpr int kRows = kThreads / kThreadsPerRow;
   const Plan& plan = call.plan;
   const int thread = static_cast<int>(threadIdx.x) % kThreadsPerRow;
@@ -64,6 +82,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (packed_row >= plan.unit_rows) return;
   const int64_t u = chunk * plan.chunk_units + blockIdx.x;
   const Unit unit = UnitAt(call, u);
+  if (plan.prefetch_pages > 0 && blockIdx.y == 0 && blockIdx.z == 0)
+    PrefetchValues<T>(call, unit, blockIdx.x);
   const int row = packed_row / static_cast<int>(call.group);
   if (row >= unit.tile.num_rows) return;
   const int64_t in_stretch = static_cast<int64_t>(segment) * segment_keys,
@@ -72,18 +92,19 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (live.begin >= live.end) return;
 
   float* scores = At<float>(call, plan.scores) +
-                  (blockIdx.x * plan.unit_rows + packed_row) * plan.stretch_keys() + in_stretch;
+                  ((chunk % plan.lanes * plan.chunk_units + blockIdx.x) * plan.unit_rows + packed_row) *
+                      plan.stretch_keys() +
+                  in_stretch;
   const uint8_t* known =
-      At<const uint8_t>(call, plan.known) + (unit.owner * plan.stretch_keys() + in_stretch) / 8;
+      At<const uint8_t>(call, plan.known) + (unit.slot * plan.stretch_keys() + in_stretch) / 8;
   Unpacked<float, kWidth> logits[kVectors];
-  unsigned known_bits[kVectors];
+  unsigned known_bits = 0;  // kWidth for each vector
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int key = (v * kThreadsPerRow + thread) * kWidth;
-    known_bits[v] = 0;
     if (live.Contains(key)) {
       logits[v] = device::Unpack<float, kWidth>(LoadPacked<kWidth>(scores + key));
-      known_bits[v] = known[key / 8] >> key % 8 & kAllKnown;
+      known_bits |= (known[key / 8] >> key % 8 & kAllKnown) << v * kWidth;
     }
   }
 
@@ -109,10 +130,11 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int key = (v * kThreadsPerRow + thread) * kWidth;
-    if (known_bits[v] != kAllKnown || key < seen.begin || key + kWidth > seen.end) {
+    const unsigned bits = known_bits >> v * kWidth & kAllKnown;
+    if (bits != kAllKnown || key < seen.begin || key + kWidth > seen.end) {
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        if (!seen.Contains(key + i) || !(known_bits[v] >> i & 1)) logits[v].values[i] = -INFINITY;
+        if (!seen.Contains(key + i) || !(bits >> i & 1)) logits[v].values[i] = -INFINITY;
       }
     }
 #pragma unroll
@@ -181,8 +203,7 @@ Status LaunchSoftmax(const Call& call, const Group& group, int64_t chunk, cudaSt
   const int64_t row_blocks = (call.plan.unit_rows + choice.rows - 1) / choice.rows;
   const dim3 grid(static_cast<unsigned>(call.plan.chunk_units), static_cast<unsigned>(row_blocks),
                   static_cast<unsigned>(call.plan.segments));
-  choice.kernel<<<grid, kThreads, 0, stream>>>(call, group, chunk);
-  return LaunchStatus("softmax");
+  return Launch("softmax", choice.kernel, grid, kThreads, call.early, stream, call, group, chunk);
 }
 
 }  // namespace jpa::cublaslt
