@@ -63,10 +63,9 @@ __device__ void StoreStrip(const Call& call, const Target& target, int64_t d,
   }
 }
 
-// Partial results of a row that a lane has in flight, and blocks of a multiprocessor: where rows have few
-// partial results, many rows hide the latency.
-constexpr int InFlight(int warps_per_row) { return warps_per_row == 1 ? 2 : warps_per_row == 8 ? 8 : 4; }
-constexpr int BlocksOfSm(int warps_per_row) { return warps_per_row == 1 ? 5 : warps_per_row == 8 ? 4 : 1; }
+// Partial results of a row that a lane has in flight: where rows have few of them, many rows hide the latency.
+constexpr int InFlight(int warps_per_row) { return warps_per_row == 8 ? 8 : 2; }
+constexpr int BlocksOfSm(int warps_per_row) { return warps_per_row == 32 ? 1 : 4; }
 
 constexpr int ThreadsOf(int warps_per_row) { return std::max(32 * warps_per_row, kThreads); }
 

@@ -69,7 +69,7 @@ __device__ void PrefetchValues(const Call& call, const Unit& unit, unsigned u) {
 
 // A thread block for units, rows (several, if a warp is enough for one) and segments.
 template <typename T, int kThreadsPerRow>
-__global__ void __launch_bounds__(kThreads, 6)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 5 : 6)
     SoftmaxKernel(const __grid_constant__ Call call, const __grid_constant__ Group group, int64_t chunk) {
   AwaitPrevious();
   constexpr int kRows = kThreads / kThreadsPerRow;
