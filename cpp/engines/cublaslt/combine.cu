@@ -63,7 +63,8 @@ __device__ void StoreStrip(const Call& call, const Target& target, int64_t d,
   }
 }
 
-// Partial results of a row that a lane has in flight: where rows have few of them, many rows hide the latency.
+// Partial results of a row that a lane has in flight: where rows have few of them, many rows hide the
+// latency.
 constexpr int InFlight(int warps_per_row) { return warps_per_row == 8 ? 8 : 2; }
 constexpr int BlocksOfSm(int warps_per_row) { return warps_per_row == 32 ? 1 : 4; }
 
@@ -218,9 +219,7 @@ Status LaunchCombine(const Call& call, const Group& group, cudaStream_t stream) 
   const int threads = ThreadsOf(choice.warps_per_row);
   const int64_t rows_per_block = threads / (32 * choice.warps_per_row);
   const auto blocks = static_cast<unsigned>((rows + rows_per_block - 1) / rows_per_block);
-  // Behind several lanes there is no single kernel to overlap with.
-  const bool early = call.early && call.plan.lanes == 1;
-  return Launch("combine", choice.kernel, dim3(blocks), threads, early, stream, call, group);
+  return Launch("combine", choice.kernel, dim3(blocks), threads, call.early, stream, call, group);
 }
 
 }  // namespace jpa::cublaslt

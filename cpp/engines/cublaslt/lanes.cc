@@ -67,6 +67,33 @@ Status SetsOfCurrentDevice(Pool& pool, std::vector<std::unique_ptr<SideStreams>>
   return Status::Ok();
 }
 
+// A set that nobody uses, for a call on that stream.
+Status Take(cudaStream_t stream, SideStreams** taken) {
+  unsigned long long capture = 0;
+  if (Status s = CaptureOf(stream, &capture); !s.ok()) return s;
+  Pool& pool = ThePool();
+  const std::lock_guard<std::mutex> lock(pool.mutex);
+  std::vector<std::unique_ptr<SideStreams>>* sets;
+  if (Status s = SetsOfCurrentDevice(pool, &sets); !s.ok()) return s;
+  for (const std::unique_ptr<SideStreams>& side : *sets) {
+    if (side->in_use) continue;
+    // Joined streams belong to their capture until that ends, which is after the call: nobody else may use
+    // them before.
+    unsigned long long other = 0;
+    if (Status s = CaptureOf(side->streams[0], &other); !s.ok()) return s;
+    if (other != 0 && other != capture) continue;
+    side->in_use = true;
+    *taken = side.get();
+    return Status::Ok();
+  }
+  std::unique_ptr<SideStreams> made;
+  if (Status s = Make(&made); !s.ok()) return s;
+  made->in_use = true;
+  *taken = made.get();
+  sets->push_back(std::move(made));
+  return Status::Ok();
+}
+
 }  // namespace
 
 Status ReserveSideStreams() {
@@ -81,39 +108,11 @@ Status ReserveSideStreams() {
   return Status::Ok();
 }
 
-Status Lanes::Take(cudaStream_t stream, int64_t count) {
+Status Lanes::Fork(cudaStream_t stream, int64_t count) {
   stream_ = stream;
   count_ = count;
   if (count == 1) return Status::Ok();
-  unsigned long long capture = 0;
-  if (Status s = CaptureOf(stream, &capture); !s.ok()) return s;
-
-  Pool& pool = ThePool();
-  const std::lock_guard<std::mutex> lock(pool.mutex);
-  std::vector<std::unique_ptr<SideStreams>>* sets;
-  if (Status s = SetsOfCurrentDevice(pool, &sets); !s.ok()) return s;
-  for (const std::unique_ptr<SideStreams>& side : *sets) {
-    if (side->in_use) continue;
-    // Joined streams belong to their capture until that ends, which is after the call: nobody else may use
-    // them before.
-    unsigned long long other = 0;
-    if (Status s = CaptureOf(side->streams[0], &other); !s.ok()) return s;
-    if (other != 0 && other != capture) continue;
-    side_ = side.get();
-    break;
-  }
-  if (side_ == nullptr) {
-    std::unique_ptr<SideStreams> made;
-    if (Status s = Make(&made); !s.ok()) return s;
-    side_ = made.get();
-    sets->push_back(std::move(made));
-  }
-  side_->in_use = true;
-  return Status::Ok();
-}
-
-Status Lanes::Fork() {
-  if (count_ == 1) return Status::Ok();
+  if (Status s = Take(stream, &side_); !s.ok()) return s;
   forked_ = true;
   if (Status s = ToStatus(cudaEventRecord(side_->start, stream_), "fork"); !s.ok()) return s;
   for (int64_t lane = 1; lane < count_; ++lane) {

@@ -1,4 +1,5 @@
-// Streams beside the call's own one, on which chunks that do not depend on each other run at the same time.
+// Streams beside the call's own one, on which groups of units that do not depend on each other run at the
+// same time.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -28,14 +29,13 @@ Status ReserveSideStreams();
 class Lanes {
  public:
   Lanes() = default;
-  // Joins whatever has been forked, so that no lane outlives a call that failed.
+  // Joins what has been forked, so that no lane outlives a call that failed.
   ~Lanes();
   Lanes(const Lanes&) = delete;
   Lanes& operator=(const Lanes&) = delete;
 
-  // Takes what `count` lanes need; nothing for one lane.
-  Status Take(cudaStream_t stream, int64_t count);
-  Status Fork();
+  // At most once.
+  Status Fork(cudaStream_t stream, int64_t count);
   cudaStream_t stream(int64_t lane) const {
     return lane == 0 ? stream_ : side_->streams[static_cast<size_t>(lane - 1)];
   }

@@ -144,8 +144,8 @@ __device__ void FillPointers(const Call& call, const Group& group) {
       }
     }
     // Probabilities of a segment take the first bytes of its scores.
-    const int64_t scores_unit = u % (plan.lanes * plan.chunk_units);
-    float* scores = At<float>(call, plan.scores) + scores_unit * plan.unit_rows * plan.stretch_keys();
+    float* scores =
+        At<float>(call, plan.scores) + u % plan.chunk_units * plan.unit_rows * plan.stretch_keys();
     const int64_t segment = block / plan.blocks_per_segment * plan.segment_keys();
     const int64_t in_segment = block % plan.blocks_per_segment * plan.block_keys;
     PointersAt(call, kKeys)[i] = const_cast<T*>(keys);
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   AwaitPrevious();
   // First what starts fetching keys.
   FillPointers<T>(call, group);
-  if (group.first && group.first_unit == 0) FillZeros<T>(call);
+  if (group.first && group.first_of_lane) FillZeros<T>(call);
   if (group.first) PackQueries<T, kAligned>(call, group);
   if (!call.plan.in_place) {
     Gather<T, KV, kAligned>(call, group);
@@ -295,9 +295,10 @@ Status LaunchPack(const Call& call, const Group& group, cudaStream_t stream) {
   const int64_t threads =
       std::max(std::max(moved * plan.head_dim / kWidth, copied), plan.units * plan.blocks());
   const int64_t blocks = std::min((threads + kThreads - 1) / kThreads, kMaxBlocks);
-  const bool first_of_call = plan.decode && group.first && group.first_unit == 0;
+  // In front of a lane's first kernel stands none of its own.
+  const bool first_of_lane = group.first && group.first_of_lane;
   return Launch("pack", Choose(call.problem), dim3(static_cast<unsigned>(blocks)), kThreads,
-                call.early && !first_of_call, stream, call, group);
+                call.early && !first_of_lane, stream, call, group);
 }
 
 }  // namespace jpa::cublaslt

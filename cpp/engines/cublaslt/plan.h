@@ -61,11 +61,12 @@ struct Plan {
   int64_t units;  // of a group, a multiple of chunk_units
   int64_t groups;
   int64_t chunk_units;
-  int64_t lanes;           // chunks that are under way at the same time, each with scores of its own
+  int64_t all_chunks;      // that have a unit, of all groups together: the last group may need fewer
+  int64_t lanes;           // groups that are under way at the same time, each in a part of the workspace
   int64_t prefetch_pages;  // in place: that many are fetched into the L2 cache ahead of each product
   int64_t slots;  // of gathered keys and values in a group: tiles of one sequence share one for each head
 
-  // Bytes from the start of the workspace, multiples of 256.
+  // Bytes from the start of the workspace, multiples of 256. Those from `zeros` on are of the first lane.
   int64_t tiles;         // Tile [num_tiles]
   int64_t tile_starts;   // int32 [B + 1]: the first tile of each sequence
   int64_t zeros;         // one block of keys of q's dtype
@@ -74,25 +75,27 @@ struct Plan {
   int64_t keys;          // gathered: [slots, stretch_keys, head_dim] of q's dtype
   int64_t values;        // gathered: likewise; in place: copies of last pages, [units / K, S, K, H]
   int64_t known;   // a bit a key, [slots, stretch_keys / 8] bytes: whether the block table names its page
-  int64_t scores;  // f32 [lanes, chunk_units, unit_rows, stretch_keys]; probabilities of q's dtype take their
-                   // place
+  int64_t scores;  // f32 [chunk_units, unit_rows, stretch_keys]; probabilities of q's dtype take their place
   int64_t stats;   // float2 [units, unit_rows, segments]: maximum and sum
-  int64_t partials;  // f32 [units, blocks, unit_rows, head_dim]
-  int64_t pointers;  // void* [kPointerArrays, units, blocks]
-  int64_t states;    // f32 [units, unit_rows, head_dim + 2] between stretches
-  int64_t gemm;      // [lanes, kGemmWorkspaceBytes]
+  int64_t partials;    // f32 [units, blocks, unit_rows, head_dim]
+  int64_t pointers;    // void* [kPointerArrays, units, blocks]
+  int64_t states;      // f32 [units, unit_rows, head_dim + 2] between stretches
+  int64_t gemm;        // kGemmWorkspaceBytes
+  int64_t lane_bytes;  // from one lane's arrays to the next one's
   int64_t workspace_bytes;
 
   constexpr int64_t segment_keys() const { return blocks_per_segment * block_keys; }
   constexpr int64_t blocks() const { return segments * blocks_per_segment; }
   constexpr int64_t stretch_keys() const { return segments * segment_keys(); }
   constexpr int64_t chunks() const { return units / chunk_units; }
-  constexpr int64_t lane_scores() const { return chunk_units * unit_rows * stretch_keys(); }
   // Matrices of a product.
   constexpr int64_t batch() const { return chunk_units * blocks(); }
+  constexpr int64_t chunks_of(int64_t group) const {
+    return group == groups - 1 ? all_chunks - group * chunks() : chunks();
+  }
   // cut (ragged only); then for each group and stretch pack, for each chunk QK^T, softmax and PV, and
   // combine.
-  constexpr int64_t launches() const { return (decode ? 0 : 1) + groups * stretches * (2 + 3 * chunks()); }
+  constexpr int64_t launches() const { return (decode ? 0 : 1) + stretches * (2 * groups + 3 * all_chunks); }
 };
 
 // The arrays of pointers, one entry a unit and block of the group, in this order.
@@ -101,6 +104,9 @@ enum PointerArray { kKeys, kQueries, kScores, kValues, kProbabilities, kPartials
 // Needs K, H, S >= 1 and N a multiple of K. Keeps the workspace within `workspace_limit` plus what grows with
 // rows and sequences only, as long as the smallest group fits there.
 Plan MakePlan(const AttentionProblem& problem, bool decode, int64_t workspace_limit);
+
+// The plan with the offsets of another lane.
+Plan OfLane(const Plan& plan, int64_t lane);
 
 // At least MakePlan(...).workspace_bytes of the same problem with any T, B and M, less
 // kWorkspaceBytesPerRow * (T + B): what a call with symbolic sizes asks for.

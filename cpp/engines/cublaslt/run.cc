@@ -22,7 +22,7 @@ Status RunChunk(const Call& call, const Group& group, int64_t chunk, const Produ
     const int64_t entry = (index * plan.chunks() + chunk) * plan.batch();
     return static_cast<void*>(call.workspace + plan.pointers + entry * static_cast<int64_t>(sizeof(void*)));
   };
-  void* const scratch = call.workspace + plan.gemm + chunk % plan.lanes * kGemmWorkspaceBytes;
+  void* const scratch = call.workspace + plan.gemm;
   if (Status s = products.scores.Launch(array(kKeys), array(kQueries), array(kScores), scratch, stream);
       !s.ok()) {
     return s;
@@ -31,15 +31,12 @@ Status RunChunk(const Call& call, const Group& group, int64_t chunk, const Produ
   return products.outputs.Launch(array(kValues), array(kProbabilities), array(kPartials), scratch, stream);
 }
 
-Status RunGroup(const Call& call, const Group& group, const Products& products, Lanes& lanes) {
-  if (Status s = LaunchPack(call, group, lanes.stream(0)); !s.ok()) return s;
-  if (Status s = lanes.Fork(); !s.ok()) return s;
-  for (int64_t chunk = 0; chunk < call.plan.chunks(); ++chunk) {
-    if (Status s = RunChunk(call, group, chunk, products, lanes.stream(chunk % call.plan.lanes)); !s.ok())
-      return s;
+Status RunGroup(const Call& call, const Group& group, const Products& products, cudaStream_t stream) {
+  if (Status s = LaunchPack(call, group, stream); !s.ok()) return s;
+  for (int64_t chunk = 0; chunk < group.chunks; ++chunk) {
+    if (Status s = RunChunk(call, group, chunk, products, stream); !s.ok()) return s;
   }
-  if (Status s = lanes.Join(); !s.ok()) return s;
-  return LaunchCombine(call, group, lanes.stream(0));
+  return LaunchCombine(call, group, stream);
 }
 
 }  // namespace
@@ -67,19 +64,21 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
                products.early_launches};
   call.params.sliding_window = std::min(params.sliding_window, kWidestWindow);
 
-  Lanes lanes;
-  if (Status s = lanes.Take(stream, plan.lanes); !s.ok()) return s;
   if (!plan.decode) {
     if (Status s = LaunchCut(call, stream); !s.ok()) return s;
   }
+  Lanes lanes;
+  if (Status s = lanes.Fork(stream, plan.lanes); !s.ok()) return s;
   for (int64_t units = 0; units < plan.groups; ++units) {
+    const int64_t lane = units % plan.lanes;
+    call.plan = OfLane(plan, lane);
     for (int64_t keys = 0; keys < plan.stretches; ++keys) {
-      const Group group = {units * plan.units, keys * plan.stretch_keys(), keys == 0,
-                           keys == plan.stretches - 1};
-      if (Status s = RunGroup(call, group, products, lanes); !s.ok()) return s;
+      const Group group = {units * plan.units, plan.chunks_of(units),      keys * plan.stretch_keys(),
+                           keys == 0,          keys == plan.stretches - 1, units < plan.lanes};
+      if (Status s = RunGroup(call, group, products, lanes.stream(lane)); !s.ok()) return s;
     }
   }
-  return Status::Ok();
+  return lanes.Join();
 }
 
 }  // namespace jpa::cublaslt

@@ -92,9 +92,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 5 : 6)
   if (live.begin >= live.end) return;
 
   float* scores = At<float>(call, plan.scores) +
-                  ((chunk % plan.lanes * plan.chunk_units + blockIdx.x) * plan.unit_rows + packed_row) *
-                      plan.stretch_keys() +
-                  in_stretch;
+                  (blockIdx.x * plan.unit_rows + packed_row) * plan.stretch_keys() + in_stretch;
   const uint8_t* known =
       At<const uint8_t>(call, plan.known) + (unit.slot * plan.stretch_keys() + in_stretch) / 8;
   Unpacked<float, kWidth> logits[kVectors];
