@@ -5,9 +5,6 @@
 #include <mutex>
 #include <string>
 
-#include "engines/cublaslt/capture.h"
-#include "engines/cublaslt/lanes.h"
-
 namespace jpa::cublaslt {
 namespace {
 
@@ -44,6 +41,18 @@ Status HandleOfCurrentDevice(const Library& library, cublasLtHandle_t* handle) {
   handles->emplace(device, *handle);
   return Status::Ok();
 }
+
+// Lets the calling thread allocate while one of its streams is being captured, as a handle's creation may.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
 
 }  // namespace
 
@@ -200,9 +209,6 @@ Status Products::Make(const AttentionProblem& problem, const Plan& plan,
     return s;
   }
   made->early_launches = major >= 9;
-  if (plan.lanes > 1) {
-    if (Status s = ReserveSideStreams(); !s.ok()) return s;
-  }
   *products = std::move(made);
   return Status::Ok();
 }

@@ -27,7 +27,6 @@ struct Group {
   int64_t first_key;
   bool first;  // of the stretches of these units
   bool last;
-  bool first_of_lane;  // no group came before in its part of the workspace
 };
 
 // Ragged only: cuts query rows into tiles, and writes 0 and -inf to all results, for rows that no sequence

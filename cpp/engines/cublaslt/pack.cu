@@ -7,7 +7,6 @@
 
 #include "device/convert.cuh"
 #include "device/packed.cuh"
-#include "device/prefetch.cuh"
 #include "engines/cublaslt/call.cuh"
 #include "engines/cublaslt/launch.cuh"
 
@@ -93,18 +92,6 @@ __device__ void FillKnown(uint8_t* known, int64_t bytes, bool is_known) {
   }
 }
 
-// QK^T begins with the pages of the first units. Each head's thread fetches its share of a page of all heads.
-template <typename T>
-__device__ void PrefetchKeys(const Call& call, const Unit& unit, int64_t u, int64_t block, int64_t page) {
-  const Plan& plan = call.plan;
-  const int64_t tile = (u - unit.head) / call.problem.num_kv_heads;
-  if (tile * plan.blocks() + block >= plan.prefetch_pages) return;
-  const int64_t share = plan.block_keys * plan.head_dim;
-  const T* keys = static_cast<const T*>(call.params.k_pages) +
-                  page % call.problem.num_k_pages * call.params.k_strides.page + unit.head * share;
-  device::PrefetchToL2(keys, static_cast<uint32_t>(share * static_cast<int64_t>(sizeof(T))));
-}
-
 template <typename T>
 __device__ void FillPointers(const Call& call, const Group& group) {
   const Plan& plan = call.plan;
@@ -131,7 +118,6 @@ __device__ void FillPointers(const Call& call, const Group& group) {
           At<uint8_t>(call, plan.known) + (u * plan.stretch_keys() + block * plan.block_keys) / 8;
       FillKnown(known, plan.block_keys / 8, page >= 0);
       if (page >= 0) {
-        if (plan.prefetch_pages > 0) PrefetchKeys<T>(call, unit, u, block, page);
         const PageStrides &k = call.params.k_strides, &v = call.params.v_strides;
         keys = static_cast<const T*>(call.params.k_pages) + page % call.problem.num_k_pages * k.page +
                unit.head * k.head;
@@ -240,9 +226,8 @@ template <typename T, typename KV, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 4)
     PackKernel(const __grid_constant__ Call call, const __grid_constant__ Group group) {
   AwaitPrevious();
-  // First what starts fetching keys.
   FillPointers<T>(call, group);
-  if (group.first && group.first_of_lane) FillZeros<T>(call);
+  if (group.first && group.first_unit == 0) FillZeros<T>(call);
   if (group.first) PackQueries<T, kAligned>(call, group);
   if (!call.plan.in_place) {
     Gather<T, KV, kAligned>(call, group);
@@ -295,10 +280,10 @@ Status LaunchPack(const Call& call, const Group& group, cudaStream_t stream) {
   const int64_t threads =
       std::max(std::max(moved * plan.head_dim / kWidth, copied), plan.units * plan.blocks());
   const int64_t blocks = std::min((threads + kThreads - 1) / kThreads, kMaxBlocks);
-  // In front of a lane's first kernel stands none of its own.
-  const bool first_of_lane = group.first && group.first_of_lane;
+  // Kernels in front of the first one are not this engine's: it waits for them in the ordinary way.
+  const bool first = group.first && group.first_unit == 0;
   return Launch("pack", Choose(call.problem), dim3(static_cast<unsigned>(blocks)), kThreads,
-                call.early && !first_of_lane, stream, call, group);
+                call.early && !first, stream, call, group);
 }
 
 }  // namespace jpa::cublaslt

@@ -14,13 +14,10 @@ struct Tuning {
   int64_t max_unit_rows;      // of a tile of a long prompt
   int64_t min_rows_for_l2;    // from so many rows a unit on, a chunk's scores should not leave the L2 cache
   int64_t scores_in_l2;       // bytes of them
-  int64_t lanes;              // that many groups of such chunks are under way at a time
-  int64_t prefetch;           // bytes that memory delivers, roughly, while packing or the softmax runs
   int64_t thin_products;      // how many thread blocks PV should have at least, where a unit has few rows,
   int64_t thick_products;     // and where it has many
 };
-constexpr Tuning kTuning = {32, kMaxSegmentKeys,   4,   256, 64, int64_t{24} << 20,
-                            2,  int64_t{16} << 20, 264, 24};
+constexpr Tuning kTuning = {32, kMaxSegmentKeys, 4, 256, 64, int64_t{32} << 20, 264, 32};
 
 constexpr int64_t kAlign = 256;
 constexpr int64_t kKeyStep = 64;
@@ -88,8 +85,7 @@ void Lay(const AttentionProblem& problem, Plan* plan) {
   plan->states = place(plan->stretches > 1 ? rows * (plan->head_dim + 2) * 4 : 0);
   plan->gemm = place(kGemmWorkspaceBytes);
   // XLA aligns less than 256 bytes on some devices.
-  plan->lane_bytes = end - plan->zeros;
-  plan->workspace_bytes = plan->zeros + plan->lanes * plan->lane_bytes + kAlign;
+  plan->workspace_bytes = end + kAlign;
 }
 
 int64_t GroupBytes(const Plan& plan) { return plan.workspace_bytes - plan.zeros; }
@@ -106,11 +102,6 @@ int64_t Slots(const AttentionProblem& problem, const Plan& plan) {
   if (plan.in_place || plan.decode) return plan.units;
   const int64_t heads = CeilDiv(plan.units - 1, std::max<int64_t>(plan.num_tiles, 1)) + 1;
   return std::min(plan.units, std::min(heads, problem.num_kv_heads) * std::max<int64_t>(problem.num_seqs, 1));
-}
-
-int64_t PrefetchPages(const AttentionProblem& problem, const Plan& plan) {
-  const int64_t page = problem.page_size * problem.num_kv_heads * plan.head_dim * ByteWidth(problem.kv_dtype);
-  return std::min(kTuning.prefetch / page, plan.units / problem.num_kv_heads * plan.blocks());
 }
 
 // The largest x in [1, most] of which fits(x) holds; 1 if it holds for none.
@@ -141,14 +132,12 @@ Plan PlanOf(const AttentionProblem& problem, bool decode, int64_t rows_per_tile,
   // In place all heads of a tile belong to one group, since they share the copy of a last page.
   const int64_t unit_step = plan.in_place ? problem.num_kv_heads : 1;
   const int64_t all_units = std::max<int64_t>(num_tiles, 1) * problem.num_kv_heads;
-  int64_t lanes = 1;
   // Completes the plan for chunks, groups and stretches of at most these sizes.
   const auto fit = [&](int64_t chunk_units, int64_t chunks, int64_t max_segments) {
     plan.chunk_units = chunk_units;
     plan.units = chunk_units * chunks;
     plan.groups = CeilDiv(all_units, plan.units);
     plan.all_chunks = CeilDiv(all_units, chunk_units);
-    plan.lanes = std::min(lanes, plan.groups);
     plan.slots = Slots(problem, plan);
     plan.block_keys =
         plan.in_place ? problem.page_size : GatheredBlockKeys(context, chunk_units * products_per_unit, thin);
@@ -157,7 +146,6 @@ Plan PlanOf(const AttentionProblem& problem, bool decode, int64_t rows_per_tile,
     const int64_t segments = CeilDiv(blocks, plan.blocks_per_segment);
     plan.segments = EvenPart(segments, max_segments, 1);
     plan.stretches = CeilDiv(segments, plan.segments);
-    plan.prefetch_pages = plan.in_place && thin ? PrefetchPages(problem, plan) : 0;
     Lay(problem, &plan);
     return GroupBytes(plan) <= workspace_limit;
   };
@@ -171,13 +159,10 @@ Plan PlanOf(const AttentionProblem& problem, bool decode, int64_t rows_per_tile,
     return fit(steps * unit_step, 1, segments) &&
            plan.chunk_units * plan.unit_rows * plan.stretch_keys() * 4 <= most_scores;
   };
-  if (!thin) lanes = kTuning.lanes;
-  if (!fits(1)) lanes = 1;
   while (!fits(1) && plan.segments > 1) segments = CeilDiv(plan.segments, 2);
   int64_t steps = Largest(max_steps, fits);
   if (const int64_t even = EvenPart(max_steps, steps, 1); even < steps && fits(even)) steps = even;
-  // Every lane gets a group.
-  const int64_t max_chunks = thin ? 1 : CeilDiv(CeilDiv(max_steps, steps), lanes);
+  const int64_t max_chunks = thin ? 1 : CeilDiv(max_steps, steps);
   const int64_t chunks = Largest(max_chunks, [&](int64_t n) { return fit(steps * unit_step, n, segments); });
   // As many groups need fewer chunks each, if the chunks are shared out evenly.
   fit(steps * unit_step, EvenPart(max_chunks, chunks, 1), segments);
@@ -193,16 +178,6 @@ Plan MakePlan(const AttentionProblem& problem, bool decode, int64_t workspace_li
   // Every live tile has a row, and at most one tile of a sequence is not full.
   const int64_t tiles = std::min(problem.num_rows, problem.num_rows / rows + problem.num_seqs);
   return PlanOf(problem, false, rows, tiles, context, workspace_limit);
-}
-
-Plan OfLane(const Plan& plan, int64_t lane) {
-  Plan shifted = plan;
-  for (int64_t* offset : {&shifted.zeros, &shifted.unit_records, &shifted.queries, &shifted.keys,
-                          &shifted.values, &shifted.known, &shifted.scores, &shifted.stats, &shifted.partials,
-                          &shifted.pointers, &shifted.states, &shifted.gemm}) {
-    *offset += lane * plan.lane_bytes;
-  }
-  return shifted;
 }
 
 int64_t WorkspaceBound(const AttentionProblem& problem, int64_t workspace_limit) {

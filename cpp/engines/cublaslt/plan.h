@@ -1,12 +1,13 @@
 // How a call is cut into batched matrix products, and where everything lies in the workspace. A function of
 // static sizes alone: the same launches are made whatever lengths and tables hold.
 //
-//   tile     R query rows of one sequence; decode has one row a tile
-//   unit     a tile and a key/value head: one query matrix of R * G rows (G = N / K), row r * G + g
-//   block    keys of one matrix product: a page where pages are read in place, else a stretch of gathered
-//   keys segment  blocks of one row that share a maximum, the reach of one softmax group    units whose
-//   queries, gathered keys and partial results are in the workspace at one time chunk    units of a group
-//   whose scores are stretch  keys of all these at one time, all there are if they fit
+// - tile: R query rows of one sequence; decode has one row a tile
+// - unit: a tile and a key/value head, one query matrix of R * G rows (G = N / K), row r * G + g
+// - block: keys of one matrix product: a page where pages are read in place, else a stretch of gathered keys
+// - segment: blocks of one row that share a maximum, the reach of one softmax
+// - group: units whose queries, gathered keys and partial results are in the workspace at one time
+// - chunk: units of a group whose scores are
+// - stretch: keys of all these at one time, all there are if they fit
 #pragma once
 
 #include <cstdint>
@@ -61,12 +62,10 @@ struct Plan {
   int64_t units;  // of a group, a multiple of chunk_units
   int64_t groups;
   int64_t chunk_units;
-  int64_t all_chunks;      // that have a unit, of all groups together: the last group may need fewer
-  int64_t lanes;           // groups that are under way at the same time, each in a part of the workspace
-  int64_t prefetch_pages;  // in place: that many are fetched into the L2 cache ahead of each product
+  int64_t all_chunks;  // that have a unit, of all groups together: the last group may need fewer
   int64_t slots;  // of gathered keys and values in a group: tiles of one sequence share one for each head
 
-  // Bytes from the start of the workspace, multiples of 256. Those from `zeros` on are of the first lane.
+  // Bytes from the start of the workspace, multiples of 256.
   int64_t tiles;         // Tile [num_tiles]
   int64_t tile_starts;   // int32 [B + 1]: the first tile of each sequence
   int64_t zeros;         // one block of keys of q's dtype
@@ -77,11 +76,10 @@ struct Plan {
   int64_t known;   // a bit a key, [slots, stretch_keys / 8] bytes: whether the block table names its page
   int64_t scores;  // f32 [chunk_units, unit_rows, stretch_keys]; probabilities of q's dtype take their place
   int64_t stats;   // float2 [units, unit_rows, segments]: maximum and sum
-  int64_t partials;    // f32 [units, blocks, unit_rows, head_dim]
-  int64_t pointers;    // void* [kPointerArrays, units, blocks]
-  int64_t states;      // f32 [units, unit_rows, head_dim + 2] between stretches
-  int64_t gemm;        // kGemmWorkspaceBytes
-  int64_t lane_bytes;  // from one lane's arrays to the next one's
+  int64_t partials;  // f32 [units, blocks, unit_rows, head_dim]
+  int64_t pointers;  // void* [kPointerArrays, units, blocks]
+  int64_t states;    // f32 [units, unit_rows, head_dim + 2] between stretches
+  int64_t gemm;      // kGemmWorkspaceBytes
   int64_t workspace_bytes;
 
   constexpr int64_t segment_keys() const { return blocks_per_segment * block_keys; }
@@ -104,9 +102,6 @@ enum PointerArray { kKeys, kQueries, kScores, kValues, kProbabilities, kPartials
 // Needs K, H, S >= 1 and N a multiple of K. Keeps the workspace within `workspace_limit` plus what grows with
 // rows and sequences only, as long as the smallest group fits there.
 Plan MakePlan(const AttentionProblem& problem, bool decode, int64_t workspace_limit);
-
-// The plan with the offsets of another lane.
-Plan OfLane(const Plan& plan, int64_t lane);
 
 // At least MakePlan(...).workspace_bytes of the same problem with any T, B and M, less
 // kWorkspaceBytesPerRow * (T + B): what a call with symbolic sizes asks for.

@@ -5,7 +5,6 @@
 #include <string>
 
 #include "engines/cublaslt/kernels.h"
-#include "engines/cublaslt/lanes.h"
 
 namespace jpa::cublaslt {
 namespace {
@@ -67,18 +66,14 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   if (!plan.decode) {
     if (Status s = LaunchCut(call, stream); !s.ok()) return s;
   }
-  Lanes lanes;
-  if (Status s = lanes.Fork(stream, plan.lanes); !s.ok()) return s;
   for (int64_t units = 0; units < plan.groups; ++units) {
-    const int64_t lane = units % plan.lanes;
-    call.plan = OfLane(plan, lane);
     for (int64_t keys = 0; keys < plan.stretches; ++keys) {
-      const Group group = {units * plan.units, plan.chunks_of(units),      keys * plan.stretch_keys(),
-                           keys == 0,          keys == plan.stretches - 1, units < plan.lanes};
-      if (Status s = RunGroup(call, group, products, lanes.stream(lane)); !s.ok()) return s;
+      const Group group = {units * plan.units, plan.chunks_of(units), keys * plan.stretch_keys(), keys == 0,
+                           keys == plan.stretches - 1};
+      if (Status s = RunGroup(call, group, products, stream); !s.ok()) return s;
     }
   }
-  return lanes.Join();
+  return Status::Ok();
 }
 
 }  // namespace jpa::cublaslt

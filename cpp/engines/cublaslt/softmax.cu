@@ -7,7 +7,6 @@
 #include "device/convert.cuh"
 #include "device/exp2.cuh"
 #include "device/packed.cuh"
-#include "device/prefetch.cuh"
 #include "device/reduce.cuh"
 #include "engines/cublaslt/call.cuh"
 #include "engines/cublaslt/launch.cuh"
@@ -52,24 +51,9 @@ __device__ float ScaleOf(const Call& call, const Unit& unit) {
   return params.scale * params.k_scale[x * call.problem.num_kv_heads + unit.head];
 }
 
-// Memory has little to do meanwhile: the first pages of values that PV will ask for, each head's thread block
-// a share of them.
-template <typename T>
-__device__ void PrefetchValues(const Call& call, const Unit& unit, unsigned u) {
-  const Plan& plan = call.plan;
-  const auto blocks = static_cast<unsigned>(plan.blocks());
-  const unsigned first_of_tile = u - static_cast<unsigned>(unit.head);
-  const unsigned page =
-      first_of_tile / static_cast<unsigned>(call.problem.num_kv_heads) * blocks + threadIdx.x;
-  if (threadIdx.x >= blocks || page >= plan.prefetch_pages) return;
-  const auto* values = static_cast<const T*>(PointersAt(call, kValues)[first_of_tile * blocks + threadIdx.x]);
-  const int64_t share = plan.block_keys * plan.head_dim;
-  device::PrefetchToL2(values + unit.head * share, static_cast<uint32_t>(share * sizeof(T)));
-}
-
 // A thread block for units, rows (several, if a warp is enough for one) and segments.
 template <typename T, int kThreadsPerRow>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 5 : 6)
+__global__ void __launch_bounds__(kThreads, 4)
     SoftmaxKernel(const __grid_constant__ Call call, const __grid_constant__ Group group, int64_t chunk) {
   AwaitPrevious();
   constexpr int kRows = kThreads / kThreadsPerRow;
@@ -82,8 +66,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 5 : 6)
   if (packed_row >= plan.unit_rows) return;
   const int64_t u = chunk * plan.chunk_units + blockIdx.x;
   const Unit unit = UnitAt(call, u);
-  if (plan.prefetch_pages > 0 && blockIdx.y == 0 && blockIdx.z == 0)
-    PrefetchValues<T>(call, unit, blockIdx.x);
   const int row = packed_row / static_cast<int>(call.group);
   if (row >= unit.tile.num_rows) return;
   const int64_t in_stretch = static_cast<int64_t>(segment) * segment_keys,
@@ -96,13 +78,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 5 : 6)
   const uint8_t* known =
       At<const uint8_t>(call, plan.known) + (unit.slot * plan.stretch_keys() + in_stretch) / 8;
   Unpacked<float, kWidth> logits[kVectors];
-  unsigned known_bits = 0;  // kWidth for each vector
+  unsigned known_bits[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int key = (v * kThreadsPerRow + thread) * kWidth;
+    known_bits[v] = 0;
     if (live.Contains(key)) {
       logits[v] = device::Unpack<float, kWidth>(LoadPacked<kWidth>(scores + key));
-      known_bits |= (known[key / 8] >> key % 8 & kAllKnown) << v * kWidth;
+      known_bits[v] = known[key / 8] >> key % 8 & kAllKnown;
     }
   }
 
@@ -128,11 +111,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 5 : 6)
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int key = (v * kThreadsPerRow + thread) * kWidth;
-    const unsigned bits = known_bits >> v * kWidth & kAllKnown;
-    if (bits != kAllKnown || key < seen.begin || key + kWidth > seen.end) {
+    if (known_bits[v] != kAllKnown || key < seen.begin || key + kWidth > seen.end) {
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        if (!seen.Contains(key + i) || !(bits >> i & 1)) logits[v].values[i] = -INFINITY;
+        if (!seen.Contains(key + i) || !(known_bits[v] >> i & 1)) logits[v].values[i] = -INFINITY;
       }
     }
 #pragma unroll
