@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,16 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-DTYPES: dict[str, Any] = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
+DTYPES: dict[str, Any] = {
+    "bf16": ml_dtypes.bfloat16,
+    "f16": np.float16,
+    "f32": np.float32,
+    "e4m3": ml_dtypes.float8_e4m3fn,
+    "e5m2": ml_dtypes.float8_e5m2,
+    "int8": np.int8,
+}
+# What brings stored values to about unit variance: int8 has its whole range, fp8 is stored as it is drawn.
+PAGE_SCALE = {"e4m3": 0.9, "e5m2": 0.9, "int8": 0.0136}
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,9 @@ class Workload:
     head_dim: int = 128
     page_size: int = 16
     causal: bool = True
+    page_dtype: str | None = None  # None: as dtype; 8-bit pages have scales
+    table_pages: int | None = None  # columns of the block table; None: pages of the longest sequence
+    batch_invariant: bool = False
 
     @property
     def batch(self) -> int:
@@ -48,9 +61,13 @@ class Workload:
         return self.rows == 1
 
     @property
+    def quantized(self) -> bool:
+        return self.page_dtype in PAGE_SCALE
+
+    @property
     def max_pages(self) -> int:
-        """Pages of the longest sequence."""
-        return max(self.pages)
+        """Columns of the block table."""
+        return self.table_pages or max(self.pages)
 
     @property
     def pages(self) -> tuple[int, ...]:
@@ -61,7 +78,8 @@ class Workload:
         """The least that has to move: keys and values read once, queries read, outputs written."""
         keys_and_values = 2 * sum(keys for _, keys in self.sequences) * self.num_kv_heads * self.head_dim
         queries_and_outputs = 2 * sum(rows for rows, _ in self.sequences) * self.num_heads * self.head_dim
-        return (keys_and_values + queries_and_outputs) * np.dtype(DTYPES[self.dtype]).itemsize
+        of_pages, of_queries = (np.dtype(DTYPES[d]).itemsize for d in (self.page_dtype or self.dtype, self.dtype))
+        return keys_and_values * of_pages + queries_and_outputs * of_queries
 
     def flops(self) -> int:
         """The two matrix products, over the (query, key) pairs that the causal mask leaves."""
@@ -91,16 +109,29 @@ CPU = DECODE + PREFILL
 
 # The plan's own shape: 16 sequences of 16 heads, 32 pages each.
 PLAN: dict[str, Any] = {"num_heads": 16, "num_kv_heads": 16, "page_size": 128}
+_64X4K = ((1, 4096),) * 64
 GPU_DECODE = (
-    Workload("decode 64x4k", "bf16", ((1, 4096),) * 64),
-    Workload("decode 64x4k page 64", "bf16", ((1, 4096),) * 64, page_size=64),
-    Workload("decode 64x4k page 128", "bf16", ((1, 4096),) * 64, page_size=128),
+    Workload("decode 64x4k", "bf16", _64X4K),
+    Workload("decode 64x4k page 1", "bf16", _64X4K, page_size=1),
+    Workload("decode 64x4k page 64", "bf16", _64X4K, page_size=64),
+    Workload("decode 64x4k page 128", "bf16", _64X4K, page_size=128),
+    Workload("decode 64x4k e4m3", "bf16", _64X4K, page_dtype="e4m3"),
+    Workload("decode 64x4k int8", "bf16", _64X4K, page_dtype="int8"),
+    Workload("decode 64x4k batch-invariant", "bf16", _64X4K, batch_invariant=True),
+    Workload("decode 64x4k drafts of 8", "bf16", ((8, 4096),) * 64),
+    Workload("decode 1x1k", "bf16", ((1, 1024),)),
     Workload("decode 1x4k", "bf16", ((1, 4096),)),
+    Workload("decode 8x1k", "bf16", ((1, 1024),) * 8),
     Workload("decode 1x128k", "bf16", ((1, 131072),)),
+    Workload("decode 1x128k e4m3", "bf16", ((1, 131072),), page_dtype="e4m3"),
     Workload("decode 256x1k", "bf16", ((1, 1024),) * 256),
+    Workload("decode 256x1k e4m3", "bf16", ((1, 1024),) * 256, page_dtype="e4m3"),
     Workload("decode 32x8k 64/8 heads", "bf16", ((1, 8192),) * 32, num_heads=64),
+    Workload("decode 32x8k 64/8 heads e4m3", "bf16", ((1, 8192),) * 32, num_heads=64, page_dtype="e4m3"),
     Workload("decode 16x4k 16/16 heads", "bf16", ((1, 4096),) * 16, **PLAN),
     Workload("decode 63x<=1k 1x64k", "bf16", _skewed(64, 1024, 65536)),
+    Workload("decode 64x1k table 64", "bf16", ((1, 1024),) * 64),
+    Workload("decode 64x1k table 8192", "bf16", ((1, 1024),) * 64, table_pages=8192),
 )
 GPU_PREFILL = (
     Workload("prefill 1x16k", "bf16", ((16384, 16384),)),
@@ -111,6 +142,29 @@ GPU_PREFILL = (
     Workload("mixed 63x4k decode, 2k of 8k", "bf16", (*(((1, 4096),) * 63), (2048, 8192))),
 )
 GPU = GPU_DECODE + GPU_PREFILL
+
+# What one workload may cost as a multiple of another: (first, second, goal).
+RELATIONS = (
+    ("decode 64x4k", "decode 64x4k page 128", 1.01),
+    ("decode 64x4k page 1", "decode 64x4k page 128", 1.05),
+    ("decode 64x4k e4m3", "decode 64x4k", 1 / 1.85),
+    ("decode 64x4k int8", "decode 64x4k", 1 / 1.85),
+    ("decode 64x1k table 8192", "decode 64x1k table 64", 1.02),
+    ("decode 64x4k batch-invariant", "decode 64x4k", 1.05),
+)
+
+# How the cost of decode grows: by name of the axis the workload at each of its values.
+SWEEPS: dict[str, dict[int, Workload]] = {
+    "batch": {b: Workload(f"decode {b}x1k", "bf16", ((1, 1024),) * b) for b in (1, 2, 4, 8, 16, 32, 64, 128, 256)},
+    "length": {
+        n: Workload(f"decode 4x{n}", "bf16", ((1, n),) * 4)
+        for n in (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+    },
+    "group": {
+        g: Workload(f"decode 32x4k {4 * g}/4 heads", "bf16", ((1, 4096),) * 32, num_heads=4 * g, num_kv_heads=4)
+        for g in (1, 2, 4, 8, 12, 16, 24, 32, 64)
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -161,34 +215,52 @@ def exact(workload: Workload, inputs: Inputs) -> NDArray[np.float64]:
     return out
 
 
-@dataclass(frozen=True)
-class RaggedInputs:
-    """Operands of any workload, made on the device; the pages of a sequence lie scattered over the pool."""
+class Operands(NamedTuple):
+    """Of any workload, made on the device; the pages of a sequence lie scattered over the pool."""
 
     q: Array  # [T, N, H]
-    pools: tuple[tuple[Array, Array], ...]  # copies of (k_pages, v_pages), each [P, S, K, H]: equal values, own memory
+    k_pages: Array  # [P, S, K, H]
+    v_pages: Array
     block_tables: Array  # [B, M], 0 where a sequence has no page
     kv_lens: Array  # [B]
     cu_q_lens: Array  # [B + 1]
+    k_scale: Array  # [K], ones where pages are as q
+    v_scale: Array
+
+    def copy(self) -> Operands:
+        """The same values in memory of their own."""
+        return Operands(*(x.copy() for x in self))
 
 
-def make_ragged(workload: Workload, copies: int, seed: int = 0) -> RaggedInputs:
+def make_ragged(workload: Workload, copies: int, seed: int = 0) -> tuple[Operands, ...]:
+    """Copies of all operands, to be used in turn: one set's queries and tables in the L2 cache help no other."""
     w, dtype = workload, DTYPES[workload.dtype]
     rows, keys = np.array(w.sequences, np.int32).T
     ids = np.random.default_rng(seed).permutation(sum(w.pages)).astype(np.int32)
     tables = np.zeros((w.batch, w.max_pages), np.int32)
     tables[np.arange(w.max_pages) < np.array(w.pages)[:, None]] = ids
     k_key, v_key, q_key = jax.random.split(jax.random.key(seed), 3)
-    normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
-    pool = (len(ids), w.page_size, w.num_kv_heads, w.head_dim)
-    k_pages, v_pages = normal(k_key, pool, dtype), normal(v_key, pool, dtype)
-    return RaggedInputs(
-        q=normal(q_key, (int(rows.sum()), w.num_heads, w.head_dim), dtype),
-        pools=((k_pages, v_pages), *((k_pages.copy(), v_pages.copy()) for _ in range(copies - 1))),
+    pool, page_dtype = (len(ids), w.page_size, w.num_kv_heads, w.head_dim), w.page_dtype or w.dtype
+    scale = jnp.full(w.num_kv_heads, PAGE_SCALE.get(page_dtype, 1.0), jnp.float32)
+    first = Operands(
+        q=_random(q_key, (int(rows.sum()), w.num_heads, w.head_dim), dtype),
+        k_pages=_random(k_key, pool, DTYPES[page_dtype]),
+        v_pages=_random(v_key, pool, DTYPES[page_dtype]),
         block_tables=jnp.asarray(tables),
         kv_lens=jnp.asarray(keys),
         cu_q_lens=jnp.asarray(np.concatenate([[0], rows.cumsum()]).astype(np.int32)),
+        k_scale=scale,
+        v_scale=scale,
     )
+    return (first, *(first.copy() for _ in range(copies - 1)))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Standard normal values; int8 uses its whole range evenly."""
+    if dtype == np.int8:
+        return jax.random.randint(key, shape, -127, 128, jnp.int8)
+    return jax.random.normal(key, shape, jnp.bfloat16 if np.dtype(dtype).itemsize == 1 else dtype).astype(dtype)
 
 
 def sampled_rows(workload: Workload, count: int, seed: int = 1) -> tuple[NDArray[np.int32], ...]:

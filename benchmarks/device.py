@@ -8,8 +8,10 @@ those of the device and not of a host that cannot keep up.
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,20 +67,79 @@ class Timing:
 
 def time_calls(calls: Sequence[Callable[[], Any]]) -> Timing:
     """Times calls that launch the same kernels, each on its own data, without waiting between them."""
-    for call in calls[:2]:
-        jax.block_until_ready(call())  # compiles
+    warm_up(calls)
+    (timing,) = time_series([calls])
+    if timing is None:
+        raise RuntimeError(f"expected the same kernels from each of {len(calls)} calls")
+    return timing
+
+
+def warm_up(calls: Sequence[Callable[[], Any]]) -> None:
+    """Compiles, and lets the first calls do whatever they do only once, such as making a graph."""
+    for call in itertools.islice(itertools.cycle(calls), 3):
+        jax.block_until_ready(call())
+
+
+def wall_seconds(call: Callable[[], Any], repeats: int = 8) -> float:
+    """What one more call takes by the host's clock while the device is kept busy, with no profiler running.
+
+    It is told from the times of one call and of one more than `repeats` calls behind the same product; the median of
+    five such differences counts.
+    """
+    product, factor, _ = _queue_ahead()
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        result = product(factor)
+        for _ in range(count):
+            result = call()
+        jax.block_until_ready(result)
+        return time.perf_counter() - start
+
+    return statistics.median((seconds(1 + repeats) - seconds(1)) / repeats for _ in range(5))
+
+
+def time_series(series: Sequence[Sequence[Callable[[], Any]]]) -> list[Timing | None]:
+    """Several series of calls as `time_calls` takes them, each warmed up, in one trace, which costs about a second.
+
+    None for a series whose calls did not launch the same number of kernels each.
+    """
     product, factor, ahead = _queue_ahead()
 
     def run() -> Any:
-        result = product(factor)
-        for call in calls:
-            result = call()
+        result = None
+        for calls in series:
+            # Between two series too: it marks in the trace where a series begins.
+            product(factor)
+            for call in calls:
+                result = call()
         return result  # of the last call, which is done when all are
 
-    events = trace(run)[ahead:]
-    each, rest = divmod(len(events), len(calls))
+    parts = _after_each(trace(run), ahead)
+    if len(parts) != len(series):
+        raise RuntimeError(f"expected {len(series)} series of kernels in the trace, found {len(parts)}")
+    return [_timing(events, len(calls)) for events, calls in zip(parts, series, strict=True)]
+
+
+def _after_each(events: list[Event], mark: list[str]) -> list[list[Event]]:
+    """Cuts events at, and without, each run of events that have the names of `mark`."""
+    parts: list[list[Event]] = []
+    names, i = [event.name for event in events], 0
+    while i < len(events):
+        if names[i : i + len(mark)] == mark:
+            parts.append([])
+            i += len(mark)
+        else:
+            if parts:
+                parts[-1].append(events[i])
+            i += 1
+    return parts
+
+
+def _timing(events: list[Event], calls: int) -> Timing | None:
+    each, rest = divmod(len(events), calls)
     if rest or not each:
-        raise RuntimeError(f"expected the same kernels from each of {len(calls)} calls, traced {len(events)} in all")
+        return None
     groups = [events[i : i + each] for i in range(0, len(events), each)]
     return Timing(
         spans=[(max(event.end_ns for event in group) - group[0].start_ns) * 1e-9 for group in groups],
@@ -88,9 +149,9 @@ def time_calls(calls: Sequence[Callable[[], Any]]) -> Timing:
 
 
 @functools.cache
-def _queue_ahead() -> tuple[Callable[[Any], Any], Any, int]:
-    """A function that keeps the device busy for some milliseconds, its operand, and the number of its kernels."""
+def _queue_ahead() -> tuple[Callable[[Any], Any], Any, list[str]]:
+    """A function that keeps the device busy for some milliseconds, its operand, and the names of its kernels."""
     product = jax.jit(lambda x: functools.reduce(jnp.matmul, [x] * 5))
     factor = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
     product(factor).block_until_ready()
-    return product, factor, len(trace(lambda: product(factor)))
+    return product, factor, [event.name for event in trace(lambda: product(factor))]

@@ -159,13 +159,12 @@ def ladder(library: Library, shape: Workload) -> Iterator[Ladder]:
 
 def measure_fused(shape: Workload, contender: peers.Peer, calls: int) -> Row:
     """An engine of the package or a peer, on pages of the pool; the fastest of its variants."""
-    inputs = make_ragged(shape, copies=1)
-    sample, rows = Sample(shape, inputs), []
+    (operands,) = make_ragged(shape, copies=1)
+    sample, rows = Sample(shape, operands), []
     for variant in contender.variants(shape):
         compiled = jax.jit(variant.attend)
-        operands = (inputs.q, *inputs.pools[0], inputs.block_tables, inputs.kv_lens, inputs.cu_q_lens)
-        timing = time_calls([lambda call=compiled, operands=operands: call(*operands)] * calls)
-        error = sample.error(compiled(*operands))
+        timing = time_calls([lambda call=compiled: call(operands)] * calls)
+        error = sample.error(compiled(operands))
         rows.append(Row(contender.name, timing.median * 1e3, 0, len(timing.kernels), error))
     return min(rows, key=lambda row: row.milliseconds)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +17,11 @@ import numpy as np
 from jax import Array
 
 import jax_paged_attn as jpa
-from benchmarks.cases import Workload
+from benchmarks.cases import Operands, Workload
 from benchmarks.cpu import gather_and_einsum
 from jax_paged_attn import _engines
 
-# (q [T, N, H], k_pages, v_pages, block_tables, kv_lens, cu_q_lens) -> [T, N, H]
-Attend = Callable[[Array, Array, Array, Array, Array, Array], Array]
+Attend = Callable[[Operands], Array]  # -> [T, N, H]
 
 
 class UnsupportedError(Exception):
@@ -64,19 +65,29 @@ def _need(condition: bool, reason: str) -> None:
         raise UnsupportedError(reason)
 
 
+def _plain(workload: Workload) -> None:
+    """What a peer has to run for nothing but pages of the queries' dtype."""
+    _need(not workload.quantized, "pages of the queries' dtype only")
+    _need(not workload.batch_invariant, "not asked for it: as without")
+
+
 # ---- ours ------------------------------------------------------------------------------------------------------------
 
 
 def _engine(name: str, workload: Workload) -> Iterator[Variant]:
-    def attend(q: Array, k_pages: Array, v_pages: Array, tables: Array, kv_lens: Array, cu_q_lens: Array) -> Array:
-        if workload.decode:
-            return jnp.asarray(jpa.paged_attention(q, k_pages, v_pages, tables, kv_lens, implementation=name))
-        out = jpa.ragged_paged_attention(
-            q, k_pages, v_pages, kv_lens, tables, cu_q_lens, causal=workload.causal, implementation=name
-        )
-        return jnp.asarray(out)
+    w, row = workload, next(engine for engine in _engines.ENGINES if engine.name == name)
+    _need(row.batch_invariant or not w.batch_invariant, "is not batch-invariant")
 
-    yield Variant("", attend)
+    def attend(x: Operands) -> Array:
+        options: dict[str, Any] = {"implementation": name, "batch_invariant": w.batch_invariant}
+        if w.quantized:
+            options |= {"k_scale": x.k_scale, "v_scale": x.v_scale}
+        if w.decode:
+            return jnp.asarray(jpa.paged_attention(x.q, x.k_pages, x.v_pages, x.block_tables, x.kv_lens, **options))
+        operands = (x.q, x.k_pages, x.v_pages, x.kv_lens, x.block_tables, x.cu_q_lens)
+        return jnp.asarray(jpa.ragged_paged_attention(*operands, causal=w.causal, **options))
+
+    yield Variant("batch-invariant" if w.batch_invariant else "", attend)
 
 
 # ---- XLA -------------------------------------------------------------------------------------------------------------
@@ -84,13 +95,14 @@ def _engine(name: str, workload: Workload) -> Iterator[Variant]:
 
 def _gather(workload: Workload) -> Iterator[Variant]:
     w = workload
+    _plain(w)
     _need(w.rows > 0 and w.causal, "written for equal numbers of rows, causal")
     scores = 4 * w.batch * w.rows * w.num_heads * w.max_pages * w.page_size
     _need(scores <= 8 << 30, f"{scores >> 30} GiB of scores")
 
-    def attend(q: Array, k_pages: Array, v_pages: Array, tables: Array, kv_lens: Array, cu_q_lens: Array) -> Array:
-        rows = q.reshape(w.batch, w.rows, w.num_heads, w.head_dim)
-        return gather_and_einsum(rows, k_pages, v_pages, tables, kv_lens).reshape(q.shape)
+    def attend(x: Operands) -> Array:
+        rows = x.q.reshape(w.batch, w.rows, w.num_heads, w.head_dim)
+        return gather_and_einsum(rows, x.k_pages, x.v_pages, x.block_tables, x.kv_lens).reshape(x.q.shape)
 
     yield Variant("", attend)
 
@@ -100,6 +112,7 @@ def _gather(workload: Workload) -> Iterator[Variant]:
 
 def _cudnn(workload: Workload) -> Iterator[Variant]:
     w = workload
+    _plain(w)
     _need(w.rows > 0, "written for equal numbers of rows")
     _need(sum(w.pages) == w.batch * w.max_pages, "its pool has exactly B times M pages")
     # JAX has no public name for cuDNN's paged attention.
@@ -110,14 +123,13 @@ def _cudnn(workload: Workload) -> Iterator[Variant]:
     _need(aligned, "its causal mask is not aligned to the end")
     mask = masks.PADDING_CAUSAL if w.causal and not w.decode else masks.PADDING
 
-    def attend(q: Array, k_pages: Array, v_pages: Array, tables: Array, kv_lens: Array, cu_q_lens: Array) -> Array:
-        rows = q.reshape(w.batch, w.rows, w.num_heads, w.head_dim)
-        pages = tables[:, None, :, None]
+    def attend(x: Operands) -> Array:
+        rows = x.q.reshape(w.batch, w.rows, w.num_heads, w.head_dim)
+        pages = x.block_tables[:, None, :, None]
         q_lens = jnp.full(w.batch, w.rows, jnp.int32)
-        out = cudnn.paged_attention(
-            rows, k_pages, v_pages, q_lens, kv_lens, pages, pages, scale=w.head_dim**-0.5, mask_type=mask
-        )
-        return (out[0] if isinstance(out, (tuple, list)) else out).reshape(q.shape)
+        operands = (rows, x.k_pages, x.v_pages, q_lens, x.kv_lens, pages, pages)
+        out = cudnn.paged_attention(*operands, scale=w.head_dim**-0.5, mask_type=mask)
+        return (out[0] if isinstance(out, (tuple, list)) else out).reshape(x.q.shape)
 
     yield Variant("", attend)
 
@@ -127,16 +139,15 @@ def _cudnn(workload: Workload) -> Iterator[Variant]:
 
 def _pallas(workload: Workload) -> Iterator[Variant]:
     w = workload
+    _plain(w)
     _need(w.decode, "decode only")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it will be removed, but nothing replaces it
         pallas = importlib.import_module("jax.experimental.pallas.ops.gpu.paged_attention")
 
-    def attend(
-        splits: int, q: Array, k_pages: Array, v_pages: Array, tables: Array, kv_lens: Array, cu_q_lens: Array
-    ) -> Array:
-        scaled = q * jnp.asarray(w.head_dim**-0.5, q.dtype)
-        return pallas.paged_attention(scaled, k_pages, v_pages, tables, kv_lens, k_splits=splits)
+    def attend(splits: int, x: Operands) -> Array:
+        scaled = x.q * jnp.asarray(w.head_dim**-0.5, x.q.dtype)
+        return pallas.paged_attention(scaled, x.k_pages, x.v_pages, x.block_tables, x.kv_lens, k_splits=splits)
 
     for splits in (1, 16) if w.batch > 1 else (16, 64):
         if w.max_pages % splits == 0 and w.max_pages // splits >= 8:
@@ -156,13 +167,13 @@ def _register_fa3() -> None:
 
 def _fa3(workload: Workload) -> Iterator[Variant]:
     w = workload
+    _plain(w)
     _need(w.rows > 0, "one number of rows for all sequences")
     _need(w.head_dim == 128, "head dim 128 only")
     _register_fa3()
 
-    def attend(
-        splits: int, q: Array, k_pages: Array, v_pages: Array, tables: Array, kv_lens: Array, cu_q_lens: Array
-    ) -> Array:
+    def attend(splits: int, x: Operands) -> Array:
+        q = x.q
         shape = (w.batch, w.rows, w.num_heads, w.head_dim)
         partial = (splits, w.batch, w.num_heads, w.rows) if splits > 1 else (1, 1, 1)
         struct = jax.ShapeDtypeStruct
@@ -175,10 +186,10 @@ def _fa3(workload: Workload) -> Iterator[Variant]:
         # An absent operand is an empty one.
         no_values, no_ids, no_floats = (jnp.zeros(0, dtype) for dtype in (q.dtype, jnp.int32, jnp.float32))
         operands = (
-            *(q.reshape(shape), k_pages, v_pages),
+            *(q.reshape(shape), x.k_pages, x.v_pages),
             *(no_values, no_values, no_values),  # new keys, new values, q for the values' side
             *(no_ids, no_ids, no_ids, no_ids),  # three cumulative lengths, used queries
-            *(kv_lens, tables),
+            *(x.kv_lens, x.block_tables),
             *(no_ids, no_ids),  # batch index, left padding
             *(no_values, no_values, no_ids),  # rotary cosine, sine, lengths
             *(no_floats, no_floats, no_floats, no_ids),  # three descales, scheduler metadata
@@ -204,7 +215,8 @@ def _fa3(workload: Workload) -> Iterator[Variant]:
         )
         return out.reshape(q.shape)
 
-    for splits in (1, 2, 4, 8, 16, 32, 64) if w.decode else (1,):
-        # With more than a few parts a multiprocessor, splitting only adds work.
-        if splits == 1 or w.batch * w.num_kv_heads * splits <= 1024:
-            yield Variant(f"{splits} splits", functools.partial(attend, splits))
+    # With more than a few parts a multiprocessor, splitting only adds work; one or two parts for each are likeliest.
+    parts = {splits: w.batch * w.num_kv_heads * splits for splits in (1, 2, 4, 8, 16, 32, 64)}
+    choices = [splits for splits, count in parts.items() if splits == 1 or count <= 1024] if w.decode else [1]
+    for splits in sorted(choices, key=lambda splits: abs(math.log2(parts[splits] / 200))):
+        yield Variant(f"{splits} splits", functools.partial(attend, splits))

@@ -1,4 +1,4 @@
-"""Where the time of the GPU engine's kernels goes, by Nsight Compute: duration, bytes of memory, shares of the peaks.
+"""Where the time of a GPU engine's kernels goes, by Nsight Compute: duration, bytes of memory, shares of the peaks.
 
 `python -m benchmarks.profile` from the repository's root runs itself under ncu, one call of each workload, and prints a
 table. Every kernel runs alone there, so durations add up to more than a call takes.
@@ -25,7 +25,7 @@ WORKLOADS = {
     "decode": Workload("decode, 4k keys", "f16", ((1, 4096),) * 16, **PLAN, causal=False),
     "prefill": Workload("4k rows, 4k keys", "f16", ((4096, 4096),) * 2, **PLAN, causal=False),
 }
-KERNELS = "(Cut|Pack|Softmax|Combine|Write)Kernel|nvjet|gemm|cutlass|xmma|cublas"
+KERNELS = "(Cut|Pack|Softmax|Combine|CombineSplits|Decode|Write)Kernel|nvjet|gemm|cutlass|xmma|cublas"
 
 # Of ncu, with the table's heading and what a value is divided by.
 METRICS = {
@@ -40,13 +40,12 @@ METRICS = {
 }
 
 
-def attend(name: str) -> None:
+def attend(name: str, engine: str) -> None:
     workload = WORKLOADS[name]
-    inputs = make_ragged(workload, copies=1)
-    (engine,) = (peer for peer in peers.engines() if peer.name == "cublaslt")
-    (variant,) = engine.variants(workload)
-    operands = (inputs.q, *inputs.pools[0], inputs.block_tables, inputs.kv_lens, inputs.cu_q_lens)
-    jax.block_until_ready(jax.jit(variant.attend)(*operands))
+    (operands,) = make_ragged(workload, copies=1)
+    (peer,) = (peer for peer in peers.engines() if peer.name == engine)
+    (variant,) = peer.variants(workload)
+    jax.block_until_ready(jax.jit(variant.attend)(operands))
 
 
 def write(tokens: int = 16384) -> None:
@@ -58,7 +57,7 @@ def write(tokens: int = 16384) -> None:
     jax.block_until_ready(step(pages, jnp.copy(pages), new, new, slots.reshape(-1)))
 
 
-def profile(ncu: str, name: str, kernels: int) -> list[list[str]]:
+def profile(ncu: str, name: str, engine: str, kernels: int) -> list[list[str]]:
     """A row a kernel: its name, then METRICS."""
     options = [
         "--clock-control",
@@ -72,7 +71,7 @@ def profile(ncu: str, name: str, kernels: int) -> list[list[str]]:
         "base",
     ]
     chosen = ["--kernel-name", f"regex:{KERNELS}", "--launch-count", str(kernels), "--metrics", ",".join(METRICS)]
-    program = [sys.executable, "-m", "benchmarks.profile", "--run", name]
+    program = [sys.executable, "-m", "benchmarks.profile", "--run", name, "--engine", engine]
     # ncu saves and restores memory around each kernel, and sees the kernels of a graph only as one.
     flags = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": "--xla_gpu_enable_command_buffer="}
     done = subprocess.run(
@@ -98,16 +97,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description="Profiles the GPU kernels.")
     parser.add_argument("--ncu", default="ncu", help="Nsight Compute's command")
     parser.add_argument("--kernels", type=int, default=9, help="kernels that are profiled of each workload, at most")
+    parser.add_argument("--engine", default="cublaslt", help="of attention")
     parser.add_argument("--only", default="", help="decode, prefill or write")
     parser.add_argument("--run", help="only run this one, for ncu")
     args = parser.parse_args()
     if args.run:
-        write() if args.run == "write" else attend(args.run)
+        write() if args.run == "write" else attend(args.run, args.engine)
         return
     for name in (*WORKLOADS, "write"):
         if args.only in name:
             print(f"{name}\n  {'':44}" + "".join(f"{heading:>11}" for heading, _ in METRICS.values()))
-            for kernel, *values in profile(args.ncu, name, args.kernels):
+            for kernel, *values in profile(args.ncu, name, args.engine, args.kernels):
                 print(
                     f"  {kernel.partition('(')[0][-44:]:44}" + "".join(f"{value:>11}" for value in values), flush=True
                 )

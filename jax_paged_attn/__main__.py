@@ -1,4 +1,4 @@
-"""`python -m jax_paged_attn`: what is installed, which engines run here, and why the others do not."""
+"""`python -m jax_paged_attn`: what is installed, which engines run here, what each takes, and why the others do not."""
 
 import platform
 import sys
@@ -21,11 +21,11 @@ def report() -> str:
     ]
     lines += [f"  {line}" for line in _ffi.describe()]
     lines.append("engines, best first:")
-    width = max(len(engine.name) for engine in _engines.ENGINES)
+    verdicts = {}
     for engine in _engines.ENGINES:
         reason = engine.missing(lowering_platform)
-        lines.append(f"  {engine.name:<{width}}  {'runs here' if reason is None else f'does not run here: {reason}'}")
-    return "\n".join(lines)
+        verdicts[engine.name] = "runs here" if reason is None else f"does not run here: {reason}"
+    return "\n".join([*lines, *_engines.table(verdicts)])
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class _Options(TypedDict, total=False):
     sinks: ArrayLike | None
     k_scale: ArrayLike | None
     v_scale: ArrayLike | None
+    batch_invariant: bool
 
 
 class _RaggedOptions(_Options, total=False):
@@ -79,6 +80,7 @@ def paged_attention(
     v_scale: ArrayLike | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
+    batch_invariant: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Decode: one query token a sequence, the newest, attends to the sequence's pages.
 
@@ -100,8 +102,11 @@ def paged_attention(
       k_scale: positive float32, scalar or `[K]`: key = stored × k_scale. Default 1, required for int8.
       v_scale: likewise for values.
       return_lse: return the log-sum-exp of the scores too.
-      implementation: the engine that must run: "cpu", "cublaslt" or "reference"; None picks the best for the call, see
-        `explain`.
+      implementation: the engine that must run: "cpu", "fused", "cublaslt" or "reference"; None picks the best for the
+        call, see `explain`.
+      batch_invariant: True: a sequence gives the same bits alone and in any batch, wherever it stands there and
+        whatever the others are, in calls of this function that differ in B, T and P only; gradients promise nothing.
+        "cpu" does so anyway, "fused" at some cost, "cublaslt" and "reference" cannot. A static bool.
 
     Returns:
       `[B, N, H]` in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` float32, natural log, the sink
@@ -109,10 +114,10 @@ def paged_attention(
 
     Raises:
       ValueError: a shape, dtype or value that does not fit; the message names the argument, what was expected, and
-        what came.
+        what came. When it is lowered: the platform lacks the named engine, or any that promises `batch_invariant`.
       TypeError: an argument of the wrong kind, such as a tracer for `scale`.
     """
-    static = _static_parameters(scale, sliding_window, soft_cap, True, return_lse, implementation)
+    static = _static_parameters(scale, sliding_window, soft_cap, True, return_lse, implementation, batch_invariant)
     return _paged(_primitive.attention, static, q, k_pages, v_pages, block_tables, lengths, sinks, k_scale, v_scale)
 
 
@@ -156,9 +161,13 @@ def paged_attention_reference(
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """`paged_attention` in plain JAX: the same arguments, results and errors; the oracle that engines are held to."""
-    static = _static_parameters(scale, sliding_window, soft_cap, True, return_lse, None)
+    """`paged_attention` in plain JAX: the same arguments, results and errors; the oracle that engines are held to.
+
+    `batch_invariant` changes nothing here: what XLA makes of the code decides about bits.
+    """
+    static = _static_parameters(scale, sliding_window, soft_cap, True, return_lse, None, batch_invariant)
     return _paged(_run_reference, static, q, k_pages, v_pages, block_tables, lengths, sinks, k_scale, v_scale)
 
 
@@ -210,6 +219,7 @@ def ragged_paged_attention(
     v_scale: ArrayLike | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
+    batch_invariant: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Any mix of prompts, chunks of prompts and decode rows: T query tokens of B sequences attend to their pages.
 
@@ -226,7 +236,8 @@ def ragged_paged_attention(
       num_seqs: int32, scalar or `[1]`: how many of the B sequences are live, clipped to [0, B]; None is all.
       causal: row r of a sequence with n rows stands at position i = kv_len − n + r and sees keys j ≤ i. False: it sees
         all keys of the sequence (with a window those with j > i − w). Rows before position 0 see no key.
-      scale, sliding_window, soft_cap, sinks, k_scale, v_scale, return_lse, implementation: as in `paged_attention`.
+      scale, sliding_window, soft_cap, sinks, k_scale, v_scale, return_lse, implementation, batch_invariant: as in
+        `paged_attention`.
 
     Returns:
       `[T, N, H]` in q's dtype; with `return_lse` a tuple of that and lse `[T, N]` float32.
@@ -234,7 +245,7 @@ def ragged_paged_attention(
     Raises:
       ValueError, TypeError: as `paged_attention`.
     """
-    static = _static_parameters(scale, sliding_window, soft_cap, causal, return_lse, implementation)
+    static = _static_parameters(scale, sliding_window, soft_cap, causal, return_lse, implementation, batch_invariant)
     return _ragged(
         _primitive.attention,
         static,
@@ -298,9 +309,13 @@ def ragged_paged_attention_reference(
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """`ragged_paged_attention` in plain JAX: the same arguments, results and errors; the oracle."""
-    static = _static_parameters(scale, sliding_window, soft_cap, causal, return_lse, None)
+    """`ragged_paged_attention` in plain JAX: the same arguments, results and errors; the oracle.
+
+    `batch_invariant` changes nothing, as in `paged_attention_reference`.
+    """
+    static = _static_parameters(scale, sliding_window, soft_cap, causal, return_lse, None, batch_invariant)
     return _ragged(
         _run_reference, static, q, k_pages, v_pages, kv_lens, block_tables, cu_q_lens, num_seqs, sinks, k_scale, v_scale
     )
@@ -365,6 +380,7 @@ def _static_parameters(
     causal: bool,
     return_lse: bool,
     implementation: str | None,
+    batch_invariant: bool,
 ) -> dict[str, Any]:
     if implementation is not None and not isinstance(implementation, str):
         raise TypeError(f"implementation: expected the name of an engine or None, got {type(implementation).__name__}")
@@ -375,6 +391,7 @@ def _static_parameters(
         "causal": _checks.static_bool("causal", causal),
         "return_lse": _checks.static_bool("return_lse", return_lse),
         "implementation": implementation,
+        "batch_invariant": _checks.static_bool("batch_invariant", batch_invariant),
     }
 
 
@@ -504,6 +521,8 @@ def _attend(
     return (out, lse) if return_lse else out
 
 
-def _run_reference(*operands: Array, implementation: str | None, **parameters: Any) -> tuple[Array, Array]:
-    del implementation  # the reference functions offer no choice
+def _run_reference(
+    *operands: Array, implementation: str | None, batch_invariant: bool, **parameters: Any
+) -> tuple[Array, Array]:
+    del implementation, batch_invariant  # the reference functions offer no choice
     return _reference.attention(*operands, **parameters)

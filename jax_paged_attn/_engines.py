@@ -2,13 +2,13 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jax_paged_attn import _ffi
 
 _log = logging.getLogger("jax_paged_attn")
 
-_PAGE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
+_QUANTIZED = ("float8_e4m3fn", "float8_e5m2", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Call:
     q_dtype: str
     page_dtype: str
     decode: bool
+    batch_invariant: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +32,35 @@ class Engine:
     Attributes:
       name: what `implementation=` calls it.
       platform: the only platform it runs on; None is any.
-      page_dtypes: dtypes of pages that it reads in place.
+      q_dtypes: dtypes of queries that it takes.
+      quantized_dtypes: dtypes of pages that it reads besides that of the queries.
+      head_dims: head dims that it takes; None is any.
+      batch_invariant: whether it can promise that a sequence has the same bits alone and in any batch.
     """
 
     name: str
     platform: str | None
-    page_dtypes: tuple[str, ...] = _PAGE_DTYPES
+    q_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    quantized_dtypes: tuple[str, ...] = _QUANTIZED
+    head_dims: tuple[int, ...] | None = None
+    batch_invariant: bool = False
 
     def unsupported(self, call: Call) -> str | None:
         """Why shapes and dtypes of the call exclude this engine, or None."""
-        if call.page_dtype not in self.page_dtypes:
-            return f"pages of dtype {call.page_dtype}; it reads {', '.join(self.page_dtypes)}"
+        if call.q_dtype not in self.q_dtypes:
+            return f"expected q of dtype {_either(self.q_dtypes)}, got {call.q_dtype}"
+        if call.page_dtype not in (call.q_dtype, *self.quantized_dtypes):
+            expected = _either((call.q_dtype, *self.quantized_dtypes))
+            return f"expected pages of dtype {expected}, got {call.page_dtype}"
+        if self.head_dims is not None and call.head_dim not in self.head_dims:
+            return f"expected a head dim of {_either(self.head_dims)}, got {call.head_dim}"
         return None
+
+    def rejects(self, call: Call) -> str | None:
+        """Why the engine cannot run the call on any platform, or None."""
+        if call.batch_invariant and not self.batch_invariant:
+            return "expected batch_invariant=False, got True, which it does not promise"
+        return self.unsupported(call)
 
     def missing(self, platform: str) -> str | None:
         """Why the engine cannot run on the platform, or None."""
@@ -50,19 +68,43 @@ class Engine:
             return f"runs on {self.platform}, not on {platform}"
         return _ffi.missing(self.platform) if self.platform else None
 
+    def __str__(self) -> str:
+        """What the engine takes, in one line."""
+        head_dims = "any head dim" if self.head_dims is None else f"head dims {', '.join(map(str, self.head_dims))}"
+        return "; ".join(
+            (
+                f"q {', '.join(self.q_dtypes)}",
+                f"pages as q, {', '.join(self.quantized_dtypes)}",
+                head_dims,
+                f"batch_invariant {'True or False' if self.batch_invariant else 'False'}",
+            )
+        )
+
+
+def _either(choices: Sequence[object]) -> str:
+    return " or ".join(map(str, choices))
+
 
 # Best first.
 ENGINES = (
-    Engine("cpu", platform="cpu"),
+    Engine("cpu", platform="cpu", batch_invariant=True),
+    Engine(
+        "fused",
+        platform="cuda",
+        q_dtypes=("bfloat16", "float16"),
+        head_dims=(64, 80, 96, 128, 192, 256),
+        batch_invariant=True,
+    ),
     Engine("cublaslt", platform="cuda"),
     Engine("reference", platform=None),
 )
 _BY_NAME = {engine.name: engine for engine in ENGINES}
+_PROMISING = f"an engine that promises it ({_either([engine.name for engine in ENGINES if engine.batch_invariant])})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Which engine runs a call, and why the others do not.
+    """Which engine runs a call, and why the others do not; as a string with the table of what each engine takes.
 
     Attributes:
       engine: the engine's name; names joined by ", " where a function's calls get different ones.
@@ -74,6 +116,20 @@ class Explanation:
     rejected: Mapping[str, str]
     calls: tuple["Explanation", ...] = ()
 
+    def __str__(self) -> str:
+        return "\n".join(
+            [self.engine, *table({engine.name: self.rejected.get(engine.name, "runs") for engine in ENGINES})]
+        )
+
+
+def table(verdicts: Mapping[str, str]) -> list[str]:
+    """Two lines an engine, best first: what `verdicts` says of it, and what it takes."""
+    width = max(map(len, _BY_NAME))
+    lines = []
+    for name, engine in _BY_NAME.items():
+        lines += [f"  {name:<{width}}  {verdicts[name]}", f"  {'':<{width}}  takes {engine}"]
+    return lines
+
 
 def check_name(implementation: str | None) -> None:
     """Raises ValueError for a name that no engine has."""
@@ -82,20 +138,25 @@ def check_name(implementation: str | None) -> None:
 
 
 def check_supported(call: Call, implementation: str | None) -> None:
-    """Raises ValueError if the named engine cannot take such shapes and dtypes on any platform."""
+    """Raises ValueError if the named engine cannot take such a call on any platform."""
     check_name(implementation)
-    reason = _BY_NAME[implementation].unsupported(call) if implementation else None
+    if implementation is None:
+        return
+    engine = _BY_NAME[implementation]
+    if call.batch_invariant and not engine.batch_invariant:
+        raise ValueError(f"batch_invariant: expected {_PROMISING}, got True with implementation={implementation!r}")
+    reason = engine.unsupported(call)
     if reason:
-        raise ValueError(f"implementation: {implementation!r} does not support {reason}")
+        raise ValueError(f"implementation: for {implementation!r} {reason}")
 
 
 def choose(call: Call, platform: str, implementation: str | None) -> Explanation:
-    """The engine for the call on a platform; ValueError if the named one does not run there."""
+    """The engine for the call on a platform; ValueError if the named one, or any that may, does not run there."""
     check_supported(call, implementation)
     rejected: dict[str, str] = {}
     chosen = None
     for engine in ENGINES:
-        reason = engine.missing(platform) or engine.unsupported(call)
+        reason = engine.missing(platform) or engine.rejects(call)
         if engine.name == implementation and reason:
             raise ValueError(f"implementation: {implementation!r} is not available here: {reason}")
         if reason is None and implementation not in (None, engine.name):
@@ -106,7 +167,7 @@ def choose(call: Call, platform: str, implementation: str | None) -> Explanation
             chosen = engine.name
         else:
             rejected[engine.name] = reason
-    if chosen is None:  # the reference takes every call, so only an incomplete table leads here
-        raise ValueError(f"implementation: no engine takes {call} on {platform}: {rejected}")
+    if chosen is None:  # the reference takes every call without the promise
+        raise ValueError(f"batch_invariant: expected {_PROMISING}, got True where none runs: {rejected}")
     _log.debug("%s on %s: %s (rejected: %s)", call, platform, chosen, rejected)
     return Explanation(chosen, rejected)

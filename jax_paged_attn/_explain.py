@@ -33,11 +33,12 @@ def explain(
       **kwargs: keywords of `fn`; those that are not arrays stay static.
 
     Returns:
-      An `Explanation`: `.engine`, `.rejected` (`{engine: reason}`), and `.calls`, one entry an attention call.
+      An `Explanation`: `.engine`, `.rejected` (`{engine: reason}`), and `.calls`, one entry an attention call. Printed
+      it shows what each engine takes too.
 
     Raises:
-      ValueError: the function has no attention call, a named implementation does not run on the platform, or both
-        `platform` and `device` are given.
+      ValueError: the function has no attention call, a named implementation does not run on the platform, or no
+        engine that promises `batch_invariant` does, or both `platform` and `device` are given.
     """
     if platform is not None and device is not None:
         raise ValueError("platform: expected None where a device is given, got both")
@@ -69,6 +70,7 @@ def _attention_calls(jaxpr: Jaxpr) -> Iterator[tuple[_engines.Call, str | None]]
     for eqn in jaxpr.eqns:
         if eqn.primitive is _primitive.attention_p:
             q, k_pages, *_ = (x.aval for x in eqn.invars)
-            yield _primitive.describe(q, k_pages, eqn.params["decode"]), eqn.params["implementation"]
+            call = _primitive.describe(q, k_pages, eqn.params["decode"], eqn.params["batch_invariant"])
+            yield call, eqn.params["implementation"]
         for inner in jaxprs_in_params(eqn.params):
             yield from _attention_calls(inner)

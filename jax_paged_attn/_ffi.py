@@ -116,14 +116,15 @@ def workspace_limit_cuda() -> int:
     return int(text) << 20
 
 
-def attention_workspace_bytes_cuda(
-    q: Array, k_pages: Array, block_tables: Array, *, decode: bool, workspace_limit: int
+def cublaslt_workspace_bytes(
+    q: Array, k_pages: Array, block_tables: Array, *, decode: bool, batch_invariant: bool, workspace_limit: int
 ) -> Any:
-    """Size of the attention target's workspace on CUDA, exact for known sizes and enough for symbolic ones.
+    """Size of the workspace of "cublaslt", exact for known sizes and enough for symbolic ones.
 
     The handler makes its plan by the same function, so for known sizes no byte is left over. Of symbolic sizes the
     plan cannot be known, but it keeps to the limit and what rows and sequences add.
     """
+    del batch_invariant  # which it does not promise
     module = compiled("cuda")
     dtypes = (str(q.dtype), str(k_pages.dtype))
     num_rows, num_q_heads, head_dim = q.shape
@@ -136,18 +137,51 @@ def attention_workspace_bytes_cuda(
     return (num_rows + num_seqs) * module.WORKSPACE_BYTES_PER_ROW + bound
 
 
-def attention_cpu(*operands: Array, decode: bool, **parameters: Any) -> tuple[Array, Array]:
-    """Attention on the CPU engine, which has no use for `decode`; operands and parameters as in docs/architecture.md.
+def fused_workspace_bytes(
+    q: Array, k_pages: Array, block_tables: Array, *, decode: bool, batch_invariant: bool, workspace_limit: int
+) -> Any:
+    """Size of the workspace of "fused", exact for known sizes and enough for symbolic ones.
+
+    It goes with the grid, which the device decides, and not with rows and sequences; a batch-invariant call has
+    partial results of its own for each row besides.
+    """
+    del workspace_limit  # it is far below
+    module = compiled("cuda")
+    num_rows, num_q_heads, head_dim = q.shape
+    num_kv_heads, num_seqs = k_pages.shape[2], block_tables.shape[0]
+    heads = (num_q_heads, num_kv_heads, head_dim)
+    if isinstance(num_rows, int) and isinstance(num_seqs, int):
+        return module.fused_workspace_bytes(num_rows, *heads, num_seqs, decode, batch_invariant)
+    of_one_row = module.fused_workspace_bytes(1, *heads, 1, decode, batch_invariant)
+    if not batch_invariant:
+        return of_one_row
+    return num_rows * module.fused_workspace_bytes_per_row(num_q_heads, head_dim) + of_one_row
+
+
+# How much scratch memory the engines for CUDA need.
+_CUDA_WORKSPACES: dict[str, Callable[..., Any]] = {
+    "fused": fused_workspace_bytes,
+    "cublaslt": cublaslt_workspace_bytes,
+}
+
+
+def attention_cpu(*operands: Array, decode: bool, batch_invariant: bool, **parameters: Any) -> tuple[Array, Array]:
+    """Attention on the CPU engine; operands and parameters as in docs/architecture.md.
+
+    It finds out by itself which sequences have one row, and is batch-invariant whether asked or not.
 
     Returns:
       `out [T, N, H]` in q's dtype and `lse [T, N]` f32.
     """
+    del decode, batch_invariant
     q, block_tables = operands[0], operands[3]
     workspace = attention_workspace_bytes(block_tables.shape[0], *q.shape[1:])
     return _attention(operands, workspace, **parameters)
 
 
-def attention_cuda(*operands: Array, engine: str, decode: bool, **parameters: Any) -> tuple[Array, Array]:
+def attention_cuda(
+    *operands: Array, engine: str, decode: bool, batch_invariant: bool, **parameters: Any
+) -> tuple[Array, Array]:
     """Attention on an engine for CUDA; operands and parameters as in docs/architecture.md.
 
     Returns:
@@ -155,8 +189,19 @@ def attention_cuda(*operands: Array, engine: str, decode: bool, **parameters: An
     """
     limit = workspace_limit_cuda()
     q, k_pages, _, block_tables, *_ = operands
-    workspace = attention_workspace_bytes_cuda(q, k_pages, block_tables, decode=decode, workspace_limit=limit)
-    attributes = {"decode": bool(decode), "engine": engine, "workspace_limit": np.int64(limit)}
+    workspace = _CUDA_WORKSPACES[engine](
+        q, k_pages, block_tables, decode=decode, batch_invariant=batch_invariant, workspace_limit=limit
+    )
+    attributes = {
+        "decode": bool(decode),
+        "engine": engine,
+        "workspace_limit": np.int64(limit),
+        "batch_invariant": bool(batch_invariant),
+    }
+    if decode:
+        # The rows are known then: XLA would make both arrays anew in each call.
+        none = jnp.zeros(0, jnp.int32)
+        operands = (*operands[:5], none, none, *operands[7:])
     return _attention(operands, workspace, attributes, **parameters)
 
 
@@ -214,5 +259,5 @@ def write(
 # The call of each engine that has a compiled one.
 ATTENTION: dict[str, Callable[..., tuple[Array, Array]]] = {
     "cpu": attention_cpu,
-    "cublaslt": functools.partial(attention_cuda, engine="cublaslt"),
+    **{name: functools.partial(attention_cuda, engine=name) for name in _CUDA_WORKSPACES},
 }

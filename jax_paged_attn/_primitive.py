@@ -103,8 +103,8 @@ def _aval(like: Any, shape: tuple[int, ...], dtype: Any) -> ShapedArray:
 # ---- abstract evaluation ---------------------------------------------------------------------------------------------
 
 
-def describe(q: Any, k_pages: Any, decode: bool) -> _engines.Call:
-    """What the choice of an engine depends on, from the operands' shapes and dtypes."""
+def describe(q: Any, k_pages: Any, decode: bool, batch_invariant: bool) -> _engines.Call:
+    """What the choice of an engine depends on, from the operands' shapes and dtypes and the static parameters."""
     return _engines.Call(
         num_heads=q.shape[1],
         kv_heads=k_pages.shape[2],
@@ -113,10 +113,13 @@ def describe(q: Any, k_pages: Any, decode: bool) -> _engines.Call:
         q_dtype=str(q.dtype),
         page_dtype=str(k_pages.dtype),
         decode=decode,
+        batch_invariant=batch_invariant,
     )
 
 
-def _attention_abstract(*operands: Any, implementation: str | None, decode: bool, **_: Any) -> list[Any]:
+def _attention_abstract(
+    *operands: Any, implementation: str | None, decode: bool, batch_invariant: bool, **_: Any
+) -> list[Any]:
     q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale = operands
     dims = _checks.Dims()
     dims.match("q", q, "T N H", _checks.COMPUTE_DTYPES)
@@ -133,7 +136,7 @@ def _attention_abstract(*operands: Any, implementation: str | None, decode: bool
         _check_divides(name, x.shape[0], dims["B"])
     if decode and dims["T"] != dims["B"]:
         raise ValueError(f"q: expected one row for each of the {dims['B']} sequences, got {dims['T']}")
-    _engines.check_supported(describe(q, k_pages, decode), implementation)
+    _engines.check_supported(describe(q, k_pages, decode, batch_invariant), implementation)
     return [_aval(q, q.shape, q.dtype), _aval(q, q.shape[:2], jnp.float32)]
 
 
@@ -190,15 +193,20 @@ def _inline(run: Callable[..., Sequence[Array]]) -> Callable[..., Any]:
 
 def _attention_lowering(platform: str | None) -> Callable[..., Any]:
     def lower(
-        ctx: mlir.LoweringRuleContext, *operands: Any, implementation: str | None, decode: bool, **static: Any
+        ctx: mlir.LoweringRuleContext,
+        *operands: Any,
+        implementation: str | None,
+        decode: bool,
+        batch_invariant: bool,
+        **static: Any,
     ) -> Any:
         q, k_pages, *_ = ctx.avals_in
         here = platform or _platform_of(ctx)
-        engine = _engines.choose(describe(q, k_pages, decode), here, implementation).engine
+        engine = _engines.choose(describe(q, k_pages, decode, batch_invariant), here, implementation).engine
         if engine == "reference":
             run = functools.partial(_reference.attention, decode=decode, **static)
         else:
-            run = functools.partial(_ffi.ATTENTION[engine], decode=decode, **static)
+            run = functools.partial(_ffi.ATTENTION[engine], decode=decode, batch_invariant=batch_invariant, **static)
         return _inline(run)(ctx, *operands)
 
     return lower
@@ -209,9 +217,7 @@ def _platform_of(ctx: mlir.LoweringRuleContext) -> str:
     return platforms[0]
 
 
-def _tangent_impl(
-    *operands: Array, wrt: tuple[bool, ...], implementation: str | None, **static: Any
-) -> Sequence[Array]:
+def _tangent_impl(*operands: Array, wrt: tuple[bool, ...], **static: Any) -> Sequence[Array]:
     dots = iter(operands[: sum(wrt)])
     saved = _differentiation.Saved(*operands[sum(wrt) :])
     q_dot, k_dot, v_dot, sinks_dot = (next(dots) if w else None for w in wrt)
@@ -223,7 +229,6 @@ def _cotangent_impl(
     lse_bar: Array,
     *residuals: Array,
     wrt: tuple[bool, bool, bool, bool],
-    implementation: str | None,
     **static: Any,
 ) -> Sequence[Array]:
     return _differentiation.cotangent(out_bar, lse_bar, _differentiation.Saved(*residuals), wrt, **static)
@@ -288,8 +293,16 @@ def _zero_tangents(results: Sequence[Array]) -> list[Any]:
     return [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
 
 
-def _attention_jvp(primals: Sequence[Array], tangents: Sequence[Any], **parameters: Any) -> tuple[Any, Any]:
-    results = attention_p.bind(*primals, **parameters)
+def _attention_jvp(
+    primals: Sequence[Array],
+    tangents: Sequence[Any],
+    *,
+    implementation: str | None,
+    batch_invariant: bool,
+    **static: Any,
+) -> tuple[Any, Any]:
+    # Derivatives have no use for what says which engine runs: they are plain JAX.
+    results = attention_p.bind(*primals, implementation=implementation, batch_invariant=batch_invariant, **static)
     dots = [tangents[i] for i in _DIFFERENTIABLE]  # scales are constants
     wrt = tuple(_has_tangent(dot) for dot in dots)
     for index in (1, 2):
@@ -298,7 +311,7 @@ def _attention_jvp(primals: Sequence[Array], tangents: Sequence[Any], **paramete
     if not any(wrt):
         return results, _zero_tangents(results)
     present = [dot for dot, w in zip(dots, wrt, strict=True) if w]
-    return results, tangent_p.bind(*present, *primals, *results, wrt=wrt, **parameters)
+    return results, tangent_p.bind(*present, *primals, *results, wrt=wrt, **static)
 
 
 def _tangent_transpose(bars: Sequence[Any], *operands: Any, wrt: tuple[bool, ...], **parameters: Any) -> list[Any]:

@@ -158,7 +158,8 @@ class PagedAttention(nnx.Module):
       num_heads, num_kv_heads, head_dim: N, K, H.
       rope_theta: base of the rotary frequencies; None for no rotation.
       rope_scaling: Llama 3's stretched frequencies.
-      scale, sliding_window, soft_cap, implementation: as for `jax_paged_attn.ragged_paged_attention`.
+      scale, sliding_window, soft_cap: as for `jax_paged_attn.ragged_paged_attention`.
+      implementation, batch_invariant: likewise, of calls with a step.
       sinks: whether each head has a learnt sink logit, an `nnx.Param` `[N]` float32, initially 0.
 
     Raises:
@@ -179,6 +180,7 @@ class PagedAttention(nnx.Module):
         soft_cap: float | None = None,
         sinks: bool = False,
         implementation: str | None = None,
+        batch_invariant: bool = False,
     ):
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_heads: expected a multiple of num_kv_heads = {num_kv_heads}, got {num_heads}")
@@ -195,6 +197,7 @@ class PagedAttention(nnx.Module):
         self.sliding_window = sliding_window
         self.soft_cap = soft_cap
         self.implementation = implementation
+        self.batch_invariant = batch_invariant
         self.sinks = nnx.data(nnx.Param(jnp.zeros(num_heads, jnp.float32)) if sinks else None)
         self.k_pages: CacheVariable | None = nnx.data(None)
         self.v_pages: CacheVariable | None = nnx.data(None)
@@ -275,6 +278,7 @@ class PagedAttention(nnx.Module):
             step.cu_q_lens,
             step.num_seqs,
             implementation=self.implementation,
+            batch_invariant=self.batch_invariant,
             **options,
             **scales,
         )

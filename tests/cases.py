@@ -57,6 +57,8 @@ class Case:
     shared_pages: int = 0  # leading pages that every sequence shares with the first
     sinks: bool = False
     sink_offset: float = 0.0  # added to standard normal sinks
+    q_factor: float = 1.0  # multiplies standard normal queries
+    rising: float = 0.0  # how much higher, about, the scores of each 64 keys are than those of the 64 before
     k_scale: float | tuple[float, ...] | None = None
     v_scale: float | tuple[float, ...] | None = None
     keywords: dict[str, Any] = field(default_factory=dict)  # the static ones
@@ -136,11 +138,19 @@ def build(case: Case) -> Inputs:
                 used = (min(page_size, kv_len - column * page_size), *pool_shape[2:])
                 k_pages[page, : used[0]] = random_values(rng, used, page_dtype)
                 v_pages[page, : used[0]] = random_values(rng, used, page_dtype)
+                if case.rising:
+                    steps = (column * page_size + np.arange(used[0])) // 64
+                    risen = k_pages[page, : used[0]].astype(np.float32)
+                    risen += (case.rising * steps / np.sqrt(case.head_dim))[:, None, None]
+                    k_pages[page, : used[0]] = risen.astype(page_dtype)
 
     q = _poison((rows, case.num_heads, case.head_dim), q_dtype)
     starts = np.maximum.accumulate(np.clip(cu_q_lens, 0, rows))
     claimed = slice(starts[0], starts[live])
-    q[claimed] = random_values(rng, q[claimed].shape, q_dtype)
+    values = random_values(rng, q[claimed].shape, np.dtype(np.float32))
+    if case.rising:
+        values += 1.0  # a length of sqrt(H) along the diagonal, which the scale takes back
+    q[claimed] = (values * np.float32(case.q_factor)).astype(q_dtype)
     return Inputs(
         decode=case.function == "paged_attention",
         q=q,
@@ -272,14 +282,14 @@ def _dtypes() -> list[Case]:
 def _shapes() -> list[Case]:
     """Groups, head dims and page sizes, powers of two or not."""
     cases = []
-    for group in range(1, 13):
+    for group in (*range(1, 17), 24, 64, 65):
         heads = {"num_heads": 2 * group, "num_kv_heads": 2}
         cases.append(replace(DECODE, name=f"decode_group_{group}", **heads))
-        if group in (1, 3, 5, 7, 8, 12):
+        if group in (1, 3, 5, 7, 8, 12, 16, 24):
             cases.append(replace(MIXED, name=f"mixed_group_{group}", dtype="bf16", **heads))
     cases.append(replace(MIXED, name="one_kv_head", num_heads=7, num_kv_heads=1))
     cases.append(replace(DECODE, name="odd_kv_heads", num_heads=15, num_kv_heads=3))
-    for head_dim in (40, 64, 80, 96, 128, 160, 256):
+    for head_dim in (40, 64, 80, 96, 128, 160, 192, 256):
         cases.append(replace(DECODE, name=f"decode_head_dim_{head_dim}", head_dim=head_dim, dtype="bf16"))
         if head_dim in (40, 80, 128, 256):
             cases.append(replace(MIXED, name=f"mixed_head_dim_{head_dim}", head_dim=head_dim))
@@ -334,7 +344,104 @@ def _long() -> list[Case]:
     ]
 
 
-CASES: tuple[Case, ...] = (*_edges(), *_keywords(), *_dtypes(), *_shapes(), *_long())
+def _tiles() -> list[Case]:
+    """What engines that work by tiles of keys and of packed rows (tokens x group) have to tell apart."""
+    e4m3: dict[str, Any] = {"page_dtype": "e4m3", "k_scale": (0.5, 1.5), "v_scale": 1.9}
+    e5m2: dict[str, Any] = {**e4m3, "page_dtype": "e5m2"}
+    int8: dict[str, Any] = {"page_dtype": "int8", "k_scale": 0.02, "v_scale": (0.01, 0.03)}
+    decode = replace(DECODE, head_dim=64, dtype="bf16")
+    cases = []
+
+    # Speculative drafts over long caches. All share their shapes; rows that no draft takes are slack.
+    drafts = Case(
+        "drafts", (8, 9, 1, 8, 9), (4107, 1500, 700, 8, 65), num_heads=8, head_dim=64, max_pages=260, dtype="bf16"
+    )
+    cases += [
+        drafts,
+        replace(drafts, name="drafts_of_8", q_lens=(8, 8, 8, 8, 0), rows=35),
+        replace(drafts, name="drafts_of_9", q_lens=(9, 9, 9, 0, 0), rows=35),
+        replace(drafts, name="drafts_longer_than_keys", kv_lens=(7, 9, 0, 4107, 1)),
+        replace(drafts, name="drafts_all", sinks=True, keywords={"sliding_window": 700, "soft_cap": 3.0}),
+        replace(drafts, name="drafts_e4m3", dtype="f16", **e4m3),
+        replace(drafts, name="drafts_int8", **int8),
+    ]
+    pair = Case("packed_rows_64", (8, 8), (300, 77), num_heads=16, head_dim=64, max_pages=20, dtype="bf16")
+    cases += [
+        pair,
+        replace(pair, name="packed_rows_65", q_lens=(5, 5), num_heads=26),
+        replace(pair, name="packed_rows_65_e4m3", q_lens=(5, 5), num_heads=26, **e4m3),
+        replace(pair, name="packed_rows_72", q_lens=(9, 9)),
+    ]
+
+    for i, page_size in enumerate((1, 8, 24, 48, 80, 256, 1024)):
+        max_pages = max(2, -(-200 // page_size))
+        most = max_pages * page_size
+        ends = (most, page_size, min(page_size + 1, most), most - 1)
+        size = {"page_size": page_size, "max_pages": max_pages, "kv_lens": ends}
+        cases.append(replace(decode, name=f"tiles_page_size_{page_size}_bf16", **size))
+        narrow = (e4m3, int8, e5m2)[i % 3]
+        name = f"tiles_page_size_{page_size}_{narrow['page_dtype']}"
+        cases.append(replace(decode, name=name, dtype=("bf16", "f16")[i % 2], **size, **narrow))
+
+    # P is 19, and 24 for pages of 1 and 64 tokens.
+    bad = ((0, 0, -1), (1, 0, 19), (1, 1, INT32_MIN), (2, 1, INT32_MAX), (3, 0, 20), (3, 2, -19))
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "bf16": ("bf16", {}), "f16": ("f16", {}), "e4m3": ("bf16", e4m3), "e5m2": ("f16", e5m2), "int8": ("bf16", int8)
+    }  # fmt: skip
+    for kind, (dtype, pages) in kinds.items():
+        cases.append(replace(decode, name=f"decode_ids_bad_{kind}", dtype=dtype, bad_ids=bad, **pages))
+    more_bad = ((0, 0, -1), (1, 1, 24), (2, 1, INT32_MAX), (2, 6, INT32_MIN))
+    for page_size in (1, 64):
+        lens = (1, 2 * page_size + 1, 7 * page_size)
+        for kind in ("bf16", "e4m3"):
+            dtype, pages = kinds[kind]
+            size = {"q_lens": (1,) * 3, "kv_lens": lens, "page_size": page_size, "max_pages": 7}
+            name = f"decode_ids_bad_{kind}_page_size_{page_size}"
+            cases.append(replace(decode, name=name, dtype=dtype, bad_ids=more_bad, **size, **pages))
+
+    # Queries that no 16-bit float but bf16 holds; one scale or the other brings the logits back.
+    for pages in (e4m3, e5m2):
+        kind = pages["page_dtype"]
+        for power in (30, -30):
+            scale = {"keywords": {"scale": 10.0**-power / 8}}
+            cases.append(replace(decode, name=f"q_1e{power}_{kind}", q_factor=10.0**power, **scale, **pages))
+            factors = {"k_scale": (10.0**-power, 3 * 10.0**-power), "v_scale": 10.0**power}
+            name = f"q_1e{power}_{kind}_k_scale"
+            cases.append(replace(decode, name=name, q_factor=10.0**power, **{**pages, **factors}))
+
+    long = replace(decode, q_lens=(1, 1), kv_lens=(5000, 130), max_pages=320, rising=4.0)
+    cases += [
+        replace(long, name="rising_bf16"),
+        replace(long, name="rising_e4m3", dtype="f16", page_dtype="e4m3"),
+        replace(drafts, name="rising_drafts", kv_lens=(4107, 1500, 700, 8, 650), rising=4.0),
+        replace(long, name="falling_bf16", rising=-4.0),
+    ]
+
+    for head_dim in (64, 80, 96, 128, 192, 256):
+        for kind in ("e4m3", "int8") if head_dim % 96 else ("e5m2", "int8"):
+            dtype = "f16" if kind == "int8" and head_dim % 64 else "bf16"
+            name = f"tiles_head_dim_{head_dim}_{kind}"
+            cases.append(replace(decode, name=name, head_dim=head_dim, dtype=dtype, **kinds[kind][1]))
+    cases += [
+        replace(MIXED, name="mixed_head_dim_96_e4m3", head_dim=96, dtype="bf16", **e4m3),
+        replace(MIXED, name="mixed_head_dim_192", head_dim=192, dtype="f16"),
+        replace(MIXED, name="mixed_head_dim_256_int8", head_dim=256, dtype="bf16", **int8),
+    ]
+
+    lengths = tuple(37 * i % 201 for i in range(300))
+    batch = replace(decode, q_lens=(1,) * 300, kv_lens=lengths, max_pages=13)
+    ragged = {"q_lens": tuple((1, 0, 2, 8, 1)[i % 5] for i in range(100)), "kv_lens": lengths[:100]}
+    cases += [
+        replace(batch, name="batch_of_300"),
+        replace(batch, name="batch_of_100", function="ragged_paged_attention", dtype="f16", **ragged, **e4m3),
+        replace(decode, name="wide_table", max_pages=1024),
+        replace(decode, name="long_window_bf16", kv_lens=(5000, 1100, 1000, 37), max_pages=320,
+                keywords={"sliding_window": 1000}, bad_ids=tuple((0, column, -1) for column in range(250))),
+    ]  # fmt: skip
+    return cases
+
+
+CASES: tuple[Case, ...] = (*_edges(), *_keywords(), *_dtypes(), *_shapes(), *_long(), *_tiles())
 BY_NAME: dict[str, Case] = {case.name: case for case in CASES}
 if len(BY_NAME) != len(CASES):
     raise ValueError("two cases share a name")

@@ -5,18 +5,32 @@ from __future__ import annotations
 import harness
 import numpy as np
 import pytest
-from cases import BY_NAME, CASES, LSE_BOUND, OUT_BOUND, Case, build
+from cases import BY_NAME, CASES, DTYPES, LSE_BOUND, OUT_BOUND, Case, build
+
+from jax_paged_attn import _engines
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_engine_matches_the_oracle(engine: str, case: Case) -> None:
-    harness.assert_close(harness.run(case, implementation=engine), harness.expected(case.name), case.dtype)
+    case = harness.adapted(case, engine)
+    harness.assert_close(harness.run(case, implementation=engine), harness.expected(case), case.dtype)
+
+
+@pytest.mark.parametrize("row", _engines.ENGINES, ids=lambda row: row.name)
+def test_adapted_cases_are_what_the_engine_takes(row: _engines.Engine) -> None:
+    adapted = [harness.adapted(case, row.name) for case in CASES]
+    assert {DTYPES[case.dtype].name for case in adapted} == set(row.q_dtypes)
+    assert {case.head_dim for case in adapted} >= set(row.head_dims or ())
+    for case in adapted:
+        assert row.head_dims is None or case.head_dim in row.head_dims
+    if row.q_dtypes == _engines.Engine("any", None).q_dtypes and row.head_dims is None:
+        assert adapted == list(CASES)
 
 
 @pytest.mark.parametrize("corrupt", ["out", "one row", "nan", "ghost row", "lse", "lse of a ghost row"])
 def test_the_comparison_can_fail(corrupt: str) -> None:
     case = BY_NAME["mixed_group_12"]
-    want = harness.expected(case.name)
+    want = harness.expected(case)
     out, lse = (x.copy() for x in want)
     harness.assert_close((out, lse), want, case.dtype)
     if corrupt == "out":
@@ -37,7 +51,7 @@ def test_the_comparison_can_fail(corrupt: str) -> None:
 
 
 def test_output_is_the_same_without_lse(engine: str) -> None:
-    case = BY_NAME["mixed_sinks"]
+    case = harness.adapted("mixed_sinks", engine)
     args, traced = build(case).arguments()
     alone = harness.call(case.function, *args, **traced, implementation=engine)
     out, lse = harness.run(case, implementation=engine)

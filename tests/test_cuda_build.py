@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import harness
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import BY_NAME, build
+from cases import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,20 +79,50 @@ def test_limit_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         _ffi.workspace_limit_cuda()
 
 
-@pytest.mark.parametrize("case", ["decode", "mixed"])
-def test_calls_lower_for_cuda(case: str) -> None:
-    args, _ = build(BY_NAME[case]).arguments()
-    call = functools.partial(getattr(jpa, BY_NAME[case].function), implementation="cublaslt")
+@given(
+    kv_heads=st.integers(1, 16),
+    group=st.integers(1, 80),
+    head_dim=st.sampled_from(harness.engine_row("fused").head_dims or ()),
+    num_seqs=st.integers(0, 3000),
+    num_rows=st.integers(0, 70000),
+    decode=st.booleans(),
+)
+@settings(max_examples=500, deadline=None)
+def test_scratch_of_fused_depends_on_rows_only_where_it_must(
+    kv_heads: int, group: int, head_dim: int, num_seqs: int, num_rows: int, decode: bool
+) -> None:
+    module = _ffi.compiled("cuda")
+    heads = (kv_heads * group, kv_heads, head_dim)
+    rows = num_seqs if decode else num_rows
+    size = module.fused_workspace_bytes(rows, *heads, num_seqs, decode, False)
+    assert size == module.fused_workspace_bytes(1, *heads, 1, decode, False)
+    assert 0 < size <= 256 * MIB
+    per_row = module.fused_workspace_bytes_per_row(heads[0], head_dim)
+    invariant = module.fused_workspace_bytes(rows, *heads, num_seqs, decode, True)
+    bound = module.fused_workspace_bytes(1, *heads, 1, decode, True) + rows * per_row
+    assert invariant <= bound
+    assert rows > 8 * num_seqs or invariant >= bound - per_row - 256  # no more than rounding is lost
+
+
+@pytest.mark.parametrize("cuda_engine", ["fused", "cublaslt"])
+@pytest.mark.parametrize("name", ["decode", "mixed"])
+def test_calls_lower_for_cuda(name: str, cuda_engine: str) -> None:
+    case = harness.adapted(name, cuda_engine)
+    args, _ = build(case).arguments()
+    call = functools.partial(getattr(jpa, case.function), implementation=cuda_engine)
     text = jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert f"custom_call @{_ffi.ATTENTION_TARGET}" in text
-    assert 'engine = "cublaslt"' in text
+    assert f'engine = "{cuda_engine}"' in text
 
 
-def test_a_symbolic_batch_exports_for_cuda() -> None:
+@pytest.mark.parametrize("keywords", [
+    {"implementation": "cublaslt"}, {"implementation": "fused"}, {"implementation": "fused", "batch_invariant": True}
+], ids=str)  # fmt: skip
+def test_a_symbolic_batch_exports_for_cuda(keywords: dict[str, Any]) -> None:
     (batch,) = jax.export.symbolic_shape("b")
     spec = jax.ShapeDtypeStruct
     pages = spec((99, 16, 2, 64), jnp.bfloat16)
-    call = jax.jit(functools.partial(jpa.paged_attention, implementation="cublaslt"))
+    call = jax.jit(functools.partial(jpa.paged_attention, **keywords))
     exported = jax.export.export(
         call,
         platforms=["cuda"],

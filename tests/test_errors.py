@@ -162,8 +162,26 @@ KEYWORDS = [
     Bad(ATTENTION, {"soft_cap": float("inf")}, ValueError, "soft_cap", "finite", "inf"),
     Bad(EVERY_RAGGED, {"causal": 1}, TypeError, "causal", "bool", "int"),
     Bad(ATTENTION, {"return_lse": "yes"}, TypeError, "return_lse", "bool", "str"),
+    Bad(ATTENTION, {"batch_invariant": 1}, TypeError, "batch_invariant", "bool", "int"),
+    Bad(
+        ENGINES,
+        {"batch_invariant": True, "implementation": "reference"},
+        ValueError, "batch_invariant", "an engine that promises it .*cpu or fused", "True with .*'reference'",
+    ),
+    Bad(ENGINES, {"batch_invariant": True, "implementation": "cublaslt"}, ValueError, "batch_invariant", "cpu", "'cub"),
     Bad(ENGINES, {"implementation": "flash"}, ValueError, "implementation", "cpu.*reference|reference.*cpu", "flash"),
     Bad(ENGINES, {"implementation": 3}, TypeError, "implementation", "name", "int"),
+    Bad(ENGINES, {"implementation": "fused"}, ValueError, "implementation", "bfloat16 or float16", "float32"),
+    Bad(
+        EVERY_DECODE[:1],
+        {
+            "implementation": "fused",
+            "q": _zeros((2, 4, 8), jnp.float16),
+            "k_pages": _zeros((6, 4, 2, 8), jnp.float16),
+            "v_pages": _zeros((6, 4, 2, 8), jnp.float16),
+        },
+        ValueError, "implementation", "for 'fused' expected a head dim of 64 or 80 .* or 256", "8",
+    ),
     # Host numbers can be looked at; traced scales cannot.
     Bad(TAKE_SCALES, {"k_scale": 0.0}, ValueError, "k_scale", "positive", "0"),
     Bad(TAKE_SCALES, {"v_scale": np.array([1, -1], np.float32)}, ValueError, "v_scale", "positive", "-1"),
@@ -220,7 +238,9 @@ def test_merging_empty_lists_raises() -> None:
         jpa.merge_attention_states([], [])
 
 
-STATIC = [(f, name) for f in ATTENTION for name in ("scale", "sliding_window", "soft_cap", "return_lse")]
+STATIC = [
+    (f, name) for f in ATTENTION for name in ("scale", "sliding_window", "soft_cap", "return_lse", "batch_invariant")
+]
 
 
 @pytest.mark.parametrize(("function", "name"), [*STATIC, *((f, "causal") for f in EVERY_RAGGED)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from cases import BY_NAME, build
 from harness import python
 
 import jax_paged_attn as jpa
-from jax_paged_attn import _engines
+from jax_paged_attn import __main__, _engines, _ffi
 
 DECODE = build(BY_NAME["decode"]).arguments()[0]
 RAGGED = build(BY_NAME["mixed"]).arguments()[0]
@@ -106,7 +108,7 @@ import jax, harness, jax_paged_attn as jpa
 from cases import BY_NAME, build
 case = BY_NAME["decode"]
 (q, k_pages, v_pages, tables, lengths), _ = build(case).arguments()
-harness.assert_close(harness.run(case), harness.expected(case.name), case.dtype)
+harness.assert_close(harness.run(case), harness.expected(case), case.dtype)
 
 def step(q):
     pools = jpa.write_kv_pages(k_pages, v_pages, q[:, :2], q[:, :2], lengths)
@@ -123,6 +125,63 @@ def test_package_works_without_compiled_modules() -> None:
     engine, reason = python(WITHOUT_MODULES)
     assert engine == "reference"
     assert "built without jax_paged_attn._cpu" in reason
+
+
+# ---- The table, as it is where the CUDA module is installed ----------------------------------------------------------
+
+
+def call_of(dtype: Any = jnp.bfloat16, head_dim: int = 128, page_dtype: Any = None) -> tuple[Any, ...]:
+    """Specs of a decode call of such queries and pages."""
+    spec = jax.ShapeDtypeStruct
+    pages = spec((9, 16, 2, head_dim), page_dtype or dtype)
+    return spec((3, 10, head_dim), dtype), pages, pages, spec((3, 4), jnp.int32), spec((3,), jnp.int32)
+
+
+INT8 = {"page_dtype": jnp.int8}
+CHOICES: list[tuple[dict[str, Any], bool, str]] = [
+    ({}, False, "fused"),
+    ({}, True, "fused"),
+    ({"dtype": jnp.float16, "head_dim": 80, **INT8}, False, "fused"),
+    ({"page_dtype": jnp.float8_e5m2, "head_dim": 256}, True, "fused"),
+    ({"dtype": jnp.float32}, False, "cublaslt"),
+    ({"head_dim": 72}, False, "cublaslt"),
+]
+
+
+@pytest.mark.parametrize(("call", "batch_invariant", "chosen"), CHOICES)
+def test_cuda_runs_fused_where_its_table_says_so(
+    monkeypatch: pytest.MonkeyPatch, call: dict[str, Any], batch_invariant: bool, chosen: str
+) -> None:
+    monkeypatch.setitem(_ffi._loaded, "cuda", ModuleType("stand-in"))
+    scales = dict.fromkeys(("k_scale", "v_scale"), 0.1)
+    explanation = jpa.explain(
+        jpa.paged_attention, *call_of(**call), platform="cuda", batch_invariant=batch_invariant, **scales
+    )
+    assert explanation.engine == chosen
+    assert set(explanation.rejected) == NAMES - {chosen}
+    if chosen == "cublaslt":
+        assert "expected" in explanation.rejected["fused"]
+        assert "got" in explanation.rejected["fused"]
+
+
+def test_no_engine_that_promises_batch_invariance_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_ffi._loaded, "cuda", ModuleType("stand-in"))
+    for platform, dtype in (("cuda", jnp.float32), ("tpu", jnp.bfloat16)):
+        with pytest.raises(ValueError, match=r"^batch_invariant: expected an engine that promises it .* none runs"):
+            jpa.explain(jpa.paged_attention, *call_of(dtype), platform=platform, batch_invariant=True)
+    traced = jax.jit(functools.partial(jpa.paged_attention, batch_invariant=True)).trace(*call_of())
+    with pytest.raises(ValueError, match=r"^batch_invariant: .*runs on cpu, not on tpu"):
+        traced.lower(lowering_platforms=("tpu",))
+
+
+def test_an_explanation_prints_what_each_engine_takes() -> None:
+    text = str(jpa.explain(jpa.paged_attention, *call_of(), platform="tpu"))
+    assert text.splitlines()[0] == "reference"
+    assert "takes q bfloat16, float16; pages as q, float8_e4m3fn, float8_e5m2, int8; head dims 64, 80, 96" in text
+    lines = __main__.report().splitlines()
+    for engine in _engines.ENGINES:
+        assert sum(str(engine) in line for line in lines) >= 1
+        assert any(line.split()[:1] == [engine.name] for line in lines)
 
 
 def test_engine_that_the_platform_lacks_raises_at_lowering() -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import re
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -21,26 +26,36 @@ pytestmark = [
 ]
 
 ENGINES = [engine.name for engine in _engines.ENGINES if engine.platform == "cuda"]
+# Bits of `(out, lse)`, in bf16 and f32.
+VIEWS = (jnp.uint16, jnp.uint32)
 # Pages used in place, and pages that are gathered.
 PAGE_SIZES = [64, 16]
 GIB = 1 << 30
 
 
 def decode_inputs(
-    batch: int, length: int, page_size: int, *, heads: int = 8, kv_heads: int = 2, seed: int = 0
+    batch: int,
+    length: int,
+    page_size: int,
+    *,
+    heads: int = 8,
+    kv_heads: int = 2,
+    page_dtype: Any = jnp.bfloat16,
+    seed: int = 0,
 ) -> tuple[jax.Array, ...]:
     """Operands of `paged_attention` in bf16, head dim 64, every sequence as long."""
     max_pages = -(-length // page_size)
     keys = jax.random.split(jax.random.key(seed), 3)
     shapes = [(batch, heads, 64), *[(batch * max_pages, page_size, kv_heads, 64)] * 2]
     q, k_pages, v_pages = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+    k_pages, v_pages = k_pages.astype(page_dtype), v_pages.astype(page_dtype)
     tables = np.random.default_rng(seed).permutation(batch * max_pages).astype(np.int32).reshape(batch, max_pages)
     return q, k_pages, v_pages, jnp.asarray(tables), jnp.full((batch,), length, jnp.int32)
 
 
 @functools.cache
-def compiled(engine: str) -> Any:
-    return jax.jit(functools.partial(jpa.paged_attention, implementation=engine, return_lse=True))
+def compiled(engine: str, **keywords: Any) -> Any:
+    return jax.jit(functools.partial(jpa.paged_attention, implementation=engine, return_lse=True, **keywords))
 
 
 def bits(results: Any) -> list[bytes]:
@@ -71,6 +86,72 @@ def test_whatever_scratch_memory_holds_the_bits_are_the_same(cuda_engine: str, p
         for _ in range(2):
             fill_free_memory(pattern)
             assert bits(compiled(cuda_engine)(*args)) == bits(expected)
+
+
+@contextmanager
+def bandwidth_hog() -> Iterator[Callable[[], int]]:
+    """Copies within the device on a stream of its own while the context lasts; yields how often it has copied.
+
+    What JAX is asked to do is done on one stream, after each other: only the driver can be asked for more.
+    """
+    cuda = ctypes.CDLL("libcuda.so.1")
+    size = ctypes.c_size_t(GIB // 4)
+    context, stream, buffers = ctypes.c_void_p(), ctypes.c_void_p(), [ctypes.c_uint64() for _ in range(2)]
+    stop, copies, errors = threading.Event(), [0], list[str]()
+
+    def check(name: str, *args: Any) -> None:
+        code = getattr(cuda, name)(*args)
+        if code:
+            raise RuntimeError(f"{name}: error {code}")
+
+    def hog() -> None:
+        try:
+            check("cuCtxSetCurrent", context)
+            while not stop.is_set():
+                for source, target in (buffers, buffers[::-1]):
+                    check("cuMemcpyDtoDAsync_v2", target, source, size, stream)
+                check("cuStreamSynchronize", stream)
+                copies[0] += 2
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    check("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)  # the one that JAX uses
+    check("cuCtxSetCurrent", context)
+    check("cuStreamCreate", ctypes.byref(stream), 1)  # not ordered with the default stream
+    for buffer in buffers:
+        check("cuMemAlloc_v2", ctypes.byref(buffer), size)
+    thread = threading.Thread(target=hog)
+    thread.start()
+    try:
+        yield lambda: copies[0]
+    finally:
+        stop.set()
+        thread.join()
+        for buffer in buffers:
+            check("cuMemFree_v2", buffer)
+        check("cuStreamDestroy_v2", stream)
+        check("cuDevicePrimaryCtxRelease_v2", 0)
+    assert not errors
+
+
+@pytest.mark.parametrize("cuda_engine", ENGINES)
+def test_repeats_beside_a_bandwidth_hog(cuda_engine: str) -> None:
+    """A skewed batch, so that the parts of the long sequence are done by many blocks, in whatever order."""
+    q, k_pages, v_pages, tables, _ = decode_inputs(16, 6000, 16)
+    lengths = jnp.asarray([6000, *range(3, 903, 60)], jnp.int32)
+    args = (q, k_pages, v_pages, tables, lengths)
+    expected = compiled(cuda_engine)(*args)
+    assert_right(expected, args)
+    same = jax.jit(
+        lambda a, b: jnp.stack([(x.view(y) == z.view(y)).all() for x, z, y in zip(a, b, VIEWS, strict=True)])
+    )
+    with bandwidth_hog() as copies:
+        while copies() == 0:
+            time.sleep(0.001)
+        before = copies()
+        results = [same(compiled(cuda_engine)(*args), expected) for _ in range(1000)]
+        assert np.asarray(jnp.stack(results)).all()
+        assert copies() > before
 
 
 @pytest.mark.parametrize("cuda_engine", ENGINES)
@@ -150,6 +231,24 @@ def test_lengths_grow_between_replays_of_a_graph(cuda_engine: str) -> None:
 
 
 @pytest.mark.parametrize("cuda_engine", ENGINES)
+def test_scratch_memory_is_poisoned_between_replays_of_a_graph(cuda_engine: str) -> None:
+    step = layers_step(cuda_engine)
+    q, caches, tables, lengths = layers_inputs(32)
+    module = _ffi.compiled("cuda")
+    results, calls = [], []
+    for i in range(12):
+        fill_free_memory((0x7FC00000, 0xFFFFFFFF, 0)[i % 3])
+        before = module.host_calls()
+        result, lengths = step(q, caches, tables, lengths, 0)
+        results.append(np.asarray(result))
+        calls.append(module.host_calls() - before)
+    assert calls.count(0) >= 3, f"calls of the handler in steps of 32 layers: {calls}"
+    assert_close_to_calls(results[0], cuda_engine, q, caches, tables, np.asarray(lengths))
+    for again in results[1:]:
+        np.testing.assert_array_equal(again, results[0])
+
+
+@pytest.mark.parametrize("cuda_engine", ENGINES)
 def test_more_addresses_in_turn_than_graphs_are_kept_for(cuda_engine: str) -> None:
     step = layers_step(cuda_engine)
     inputs = [layers_inputs(6, seed) for seed in range(24)]
@@ -163,12 +262,12 @@ def test_more_addresses_in_turn_than_graphs_are_kept_for(cuda_engine: str) -> No
         assert_close_to_calls(result, cuda_engine, *args)
 
 
-def count_launches(fn: Any, *args: Any) -> int:
-    """Kernels of the engine and of cuBLAS in one call; the others are XLA's, around it."""
+def count_launches(fn: Any, *args: Any, kernels_of: str = "cublaslt|nvjet|gemm|cutlass|xmma") -> int:
+    """Kernels of the engine (and of cuBLAS) in one call; the others are XLA's, around it."""
     from jax.experimental.mosaic.gpu import profiler
 
     _, kernels = profiler.measure(fn, aggregate=False)(*args)
-    return sum(re.search("cublaslt|nvjet|gemm|cutlass|xmma", name) is not None for name, _ in kernels)
+    return sum(re.search(kernels_of, name) is not None for name, _ in kernels)
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
@@ -231,6 +330,67 @@ def test_cublaslt_in_groups_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert bits(step(inputs * 2)) == outs
         calls.append(module.host_calls() - before)
     assert min(calls) == 0, f"calls of the handler in steps of 8: {calls}"
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("page_dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_fused_launches(page_dtype: Any, batch_invariant: bool) -> None:
+    """At most three, whatever batch, lengths, tables and pages are."""
+    count = functools.partial(count_launches, kernels_of="jpa")
+    counts = set()
+    decode = compiled("fused", batch_invariant=batch_invariant)
+    for batch, heads, length, page_size in ((1, 8, 100, 16), (2, 8, 512, 64), (300, 8, 512, 16), (4, 32, 9000, 1)):
+        args = decode_inputs(batch, length, page_size, heads=heads, page_dtype=page_dtype)
+        q, k_pages, v_pages, tables, lengths = args
+        skewed = jnp.where(jnp.arange(batch) == 0, lengths, 1)
+        for some in (lengths, jnp.zeros_like(lengths), skewed):
+            counts.add(count(decode, q, k_pages, v_pages, tables, some))
+        counts.add(count(decode, q, k_pages, v_pages, jnp.full_like(tables, -1), lengths))
+    assert len(counts) == 1, counts
+    assert max(counts) <= 3
+    ragged = jax.jit(
+        functools.partial(jpa.ragged_paged_attention, implementation="fused", batch_invariant=batch_invariant)
+    )
+    drafts = set()
+    for rows in (1, 2, 8):
+        q, k_pages, v_pages, tables, lengths = decode_inputs(8, 512, 16, page_dtype=page_dtype)
+        cu_q_lens = jnp.arange(9, dtype=jnp.int32) * rows
+        q = jnp.resize(q, (64, *q.shape[1:]))
+        drafts.add(count(ragged, q, k_pages, v_pages, lengths, tables, cu_q_lens))
+    assert len(drafts) == 1, drafts
+    assert max(drafts) <= 3
+
+
+INVARIANT = [engine.name for engine in _engines.ENGINES if engine.platform == "cuda" and engine.batch_invariant]
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 128])
+@pytest.mark.parametrize("page_dtype", [jnp.bfloat16, jnp.float8_e5m2, jnp.int8])
+@pytest.mark.parametrize("cuda_engine", INVARIANT)
+def test_a_sequence_has_the_same_bits_in_any_batch(cuda_engine: str, page_dtype: Any, page_size: int) -> None:
+    """Alone, among others, at another place, and beside others that are gone or longer."""
+    batch = 150
+    q, k_pages, v_pages, tables, _ = decode_inputs(batch, 2048, page_size, page_dtype=page_dtype)
+    lengths = jnp.asarray(np.random.default_rng(0).integers(0, 2049, batch).astype(np.int32)).at[:3].set([2048, 1, 0])
+    scales = {"k_scale": jnp.float32(1.0), "v_scale": jnp.float32(1.0)}
+    attend = compiled(cuda_engine, batch_invariant=True)
+
+    def run(order: Any, lengths: jax.Array) -> tuple[np.ndarray, ...]:
+        order = np.asarray(order)
+        return tuple(map(np.asarray, attend(q[order], k_pages, v_pages, tables[order], lengths[order], **scales)))
+
+    everyone = np.arange(batch)
+    whole = run(everyone, lengths)
+    for order in (everyone[::-1], np.roll(everyone, 37)):
+        again = run(order, lengths)
+        assert bits(x[np.argsort(order)] for x in again) == bits(whole)
+    for some in ([0], [1], [77], [2, 0], [149, 3, 12, 0, 88], range(0, 150, 7)):
+        mine = list(some)
+        assert bits(run(mine, lengths)) == bits(x[mine] for x in whole)
+    odd = everyone % 2 == 1
+    for others in (0, 2048):
+        changed = run(everyone, jnp.where(odd, lengths, others))
+        assert bits(x[odd] for x in changed) == bits(x[odd] for x in whole)
 
 
 def test_cublaslt_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

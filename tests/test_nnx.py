@@ -72,6 +72,7 @@ def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones():
         {"soft_cap": 2.0},
         {"sinks": True, "sliding_window": 3, "soft_cap": 5.0, "scale": 0.5, "use_bias": True},
         {"implementation": "reference"},
+        {"batch_invariant": True},
     ],
     ids=str,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -370,7 +372,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("/cache_hits") else None)
 case = BY_NAME["decode"]
-harness.assert_close(harness.run(case), harness.expected(case.name), case.dtype)
+harness.assert_close(harness.run(case), harness.expected(case), case.dtype)
 print(len(hits))
 """
 
@@ -391,7 +393,7 @@ def array_dtypes(jaxpr: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", ["num_seqs_two", "decode_bf16_int8"])
 def test_indices_stay_int32_under_x64(engine: str, name: str) -> None:
-    case = BY_NAME[name]
+    case = harness.adapted(name, engine)
     args, traced = build(case).arguments()
 
     def attend(*args: Any, **traced: Any) -> Any:
@@ -401,7 +403,7 @@ def test_indices_stay_int32_under_x64(engine: str, name: str) -> None:
         jaxpr = jax.make_jaxpr(attend)(*args, **traced)
         result = jax.jit(attend)(*args, **traced)
     assert not {"int64", "float64"} & set(array_dtypes(jaxpr.jaxpr))
-    harness.assert_close(result, harness.expected(name), case.dtype)
+    harness.assert_close(result, harness.expected(case), case.dtype)
 
 
 def test_writes_and_gradients_run_under_x64() -> None:
@@ -421,13 +423,33 @@ def test_writes_and_gradients_run_under_x64() -> None:
     assert_gradients_close(got, want, 1e-5)
 
 
+def test_batch_invariant_calls_have_the_same_derivatives(engine: str) -> None:
+    """And map as others do: derivatives are plain JAX, whatever is asked of the engine."""
+    if not harness.engine_row(engine).batch_invariant:
+        pytest.skip("makes no such promise")
+    case = harness.adapted("mixed_all", engine)
+    (q, k_pages, *rest), traced = build(case).arguments()
+
+    def loss(q: Any, k_pages: Any, batch_invariant: bool) -> Any:
+        keywords = {**traced, **case.keywords, "implementation": engine, "batch_invariant": batch_invariant}
+        return jpa.ragged_paged_attention(q, k_pages, *rest, **keywords).astype(jnp.float32).sum()
+
+    def derivatives(batch_invariant: bool) -> Any:
+        of_one = jax.value_and_grad(functools.partial(loss, batch_invariant=batch_invariant), (0, 1))
+        return jax.jit(jax.vmap(of_one, in_axes=(0, None)))(np.stack([q, 2 * q]), k_pages)
+
+    for mine, theirs in zip(*map(jax.tree.leaves, map(derivatives, (True, False))), strict=True):
+        # A batch-invariant call may round otherwise.
+        np.testing.assert_allclose(to_f64(mine), to_f64(theirs), rtol=GRADIENT_BOUND[case.dtype], atol=1e-2)
+
+
 # ---- Export ----------------------------------------------------------------------------------------------------------
 
 OURS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_paged_attn.{name}.v1") for name in ("attention", "write")]
 
 
 def test_export_with_a_symbolic_batch(engine: str) -> None:
-    case = BY_NAME["mixed_all"]
+    case = harness.adapted("mixed_all", engine)
     args, traced = build(case).arguments()
     q, k_pages, v_pages, kv_lens, tables, *_ = args
 
@@ -436,13 +458,15 @@ def test_export_with_a_symbolic_batch(engine: str) -> None:
 
     t, b, p, m = jax.export.symbolic_shape("t, b, p, m")
     spec = jax.ShapeDtypeStruct
-    pool = spec((p, *k_pages.shape[1:]), jnp.float32)
+    pool = spec((p, *k_pages.shape[1:]), k_pages.dtype)
     ints = (spec((b,), jnp.int32), spec((b, m), jnp.int32), spec((b + 1,), jnp.int32))
-    specs = (spec((t, *q.shape[1:]), jnp.float32), pool, pool, *ints)
+    specs = (spec((t, *q.shape[1:]), q.dtype), pool, pool, *ints)
     exported = jax.export.export(jax.jit(attend), disabled_checks=OURS)(*specs)
     again = jax.export.deserialize(exported.serialize())
     for name in ("mixed_all", "mixed_all_short"):
-        args = build(BY_NAME[name]).arguments()[0][:6]
+        # By one name, or the two could be adapted to different dtypes.
+        edge = dataclasses.replace(BY_NAME[name], name=case.name)
+        args = build(harness.adapted(edge, engine)).arguments()[0][:6]
         harness.assert_close(again.call(*args), jax.jit(attend)(*args), case.dtype)
     smaller = (q[:3], k_pages, v_pages, kv_lens[:1], tables[:1, :2], np.array([0, 3], np.int32))
     harness.assert_close(again.call(*smaller), attend(*smaller), case.dtype)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A few calls of the CUDA module, held to the oracle, for compute-sanitizer: without pytest, and with next to no XLA.
 
-Usage: tools/gpu_sanitize.py NAME...    names of cases in tests/cases.py, or "write"; the folder tests is on PYTHONPATH
+Usage: tools/gpu_sanitize.py write | ENGINE NAME...    names of tests/cases.py; the folder tests is on PYTHONPATH
 """
 
 import sys
@@ -15,9 +15,12 @@ import oracle
 import jax_paged_attn as jpa
 
 
-def attention(name: str) -> None:
-    case = cases.BY_NAME[name]
-    harness.assert_close(harness.run(case, implementation="cublaslt"), harness.expected(name), case.dtype)
+def attention(engine: str, name: str) -> None:
+    """The case as the engine takes it, and once more with its promise if it can give it."""
+    case = harness.adapted(name, engine)
+    for batch_invariant in {False, harness.engine_row(engine).batch_invariant}:
+        got = harness.run(case, implementation=engine, batch_invariant=batch_invariant)
+        harness.assert_close(got, harness.expected(case), case.dtype)
 
 
 def write() -> None:
@@ -34,10 +37,14 @@ def write() -> None:
 
 def main() -> None:
     assert jax.default_backend() == "gpu", f"no GPU: {jax.devices()}"
-    for name in sys.argv[1:]:
-        write() if name == "write" else attention(name)
-        print(f"{name}: as the oracle has it", flush=True)
-    print(f"jax_paged_attn {jpa.__version__}: {len(sys.argv) - 1} names done")
+    what, *names = sys.argv[1:]
+    if what == "write":
+        write()
+        print("write: as the oracle has it")
+    for name in names:
+        attention(what, name)
+        print(f"{what} {name}: as the oracle has it", flush=True)
+    print(f"jax_paged_attn {jpa.__version__}: {what} done")
 
 
 if __name__ == "__main__":

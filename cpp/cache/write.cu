@@ -12,10 +12,10 @@
 #include <type_traits>
 
 #include "cache/write_cuda.h"
+#include "core/fast_division.h"
 #include "device/convert.cuh"
-#include "device/fast_division.cuh"
 #include "device/packed.cuh"
-#include "device/prefetch.cuh"
+#include "device/ptx.cuh"
 
 namespace jpa::cache {
 namespace {
@@ -35,8 +35,8 @@ struct Side {
   const void* values;  // [T, K, H]
   void* pages;         // [P, S, K, H] through strides
   PageStrides strides;
-  const float* scales;                   // [X, K], null if X is 0
-  device::FastDivisor tokens_per_scale;  // T / X
+  const float* scales;           // [X, K], null if X is 0
+  FastDivisor tokens_per_scale;  // T / X
 };
 
 struct WriteArgs {
@@ -47,9 +47,9 @@ struct WriteArgs {
   int32_t tokens_per_cta;
   int32_t num_kv_heads;
   int32_t row_length;  // K * H
-  device::FastDivisor head_dim;
-  device::FastDivisor page_size;
-  device::FastDivisor parts_per_row;  // how many times 32 vectors, a lane each, make a row at least
+  FastDivisor head_dim;
+  FastDivisor page_size;
+  FastDivisor parts_per_row;  // how many times 32 vectors, a lane each, make a row at least
 };
 
 __device__ int NumWarps() { return static_cast<int>(blockDim.x / 32); }
@@ -369,7 +369,7 @@ Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaS
                        IsAligned(params.k_pages) && IsAligned(params.v_pages);
   const int64_t part_length = 32 * (vectors ? widest : 1),
                 row_length = problem.num_kv_heads * problem.head_dim;
-  const auto divisor = [](int64_t number) { return device::FastDivisor(static_cast<int32_t>(number)); };
+  const auto divisor = [](int64_t number) { return FastDivisor(static_cast<int32_t>(number)); };
   const auto tokens_per_scale = [&](int64_t num_scales) {
     return divisor(num_scales > 0 ? std::max<int64_t>(problem.num_tokens / num_scales, 1) : 1);
   };

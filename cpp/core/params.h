@@ -18,8 +18,8 @@ struct AttentionParams {
   const void* v_pages;          // [Pv, S, K, H] in kv_dtype, through v_strides
   const int32_t* block_tables;  // [B, M], page ids; outside [0, max(Pk, Pv)) the page's tokens are masked
   const int32_t* kv_lens;       // [B], clipped to [0, M * S]
-  const int32_t* q_starts;      // [B], first query row of the sequence
-  const int32_t* q_counts;      // [B], number of its query rows
+  const int32_t* q_starts;      // [B], first query row of the sequence; null: row b is sequence b's
+  const int32_t* q_counts;      // [B], number of its query rows; null: 1
   const float* sinks;           // [X, N], null if X is 0
   const float* k_scale;         // [X, K], null if X is 0
   const float* v_scale;         // [X, K], null if X is 0

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "engines/cublaslt/run.h"
+#include "engines/fused/run.h"
 #include "ffi/guard.h"
 #include "ffi/parse.h"
 
@@ -23,8 +24,9 @@ struct AttentionCudaAttributes {
   int64_t sliding_window;
   bool causal;
   bool decode;
-  std::string_view engine;  // what the call wishes; empty: the handler's choice
-  int64_t workspace_limit;
+  bool batch_invariant;     // only "fused" promises it
+  std::string_view engine;  // "fused" or "cublaslt"
+  int64_t workspace_limit;  // of "cublaslt"
 };
 
 }  // namespace jpa
@@ -34,6 +36,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jpa::AttentionCudaAttributes, ::xla::ffi::
                                       ::xla::ffi::StructMember<int64_t>("sliding_window"),
                                       ::xla::ffi::StructMember<bool>("causal"),
                                       ::xla::ffi::StructMember<bool>("decode"),
+                                      ::xla::ffi::StructMember<bool>("batch_invariant"),
                                       ::xla::ffi::StructMember<std::string_view>("engine"),
                                       ::xla::ffi::StructMember<int64_t>("workspace_limit"));
 
@@ -42,13 +45,16 @@ namespace {
 
 std::atomic<int64_t> host_calls{0};
 
-// What a call site of a compiled program keeps: its sizes never change, so there is one plan, and descriptors
-// and algorithms once a device. Threads share it.
+bool IsFused(const AttentionCudaAttributes& attributes) { return attributes.engine == "fused"; }
+
+// What a call site of a compiled program keeps: its sizes never change, so what its engine makes ready once a device
+// stays right. Threads share it.
 class AttentionState {
  public:
   static ffi::TypeId id;
 
   struct OnDevice {
+    fused::Device fused;
     cublaslt::Plan plan;
     std::unique_ptr<cublaslt::Products> products;
   };
@@ -64,8 +70,7 @@ class AttentionState {
     std::unique_ptr<OnDevice>& here = devices_[device];
     if (here == nullptr) {
       auto made = std::make_unique<OnDevice>();
-      made->plan = cublaslt::MakePlan(problem, attributes.decode, attributes.workspace_limit);
-      if (Status s = cublaslt::Products::Make(problem, made->plan, &made->products); !s.ok()) return s;
+      if (Status s = Make(problem, attributes, made.get()); !s.ok()) return s;
       here = std::move(made);
     }
     *found = here.get();
@@ -73,6 +78,12 @@ class AttentionState {
   }
 
  private:
+  static Status Make(const AttentionProblem& problem, const AttentionCudaAttributes& attributes, OnDevice* made) {
+    if (IsFused(attributes)) return fused::Prepare(problem, &made->fused);
+    made->plan = cublaslt::MakePlan(problem, attributes.decode, attributes.workspace_limit);
+    return cublaslt::Products::Make(problem, made->plan, &made->products);
+  }
+
   std::mutex mutex_;
   std::map<int, std::unique_ptr<OnDevice>> devices_;
 };
@@ -109,8 +120,12 @@ Status Parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
       buffers.push_back({kNames[i], **buffer});
     }
   }
-  if (!attributes.engine.empty() && attributes.engine != "cublaslt") {
-    return Status::InvalidArgument("implementation: expected cublaslt or none, got " +
+  if (!IsFused(attributes) && attributes.engine != "cublaslt") {
+    return Status::InvalidArgument("implementation: expected fused or cublaslt, got " +
+                                   std::string(attributes.engine));
+  }
+  if (attributes.batch_invariant && !IsFused(attributes)) {
+    return Status::InvalidArgument("batch_invariant: expected implementation fused, got " +
                                    std::string(attributes.engine));
   }
   if (attributes.workspace_limit < 0) {
@@ -121,12 +136,8 @@ Status Parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
                                   buffers[5],  buffers[6],  buffers[7], buffers[8], buffers[9],
                                   buffers[10], buffers[11], buffers[12]};
   const AttentionAttributes shared = {attributes.scale, attributes.soft_cap, attributes.sliding_window,
-                                      attributes.causal};
+                                      attributes.causal, attributes.decode};
   if (Status s = ParseAttention(named, shared, &call->problem, &call->params); !s.ok()) return s;
-  if (attributes.decode && call->problem.num_rows != call->problem.num_seqs) {
-    return Mismatch(named.q,
-                    "one row for each of the " + std::to_string(call->problem.num_seqs) + " sequences");
-  }
   call->workspace_bytes = named.workspace.dim(0);
   return Status::Ok();
 }
@@ -152,6 +163,10 @@ ffi::Error Execute(cudaStream_t stream, AttentionState* state, ffi::RemainingArg
     if (Status s = Parse(args, rets, attributes, &call); !s.ok()) return s;
     const AttentionState::OnDevice* device;
     if (Status s = state->Get(call.problem, attributes, &device); !s.ok()) return s;
+    if (IsFused(attributes)) {
+      return fused::RunAttention(call.problem, call.params, {attributes.decode, attributes.batch_invariant},
+                                 device->fused, call.workspace_bytes, stream);
+    }
     return cublaslt::RunAttention(call.problem, call.params, device->plan, *device->products,
                                   call.workspace_bytes, stream);
   });

@@ -6,8 +6,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/dtype_name.h"
 #include "engines/cublaslt/library.h"
 #include "engines/cublaslt/plan.h"
+#include "engines/fused/run.h"
 #include "ffi/handler_cuda.h"
 #include "ffi/handler_write_cuda.h"
 
@@ -38,12 +40,10 @@ nb::dict Types() {
 }
 
 jpa::DType DTypeOf(const std::string& name) {
-  if (name == "float32") return jpa::DType::kF32;
-  if (name == "bfloat16") return jpa::DType::kBF16;
-  if (name == "float16") return jpa::DType::kF16;
-  if (name == "float8_e4m3fn") return jpa::DType::kE4M3FN;
-  if (name == "float8_e5m2") return jpa::DType::kE5M2;
-  if (name == "int8") return jpa::DType::kS8;
+  for (const jpa::DType dtype : {jpa::DType::kF32, jpa::DType::kBF16, jpa::DType::kF16, jpa::DType::kE4M3FN,
+                                 jpa::DType::kE5M2, jpa::DType::kS8}) {
+    if (name == jpa::Name(dtype)) return dtype;
+  }
   throw std::invalid_argument(
       "dtype: expected float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8, got " + name);
 }
@@ -93,6 +93,22 @@ int64_t WorkspaceBound(const std::string& q_dtype, const std::string& kv_dtype, 
       Problem(q_dtype, kv_dtype, 1, num_q_heads, num_kv_heads, head_dim, page_size, 1, 1), workspace_limit);
 }
 
+// A problem of which only what the engine `fused` sizes its workspace by is known.
+jpa::AttentionProblem FusedProblem(int64_t num_rows, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim,
+                                   int64_t num_seqs) {
+  return Problem("bfloat16", "bfloat16", num_rows, num_q_heads, num_kv_heads, head_dim, 1, num_seqs, 1);
+}
+
+int64_t FusedWorkspaceBytes(int64_t num_rows, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim,
+                            int64_t num_seqs, bool decode, bool batch_invariant) {
+  return jpa::fused::WorkspaceBytes(FusedProblem(num_rows, num_q_heads, num_kv_heads, head_dim, num_seqs),
+                                    {decode, batch_invariant});
+}
+
+int64_t FusedWorkspaceBytesPerRow(int64_t num_q_heads, int64_t head_dim) {
+  return jpa::fused::WorkspaceBytesPerRow(FusedProblem(1, num_q_heads, 1, head_dim, 1));
+}
+
 nb::dict BuildInfo() {
   nb::dict info;
   info["compiler"] = JPA_COMPILER;
@@ -123,6 +139,12 @@ NB_MODULE(_cuda, m) {
   m.def("workspace_bound", &WorkspaceBound, nb::arg("q_dtype"), nb::arg("kv_dtype"), nb::arg("num_q_heads"),
         nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"), nb::arg("workspace_limit"),
         "At least the workspace of any such call, less WORKSPACE_BYTES_PER_ROW for each row and sequence.");
+  m.def("fused_workspace_bytes", &FusedWorkspaceBytes, nb::arg("num_rows"), nb::arg("num_q_heads"),
+        nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("num_seqs"), nb::arg("decode"),
+        nb::arg("batch_invariant"),
+        "The workspace of \"fused\": the same for any rows and sequences, unless batch-invariant.");
+  m.def("fused_workspace_bytes_per_row", &FusedWorkspaceBytesPerRow, nb::arg("num_q_heads"), nb::arg("head_dim"),
+        "What a query row adds to that at most, if batch-invariant.");
   m.attr("WORKSPACE_BYTES_PER_ROW") = jpa::cublaslt::kWorkspaceBytesPerRow;
   m.attr("DEFAULT_WORKSPACE_LIMIT") = jpa::cublaslt::kDefaultWorkspaceLimit;
   m.def("set_library_directory", &jpa::cublaslt::SetLibraryDirectory, nb::arg("directory"),

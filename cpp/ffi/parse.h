@@ -151,6 +151,7 @@ struct AttentionAttributes {
   float soft_cap;
   int64_t sliding_window;
   bool causal;
+  bool decode;  // sequence b has row b of q alone: q_starts and q_counts are empty
 };
 
 inline Status ParseAttention(const AttentionBuffers& buffers, const AttentionAttributes& attributes,
@@ -177,8 +178,12 @@ inline Status ParseAttention(const AttentionBuffers& buffers, const AttentionAtt
   if (Status s = ExpectRank(block_tables, 2, "[B, M]"); !s.ok()) return s;
   const int64_t num_seqs = block_tables.dim(0), max_pages = block_tables.dim(1);
   if (Status s = Expect(block_tables, ffi::DataType::S32, {num_seqs, max_pages}); !s.ok()) return s;
-  for (const NamedBuffer& vector : {kv_lens, q_starts, q_counts}) {
-    if (Status s = Expect(vector, ffi::DataType::S32, {num_seqs}); !s.ok()) return s;
+  if (Status s = Expect(kv_lens, ffi::DataType::S32, {num_seqs}); !s.ok()) return s;
+  for (const NamedBuffer& vector : {q_starts, q_counts}) {
+    if (Status s = Expect(vector, ffi::DataType::S32, {attributes.decode ? 0 : num_seqs}); !s.ok()) return s;
+  }
+  if (attributes.decode && num_rows != num_seqs) {
+    return Mismatch(q, "one row for each of the " + std::to_string(num_seqs) + " sequences");
   }
   if (Status s = ExpectRepeated(sinks, num_q_heads, num_seqs, "B"); !s.ok()) return s;
   for (const NamedBuffer& scale : {k_scale, v_scale}) {
@@ -212,8 +217,8 @@ inline Status ParseAttention(const AttentionBuffers& buffers, const AttentionAtt
              v_pages.buffer.untyped_data(),
              static_cast<const int32_t*>(block_tables.buffer.untyped_data()),
              static_cast<const int32_t*>(kv_lens.buffer.untyped_data()),
-             static_cast<const int32_t*>(q_starts.buffer.untyped_data()),
-             static_cast<const int32_t*>(q_counts.buffer.untyped_data()),
+             attributes.decode ? nullptr : static_cast<const int32_t*>(q_starts.buffer.untyped_data()),
+             attributes.decode ? nullptr : static_cast<const int32_t*>(q_counts.buffer.untyped_data()),
              DataOrNull<const float>(sinks),
              DataOrNull<const float>(k_scale),
              DataOrNull<const float>(v_scale),

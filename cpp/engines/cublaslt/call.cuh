@@ -19,6 +19,10 @@ __device__ inline void** PointersAt(const Call& call, PointerArray array) {
   return At<void*>(call, call.plan.pointers) + array * call.plan.units * call.plan.blocks();
 }
 
+__device__ inline int32_t QueryCount(const Call& call, int64_t seq) {
+  return call.params.q_counts == nullptr ? 1 : max(call.params.q_counts[seq], 0);
+}
+
 // Query rows [begin, end) of a sequence lie in q; row 0 of the sequence is row `start`.
 struct LiveRows {
   int64_t start;
@@ -29,8 +33,8 @@ struct LiveRows {
 };
 
 __device__ inline LiveRows LiveRowsOf(const Call& call, int64_t seq) {
-  const int64_t start = call.params.q_starts[seq];
-  const int64_t count = max(call.params.q_counts[seq], 0);
+  const int64_t start = call.params.q_starts == nullptr ? seq : call.params.q_starts[seq];
+  const int64_t count = QueryCount(call, seq);
   return {start, max(-start, int64_t{0}), min(count, call.problem.num_rows - start)};
 }
 
@@ -41,7 +45,7 @@ __device__ inline Tile MakeTile(const Call& call, int64_t seq, int64_t first) {
   const int64_t kv_len = min(max(static_cast<int64_t>(call.params.kv_lens[seq]), int64_t{0}), capacity);
   const int64_t row = rows.begin + first;
   const int64_t num_rows = max(min(call.plan.rows_per_tile, rows.end - row), int64_t{0});
-  const int64_t position = kv_len - max(call.params.q_counts[seq], 0) + row;
+  const int64_t position = kv_len - QueryCount(call, seq) + row;
   const int64_t last = position + num_rows - 1;
   // Rows before position 0 see no key.
   int64_t begin = 0, end = 0;

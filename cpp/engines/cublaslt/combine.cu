@@ -6,6 +6,7 @@
 
 #include "device/convert.cuh"
 #include "device/packed.cuh"
+#include "device/ptx.cuh"
 #include "engines/cublaslt/call.cuh"
 #include "engines/cublaslt/launch.cuh"
 
@@ -73,7 +74,7 @@ constexpr int ThreadsOf(int warps_per_row) { return std::max(32 * warps_per_row,
 template <typename T, int kWarpsPerRow>
 __global__ void __launch_bounds__(ThreadsOf(kWarpsPerRow), BlocksOfSm(kWarpsPerRow))
     CombineKernel(const __grid_constant__ Call call, const __grid_constant__ Group group) {
-  AwaitPrevious();
+  device::WaitForPreviousKernel();
   constexpr int kWarps = ThreadsOf(kWarpsPerRow) / 32;
   __shared__ Unpacked<float, kWidth> sums[kWarps][32];
   const Plan& plan = call.plan;

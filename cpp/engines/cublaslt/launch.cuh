@@ -1,4 +1,3 @@
-// Programmatic dependent launch: a kernel starts up while the one in front of it in the stream ends.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,14 +7,8 @@
 
 namespace jpa::cublaslt {
 
-// What a kernel that may be launched early does before all else: waits until the kernels in front are done
-// and their results can be seen.
-__device__ inline void AwaitPrevious() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
+// With `early` the kernel may start up while the one in front of it in the stream ends; it waits for that by
+// itself.
 template <typename... Params, typename... Args>
 Status Launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads, bool early,
               cudaStream_t stream, const Args&... args) {

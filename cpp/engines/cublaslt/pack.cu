@@ -7,6 +7,7 @@
 
 #include "device/convert.cuh"
 #include "device/packed.cuh"
+#include "device/ptx.cuh"
 #include "engines/cublaslt/call.cuh"
 #include "engines/cublaslt/launch.cuh"
 
@@ -225,7 +226,7 @@ __device__ void Gather(const Call& call, const Group& group) {
 template <typename T, typename KV, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 4)
     PackKernel(const __grid_constant__ Call call, const __grid_constant__ Group group) {
-  AwaitPrevious();
+  device::WaitForPreviousKernel();
   FillPointers<T>(call, group);
   if (group.first && group.first_unit == 0) FillZeros<T>(call);
   if (group.first) PackQueries<T, kAligned>(call, group);

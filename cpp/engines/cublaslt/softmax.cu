@@ -7,6 +7,7 @@
 #include "device/convert.cuh"
 #include "device/exp2.cuh"
 #include "device/packed.cuh"
+#include "device/ptx.cuh"
 #include "device/reduce.cuh"
 #include "engines/cublaslt/call.cuh"
 #include "engines/cublaslt/launch.cuh"
@@ -55,7 +56,7 @@ __device__ float ScaleOf(const Call& call, const Unit& unit) {
 template <typename T, int kThreadsPerRow>
 __global__ void __launch_bounds__(kThreads, 4)
     SoftmaxKernel(const __grid_constant__ Call call, const __grid_constant__ Group group, int64_t chunk) {
-  AwaitPrevious();
+  device::WaitForPreviousKernel();
   constexpr int kRows = kThreads / kThreadsPerRow;
   const Plan& plan = call.plan;
   const int thread = static_cast<int>(threadIdx.x) % kThreadsPerRow;

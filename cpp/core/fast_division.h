@@ -4,7 +4,9 @@
 
 #include <cstdint>
 
-namespace jpa::device {
+#include "core/host_device.h"
+
+namespace jpa {
 
 // Granlund & Montgomery, "Division by invariant integers using multiplication" (1994), for numbers in [0,
 // 2^31).
@@ -19,11 +21,12 @@ class FastDivisor {
     multiplier_ = static_cast<uint32_t>((excess << 32) / static_cast<uint64_t>(divisor) + 1);
   }
 
-  __device__ int32_t Quotient(int32_t number) const {
+  JPA_HOST_DEVICE int32_t Quotient(int32_t number) const {
     const uint32_t n = static_cast<uint32_t>(number);
-    return static_cast<int32_t>((__umulhi(n, multiplier_) + n) >> shift_);
+    const uint32_t high = static_cast<uint32_t>((uint64_t{n} * multiplier_) >> 32);
+    return static_cast<int32_t>((high + n) >> shift_);
   }
-  __device__ int32_t divisor() const { return divisor_; }
+  JPA_HOST_DEVICE int32_t divisor() const { return divisor_; }
 
  private:
   int32_t divisor_ = 1;
@@ -31,4 +34,4 @@ class FastDivisor {
   int32_t shift_ = 0;
 };
 
-}  // namespace jpa::device
+}  // namespace jpa

@@ -1,0 +1,167 @@
+// Operands of mma.sync m16n8k16 from rows of keys and values in shared memory, and of queries in global memory. 8-bit
+// rows become f16 on the way, exactly. The order in which a product takes the elements of a row is free as long as both
+// of its operands keep to it, and 8-bit rows use that: a lane's four neighbouring bytes are its four elements.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+#include "core/problem.h"
+#include "device/convert.cuh"
+#include "device/ptx.cuh"
+
+namespace jpa::device {
+
+// Two numbers as two neighbouring 16-bit elements.
+template <typename T>
+__device__ inline uint32_t PackPair(float low, float high) {
+  uint32_t bits;
+  if constexpr (sizeof(T) == 2 && !kIsFp8<T>) {
+    if constexpr (std::is_same_v<T, __half>) {
+      const __half2 pair = __floats2half2_rn(low, high);
+      memcpy(&bits, &pair, sizeof bits);
+    } else {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+      memcpy(&bits, &pair, sizeof bits);
+    }
+  }
+  return bits;
+}
+
+// Bytes `low` and `high` of a word of 8-bit values, as f16.
+template <DType dtype, int low, int high>
+__device__ inline uint32_t PairOfBytes(uint32_t word) {
+  uint32_t bits;
+  if constexpr (dtype == DType::kE5M2) {
+    // f16 is e5m2 with eight more bits.
+    bits = PermuteBytes(0, word, (4 + low) << 4 | (4 + high) << 12);
+  } else if constexpr (dtype == DType::kS8) {
+    // 0x6400 is 1024 and the last ten bits count from there; the sign bit flipped makes it value + 128.
+    const uint32_t offset = PermuteBytes(word ^ 0x80808080u, 0x64646464u, low | 4 << 4 | high << 8 | 4 << 12);
+    __half2 pair;
+    memcpy(&pair, &offset, sizeof pair);
+    pair = __hsub2(pair, __half2half2(__ushort_as_half(0x6480)));
+    memcpy(&bits, &pair, sizeof bits);
+  } else {
+    const uint32_t pair = low == 0 && high == 1 ? word : PermuteBytes(word, 0, low | high << 4);
+    const __half2_raw halves =
+        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair & 0xffffu), __NV_E4M3);
+    memcpy(&bits, &halves, sizeof bits);
+  }
+  return bits;
+}
+
+__device__ inline uint32_t LaneId() { return threadIdx.x % 32; }
+
+// Of 16 keys' rows, each `stride` bytes after the one before, elements [16 i, 16 i + 16) as second operand of Q K^T: for
+// the first eight keys fragment[0..1], for the others [2..3].
+template <DType dtype, int stride>
+__device__ inline void LoadKeys(uint32_t keys, int i, uint32_t (&fragment)[4]) {
+  const uint32_t lane = LaneId();
+  if constexpr (ByteWidth(dtype) == 2) {
+    LoadMatrices(keys + (lane / 16 * 8 + lane % 8) * stride + (2 * i + lane / 8 % 2) * 16, fragment);
+  } else {
+    uint32_t words[2];
+    LoadMatrices(keys + lane % 16 * stride + i * 16, words);
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      fragment[2 * t] = PairOfBytes<dtype, 0, 1>(words[t]);
+      fragment[2 * t + 1] = PairOfBytes<dtype, 2, 3>(words[t]);
+    }
+  }
+}
+
+// Of 16 keys' rows, columns [16 i, 16 i + 16) as second operand of P V: eight columns in fragment[0..1], the others in
+// [2..3]; which ones, FragmentLayout says.
+template <DType dtype, int stride>
+__device__ inline void LoadValues(uint32_t values, int i, uint32_t (&fragment)[4]) {
+  const uint32_t lane = LaneId();
+  if constexpr (ByteWidth(dtype) == 2) {
+    LoadMatricesTransposed(values + lane % 16 * stride + (2 * i + lane / 16) * 16, fragment);
+  } else {
+    // Pairs of columns change places with keys: a word has two columns of two keys.
+    uint32_t words[2];
+    LoadMatricesTransposed(values + lane % 16 * stride + i * 16, words);
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      fragment[t] = PairOfBytes<dtype, 0, 2>(words[t]);
+      fragment[2 + t] = PairOfBytes<dtype, 1, 3>(words[t]);
+    }
+  }
+}
+
+// Which columns a lane has in a row of two neighbouring blocks of eight (i even) of P V's result.
+template <bool bytes>
+struct FragmentLayout;
+
+// Two columns from Column(i) on, and two from Column(i) + 8 on.
+template <>
+struct FragmentLayout<false> {
+  static constexpr int kNeighbours = 2;
+  __device__ static int Column(int i) { return 8 * i + static_cast<int>(LaneId() % 4) * 2; }
+  __device__ static float4 Neighbours(float a0, float a1, float b0, float b1) { return {a0, a1, b0, b1}; }
+};
+
+// Four columns from Column(i) on: the even ones are in the first block.
+template <>
+struct FragmentLayout<true> {
+  static constexpr int kNeighbours = 4;
+  __device__ static int Column(int i) { return 8 * i + static_cast<int>(LaneId() % 4) * 4; }
+  __device__ static float4 Neighbours(float a0, float a1, float b0, float b1) { return {a0, b0, a1, b1}; }
+};
+
+// 2^exponent, for exponents of normal numbers.
+__device__ inline float PowerOfTwo(int exponent) { return __int_as_float((exponent + 127) << 23); }
+
+// 16 queries as first operand of Q K^T, two rows a lane.
+template <DType q_dtype, bool bytes, int head_dim>
+struct QueryFragments {
+  uint32_t fragments[head_dim / 16][4];
+
+  // Row r (0 or 1) of the lane, zeros without a query. Beside 8-bit keys queries become f16, whose range is smaller than
+  // bf16's: so each row is divided by a power of two near its largest element. Returns that exponent. All lanes of a row
+  // come here.
+  __device__ int LoadRow(int r, const uint16_t* query) {
+    const int lane = static_cast<int>(LaneId() % 4);
+    if constexpr (!bytes) {
+#pragma unroll
+      for (int i = 0; i < head_dim / 16; ++i) {
+        const auto* pairs = reinterpret_cast<const uint32_t*>(query + 16 * i + 2 * lane);
+        fragments[i][r] = query == nullptr ? 0 : pairs[0];
+        fragments[i][2 + r] = query == nullptr ? 0 : pairs[4];
+      }
+      return 0;
+    } else {
+      using T = TypeOf<q_dtype>;
+      uint2 words[head_dim / 16];
+      float largest = 0.0f;
+#pragma unroll
+      for (int i = 0; i < head_dim / 16; ++i) {
+        words[i] = query == nullptr ? uint2{0, 0} : *reinterpret_cast<const uint2*>(query + 16 * i + 4 * lane);
+        const Unpacked<T, 4> values = Unpack<T, 4>(words[i]);
+#pragma unroll
+        for (const T& value : values.values) largest = fmaxf(largest, fabsf(ToF32(value)));
+      }
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+      const int exponent = (__float_as_int(largest) >> 23) - 127;
+      // In two steps: 2^-exponent itself may be no normal number.
+      const float first = PowerOfTwo(-exponent / 2), second = PowerOfTwo(-exponent + exponent / 2);
+#pragma unroll
+      for (int i = 0; i < head_dim / 16; ++i) {
+        const Unpacked<T, 4> values = Unpack<T, 4>(words[i]);
+        float scaled[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) scaled[j] = ToF32(values.values[j]) * first * second;
+        fragments[i][r] = PackPair<__half>(scaled[0], scaled[1]);
+        fragments[i][2 + r] = PackPair<__half>(scaled[2], scaled[3]);
+      }
+      return exponent;
+    }
+  }
+};
+
+}  // namespace jpa::device

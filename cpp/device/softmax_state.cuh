@@ -1,0 +1,52 @@
+// The state of an online softmax (Milakov & Gimelshein, 2018) of one row, in units of log 2.
+#pragma once
+
+#include <cmath>
+
+#include "device/exp2.cuh"
+#include "device/ptx.cuh"
+
+namespace jpa::device {
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+
+struct SoftmaxState {
+  float maximum = -INFINITY;  // of the scores seen so far
+  float sum = 0.0f;           // of 2^(score - maximum)
+
+  // What scores are counted from: a row that has seen nothing must not compute -inf - -inf.
+  __device__ float origin() const { return maximum == -INFINITY ? 0.0f : maximum; }
+
+  // Takes a new maximum; returns the factor of what was summed up before.
+  __device__ float Raise(float to) {
+    const float before = maximum;
+    maximum = fmaxf(maximum, to);
+    const float factor = Exp2(before - origin());
+    sum *= factor;
+    return factor;
+  }
+
+  // Adds another row's state; sets the factors of both rows' sums of values.
+  __device__ void Merge(const SoftmaxState& other, float* factor, float* factor_of_other) {
+    *factor = Raise(other.maximum);
+    *factor_of_other = Exp2(other.maximum - origin());
+    sum += other.sum * *factor_of_other;
+  }
+
+  // Adds a logit without a value (natural units); returns the factor of what was summed up before.
+  __device__ float AddSink(float sink) {
+    const float factor = Raise(sink * kLog2E);
+    sum += Exp2(sink * kLog2E - origin());
+    return factor;
+  }
+
+  // Of all values: 1 / sum, 0 for a row that saw no key.
+  __device__ float Normaliser() const { return sum == 0.0f ? 0.0f : Reciprocal(sum); }
+  // log of the sum of exp, natural; -inf for a row that saw no key.
+  __device__ float LogSumExp() const {
+    return sum == 0.0f ? -INFINITY : (maximum + Log2(sum)) * kLn2;
+  }
+};
+
+}  // namespace jpa::device

@@ -1,0 +1,18 @@
+// The second launch of decode: partial results to results.
+#pragma once
+
+#include <vector_types.h>
+
+#include "engines/fused/args.h"
+
+namespace jpa::fused {
+
+struct Launch {
+  const void* kernel;  // of DecodeArgs
+  dim3 grid;
+  int threads;
+};
+
+Launch CombineLaunch(const DecodeArgs& args, int32_t num_ctas);
+
+}  // namespace jpa::fused

@@ -1,0 +1,41 @@
+// The kernels of one head dim.
+#pragma once
+
+#include "engines/fused/decode/kernel.cuh"
+#include "engines/fused/decode/kernels.h"
+
+namespace jpa::fused {
+
+template <DType q_dtype, DType kv_dtype, int head_dim>
+DecodeKernelInfo InfoOf() {
+  using Traits = DecodeTraits<q_dtype, kv_dtype, head_dim>;
+  return {reinterpret_cast<const void*>(&DecodeKernel<Traits>), Traits::kThreads, &Traits::CtasPerSm, &SharedBytes<Traits>};
+}
+
+template <DType q_dtype, int head_dim>
+DecodeKernelInfo OfPages(DType kv_dtype) {
+  switch (kv_dtype) {
+    case DType::kE4M3FN:
+      return InfoOf<q_dtype, DType::kE4M3FN, head_dim>();
+    case DType::kE5M2:
+      return InfoOf<q_dtype, DType::kE5M2, head_dim>();
+    case DType::kS8:
+      return InfoOf<q_dtype, DType::kS8, head_dim>();
+    default:
+      return kv_dtype == q_dtype ? InfoOf<q_dtype, q_dtype, head_dim>() : DecodeKernelInfo{};
+  }
+}
+
+template <int head_dim>
+DecodeKernelInfo DecodeKernelOf(DType q_dtype, DType kv_dtype) {
+  switch (q_dtype) {
+    case DType::kBF16:
+      return OfPages<DType::kBF16, head_dim>(kv_dtype);
+    case DType::kF16:
+      return OfPages<DType::kF16, head_dim>(kv_dtype);
+    default:
+      return {};
+  }
+}
+
+}  // namespace jpa::fused

@@ -1,0 +1,291 @@
+// How the work of a call is cut and shared out, as arithmetic that the device does from lengths alone; plain C++ does
+// the same in tests.
+//
+//   packed row  a query row and a query head of the group: row r, member g of G is packed row r * G + g of a sequence
+//   row tile    up to kTileRows neighbouring packed rows
+//   unit        a row tile and a key/value head: one softmax state a packed row
+//   tile        kTileKeys keys of a unit, from a multiple of kTileKeys on; tiles that no row of the unit sees are none
+//
+// CTAs are dealt to lanes, a key/value head each (or a few, where there are more heads than CTAs), and neighbouring CTAs
+// to neighbouring lanes: so a token's heads, neighbours in memory, are read at about the same time. The tiles of a lane
+// stand in one row: sequence after sequence, in there head after head, row tile after row tile, key tile after key tile.
+// Share i of that row is [i * per, (i + 1) * per), whatever lies in it: so a CTA has at most two units that others have a
+// part of (stream-K: Osama et al., PPoPP 2023).
+//
+// For results that do not depend on the rest of the batch, units may only be cut where a function of the unit alone
+// says so (SplitTiles), and a CTA takes the parts that start in its share.
+#pragma once
+
+#include <cstdint>
+
+#include "core/fast_division.h"
+#include "core/host_device.h"
+
+namespace jpa::fused {
+
+inline constexpr int kTileKeys = 64;
+inline constexpr int kTileRows = 64;
+
+// Facts of a call that all sequences share.
+struct CallFacts {
+  FastDivisor group;       // G
+  int32_t num_kv_heads;    // K
+  int32_t num_rows;        // T
+  int32_t capacity;        // min(M * S, 2^31 - 1): no sequence has more tokens
+  int32_t sliding_window;  // 0: none
+  bool causal;
+};
+
+// A sequence's query rows that lie in q, and its keys.
+struct Sequence {
+  int32_t row;       // of q, the first one
+  int32_t num_rows;  // 0: a dead sequence
+  int32_t position;  // of the first one in the sequence; rows at negative positions see no key
+  int32_t kv_len;
+};
+
+JPA_HOST_DEVICE inline int32_t Smaller(int32_t a, int32_t b) { return a < b ? a : b; }
+JPA_HOST_DEVICE inline int32_t Larger(int32_t a, int32_t b) { return a > b ? a : b; }
+JPA_HOST_DEVICE inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+JPA_HOST_DEVICE inline Sequence MakeSequence(const CallFacts& call, int32_t kv_len, int32_t q_start, int32_t q_count) {
+  const int32_t keys = Smaller(Larger(kv_len, 0), call.capacity);
+  const int64_t count = Larger(q_count, 0), begin = q_start < 0 ? -int64_t{q_start} : 0;
+  const int64_t end = count < int64_t{call.num_rows} - q_start ? count : int64_t{call.num_rows} - q_start;
+  if (begin >= end) return {0, 0, 0, keys};
+  return {static_cast<int32_t>(q_start + begin), static_cast<int32_t>(end - begin),
+          static_cast<int32_t>(keys - count + begin), keys};
+}
+
+// Key tiles [begin, end).
+struct TileRange {
+  int32_t begin;
+  int32_t end;
+
+  JPA_HOST_DEVICE int32_t size() const { return end - begin; }
+};
+
+JPA_HOST_DEVICE inline int32_t NumRowTiles(const CallFacts& call, const Sequence& sequence) {
+  return static_cast<int32_t>(CeilDiv(int64_t{sequence.num_rows} * call.group.divisor(), kTileRows));
+}
+
+// Packed rows of a row tile.
+JPA_HOST_DEVICE inline int32_t RowsOfTile(const CallFacts& call, const Sequence& sequence, int32_t row_tile) {
+  return Smaller(kTileRows, sequence.num_rows * call.group.divisor() - row_tile * kTileRows);
+}
+
+// What the rows of a row tile see, together.
+JPA_HOST_DEVICE inline TileRange VisibleTiles(const CallFacts& call, const Sequence& sequence, int32_t row_tile) {
+  const int32_t first = call.group.Quotient(row_tile * kTileRows);
+  const int32_t last = Smaller(call.group.Quotient((row_tile + 1) * kTileRows - 1), sequence.num_rows - 1);
+  const int32_t last_position = sequence.position + last;
+  if (sequence.kv_len == 0 || last_position < 0) return {0, 0};
+  const int32_t end = call.causal ? last_position + 1 : sequence.kv_len;
+  int32_t begin = 0;
+  if (call.sliding_window > 0) {
+    begin = Larger(Larger(sequence.position + first, 0) - call.sliding_window + 1, 0);
+  }
+  return {begin / kTileKeys, (end - 1) / kTileKeys + 1};
+}
+
+// Tiles of one key/value head of a sequence.
+JPA_HOST_DEVICE inline int64_t TilesPerHead(const CallFacts& call, const Sequence& sequence) {
+  int64_t tiles = 0;
+  JPA_KEEP_LOOP
+  for (int32_t i = 0; i < NumRowTiles(call, sequence); ++i) tiles += VisibleTiles(call, sequence, i).size();
+  return tiles;
+}
+
+// How CTAs are dealt. CTA c has share c / num_lanes of lane c % num_lanes; those beyond the last share have none.
+struct Deal {
+  int32_t num_lanes;
+  int32_t heads_per_lane;
+  int32_t shares;  // of a lane
+};
+
+inline Deal MakeDeal(int32_t num_kv_heads, int32_t num_ctas) {
+  const int32_t heads_per_lane = static_cast<int32_t>(CeilDiv(num_kv_heads, num_ctas));
+  const int32_t num_lanes = static_cast<int32_t>(CeilDiv(num_kv_heads, heads_per_lane));
+  return {num_lanes, heads_per_lane, num_ctas / num_lanes};
+}
+
+// Heads [begin, end).
+struct HeadRange {
+  int32_t begin;
+  int32_t end;
+};
+
+JPA_HOST_DEVICE inline HeadRange HeadsOfLane(const CallFacts& call, const Deal& deal, int32_t lane) {
+  return {lane * deal.heads_per_lane, Smaller((lane + 1) * deal.heads_per_lane, call.num_kv_heads)};
+}
+
+JPA_HOST_DEVICE inline int64_t NumTiles(const CallFacts& call, const HeadRange& heads, const Sequence& sequence) {
+  return (heads.end - heads.begin) * TilesPerHead(call, sequence);
+}
+
+// Tiles of each share of a lane; the last shares may be smaller or empty.
+JPA_HOST_DEVICE inline int64_t TilesPerShare(int64_t num_tiles, const Deal& deal) {
+  return num_tiles > deal.shares ? CeilDiv(num_tiles, deal.shares) : 1;
+}
+
+// ---- results that do not depend on the batch -------------------------------------------------------------------
+
+inline constexpr int kMaxSplits = 16;
+// Sequences with more query rows are not split: they have tiles enough, and their partial results would need memory.
+inline constexpr int kMaxSplitRows = 8;
+// Keys of a part, as few as keep the cost of partial results small, see docs/kernels/fused-decode.md.
+inline constexpr int kMinSplitTiles = 16;
+
+// Tiles of each part of a unit but the last one.
+JPA_HOST_DEVICE inline int32_t SplitTiles(const Sequence& sequence, const TileRange& tiles) {
+  if (sequence.num_rows > kMaxSplitRows) return tiles.size() > 0 ? tiles.size() : 1;
+  const int32_t splits = Smaller(kMaxSplits, static_cast<int32_t>(CeilDiv(tiles.size(), kMinSplitTiles)));
+  return static_cast<int32_t>(CeilDiv(tiles.size(), Larger(splits, 1)));
+}
+
+JPA_HOST_DEVICE inline int32_t NumSplits(const Sequence& sequence, const TileRange& tiles) {
+  return tiles.size() == 0 ? 0 : static_cast<int32_t>(CeilDiv(tiles.size(), SplitTiles(sequence, tiles)));
+}
+
+// ---- the walk ----------------------------------------------------------------------------------------------------
+
+// Stands at a tile, and steps to the next. `Sequences` is a callable: the sequence of an index.
+template <typename Sequences>
+class TileCursor {
+ public:
+  // At tile `offset` of a sequence that has more tiles than that.
+  JPA_HOST_DEVICE TileCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs, Sequences& sequences,
+                             int32_t index, int64_t offset)
+      : call_(call),
+        heads_(heads),
+        num_seqs_(num_seqs),
+        sequences_(sequences),
+        index_(index),
+        sequence_(sequences(index)),
+        head_(heads.begin),
+        row_tile_(0) {
+    tiles_ = VisibleTiles(call, sequence_, 0);
+    tile_ = tiles_.begin;
+    for (; offset >= tiles_.size(); tile_ = tiles_.begin) {
+      offset -= tiles_.size();
+      NextUnit();
+    }
+    tile_ += static_cast<int32_t>(offset);
+  }
+
+  // To the next tile; false behind the last one.
+  JPA_HOST_DEVICE bool Next() {
+    // Units without tiles are passed over.
+    for (++tile_; tile_ == tiles_.end; tile_ = tiles_.begin) {
+      if (!NextUnit()) return false;
+    }
+    return true;
+  }
+
+  JPA_HOST_DEVICE int32_t index() const { return index_; }
+  JPA_HOST_DEVICE const Sequence& sequence() const { return sequence_; }
+  JPA_HOST_DEVICE int32_t head() const { return head_; }
+  JPA_HOST_DEVICE int32_t row_tile() const { return row_tile_; }
+  JPA_HOST_DEVICE const TileRange& tiles() const { return tiles_; }  // of the unit
+  JPA_HOST_DEVICE int32_t tile() const { return tile_; }
+
+ private:
+  // False behind the last one.
+  JPA_HOST_DEVICE bool NextUnit() {
+    if (++row_tile_ >= NumRowTiles(call_, sequence_)) {
+      row_tile_ = 0;
+      if (++head_ == heads_.end) {
+        head_ = heads_.begin;
+        if (++index_ == num_seqs_) return false;
+        sequence_ = sequences_(index_);
+      }
+    }
+    tiles_ = VisibleTiles(call_, sequence_, row_tile_);
+    return true;
+  }
+
+  const CallFacts& call_;
+  const HeadRange heads_;
+  const int32_t num_seqs_;
+  Sequences& sequences_;
+  int32_t index_;
+  Sequence sequence_;
+  int32_t head_;
+  int32_t row_tile_;
+  TileRange tiles_;
+  int32_t tile_;
+};
+
+// The tiles of one CTA, one after the other, and the parts of units that they make: from where the CTA starts a unit,
+// or SplitTiles cuts it, to where the next part or the share's end is.
+template <typename Sequences>
+class ShareCursor {
+ public:
+  // From tile `offset` of sequence `index` on, the first tile of the share of `per` tiles.
+  JPA_HOST_DEVICE ShareCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs, Sequences& sequences,
+                              int32_t index, int64_t offset, int64_t per, bool batch_invariant)
+      : cursor_(call, heads, num_seqs, sequences, index, offset),
+        per_(static_cast<int32_t>(per < INT32_MAX ? per : INT32_MAX)),
+        left_(per),
+        batch_invariant_(batch_invariant) {
+    if (!batch_invariant) {
+      StartPart(cursor_.tile(), 0);
+      return;
+    }
+    const int32_t split = SplitTiles(cursor_.sequence(), cursor_.tiles());
+    const int32_t done = cursor_.tile() - cursor_.tiles().begin, part = done / split;
+    StartPart(cursor_.tiles().begin + part * split, part);
+    // The part that the share starts in the middle of belongs to whoever has its start.
+    while (!done_ && cursor_.tile() != part_begin_) Next();
+  }
+
+  JPA_HOST_DEVICE void Next() {
+    const bool part_ends = EndsPart(), unit_ends = HasEnd();
+    --left_;
+    if ((left_ <= 0 && (part_ends || !batch_invariant_)) || !cursor_.Next()) {
+      done_ = true;
+    } else if (part_ends) {
+      StartPart(cursor_.tile(), unit_ends ? 0 : part_ + 1);
+    }
+  }
+
+  JPA_HOST_DEVICE bool done() const { return done_; }
+  JPA_HOST_DEVICE const TileCursor<Sequences>& at() const { return cursor_; }
+
+  // Whether the tile is the first or the last one of its part.
+  JPA_HOST_DEVICE bool StartsPart() const { return cursor_.tile() == part_begin_; }
+  JPA_HOST_DEVICE bool EndsPart() const { return cursor_.tile() == part_end_ - 1; }
+
+  // Of the part: whether it starts and ends with the unit; these hold at its last tile.
+  JPA_HOST_DEVICE bool HasStart() const { return part_begin_ == cursor_.tiles().begin; }
+  JPA_HOST_DEVICE bool HasEnd() const { return cursor_.tile() == cursor_.tiles().end - 1; }
+
+  // How many shares after this one have parts of the unit that is left unfinished here.
+  JPA_HOST_DEVICE int32_t PartsToCome() const {
+    const uint32_t rest = static_cast<uint32_t>(cursor_.tiles().end - 1 - cursor_.tile());
+    return static_cast<int32_t>((rest + static_cast<uint32_t>(per_) - 1) / static_cast<uint32_t>(per_));
+  }
+  // Which of the unit's parts it is, where units are cut by SplitTiles.
+  JPA_HOST_DEVICE int32_t PartIndex() const { return part_; }
+
+ private:
+  JPA_HOST_DEVICE void StartPart(int32_t tile, int32_t part) {
+    part_ = part;
+    part_begin_ = tile;
+    part_end_ = cursor_.tiles().end;
+    if (batch_invariant_) {
+      part_end_ = Smaller(part_end_, tile + SplitTiles(cursor_.sequence(), cursor_.tiles()));
+    } else if (left_ < part_end_ - tile) {
+      part_end_ = tile + static_cast<int32_t>(left_);
+    }
+  }
+
+  TileCursor<Sequences> cursor_;
+  int32_t per_;
+  int64_t left_;  // tiles of the share from this one on
+  bool batch_invariant_;
+  bool done_ = false;
+  int32_t part_, part_begin_, part_end_;
+};
+
+}  // namespace jpa::fused

@@ -1,0 +1,43 @@
+// Where results and partial results of a query row lie, and what belongs to its head.
+#pragma once
+
+#include <cstdint>
+
+#include "device/convert.cuh"
+#include "device/softmax_state.cuh"
+#include "engines/fused/args.h"
+
+namespace jpa::fused {
+
+// Of a scale array [X, K]: a key/value head's number for a sequence; 1 if there is no array.
+__device__ inline float ScaleOf(const float* scales, const FastDivisor& seqs_per_scale, int32_t num_kv_heads,
+                                int32_t seq, int32_t head) {
+  return scales == nullptr ? 1.0f : scales[int64_t{seqs_per_scale.Quotient(seq)} * num_kv_heads + head];
+}
+
+// Adds the sink of a query head, if there are sinks; returns the factor of what was summed up before.
+__device__ inline float AddSinkOf(const DecodeArgs& args, int32_t seq, int32_t head, device::SoftmaxState* state) {
+  if (args.params.sinks == nullptr) return 1.0f;
+  const int64_t row = args.seqs_per_sink.Quotient(seq);
+  return state->AddSink(args.params.sinks[row * args.problem.num_q_heads + head]);
+}
+
+// By one warp: the results of a row that sees no key. The state may have a sink.
+template <DType q_dtype>
+__device__ inline void WriteNoKeys(const DecodeArgs& args, int64_t row, int32_t head,
+                                   const device::SoftmaxState& state) {
+  const int64_t index = row * args.problem.num_q_heads + head;
+  auto* out = static_cast<device::TypeOf<q_dtype>*>(args.params.out) + index * args.problem.head_dim;
+  for (int64_t i = threadIdx.x % 32; i < args.problem.head_dim; i += 32) device::FromF32(0.0f, out + i);
+  if (threadIdx.x % 32 == 0) args.params.lse[index] = state.LogSumExp();
+}
+
+// Batch-invariant: the index, in partials, of the first part of a query row and head. `row` is the sequence's first row
+// in q and `token` counts from there.
+__device__ inline int64_t PartOfRow(const DecodeArgs& args, int32_t seq, int32_t row, int32_t token, int32_t head) {
+  const int64_t place =
+      args.split_rows_by_sequence ? int64_t{seq} * kMaxSplitRows + token : int64_t{row} + token;
+  return (place * args.problem.num_q_heads + head) * kMaxSplits;
+}
+
+}  // namespace jpa::fused

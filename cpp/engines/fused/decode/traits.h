@@ -1,0 +1,64 @@
+// What a decode kernel is made for, and what follows from it: the one place for its sizes.
+#pragma once
+
+#include "core/problem.h"
+#include "engines/fused/decode/partition.h"
+
+namespace jpa::fused {
+
+// Shared memory of a multiprocessor, as far as CTAs may have it (CUDA C Programming Guide, compute capabilities); for
+// 8.0's kernels as little as other devices of that generation have, which run them too.
+constexpr int SharedMemoryPerSm(int compute_capability) {
+  const int generation = compute_capability / 10;
+  return (generation == 9 || generation == 10 ? 228 : 100) * 1024;
+}
+constexpr int kReservedPerCta = 1024;  // of shared memory, by the driver
+
+// Warps that share a tile by rows and keys: of the 64 rows of a unit each has 16.
+constexpr int kTileWarps = kTileRows / 16;
+
+template <DType q_dtype_, DType kv_dtype_, int head_dim_>
+struct DecodeTraits {
+  static constexpr DType kQ = q_dtype_;
+  static constexpr DType kKV = kv_dtype_;
+  static constexpr int kHeadDim = head_dim_;
+  static constexpr bool kBytes = ByteWidth(kv_dtype_) == 1;
+  // Of both products: pages' own type; 8-bit pages are exact in f16 and not all in bf16.
+  static constexpr DType kMath = kBytes ? DType::kF16 : kv_dtype_;
+
+  // Columns of the output that a warp has, and how many warps it takes for all: a lane has room for 96 sums or so.
+  static constexpr int kColumnParts = kHeadDim > 192 ? 2 : 1;
+  static constexpr int kColumns = kHeadDim / kColumnParts;
+  static constexpr int kWarps = kTileWarps * kColumnParts;
+  static constexpr int kThreads = 32 * kWarps;
+
+  static constexpr int kRowBytes = kHeadDim * static_cast<int>(ByteWidth(kKV));
+  static constexpr int kChunks = kRowBytes / 16;  // of a row
+  // An odd number of 16-byte chunks from row to row: then eight neighbouring rows, which ldmatrix reads at a time, lie
+  // in different banks. At least one chunk more than a row has, so that a stage has room for two warps' states.
+  static constexpr int kRowStride = 16 * ((kChunks + 1) | 1);
+  static constexpr int kTileBytes = kTileKeys * kRowStride;
+  static constexpr int kStageBytes = 2 * kTileBytes;
+
+  static constexpr int kJobBytes = 1104;   // at least what a tile in flight needs beside its keys and values
+  static constexpr int kMiscBytes = 2048;  // and what a CTA needs
+
+  // Stages that a CTA has room for, beside a job more.
+  static constexpr int RoomFor(int capability, int ctas) {
+    return (SharedMemoryPerSm(capability) / ctas - kReservedPerCta - kMiscBytes - kJobBytes) / (kStageBytes + kJobBytes);
+  }
+  // Two CTAs share a multiprocessor if each has room for three stages and registers: one computes while the other waits.
+  static constexpr int CtasPerSm(int capability) {
+    return kColumnParts == 1 && RoomFor(capability, 2) >= 3 ? 2 : 1;
+  }
+  // More than six stages (some 100 KB in flight a multiprocessor) bring nothing.
+  static constexpr int Stages(int capability) {
+    const int stages = RoomFor(capability, CtasPerSm(capability));
+    return stages > 6 ? 6 : stages;
+  }
+
+  static_assert(kRowBytes % 16 == 0, "rows are copied 16 bytes at a time");
+  static_assert(kHeadDim % 16 == 0, "products take 16 elements at a time");
+};
+
+}  // namespace jpa::fused

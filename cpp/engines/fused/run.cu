@@ -1,0 +1,180 @@
+#include "engines/fused/run.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "core/dtype_name.h"
+#include "engines/fused/args.h"
+#include "engines/fused/decode/combine.h"
+#include "engines/fused/decode/kernels.h"
+#include "engines/fused/decode/traits.h"
+
+namespace jpa::fused {
+namespace {
+
+constexpr int64_t kAlign = 256;
+
+int64_t RoundUp(int64_t bytes) { return CeilDiv(bytes, kAlign) * kAlign; }
+
+// Where each array lies in the workspace.
+struct Layout {
+  int64_t slot_rows;
+  int64_t num_states;
+  int64_t stats;       // bytes from the start; the sums of values come first
+  int64_t unfinished;
+  int64_t bytes;
+};
+
+// Query rows of sequences that may be split, at most.
+int64_t MaxSplitRows(const AttentionProblem& problem, bool decode) {
+  return decode ? problem.num_rows : std::min(problem.num_rows, kMaxSplitRows * problem.num_seqs);
+}
+
+Layout LayOut(const AttentionProblem& problem, const Options& options) {
+  Layout layout{};
+  const int64_t group = problem.num_q_heads / problem.num_kv_heads;
+  layout.slot_rows = options.decode ? std::min<int64_t>(group, kTileRows) : kTileRows;
+  layout.num_states = options.batch_invariant
+                          ? MaxSplitRows(problem, options.decode) * problem.num_q_heads * kMaxSplits
+                          : 2 * kMaxCtas * layout.slot_rows;
+  layout.stats = RoundUp(layout.num_states * problem.head_dim * static_cast<int64_t>(sizeof(float)));
+  layout.unfinished = layout.stats + RoundUp(layout.num_states * static_cast<int64_t>(sizeof(float2)));
+  // XLA aligns less than 256 bytes on some devices.
+  layout.bytes = layout.unfinished + RoundUp(kMaxCtas * static_cast<int64_t>(sizeof(UnfinishedUnit))) + kAlign;
+  return layout;
+}
+
+DecodeKernelInfo KernelFor(const AttentionProblem& problem) {
+  const DType q = problem.q_dtype, kv = problem.kv_dtype;
+  switch (problem.head_dim) {
+    case 64:
+      return DecodeKernelOf<64>(q, kv);
+    case 80:
+      return DecodeKernelOf<80>(q, kv);
+    case 96:
+      return DecodeKernelOf<96>(q, kv);
+    case 128:
+      return DecodeKernelOf<128>(q, kv);
+    case 192:
+      return DecodeKernelOf<192>(q, kv);
+    case 256:
+      return DecodeKernelOf<256>(q, kv);
+    default:
+      return {};
+  }
+}
+
+Status CudaStatus(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return Status::Ok();
+  return Status::Internal(std::string("implementation 'fused': ") + what + ": " + cudaGetErrorString(error));
+}
+
+// With `overlaps`, the kernel may start while the one in front of it still runs; it waits by itself.
+Status LaunchKernel(const Launch& launch, int shared_bytes, bool overlaps, const DecodeArgs& args,
+                    const char* name, cudaStream_t stream) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = launch.grid;
+  config.blockDim = dim3(static_cast<unsigned>(launch.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlaps ? 1 : 0;
+  void* parameters[] = {const_cast<DecodeArgs*>(&args)};
+  return CudaStatus(cudaLaunchKernelExC(&config, launch.kernel, parameters), name);
+}
+
+}  // namespace
+
+int64_t WorkspaceBytes(const AttentionProblem& problem, const Options& options) {
+  return LayOut(problem, options).bytes;
+}
+
+int64_t WorkspaceBytesPerRow(const AttentionProblem& problem) {
+  return problem.num_q_heads * kMaxSplits *
+         (problem.head_dim * static_cast<int64_t>(sizeof(float)) + static_cast<int64_t>(sizeof(float2)));
+}
+
+Status Prepare(const AttentionProblem& problem, Device* device) {
+  const DecodeKernelInfo info = KernelFor(problem);
+  if (info.kernel == nullptr) {
+    return Status::InvalidArgument(std::string("implementation: 'fused' has no kernel for q of ") +
+                                   Name(problem.q_dtype) + ", pages of " + Name(problem.kv_dtype) +
+                                   " and head dim " + std::to_string(problem.head_dim));
+  }
+  int index = 0, num_sms = 0;
+  if (Status s = CudaStatus(cudaGetDevice(&index), "no current device"); !s.ok()) return s;
+  if (Status s = CudaStatus(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, index),
+                            "number of multiprocessors");
+      !s.ok()) {
+    return s;
+  }
+  cudaFuncAttributes attributes{};
+  if (Status s = CudaStatus(cudaFuncGetAttributes(&attributes, info.kernel), "no kernel for this device"); !s.ok()) {
+    return s;
+  }
+  const int capability = attributes.binaryVersion;
+  device->kernel = info.kernel;
+  device->threads = info.threads;
+  device->num_ctas = std::min(num_sms * info.ctas_per_sm(capability), kMaxCtas);
+  device->shared_bytes = info.shared_bytes(capability);
+  device->overlaps = capability >= 90;
+  return CudaStatus(
+      cudaFuncSetAttribute(info.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device->shared_bytes),
+      "shared memory of the decode kernel");
+}
+
+Status RunAttention(const AttentionProblem& problem, const AttentionParams& params, const Options& options,
+                    const Device& device, int64_t workspace_bytes, cudaStream_t stream) {
+  const Layout layout = LayOut(problem, options);
+  if (workspace_bytes < layout.bytes) {
+    return Status::InvalidArgument("workspace: expected at least " + std::to_string(layout.bytes) +
+                                   " bytes, got " + std::to_string(workspace_bytes));
+  }
+  constexpr int64_t kMost = INT32_MAX;
+  if (problem.num_rows * problem.num_q_heads > kMost || problem.num_seqs > kMost || problem.page_size > kMost ||
+      std::max(problem.num_k_pages, problem.num_v_pages) > kMost) {
+    return Status::InvalidArgument(
+        "q, k_pages: expected T * N, B, the page size and the number of pages below 2^31");
+  }
+  if (problem.num_rows == 0 || problem.num_q_heads == 0) return Status::Ok();
+
+  const int64_t group = problem.num_q_heads / problem.num_kv_heads;
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(params.workspace) + kAlign - 1) / kAlign * kAlign;
+  char* const workspace = reinterpret_cast<char*>(start);
+  DecodeArgs args{};
+  args.problem = problem;
+  args.params = params;
+  const auto divisor = [](int64_t number) { return FastDivisor(static_cast<int32_t>(std::max<int64_t>(number, 1))); };
+  const auto seqs_per = [&](int64_t rows) { return divisor(rows > 0 ? problem.num_seqs / rows : 1); };
+  args.facts = {divisor(group),
+                static_cast<int32_t>(problem.num_kv_heads),
+                static_cast<int32_t>(problem.num_rows),
+                static_cast<int32_t>(std::min(problem.max_pages * problem.page_size, kMost)),
+                static_cast<int32_t>(std::min(params.sliding_window, kMost)),
+                params.causal};
+  args.partials = {reinterpret_cast<float*>(workspace), reinterpret_cast<float2*>(workspace + layout.stats),
+                   reinterpret_cast<UnfinishedUnit*>(workspace + layout.unfinished),
+                   static_cast<int32_t>(layout.slot_rows)};
+  args.deal = MakeDeal(static_cast<int32_t>(problem.num_kv_heads), device.num_ctas);
+  args.page_size = divisor(problem.page_size);
+  args.seqs_per_sink = seqs_per(problem.num_sinks);
+  args.seqs_per_k_scale = seqs_per(problem.num_k_scales);
+  args.seqs_per_v_scale = seqs_per(problem.num_v_scales);
+  args.num_pages = static_cast<int32_t>(std::max(problem.num_k_pages, problem.num_v_pages));
+  args.batch_invariant = options.batch_invariant;
+  args.split_rows_by_sequence = !options.decode && problem.num_rows > kMaxSplitRows * problem.num_seqs;
+
+  const Launch decode = {device.kernel, dim3(static_cast<unsigned>(device.num_ctas)), device.threads};
+  if (Status s = LaunchKernel(decode, device.shared_bytes, false, args, "launch of the decode kernel", stream);
+      !s.ok()) {
+    return s;
+  }
+  return LaunchKernel(CombineLaunch(args, device.num_ctas), 0, device.overlaps, args,
+                      "launch of the combine kernel", stream);
+}
+
+}  // namespace jpa::fused

@@ -1,0 +1,233 @@
+// The fused engine's partition: tiles against the keys that rows see, and shares that take each tile exactly once, with
+// parts of units that fit together.
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <random>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "engines/fused/decode/partition.h"
+
+namespace jpa::test {
+namespace {
+
+using namespace jpa::fused;
+
+struct Raw {
+  int32_t kv_len, q_start, q_count;
+};
+
+struct Batch {
+  CallFacts facts;
+  std::vector<Raw> raw;
+
+  Sequence operator()(int32_t index) const {
+    const Raw& r = raw[static_cast<size_t>(index)];
+    return MakeSequence(facts, r.kv_len, r.q_start, r.q_count);
+  }
+  int32_t size() const { return static_cast<int32_t>(raw.size()); }
+  // Of a head.
+  int64_t num_tiles() const {
+    int64_t tiles = 0;
+    for (int32_t i = 0; i < size(); ++i) tiles += TilesPerHead(facts, (*this)(i));
+    return tiles;
+  }
+};
+
+Batch RandomBatch(std::mt19937& random) {
+  const auto below = [&random](int32_t n) { return static_cast<int32_t>(random() % static_cast<uint32_t>(n)); };
+  Batch batch;
+  const int32_t window = below(3) == 0 ? 1 + below(400) : 0;
+  batch.facts = {FastDivisor(1 + below(20)), 1 + below(5), 0, below(4) == 0 ? 100 : 3000, window, below(4) != 0};
+  const int32_t num_seqs = 1 + below(6), longest = below(2) == 0 ? 90 : 3100, most_rows = below(2) == 0 ? 2 : 60;
+  int32_t row = below(5) == 0 ? -3 : 0;
+  for (int32_t i = 0; i < num_seqs; ++i) {
+    const int32_t count = below(6) == 0 ? 0 : 1 + below(most_rows);
+    batch.raw.push_back({below(5) == 0 ? below(3) - 1 : below(longest), row, count});
+    row += count;
+  }
+  batch.facts.num_rows = std::max(row - (below(5) == 0 ? 4 : 0), 0);
+  return batch;
+}
+
+bool Sees(const CallFacts& facts, const Raw& raw, int32_t row, int32_t key) {
+  const int32_t kv_len = std::min(std::max(raw.kv_len, 0), facts.capacity);
+  const int32_t position = kv_len - raw.q_count + row;
+  return position >= 0 && key < kv_len && (!facts.causal || key <= position) &&
+         (facts.sliding_window == 0 || key > position - facts.sliding_window);
+}
+
+void TilesHaveTheKeysThatRowsSee() {
+  std::mt19937 random(1);
+  for (int repeat = 0; repeat < 300; ++repeat) {
+    const Batch batch = RandomBatch(random);
+    for (int32_t i = 0; i < batch.size(); ++i) {
+      const Raw& raw = batch.raw[static_cast<size_t>(i)];
+      const Sequence sequence = batch(i);
+      int32_t packed_rows = 0;
+      for (int32_t t = 0; t < NumRowTiles(batch.facts, sequence); ++t) {
+        const TileRange tiles = VisibleTiles(batch.facts, sequence, t);
+        const int32_t rows = RowsOfTile(batch.facts, sequence, t);
+        int32_t first = INT32_MAX, last = -1;
+        for (int32_t p = packed_rows; p < packed_rows + rows; ++p) {
+          const int32_t row = sequence.row + p / batch.facts.group.divisor() - raw.q_start;
+          for (int32_t key = 0; key < batch.facts.capacity; ++key) {
+            if (!Sees(batch.facts, raw, row, key)) continue;
+            first = std::min(first, key);
+            last = std::max(last, key);
+          }
+        }
+        packed_rows += rows;
+        if (last < 0) {
+          CHECK(tiles.size() == 0, "unit without keys has %d tiles", tiles.size());
+        } else {
+          CHECK(tiles.begin == first / kTileKeys && tiles.end == last / kTileKeys + 1, "[%d, %d) for keys %d to %d",
+                tiles.begin, tiles.end, first, last);
+        }
+      }
+      int32_t live = 0;
+      for (int32_t row = 0; row < raw.q_count; ++row) {
+        live += raw.q_start + row >= 0 && raw.q_start + row < batch.facts.num_rows ? 1 : 0;
+      }
+      CHECK(packed_rows == live * batch.facts.group.divisor(), "%d packed rows of %d", packed_rows, live);
+    }
+  }
+}
+
+using Unit = std::tuple<int32_t, int32_t, int32_t>;  // sequence, head, row tile
+
+struct Part {
+  int64_t cta;
+  int32_t begin, end;  // tiles
+  bool has_start, has_end;
+  int32_t to_come, index;
+};
+
+// Walks all shares as the kernel does.
+std::map<Unit, std::vector<Part>> Walk(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
+  std::map<Unit, std::vector<Part>> parts;
+  const Deal deal = MakeDeal(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
+  for (int64_t cta = 0; cta < num_ctas; ++cta) {
+    const HeadRange heads = HeadsOfLane(batch.facts, deal, static_cast<int32_t>(cta % deal.num_lanes));
+    const int64_t total = batch.num_tiles() * (heads.end - heads.begin), per = TilesPerShare(total, deal);
+    const int64_t first = cta / deal.num_lanes * per;
+    if (cta / deal.num_lanes >= deal.shares || first >= total) continue;
+    const auto tiles_of = [&](int32_t index) { return NumTiles(batch.facts, heads, batch(index)); };
+    int64_t offset = first;
+    int32_t index = 0;
+    for (; offset >= tiles_of(index); ++index) offset -= tiles_of(index);
+    const Batch& sequences = batch;
+    ShareCursor<const Batch> share(batch.facts, heads, batch.size(), sequences, index, offset, per, batch_invariant);
+    int64_t walked = 0;
+    Part part{};
+    for (; !share.done(); share.Next(), ++walked) {
+      const auto& at = share.at();
+      if (share.StartsPart()) part = {cta, at.tile(), at.tile(), false, false, 0, 0};
+      CHECK(at.tile() == part.end, "tile %d after %d", at.tile(), part.end);
+      ++part.end;
+      if (share.EndsPart()) {
+        part.has_start = share.HasStart();
+        part.has_end = share.HasEnd();
+        part.to_come = share.PartsToCome();
+        part.index = share.PartIndex();
+        parts[{at.index(), at.head(), at.row_tile()}].push_back(part);
+      }
+    }
+    if (!batch_invariant) {
+      CHECK(walked == std::min(per, total - first), "CTA %d: %d tiles of %d", static_cast<int>(cta),
+            static_cast<int>(walked), static_cast<int>(per));
+    }
+  }
+  return parts;
+}
+
+void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
+  const auto parts = Walk(batch, num_ctas, batch_invariant);
+  int64_t units = 0, tiles_seen = 0;
+  for (int32_t i = 0; i < batch.size(); ++i) {
+    const Sequence sequence = batch(i);
+    for (int32_t t = 0; t < NumRowTiles(batch.facts, sequence); ++t) {
+      const TileRange tiles = VisibleTiles(batch.facts, sequence, t);
+      if (tiles.size() == 0) continue;
+      for (int32_t head = 0; head < batch.facts.num_kv_heads; ++head) {
+        ++units;
+        const auto found = parts.find({i, head, t});
+        CHECK(found != parts.end(), "unit %d %d %d is in no share", i, head, t);
+        if (found == parts.end()) continue;
+        int32_t next = tiles.begin, index = 0;
+        for (const Part& part : found->second) {
+          CHECK(part.begin == next, "part from %d, expected %d", part.begin, next);
+          CHECK(part.has_start == (next == tiles.begin) && part.has_end == (part.end == tiles.end), "flags of part %d",
+                index);
+          if (batch_invariant) {
+            CHECK(part.index == index, "part %d calls itself %d", index, part.index);
+            const int32_t size = std::min(SplitTiles(sequence, tiles), tiles.end - part.begin);
+            CHECK(part.end - part.begin == size, "%d tiles of %d", part.end - part.begin, size);
+          } else {
+            const Deal deal = MakeDeal(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
+            CHECK(part.cta == found->second[0].cta + index * deal.num_lanes, "parts of a unit are in neighbouring shares");
+            CHECK(part.to_come == static_cast<int32_t>(found->second.size()) - 1 - index, "%d parts to come",
+                  part.to_come);
+          }
+          tiles_seen += part.end - part.begin;
+          next = part.end;
+          ++index;
+        }
+        CHECK(next == tiles.end, "ends at %d of %d", next, tiles.end);
+        if (batch_invariant) CHECK(index == NumSplits(sequence, tiles) && index <= kMaxSplits, "%d parts", index);
+      }
+    }
+  }
+  CHECK(units == static_cast<int64_t>(parts.size()), "%d units, %d in shares", static_cast<int>(units),
+        static_cast<int>(parts.size()));
+  const int64_t total = batch.num_tiles() * batch.facts.num_kv_heads;
+  CHECK(tiles_seen == total, "%d tiles of %d", static_cast<int>(tiles_seen), static_cast<int>(total));
+}
+
+void SharesTakeEachTileOnce() {
+  std::mt19937 random(2);
+  for (int repeat = 0; repeat < 2000; ++repeat) {
+    const Batch batch = RandomBatch(random);
+    const int64_t total = batch.num_tiles() * batch.facts.num_kv_heads;
+    for (const int64_t num_ctas : {int64_t{1}, int64_t{2}, int64_t{7}, int64_t{264}, total - 1, total, total + 1}) {
+      if (num_ctas < 1) continue;
+      Check(batch, num_ctas, false);
+      Check(batch, num_ctas, true);
+    }
+  }
+}
+
+void OneUnitOverAllShares() {
+  Batch batch;
+  batch.facts = {FastDivisor(4), 1, 1, 1 << 20, 0, true};
+  for (const int32_t tiles : {0, 1, 263, 264, 265, 2048, 1 << 14}) {
+    batch.raw = {{tiles * kTileKeys, 0, 1}};
+    Check(batch, 264, false);
+    Check(batch, 264, true);
+  }
+}
+
+void NumbersBeyondTheirRange() {
+  Batch batch;
+  batch.facts = {FastDivisor(3), 2, 5, 640, 1 << 30, true};
+  batch.raw = {{INT32_MIN, INT32_MIN, INT32_MAX}, {INT32_MAX, -2, INT32_MAX}, {5, 5, 7}, {7, INT32_MAX, 3}};
+  const Sequence all = batch(1);
+  CHECK(all.row == 0 && all.num_rows == 5 && all.kv_len == 640, "row %d, %d rows, %d keys", all.row, all.num_rows,
+        all.kv_len);
+  CHECK(batch(0).num_rows == 0 && batch(2).num_rows == 0 && batch(3).num_rows == 0, "rows outside q");
+  Check(batch, 264, false);
+  Check(batch, 264, true);
+}
+
+}  // namespace
+}  // namespace jpa::test
+
+int main() {
+  jpa::test::TilesHaveTheKeysThatRowsSee();
+  jpa::test::SharesTakeEachTileOnce();
+  jpa::test::OneUnitOverAllShares();
+  jpa::test::NumbersBeyondTheirRange();
+  return jpa::test::failures;
+}

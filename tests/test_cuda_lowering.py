@@ -1,0 +1,125 @@
+"""What a call for CUDA is lowered to, asked with a stand-in for the compiled module: no build of it is needed."""
+
+from __future__ import annotations
+
+import functools
+import re
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.export import symbolic_shape
+
+import jax_paged_attn as jpa
+from jax_paged_attn import _ffi
+
+OURS = [jax.export.DisabledSafetyCheck.custom_call(_ffi.ATTENTION_TARGET)]
+CONSTANT, PER_ROW = 1_000_000, 4096
+
+
+class StandIn(ModuleType):
+    """The facts about sizes that `_cuda` offers, with numbers that are easy to tell apart."""
+
+    DEFAULT_WORKSPACE_LIMIT = 256 << 20
+    WORKSPACE_BYTES_PER_ROW = 32
+
+    def fused_workspace_bytes(
+        self, rows: int, heads: int, kv_heads: int, head_dim: int, seqs: int, decode: bool, batch_invariant: bool
+    ) -> int:
+        assert heads % kv_heads == 0
+        more = rows if decode else min(rows, 8 * seqs)
+        return CONSTANT + more * self.fused_workspace_bytes_per_row(heads, head_dim) * batch_invariant
+
+    def fused_workspace_bytes_per_row(self, heads: int, head_dim: int) -> int:
+        return PER_ROW
+
+    def attention_plan(self, *sizes: Any) -> dict[str, int]:
+        return {"workspace_bytes": 77}
+
+    def workspace_bound(self, *sizes: Any) -> int:
+        return 88
+
+
+@pytest.fixture(autouse=True)
+def module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_ffi._loaded, "cuda", StandIn("stand-in"))
+
+
+def specs(batch: Any, rows: Any = None, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:
+    """Operands of `paged_attention`, or of `ragged_paged_attention` if `rows` is given."""
+    spec = jax.ShapeDtypeStruct
+    pages = spec((99, 16, 2, 64), dtype)
+    tables, lengths = spec((batch, 7), jnp.int32), spec((batch,), jnp.int32)
+    if rows is None:
+        return spec((batch, 8, 64), dtype), pages, pages, tables, lengths
+    return spec((rows, 8, 64), dtype), pages, pages, lengths, tables, spec((batch + 1,), jnp.int32)
+
+
+def lowered(args: tuple[Any, ...], **keywords: Any) -> str:
+    function = jpa.paged_attention if len(args) == 5 else jpa.ragged_paged_attention
+    call = jax.jit(functools.partial(function, **keywords))
+    return call.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def workspace_bytes(text: str) -> int:
+    (size,) = re.findall(r"-> \(.*tensor<(\d+)xui8>\)", text)
+    return int(size)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("args", [specs(3), specs(3, 40)], ids=["decode", "ragged"])
+def test_attributes_of_the_call(args: tuple[Any, ...], batch_invariant: bool) -> None:
+    text = lowered(args, batch_invariant=batch_invariant)
+    assert f"custom_call @{_ffi.ATTENTION_TARGET}" in text
+    (attributes,) = re.findall(r"mhlo.backend_config = \{([^}]*)\}", text)
+    names = {"scale", "soft_cap", "sliding_window", "causal", "decode", "engine", "workspace_limit", "batch_invariant"}
+    assert {part.split(" = ")[0].strip() for part in attributes.split(", ")} == names
+    assert 'engine = "fused"' in attributes
+    assert f"batch_invariant = {str(batch_invariant).lower()}" in attributes
+    assert f"decode = {str(len(args) == 5).lower()}" in attributes
+    assert f"workspace_limit = {256 << 20} : i64" in attributes
+
+
+def test_every_engine_gets_its_own_workspace() -> None:
+    assert workspace_bytes(lowered(specs(3))) == CONSTANT
+    assert workspace_bytes(lowered(specs(300, 4000))) == CONSTANT
+    assert workspace_bytes(lowered(specs(3), batch_invariant=True)) == CONSTANT + 3 * PER_ROW
+    assert workspace_bytes(lowered(specs(3, 10), batch_invariant=True)) == CONSTANT + 10 * PER_ROW
+    assert workspace_bytes(lowered(specs(3, 40), batch_invariant=True)) == CONSTANT + 24 * PER_ROW
+    assert workspace_bytes(lowered(specs(3), implementation="cublaslt")) == 77
+    assert 'engine = "cublaslt"' in lowered(specs(3, dtype=jnp.float32))
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_symbolic_sizes_get_enough(ragged: bool, batch_invariant: bool) -> None:
+    b, t = symbolic_shape("b, t")
+    call = functools.partial(
+        jpa.ragged_paged_attention if ragged else jpa.paged_attention, batch_invariant=batch_invariant
+    )
+    args = specs(b, t) if ragged else specs(b)
+    text = jax.export.export(jax.jit(call), platforms=["cuda"], disabled_checks=OURS)(*args).mlir_module()
+    assert _ffi.ATTENTION_TARGET in text
+
+    q, k_pages, *_ = args
+    tables = args[4] if ragged else args[3]
+    keywords: dict[str, Any] = {"decode": not ragged, "batch_invariant": batch_invariant, "workspace_limit": 0}
+    size = _ffi.fused_workspace_bytes(q, k_pages, tables, **keywords)
+    if not batch_invariant:
+        assert size == CONSTANT
+        return
+    for rows, seqs in ((0, 0), (1, 1), (40, 3), (9, 700)):
+        known = specs(seqs, rows) if ragged else specs(rows)
+        tables = known[4] if ragged else known[3]
+        assert size_at(size, t=rows, b=seqs if ragged else rows) >= _ffi.fused_workspace_bytes(
+            known[0], known[1], tables, **keywords
+        )
+
+
+def size_at(size: Any, **dims: int) -> int:
+    """A symbolic size for values of its dimensions: the polynomial is linear in one of them."""
+    (name,) = {name for name in dims if re.search(rf"\b{name}\b", str(size))}
+    assert str(size) == f"{PER_ROW}*{name} + {CONSTANT + PER_ROW}"
+    return PER_ROW * dims[name] + CONSTANT + PER_ROW
