@@ -1,7 +1,7 @@
 """What a call costs on the GPU: the timestamps that the hardware gave to its kernels, through JAX's profiler.
 
 The span of a call, from the start of its first kernel to the end of its last, holds the gaps between its kernels, but
-nothing of Python. A long product is queued in front of the calls: meanwhile the host runs ahead, so that the gaps are
+nothing of Python. Long transforms are queued in front of the calls: meanwhile the host runs ahead, so that the gaps are
 those of the device and not of a host that cannot keep up.
 """
 
@@ -83,14 +83,14 @@ def warm_up(calls: Sequence[Callable[[], Any]]) -> None:
 def wall_seconds(call: Callable[[], Any], repeats: int = 8) -> float:
     """What one more call takes by the host's clock while the device is kept busy, with no profiler running.
 
-    It is told from the times of one call and of one more than `repeats` calls behind the same product; the median of
+    It is told from the times of one call and of one more than `repeats` calls behind the same transforms; the median of
     five such differences counts.
     """
-    product, factor, _ = _queue_ahead()
+    occupy, operand = _queue_ahead()
 
     def seconds(count: int) -> float:
         start = time.perf_counter()
-        result = product(factor)
+        result = occupy(operand)
         for _ in range(count):
             result = call()
         jax.block_until_ready(result)
@@ -104,35 +104,35 @@ def time_series(series: Sequence[Sequence[Callable[[], Any]]]) -> list[Timing | 
 
     None for a series whose calls did not launch the same number of kernels each.
     """
-    product, factor, ahead = _queue_ahead()
+    occupy, operand = _queue_ahead()
 
     def run() -> Any:
         result = None
         for calls in series:
             # Between two series too: it marks in the trace where a series begins.
-            product(factor)
+            occupy(operand)
             for call in calls:
                 result = call()
         return result  # of the last call, which is done when all are
 
-    parts = _after_each(trace(run), ahead)
+    parts = _after_each(trace(run))
     if len(parts) != len(series):
         raise RuntimeError(f"expected {len(series)} series of kernels in the trace, found {len(parts)}")
     return [_timing(events, len(calls)) for events, calls in zip(parts, series, strict=True)]
 
 
-def _after_each(events: list[Event], mark: list[str]) -> list[list[Event]]:
-    """Cuts events at, and without, each run of events that have the names of `mark`."""
+def _after_each(events: list[Event]) -> list[list[Event]]:
+    """Cuts events at, and without, the transforms that `_queue_ahead` makes."""
     parts: list[list[Event]] = []
-    names, i = [event.name for event in events], 0
-    while i < len(events):
-        if names[i : i + len(mark)] == mark:
-            parts.append([])
-            i += len(mark)
-        else:
-            if parts:
-                parts[-1].append(events[i])
-            i += 1
+    transforming = False
+    for event in events:
+        if "fft" in event.name.casefold():
+            if not transforming:
+                parts.append([])
+            transforming = True
+        elif parts:
+            parts[-1].append(event)
+            transforming = False
     return parts
 
 
@@ -149,9 +149,9 @@ def _timing(events: list[Event], calls: int) -> Timing | None:
 
 
 @functools.cache
-def _queue_ahead() -> tuple[Callable[[Any], Any], Any, list[str]]:
-    """A function that keeps the device busy for some milliseconds, its operand, and the names of its kernels."""
-    product = jax.jit(lambda x: functools.reduce(jnp.matmul, [x] * 5))
-    factor = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
-    product(factor).block_until_ready()
-    return product, factor, [event.name for event in trace(lambda: product(factor))]
+def _queue_ahead() -> tuple[Callable[[Any], Any], Any]:
+    """A function that keeps the device busy for some milliseconds, with kernels that nothing else here has."""
+    occupy = jax.jit(lambda x: functools.reduce(lambda y, _: jnp.fft.fft(y), range(8), x))
+    operand = jnp.ones((64, 1 << 20), jnp.complex64)
+    occupy(operand).block_until_ready()
+    return occupy, operand

@@ -142,9 +142,9 @@ NB_MODULE(_cuda, m) {
   m.def("fused_workspace_bytes", &FusedWorkspaceBytes, nb::arg("num_rows"), nb::arg("num_q_heads"),
         nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("num_seqs"), nb::arg("decode"),
         nb::arg("batch_invariant"),
-        "The workspace of \"fused\": the same for any rows and sequences, unless batch-invariant.");
+        "Bytes of scratch memory that \"fused\" needs for a call of these sizes.");
   m.def("fused_workspace_bytes_per_row", &FusedWorkspaceBytesPerRow, nb::arg("num_q_heads"), nb::arg("head_dim"),
-        "What a query row adds to that at most, if batch-invariant.");
+        "At most what a query row of a batch-invariant call adds to them.");
   m.attr("WORKSPACE_BYTES_PER_ROW") = jpa::cublaslt::kWorkspaceBytesPerRow;
   m.attr("DEFAULT_WORKSPACE_LIMIT") = jpa::cublaslt::kDefaultWorkspaceLimit;
   m.def("set_library_directory", &jpa::cublaslt::SetLibraryDirectory, nb::arg("directory"),
