@@ -55,6 +55,10 @@ def test_plan_covers_the_call_within_its_bound(
     tiles = rows if decode else min(rows, rows // rows_per_tile + num_seqs)
     assert plan["units"] * plan["groups"] >= tiles * kv_heads
     assert plan["units"] % plan["chunk_units"] == 0
+    # Gathered keys: a slot a unit, or one for each sequence and head that the units of a group have.
+    heads = -(-(plan["units"] - 1) // max(tiles, 1)) + 1
+    assert plan["slots"] in (plan["units"], min(heads, kv_heads) * max(num_seqs, 1))
+    assert plan["slots"] <= plan["units"]
 
 
 def test_launches_do_not_depend_on_the_batch_while_it_fits() -> None:

@@ -284,6 +284,54 @@ def test_cublaslt_launches(page_size: int) -> None:
     assert plan["launches"] <= 6
 
 
+def prefill_inputs(seed: int = 0) -> tuple[jax.Array, ...]:
+    """Operands of `ragged_paged_attention` whose scores, 1 GiB of f32, come in chunks."""
+    q_lens, kv_lens, page_size, kv_heads = (4096, 37, 2500), (4096, 900, 3800), 16, 2
+    max_pages = 4096 // page_size
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = [(sum(q_lens), 8, 64), *[(3 * max_pages, page_size, kv_heads, 64)] * 2]
+    q, k_pages, v_pages = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+    tables = np.random.default_rng(seed).permutation(3 * max_pages).astype(np.int32).reshape(3, max_pages)
+    cu_q_lens = np.cumsum((0, *q_lens)).astype(np.int32)
+    return q, k_pages, v_pages, jnp.asarray(kv_lens, jnp.int32), jnp.asarray(tables), jnp.asarray(cu_q_lens)
+
+
+def test_cublaslt_in_groups_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups that gather keys a sequence and head: right, the same bits from threads at once and in a graph of many."""
+    monkeypatch.setenv("JPA_CUDA_WORKSPACE_MIB", "80")
+    inputs = [prefill_inputs(seed) for seed in range(4)]
+    q, _, _, _, tables, _ = inputs[0]
+    plan = _ffi.compiled("cuda").attention_plan(
+        *("bfloat16", "bfloat16", q.shape[0], 8, 2, 64, 16, *tables.shape, False, _ffi.workspace_limit_cuda())
+    )
+    assert plan["groups"] > 1
+    assert plan["slots"] < plan["units"]
+    attend = jax.jit(functools.partial(jpa.ragged_paged_attention, implementation="cublaslt", return_lse=True))
+    expected = [bits(attend(*args)) for args in inputs]
+    reference = jax.jit(functools.partial(jpa.ragged_paged_attention, implementation="reference", return_lse=True))
+    for got, want in zip(attend(*inputs[0]), reference(*inputs[0]), strict=True):
+        np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), atol=2e-2)
+
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        for _ in range(10):
+            assert list(pool.map(lambda args: bits(attend(*args)), inputs)) == expected
+
+    step = jax.jit(lambda many: [jpa.ragged_paged_attention(*args, implementation="cublaslt") for args in many])
+    outs = [want for want, _ in expected] * 2
+    with ThreadPoolExecutor(2) as pool:  # captures beside calls outside of any graph
+        for _ in range(6):
+            graph = pool.submit(lambda: bits(step(inputs * 2)))
+            alone = [pool.submit(lambda: bits(attend(*inputs[1]))) for _ in range(4)]
+            assert graph.result() == outs
+            assert all(result.result() == expected[1] for result in alone)
+    module, calls = _ffi.compiled("cuda"), []
+    for _ in range(8):
+        before = module.host_calls()
+        assert bits(step(inputs * 2)) == outs
+        calls.append(module.host_calls() - before)
+    assert min(calls) == 0, f"calls of the handler in steps of 8: {calls}"
+
+
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("page_dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
 def test_fused_launches(page_dtype: Any, batch_invariant: bool) -> None:

@@ -15,6 +15,7 @@
 #include "core/fast_division.h"
 #include "device/convert.cuh"
 #include "device/packed.cuh"
+#include "device/ptx.cuh"
 
 namespace jpa::cache {
 namespace {
@@ -27,13 +28,14 @@ constexpr int kFewestThreads = 256;
 constexpr int kTile = kThreadsPerSm;  // tokens that a CTA resolves at a time, at most
 constexpr int kParts = 2;             // vectors that a lane has in flight
 constexpr int kSlotLoads = 8;         // later slots that a thread has in flight
+constexpr int kPrefetch = 64 << 10;   // bytes of keys, and of values, on their way while a CTA resolves slots
 
 // One pool's share of the call.
 struct Side {
   const void* values;  // [T, K, H]
   void* pages;         // [P, S, K, H] through strides
   PageStrides strides;
-  const float* scales;                   // [X, K], null if X is 0
+  const float* scales;           // [X, K], null if X is 0
   FastDivisor tokens_per_scale;  // T / X
 };
 
@@ -245,6 +247,21 @@ class Parts {
   float scales_[kParts];
 };
 
+// The first rows of keys and of values of a tile, which memory would else deliver only once slots are
+// resolved.
+template <typename New>
+__device__ void PrefetchRows(const WriteArgs& args, int32_t first, int count) {
+  constexpr int kPiece = 4096, kPieces = kPrefetch / kPiece;
+  const int side = static_cast<int>(threadIdx.x) / kPieces;
+  if (side >= 2) return;
+  const int64_t row = int64_t{args.row_length} * static_cast<int64_t>(sizeof(New));
+  const int64_t offset = static_cast<int64_t>(threadIdx.x) % kPieces * kPiece;
+  const int64_t bytes = min(count * row - offset, int64_t{kPiece});
+  if (bytes <= 0) return;
+  device::PrefetchToL2(static_cast<const char*>(args.sides[side].values) + first * row + offset,
+                       static_cast<uint32_t>(bytes));
+}
+
 template <typename New, typename Stored, int kVector>
 __global__ void __launch_bounds__(kThreadsPerSm, 1) WriteKernel(const __grid_constant__ WriteArgs args) {
   __shared__ LastTokens::Storage storage;
@@ -258,9 +275,12 @@ __global__ void __launch_bounds__(kThreadsPerSm, 1) WriteKernel(const __grid_con
     Parts<New, Stored, kVector> parts(args, static_cast<int32_t>(first), count);
     // The first values are on their way before it is known whether they are wanted.
     parts.Load(warp, nullptr);
+    const int num_parts = 2 * count * args.parts_per_row.divisor();
+    if constexpr (kVector > 1) {
+      if (num_parts > kParts * NumWarps()) PrefetchRows<New>(args, static_cast<int32_t>(first), count);
+    }
     ResolveTile(args, static_cast<int32_t>(first), count, storage, targets);
     parts.Store(warp, targets);
-    const int num_parts = 2 * count * args.parts_per_row.divisor();
     for (int index = warp + kParts * NumWarps(); index < num_parts; index += kParts * NumWarps()) {
       parts.Load(index, targets);
       parts.Store(index, targets);

@@ -79,6 +79,7 @@ nb::dict AttentionPlan(const std::string& q_dtype, const std::string& kv_dtype, 
   result["units"] = plan.units;
   result["groups"] = plan.groups;
   result["chunk_units"] = plan.chunk_units;
+  result["slots"] = plan.slots;
   result["block_keys"] = plan.block_keys;
   result["segment_keys"] = plan.segment_keys();
   result["stretch_keys"] = plan.stretch_keys();

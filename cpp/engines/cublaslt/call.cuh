@@ -69,7 +69,8 @@ __device__ inline bool HeadsAreNeighbours(const Plan& plan) { return plan.decode
 __device__ inline Unit MakeUnit(const Call& call, const Group& group, int64_t u) {
   const Plan& plan = call.plan;
   const int64_t index = group.first_unit + u;
-  Unit unit = {Tile{}, static_cast<int32_t>(plan.num_tiles), 0, static_cast<int32_t>(u), 0, 0};
+  const auto self = static_cast<int32_t>(u);
+  Unit unit = {Tile{}, static_cast<int32_t>(plan.num_tiles), 0, self, self, 0, 0};
   if (index >= plan.num_tiles * call.problem.num_kv_heads) return unit;
   const int64_t count = HeadsAreNeighbours(plan) ? call.problem.num_kv_heads : plan.num_tiles;
   const int64_t high = index / count, low = index % count;
@@ -80,6 +81,12 @@ __device__ inline Unit MakeUnit(const Call& call, const Group& group, int64_t u)
   if (!HeadsAreNeighbours(plan) && unit.tile.num_rows > 0) {
     const int64_t first = high * count + At<const int32_t>(call, plan.tile_starts)[unit.tile.seq];
     unit.owner = static_cast<int32_t>(max(first - group.first_unit, int64_t{0}));
+    // A slot a unit, or a slot a sequence of each head that the group touches, whichever are fewer.
+    unit.slot = unit.owner;
+    if (plan.slots < plan.units) {
+      const int64_t first_head = group.first_unit / count;
+      unit.slot = static_cast<int32_t>((high - first_head) * call.problem.num_seqs + unit.tile.seq);
+    }
   }
   return unit;
 }

@@ -6,7 +6,9 @@
 
 #include "device/convert.cuh"
 #include "device/packed.cuh"
+#include "device/ptx.cuh"
 #include "engines/cublaslt/call.cuh"
+#include "engines/cublaslt/launch.cuh"
 
 namespace jpa::cublaslt {
 namespace {
@@ -62,11 +64,17 @@ __device__ void StoreStrip(const Call& call, const Target& target, int64_t d,
   }
 }
 
+// Partial results of a row that a lane has in flight: where rows have few of them, many rows hide the
+// latency.
+constexpr int InFlight(int warps_per_row) { return warps_per_row == 8 ? 8 : 2; }
+constexpr int BlocksOfSm(int warps_per_row) { return warps_per_row == 32 ? 1 : 4; }
+
 constexpr int ThreadsOf(int warps_per_row) { return std::max(32 * warps_per_row, kThreads); }
 
 template <typename T, int kWarpsPerRow>
-__global__ void __launch_bounds__(ThreadsOf(kWarpsPerRow))
+__global__ void __launch_bounds__(ThreadsOf(kWarpsPerRow), BlocksOfSm(kWarpsPerRow))
     CombineKernel(const __grid_constant__ Call call, const __grid_constant__ Group group) {
+  device::WaitForPreviousKernel();
   constexpr int kWarps = ThreadsOf(kWarpsPerRow) / 32;
   __shared__ Unpacked<float, kWidth> sums[kWarps][32];
   const Plan& plan = call.plan;
@@ -98,6 +106,8 @@ __global__ void __launch_bounds__(ThreadsOf(kWarpsPerRow))
   for (int s = blocks.begin / per_segment; s * per_segment < blocks.end; ++s)
     state.Add(stats[s].x, stats[s].y);
 
+  const float weight_of_all = blocks.begin < blocks.end ? Weight(stats[0].x, state.maximum) : 0.0f;
+
   // What the sum is multiplied by in the end.
   float factor = 1.0f, lse = -INFINITY;
   if (live && group.last) {
@@ -124,14 +134,19 @@ __global__ void __launch_bounds__(ThreadsOf(kWarpsPerRow))
     const int64_t d = strip + lane * kWidth;
     const bool inside = d < plan.head_dim;
     Unpacked<float, kWidth> sum = {};
-    if (inside) {
-#pragma unroll 8
+    const auto add = [&](const auto& weight_of) {
+#pragma unroll(InFlight(kWarpsPerRow))
       for (int block = blocks.begin + part; block < blocks.end; block += kWarpsPerRow) {
-        const float weight = Weight(stats[block / per_segment].x, state.maximum);
+        const float weight = weight_of(block);
         const auto values = Unpack<float, kWidth>(LoadPacked<kWidth>(partials + block * block_stride + d));
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) sum.values[i] += weight * values.values[i];
       }
+    };
+    if (inside && plan.segments == 1) {
+      add([&](int) { return weight_of_all; });
+    } else if (inside) {
+      add([&](int block) { return Weight(stats[block / per_segment].x, state.maximum); });
     }
     if constexpr (kWarpsPerRow > 1) {
       // In the order of the warps, whichever comes first.
@@ -205,8 +220,7 @@ Status LaunchCombine(const Call& call, const Group& group, cudaStream_t stream) 
   const int threads = ThreadsOf(choice.warps_per_row);
   const int64_t rows_per_block = threads / (32 * choice.warps_per_row);
   const auto blocks = static_cast<unsigned>((rows + rows_per_block - 1) / rows_per_block);
-  choice.kernel<<<blocks, static_cast<unsigned>(threads), 0, stream>>>(call, group);
-  return LaunchStatus("combine");
+  return Launch("combine", choice.kernel, dim3(blocks), threads, call.early, stream, call, group);
 }
 
 }  // namespace jpa::cublaslt

@@ -201,6 +201,14 @@ Status Products::Make(const AttentionProblem& problem, const Plan& plan,
       !s.ok()) {
     return s;
   }
+  int device = 0, major = 0;
+  if (Status s = ToStatus(cudaGetDevice(&device), "no current device"); !s.ok()) return s;
+  if (Status s = ToStatus(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+                          "compute capability");
+      !s.ok()) {
+    return s;
+  }
+  made->early_launches = major >= 9;
   *products = std::move(made);
   return Status::Ok();
 }

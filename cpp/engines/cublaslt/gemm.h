@@ -61,8 +61,9 @@ class Products {
   // stream.
   static Status Make(const AttentionProblem& problem, const Plan& plan, std::unique_ptr<Products>* products);
 
-  Product scores;   // Q K^T of every unit and block
-  Product outputs;  // P V likewise
+  Product scores;               // Q K^T of every unit and block
+  Product outputs;              // P V likewise
+  bool early_launches = false;  // whether the device knows programmatic dependent launches
 };
 
 }  // namespace jpa::cublaslt

@@ -17,11 +17,13 @@ struct Call {
   Plan plan;
   char* workspace;  // [plan.workspace_bytes], aligned to 256 bytes
   int64_t group;    // G
+  bool early;       // kernels may be launched before those in front of them are done
 };
 
 // Which units and which stretch of keys are in the workspace.
 struct Group {
   int64_t first_unit;
+  int64_t chunks;
   int64_t first_key;
   bool first;  // of the stretches of these units
   bool last;

@@ -7,7 +7,9 @@
 
 #include "device/convert.cuh"
 #include "device/packed.cuh"
+#include "device/ptx.cuh"
 #include "engines/cublaslt/call.cuh"
+#include "engines/cublaslt/launch.cuh"
 
 namespace jpa::cublaslt {
 namespace {
@@ -49,24 +51,45 @@ __device__ Packed<T, kWidth> LoadRow(const From* row, int64_t d, int64_t head_di
   }
 }
 
+// A warp a strip of one unit's rows, so that units are looked up once a strip.
 template <typename T, bool kAligned>
 __device__ void PackQueries(const Call& call, const Group& group) {
+  constexpr int kVectors = 4;  // that a lane has in flight
   const Plan& plan = call.plan;
-  const int64_t vectors = plan.head_dim / kWidth;
-  T* queries = At<T>(call, plan.queries);
-  for (int64_t i = ThreadIndex(); i < plan.units * plan.unit_rows * vectors; i += NumThreads()) {
-    const int64_t packed_row = i / vectors, d = i % vectors * kWidth;
-    const int64_t row = packed_row % plan.unit_rows / call.group,
-                  member = packed_row % plan.unit_rows % call.group;
-    const Unit unit = MakeUnit(call, group, packed_row / plan.unit_rows);
-    Packed<T, kWidth> values = {};
-    if (row < unit.tile.num_rows) {
-      const int64_t head = unit.head * call.group + member;
-      const T* from = static_cast<const T*>(call.params.q) +
-                      ((unit.tile.row + row) * call.problem.num_q_heads + head) * call.problem.head_dim;
-      values = LoadRow<T, T, kAligned>(from, d, call.problem.head_dim);
+  const auto vectors = static_cast<int>(plan.head_dim / kWidth), queries = static_cast<int>(call.group);
+  const auto unit_vectors = static_cast<int>(plan.unit_rows) * vectors;
+  const int strips = (unit_vectors + 32 * kVectors - 1) / (32 * kVectors);
+  for (int64_t i = WarpIndex(); i < plan.units * strips; i += NumWarps()) {
+    const int64_t u = i / strips;
+    const int begin = static_cast<int>(i % strips) * 32 * kVectors + Lane();
+    const Unit unit = MakeUnit(call, group, u);
+    T* to = At<T>(call, plan.queries) + u * unit_vectors * kWidth;
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      const int vector = begin + 32 * j;
+      if (vector >= unit_vectors) break;
+      const int packed_row = vector / vectors, row = packed_row / queries;
+      Packed<T, kWidth> values = {};
+      if (row < unit.tile.num_rows) {
+        const int64_t head = unit.head * call.group + (packed_row - row * queries);
+        const T* from = static_cast<const T*>(call.params.q) +
+                        ((unit.tile.row + row) * call.problem.num_q_heads + head) * call.problem.head_dim;
+        values =
+            LoadRow<T, T, kAligned>(from, (vector - packed_row * vectors) * kWidth, call.problem.head_dim);
+      }
+      StorePacked<kWidth>(to + vector * kWidth, values);
     }
-    StorePacked<kWidth>(queries + i * kWidth, values);
+  }
+}
+
+// Words where they fit: bytes of one thread after the other would keep the whole kernel waiting.
+__device__ void FillKnown(uint8_t* known, int64_t bytes, bool is_known) {
+  if (bytes % static_cast<int64_t>(sizeof(uint64_t)) == 0) {
+    auto* words = reinterpret_cast<uint64_t*>(known);
+    for (int64_t i = 0; i < bytes / static_cast<int64_t>(sizeof(uint64_t)); ++i)
+      words[i] = is_known ? ~0ull : 0;
+  } else {
+    for (int64_t i = 0; i < bytes; ++i) known[i] = is_known ? 0xff : 0;
   }
 }
 
@@ -87,14 +110,14 @@ __device__ void FillPointers(const Call& call, const Group& group) {
     const T* keys = At<const T>(call, plan.zeros);
     const T* values = keys;
     if (live && !plan.in_place) {
-      const int64_t offset = (unit.owner * plan.stretch_keys() + block * plan.block_keys) * plan.head_dim;
+      const int64_t offset = (unit.slot * plan.stretch_keys() + block * plan.block_keys) * plan.head_dim;
       keys = At<const T>(call, plan.keys) + offset;
       values = At<const T>(call, plan.values) + offset;
     } else if (live) {
       const int64_t page = PageOf(call, unit.tile.seq, key);
       uint8_t* known =
           At<uint8_t>(call, plan.known) + (u * plan.stretch_keys() + block * plan.block_keys) / 8;
-      for (int64_t byte = 0; byte < plan.block_keys / 8; ++byte) known[byte] = page >= 0 ? 0xff : 0;
+      FillKnown(known, plan.block_keys / 8, page >= 0);
       if (page >= 0) {
         const PageStrides &k = call.params.k_strides, &v = call.params.v_strides;
         keys = static_cast<const T*>(call.params.k_pages) + page % call.problem.num_k_pages * k.page +
@@ -180,8 +203,8 @@ __device__ void Gather(const Call& call, const Group& group) {
       }
     }
     const unsigned known = __ballot_sync(~0u, k_offset >= 0);
-    if (Lane() == 0) At<uint32_t>(call, plan.known)[(u * plan.stretch_keys() + strip) / 32] = known;
-    const int64_t to = (u * plan.stretch_keys() + strip) * plan.head_dim;
+    if (Lane() == 0) At<uint32_t>(call, plan.known)[(unit.slot * plan.stretch_keys() + strip) / 32] = known;
+    const int64_t to = (unit.slot * plan.stretch_keys() + strip) * plan.head_dim;
 #pragma unroll 4
     for (int j = 0; j < vectors; ++j) {
       const int vector = 32 * j + Lane();
@@ -201,11 +224,12 @@ __device__ void Gather(const Call& call, const Group& group) {
 }
 
 template <typename T, typename KV, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     PackKernel(const __grid_constant__ Call call, const __grid_constant__ Group group) {
+  device::WaitForPreviousKernel();
+  FillPointers<T>(call, group);
   if (group.first && group.first_unit == 0) FillZeros<T>(call);
   if (group.first) PackQueries<T, kAligned>(call, group);
-  FillPointers<T>(call, group);
   if (!call.plan.in_place) {
     Gather<T, KV, kAligned>(call, group);
   } else if constexpr (kAligned && sizeof(T) == sizeof(KV)) {
@@ -252,10 +276,15 @@ Kernel Choose(const AttentionProblem& problem) {
 Status LaunchPack(const Call& call, const Group& group, cudaStream_t stream) {
   const Plan& plan = call.plan;
   const int64_t moved = plan.units * (plan.in_place ? plan.unit_rows : plan.unit_rows + plan.stretch_keys());
-  const int64_t threads = std::max(moved * plan.head_dim / kWidth, plan.units * plan.blocks());
+  // A warp a token of each last page.
+  const int64_t copied = plan.in_place ? plan.units / call.problem.num_kv_heads * plan.block_keys * 32 : 0;
+  const int64_t threads =
+      std::max(std::max(moved * plan.head_dim / kWidth, copied), plan.units * plan.blocks());
   const int64_t blocks = std::min((threads + kThreads - 1) / kThreads, kMaxBlocks);
-  Choose(call.problem)<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(call, group);
-  return LaunchStatus("pack");
+  // Kernels in front of the first one are not this engine's: it waits for them in the ordinary way.
+  const bool first = group.first && group.first_unit == 0;
+  return Launch("pack", Choose(call.problem), dim3(static_cast<unsigned>(blocks)), kThreads,
+                call.early && !first, stream, call, group);
 }
 
 }  // namespace jpa::cublaslt

@@ -60,7 +60,7 @@ int64_t GatheredBlockKeys(int64_t context, int64_t products, bool thin) {
 void Lay(const AttentionProblem& problem, Plan* plan) {
   const int64_t width = ByteWidth(problem.q_dtype);
   const int64_t rows = plan->units * plan->unit_rows;
-  const int64_t keys = plan->units * plan->stretch_keys();
+  const int64_t keys = plan->slots * plan->stretch_keys();
   const int64_t page = problem.page_size * problem.num_kv_heads * problem.head_dim * width;
   int64_t end = 0;
   const auto place = [&end](int64_t bytes) {
@@ -96,6 +96,14 @@ int64_t EvenPart(int64_t total, int64_t most, int64_t step) {
   return RoundUp(CeilDiv(total, parts), step);
 }
 
+// Slots that the keys of a group need. Gathered units are in the order of heads, and within one of the tiles,
+// so that a group touches few heads, and of each at most every sequence.
+int64_t Slots(const AttentionProblem& problem, const Plan& plan) {
+  if (plan.in_place || plan.decode) return plan.units;
+  const int64_t heads = CeilDiv(plan.units - 1, std::max<int64_t>(plan.num_tiles, 1)) + 1;
+  return std::min(plan.units, std::min(heads, problem.num_kv_heads) * std::max<int64_t>(problem.num_seqs, 1));
+}
+
 // The largest x in [1, most] of which fits(x) holds; 1 if it holds for none.
 template <typename Fits>
 int64_t Largest(int64_t most, const Fits& fits) {
@@ -129,6 +137,8 @@ Plan PlanOf(const AttentionProblem& problem, bool decode, int64_t rows_per_tile,
     plan.chunk_units = chunk_units;
     plan.units = chunk_units * chunks;
     plan.groups = CeilDiv(all_units, plan.units);
+    plan.all_chunks = CeilDiv(all_units, chunk_units);
+    plan.slots = Slots(problem, plan);
     plan.block_keys =
         plan.in_place ? problem.page_size : GatheredBlockKeys(context, chunk_units * products_per_unit, thin);
     const int64_t blocks = CeilDiv(context, plan.block_keys);

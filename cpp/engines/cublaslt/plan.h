@@ -1,12 +1,13 @@
 // How a call is cut into batched matrix products, and where everything lies in the workspace. A function of
 // static sizes alone: the same launches are made whatever lengths and tables hold.
 //
-//   tile     R query rows of one sequence; decode has one row a tile
-//   unit     a tile and a key/value head: one query matrix of R * G rows (G = N / K), row r * G + g
-//   block    keys of one matrix product: a page where pages are read in place, else a stretch of gathered
-//   keys segment  blocks of one row that share a maximum, the reach of one softmax group    units whose
-//   queries, gathered keys and partial results are in the workspace at one time chunk    units of a group
-//   whose scores are stretch  keys of all these at one time, all there are if they fit
+// - tile: R query rows of one sequence; decode has one row a tile
+// - unit: a tile and a key/value head, one query matrix of R * G rows (G = N / K), row r * G + g
+// - block: keys of one matrix product: a page where pages are read in place, else a stretch of gathered keys
+// - segment: blocks of one row that share a maximum, the reach of one softmax
+// - group: units whose queries, gathered keys and partial results are in the workspace at one time
+// - chunk: units of a group whose scores are
+// - stretch: keys of all these at one time, all there are if they fit
 #pragma once
 
 #include <cstdint>
@@ -40,7 +41,8 @@ struct Unit {
   Tile tile;
   int32_t tile_index;  // num_tiles or more: there is no such unit
   int32_t head;
-  int32_t owner;       // the unit of the group whose gathered keys this one uses too
+  int32_t owner;       // the unit of the group that gathers the keys which this one uses
+  int32_t slot;        // where these are
   int32_t live_begin;  // tile.begin and tile.end, outwards to whole blocks: all that is ever read of the
                        // unit's results
   int32_t live_end;
@@ -60,6 +62,8 @@ struct Plan {
   int64_t units;  // of a group, a multiple of chunk_units
   int64_t groups;
   int64_t chunk_units;
+  int64_t all_chunks;  // that have a unit, of all groups together: the last group may need fewer
+  int64_t slots;  // of gathered keys and values in a group: tiles of one sequence share one for each head
 
   // Bytes from the start of the workspace, multiples of 256.
   int64_t tiles;         // Tile [num_tiles]
@@ -67,9 +71,9 @@ struct Plan {
   int64_t zeros;         // one block of keys of q's dtype
   int64_t unit_records;  // Unit [units]
   int64_t queries;       // [units, unit_rows, head_dim] of q's dtype
-  int64_t keys;          // gathered: [units, stretch_keys, head_dim] of q's dtype
+  int64_t keys;          // gathered: [slots, stretch_keys, head_dim] of q's dtype
   int64_t values;        // gathered: likewise; in place: copies of last pages, [units / K, S, K, H]
-  int64_t known;   // a bit a key, [units, stretch_keys / 8] bytes: whether the block table names its page
+  int64_t known;   // a bit a key, [slots, stretch_keys / 8] bytes: whether the block table names its page
   int64_t scores;  // f32 [chunk_units, unit_rows, stretch_keys]; probabilities of q's dtype take their place
   int64_t stats;   // float2 [units, unit_rows, segments]: maximum and sum
   int64_t partials;  // f32 [units, blocks, unit_rows, head_dim]
@@ -84,9 +88,12 @@ struct Plan {
   constexpr int64_t chunks() const { return units / chunk_units; }
   // Matrices of a product.
   constexpr int64_t batch() const { return chunk_units * blocks(); }
+  constexpr int64_t chunks_of(int64_t group) const {
+    return group == groups - 1 ? all_chunks - group * chunks() : chunks();
+  }
   // cut (ragged only); then for each group and stretch pack, for each chunk QK^T, softmax and PV, and
   // combine.
-  constexpr int64_t launches() const { return (decode ? 0 : 1) + groups * stretches * (2 + 3 * chunks()); }
+  constexpr int64_t launches() const { return (decode ? 0 : 1) + stretches * (2 * groups + 3 * all_chunks); }
 };
 
 // The arrays of pointers, one entry a unit and block of the group, in this order.

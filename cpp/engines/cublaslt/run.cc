@@ -14,25 +14,26 @@ constexpr uintptr_t kAlign = 256;
 // A window beyond this sees as much; sums with it stay far from overflow.
 constexpr int64_t kWidestWindow = int64_t{1} << 40;
 
-Status RunGroup(const Call& call, const Group& group, const Products& products, cudaStream_t stream) {
+Status RunChunk(const Call& call, const Group& group, int64_t chunk, const Products& products,
+                cudaStream_t stream) {
   const Plan& plan = call.plan;
+  const auto array = [&](PointerArray index) {
+    const int64_t entry = (index * plan.chunks() + chunk) * plan.batch();
+    return static_cast<void*>(call.workspace + plan.pointers + entry * static_cast<int64_t>(sizeof(void*)));
+  };
   void* const scratch = call.workspace + plan.gemm;
+  if (Status s = products.scores.Launch(array(kKeys), array(kQueries), array(kScores), scratch, stream);
+      !s.ok()) {
+    return s;
+  }
+  if (Status s = LaunchSoftmax(call, group, chunk, stream); !s.ok()) return s;
+  return products.outputs.Launch(array(kValues), array(kProbabilities), array(kPartials), scratch, stream);
+}
+
+Status RunGroup(const Call& call, const Group& group, const Products& products, cudaStream_t stream) {
   if (Status s = LaunchPack(call, group, stream); !s.ok()) return s;
-  for (int64_t chunk = 0; chunk < plan.chunks(); ++chunk) {
-    const auto array = [&](PointerArray index) {
-      const int64_t entry = (index * plan.chunks() + chunk) * plan.batch();
-      return static_cast<void*>(call.workspace + plan.pointers + entry * static_cast<int64_t>(sizeof(void*)));
-    };
-    if (Status s = products.scores.Launch(array(kKeys), array(kQueries), array(kScores), scratch, stream);
-        !s.ok()) {
-      return s;
-    }
-    if (Status s = LaunchSoftmax(call, group, chunk, stream); !s.ok()) return s;
-    if (Status s =
-            products.outputs.Launch(array(kValues), array(kProbabilities), array(kPartials), scratch, stream);
-        !s.ok()) {
-      return s;
-    }
+  for (int64_t chunk = 0; chunk < group.chunks; ++chunk) {
+    if (Status s = RunChunk(call, group, chunk, products, stream); !s.ok()) return s;
   }
   return LaunchCombine(call, group, stream);
 }
@@ -54,8 +55,12 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   }
   if (problem.num_rows == 0) return Status::Ok();
   const uintptr_t start = reinterpret_cast<uintptr_t>(params.workspace);
-  Call call = {problem, params, plan, reinterpret_cast<char*>((start + kAlign - 1) / kAlign * kAlign),
-               problem.num_q_heads / problem.num_kv_heads};
+  Call call = {problem,
+               params,
+               plan,
+               reinterpret_cast<char*>((start + kAlign - 1) / kAlign * kAlign),
+               problem.num_q_heads / problem.num_kv_heads,
+               products.early_launches};
   call.params.sliding_window = std::min(params.sliding_window, kWidestWindow);
 
   if (!plan.decode) {
@@ -63,7 +68,7 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   }
   for (int64_t units = 0; units < plan.groups; ++units) {
     for (int64_t keys = 0; keys < plan.stretches; ++keys) {
-      const Group group = {units * plan.units, keys * plan.stretch_keys(), keys == 0,
+      const Group group = {units * plan.units, plan.chunks_of(units), keys * plan.stretch_keys(), keys == 0,
                            keys == plan.stretches - 1};
       if (Status s = RunGroup(call, group, products, stream); !s.ok()) return s;
     }

@@ -7,8 +7,10 @@
 #include "device/convert.cuh"
 #include "device/exp2.cuh"
 #include "device/packed.cuh"
+#include "device/ptx.cuh"
 #include "device/reduce.cuh"
 #include "engines/cublaslt/call.cuh"
+#include "engines/cublaslt/launch.cuh"
 
 namespace jpa::cublaslt {
 namespace {
@@ -54,6 +56,7 @@ __device__ float ScaleOf(const Call& call, const Unit& unit) {
 template <typename T, int kThreadsPerRow>
 __global__ void __launch_bounds__(kThreads, 4)
     SoftmaxKernel(const __grid_constant__ Call call, const __grid_constant__ Group group, int64_t chunk) {
+  device::WaitForPreviousKernel();
   constexpr int kRows = kThreads / kThreadsPerRow;
   const Plan& plan = call.plan;
   const int thread = static_cast<int>(threadIdx.x) % kThreadsPerRow;
@@ -74,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   float* scores = At<float>(call, plan.scores) +
                   (blockIdx.x * plan.unit_rows + packed_row) * plan.stretch_keys() + in_stretch;
   const uint8_t* known =
-      At<const uint8_t>(call, plan.known) + (unit.owner * plan.stretch_keys() + in_stretch) / 8;
+      At<const uint8_t>(call, plan.known) + (unit.slot * plan.stretch_keys() + in_stretch) / 8;
   Unpacked<float, kWidth> logits[kVectors];
   unsigned known_bits[kVectors];
 #pragma unroll
@@ -181,8 +184,7 @@ Status LaunchSoftmax(const Call& call, const Group& group, int64_t chunk, cudaSt
   const int64_t row_blocks = (call.plan.unit_rows + choice.rows - 1) / choice.rows;
   const dim3 grid(static_cast<unsigned>(call.plan.chunk_units), static_cast<unsigned>(row_blocks),
                   static_cast<unsigned>(call.plan.segments));
-  choice.kernel<<<grid, kThreads, 0, stream>>>(call, group, chunk);
-  return LaunchStatus("softmax");
+  return Launch("softmax", choice.kernel, grid, kThreads, call.early, stream, call, group, chunk);
 }
 
 }  // namespace jpa::cublaslt

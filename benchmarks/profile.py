@@ -1,0 +1,117 @@
+"""Where the time of a GPU engine's kernels goes, by Nsight Compute: duration, bytes of memory, shares of the peaks.
+
+`python -m benchmarks.profile` from the repository's root runs itself under ncu, one call of each workload, and prints a
+table. Every kernel runs alone there, so durations add up to more than a call takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_paged_attn as jpa
+from benchmarks import peers
+from benchmarks.cases import PLAN, Workload, make_ragged
+
+WORKLOADS = {
+    "decode": Workload("decode, 4k keys", "f16", ((1, 4096),) * 16, **PLAN, causal=False),
+    "prefill": Workload("4k rows, 4k keys", "f16", ((4096, 4096),) * 2, **PLAN, causal=False),
+}
+KERNELS = "(Cut|Pack|Softmax|Combine|CombineSplits|Decode|Write)Kernel|nvjet|gemm|cutlass|xmma|cublas"
+
+# Of ncu, with the table's heading and what a value is divided by.
+METRICS = {
+    "gpu__time_duration.sum": ("us", 1e3),
+    "dram__bytes_read.sum": ("MB read", 1e6),
+    "dram__bytes_write.sum": ("MB written", 1e6),
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": ("% memory", 1),
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed": ("% L2", 1),
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": ("% SM", 1),
+    "sm__warps_active.avg.pct_of_peak_sustained_active": ("% warps", 1),
+    "launch__registers_per_thread": ("registers", 1),
+}
+
+
+def attend(name: str, engine: str) -> None:
+    workload = WORKLOADS[name]
+    (operands,) = make_ragged(workload, copies=1)
+    (peer,) = (peer for peer in peers.engines() if peer.name == engine)
+    (variant,) = peer.variants(workload)
+    jax.block_until_ready(jax.jit(variant.attend)(operands))
+
+
+def write(tokens: int = 16384) -> None:
+    slots = jnp.asarray(
+        np.random.default_rng(0).permutation(4096)[: tokens // 16, None] * 16 + np.arange(16), jnp.int32
+    )
+    pages, new = jnp.zeros((4096, 16, 8, 128), jnp.bfloat16), jnp.ones((tokens, 8, 128), jnp.bfloat16)
+    step = jax.jit(jpa.write_kv_pages, donate_argnums=(0, 1))
+    jax.block_until_ready(step(pages, jnp.copy(pages), new, new, slots.reshape(-1)))
+
+
+def profile(ncu: str, name: str, engine: str, kernels: int) -> list[list[str]]:
+    """A row a kernel: its name, then METRICS."""
+    options = [
+        "--clock-control",
+        "none",
+        "--target-processes",
+        "all",
+        "--csv",
+        "--page",
+        "raw",
+        "--print-units",
+        "base",
+    ]
+    chosen = ["--kernel-name", f"regex:{KERNELS}", "--launch-count", str(kernels), "--metrics", ",".join(METRICS)]
+    program = [sys.executable, "-m", "benchmarks.profile", "--run", name, "--engine", engine]
+    # ncu saves and restores memory around each kernel, and sees the kernels of a graph only as one.
+    flags = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": "--xla_gpu_enable_command_buffer="}
+    done = subprocess.run(
+        [ncu, *options, *chosen, *program],
+        env={**os.environ, **flags},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
+    if done.returncode or len(lines) < 3:
+        raise RuntimeError(f"ncu ended with status {done.returncode}:\n{(done.stdout + done.stderr)[-1500:]}")
+    # The second line has the units.
+    rows = list(csv.DictReader(io.StringIO("\n".join([lines[0], *lines[2:]]))))
+    return [
+        [row["Kernel Name"], *(f"{float(row[m].replace(',', '')) / by:.1f}" for m, (_, by) in METRICS.items())]
+        for row in rows
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description="Profiles the GPU kernels.")
+    parser.add_argument("--ncu", default="ncu", help="Nsight Compute's command")
+    parser.add_argument("--kernels", type=int, default=9, help="kernels that are profiled of each workload, at most")
+    parser.add_argument("--engine", default="cublaslt", help="of attention")
+    parser.add_argument("--only", default="", help="decode, prefill or write")
+    parser.add_argument("--run", help="only run this one, for ncu")
+    args = parser.parse_args()
+    if args.run:
+        write() if args.run == "write" else attend(args.run, args.engine)
+        return
+    for name in (*WORKLOADS, "write"):
+        if args.only in name:
+            print(f"{name}\n  {'':44}" + "".join(f"{heading:>11}" for heading, _ in METRICS.values()))
+            for kernel, *values in profile(args.ncu, name, args.engine, args.kernels):
+                print(
+                    f"  {kernel.partition('(')[0][-44:]:44}" + "".join(f"{value:>11}" for value in values), flush=True
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+#!/usr/bin/env python3
+"""A few calls of the CUDA module, held to the oracle, for compute-sanitizer: without pytest, and with next to no XLA.
+
+Usage: tools/gpu_sanitize.py write | ENGINE NAME...    names of tests/cases.py; the folder tests is on PYTHONPATH
+"""
+
+import sys
+
+import cases
+import harness
+import jax
+import numpy as np
+import oracle
+
+import jax_paged_attn as jpa
+
+
+def attention(engine: str, name: str) -> None:
+    """The case as the engine takes it, and once more with its promise if it can give it."""
+    case = harness.adapted(name, engine)
+    for batch_invariant in {False, harness.engine_row(engine).batch_invariant}:
+        got = harness.run(case, implementation=engine, batch_invariant=batch_invariant)
+        harness.assert_close(got, harness.expected(case), case.dtype)
+
+
+def write() -> None:
+    """bf16 tokens into pages of each width, in large thread blocks and in small ones, with slots that repeat."""
+    rng = np.random.default_rng(0)
+    for tokens, page_dtype in ((6, "bf16"), (700, "bf16"), (700, "e4m3")):
+        k_pages, v_pages = (cases.random_values(rng, (50, 8, 2, 16), cases.DTYPES[page_dtype]) for _ in "kv")
+        k, v = (cases.random_values(rng, (tokens, 2, 16), cases.DTYPES["bf16"]) for _ in "kv")
+        slots = rng.integers(-3, 403, tokens).astype(np.int32)
+        got = harness.call("write_kv_pages", k_pages, v_pages, k, v, slots)
+        for mine, theirs in zip(got, oracle.write_kv_pages(k_pages, v_pages, k, v, slots), strict=True):
+            np.testing.assert_array_equal(np.asarray(mine).view(np.uint8), theirs.view(np.uint8))
+
+
+def main() -> None:
+    assert jax.default_backend() == "gpu", f"no GPU: {jax.devices()}"
+    what, *names = sys.argv[1:]
+    if what == "write":
+        write()
+        print("write: as the oracle has it")
+    for name in names:
+        attention(what, name)
+        print(f"{what} {name}: as the oracle has it", flush=True)
+    print(f"jax_paged_attn {jpa.__version__}: {what} done")
+
+
+if __name__ == "__main__":
+    main()
