@@ -7,8 +7,8 @@
 #define JPA_HOST_DEVICE
 #endif
 
-// In front of a loop: nvcc would unroll it on the device, but it rarely runs twice and the code around it should stay
-// small.
+// In front of a loop: nvcc would unroll it on the device, but it rarely runs twice and the code around it
+// should stay small.
 #ifdef __CUDA_ARCH__
 #define JPA_KEEP_LOOP _Pragma("unroll 1")
 #else

@@ -1,6 +1,7 @@
-// Operands of mma.sync m16n8k16 from rows of keys and values in shared memory, and of queries in global memory. 8-bit
-// rows become f16 on the way, exactly. The order in which a product takes the elements of a row is free as long as both
-// of its operands keep to it, and 8-bit rows use that: a lane's four neighbouring bytes are its four elements.
+// Operands of mma.sync m16n8k16 from rows of keys and values in shared memory, and of queries in global
+// memory. 8-bit rows become f16 on the way, exactly. The order in which a product takes the elements of a row
+// is free as long as both of its operands keep to it, and 8-bit rows use that: a lane's four neighbouring
+// bytes are its four elements.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -56,8 +57,8 @@ __device__ inline uint32_t PairOfBytes(uint32_t word) {
 
 __device__ inline uint32_t LaneId() { return threadIdx.x % 32; }
 
-// Of 16 keys' rows, each `stride` bytes after the one before, elements [16 i, 16 i + 16) as second operand of Q K^T: for
-// the first eight keys fragment[0..1], for the others [2..3].
+// Of 16 keys' rows, each `stride` bytes after the one before, elements [16 i, 16 i + 16) as second operand of
+// Q K^T: for the first eight keys fragment[0..1], for the others [2..3].
 template <DType dtype, int stride>
 __device__ inline void LoadKeys(uint32_t keys, int i, uint32_t (&fragment)[4]) {
   const uint32_t lane = LaneId();
@@ -74,8 +75,8 @@ __device__ inline void LoadKeys(uint32_t keys, int i, uint32_t (&fragment)[4]) {
   }
 }
 
-// Of 16 keys' rows, columns [16 i, 16 i + 16) as second operand of P V: eight columns in fragment[0..1], the others in
-// [2..3]; which ones, FragmentLayout says.
+// Of 16 keys' rows, columns [16 i, 16 i + 16) as second operand of P V: eight columns in fragment[0..1], the
+// others in [2..3]; which ones, FragmentLayout says.
 template <DType dtype, int stride>
 __device__ inline void LoadValues(uint32_t values, int i, uint32_t (&fragment)[4]) {
   const uint32_t lane = LaneId();
@@ -121,9 +122,9 @@ template <DType q_dtype, bool bytes, int head_dim>
 struct QueryFragments {
   uint32_t fragments[head_dim / 16][4];
 
-  // Row r (0 or 1) of the lane, zeros without a query. Beside 8-bit keys queries become f16, whose range is smaller than
-  // bf16's: so each row is divided by a power of two near its largest element. Returns that exponent. All lanes of a row
-  // come here.
+  // Row r (0 or 1) of the lane, zeros without a query. Beside 8-bit keys queries become f16, whose range is
+  // smaller than bf16's: so each row is divided by a power of two near its largest element. Returns that
+  // exponent. All lanes of a row come here.
   __device__ int LoadRow(int r, const uint16_t* query) {
     const int lane = static_cast<int>(LaneId() % 4);
     if constexpr (!bytes) {
@@ -140,7 +141,8 @@ struct QueryFragments {
       float largest = 0.0f;
 #pragma unroll
       for (int i = 0; i < head_dim / 16; ++i) {
-        words[i] = query == nullptr ? uint2{0, 0} : *reinterpret_cast<const uint2*>(query + 16 * i + 4 * lane);
+        words[i] =
+            query == nullptr ? uint2{0, 0} : *reinterpret_cast<const uint2*>(query + 16 * i + 4 * lane);
         const Unpacked<T, 4> values = Unpack<T, 4>(words[i]);
 #pragma unroll
         for (const T& value : values.values) largest = fmaxf(largest, fabsf(ToF32(value)));

@@ -12,7 +12,8 @@ __device__ inline uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- asynchronous copies -----------------------------------------------------------------------------------------
+// ---- asynchronous copies
+// -----------------------------------------------------------------------------------------
 
 // 16 bytes from global to shared memory, past the L1 cache; zeros, and no access, if not `exists`.
 __device__ inline void CopyAsync16(uint32_t to, const void* from, bool exists) {
@@ -26,7 +27,8 @@ __device__ inline void CopyAsync16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-// ---- barriers ----------------------------------------------------------------------------------------------------
+// ---- barriers
+// ----------------------------------------------------------------------------------------------------
 
 // An mbarrier in shared memory: a phase ends when as many threads have arrived as it was made for.
 using Barrier = uint64_t;
@@ -45,8 +47,8 @@ __device__ inline void ArriveAfterCopies(Barrier* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
 
-// Until the phase of that parity has ended: the first one has parity 0. A barrier's phase before the first one counts
-// as ended.
+// Until the phase of that parity has ended: the first one has parity 0. A barrier's phase before the first
+// one counts as ended.
 __device__ inline void WaitForPhase(Barrier* barrier, uint32_t parity) {
   uint32_t ended;
   do {
@@ -77,10 +79,11 @@ __device__ inline void PrefetchToL2(const void* from, uint32_t bytes) {
 #endif
 }
 
-// ---- matrices ----------------------------------------------------------------------------------------------------
+// ---- matrices
+// ----------------------------------------------------------------------------------------------------
 
-// 8 x 8 matrices of 16-bit elements; each eighth of the warp's lanes gives the rows' addresses of one. A lane gets
-// two neighbours of row lane / 4, from column 2 (lane % 4) on.
+// 8 x 8 matrices of 16-bit elements; each eighth of the warp's lanes gives the rows' addresses of one. A lane
+// gets two neighbours of row lane / 4, from column 2 (lane % 4) on.
 __device__ inline void LoadMatrices(uint32_t row, uint32_t (&to)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -111,7 +114,8 @@ __device__ inline void LoadMatricesTransposed(uint32_t row, uint32_t (&to)[2]) {
 // d += a b, with a [16, 16] and b [16, 8] of the type of `tag` and d [16, 8] f32.
 __device__ inline void MultiplyAdd(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
+      "%1, %2, "
       "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -119,15 +123,18 @@ __device__ inline void MultiplyAdd(float (&d)[4], const uint32_t (&a)[4], uint32
 __device__ inline void MultiplyAdd(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                    __nv_bfloat16) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, "
       "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// ---- registers ---------------------------------------------------------------------------------------------------
+// ---- registers
+// ---------------------------------------------------------------------------------------------------
 
-// A warpgroup of the block (four warps, all of which come here) hands registers back, or takes what others handed back.
+// A warpgroup of the block (four warps, all of which come here) hands registers back, or takes what others
+// handed back.
 template <int registers>
 __device__ inline void ShrinkRegisters() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -141,7 +148,8 @@ __device__ inline void GrowRegisters() {
 #endif
 }
 
-// ---- bytes and numbers -------------------------------------------------------------------------------------------
+// ---- bytes and numbers
+// -------------------------------------------------------------------------------------------
 
 // Byte i of the result is byte (selector >> 4 i) & 7 of the eight bytes low, high.
 __device__ inline uint32_t PermuteBytes(uint32_t low, uint32_t high, uint32_t selector) {
@@ -162,7 +170,8 @@ __device__ inline float Log2(float x) {
   return result;
 }
 
-// ---- programmatic dependent launch: before compute capability 9.0 kernels of a stream just follow each other -------
+// ---- programmatic dependent launch: before compute capability 9.0 kernels of a stream just follow each
+// other -------
 
 // Lets the next kernel of the stream start, up to its WaitForPreviousKernel.
 __device__ inline void LetNextKernelStart() {

@@ -44,9 +44,7 @@ struct SoftmaxState {
   // Of all values: 1 / sum, 0 for a row that saw no key.
   __device__ float Normaliser() const { return sum == 0.0f ? 0.0f : Reciprocal(sum); }
   // log of the sum of exp, natural; -inf for a row that saw no key.
-  __device__ float LogSumExp() const {
-    return sum == 0.0f ? -INFINITY : (maximum + Log2(sum)) * kLn2;
-  }
+  __device__ float LogSumExp() const { return sum == 0.0f ? -INFINITY : (maximum + Log2(sum)) * kLn2; }
 };
 
 }  // namespace jpa::device

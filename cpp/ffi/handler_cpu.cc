@@ -47,7 +47,8 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_pa
                                       {"workspace", *workspace}};
     AttentionProblem problem;
     AttentionParams params;
-    if (Status s = ParseAttention(buffers, {scale, soft_cap, sliding_window, causal, false}, &problem, &params);
+    if (Status s =
+            ParseAttention(buffers, {scale, soft_cap, sliding_window, causal, false}, &problem, &params);
         !s.ok()) {
       return s;
     }

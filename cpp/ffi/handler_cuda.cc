@@ -47,8 +47,8 @@ std::atomic<int64_t> host_calls{0};
 
 bool IsFused(const AttentionCudaAttributes& attributes) { return attributes.engine == "fused"; }
 
-// What a call site of a compiled program keeps: its sizes never change, so what its engine makes ready once a device
-// stays right. Threads share it.
+// What a call site of a compiled program keeps: its sizes never change, so what its engine makes ready once a
+// device stays right. Threads share it.
 class AttentionState {
  public:
   static ffi::TypeId id;
@@ -78,7 +78,8 @@ class AttentionState {
   }
 
  private:
-  static Status Make(const AttentionProblem& problem, const AttentionCudaAttributes& attributes, OnDevice* made) {
+  static Status Make(const AttentionProblem& problem, const AttentionCudaAttributes& attributes,
+                     OnDevice* made) {
     if (IsFused(attributes)) return fused::Prepare(problem, &made->fused);
     made->plan = cublaslt::MakePlan(problem, attributes.decode, attributes.workspace_limit);
     return cublaslt::Products::Make(problem, made->plan, &made->products);

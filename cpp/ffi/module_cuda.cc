@@ -94,8 +94,8 @@ int64_t WorkspaceBound(const std::string& q_dtype, const std::string& kv_dtype, 
 }
 
 // A problem of which only what the engine `fused` sizes its workspace by is known.
-jpa::AttentionProblem FusedProblem(int64_t num_rows, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim,
-                                   int64_t num_seqs) {
+jpa::AttentionProblem FusedProblem(int64_t num_rows, int64_t num_q_heads, int64_t num_kv_heads,
+                                   int64_t head_dim, int64_t num_seqs) {
   return Problem("bfloat16", "bfloat16", num_rows, num_q_heads, num_kv_heads, head_dim, 1, num_seqs, 1);
 }
 
@@ -143,8 +143,8 @@ NB_MODULE(_cuda, m) {
         nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("num_seqs"), nb::arg("decode"),
         nb::arg("batch_invariant"),
         "Bytes of scratch memory that \"fused\" needs for a call of these sizes.");
-  m.def("fused_workspace_bytes_per_row", &FusedWorkspaceBytesPerRow, nb::arg("num_q_heads"), nb::arg("head_dim"),
-        "At most what a query row of a batch-invariant call adds to them.");
+  m.def("fused_workspace_bytes_per_row", &FusedWorkspaceBytesPerRow, nb::arg("num_q_heads"),
+        nb::arg("head_dim"), "At most what a query row of a batch-invariant call adds to them.");
   m.attr("WORKSPACE_BYTES_PER_ROW") = jpa::cublaslt::kWorkspaceBytesPerRow;
   m.attr("DEFAULT_WORKSPACE_LIMIT") = jpa::cublaslt::kDefaultWorkspaceLimit;
   m.def("set_library_directory", &jpa::cublaslt::SetLibraryDirectory, nb::arg("directory"),

@@ -1,5 +1,5 @@
-// The fused engine's partition: tiles against the keys that rows see, and shares that take each tile exactly once, with
-// parts of units that fit together.
+// The fused engine's partition: tiles against the keys that rows see, and shares that take each tile exactly
+// once, with parts of units that fit together.
 #include <algorithm>
 #include <cstdint>
 #include <map>
@@ -37,11 +37,15 @@ struct Batch {
 };
 
 Batch RandomBatch(std::mt19937& random) {
-  const auto below = [&random](int32_t n) { return static_cast<int32_t>(random() % static_cast<uint32_t>(n)); };
+  const auto below = [&random](int32_t n) {
+    return static_cast<int32_t>(random() % static_cast<uint32_t>(n));
+  };
   Batch batch;
   const int32_t window = below(3) == 0 ? 1 + below(400) : 0;
-  batch.facts = {FastDivisor(1 + below(20)), 1 + below(5), 0, below(4) == 0 ? 100 : 3000, window, below(4) != 0};
-  const int32_t num_seqs = 1 + below(6), longest = below(2) == 0 ? 90 : 3100, most_rows = below(2) == 0 ? 2 : 60;
+  batch.facts = {FastDivisor(1 + below(20)), 1 + below(5), 0,
+                 below(4) == 0 ? 100 : 3000, window,       below(4) != 0};
+  const int32_t num_seqs = 1 + below(6), longest = below(2) == 0 ? 90 : 3100,
+                most_rows = below(2) == 0 ? 2 : 60;
   int32_t row = below(5) == 0 ? -3 : 0;
   for (int32_t i = 0; i < num_seqs; ++i) {
     const int32_t count = below(6) == 0 ? 0 : 1 + below(most_rows);
@@ -83,8 +87,8 @@ void TilesHaveTheKeysThatRowsSee() {
         if (last < 0) {
           CHECK(tiles.size() == 0, "unit without keys has %d tiles", tiles.size());
         } else {
-          CHECK(tiles.begin == first / kTileKeys && tiles.end == last / kTileKeys + 1, "[%d, %d) for keys %d to %d",
-                tiles.begin, tiles.end, first, last);
+          CHECK(tiles.begin == first / kTileKeys && tiles.end == last / kTileKeys + 1,
+                "[%d, %d) for keys %d to %d", tiles.begin, tiles.end, first, last);
         }
       }
       int32_t live = 0;
@@ -119,7 +123,8 @@ std::map<Unit, std::vector<Part>> Walk(const Batch& batch, int64_t num_ctas, boo
     int32_t index = 0;
     for (; offset >= tiles_of(index); ++index) offset -= tiles_of(index);
     const Batch& sequences = batch;
-    ShareCursor<const Batch> share(batch.facts, heads, batch.size(), sequences, index, offset, per, batch_invariant);
+    ShareCursor<const Batch> share(batch.facts, heads, batch.size(), sequences, index, offset, per,
+                                   batch_invariant);
     int64_t walked = 0;
     Part part{};
     for (; !share.done(); share.Next(), ++walked) {
@@ -159,15 +164,16 @@ void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
         int32_t next = tiles.begin, index = 0;
         for (const Part& part : found->second) {
           CHECK(part.begin == next, "part from %d, expected %d", part.begin, next);
-          CHECK(part.has_start == (next == tiles.begin) && part.has_end == (part.end == tiles.end), "flags of part %d",
-                index);
+          CHECK(part.has_start == (next == tiles.begin) && part.has_end == (part.end == tiles.end),
+                "flags of part %d", index);
           if (batch_invariant) {
             CHECK(part.index == index, "part %d calls itself %d", index, part.index);
             const int32_t size = std::min(SplitTiles(sequence, tiles), tiles.end - part.begin);
             CHECK(part.end - part.begin == size, "%d tiles of %d", part.end - part.begin, size);
           } else {
             const Deal deal = MakeDeal(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
-            CHECK(part.cta == found->second[0].cta + index * deal.num_lanes, "parts of a unit are in neighbouring shares");
+            CHECK(part.cta == found->second[0].cta + index * deal.num_lanes,
+                  "parts of a unit are in neighbouring shares");
             CHECK(part.to_come == static_cast<int32_t>(found->second.size()) - 1 - index, "%d parts to come",
                   part.to_come);
           }
@@ -176,7 +182,8 @@ void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
           ++index;
         }
         CHECK(next == tiles.end, "ends at %d of %d", next, tiles.end);
-        if (batch_invariant) CHECK(index == NumSplits(sequence, tiles) && index <= kMaxSplits, "%d parts", index);
+        if (batch_invariant)
+          CHECK(index == NumSplits(sequence, tiles) && index <= kMaxSplits, "%d parts", index);
       }
     }
   }
@@ -191,7 +198,8 @@ void SharesTakeEachTileOnce() {
   for (int repeat = 0; repeat < 2000; ++repeat) {
     const Batch batch = RandomBatch(random);
     const int64_t total = batch.num_tiles() * batch.facts.num_kv_heads;
-    for (const int64_t num_ctas : {int64_t{1}, int64_t{2}, int64_t{7}, int64_t{264}, total - 1, total, total + 1}) {
+    for (const int64_t num_ctas :
+         {int64_t{1}, int64_t{2}, int64_t{7}, int64_t{264}, total - 1, total, total + 1}) {
       if (num_ctas < 1) continue;
       Check(batch, num_ctas, false);
       Check(batch, num_ctas, true);
@@ -214,8 +222,8 @@ void NumbersBeyondTheirRange() {
   batch.facts = {FastDivisor(3), 2, 5, 640, 1 << 30, true};
   batch.raw = {{INT32_MIN, INT32_MIN, INT32_MAX}, {INT32_MAX, -2, INT32_MAX}, {5, 5, 7}, {7, INT32_MAX, 3}};
   const Sequence all = batch(1);
-  CHECK(all.row == 0 && all.num_rows == 5 && all.kv_len == 640, "row %d, %d rows, %d keys", all.row, all.num_rows,
-        all.kv_len);
+  CHECK(all.row == 0 && all.num_rows == 5 && all.kv_len == 640, "row %d, %d rows, %d keys", all.row,
+        all.num_rows, all.kv_len);
   CHECK(batch(0).num_rows == 0 && batch(2).num_rows == 0 && batch(3).num_rows == 0, "rows outside q");
   Check(batch, 264, false);
   Check(batch, 264, true);

@@ -23,9 +23,9 @@ struct UnfinishedUnit {
   int32_t num_rows;  // packed rows
 };
 
-// Scratch memory: softmax states of units that several CTAs have a part of, a packed row each. By default these are
-// [2 kMaxCtas, slot_rows]: of CTA c slot 2c has the unit that began in an earlier share, 2c + 1 the one that began in
-// this share. Batch-invariant they are [rows, N, kMaxSplits].
+// Scratch memory: softmax states of units that several CTAs have a part of, a packed row each. By default
+// these are [2 kMaxCtas, slot_rows]: of CTA c slot 2c has the unit that began in an earlier share, 2c + 1 the
+// one that began in this share. Batch-invariant they are [rows, N, kMaxSplits].
 struct Partials {
   float* out;                  // [.., H], not divided by the sum yet
   float2* stats;               // [..]: maximum, in units of log 2, and sum
@@ -47,7 +47,8 @@ struct DecodeArgs {
   int32_t num_pages;  // ids outside [0, num_pages) are no page
   bool same_offsets;  // keys and values have the same place in their pools
   bool batch_invariant;
-  bool split_rows_by_sequence;  // batch-invariant: row of `partials` is kMaxSplitRows * sequence + row, not q's row
+  bool split_rows_by_sequence;  // batch-invariant: row of `partials` is kMaxSplitRows * sequence + row, not
+                                // q's row
 };
 
 }  // namespace jpa::fused

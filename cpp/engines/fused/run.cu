@@ -1,5 +1,3 @@
-#include "engines/fused/run.h"
-
 #include <algorithm>
 #include <cstdint>
 #include <string>
@@ -9,6 +7,7 @@
 #include "engines/fused/decode/combine.h"
 #include "engines/fused/decode/kernels.h"
 #include "engines/fused/decode/traits.h"
+#include "engines/fused/run.h"
 
 namespace jpa::fused {
 namespace {
@@ -21,7 +20,7 @@ int64_t RoundUp(int64_t bytes) { return CeilDiv(bytes, kAlign) * kAlign; }
 struct Layout {
   int64_t slot_rows;
   int64_t num_states;
-  int64_t stats;       // bytes from the start; the sums of values come first
+  int64_t stats;  // bytes from the start; the sums of values come first
   int64_t unfinished;
   int64_t bytes;
 };
@@ -41,7 +40,8 @@ Layout LayOut(const AttentionProblem& problem, const Options& options) {
   layout.stats = RoundUp(layout.num_states * problem.head_dim * static_cast<int64_t>(sizeof(float)));
   layout.unfinished = layout.stats + RoundUp(layout.num_states * static_cast<int64_t>(sizeof(float2)));
   // XLA aligns less than 256 bytes on some devices.
-  layout.bytes = layout.unfinished + RoundUp(kMaxCtas * static_cast<int64_t>(sizeof(UnfinishedUnit))) + kAlign;
+  layout.bytes =
+      layout.unfinished + RoundUp(kMaxCtas * static_cast<int64_t>(sizeof(UnfinishedUnit))) + kAlign;
   return layout;
 }
 
@@ -113,7 +113,8 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
     return s;
   }
   cudaFuncAttributes attributes{};
-  if (Status s = CudaStatus(cudaFuncGetAttributes(&attributes, info.kernel), "no kernel for this device"); !s.ok()) {
+  if (Status s = CudaStatus(cudaFuncGetAttributes(&attributes, info.kernel), "no kernel for this device");
+      !s.ok()) {
     return s;
   }
   const int capability = attributes.binaryVersion;
@@ -135,8 +136,8 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
                                    " bytes, got " + std::to_string(workspace_bytes));
   }
   constexpr int64_t kMost = INT32_MAX;
-  if (problem.num_rows * problem.num_q_heads > kMost || problem.num_seqs > kMost || problem.page_size > kMost ||
-      std::max(problem.num_k_pages, problem.num_v_pages) > kMost) {
+  if (problem.num_rows * problem.num_q_heads > kMost || problem.num_seqs > kMost ||
+      problem.page_size > kMost || std::max(problem.num_k_pages, problem.num_v_pages) > kMost) {
     return Status::InvalidArgument(
         "q, k_pages: expected T * N, B, the page size and the number of pages below 2^31");
   }
@@ -148,7 +149,9 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   DecodeArgs args{};
   args.problem = problem;
   args.params = params;
-  const auto divisor = [](int64_t number) { return FastDivisor(static_cast<int32_t>(std::max<int64_t>(number, 1))); };
+  const auto divisor = [](int64_t number) {
+    return FastDivisor(static_cast<int32_t>(std::max<int64_t>(number, 1)));
+  };
   const auto seqs_per = [&](int64_t rows) { return divisor(rows > 0 ? problem.num_seqs / rows : 1); };
   args.facts = {divisor(group),
                 static_cast<int32_t>(problem.num_kv_heads),
@@ -172,7 +175,8 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   args.split_rows_by_sequence = !options.decode && problem.num_rows > kMaxSplitRows * problem.num_seqs;
 
   const Launch decode = {device.kernel, dim3(static_cast<unsigned>(device.num_ctas)), device.threads};
-  if (Status s = LaunchKernel(decode, device.shared_bytes, false, args, "launch of the decode kernel", stream);
+  if (Status s =
+          LaunchKernel(decode, device.shared_bytes, false, args, "launch of the decode kernel", stream);
       !s.ok()) {
     return s;
   }

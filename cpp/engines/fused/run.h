@@ -16,17 +16,17 @@ struct Options {
   bool batch_invariant;  // a sequence gets the same bits alone and in any batch
 };
 
-// Scratch memory of a call, in bytes. Of T and B it depends only where results are to be batch-invariant: then by at
-// most WorkspaceBytesPerRow for each query row.
+// Scratch memory of a call, in bytes. Of T and B it depends only where results are to be batch-invariant:
+// then by at most WorkspaceBytesPerRow for each query row.
 int64_t WorkspaceBytes(const AttentionProblem& problem, const Options& options);
 int64_t WorkspaceBytesPerRow(const AttentionProblem& problem);
 
 // What a call needs to know of the device it runs on.
 struct Device {
-  int num_ctas;        // that run at the same time
-  int threads;         // of each
-  int shared_bytes;    // of a CTA
-  bool overlaps;       // kernels of a stream may start before the one in front has ended
+  int num_ctas;      // that run at the same time
+  int threads;       // of each
+  int shared_bytes;  // of a CTA
+  bool overlaps;     // kernels of a stream may start before the one in front has ended
   const void* kernel;
 };
 

@@ -1,5 +1,5 @@
-// Merges the partial results that the decode kernel left, always in the order of the keys. A thread block has a query
-// row and head at a time; its warps share the parts, its lanes the columns.
+// Merges the partial results that the decode kernel left, always in the order of the keys. A thread block has
+// a query row and head at a time; its warps share the parts, its lanes the columns.
 #include <cstdint>
 
 #include "device/convert.cuh"
@@ -45,7 +45,8 @@ struct PartialRow {
   }
 };
 
-// By all threads: sums up `num_parts` partial results and writes the row's. `index_of` is a part's index in partials.
+// By all threads: sums up `num_parts` partial results and writes the row's. `index_of` is a part's index in
+// partials.
 template <DType q_dtype, typename IndexOf>
 __device__ void MergeParts(const DecodeArgs& args, int32_t num_parts, const IndexOf& index_of, int32_t seq,
                            int64_t q_row, int32_t head) {
@@ -100,7 +101,8 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
   const int32_t cta = static_cast<int32_t>(blockIdx.x);
   const UnfinishedUnit unit = args.partials.unfinished[cta];
   if (unit.num_parts == 0) return;
-  for (int32_t row = static_cast<int32_t>(blockIdx.y); row < unit.num_rows; row += static_cast<int32_t>(gridDim.y)) {
+  for (int32_t row = static_cast<int32_t>(blockIdx.y); row < unit.num_rows;
+       row += static_cast<int32_t>(gridDim.y)) {
     const auto index_of = [&](int32_t part) {
       const int64_t slot = part == 0 ? 2 * cta + 1 : 2 * (cta + part * args.deal.num_lanes);
       return slot * args.partials.slot_rows + row;
@@ -127,8 +129,9 @@ __global__ void __launch_bounds__(kThreads) CombineSplitsKernel(const __grid_con
       const int32_t splits = NumSplits(sequence, VisibleTiles(args.facts, sequence, packed / kTileRows));
       if (splits <= 1) continue;
       const int64_t first = PartOfRow(args, index, sequence.row, token, head);
-      MergeParts<q_dtype>(args, splits, [&](int32_t part) { return first + part; }, index,
-                          int64_t{sequence.row} + token, head);
+      MergeParts<q_dtype>(
+          args, splits, [&](int32_t part) { return first + part; }, index, int64_t{sequence.row} + token,
+          head);
     }
   }
   if (blockIdx.x >= args.problem.num_seqs) device::WaitForPreviousKernel();
@@ -140,16 +143,18 @@ Launch CombineLaunch(const DecodeArgs& args, int32_t num_ctas) {
   const bool bf16 = args.problem.q_dtype == DType::kBF16;
   if (args.batch_invariant) {
     constexpr int64_t kMostBlocks = 65535;
-    return {reinterpret_cast<const void*>(bf16 ? &CombineSplitsKernel<DType::kBF16>
-                                               : &CombineSplitsKernel<DType::kF16>),
-            dim3(static_cast<unsigned>(args.problem.num_seqs < kMostBlocks ? args.problem.num_seqs : kMostBlocks),
-                 static_cast<unsigned>(args.problem.num_q_heads)),
-            kThreads};
+    return {
+        reinterpret_cast<const void*>(bf16 ? &CombineSplitsKernel<DType::kBF16>
+                                           : &CombineSplitsKernel<DType::kF16>),
+        dim3(static_cast<unsigned>(args.problem.num_seqs < kMostBlocks ? args.problem.num_seqs : kMostBlocks),
+             static_cast<unsigned>(args.problem.num_q_heads)),
+        kThreads};
   }
   // More blocks a unit than most units have rows would only start and end.
   constexpr int32_t kMostRows = 16;
   return {reinterpret_cast<const void*>(bf16 ? &CombineKernel<DType::kBF16> : &CombineKernel<DType::kF16>),
-          dim3(static_cast<unsigned>(num_ctas), static_cast<unsigned>(Smaller(args.partials.slot_rows, kMostRows))),
+          dim3(static_cast<unsigned>(num_ctas),
+               static_cast<unsigned>(Smaller(args.partials.slot_rows, kMostRows))),
           kThreads};
 }
 

@@ -9,7 +9,8 @@ namespace jpa::fused {
 template <DType q_dtype, DType kv_dtype, int head_dim>
 DecodeKernelInfo InfoOf() {
   using Traits = DecodeTraits<q_dtype, kv_dtype, head_dim>;
-  return {reinterpret_cast<const void*>(&DecodeKernel<Traits>), Traits::kThreads, &Traits::CtasPerSm, &SharedBytes<Traits>};
+  return {reinterpret_cast<const void*>(&DecodeKernel<Traits>), Traits::kThreads, &Traits::CtasPerSm,
+          &SharedBytes<Traits>};
 }
 
 template <DType q_dtype, int head_dim>

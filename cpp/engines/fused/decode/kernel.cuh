@@ -1,12 +1,14 @@
-// Attention for few query rows a key. The time is that of reading keys and values, so the kernel is a pipeline of
-// copies, with just enough arithmetic beside it:
+// Attention for few query rows a key. The time is that of reading keys and values, so the kernel is a
+// pipeline of copies, with just enough arithmetic beside it:
 //
 //   share    every CTA works out from the lengths alone which tiles are its own (partition.h)
 //   jobs     one warp walks these tiles, looks up their pages and leaves a Job for each in shared memory
-//   copies   it and three others copy the tiles' keys and values into stages, as many tiles ahead as there are stages
-//   products four more warps share a tile: by rows, and where there are too few, by keys. S = Q K^T and O += P V by
+//   copies   it and three others copy the tiles' keys and values into stages, as many tiles ahead as there
+//   are stages products four more warps share a tile: by rows, and where there are too few, by keys. S = Q
+//   K^T and O += P V by
 //            mma.sync with 16 packed rows each, between them the online softmax in registers
-//   ends     where a part of a unit ends, the warps' states are merged; whole units are written out, others go to
+//   ends     where a part of a unit ends, the warps' states are merged; whole units are written out, others
+//   go to
 //            scratch memory, for combine.cu
 #pragma once
 
@@ -36,8 +38,8 @@ inline constexpr int kCapability = 90;  // of no kernel: the host's pass wants a
 
 // A tile on its way: what the copies and the products need to know of it.
 struct Job {
-  int64_t k_offsets[kTileKeys];  // bytes into the pool, of each key's row; -1: there is no such key
-  int64_t v_offsets[kTileKeys];  // likewise, unless they are the same
+  int64_t k_offsets[kTileKeys];    // bytes into the pool, of each key's row; -1: there is no such key
+  int64_t v_offsets[kTileKeys];    // likewise, unless they are the same
   uint32_t known[kTileKeys / 32];  // a bit a key: whether it exists
   int32_t exists;                  // 0 behind the last tile
   int32_t starts;                  // the tile is the first of a part of a unit
@@ -62,7 +64,7 @@ struct DecodeKernelState {
   static constexpr int kFilledRows = 256;
 
   struct Shared {
-    Job jobs[kStages];  // of each stage's tile
+    Job jobs[kStages];                   // of each stage's tile
     device::Barrier announced[kStages];  // the job is there
     device::Barrier full[kStages];       // and so are its keys and values
     device::Barrier empty[kStages];      // nobody needs them any more
@@ -82,7 +84,8 @@ int SharedBytes(int capability) {
   return stages * (Traits::kStageBytes + Traits::kJobBytes) + Traits::kMiscBytes;
 }
 
-// ---- share -------------------------------------------------------------------------------------------------------
+// ---- share
+// -------------------------------------------------------------------------------------------------------
 
 // Tells every thread how many tiles a share has; leaves where this CTA's starts in shared memory.
 // A thread adds up neighbouring sequences, so that only the one that finds the start walks them again.
@@ -175,9 +178,11 @@ __device__ inline void FillRowsWithoutTiles(const DecodeArgs& args, Shared& shar
   }
 }
 
-// ---- jobs --------------------------------------------------------------------------------------------------------
+// ---- jobs
+// --------------------------------------------------------------------------------------------------------
 
-// One warp, a lane two keys of a tile. Pages are looked up a tile ahead, so that their ids are there when they are needed.
+// One warp, a lane two keys of a tile. Pages are looked up a tile ahead, so that their ids are there when
+// they are needed.
 class JobMaker {
  public:
   __device__ JobMaker(const DecodeArgs& args, const HeadRange& heads, SequencesAhead& sequences, int32_t seq,
@@ -233,9 +238,11 @@ class JobMaker {
   }
 
   template <typename Traits>
-  __device__ int64_t Offset(const PageStrides& strides, int32_t page, int64_t num_pages, int32_t token) const {
+  __device__ int64_t Offset(const PageStrides& strides, int32_t page, int64_t num_pages,
+                            int32_t token) const {
     // Where one pool is smaller it is repeated.
-    const uint32_t own = page < num_pages ? page : static_cast<uint32_t>(page) % static_cast<uint32_t>(num_pages);
+    const uint32_t own =
+        page < num_pages ? page : static_cast<uint32_t>(page) % static_cast<uint32_t>(num_pages);
     return (int64_t{own} * strides.page + token * strides.token + share_.at().head() * strides.head) *
            ByteWidth(Traits::kKV);
   }
@@ -259,8 +266,8 @@ class JobMaker {
     if (args_.batch_invariant) {
       job->slot = share_.PartIndex();
     } else if (share_.HasStart() && !share_.HasEnd()) {
-      args_.partials.unfinished[blockIdx.x] = {share_.PartsToCome(), job->seq, job->head, job->row, job->first,
-                                               job->num_rows};
+      args_.partials.unfinished[blockIdx.x] = {share_.PartsToCome(), job->seq,     job->head, job->row,
+                                               job->first,           job->num_rows};
     }
   }
 
@@ -269,19 +276,22 @@ class JobMaker {
   int32_t pages_[kKeysPerLane];
 };
 
-// ---- copies ------------------------------------------------------------------------------------------------------
+// ---- copies
+// ------------------------------------------------------------------------------------------------------
 
 // By all threads that copy.
 template <typename Traits>
 __device__ inline void CopyTile(const DecodeArgs& args, const Job& job, uint32_t stage) {
-  constexpr int kCopies = kTileKeys * Traits::kChunks, kEach = (kCopies + Traits::kCopyThreads - 1) / Traits::kCopyThreads;
+  constexpr int kCopies = kTileKeys * Traits::kChunks,
+                kEach = (kCopies + Traits::kCopyThreads - 1) / Traits::kCopyThreads;
   const int thread = static_cast<int>(threadIdx.x) - Traits::kProductThreads;
   const char* const k_pages = static_cast<const char*>(args.params.k_pages);
   const char* const v_pages = static_cast<const char*>(args.params.v_pages);
   const bool simple = args.same_offsets && job.all_known();
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    const int copy = i * Traits::kCopyThreads + thread, key = copy / Traits::kChunks, chunk = copy % Traits::kChunks;
+    const int copy = i * Traits::kCopyThreads + thread, key = copy / Traits::kChunks,
+              chunk = copy % Traits::kChunks;
     if (kCopies % Traits::kCopyThreads != 0 && copy >= kCopies) break;
     const uint32_t to = stage + key * Traits::kRowStride + chunk * 16;
     const int64_t offset = job.k_offsets[key];
@@ -291,12 +301,14 @@ __device__ inline void CopyTile(const DecodeArgs& args, const Job& job, uint32_t
     } else {
       const int64_t v_offset = args.same_offsets ? offset : job.v_offsets[key];
       device::CopyAsync16(to, k_pages + (offset < 0 ? 0 : offset + chunk * 16), offset >= 0);
-      device::CopyAsync16(to + Traits::kTileBytes, v_pages + (v_offset < 0 ? 0 : v_offset + chunk * 16), v_offset >= 0);
+      device::CopyAsync16(to + Traits::kTileBytes, v_pages + (v_offset < 0 ? 0 : v_offset + chunk * 16),
+                          v_offset >= 0);
     }
   }
 }
 
-// ---- products ----------------------------------------------------------------------------------------------------
+// ---- products
+// ----------------------------------------------------------------------------------------------------
 
 // A warp's share of a part of a unit: 16 packed rows, and some of the keys of each tile. A lane has two rows.
 template <typename Traits>
@@ -316,12 +328,11 @@ class WarpRows {
     share_ = warp / row_tiles;
     all_see_begin_ = 0;
     all_see_end_ = INT32_MAX;
-    const float k_scale = 
+    const float k_scale =
         ScaleOf(args.params.k_scale, args.seqs_per_k_scale, args.facts.num_kv_heads, job.seq, job.head);
     // With a cap c: c tanh(s) = c - 2 c / (1 + 2^(2 s log2 e)).
     const float cap = args.params.soft_cap;
-    const float factor =
-        args.params.scale * k_scale * device::kLog2E * (cap > 0.0f ? 2.0f / cap : 1.0f);
+    const float factor = args.params.scale * k_scale * device::kLog2E * (cap > 0.0f ? 2.0f / cap : 1.0f);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = Row(r);
@@ -338,7 +349,8 @@ class WarpRows {
         all_see_begin_ = max(all_see_begin_, see_begin_[r]);
         all_see_end_ = min(all_see_end_, see_end_[r]);
         query = static_cast<const uint16_t*>(args.params.q) +
-                ((int64_t{job.row} + token) * args.problem.num_q_heads + job.head * args.facts.group.divisor() + member) *
+                ((int64_t{job.row} + token) * args.problem.num_q_heads +
+                 job.head * args.facts.group.divisor() + member) *
                     kHeadDim;
       }
       const int exponent = queries_.LoadRow(r, query);
@@ -373,8 +385,9 @@ class WarpRows {
     }
   }
 
-  // Ends a part of a unit: the warps bring their states together in the stage, which is no longer used, and every thread
-  // merges and writes some columns of some row: results of a whole unit, or a state to scratch memory. All warps come here.
+  // Ends a part of a unit: the warps bring their states together in the stage, which is no longer used, and
+  // every thread merges and writes some columns of some row: results of a whole unit, or a state to scratch
+  // memory. All warps come here.
   __device__ void End(const DecodeArgs& args, const Job& job, char* stage) {
     auto& exchange = *reinterpret_cast<Exchange*>(stage);
     // The first eight rows of each warp, then the others, if there are any.
@@ -387,7 +400,8 @@ class WarpRows {
       device::SyncSomeThreads<1, Traits::kProductThreads>();
       const int row_tiles = kTileWarps / num_shares_;
 #pragma unroll 1
-      for (int i = static_cast<int>(threadIdx.x); i < row_tiles * 8 * kVectors; i += Traits::kProductThreads) {
+      for (int i = static_cast<int>(threadIdx.x); i < row_tiles * 8 * kVectors;
+           i += Traits::kProductThreads) {
         const int exchanged = i / kVectors, row = exchanged / 8 * 16 + r * 8 + exchanged % 8;
         if (row < job.num_rows) Write(args, job, exchange, exchanged, row, i % kVectors * 4);
       }
@@ -400,7 +414,8 @@ class WarpRows {
 
   // Eight rows of each warp. Those of a row tile's first share come first, then those of its second one, ..
   struct Exchange {
-    float values[kTileWarps * 8][kHeadDim + 8];  // four rows, of which half a warp stores, are in different banks
+    float values[kTileWarps * 8]
+                [kHeadDim + 8];  // four rows, of which half a warp stores, are in different banks
     SoftmaxState states[kTileWarps * 8];
   };
   static_assert(sizeof(Exchange) <= Traits::kStageBytes, "End needs room");
@@ -425,8 +440,8 @@ class WarpRows {
   }
 
   // Four columns of a packed row, which is row `exchanged` of the first share.
-  __device__ void Write(const DecodeArgs& args, const Job& job, const Exchange& exchange, int exchanged, int row,
-                        int column) const {
+  __device__ void Write(const DecodeArgs& args, const Job& job, const Exchange& exchange, int exchanged,
+                        int row, int column) const {
     const int rows_of_share = kTileWarps * 8 / num_shares_;
     SoftmaxState state;
     float4 sum = {0, 0, 0, 0};
@@ -435,11 +450,12 @@ class WarpRows {
       const float4 values = *reinterpret_cast<const float4*>(&exchange.values[exchanged][column]);
       float mine, theirs;
       state.Merge(exchange.states[exchanged], &mine, &theirs);
-      sum = {sum.x * mine + values.x * theirs, sum.y * mine + values.y * theirs, sum.z * mine + values.z * theirs,
-             sum.w * mine + values.w * theirs};
+      sum = {sum.x * mine + values.x * theirs, sum.y * mine + values.y * theirs,
+             sum.z * mine + values.z * theirs, sum.w * mine + values.w * theirs};
     }
     const int token = args.facts.group.Quotient(job.first + row);
-    const int head = job.head * args.facts.group.divisor() + job.first + row - token * args.facts.group.divisor();
+    const int head =
+        job.head * args.facts.group.divisor() + job.first + row - token * args.facts.group.divisor();
     if (job.whole) {
       const float factor = FactorOfResult(args, job.seq, job.head, head, &state);
       WriteResult<Traits::kQ>(args, int64_t{job.row} + token, head, column, sum, factor, state);
@@ -504,7 +520,8 @@ class WarpRows {
     float maxima[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float maximum = fmaxf(fmaxf(scores[0][2 * r], scores[0][2 * r + 1]), fmaxf(scores[1][2 * r], scores[1][2 * r + 1]));
+      float maximum =
+          fmaxf(fmaxf(scores[0][2 * r], scores[0][2 * r + 1]), fmaxf(scores[1][2 * r], scores[1][2 * r + 1]));
       maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
       maxima[r] = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
       raises |= maxima[r] > states_[r].maximum;
@@ -539,7 +556,8 @@ class WarpRows {
     uint32_t fragment[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      fragment[i] = device::PackPair<Math>(probabilities[i / 2][i % 2 * 2], probabilities[i / 2][i % 2 * 2 + 1]);
+      fragment[i] =
+          device::PackPair<Math>(probabilities[i / 2][i % 2 * 2], probabilities[i / 2][i % 2 * 2 + 1]);
     }
 #pragma unroll
     for (int i = 0; i < kOutputs / 2; ++i) {
@@ -561,15 +579,16 @@ class WarpRows {
   device::QueryFragments<Traits::kQ, Traits::kBytes, kHeadDim> queries_;
   SoftmaxState states_[2];  // sums of the lane's own keys
   float outputs_[kOutputs][4];
-  float factors_[2];       // from products to scores in units of log 2
-  int see_begin_[2];       // keys
+  float factors_[2];  // from products to scores in units of log 2
+  int see_begin_[2];  // keys
   int see_end_[2];
   int all_see_begin_, all_see_end_;  // what every row of the warp sees
   int first_row_;                    // of the unit's packed rows
   int share_, num_shares_;           // of the keys of a tile
 };
 
-// ---- the kernel --------------------------------------------------------------------------------------------------
+// ---- the kernel
+// --------------------------------------------------------------------------------------------------
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapability))
@@ -587,7 +606,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     device::InitBarrier(&shared.empty[threadIdx.x], Traits::kProductThreads / 32);
   }
   if (threadIdx.x == 0 && !args.batch_invariant) args.partials.unfinished[blockIdx.x].num_parts = 0;
-  const HeadRange heads = HeadsOfLane(args.facts, args.deal, static_cast<int>(blockIdx.x) % args.deal.num_lanes);
+  const HeadRange heads =
+      HeadsOfLane(args.facts, args.deal, static_cast<int>(blockIdx.x) % args.deal.num_lanes);
   const int64_t per = FindShare<Traits>(args, heads, shared);
 
   // Both sides go through the stages in turn; a turn's parity is that of its barriers' phases.

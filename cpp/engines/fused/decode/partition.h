@@ -1,19 +1,19 @@
-// How the work of a call is cut and shared out, as arithmetic that the device does from lengths alone; plain C++ does
-// the same in tests.
+// How the work of a call is cut and shared out, as arithmetic that the device does from lengths alone; plain
+// C++ does the same in tests.
 //
-//   packed row  a query row and a query head of the group: row r, member g of G is packed row r * G + g of a sequence
-//   row tile    up to kTileRows neighbouring packed rows
-//   unit        a row tile and a key/value head: one softmax state a packed row
-//   tile        kTileKeys keys of a unit, from a multiple of kTileKeys on; tiles that no row of the unit sees are none
+//   packed row  a query row and a query head of the group: row r, member g of G is packed row r * G + g of a
+//   sequence row tile    up to kTileRows neighbouring packed rows unit        a row tile and a key/value
+//   head: one softmax state a packed row tile        kTileKeys keys of a unit, from a multiple of kTileKeys
+//   on; tiles that no row of the unit sees are none
 //
-// CTAs are dealt to lanes, a key/value head each (or a few, where there are more heads than CTAs), and neighbouring CTAs
-// to neighbouring lanes: so a token's heads, neighbours in memory, are read at about the same time. The tiles of a lane
-// stand in one row: sequence after sequence, in there head after head, row tile after row tile, key tile after key tile.
-// Share i of that row is [i * per, (i + 1) * per), whatever lies in it: so a CTA has at most two units that others have a
-// part of (stream-K: Osama et al., PPoPP 2023).
+// CTAs are dealt to lanes, a key/value head each (or a few, where there are more heads than CTAs), and
+// neighbouring CTAs to neighbouring lanes: so a token's heads, neighbours in memory, are read at about the
+// same time. The tiles of a lane stand in one row: sequence after sequence, in there head after head, row
+// tile after row tile, key tile after key tile. Share i of that row is [i * per, (i + 1) * per), whatever
+// lies in it: so a CTA has at most two units that others have a part of (stream-K: Osama et al., PPoPP 2023).
 //
-// For results that do not depend on the rest of the batch, units may only be cut where a function of the unit alone
-// says so (SplitTiles), and a CTA takes the parts that start in its share.
+// For results that do not depend on the rest of the batch, units may only be cut where a function of the unit
+// alone says so (SplitTiles), and a CTA takes the parts that start in its share.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +48,8 @@ JPA_HOST_DEVICE inline int32_t Smaller(int32_t a, int32_t b) { return a < b ? a 
 JPA_HOST_DEVICE inline int32_t Larger(int32_t a, int32_t b) { return a > b ? a : b; }
 JPA_HOST_DEVICE inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-JPA_HOST_DEVICE inline Sequence MakeSequence(const CallFacts& call, int32_t kv_len, int32_t q_start, int32_t q_count) {
+JPA_HOST_DEVICE inline Sequence MakeSequence(const CallFacts& call, int32_t kv_len, int32_t q_start,
+                                             int32_t q_count) {
   const int32_t keys = Smaller(Larger(kv_len, 0), call.capacity);
   const int64_t count = Larger(q_count, 0), begin = q_start < 0 ? -int64_t{q_start} : 0;
   const int64_t end = count < int64_t{call.num_rows} - q_start ? count : int64_t{call.num_rows} - q_start;
@@ -75,7 +76,8 @@ JPA_HOST_DEVICE inline int32_t RowsOfTile(const CallFacts& call, const Sequence&
 }
 
 // What the rows of a row tile see, together.
-JPA_HOST_DEVICE inline TileRange VisibleTiles(const CallFacts& call, const Sequence& sequence, int32_t row_tile) {
+JPA_HOST_DEVICE inline TileRange VisibleTiles(const CallFacts& call, const Sequence& sequence,
+                                              int32_t row_tile) {
   const int32_t first = call.group.Quotient(row_tile * kTileRows);
   const int32_t last = Smaller(call.group.Quotient((row_tile + 1) * kTileRows - 1), sequence.num_rows - 1);
   const int32_t last_position = sequence.position + last;
@@ -96,7 +98,8 @@ JPA_HOST_DEVICE inline int64_t TilesPerHead(const CallFacts& call, const Sequenc
   return tiles;
 }
 
-// How CTAs are dealt. CTA c has share c / num_lanes of lane c % num_lanes; those beyond the last share have none.
+// How CTAs are dealt. CTA c has share c / num_lanes of lane c % num_lanes; those beyond the last share have
+// none.
 struct Deal {
   int32_t num_lanes;
   int32_t heads_per_lane;
@@ -119,7 +122,8 @@ JPA_HOST_DEVICE inline HeadRange HeadsOfLane(const CallFacts& call, const Deal& 
   return {lane * deal.heads_per_lane, Smaller((lane + 1) * deal.heads_per_lane, call.num_kv_heads)};
 }
 
-JPA_HOST_DEVICE inline int64_t NumTiles(const CallFacts& call, const HeadRange& heads, const Sequence& sequence) {
+JPA_HOST_DEVICE inline int64_t NumTiles(const CallFacts& call, const HeadRange& heads,
+                                        const Sequence& sequence) {
   return (heads.end - heads.begin) * TilesPerHead(call, sequence);
 }
 
@@ -128,10 +132,12 @@ JPA_HOST_DEVICE inline int64_t TilesPerShare(int64_t num_tiles, const Deal& deal
   return num_tiles > deal.shares ? CeilDiv(num_tiles, deal.shares) : 1;
 }
 
-// ---- results that do not depend on the batch -------------------------------------------------------------------
+// ---- results that do not depend on the batch
+// -------------------------------------------------------------------
 
 inline constexpr int kMaxSplits = 16;
-// Sequences with more query rows are not split: they have tiles enough, and their partial results would need memory.
+// Sequences with more query rows are not split: they have tiles enough, and their partial results would need
+// memory.
 inline constexpr int kMaxSplitRows = 8;
 // Keys of a part, as few as keep the cost of partial results small, see docs/kernels/fused-decode.md.
 inline constexpr int kMinSplitTiles = 16;
@@ -147,15 +153,16 @@ JPA_HOST_DEVICE inline int32_t NumSplits(const Sequence& sequence, const TileRan
   return tiles.size() == 0 ? 0 : static_cast<int32_t>(CeilDiv(tiles.size(), SplitTiles(sequence, tiles)));
 }
 
-// ---- the walk ----------------------------------------------------------------------------------------------------
+// ---- the walk
+// ----------------------------------------------------------------------------------------------------
 
 // Stands at a tile, and steps to the next. `Sequences` is a callable: the sequence of an index.
 template <typename Sequences>
 class TileCursor {
  public:
   // At tile `offset` of a sequence that has more tiles than that.
-  JPA_HOST_DEVICE TileCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs, Sequences& sequences,
-                             int32_t index, int64_t offset)
+  JPA_HOST_DEVICE TileCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs,
+                             Sequences& sequences, int32_t index, int64_t offset)
       : call_(call),
         heads_(heads),
         num_seqs_(num_seqs),
@@ -216,14 +223,15 @@ class TileCursor {
   int32_t tile_;
 };
 
-// The tiles of one CTA, one after the other, and the parts of units that they make: from where the CTA starts a unit,
-// or SplitTiles cuts it, to where the next part or the share's end is.
+// The tiles of one CTA, one after the other, and the parts of units that they make: from where the CTA starts
+// a unit, or SplitTiles cuts it, to where the next part or the share's end is.
 template <typename Sequences>
 class ShareCursor {
  public:
   // From tile `offset` of sequence `index` on, the first tile of the share of `per` tiles.
-  JPA_HOST_DEVICE ShareCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs, Sequences& sequences,
-                              int32_t index, int64_t offset, int64_t per, bool batch_invariant)
+  JPA_HOST_DEVICE ShareCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs,
+                              Sequences& sequences, int32_t index, int64_t offset, int64_t per,
+                              bool batch_invariant)
       : cursor_(call, heads, num_seqs, sequences, index, offset),
         per_(static_cast<int32_t>(per < INT32_MAX ? per : INT32_MAX)),
         left_(per),

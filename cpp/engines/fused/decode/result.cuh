@@ -10,8 +10,8 @@
 
 namespace jpa::fused {
 
-// Brings a kernel's arguments into its multiprocessor's cache of constants, a line a warp: the misses overlap, where one
-// by one they would each stand in the way of what needs them.
+// Brings a kernel's arguments into its multiprocessor's cache of constants, a line a warp: the misses
+// overlap, where one by one they would each stand in the way of what needs them.
 __device__ inline void TouchArguments(const DecodeArgs& args) {
   constexpr int kLine = 64, kLines = static_cast<int>(sizeof(DecodeArgs) + kLine - 1) / kLine;
   const auto* lines = reinterpret_cast<const char*>(&args);
@@ -29,14 +29,15 @@ __device__ inline float ScaleOf(const float* scales, const FastDivisor& seqs_per
 }
 
 // Adds the sink of a query head, if there are sinks; returns the factor of what was summed up before.
-__device__ inline float AddSinkOf(const DecodeArgs& args, int32_t seq, int32_t head, device::SoftmaxState* state) {
+__device__ inline float AddSinkOf(const DecodeArgs& args, int32_t seq, int32_t head,
+                                  device::SoftmaxState* state) {
   if (args.params.sinks == nullptr) return 1.0f;
   const int64_t row = args.seqs_per_sink.Quotient(seq);
   return state->AddSink(args.params.sinks[row * args.problem.num_q_heads + head]);
 }
 
-// The factor of a row's sum of values that makes the result, for a key/value head and a query head of it. Adds the sink
-// to the state.
+// The factor of a row's sum of values that makes the result, for a key/value head and a query head of it.
+// Adds the sink to the state.
 __device__ inline float FactorOfResult(const DecodeArgs& args, int32_t seq, int32_t kv_head, int32_t head,
                                        device::SoftmaxState* state) {
   const float factor = AddSinkOf(args, seq, head, state);
@@ -46,11 +47,12 @@ __device__ inline float FactorOfResult(const DecodeArgs& args, int32_t seq, int3
 
 // Four columns of a row's result; whoever has the first column writes lse too.
 template <DType q_dtype>
-__device__ inline void WriteResult(const DecodeArgs& args, int64_t row, int32_t head, int column, const float4& sum,
-                                   float factor, const device::SoftmaxState& state) {
+__device__ inline void WriteResult(const DecodeArgs& args, int64_t row, int32_t head, int column,
+                                   const float4& sum, float factor, const device::SoftmaxState& state) {
   using T = device::TypeOf<q_dtype>;
   const int64_t index = row * args.problem.num_q_heads + head;
-  const device::Unpacked<float, 4> scaled = {{sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor}};
+  const device::Unpacked<float, 4> scaled = {
+      {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor}};
   device::StorePacked<4>(static_cast<T*>(args.params.out) + index * args.problem.head_dim + column,
                          device::PackFromF32<T>(scaled));
   if (column == 0) args.params.lse[index] = state.LogSumExp();
@@ -66,9 +68,10 @@ __device__ inline void WriteNoKeys(const DecodeArgs& args, int64_t row, int32_t 
   if (threadIdx.x % 32 == 0) args.params.lse[index] = state.LogSumExp();
 }
 
-// Batch-invariant: the index, in partials, of the first part of a query row and head. `row` is the sequence's first row
-// in q and `token` counts from there.
-__device__ inline int64_t PartOfRow(const DecodeArgs& args, int32_t seq, int32_t row, int32_t token, int32_t head) {
+// Batch-invariant: the index, in partials, of the first part of a query row and head. `row` is the sequence's
+// first row in q and `token` counts from there.
+__device__ inline int64_t PartOfRow(const DecodeArgs& args, int32_t seq, int32_t row, int32_t token,
+                                    int32_t head) {
   const int64_t place =
       args.split_rows_by_sequence ? int64_t{seq} * kMaxSplitRows + token : int64_t{row} + token;
   return (place * args.problem.num_q_heads + head) * kMaxSplits;

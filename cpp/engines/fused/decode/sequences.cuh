@@ -15,14 +15,18 @@ struct RawSequence {
         q_start(args.params.q_starts == nullptr ? index : args.params.q_starts[index]),
         q_count(args.params.q_counts == nullptr ? 1 : args.params.q_counts[index]) {}
 
-  __device__ Sequence Clipped(const CallFacts& facts) const { return MakeSequence(facts, kv_len, q_start, q_count); }
+  __device__ Sequence Clipped(const CallFacts& facts) const {
+    return MakeSequence(facts, kv_len, q_start, q_count);
+  }
 };
 
 class SequencesInMemory {
  public:
   __device__ explicit SequencesInMemory(const DecodeArgs& args) : args_(args) {}
 
-  __device__ Sequence operator()(int32_t index) const { return RawSequence(args_, index).Clipped(args_.facts); }
+  __device__ Sequence operator()(int32_t index) const {
+    return RawSequence(args_, index).Clipped(args_.facts);
+  }
 
  private:
   const DecodeArgs& args_;

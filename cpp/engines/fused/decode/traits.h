@@ -6,8 +6,8 @@
 
 namespace jpa::fused {
 
-// Shared memory of a multiprocessor, as far as CTAs may have it (CUDA C Programming Guide, compute capabilities); for
-// 8.0's kernels as little as other devices of that generation have, which run them too.
+// Shared memory of a multiprocessor, as far as CTAs may have it (CUDA C Programming Guide, compute
+// capabilities); for 8.0's kernels as little as other devices of that generation have, which run them too.
 constexpr int SharedMemoryPerSm(int compute_capability) {
   const int generation = compute_capability / 10;
   return (generation == 9 || generation == 10 ? 228 : 100) * 1024;
@@ -27,8 +27,8 @@ struct DecodeTraits {
   static constexpr DType kMath = kBytes ? DType::kF16 : kv_dtype_;
 
   static constexpr int kProductThreads = 32 * kTileWarps;
-  // One warp could not issue copies as fast as memory answers them (2.4 us a tile on an H100, of which two CTAs need
-  // one in 2.8): so there are as many as for products.
+  // One warp could not issue copies as fast as memory answers them (2.4 us a tile on an H100, of which two
+  // CTAs need one in 2.8): so there are as many as for products.
   static constexpr int kCopyThreads = kProductThreads;
   static constexpr int kThreads = kProductThreads + kCopyThreads;
   // Of a thread, where two CTAs share a multiprocessor's 65,536 registers. Products need more than the rest.
@@ -37,8 +37,9 @@ struct DecodeTraits {
 
   static constexpr int kRowBytes = kHeadDim * static_cast<int>(ByteWidth(kKV));
   static constexpr int kChunks = kRowBytes / 16;  // of a row
-  // An odd number of 16-byte chunks from row to row: then eight neighbouring rows, which ldmatrix reads at a time, lie
-  // in different banks. At least one chunk more than a row has, so that a stage has room for two warps' states.
+  // An odd number of 16-byte chunks from row to row: then eight neighbouring rows, which ldmatrix reads at a
+  // time, lie in different banks. At least one chunk more than a row has, so that a stage has room for two
+  // warps' states.
   static constexpr int kRowStride = 16 * ((kChunks + 1) | 1);
   static constexpr int kTileBytes = kTileKeys * kRowStride;
   static constexpr int kStageBytes = 2 * kTileBytes;
@@ -50,8 +51,8 @@ struct DecodeTraits {
   static constexpr int RoomFor(int capability, int ctas) {
     return (SharedMemoryPerSm(capability) / ctas - kReservedPerCta - kMiscBytes) / (kStageBytes + kJobBytes);
   }
-  // Two CTAs share a multiprocessor if each has room for three stages, and if registers can be shared out unevenly, which
-  // sm_90a can; up to head dim 128 they are then enough.
+  // Two CTAs share a multiprocessor if each has room for three stages, and if registers can be shared out
+  // unevenly, which sm_90a can; up to head dim 128 they are then enough.
   static constexpr int CtasPerSm(int capability) {
     return capability == 90 && kHeadDim <= 128 && RoomFor(capability, 2) >= 3 ? 2 : 1;
   }
