@@ -12,8 +12,7 @@ __device__ inline uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- asynchronous copies
-// -----------------------------------------------------------------------------------------
+// ---- asynchronous copies ----------------------------------------------------------------------------------
 
 // 16 bytes from global to shared memory, past the L1 cache; zeros, and no access, if not `exists`.
 __device__ inline void CopyAsync16(uint32_t to, const void* from, bool exists) {
@@ -27,8 +26,7 @@ __device__ inline void CopyAsync16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-// ---- barriers
-// ----------------------------------------------------------------------------------------------------
+// ---- barriers ---------------------------------------------------------------------------------------------
 
 // An mbarrier in shared memory: a phase ends when as many threads have arrived as it was made for.
 using Barrier = uint64_t;
@@ -79,8 +77,7 @@ __device__ inline void PrefetchToL2(const void* from, uint32_t bytes) {
 #endif
 }
 
-// ---- matrices
-// ----------------------------------------------------------------------------------------------------
+// ---- matrices ---------------------------------------------------------------------------------------------
 
 // 8 x 8 matrices of 16-bit elements; each eighth of the warp's lanes gives the rows' addresses of one. A lane
 // gets two neighbours of row lane / 4, from column 2 (lane % 4) on.
@@ -130,8 +127,7 @@ __device__ inline void MultiplyAdd(float (&d)[4], const uint32_t (&a)[4], uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// ---- registers
-// ---------------------------------------------------------------------------------------------------
+// ---- registers --------------------------------------------------------------------------------------------
 
 // A warpgroup of the block (four warps, all of which come here) hands registers back, or takes what others
 // handed back.
@@ -148,8 +144,7 @@ __device__ inline void GrowRegisters() {
 #endif
 }
 
-// ---- bytes and numbers
-// -------------------------------------------------------------------------------------------
+// ---- bytes and numbers ------------------------------------------------------------------------------------
 
 // Byte i of the result is byte (selector >> 4 i) & 7 of the eight bytes low, high.
 __device__ inline uint32_t PermuteBytes(uint32_t low, uint32_t high, uint32_t selector) {

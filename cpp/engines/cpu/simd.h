@@ -35,8 +35,7 @@ struct E5M2 {
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504088896340736f;
 
-// ---- Vectors
-// -----------------------------------------------------------------------------------------------
+// ---- Vectors ----------------------------------------------------------------------------------------------
 
 #if defined(JPA_ISA_AVX512)
 
@@ -160,8 +159,7 @@ inline void ReduceSum4(Vec a, Vec b, Vec c, Vec d, float* out) {
 
 inline Vec Zero() { return Splat(0.0f); }
 
-// ---- Loads and stores: unaligned; the partial ones touch `count` < kLanes elements only
-// ---------------------
+// ---- Loads and stores: unaligned; the partial ones touch `count` < kLanes elements only -------------------
 
 inline Vec Load(const float* p) {
   Vec v;
@@ -293,8 +291,7 @@ inline void Prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 }
 
-// ---- Functions
-// ---------------------------------------------------------------------------------------------
+// ---- Functions --------------------------------------------------------------------------------------------
 
 // 2^n where the low mantissa bits of `x` hold the integer n in [-126, 127].
 inline Vec PowerOfTwo(Vec x) {

@@ -84,8 +84,7 @@ int SharedBytes(int capability) {
   return stages * (Traits::kStageBytes + Traits::kJobBytes) + Traits::kMiscBytes;
 }
 
-// ---- share
-// -------------------------------------------------------------------------------------------------------
+// ---- share ------------------------------------------------------------------------------------------------
 
 // Tells every thread how many tiles a share has; leaves where this CTA's starts in shared memory.
 // A thread adds up neighbouring sequences, so that only the one that finds the start walks them again.
@@ -178,8 +177,7 @@ __device__ inline void FillRowsWithoutTiles(const DecodeArgs& args, Shared& shar
   }
 }
 
-// ---- jobs
-// --------------------------------------------------------------------------------------------------------
+// ---- jobs -------------------------------------------------------------------------------------------------
 
 // One warp, a lane two keys of a tile. Pages are looked up a tile ahead, so that their ids are there when
 // they are needed.
@@ -276,8 +274,7 @@ class JobMaker {
   int32_t pages_[kKeysPerLane];
 };
 
-// ---- copies
-// ------------------------------------------------------------------------------------------------------
+// ---- copies -----------------------------------------------------------------------------------------------
 
 // By all threads that copy.
 template <typename Traits>
@@ -307,8 +304,7 @@ __device__ inline void CopyTile(const DecodeArgs& args, const Job& job, uint32_t
   }
 }
 
-// ---- products
-// ----------------------------------------------------------------------------------------------------
+// ---- products ---------------------------------------------------------------------------------------------
 
 // A warp's share of a part of a unit: 16 packed rows, and some of the keys of each tile. A lane has two rows.
 template <typename Traits>
@@ -587,8 +583,7 @@ class WarpRows {
   int share_, num_shares_;           // of the keys of a tile
 };
 
-// ---- the kernel
-// --------------------------------------------------------------------------------------------------
+// ---- the kernel -------------------------------------------------------------------------------------------
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapability))
@@ -599,7 +594,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   auto& shared = *reinterpret_cast<typename State::Shared*>(stages + kStages * Traits::kStageBytes);
 
   device::LetNextKernelStart();
-  TouchArguments(args);
   if (threadIdx.x < kStages) {
     device::InitBarrier(&shared.announced[threadIdx.x], 1);
     device::InitBarrier(&shared.full[threadIdx.x], Traits::kCopyThreads);

@@ -129,11 +129,16 @@ JPA_HOST_DEVICE inline int64_t NumTiles(const CallFacts& call, const HeadRange& 
 
 // Tiles of each share of a lane; the last shares may be smaller or empty.
 JPA_HOST_DEVICE inline int64_t TilesPerShare(int64_t num_tiles, const Deal& deal) {
-  return num_tiles > deal.shares ? CeilDiv(num_tiles, deal.shares) : 1;
+  if (num_tiles <= deal.shares) return 1;
+  // On the device a division of 64 bits takes several times as long.
+  if (num_tiles < INT32_MAX - deal.shares) {
+    return static_cast<int64_t>(static_cast<uint32_t>(num_tiles + deal.shares - 1) /
+                                static_cast<uint32_t>(deal.shares));
+  }
+  return CeilDiv(num_tiles, deal.shares);
 }
 
-// ---- results that do not depend on the batch
-// -------------------------------------------------------------------
+// ---- results that do not depend on the batch --------------------------------------------------------------
 
 inline constexpr int kMaxSplits = 16;
 // Sequences with more query rows are not split: they have tiles enough, and their partial results would need
@@ -153,8 +158,7 @@ JPA_HOST_DEVICE inline int32_t NumSplits(const Sequence& sequence, const TileRan
   return tiles.size() == 0 ? 0 : static_cast<int32_t>(CeilDiv(tiles.size(), SplitTiles(sequence, tiles)));
 }
 
-// ---- the walk
-// ----------------------------------------------------------------------------------------------------
+// ---- the walk ---------------------------------------------------------------------------------------------
 
 // Stands at a tile, and steps to the next. `Sequences` is a callable: the sequence of an index.
 template <typename Sequences>

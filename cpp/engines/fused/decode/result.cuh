@@ -10,18 +10,6 @@
 
 namespace jpa::fused {
 
-// Brings a kernel's arguments into its multiprocessor's cache of constants, a line a warp: the misses
-// overlap, where one by one they would each stand in the way of what needs them.
-__device__ inline void TouchArguments(const DecodeArgs& args) {
-  constexpr int kLine = 64, kLines = static_cast<int>(sizeof(DecodeArgs) + kLine - 1) / kLine;
-  const auto* lines = reinterpret_cast<const char*>(&args);
-  const int warps = static_cast<int>(blockDim.x / 32);
-  for (int line = static_cast<int>(threadIdx.x / 32); line < kLines; line += warps) {
-    const int value = lines[min(line * kLine, static_cast<int>(sizeof(DecodeArgs)) - 1)];
-    asm volatile("" ::"r"(value));
-  }
-}
-
 // Of a scale array [X, K]: a key/value head's number for a sequence; 1 if there is no array.
 __device__ inline float ScaleOf(const float* scales, const FastDivisor& seqs_per_scale, int32_t num_kv_heads,
                                 int32_t seq, int32_t head) {
