@@ -3,6 +3,7 @@ The CUDA engines of jax_paged_attn: XLA FFI handlers and facts about the build.
 """
 
 
+
 def registrations() -> dict[str, object | dict[str, object]]:
     """
     Handlers, or those of each stage, by the name of their FFI target, for platform "CUDA".
