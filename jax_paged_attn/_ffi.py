@@ -142,8 +142,8 @@ def fused_workspace_bytes(
 ) -> Any:
     """Size of the workspace of "fused", exact for known sizes and enough for symbolic ones.
 
-    It goes with the grid, which the device decides, and not with rows and sequences; a batch-invariant call has
-    partial results of its own for each row besides.
+    It has room for the most CTAs that a grid may have, on any device, and does not go with rows and sequences; that
+    of a batch-invariant call goes with rows.
     """
     del workspace_limit  # it is far below
     module = compiled("cuda")

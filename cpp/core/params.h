@@ -18,14 +18,14 @@ struct AttentionParams {
   const void* v_pages;          // [Pv, S, K, H] in kv_dtype, through v_strides
   const int32_t* block_tables;  // [B, M], page ids; outside [0, max(Pk, Pv)) the page's tokens are masked
   const int32_t* kv_lens;       // [B], clipped to [0, M * S]
-  const int32_t* q_starts;      // [B], first query row of the sequence; null: row b is sequence b's
-  const int32_t* q_counts;      // [B], number of its query rows; null: 1
+  const int32_t* q_starts;      // [B], first query row of the sequence; null (decode on CUDA): row b of q
+  const int32_t* q_counts;      // [B], number of its query rows; null (likewise): 1
   const float* sinks;           // [X, N], null if X is 0
   const float* k_scale;         // [X, K], null if X is 0
   const float* v_scale;         // [X, K], null if X is 0
   void* out;                    // [T, N, H] in q_dtype
   float* lse;                   // [T, N], natural log
-  float* workspace;             // [B, N, kMaxSplits, H + 2], see workspace.h
+  float* workspace;             // an engine's own; the CPU engine's is in workspace.h
 
   PageStrides k_strides;
   PageStrides v_strides;
