@@ -79,8 +79,8 @@ __device__ inline void PrefetchToL2(const void* from, uint32_t bytes) {
 
 // ---- matrices ---------------------------------------------------------------------------------------------
 
-// 8 x 8 matrices of 16-bit elements; each eighth of the warp's lanes gives the rows' addresses of one. A lane
-// gets two neighbours of row lane / 4, from column 2 (lane % 4) on.
+// 8 x 8 matrices of 16-bit elements, four or two; eight lanes each, from lane 0 on, give the addresses of
+// one's rows. A lane gets two neighbours of row lane / 4, from column 2 (lane % 4) on.
 __device__ inline void LoadMatrices(uint32_t row, uint32_t (&to)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -108,7 +108,7 @@ __device__ inline void LoadMatricesTransposed(uint32_t row, uint32_t (&to)[2]) {
                : "memory");
 }
 
-// d += a b, with a [16, 16] and b [16, 8] of the type of `tag` and d [16, 8] f32.
+// d += a b, with a [16, 16] and b [16, 8] of the last argument's type and d [16, 8] f32.
 __device__ inline void MultiplyAdd(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
@@ -165,8 +165,9 @@ __device__ inline float Log2(float x) {
   return result;
 }
 
-// ---- programmatic dependent launch: before compute capability 9.0 kernels of a stream just follow each
-// other -------
+// ---- programmatic dependent launch ------------------------------------------------------------------------
+
+// Before compute capability 9.0 kernels of a stream just follow each other.
 
 // Lets the next kernel of the stream start, up to its WaitForPreviousKernel.
 __device__ inline void LetNextKernelStart() {
