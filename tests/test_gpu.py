@@ -298,7 +298,7 @@ def prefill_inputs(seed: int = 0) -> tuple[jax.Array, ...]:
 
 def test_cublaslt_in_groups_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups that gather keys a sequence and head: right, the same bits from threads at once and in a graph of many."""
-    monkeypatch.setenv("JPA_CUDA_WORKSPACE_MIB", "80")
+    monkeypatch.setenv("JPA_CUDA_WORKSPACE_MIB", "64")
     inputs = [prefill_inputs(seed) for seed in range(4)]
     q, _, _, _, tables, _ = inputs[0]
     plan = _ffi.compiled("cuda").attention_plan(

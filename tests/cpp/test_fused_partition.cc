@@ -106,7 +106,7 @@ struct Part {
   int64_t cta;
   int32_t begin, end;  // tiles
   bool has_start, has_end;
-  int32_t to_come, index;
+  int32_t before, index;
 };
 
 // Walks all shares as the kernel does.
@@ -115,7 +115,10 @@ std::map<Unit, std::vector<Part>> Walk(const Batch& batch, int64_t num_ctas, boo
   const Deal deal = MakeDeal(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
   for (int64_t cta = 0; cta < num_ctas; ++cta) {
     const HeadRange heads = HeadsOfLane(batch.facts, deal, static_cast<int32_t>(cta % deal.num_lanes));
-    const int64_t total = batch.num_tiles() * (heads.end - heads.begin), per = TilesPerShare(total, deal);
+    LaneTiles lane;
+    for (int32_t i = 0; i < batch.size(); ++i) lane.Add(batch.facts, heads, batch(i));
+    const int64_t total = batch.num_tiles() * (heads.end - heads.begin), per = TilesPerShare(lane, deal);
+    CHECK(lane.total == total, "%d tiles of %d", static_cast<int>(lane.total), static_cast<int>(total));
     const int64_t first = cta / deal.num_lanes * per;
     if (cta / deal.num_lanes >= deal.shares || first >= total) continue;
     const auto tiles_of = [&](int32_t index) { return NumTiles(batch.facts, heads, batch(index)); };
@@ -135,7 +138,7 @@ std::map<Unit, std::vector<Part>> Walk(const Batch& batch, int64_t num_ctas, boo
       if (share.EndsPart()) {
         part.has_start = share.HasStart();
         part.has_end = share.HasEnd();
-        part.to_come = share.PartsToCome();
+        part.before = share.PartsBefore();
         part.index = share.PartIndex();
         parts[{at.index(), at.head(), at.row_tile()}].push_back(part);
       }
@@ -174,8 +177,7 @@ void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
             const Deal deal = MakeDeal(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
             CHECK(part.cta == found->second[0].cta + index * deal.num_lanes,
                   "parts of a unit are in neighbouring shares");
-            CHECK(part.to_come == static_cast<int32_t>(found->second.size()) - 1 - index, "%d parts to come",
-                  part.to_come);
+            CHECK(part.before == index, "%d parts before", part.before);
           }
           tiles_seen += part.end - part.begin;
           next = part.end;
@@ -217,6 +219,20 @@ void OneUnitOverAllShares() {
   }
 }
 
+void EqualUnitsStayWhole() {
+  Batch batch;
+  batch.facts = {FastDivisor(4), 8, 64, 1 << 20, 0, true};
+  for (int32_t i = 0; i < 64; ++i) batch.raw.push_back({i == 40 ? 0 : 4096, i, 1});
+  for (const int32_t length : {4096, 4095, 4033}) {
+    batch.raw[5].kv_len = length;  // as many tiles
+    for (const auto& [unit, parts] : Walk(batch, 264, false))
+      CHECK(parts.size() == 1, "%d parts", static_cast<int>(parts.size()));
+    Check(batch, 264, false);
+  }
+  batch.raw[5].kv_len = 1000;
+  Check(batch, 264, false);
+}
+
 void NumbersBeyondTheirRange() {
   Batch batch;
   batch.facts = {FastDivisor(3), 2, 5, 640, 1 << 30, true};
@@ -236,6 +252,7 @@ int main() {
   jpa::test::TilesHaveTheKeysThatRowsSee();
   jpa::test::SharesTakeEachTileOnce();
   jpa::test::OneUnitOverAllShares();
+  jpa::test::EqualUnitsStayWhole();
   jpa::test::NumbersBeyondTheirRange();
   return jpa::test::failures;
 }

@@ -13,23 +13,12 @@ namespace jpa::fused {
 // The grid never has more CTAs: what they leave in scratch memory has a fixed size, on any device.
 inline constexpr int kMaxCtas = 384;
 
-// What a CTA says of the unit that starts in its share and that later CTAs end.
-struct UnfinishedUnit {
-  int32_t num_parts;  // that other CTAs have; 0: there is no such unit
-  int32_t seq;
-  int32_t head;      // key/value head
-  int32_t row;       // of q, the sequence's first
-  int32_t first;     // packed row
-  int32_t num_rows;  // packed rows
-};
-
 // Scratch memory: softmax states of units that several CTAs have a part of, a packed row each. By default
 // these are [2 kMaxCtas, slot_rows]: of CTA c slot 2c has the unit that began in an earlier share, 2c + 1 the
 // one that began in this share. Batch-invariant they are [rows, N, kMaxSplits].
 struct Partials {
-  float* out;                  // [.., H], not divided by the sum yet
-  float2* stats;               // [..]: maximum, in units of log 2, and sum
-  UnfinishedUnit* unfinished;  // [kMaxCtas], not batch-invariant
+  float* out;     // [.., H], not divided by the sum yet
+  float2* stats;  // [..]: maximum, in units of log 2, and sum
   int32_t slot_rows;
 };
 
@@ -38,6 +27,7 @@ struct DecodeArgs {
   AttentionParams params;
   CallFacts facts;
   Partials partials;
+  uint32_t* done;  // [kMaxCtas], not batch-invariant: see HandOn in decode/kernel.cuh
   Deal deal;
   FastDivisor page_size;
   // Sequence b has row b / seqs_per_.. of the array.

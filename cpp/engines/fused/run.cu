@@ -21,7 +21,6 @@ struct Layout {
   int64_t slot_rows;
   int64_t num_states;
   int64_t stats;  // bytes from the start; the sums of values come first
-  int64_t unfinished;
   int64_t bytes;
 };
 
@@ -38,10 +37,8 @@ Layout LayOut(const AttentionProblem& problem, const Options& options) {
                           ? MaxSplitRows(problem, options.decode) * problem.num_q_heads * kMaxSplits
                           : 2 * kMaxCtas * layout.slot_rows;
   layout.stats = RoundUp(layout.num_states * problem.head_dim * static_cast<int64_t>(sizeof(float)));
-  layout.unfinished = layout.stats + RoundUp(layout.num_states * static_cast<int64_t>(sizeof(float2)));
   // XLA aligns less than 256 bytes on some devices.
-  layout.bytes =
-      layout.unfinished + RoundUp(kMaxCtas * static_cast<int64_t>(sizeof(UnfinishedUnit))) + kAlign;
+  layout.bytes = layout.stats + RoundUp(layout.num_states * static_cast<int64_t>(sizeof(float2))) + kAlign;
   return layout;
 }
 
@@ -98,6 +95,8 @@ int64_t WorkspaceBytesPerRow(const AttentionProblem& problem) {
          (problem.head_dim * static_cast<int64_t>(sizeof(float)) + static_cast<int64_t>(sizeof(float2)));
 }
 
+void FreeOnDevice::operator()(uint32_t* memory) const { cudaFree(memory); }
+
 Status Prepare(const AttentionProblem& problem, Device* device) {
   const DecodeKernelInfo info = KernelFor(problem);
   if (info.kernel == nullptr) {
@@ -123,6 +122,11 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
   device->num_ctas = std::min(num_sms * info.ctas_per_sm(capability), kMaxCtas);
   device->shared_bytes = info.shared_bytes(capability);
   device->overlaps = capability >= 90;
+  uint32_t* done = nullptr;
+  constexpr size_t kBytes = kMaxCtas * sizeof(uint32_t);
+  if (Status s = CudaStatus(cudaMalloc(&done, kBytes), "memory of the CTAs' flags"); !s.ok()) return s;
+  device->done.reset(done);
+  if (Status s = CudaStatus(cudaMemset(done, 0, kBytes), "memory of the CTAs' flags"); !s.ok()) return s;
   return CudaStatus(
       cudaFuncSetAttribute(info.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device->shared_bytes),
       "shared memory of the decode kernel");
@@ -160,8 +164,8 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
                 static_cast<int32_t>(std::min(params.sliding_window, kMost)),
                 params.causal};
   args.partials = {reinterpret_cast<float*>(workspace), reinterpret_cast<float2*>(workspace + layout.stats),
-                   reinterpret_cast<UnfinishedUnit*>(workspace + layout.unfinished),
                    static_cast<int32_t>(layout.slot_rows)};
+  args.done = device.done.get();
   args.deal = MakeDeal(static_cast<int32_t>(problem.num_kv_heads), device.num_ctas);
   args.page_size = divisor(problem.page_size);
   args.seqs_per_sink = seqs_per(problem.num_sinks);
@@ -180,8 +184,8 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
       !s.ok()) {
     return s;
   }
-  return LaunchKernel(CombineLaunch(args, device.num_ctas), 0, device.overlaps, args,
-                      "launch of the combine kernel", stream);
+  if (!options.batch_invariant) return Status::Ok();
+  return LaunchKernel(CombineLaunch(args), 0, device.overlaps, args, "launch of the combine kernel", stream);
 }
 
 }  // namespace jpa::fused

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <memory>
 
 #include "core/params.h"
 #include "core/problem.h"
@@ -21,13 +22,18 @@ struct Options {
 int64_t WorkspaceBytes(const AttentionProblem& problem, const Options& options);
 int64_t WorkspaceBytesPerRow(const AttentionProblem& problem);
 
-// What a call needs to know of the device it runs on.
+struct FreeOnDevice {
+  void operator()(uint32_t* memory) const;
+};
+
+// What the calls of one call site need on a device. They must follow each other, as those of a stream do.
 struct Device {
   int num_ctas;      // that run at the same time
   int threads;       // of each
-  int shared_bytes;  // of a CTA
+  int shared_bytes;  // of each
   bool overlaps;     // kernels of a stream may start before the one in front has ended
   const void* kernel;
+  std::unique_ptr<uint32_t, FreeOnDevice> done;  // on the device: zeros, but while a call runs
 };
 
 // Finds the kernel for the call's dtypes and head dim, and makes it ready on the current device.

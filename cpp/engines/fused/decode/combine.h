@@ -1,4 +1,4 @@
-// The second launch of decode: partial results to results.
+// The second launch of the batch-invariant mode: partial results to results.
 #pragma once
 
 #include <vector_types.h>
@@ -13,6 +13,6 @@ struct Launch {
   int threads;
 };
 
-Launch CombineLaunch(const DecodeArgs& args, int32_t num_ctas);
+Launch CombineLaunch(const DecodeArgs& args);
 
 }  // namespace jpa::fused

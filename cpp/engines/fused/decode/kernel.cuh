@@ -9,7 +9,8 @@
 //            mma.sync with 16 packed rows each, between them the online softmax in registers
 //   ends     where a part of a unit ends, the warps' states are merged; whole units are written out, others
 //   go to
-//            scratch memory, for combine.cu
+//            scratch memory, and the CTA that has the last part of a unit merges them when it has done all
+//            else
 #pragma once
 
 #include <cmath>
@@ -45,6 +46,7 @@ struct Job {
   int32_t starts;                  // the tile is the first of a part of a unit
   int32_t ends;                    // it is the last one
   int32_t whole;                   // that part is all of the unit
+  int32_t hands_on;                // the next share goes on with the unit
   int32_t slot;                    // of partials; batch-invariant: the index of the part
   int32_t key;                     // the first one
   int32_t seq;
@@ -58,6 +60,16 @@ struct Job {
   __device__ bool all_known() const { return (known[0] & known[1]) == ~0u; }
 };
 
+// A unit whose last part is in this share, but not its first one.
+struct SharedUnit {
+  int32_t num_parts;  // of other CTAs; 0: there is no such unit
+  int32_t seq;
+  int32_t head;      // key/value head
+  int32_t row;       // of q, the sequence's first
+  int32_t first;     // packed row
+  int32_t num_rows;  // packed rows
+};
+
 template <typename Traits>
 struct DecodeKernelState {
   static constexpr int kStages = Traits::Stages(kCapability);
@@ -68,10 +80,11 @@ struct DecodeKernelState {
     device::Barrier announced[kStages];  // the job is there
     device::Barrier full[kStages];       // and so are its keys and values
     device::Barrier empty[kStages];      // nobody needs them any more
-    int64_t warp_tiles[Traits::kThreads / 32];
+    LaneTiles warp_tiles[Traits::kThreads / 32];
     int64_t share_offset;  // of the share's first tile, in its sequence
     int32_t share_seq;     // that sequence's index, -1 if the share is empty
     RawSequence raw_sequence;
+    SharedUnit unit;
     int32_t row_owners[kFilledRows];
   };
   static_assert(sizeof(Shared) <= kStages * Traits::kJobBytes + Traits::kMiscBytes, "traits.h has to know");
@@ -95,32 +108,34 @@ __device__ inline int64_t FindShare(const DecodeArgs& args, const HeadRange& hea
   const int each = (num_seqs + Traits::kThreads - 1) / Traits::kThreads;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int begin = min(thread * each, num_seqs), end = min(begin + each, num_seqs);
-  int64_t mine = 0;
+  LaneTiles mine;
 #pragma unroll 1
-  for (int i = begin; i < end; ++i) mine += NumTiles(args.facts, heads, sequences(i));
-  int64_t before = mine;
+  for (int i = begin; i < end; ++i) mine.Add(args.facts, heads, sequences(i));
+  int64_t before = mine.total;
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
     const int64_t other = __shfl_up_sync(~0u, before, lanes);
     if (lane >= lanes) before += other;
   }
-  if (lane == 31) shared.warp_tiles[warp] = before;
+  const int32_t fewest = __reduce_min_sync(~0u, mine.fewest), most = __reduce_max_sync(~0u, mine.most);
+  if (lane == 31) shared.warp_tiles[warp] = {before, fewest, most};
   if (thread == 0) shared.share_seq = -1;
   __syncthreads();
-  int64_t total = 0;
+  LaneTiles all;
 #pragma unroll
   for (int w = 0; w < Traits::kThreads / 32; ++w) {
-    if (w < warp) before += shared.warp_tiles[w];
-    total += shared.warp_tiles[w];
+    const LaneTiles tiles = shared.warp_tiles[w];
+    if (w < warp) before += tiles.total;
+    all = {all.total + tiles.total, min(all.fewest, tiles.fewest), max(all.most, tiles.most)};
   }
-  before -= mine;
-  const int64_t per = TilesPerShare(total, args.deal);
+  before -= mine.total;
+  const int64_t per = TilesPerShare(all, args.deal);
   const int64_t share = static_cast<int>(blockIdx.x) / args.deal.num_lanes, first = share * per;
-  if (share < args.deal.shares && first >= before && first < before + mine) {
+  if (share < args.deal.shares && first >= before && first < before + mine.total) {
     int i = begin;
 #pragma unroll 1
-    for (int64_t tiles = mine; end - i > 1; ++i) {
-      tiles = NumTiles(args.facts, heads, sequences(i));
+    for (; end - i > 1; ++i) {
+      const int64_t tiles = NumTiles(args.facts, heads, sequences(i));
       if (first < before + tiles) break;
       before += tiles;
     }
@@ -193,7 +208,7 @@ class JobMaker {
 
   // Leaves the job of the next tile, or word that there is none.
   template <typename Traits>
-  __device__ void Make(Job* job) {
+  __device__ void Make(Job* job, SharedUnit* unit) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (share_.done()) {
       if (lane == 0) job->exists = 0;
@@ -213,7 +228,7 @@ class JobMaker {
       const unsigned all = __ballot_sync(~0u, known);
       if (lane == 0) job->known[i] = all;
     }
-    if (lane == 0) Describe(job);
+    if (lane == 0) Describe(job, unit);
     share_.Next();
     LookUp();
   }
@@ -245,7 +260,7 @@ class JobMaker {
            ByteWidth(Traits::kKV);
   }
 
-  __device__ void Describe(Job* job) const {
+  __device__ void Describe(Job* job, SharedUnit* unit) const {
     const auto& at = share_.at();
     job->exists = 1;
     job->starts = share_.StartsPart();
@@ -260,12 +275,11 @@ class JobMaker {
     job->kv_len = at.sequence().kv_len;
     if (!share_.EndsPart()) return;
     job->whole = share_.HasStart() && share_.HasEnd();
-    job->slot = static_cast<int32_t>(2 * blockIdx.x + (share_.HasStart() ? 1 : 0));
-    if (args_.batch_invariant) {
-      job->slot = share_.PartIndex();
-    } else if (share_.HasStart() && !share_.HasEnd()) {
-      args_.partials.unfinished[blockIdx.x] = {share_.PartsToCome(), job->seq,     job->head, job->row,
-                                               job->first,           job->num_rows};
+    job->hands_on = !args_.batch_invariant && !share_.HasEnd();
+    job->slot = args_.batch_invariant ? share_.PartIndex()
+                                      : static_cast<int32_t>(2 * blockIdx.x + (share_.HasStart() ? 1 : 0));
+    if (!args_.batch_invariant && share_.HasEnd() && !share_.HasStart()) {
+      *unit = {share_.PartsBefore(), job->seq, job->head, job->row, job->first, job->num_rows};
     }
   }
 
@@ -301,6 +315,48 @@ __device__ inline void CopyTile(const DecodeArgs& args, const Job& job, uint32_t
       device::CopyAsync16(to + Traits::kTileBytes, v_pages + (v_offset < 0 ? 0 : v_offset + chunk * 16),
                           v_offset >= 0);
     }
+  }
+}
+
+// ---- ends of units ---------------------------------------------------------------------------------------
+
+// CTA c sets done[c] when the part that it hands on is in scratch memory. The CTA with the unit's last part
+// waits for that of all others and takes it back, so that all are 0 again when the kernel ends, as they were
+// when it began. It only waits for CTAs before it, which the device starts before it: no CTA can keep the one
+// it waits for from running.
+__device__ inline void HandOn(const DecodeArgs& args) {
+  __threadfence();
+  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(args.done + blockIdx.x) : "memory");
+}
+
+__device__ inline void Await(const uint32_t* done) {
+  uint32_t value;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(done) : "memory");
+  } while (value == 0);
+}
+
+// Merges the parts of a unit in the order of their keys, by the threads of the products.
+template <typename Traits>
+__device__ inline void MergeUnit(const DecodeArgs& args, const SharedUnit& unit) {
+  constexpr int kVectors = Traits::kHeadDim / 4;
+  const int cta = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  const int lanes = args.deal.num_lanes, first_cta = cta - unit.num_parts * lanes;
+  for (int i = thread; i < unit.num_parts; i += Traits::kProductThreads)
+    Await(args.done + first_cta + i * lanes);
+  device::SyncSomeThreads<1, Traits::kProductThreads>();
+  for (int i = thread; i < unit.num_parts; i += Traits::kProductThreads) args.done[first_cta + i * lanes] = 0;
+#pragma unroll 1
+  for (int i = thread; i < unit.num_rows * kVectors; i += Traits::kProductThreads) {
+    const int row = i / kVectors, token = args.facts.group.Quotient(unit.first + row);
+    const int member = unit.first + row - token * args.facts.group.divisor();
+    const auto index_of = [&](int32_t part) {
+      const int slot = 2 * (first_cta + part * lanes) + (part == 0 ? 1 : 0);
+      return int64_t{slot} * args.partials.slot_rows + row;
+    };
+    const QueryHead where = {unit.seq, unit.head, int64_t{unit.row} + token,
+                             unit.head * args.facts.group.divisor() + member};
+    MergeParts<Traits::kQ>(args, unit.num_parts + 1, index_of, where, i % kVectors * 4);
   }
 }
 
@@ -402,6 +458,10 @@ class WarpRows {
         if (row < job.num_rows) Write(args, job, exchange, exchanged, row, i % kVectors * 4);
       }
     }
+    if (job.hands_on) {
+      device::SyncSomeThreads<1, Traits::kProductThreads>();
+      if (threadIdx.x == 0) HandOn(args);
+    }
   }
 
  private:
@@ -444,10 +504,7 @@ class WarpRows {
 #pragma unroll 4
     for (int share = 0; share < num_shares_; ++share, exchanged += rows_of_share) {
       const float4 values = *reinterpret_cast<const float4*>(&exchange.values[exchanged][column]);
-      float mine, theirs;
-      state.Merge(exchange.states[exchanged], &mine, &theirs);
-      sum = {sum.x * mine + values.x * theirs, sum.y * mine + values.y * theirs,
-             sum.z * mine + values.z * theirs, sum.w * mine + values.w * theirs};
+      MergeColumns(exchange.states[exchanged], values, &state, &sum);
     }
     const int token = args.facts.group.Quotient(job.first + row);
     const int head =
@@ -593,13 +650,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   extern __shared__ __align__(128) char stages[];
   auto& shared = *reinterpret_cast<typename State::Shared*>(stages + kStages * Traits::kStageBytes);
 
-  device::LetNextKernelStart();
+  device::LetNextKernelStart();  // in batch-invariant mode the parts are merged by one
   if (threadIdx.x < kStages) {
     device::InitBarrier(&shared.announced[threadIdx.x], 1);
     device::InitBarrier(&shared.full[threadIdx.x], Traits::kCopyThreads);
     device::InitBarrier(&shared.empty[threadIdx.x], Traits::kProductThreads / 32);
   }
-  if (threadIdx.x == 0 && !args.batch_invariant) args.partials.unfinished[blockIdx.x].num_parts = 0;
+  if (threadIdx.x == 0) shared.unit.num_parts = 0;
   const HeadRange heads =
       HeadsOfLane(args.facts, args.deal, static_cast<int>(blockIdx.x) % args.deal.num_lanes);
   const int64_t per = FindShare<Traits>(args, heads, shared);
@@ -625,7 +682,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
       Job& job = shared.jobs[stage];
       if (makes_jobs) {
         device::WaitForPhase(&shared.empty[stage], parity ^ 1);
-        jobs.Make<Traits>(&job);
+        jobs.Make<Traits>(&job, &shared.unit);
         __syncwarp();
         if (threadIdx.x % 32 == 0) device::Arrive(&shared.announced[stage]);
       }
@@ -652,6 +709,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     if (job.ends) rows.End(args, job, tile);
     __syncwarp();
     if (threadIdx.x % 32 == 0) device::Arrive(&shared.empty[stage]);
+  }
+  if (shared.unit.num_parts > 0) {
+    device::SyncSomeThreads<1, Traits::kProductThreads>();  // its own part is in memory
+    MergeUnit<Traits>(args, shared.unit);
   }
 }
 

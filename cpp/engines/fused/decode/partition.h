@@ -127,15 +127,39 @@ JPA_HOST_DEVICE inline int64_t NumTiles(const CallFacts& call, const HeadRange& 
   return (heads.end - heads.begin) * TilesPerHead(call, sequence);
 }
 
-// Tiles of each share of a lane; the last shares may be smaller or empty.
-JPA_HOST_DEVICE inline int64_t TilesPerShare(int64_t num_tiles, const Deal& deal) {
-  if (num_tiles <= deal.shares) return 1;
-  // On the device a division of 64 bits takes several times as long.
-  if (num_tiles < INT32_MAX - deal.shares) {
-    return static_cast<int64_t>(static_cast<uint32_t>(num_tiles + deal.shares - 1) /
-                                static_cast<uint32_t>(deal.shares));
+// Sums up what the shares of a lane follow from.
+struct LaneTiles {
+  int64_t total = 0;
+  int32_t fewest = INT32_MAX;  // of a unit that has some
+  int32_t most = 0;
+
+  JPA_HOST_DEVICE void Add(const CallFacts& call, const HeadRange& heads, const Sequence& sequence) {
+    total += NumTiles(call, heads, sequence);
+    JPA_KEEP_LOOP
+    for (int32_t i = 0; i < NumRowTiles(call, sequence); ++i) {
+      const int32_t tiles = VisibleTiles(call, sequence, i).size();
+      if (tiles == 0) continue;
+      fewest = Smaller(fewest, tiles);
+      most = Larger(most, tiles);
+    }
   }
-  return CeilDiv(num_tiles, deal.shares);
+};
+
+// Tiles of each share of a lane; the last shares may be smaller or empty.
+JPA_HOST_DEVICE inline int64_t TilesPerShare(const LaneTiles& lane, const Deal& deal) {
+  if (lane.total <= deal.shares) return 1;
+  // On the device a division of 64 bits takes several times as long.
+  const bool small = lane.total < INT32_MAX - deal.shares;
+  const int64_t per = small ? static_cast<int64_t>(static_cast<uint32_t>(lane.total + deal.shares - 1) /
+                                                   static_cast<uint32_t>(deal.shares))
+                            : CeilDiv(lane.total, deal.shares);
+  // Where all units are alike, whole ones: some CTAs less take nothing away, as memory sets the pace, while
+  // partial results cost time at the end.
+  if (!small || lane.fewest != lane.most) return per;
+  const int64_t whole =
+      static_cast<int64_t>((static_cast<uint32_t>(per) + static_cast<uint32_t>(lane.most) - 1) /
+                           static_cast<uint32_t>(lane.most) * static_cast<uint32_t>(lane.most));
+  return whole - per <= per / 16 ? whole : per;
 }
 
 // ---- results that do not depend on the batch --------------------------------------------------------------
@@ -272,10 +296,10 @@ class ShareCursor {
   JPA_HOST_DEVICE bool HasStart() const { return part_begin_ == cursor_.tiles().begin; }
   JPA_HOST_DEVICE bool HasEnd() const { return cursor_.tile() == cursor_.tiles().end - 1; }
 
-  // How many shares after this one have parts of the unit that is left unfinished here.
-  JPA_HOST_DEVICE int32_t PartsToCome() const {
-    const uint32_t rest = static_cast<uint32_t>(cursor_.tiles().end - 1 - cursor_.tile());
-    return static_cast<int32_t>((rest + static_cast<uint32_t>(per_) - 1) / static_cast<uint32_t>(per_));
+  // How many shares before this one have parts of the unit.
+  JPA_HOST_DEVICE int32_t PartsBefore() const {
+    const uint32_t before = static_cast<uint32_t>(part_begin_ - cursor_.tiles().begin);
+    return static_cast<int32_t>((before + static_cast<uint32_t>(per_) - 1) / static_cast<uint32_t>(per_));
   }
   // Which of the unit's parts it is, where units are cut by SplitTiles.
   JPA_HOST_DEVICE int32_t PartIndex() const { return part_; }

@@ -24,6 +24,15 @@ __device__ inline float AddSinkOf(const DecodeArgs& args, int32_t seq, int32_t h
   return state->AddSink(args.params.sinks[row * args.problem.num_q_heads + head]);
 }
 
+// Adds some columns of another state's sums, and that state.
+__device__ inline void MergeColumns(const device::SoftmaxState& other, const float4& others,
+                                    device::SoftmaxState* state, float4* sum) {
+  float mine, theirs;
+  state->Merge(other, &mine, &theirs);
+  *sum = {sum->x * mine + others.x * theirs, sum->y * mine + others.y * theirs,
+          sum->z * mine + others.z * theirs, sum->w * mine + others.w * theirs};
+}
+
 // The factor of a row's sum of values that makes the result, for a key/value head and a query head of it.
 // Adds the sink to the state.
 __device__ inline float FactorOfResult(const DecodeArgs& args, int32_t seq, int32_t kv_head, int32_t head,
@@ -44,6 +53,43 @@ __device__ inline void WriteResult(const DecodeArgs& args, int64_t row, int32_t 
   device::StorePacked<4>(static_cast<T*>(args.params.out) + index * args.problem.head_dim + column,
                          device::PackFromF32<T>(scaled));
   if (column == 0) args.params.lse[index] = state.LogSumExp();
+}
+
+// Of which query row and head a result is.
+struct QueryHead {
+  int32_t seq;
+  int32_t kv_head;
+  int64_t row;  // of q
+  int32_t head;
+};
+
+// Merges four columns of the parts of a row in the order of their keys and writes the result. `index_of` is a
+// part's index in scratch memory.
+template <DType q_dtype, typename IndexOf>
+__device__ inline void MergeParts(const DecodeArgs& args, int32_t num_parts, const IndexOf& index_of,
+                                  const QueryHead& where, int column) {
+  constexpr int kAhead = 16;  // parts in flight: a round of loads takes most of the time
+  device::SoftmaxState state;
+  float4 sum = {0, 0, 0, 0};
+#pragma unroll 1
+  for (int part = 0; part < num_parts; part += kAhead) {
+    float2 stats[kAhead];
+    float4 values[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (part + j >= num_parts) break;
+      const int64_t index = index_of(part + j);
+      stats[j] = __ldcg(args.partials.stats + index);
+      values[j] =
+          __ldcg(reinterpret_cast<const float4*>(args.partials.out + index * args.problem.head_dim + column));
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (part + j < num_parts) MergeColumns({stats[j].x, stats[j].y}, values[j], &state, &sum);
+    }
+  }
+  const float factor = FactorOfResult(args, where.seq, where.kv_head, where.head, &state);
+  WriteResult<q_dtype>(args, where.row, where.head, column, sum, factor, state);
 }
 
 // By one warp: the results of a row that sees no key. The state may have a sink.
