@@ -397,9 +397,7 @@ class WarpRows {
     all_see_end_ = INT32_MAX;
     const float k_scale =
         ScaleOf(args.params.k_scale, args.seqs_per_k_scale, args.facts.num_kv_heads, job.seq, job.head);
-    // With a cap c: c tanh(s) = c - 2 c / (1 + 2^(2 s log2 e)).
-    const float cap = args.params.soft_cap;
-    const float factor = args.params.scale * k_scale * device::kLog2E * (cap > 0.0f ? 2.0f / cap : 1.0f);
+    const float factor = args.score_factor * k_scale;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = Row(r);

@@ -32,8 +32,8 @@ struct DecodeTraits {
   static constexpr int kCopyThreads = kProductThreads;
   static constexpr int kThreads = kProductThreads + kCopyThreads;
   // Of a thread, where two CTAs share a multiprocessor's 65,536 registers. Products need more than the rest.
-  static constexpr int kCopyRegisters = 72;
-  static constexpr int kProductRegisters = 184;
+  static constexpr int kCopyRegisters = 80;
+  static constexpr int kProductRegisters = 176;
 
   static constexpr int kRowBytes = kHeadDim * static_cast<int>(ByteWidth(kKV));
   static constexpr int kChunks = kRowBytes / 16;  // of a row
