@@ -34,6 +34,9 @@ struct DecodeArgs {
   FastDivisor seqs_per_sink;
   FastDivisor seqs_per_k_scale;
   FastDivisor seqs_per_v_scale;
+  // Of q . k, before the scale of keys: what makes scores of products, in units of log 2; with a cap c what
+  // makes 2 s / c of them, for c tanh(s / c) = c - 2 c / (1 + e^(2 s / c)).
+  float score_factor;
   int32_t num_pages;  // ids outside [0, num_pages) are no page
   bool same_offsets;  // keys and values have the same place in their pools
   bool batch_invariant;

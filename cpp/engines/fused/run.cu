@@ -13,6 +13,7 @@ namespace jpa::fused {
 namespace {
 
 constexpr int64_t kAlign = 256;
+constexpr float kLog2E = 1.4426950408889634f;
 
 int64_t RoundUp(int64_t bytes) { return CeilDiv(bytes, kAlign) * kAlign; }
 
@@ -171,6 +172,7 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   args.seqs_per_sink = seqs_per(problem.num_sinks);
   args.seqs_per_k_scale = seqs_per(problem.num_k_scales);
   args.seqs_per_v_scale = seqs_per(problem.num_v_scales);
+  args.score_factor = params.scale * kLog2E * (params.soft_cap > 0 ? 2.0f / params.soft_cap : 1.0f);
   args.num_pages = static_cast<int32_t>(std::max(problem.num_k_pages, problem.num_v_pages));
   const PageStrides &k = params.k_strides, &v = params.v_strides;
   args.same_offsets = k.page == v.page && k.token == v.token && k.head == v.head &&

@@ -290,6 +290,12 @@ class JobMaker {
 
 // ---- copies -----------------------------------------------------------------------------------------------
 
+struct CopyPlace {
+  bool exists;
+  int key;   // of the tile
+  int byte;  // of the row
+};
+
 // By all threads that copy.
 template <typename Traits>
 __device__ inline void CopyTile(const DecodeArgs& args, const Job& job, uint32_t stage) {
@@ -298,23 +304,32 @@ __device__ inline void CopyTile(const DecodeArgs& args, const Job& job, uint32_t
   const int thread = static_cast<int>(threadIdx.x) - Traits::kProductThreads;
   const char* const k_pages = static_cast<const char*>(args.params.k_pages);
   const char* const v_pages = static_cast<const char*>(args.params.v_pages);
-  const bool simple = args.same_offsets && job.all_known();
+  const auto place_of = [&](int i) {
+    const int copy = i * Traits::kCopyThreads + thread;
+    return CopyPlace{copy < kCopies, copy / Traits::kChunks, copy % Traits::kChunks * 16};
+  };
+  if (args.same_offsets && job.all_known()) {
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int copy = i * Traits::kCopyThreads + thread, key = copy / Traits::kChunks,
-              chunk = copy % Traits::kChunks;
-    if (kCopies % Traits::kCopyThreads != 0 && copy >= kCopies) break;
-    const uint32_t to = stage + key * Traits::kRowStride + chunk * 16;
-    const int64_t offset = job.k_offsets[key];
-    if (simple) {
-      device::CopyAsync16(to, k_pages + chunk * 16 + offset);
-      device::CopyAsync16(to + Traits::kTileBytes, v_pages + chunk * 16 + offset);
-    } else {
-      const int64_t v_offset = args.same_offsets ? offset : job.v_offsets[key];
-      device::CopyAsync16(to, k_pages + (offset < 0 ? 0 : offset + chunk * 16), offset >= 0);
-      device::CopyAsync16(to + Traits::kTileBytes, v_pages + (v_offset < 0 ? 0 : v_offset + chunk * 16),
-                          v_offset >= 0);
+    for (int i = 0; i < kEach; ++i) {
+      const CopyPlace place = place_of(i);
+      if (kCopies % Traits::kCopyThreads != 0 && !place.exists) break;
+      const uint32_t to = stage + place.key * Traits::kRowStride + place.byte;
+      const int64_t offset = job.k_offsets[place.key] + place.byte;
+      device::CopyAsync16(to, k_pages + offset);
+      device::CopyAsync16(to + Traits::kTileBytes, v_pages + offset);
     }
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < kEach; ++i) {
+    const CopyPlace place = place_of(i);
+    if (!place.exists) break;
+    const uint32_t to = stage + place.key * Traits::kRowStride + place.byte;
+    const int64_t k_offset = job.k_offsets[place.key];
+    const int64_t v_offset = args.same_offsets ? k_offset : job.v_offsets[place.key];
+    device::CopyAsync16(to, k_pages + (k_offset < 0 ? 0 : k_offset + place.byte), k_offset >= 0);
+    device::CopyAsync16(to + Traits::kTileBytes, v_pages + (v_offset < 0 ? 0 : v_offset + place.byte),
+                        v_offset >= 0);
   }
 }
 
@@ -382,9 +397,7 @@ class WarpRows {
     all_see_end_ = INT32_MAX;
     const float k_scale =
         ScaleOf(args.params.k_scale, args.seqs_per_k_scale, args.facts.num_kv_heads, job.seq, job.head);
-    // With a cap c: c tanh(s) = c - 2 c / (1 + 2^(2 s log2 e)).
-    const float cap = args.params.soft_cap;
-    const float factor = args.params.scale * k_scale * device::kLog2E * (cap > 0.0f ? 2.0f / cap : 1.0f);
+    const float factor = args.score_factor * k_scale;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = Row(r);

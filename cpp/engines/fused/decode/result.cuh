@@ -68,24 +68,35 @@ struct QueryHead {
 template <DType q_dtype, typename IndexOf>
 __device__ inline void MergeParts(const DecodeArgs& args, int32_t num_parts, const IndexOf& index_of,
                                   const QueryHead& where, int column) {
-  constexpr int kAhead = 16;  // parts in flight: a round of loads takes most of the time
+  constexpr int kAhead =
+      16;  // parts in flight, and merged at once: one by one each would wait for the one before
   device::SoftmaxState state;
   float4 sum = {0, 0, 0, 0};
 #pragma unroll 1
-  for (int part = 0; part < num_parts; part += kAhead) {
+  for (int first = 0; first < num_parts; first += kAhead) {
     float2 stats[kAhead];
     float4 values[kAhead];
+    float maximum = -INFINITY;
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
-      if (part + j >= num_parts) break;
-      const int64_t index = index_of(part + j);
+      stats[j] = {-INFINITY, 0.0f};
+      values[j] = {0, 0, 0, 0};
+      if (first + j >= num_parts) continue;
+      const int64_t index = index_of(first + j);
       stats[j] = __ldcg(args.partials.stats + index);
       values[j] =
           __ldcg(reinterpret_cast<const float4*>(args.partials.out + index * args.problem.head_dim + column));
     }
 #pragma unroll
+    for (const float2& part : stats) maximum = fmaxf(maximum, part.x);
+    const float factor = state.Raise(maximum), origin = state.origin();
+    sum = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
+#pragma unroll
     for (int j = 0; j < kAhead; ++j) {
-      if (part + j < num_parts) MergeColumns({stats[j].x, stats[j].y}, values[j], &state, &sum);
+      const float weight = device::Exp2(stats[j].x - origin);
+      state.sum += stats[j].y * weight;
+      sum = {sum.x + values[j].x * weight, sum.y + values[j].y * weight, sum.z + values[j].z * weight,
+             sum.w + values[j].w * weight};
     }
   }
   const float factor = FactorOfResult(args, where.seq, where.kv_head, where.head, &state);
