@@ -98,21 +98,53 @@ def test_write_to_any_slots_matches_the_oracle(slots: list[int]) -> None:
         assert_same_bits(mine, theirs)
 
 
-@pytest.mark.parametrize(("tokens", "kv_heads", "head_dim"), [(600, 1, 5), (5000, 2, 16), (150_000, 1, 8)])
-def test_write_of_many_tokens(tokens: int, kv_heads: int, head_dim: int) -> None:
-    """More tokens than a worker looks at at once; most slots have several of them, far apart, and some are outside."""
+def check_write_of_rows(num_pages: int, row: tuple[int, int], page_size: int, slots: Array, dtype: str) -> None:
+    """Rows keep their bits, so NumPy can tell what is expected of more tokens than the oracle likes."""
     rng = np.random.default_rng(3)
-    num_pages = tokens // (2 * S)
-    shape = (num_pages, S, kv_heads, head_dim)
-    pages = [random_values(rng, shape, DTYPES["f16"]) for _ in "kv"]
-    new = [random_values(rng, (tokens, kv_heads, head_dim), DTYPES["f16"]) for _ in "kv"]
-    slots = rng.integers(-5, num_pages * S + 5, tokens).astype(np.int32)
-    inside = (slots >= 0) & (slots < num_pages * S)
+    pages = [random_values(rng, (num_pages, page_size, *row), DTYPES[dtype]) for _ in "kv"]
+    new = [random_values(rng, (len(slots), *row), DTYPES[dtype]) for _ in "kv"]
+    inside = (slots >= 0) & (slots < num_pages * page_size)
     got = harness.call("write_kv_pages", *pages, *new, slots)
     for mine, before, values in zip(got, pages, new, strict=True):
         want = before.copy()
-        want.reshape(-1, kv_heads, head_dim)[slots[inside]] = values[inside]  # of equal indices NumPy keeps the last
+        want.reshape(-1, *row)[slots[inside]] = values[inside]  # of equal indices NumPy keeps the last
         assert_same_bits(mine, want)
+
+
+@pytest.mark.parametrize(("tokens", "kv_heads", "head_dim"), [(600, 1, 5), (5000, 2, 16), (150_000, 1, 8)])
+def test_write_of_many_tokens(tokens: int, kv_heads: int, head_dim: int) -> None:
+    """More tokens than a worker looks at at once; most slots have several of them, far apart, and some are outside."""
+    num_pages = tokens // (2 * S)
+    slots = np.random.default_rng(4).integers(-5, num_pages * S + 5, tokens).astype(np.int32)
+    check_write_of_rows(num_pages, (kv_heads, head_dim), S, slots, "f16")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_heads", "head_dim"),
+    [
+        pytest.param("bf16", 1, 8, id="16 bytes"),
+        pytest.param("f16", 3, 5, id="30 bytes"),
+        pytest.param("bf16", 1, 136, id="272 bytes"),
+        pytest.param("bf16", 8, 128, id="2 KiB"),
+        pytest.param("f32", 5, 100, id="2000 bytes"),
+    ],
+)
+def test_write_of_a_prompt(dtype: str, kv_heads: int, head_dim: int) -> None:
+    """Neighbours mostly stay such, in scattered pages, but some tokens are repeated later, and some are outside."""
+    tokens, page_size = 5003, 16
+    num_pages = 2 * tokens // page_size
+    num_slots = num_pages * page_size
+    rng = np.random.default_rng(5)
+    slots = (rng.permutation(num_pages)[:, None] * page_size + np.arange(page_size)).reshape(-1)[:tokens]
+    some = rng.permutation(tokens)[:600].reshape(3, 200)
+    slots[some[0]] = slots[some[1]]
+    slots[some[2]] = rng.choice([-(2**31), -2, -1, num_slots, num_slots + 7, 2**31 - 1], 200)
+    # Runs that enter and leave the pool, twice the same one, and one slot many times.
+    slots[1000:1010] = np.arange(-5, 5)
+    slots[2000:2010] = np.arange(num_slots - 5, num_slots + 5)
+    slots[3000:3064] = slots[3064:3128] = np.arange(100, 164)
+    slots[4000:4040] = 77
+    check_write_of_rows(num_pages, (kv_heads, head_dim), page_size, slots.astype(np.int32), dtype)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -24,9 +24,9 @@ def attention(engine: str, name: str) -> None:
 
 
 def write() -> None:
-    """bf16 tokens into pages of each width, in large thread blocks and in small ones, with slots that repeat."""
+    """bf16 tokens into pages of each width, in thread blocks large and small and by bulk copies; slots repeat."""
     rng = np.random.default_rng(0)
-    for tokens, page_dtype in ((6, "bf16"), (700, "bf16"), (700, "e4m3")):
+    for tokens, page_dtype in ((6, "bf16"), (700, "bf16"), (700, "e4m3"), (5000, "bf16")):
         k_pages, v_pages = (cases.random_values(rng, (50, 8, 2, 16), cases.DTYPES[page_dtype]) for _ in "kv")
         k, v = (cases.random_values(rng, (tokens, 2, 16), cases.DTYPES["bf16"]) for _ in "kv")
         slots = rng.integers(-3, 403, tokens).astype(np.int32)

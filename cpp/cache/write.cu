@@ -1,6 +1,7 @@
-// One kernel for both pools. Every CTA owns a range of tokens. First it finds out which of them are the last
-// of their slot, by looking at every later slot of the call. Then its warps move the rows of those that are:
-// a row is all heads of a token in one pool, and a warp moves 32 vectors of it at a time.
+// One kernel for both pools, converting on the way; many tokens that need no conversion are move_rows.cu's.
+// Every CTA owns a range of tokens. First it finds out which of them are the last of their slot, by looking
+// at every later slot of the call. Then its warps move the rows of those that are: a row is all heads of a
+// token in one pool, and a warp moves 32 vectors of it at a time.
 //
 // So no two rows that are written share a byte, whatever the slots are: the result is the same at any order
 // of CTAs. There are only as many CTAs as the device runs at a time, hence the slots are read that many times
@@ -11,6 +12,9 @@
 #include <string>
 #include <type_traits>
 
+#include "cache/cuda_error.h"
+#include "cache/move_rows.h"
+#include "cache/slots.cuh"
 #include "cache/write_cuda.h"
 #include "core/fast_division.h"
 #include "device/convert.cuh"
@@ -20,15 +24,9 @@
 namespace jpa::cache {
 namespace {
 
-// A multiprocessor runs so many threads: in one CTA, whose many warps share what it learns about slots, or in
-// small ones of one token each, which are done sooner.
-constexpr int kThreadsPerSm = 1024;
-constexpr int kFewestThreads = 256;
-
-constexpr int kTile = kThreadsPerSm;  // tokens that a CTA resolves at a time, at most
-constexpr int kParts = 2;             // vectors that a lane has in flight
-constexpr int kSlotLoads = 8;         // later slots that a thread has in flight
-constexpr int kPrefetch = 64 << 10;   // bytes of keys, and of values, on their way while a CTA resolves slots
+constexpr int kFewestThreads = 256;  // of a CTA, where there is one a token
+constexpr int kParts = 2;            // vectors that a lane has in flight
+constexpr int kPrefetch = 64 << 10;  // bytes of keys, and of values, on their way while a CTA resolves slots
 
 // One pool's share of the call.
 struct Side {
@@ -41,9 +39,7 @@ struct Side {
 
 struct WriteArgs {
   Side sides[2];
-  const int32_t* slots;  // [T]
-  int64_t num_slots;     // P * S
-  int32_t num_tokens;
+  SlotMapping mapping;
   int32_t tokens_per_cta;
   int32_t num_kv_heads;
   int32_t row_length;  // K * H
@@ -53,109 +49,6 @@ struct WriteArgs {
 };
 
 __device__ int NumWarps() { return static_cast<int>(blockDim.x / 32); }
-
-// The slots of a tile's tokens, each with the last token that has it: a hash table in shared memory.
-class LastTokens {
- public:
-  struct Storage {
-    int32_t slots[4 * kTile];
-    int32_t tokens[4 * kTile];
-  };
-
-  // At least four entries a token, so that probing is short.
-  __device__ LastTokens(Storage& storage, int count)
-      : slots_(storage.slots), tokens_(storage.tokens), log_entries_(LogEntries(count)) {}
-
-  __device__ void Clear() {
-    for (int i = static_cast<int>(threadIdx.x); i <= Mask(); i += static_cast<int>(blockDim.x)) {
-      slots_[i] = kNone;
-      tokens_[i] = kNone;
-    }
-  }
-
-  __device__ void Insert(int32_t slot, int32_t token) {
-    int i = FirstEntry(slot);
-    for (int32_t found; (found = atomicCAS(&slots_[i], kNone, slot)) != kNone && found != slot;) i = Next(i);
-    atomicMax(&tokens_[i], token);
-  }
-
-  // Notes a token of any slot, once all insertions are done.
-  __device__ void Observe(int32_t slot, int32_t token) {
-    if (const int i = Find(slot); slots_[i] == slot) atomicMax(&tokens_[i], token);
-  }
-
-  __device__ bool IsLast(int32_t slot, int32_t token) const { return tokens_[Find(slot)] == token; }
-
- private:
-  static constexpr int kNone = -1;
-
-  __device__ static int LogEntries(int count) { return 32 - __clz(4 * count - 1); }
-
-  // Multiplicative (Fibonacci) hashing: neighbouring slots land far apart.
-  __device__ int FirstEntry(int32_t slot) const {
-    return static_cast<int>((static_cast<uint32_t>(slot) * 0x9e3779b1u) >> (32 - log_entries_));
-  }
-  __device__ int Next(int i) const { return (i + 1) & Mask(); }
-  __device__ int Mask() const { return (1 << log_entries_) - 1; }
-
-  // The entry of the slot, or the empty one where its search ends.
-  __device__ int Find(int32_t slot) const {
-    int i = FirstEntry(slot);
-    while (slots_[i] != slot && slots_[i] != kNone) i = Next(i);
-    return i;
-  }
-
-  int32_t* const slots_;
-  int32_t* const tokens_;
-  const int log_entries_;
-};
-
-__device__ bool InPool(const WriteArgs& args, int32_t slot) { return slot >= 0 && slot < args.num_slots; }
-
-// What a thread reads at a time of the slots from token `first` on; -1 past the end.
-struct SomeSlots {
-  __device__ SomeSlots(const WriteArgs& args, int64_t first) {
-#pragma unroll
-    for (int i = 0; i < kSlotLoads; ++i) {
-      const int64_t token = first + i * blockDim.x + threadIdx.x;
-      slots[i] = token < args.num_tokens ? args.slots[token] : -1;
-    }
-  }
-
-  int32_t slots[kSlotLoads];
-};
-
-// Sets targets[i] to the slot of token first + i if its value stays there, else to -1, for up to blockDim.x
-// tokens. Ends with a barrier.
-__device__ void ResolveTile(const WriteArgs& args, int32_t first, int count, LastTokens::Storage& storage,
-                            int32_t* targets) {
-  const int mine = static_cast<int>(threadIdx.x);  // the thread's token of the tile
-  LastTokens last_tokens(storage, count);
-  int32_t slot = -1;
-  if (mine < count) slot = args.slots[first + mine];
-  if (!InPool(args, slot)) slot = -1;
-  int64_t next = int64_t{first} + count;
-  SomeSlots later(args, next);  // already on their way while the table is made
-
-  last_tokens.Clear();
-  __syncthreads();
-  if (slot >= 0) last_tokens.Insert(slot, first + mine);
-  __syncthreads();
-  while (next < args.num_tokens) {
-    const int64_t current = next;
-    next += kSlotLoads * blockDim.x;
-    const SomeSlots after(args, next);
-#pragma unroll
-    for (int i = 0; i < kSlotLoads; ++i) {
-      if (later.slots[i] < 0) continue;
-      last_tokens.Observe(later.slots[i], static_cast<int32_t>(current + i * blockDim.x + threadIdx.x));
-    }
-    later = after;
-  }
-  __syncthreads();
-  if (mine < count) targets[mine] = slot >= 0 && last_tokens.IsLast(slot, first + mine) ? slot : -1;
-  __syncthreads();
-}
 
 // As true division rounds, for what is stored as `Stored` next.
 template <typename Stored, int n>
@@ -269,7 +162,7 @@ __global__ void __launch_bounds__(kThreadsPerSm, 1) WriteKernel(const __grid_con
 
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int64_t begin = int64_t{blockIdx.x} * args.tokens_per_cta;
-  const int64_t end = min(begin + args.tokens_per_cta, int64_t{args.num_tokens});
+  const int64_t end = min(begin + args.tokens_per_cta, int64_t{args.mapping.num_tokens});
   for (int64_t first = begin; first < end; first += blockDim.x) {
     const int count = static_cast<int>(min(end - first, int64_t{blockDim.x}));
     Parts<New, Stored, kVector> parts(args, static_cast<int32_t>(first), count);
@@ -279,7 +172,7 @@ __global__ void __launch_bounds__(kThreadsPerSm, 1) WriteKernel(const __grid_con
     if constexpr (kVector > 1) {
       if (num_parts > kParts * NumWarps()) PrefetchRows<New>(args, static_cast<int32_t>(first), count);
     }
-    ResolveTile(args, static_cast<int32_t>(first), count, storage, targets);
+    ResolveTile(args.mapping, static_cast<int32_t>(first), count, storage, targets);
     parts.Store(warp, targets);
     for (int index = warp + kParts * NumWarps(); index < num_parts; index += kParts * NumWarps()) {
       parts.Load(index, targets);
@@ -334,10 +227,6 @@ Kernel ChooseKernel(DType type, DType stored, bool vectors) {
 
 bool IsAligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-Status CudaError(const char* what, cudaError_t error) {
-  return Status::Internal(std::string("write_kv_pages: ") + what + ": " + cudaGetErrorString(error));
-}
-
 }  // namespace
 
 Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaStream_t stream) {
@@ -354,6 +243,11 @@ Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaS
   if (cudaError_t e = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
       e != cudaSuccess) {
     return CudaError("cudaDeviceGetAttribute", e);
+  }
+  if (AreRowsMovable(problem, params)) {
+    bool can = false;
+    if (Status s = CanMoveRows(device, &can); !s.ok()) return s;
+    if (can) return LaunchMoveRows(problem, params, num_sms, stream);
   }
   // A CTA a token while that is possible, else as many CTAs as run at a time. An empty call launches too: a
   // command buffer wants the same operation each time.
@@ -376,9 +270,7 @@ Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaS
   WriteArgs args = {
       {{params.k, params.k_pages, params.k_strides, params.k_scale, tokens_per_scale(problem.num_k_scales)},
        {params.v, params.v_pages, params.v_strides, params.v_scale, tokens_per_scale(problem.num_v_scales)}},
-      params.slot_mapping,
-      problem.num_pages * problem.page_size,
-      static_cast<int32_t>(problem.num_tokens),
+      {params.slot_mapping, problem.num_pages * problem.page_size, static_cast<int32_t>(problem.num_tokens)},
       static_cast<int32_t>(tokens_per_cta),
       static_cast<int32_t>(problem.num_kv_heads),
       static_cast<int32_t>(row_length),

@@ -77,6 +77,70 @@ __device__ inline void PrefetchToL2(const void* from, uint32_t bytes) {
 #endif
 }
 
+// ---- bulk copies -----------------------------------------------------------------------------------------
+
+// Of a multiple of 16 bytes between addresses that are such, too. Only from compute capability 9.0 on is a
+// kernel with them launched.
+
+// What the thread's InitBarrier did becomes visible to the engine of bulk copies.
+__device__ inline void FenceBarrierInit() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Arrives; the phase does not end before so many bytes have come by bulk copies besides.
+__device__ inline void ArriveExpecting(Barrier* barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(
+                   SharedAddress(barrier)),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+
+// From global to shared memory; the barrier counts the bytes.
+__device__ inline void BulkLoad(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          SharedAddress(to)),
+      "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
+      : "memory");
+#endif
+}
+
+// From shared to global memory, as part of the thread's current group.
+__device__ inline void BulkStore(void* to, const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+               "r"(SharedAddress(from)), "r"(bytes)
+               : "memory");
+#endif
+}
+
+// Ends the thread's current group, which may be empty.
+__device__ inline void CommitBulkStores() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#endif
+}
+
+// Until all groups of the thread but the latest `groups` have read shared memory.
+template <int groups>
+__device__ inline void WaitForBulkReads() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(groups) : "memory");
+#endif
+}
+
+// Until all bulk stores of the thread are done.
+__device__ inline void WaitForBulkStores() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+#endif
+}
+
 // ---- matrices ---------------------------------------------------------------------------------------------
 
 // 8 x 8 matrices of 16-bit elements, four or two; eight lanes each, from lane 0 on, give the addresses of

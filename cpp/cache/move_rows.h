@@ -1,0 +1,24 @@
+// The write where bytes stay what they are, on CUDA devices of compute capability 9.0 and up: rows go through
+// shared memory by bulk copies. So a multiprocessor has 160 KiB on their way, where vectors in registers are
+// 32 KiB, and most of them are there by the time it is known which tokens stay.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/params.h"
+#include "core/problem.h"
+#include "core/status.h"
+
+namespace jpa::cache {
+
+// Whether the call is one for LaunchMoveRows: enough tokens of dense, aligned rows that need no conversion.
+bool AreRowsMovable(const WriteProblem& problem, const WriteParams& params);
+
+// Whether the current device, number `device`, has the machine code and the shared memory for it.
+Status CanMoveRows(int device, bool* can);
+
+// Needs both. As LaunchWrite of write_cuda.h.
+Status LaunchMoveRows(const WriteProblem& problem, const WriteParams& params, int num_sms,
+                      cudaStream_t stream);
+
+}  // namespace jpa::cache
