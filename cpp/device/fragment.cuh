@@ -9,6 +9,8 @@
 #include <cuda_fp8.h>
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "core/problem.h"
 #include "device/convert.cuh"
@@ -16,18 +18,17 @@
 
 namespace jpa::device {
 
-// Two numbers as two neighbouring 16-bit elements.
+// Two numbers as two neighbouring elements of f16 or bf16.
 template <typename T>
 __device__ inline uint32_t PackPair(float low, float high) {
   uint32_t bits;
-  if constexpr (sizeof(T) == 2 && !kIsFp8<T>) {
-    if constexpr (std::is_same_v<T, __half>) {
-      const __half2 pair = __floats2half2_rn(low, high);
-      memcpy(&bits, &pair, sizeof bits);
-    } else {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-      memcpy(&bits, &pair, sizeof bits);
-    }
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&bits, &pair, sizeof bits);
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &pair, sizeof bits);
   }
   return bits;
 }

@@ -185,7 +185,7 @@ void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
         }
         CHECK(next == tiles.end, "ends at %d of %d", next, tiles.end);
         if (batch_invariant)
-          CHECK(index == NumSplits(sequence, tiles) && index <= kMaxSplits, "%d parts", index);
+          CHECK(index == NumSplits(sequence, tiles) && index <= kMaxParts, "%d parts", index);
       }
     }
   }

@@ -15,7 +15,7 @@ inline constexpr int kMaxCtas = 384;
 
 // Scratch memory: softmax states of units that several CTAs have a part of, a packed row each. By default
 // these are [2 kMaxCtas, slot_rows]: of CTA c slot 2c has the unit that began in an earlier share, 2c + 1 the
-// one that began in this share. Batch-invariant they are [rows, N, kMaxSplits].
+// one that began in this share. Batch-invariant they are [rows, N, kMaxParts].
 struct Partials {
   float* out;     // [.., H], not divided by the sum yet
   float2* stats;  // [..]: maximum, in units of log 2, and sum

@@ -35,7 +35,7 @@ Layout LayOut(const AttentionProblem& problem, const Options& options) {
   const int64_t group = problem.num_q_heads / problem.num_kv_heads;
   layout.slot_rows = options.decode ? std::min<int64_t>(group, kTileRows) : kTileRows;
   layout.num_states = options.batch_invariant
-                          ? MaxSplitRows(problem, options.decode) * problem.num_q_heads * kMaxSplits
+                          ? MaxSplitRows(problem, options.decode) * problem.num_q_heads * kMaxParts
                           : 2 * kMaxCtas * layout.slot_rows;
   layout.stats = RoundUp(layout.num_states * problem.head_dim * static_cast<int64_t>(sizeof(float)));
   // XLA aligns less than 256 bytes on some devices.
@@ -92,11 +92,31 @@ int64_t WorkspaceBytes(const AttentionProblem& problem, const Options& options) 
 }
 
 int64_t WorkspaceBytesPerRow(const AttentionProblem& problem) {
-  return problem.num_q_heads * kMaxSplits *
+  return problem.num_q_heads * kMaxParts *
          (problem.head_dim * static_cast<int64_t>(sizeof(float)) + static_cast<int64_t>(sizeof(float2)));
 }
 
 void FreeOnDevice::operator()(uint32_t* memory) const { cudaFree(memory); }
+
+namespace {
+
+// Zeros that are there when this returns, whatever streams kernels run on later.
+Status MakeFlags(std::unique_ptr<uint32_t, FreeOnDevice>* flags) {
+  constexpr char kWhat[] = "memory of the CTAs' flags";
+  constexpr size_t kBytes = kMaxCtas * sizeof(uint32_t);
+  uint32_t* memory = nullptr;
+  if (Status s = CudaStatus(cudaMalloc(&memory, kBytes), kWhat); !s.ok()) return s;
+  flags->reset(memory);
+  cudaStream_t stream = nullptr;
+  if (Status s = CudaStatus(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), kWhat); !s.ok())
+    return s;
+  const cudaError_t filled = cudaMemsetAsync(memory, 0, kBytes, stream);
+  const cudaError_t done = cudaStreamSynchronize(stream);
+  cudaStreamDestroy(stream);
+  return CudaStatus(filled != cudaSuccess ? filled : done, kWhat);
+}
+
+}  // namespace
 
 Status Prepare(const AttentionProblem& problem, Device* device) {
   const DecodeKernelInfo info = KernelFor(problem);
@@ -123,11 +143,7 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
   device->num_ctas = std::min(num_sms * info.ctas_per_sm(capability), kMaxCtas);
   device->shared_bytes = info.shared_bytes(capability);
   device->overlaps = capability >= 90;
-  uint32_t* done = nullptr;
-  constexpr size_t kBytes = kMaxCtas * sizeof(uint32_t);
-  if (Status s = CudaStatus(cudaMalloc(&done, kBytes), "memory of the CTAs' flags"); !s.ok()) return s;
-  device->done.reset(done);
-  if (Status s = CudaStatus(cudaMemset(done, 0, kBytes), "memory of the CTAs' flags"); !s.ok()) return s;
+  if (Status s = MakeFlags(&device->done); !s.ok()) return s;
   return CudaStatus(
       cudaFuncSetAttribute(info.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device->shared_bytes),
       "shared memory of the decode kernel");
@@ -186,7 +202,7 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
       !s.ok()) {
     return s;
   }
-  if (!options.batch_invariant) return Status::Ok();
+  if (!options.batch_invariant || problem.num_seqs == 0) return Status::Ok();
   return LaunchKernel(CombineLaunch(args), 0, device.overlaps, args, "launch of the combine kernel", stream);
 }
 

@@ -1,16 +1,18 @@
 // Attention for few query rows a key. The time is that of reading keys and values, so the kernel is a
-// pipeline of copies, with just enough arithmetic beside it:
+// pipeline of copies, with just enough arithmetic beside it.
 //
-//   share    every CTA works out from the lengths alone which tiles are its own (partition.h)
-//   jobs     one warp walks these tiles, looks up their pages and leaves a Job for each in shared memory
-//   copies   it and three others copy the tiles' keys and values into stages, as many tiles ahead as there
-//   are stages products four more warps share a tile: by rows, and where there are too few, by keys. S = Q
-//   K^T and O += P V by
-//            mma.sync with 16 packed rows each, between them the online softmax in registers
-//   ends     where a part of a unit ends, the warps' states are merged; whole units are written out, others
-//   go to
-//            scratch memory, and the CTA that has the last part of a unit merges them when it has done all
-//            else
+// Share: every CTA works out from the lengths alone which tiles are its own (partition.h).
+//
+// Jobs: one warp walks these tiles, looks up their pages and leaves a Job for each in shared memory.
+//
+// Copies: it and three others copy the tiles' keys and values into stages, as many tiles ahead as there are
+// stages.
+//
+// Products: four more warps share a tile, by rows, and where there are too few, by keys. S = Q K^T and
+// O += P V by mma.sync with 16 packed rows each, between them the online softmax in registers.
+//
+// Ends: where a part of a unit ends, the warps' states are merged. Whole units are written out; others go to
+// scratch memory, and the CTA that has the last part of a unit merges them when it has done all else.
 #pragma once
 
 #include <cmath>
@@ -337,8 +339,8 @@ __device__ inline void CopyTile(const DecodeArgs& args, const Job& job, uint32_t
 
 // CTA c sets done[c] when the part that it hands on is in scratch memory. The CTA with the unit's last part
 // waits for that of all others and takes it back, so that all are 0 again when the kernel ends, as they were
-// when it began. It only waits for CTAs before it, which the device starts before it: no CTA can keep the one
-// it waits for from running.
+// when it began. It only waits for CTAs of lower index. Devices start these first (CUDA does not promise it,
+// but stream-K kernels rely on it), so no CTA keeps the one it waits for from running.
 __device__ inline void HandOn(const DecodeArgs& args) {
   __threadfence();
   asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(args.done + blockIdx.x) : "memory");
@@ -433,7 +435,7 @@ class WarpRows {
 
   // Takes the warp's keys of a tile.
   __device__ void Take(const DecodeArgs& args, const Job& job, uint32_t stage) {
-    const bool all_seen = job.key >= all_see_begin_ && job.key + kTileKeys <= all_see_end_ && job.all_known();
+    const bool all_seen = job.key >= all_see_begin_ && job.key <= all_see_end_ - kTileKeys && job.all_known();
 #pragma unroll 1
     for (int i = share_; i < kTileKeys / kKeys; i += num_shares_) {
       const int key = i * kKeys;
@@ -483,8 +485,8 @@ class WarpRows {
 
   // Eight rows of each warp. Those of a row tile's first share come first, then those of its second one, ..
   struct Exchange {
-    float values[kTileWarps * 8]
-                [kHeadDim + 8];  // four rows, of which half a warp stores, are in different banks
+    // With 16-bit pages half a warp stores four rows at a time: they are in different banks.
+    float values[kTileWarps * 8][kHeadDim + 8];
     SoftmaxState states[kTileWarps * 8];
   };
   static_assert(sizeof(Exchange) <= Traits::kStageBytes, "End needs room");

@@ -1,10 +1,15 @@
 // How the work of a call is cut and shared out, as arithmetic that the device does from lengths alone; plain
 // C++ does the same in tests.
 //
-//   packed row  a query row and a query head of the group: row r, member g of G is packed row r * G + g of a
-//   sequence row tile    up to kTileRows neighbouring packed rows unit        a row tile and a key/value
-//   head: one softmax state a packed row tile        kTileKeys keys of a unit, from a multiple of kTileKeys
-//   on; tiles that no row of the unit sees are none
+// A packed row is a query row and a query head of the group: row r, member g of G is packed row r * G + g of
+// a sequence.
+//
+// A row tile is up to kTileRows neighbouring packed rows.
+//
+// A unit is a row tile and a key/value head: one softmax state a packed row.
+//
+// A tile is kTileKeys keys of a unit, from a multiple of kTileKeys on. Tiles that no row of the unit sees are
+// none.
 //
 // CTAs are dealt to lanes, a key/value head each (or a few, where there are more heads than CTAs), and
 // neighbouring CTAs to neighbouring lanes: so a token's heads, neighbours in memory, are read at about the
@@ -164,7 +169,7 @@ JPA_HOST_DEVICE inline int64_t TilesPerShare(const LaneTiles& lane, const Deal& 
 
 // ---- results that do not depend on the batch --------------------------------------------------------------
 
-inline constexpr int kMaxSplits = 16;
+inline constexpr int kMaxParts = 16;
 // Sequences with more query rows are not split: they have tiles enough, and their partial results would need
 // memory.
 inline constexpr int kMaxSplitRows = 8;
@@ -174,7 +179,7 @@ inline constexpr int kMinSplitTiles = 16;
 // Tiles of each part of a unit but the last one.
 JPA_HOST_DEVICE inline int32_t SplitTiles(const Sequence& sequence, const TileRange& tiles) {
   if (sequence.num_rows > kMaxSplitRows) return tiles.size() > 0 ? tiles.size() : 1;
-  const int32_t splits = Smaller(kMaxSplits, static_cast<int32_t>(CeilDiv(tiles.size(), kMinSplitTiles)));
+  const int32_t splits = Smaller(kMaxParts, static_cast<int32_t>(CeilDiv(tiles.size(), kMinSplitTiles)));
   return static_cast<int32_t>(CeilDiv(tiles.size(), Larger(splits, 1)));
 }
 

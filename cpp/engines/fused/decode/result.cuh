@@ -68,8 +68,8 @@ struct QueryHead {
 template <DType q_dtype, typename IndexOf>
 __device__ inline void MergeParts(const DecodeArgs& args, int32_t num_parts, const IndexOf& index_of,
                                   const QueryHead& where, int column) {
-  constexpr int kAhead =
-      16;  // parts in flight, and merged at once: one by one each would wait for the one before
+  // Parts in flight, and merged at once: one by one each would wait for the one before.
+  constexpr int kAhead = 16;
   device::SoftmaxState state;
   float4 sum = {0, 0, 0, 0};
 #pragma unroll 1
@@ -119,7 +119,7 @@ __device__ inline int64_t PartOfRow(const DecodeArgs& args, int32_t seq, int32_t
                                     int32_t head) {
   const int64_t place =
       args.split_rows_by_sequence ? int64_t{seq} * kMaxSplitRows + token : int64_t{row} + token;
-  return (place * args.problem.num_q_heads + head) * kMaxSplits;
+  return (place * args.problem.num_q_heads + head) * kMaxParts;
 }
 
 }  // namespace jpa::fused

@@ -38,8 +38,8 @@ struct DecodeTraits {
   static constexpr int kRowBytes = kHeadDim * static_cast<int>(ByteWidth(kKV));
   static constexpr int kChunks = kRowBytes / 16;  // of a row
   // An odd number of 16-byte chunks from row to row: then eight neighbouring rows, which ldmatrix reads at a
-  // time, lie in different banks. At least one chunk more than a row has, so that a stage has room for two
-  // warps' states.
+  // time, lie in different banks. At least one chunk more than a row has, so that a stage has room for what
+  // the warps exchange at the end of a part.
   static constexpr int kRowStride = 16 * ((kChunks + 1) | 1);
   static constexpr int kTileBytes = kTileKeys * kRowStride;
   static constexpr int kStageBytes = 2 * kTileBytes;
