@@ -40,8 +40,8 @@ struct DecodeArgs {
   int32_t num_pages;  // ids outside [0, num_pages) are no page
   bool same_offsets;  // keys and values have the same place in their pools
   bool batch_invariant;
-  bool split_rows_by_sequence;  // batch-invariant: row of `partials` is kMaxSplitRows * sequence + row, not
-                                // q's row
+  // Batch-invariant: a row of `partials` is kMaxSplitRows * sequence + row in it, not the row of q.
+  bool split_rows_by_sequence;
 };
 
 }  // namespace jpa::fused

@@ -85,21 +85,6 @@ Status LaunchKernel(const Launch& launch, int shared_bytes, bool overlaps, const
   return CudaStatus(cudaLaunchKernelExC(&config, launch.kernel, parameters), name);
 }
 
-}  // namespace
-
-int64_t WorkspaceBytes(const AttentionProblem& problem, const Options& options) {
-  return LayOut(problem, options).bytes;
-}
-
-int64_t WorkspaceBytesPerRow(const AttentionProblem& problem) {
-  return problem.num_q_heads * kMaxParts *
-         (problem.head_dim * static_cast<int64_t>(sizeof(float)) + static_cast<int64_t>(sizeof(float2)));
-}
-
-void FreeOnDevice::operator()(uint32_t* memory) const { cudaFree(memory); }
-
-namespace {
-
 // Zeros that are there when this returns, whatever streams kernels run on later.
 Status MakeFlags(std::unique_ptr<uint32_t, FreeOnDevice>* flags) {
   constexpr char kWhat[] = "memory of the CTAs' flags";
@@ -117,6 +102,17 @@ Status MakeFlags(std::unique_ptr<uint32_t, FreeOnDevice>* flags) {
 }
 
 }  // namespace
+
+int64_t WorkspaceBytes(const AttentionProblem& problem, const Options& options) {
+  return LayOut(problem, options).bytes;
+}
+
+int64_t WorkspaceBytesPerRow(const AttentionProblem& problem) {
+  return problem.num_q_heads * kMaxParts *
+         (problem.head_dim * static_cast<int64_t>(sizeof(float)) + static_cast<int64_t>(sizeof(float2)));
+}
+
+void FreeOnDevice::operator()(uint32_t* memory) const { cudaFree(memory); }
 
 Status Prepare(const AttentionProblem& problem, Device* device) {
   const DecodeKernelInfo info = KernelFor(problem);
