@@ -690,22 +690,28 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   if (threadIdx.x >= Traits::kProductThreads) {
     if constexpr (kSharesSm) device::ShrinkRegisters<Traits::kCopyRegisters>();
     if (shared.share_seq < 0) return;
-    const bool makes_jobs = threadIdx.x < Traits::kProductThreads + 32;
-    SequencesAhead sequences(args, shared.raw_sequence);
-    JobMaker jobs(args, heads, sequences, shared.share_seq, shared.share_offset, per);
-    for (;; next_stage()) {
-      Job& job = shared.jobs[stage];
-      if (makes_jobs) {
-        device::WaitForPhase(&shared.empty[stage], parity ^ 1);
-        jobs.Make<Traits>(&job, &shared.unit);
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) device::Arrive(&shared.announced[stage]);
-      }
+    const auto copy_next = [&] {
+      const Job& job = shared.jobs[stage];
       device::WaitForPhase(&shared.announced[stage], parity);
-      if (!job.exists) break;
+      if (!job.exists) return false;
       CopyTile<Traits>(args, job, device::SharedAddress(stages + stage * Traits::kStageBytes));
       device::ArriveAfterCopies(&shared.full[stage]);
+      next_stage();
+      return true;
+    };
+    if (threadIdx.x >= Traits::kProductThreads + 32) {
+      while (copy_next()) {
+      }
+      return;
     }
+    SequencesAhead sequences(args, shared.raw_sequence);
+    JobMaker jobs(args, heads, sequences, shared.share_seq, shared.share_offset, per);
+    do {
+      device::WaitForPhase(&shared.empty[stage], parity ^ 1);
+      jobs.Make<Traits>(&shared.jobs[stage], &shared.unit);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) device::Arrive(&shared.announced[stage]);
+    } while (copy_next());
     return;
   }
 
