@@ -342,7 +342,6 @@ __device__ inline void CopyTile(const DecodeArgs& args, const Job& job, uint32_t
 // when it began. It only waits for CTAs of lower index. Devices start these first (CUDA does not promise it,
 // but stream-K kernels rely on it), so no CTA keeps the one it waits for from running.
 __device__ inline void HandOn(const DecodeArgs& args) {
-  __threadfence();
   asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(args.done + blockIdx.x) : "memory");
 }
 
@@ -353,28 +352,31 @@ __device__ inline void Await(const uint32_t* done) {
   } while (value == 0);
 }
 
-// Merges the parts of a unit in the order of their keys, by the threads of the products.
+// Merges the parts of a unit, by the threads of the products. A warp waits for parts by itself, so that their
+// columns are asked for as soon as the last of them is there.
 template <typename Traits>
 __device__ inline void MergeUnit(const DecodeArgs& args, const SharedUnit& unit) {
-  constexpr int kVectors = Traits::kHeadDim / 4;
-  const int cta = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
-  const int lanes = args.deal.num_lanes, first_cta = cta - unit.num_parts * lanes;
-  for (int i = thread; i < unit.num_parts; i += Traits::kProductThreads)
-    Await(args.done + first_cta + i * lanes);
-  device::SyncSomeThreads<1, Traits::kProductThreads>();
-  for (int i = thread; i < unit.num_parts; i += Traits::kProductThreads) args.done[first_cta + i * lanes] = 0;
+  const int cta = static_cast<int>(blockIdx.x), lane = static_cast<int>(threadIdx.x % 32);
+  const int stride = args.deal.num_lanes, first_cta = cta - unit.num_parts * stride;
+  for (int i = lane; i < unit.num_parts; i += 32) Await(args.done + first_cta + i * stride);
+  __syncwarp();
 #pragma unroll 1
-  for (int i = thread; i < unit.num_rows * kVectors; i += Traits::kProductThreads) {
-    const int row = i / kVectors, token = args.facts.group.Quotient(unit.first + row);
-    const int member = unit.first + row - token * args.facts.group.divisor();
-    const auto index_of = [&](int32_t part) {
-      const int slot = 2 * (first_cta + part * lanes) + (part == 0 ? 1 : 0);
-      return int64_t{slot} * args.partials.slot_rows + row;
-    };
-    const QueryHead where = {unit.seq, unit.head, int64_t{unit.row} + token,
-                             unit.head * args.facts.group.divisor() + member};
-    MergeParts<Traits::kQ>(args, unit.num_parts + 1, index_of, where, i % kVectors * 4);
+  for (int row = static_cast<int>(threadIdx.x / 32); row < unit.num_rows;
+       row += Traits::kProductThreads / 32) {
+    const int64_t slot_rows = args.partials.slot_rows;
+    const PartIndices parts = {(2 * first_cta + 1) * slot_rows + row,
+                               2 * (first_cta + stride) * slot_rows + row,
+                               2 * stride * args.partials.slot_rows};
+    WriteMergedParts<Traits::kQ>(args, unit.num_parts + 1, parts, [&] {
+      const int token = args.facts.group.Quotient(unit.first + row);
+      const int member = unit.first + row - token * args.facts.group.divisor();
+      return QueryHead{unit.seq, unit.head, int64_t{unit.row} + token,
+                       unit.head * args.facts.group.divisor() + member};
+    });
   }
+  device::SyncSomeThreads<1, Traits::kProductThreads>();  // no warp waits any more
+  for (int i = static_cast<int>(threadIdx.x); i < unit.num_parts; i += Traits::kProductThreads)
+    args.done[first_cta + i * stride] = 0;
 }
 
 // ---- products ---------------------------------------------------------------------------------------------

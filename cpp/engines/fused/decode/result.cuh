@@ -5,6 +5,7 @@
 
 #include "device/convert.cuh"
 #include "device/packed.cuh"
+#include "device/reduce.cuh"
 #include "device/softmax_state.cuh"
 #include "engines/fused/args.h"
 
@@ -63,44 +64,71 @@ struct QueryHead {
   int32_t head;
 };
 
-// Merges four columns of the parts of a row in the order of their keys and writes the result. `index_of` is a
-// part's index in scratch memory.
-template <DType q_dtype, typename IndexOf>
-__device__ inline void MergeParts(const DecodeArgs& args, int32_t num_parts, const IndexOf& index_of,
-                                  const QueryHead& where, int column) {
-  // Parts in flight, and merged at once: one by one each would wait for the one before.
-  constexpr int kAhead = 16;
-  device::SoftmaxState state;
-  float4 sum = {0, 0, 0, 0};
+// The indices of a row's parts in scratch memory: from the second one on they are evenly spaced.
+struct PartIndices {
+  int64_t first;
+  int64_t second;
+  int32_t step;
+};
+
+// Parts whose columns a lane has in flight together, beside the first one.
+inline constexpr int kPartsAtOnce = 32;
+
+// By one warp: merges four columns a lane of the parts of a row, in the order of their keys. Adds to the
+// state, which is the same for all lanes: each of them works out the weight of one part for the others.
+__device__ inline float4 MergeParts(const DecodeArgs& args, int32_t num_parts, const PartIndices& parts,
+                                    int column, device::SoftmaxState* state) {
+  const int lane = static_cast<int>(threadIdx.x % 32), head_dim = static_cast<int>(args.problem.head_dim);
+  const auto load = [](const float* columns) { return __ldcg(reinterpret_cast<const float4*>(columns)); };
+  const float* const out = args.partials.out + column;
+  const float2 stats_of_first = __ldcg(args.partials.stats + parts.first);
+  float4 sum = load(out + parts.first * head_dim);
+  *state = {stats_of_first.x, stats_of_first.y};
+  const float2* next_stats = args.partials.stats + parts.second + lane * parts.step;
+  const float* next = out + parts.second * head_dim;
+  const int32_t stride = parts.step * head_dim;
 #pragma unroll 1
-  for (int first = 0; first < num_parts; first += kAhead) {
-    float2 stats[kAhead];
-    float4 values[kAhead];
-    float maximum = -INFINITY;
+  for (int32_t left = num_parts - 1; left > 0; left -= kPartsAtOnce) {
+    float2 stats = {-INFINITY, 0.0f};
+    float4 values[kPartsAtOnce];
+    if (lane < left) stats = __ldcg(next_stats);
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      stats[j] = {-INFINITY, 0.0f};
+    for (int j = 0; j < kPartsAtOnce; ++j) {
       values[j] = {0, 0, 0, 0};
-      if (first + j >= num_parts) continue;
-      const int64_t index = index_of(first + j);
-      stats[j] = __ldcg(args.partials.stats + index);
-      values[j] =
-          __ldcg(reinterpret_cast<const float4*>(args.partials.out + index * args.problem.head_dim + column));
+      if (j < left) values[j] = load(next + j * stride);
     }
-#pragma unroll
-    for (const float2& part : stats) maximum = fmaxf(maximum, part.x);
-    const float factor = state.Raise(maximum), origin = state.origin();
+    next_stats += kPartsAtOnce * parts.step;
+    next += kPartsAtOnce * stride;
+    const float factor = state->Raise(device::ReduceRow<32>(stats.x, device::Max()));
+    const float weight = device::Exp2(stats.x - state->origin());
+    state->sum += device::ReduceRow<32>(stats.y * weight, device::Sum());
     sum = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const float weight = device::Exp2(stats[j].x - origin);
-      state.sum += stats[j].y * weight;
-      sum = {sum.x + values[j].x * weight, sum.y + values[j].y * weight, sum.z + values[j].z * weight,
-             sum.w + values[j].w * weight};
+    for (int j = 0; j < kPartsAtOnce; ++j) {
+      const float of_part = __shfl_sync(~0u, weight, j);
+      sum = {sum.x + values[j].x * of_part, sum.y + values[j].y * of_part, sum.z + values[j].z * of_part,
+             sum.w + values[j].w * of_part};
     }
   }
-  const float factor = FactorOfResult(args, where.seq, where.kv_head, where.head, &state);
-  WriteResult<q_dtype>(args, where.row, where.head, column, sum, factor, state);
+  return sum;
+}
+
+// By one warp: merges the parts of a row and writes the result. `where_of` says whose it is; it is asked
+// last, since columns in flight take most registers.
+template <DType q_dtype, typename WhereOf>
+__device__ inline void WriteMergedParts(const DecodeArgs& args, int32_t num_parts, const PartIndices& parts,
+                                        const WhereOf& where_of) {
+  const int head_dim = static_cast<int>(args.problem.head_dim);
+#pragma unroll 1
+  for (int first = 0; first < head_dim; first += 4 * 32) {
+    const int column = first + 4 * static_cast<int>(threadIdx.x % 32);
+    device::SoftmaxState state;
+    // Lanes without columns help with the weights.
+    const float4 sum = MergeParts(args, num_parts, parts, column < head_dim ? column : 0, &state);
+    const QueryHead where = where_of();
+    const float factor = FactorOfResult(args, where.seq, where.kv_head, where.head, &state);
+    if (column < head_dim) WriteResult<q_dtype>(args, where.row, where.head, column, sum, factor, state);
+  }
 }
 
 // By one warp: the results of a row that sees no key. The state may have a sink.
