@@ -120,7 +120,7 @@ std::map<Unit, std::vector<Part>> Walk(const Batch& batch, int64_t num_ctas, boo
     const int64_t total = batch.num_tiles() * (heads.end - heads.begin), per = TilesPerShare(lane, deal);
     CHECK(lane.total == total, "%d tiles of %d", static_cast<int>(lane.total), static_cast<int>(total));
     const int64_t first = cta / deal.num_lanes * per;
-    if (cta / deal.num_lanes >= deal.shares || first >= total) continue;
+    if (cta / deal.num_lanes >= deal.shares.divisor() || first >= total) continue;
     const auto tiles_of = [&](int32_t index) { return NumTiles(batch.facts, heads, batch(index)); };
     int64_t offset = first;
     int32_t index = 0;

@@ -105,14 +105,17 @@ int SharedBytes(int capability) {
 // A thread adds up neighbouring sequences, so that only the one that finds the start walks them again.
 template <typename Traits, typename Shared>
 __device__ inline int64_t FindShare(const DecodeArgs& args, const HeadRange& heads, Shared& shared) {
-  const SequencesInMemory sequences(args);
   const int num_seqs = static_cast<int>(args.problem.num_seqs);
   const int each = (num_seqs + Traits::kThreads - 1) / Traits::kThreads;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int begin = min(thread * each, num_seqs), end = min(begin + each, num_seqs);
   LaneTiles mine;
+  RawSequence raw;  // of the thread's last sequence
 #pragma unroll 1
-  for (int i = begin; i < end; ++i) mine.Add(args.facts, heads, sequences(i));
+  for (int i = begin; i < end; ++i) {
+    raw = RawSequence(args, i);
+    mine.Add(args.facts, heads, raw.Clipped(args.facts));
+  }
   int64_t before = mine.total;
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
@@ -133,17 +136,18 @@ __device__ inline int64_t FindShare(const DecodeArgs& args, const HeadRange& hea
   before -= mine.total;
   const int64_t per = TilesPerShare(all, args.deal);
   const int64_t share = static_cast<int>(blockIdx.x) / args.deal.num_lanes, first = share * per;
-  if (share < args.deal.shares && first >= before && first < before + mine.total) {
-    int i = begin;
+  if (share < args.deal.shares.divisor() && first >= before && first < before + mine.total) {
+    // Backwards, from the sequence that is still at hand: where a thread has one, nothing is read again.
+    int i = end - 1;
+    int64_t start = before + mine.total;
 #pragma unroll 1
-    for (; end - i > 1; ++i) {
-      const int64_t tiles = NumTiles(args.facts, heads, sequences(i));
-      if (first < before + tiles) break;
-      before += tiles;
+    for (; i > begin; raw = RawSequence(args, --i)) {
+      start -= NumTiles(args.facts, heads, raw.Clipped(args.facts));
+      if (first >= start) break;
     }
     shared.share_seq = i;
-    shared.share_offset = first - before;
-    shared.raw_sequence = RawSequence(args, i);
+    shared.share_offset = first - (i > begin ? start : before);
+    shared.raw_sequence = raw;
   }
   __syncthreads();
   return per;

@@ -108,13 +108,13 @@ JPA_HOST_DEVICE inline int64_t TilesPerHead(const CallFacts& call, const Sequenc
 struct Deal {
   int32_t num_lanes;
   int32_t heads_per_lane;
-  int32_t shares;  // of a lane
+  FastDivisor shares;  // of a lane
 };
 
 inline Deal MakeDeal(int32_t num_kv_heads, int32_t num_ctas) {
   const int32_t heads_per_lane = static_cast<int32_t>(CeilDiv(num_kv_heads, num_ctas));
   const int32_t num_lanes = static_cast<int32_t>(CeilDiv(num_kv_heads, heads_per_lane));
-  return {num_lanes, heads_per_lane, num_ctas / num_lanes};
+  return {num_lanes, heads_per_lane, FastDivisor(num_ctas / num_lanes)};
 }
 
 // Heads [begin, end).
@@ -152,12 +152,12 @@ struct LaneTiles {
 
 // Tiles of each share of a lane; the last shares may be smaller or empty.
 JPA_HOST_DEVICE inline int64_t TilesPerShare(const LaneTiles& lane, const Deal& deal) {
-  if (lane.total <= deal.shares) return 1;
-  // On the device a division of 64 bits takes several times as long.
-  const bool small = lane.total < INT32_MAX - deal.shares;
-  const int64_t per = small ? static_cast<int64_t>(static_cast<uint32_t>(lane.total + deal.shares - 1) /
-                                                   static_cast<uint32_t>(deal.shares))
-                            : CeilDiv(lane.total, deal.shares);
+  const int32_t shares = deal.shares.divisor();
+  if (lane.total <= shares) return 1;
+  // On the device a division of 64 bits takes many times as long.
+  const bool small = lane.total < INT32_MAX - shares;
+  const int64_t per = small ? deal.shares.Quotient(static_cast<int32_t>(lane.total) + shares - 1)
+                            : CeilDiv(lane.total, shares);
   // Where all units are alike, whole ones: some CTAs less take nothing away, as memory sets the pace, while
   // partial results cost time at the end.
   if (!small || lane.fewest != lane.most) return per;
