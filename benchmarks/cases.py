@@ -153,12 +153,22 @@ RELATIONS = (
     ("decode 64x4k batch-invariant", "decode 64x4k", 1.05),
 )
 
-# How the cost of decode grows: by name of the axis the workload at each of its values.
+# Of which the host's share of a call is told.
+HOST = tuple(w for w in GPU_DECODE if w.name in ("decode 1x1k", "decode 64x4k"))
+# A layer of a step of LAYERS layers.
+LAYERS = 32
+STEPS = (
+    Workload("decode 8x1k", "bf16", ((1, 1024),) * 8),
+    Workload("decode 64x512", "bf16", ((1, 512),) * 64),
+)
+
+# How the cost of decode grows: by name of the axis the workload at each of its values. All workloads of an axis have
+# the same number of key/value heads, so that they share a pool.
 SWEEPS: dict[str, dict[int, Workload]] = {
     "batch": {b: Workload(f"decode {b}x1k", "bf16", ((1, 1024),) * b) for b in (1, 2, 4, 8, 16, 32, 64, 128, 256)},
     "length": {
         n: Workload(f"decode 4x{n}", "bf16", ((1, n),) * 4)
-        for n in (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+        for n in (16, 64, 256, 1024, 4096, 8192, 16384, 32768, 65536)
     },
     "group": {
         g: Workload(f"decode 32x4k {4 * g}/4 heads", "bf16", ((1, 4096),) * 32, num_heads=4 * g, num_kv_heads=4)
@@ -234,25 +244,37 @@ class Operands(NamedTuple):
 
 def make_ragged(workload: Workload, copies: int, seed: int = 0) -> tuple[Operands, ...]:
     """Copies of all operands, to be used in turn: one set's queries and tables in the L2 cache help no other."""
-    w, dtype = workload, DTYPES[workload.dtype]
+    pools = make_pools(workload, sum(workload.pages), seed)
+    (first,) = make_in_pools(workload, pools, copies=1, seed=seed)
+    return (first, *(first.copy() for _ in range(copies - 1)))
+
+
+def make_pools(workload: Workload, num_pages: int, seed: int = 0) -> tuple[Array, Array]:
+    """Pools of keys and values, [P, S, K, H]."""
+    w = workload
+    shape, dtype = (num_pages, w.page_size, w.num_kv_heads, w.head_dim), DTYPES[w.page_dtype or w.dtype]
+    k_key, v_key, _ = jax.random.split(jax.random.key(seed), 3)
+    return _random(k_key, shape, dtype), _random(v_key, shape, dtype)
+
+
+def make_in_pools(workload: Workload, pools: tuple[Array, Array], copies: int, seed: int = 0) -> tuple[Operands, ...]:
+    """Operands, to be used in turn, with the pages of a set behind those of the one before, as far as the pools go."""
+    w = workload
     rows, keys = np.array(w.sequences, np.int32).T
     ids = np.random.default_rng(seed).permutation(sum(w.pages)).astype(np.int32)
-    tables = np.zeros((w.batch, w.max_pages), np.int32)
-    tables[np.arange(w.max_pages) < np.array(w.pages)[:, None]] = ids
-    k_key, v_key, q_key = jax.random.split(jax.random.key(seed), 3)
-    pool, page_dtype = (len(ids), w.page_size, w.num_kv_heads, w.head_dim), w.page_dtype or w.dtype
-    scale = jnp.full(w.num_kv_heads, PAGE_SCALE.get(page_dtype, 1.0), jnp.float32)
-    first = Operands(
-        q=_random(q_key, (int(rows.sum()), w.num_heads, w.head_dim), dtype),
-        k_pages=_random(k_key, pool, DTYPES[page_dtype]),
-        v_pages=_random(v_key, pool, DTYPES[page_dtype]),
-        block_tables=jnp.asarray(tables),
-        kv_lens=jnp.asarray(keys),
-        cu_q_lens=jnp.asarray(np.concatenate([[0], rows.cumsum()]).astype(np.int32)),
-        k_scale=scale,
-        v_scale=scale,
+    mine = np.arange(w.max_pages) < np.array(w.pages)[:, None]
+    starts = np.concatenate([[0], rows.cumsum()]).astype(np.int32)
+    q = _random(
+        jax.random.split(jax.random.key(seed), 3)[2], (int(rows.sum()), w.num_heads, w.head_dim), DTYPES[w.dtype]
     )
-    return (first, *(first.copy() for _ in range(copies - 1)))
+    scale = jnp.full(w.num_kv_heads, PAGE_SCALE.get(w.page_dtype or w.dtype, 1.0), jnp.float32)
+    sets = []
+    for i in range(copies):
+        tables = np.zeros(mine.shape, np.int32)
+        tables[mine] = (ids + i * len(ids)) % len(pools[0])
+        block_tables, kv_lens, cu_q_lens = map(jnp.asarray, (tables, keys, starts))
+        sets.append(Operands(q if i == 0 else q.copy(), *pools, block_tables, kv_lens, cu_q_lens, scale, scale))
+    return tuple(sets)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

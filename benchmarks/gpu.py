@@ -1,7 +1,7 @@
 """The GPU engines beside every installed peer, the write beside a plain copy, and how the cost of decode grows.
 
 `python -m benchmarks.gpu` from the repository's root prints tables and writes build/bench/gpu.json and gpu.png;
-with `--only sweep` sweep.json and sweep.png.
+with `--only sweep` sweep.json and sweep.png, with `--only host` or `--only layers` host.json or layers.json.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 from jax import Array
 
 import jax_paged_attn as jpa
-from benchmarks import peers, report
+from benchmarks import peers, report, steps
 from benchmarks.cases import (
     DTYPES,
     GPU,
@@ -32,6 +31,8 @@ from benchmarks.cases import (
     SWEEPS,
     Operands,
     Workload,
+    make_in_pools,
+    make_pools,
     make_ragged,
     sampled_rows,
 )
@@ -45,6 +46,11 @@ SAMPLED_ROWS = 16
 # `--short`: the engine and the peers that the table of decode is about, each peer in its likeliest settings.
 SHORT_CONTENDERS = ("fused", "FA3", "cuDNN")
 SHORT_VARIANTS = 3
+# Of what is run by name, unless --contenders names others.
+FEW_CONTENDERS = {"sweep": ("fused", "FA3"), "host": ("fused", "FA3"), "layers": ("fused", "cublaslt", "FA3")}
+SWEEP_VARIANTS = 2
+# Contenders that cannot take part in a sweep, whose workloads share pools.
+POOLS_OF_THEIR_OWN = ("cuDNN", "Pallas")
 
 
 @dataclass(frozen=True)
@@ -174,21 +180,10 @@ def prepare(
     warm_up(series)
     graphs: list[Callable[[], Any]] = []
     if graph:
-        together = jax.jit(lambda copies: one_after_the_other(variant.attend, copies))
+        together = jax.jit(lambda copies: steps.one_after_the_other(variant.attend, copies))
         graphs = [lambda: together(tuple(copies))] * 4
         warm_up(graphs)
     return _Ready(contender, variant, series, graphs, sample.error(compiled(copies[0])))
-
-
-def one_after_the_other(attend: Callable[[Operands], Array], copies: Sequence[Operands]) -> list[Array]:
-    """A call for each set of operands; no call may start before the one in front of it is done."""
-    outs: list[Array] = []
-    for x in copies:
-        if outs:
-            outs[-1], q = jax.lax.optimization_barrier((outs[-1], x.q))
-            x = x._replace(q=q)
-        outs.append(attend(x))
-    return outs
 
 
 def measure_attention(
@@ -258,68 +253,82 @@ def measure_attention(
 # ---- how the cost grows ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class HostTimes:
-    """What one jitted call costs the host. Microseconds, medians."""
+def sweep_axis(
+    workloads: dict[int, Workload], contenders: Sequence[peers.Peer], ceilings: Ceilings, calls: int
+) -> dict[int, Result]:
+    """The workloads of an axis, in one trace and in one pair of pools: making pools for each would take minutes.
 
-    dispatch: float  # until the call returns, the device being far behind
-    blocking: float  # until its result is there, the device being idle
-
-
-def measure_host(workload: Workload, contender: peers.Peer, calls: int = 300) -> HostTimes:
-    (x,) = make_ragged(workload, copies=1)
-    compiled = jax.jit(next(contender.variants(workload)).attend)
-
-    def seconds(block: bool) -> float:
-        times = []
-        for _ in range(calls):
-            start = time.perf_counter()
-            out = compiled(x)
-            if block:
-                out.block_until_ready()
-            times.append(time.perf_counter() - start)
-        jax.block_until_ready(out)
-        return statistics.median(times)
-
-    seconds(block=True)
-    return HostTimes(dispatch=seconds(block=False) * 1e6, blocking=seconds(block=True) * 1e6)
-
-
-def sweep(contenders: Sequence[peers.Peer], ceilings: Ceilings, calls: int) -> dict[str, dict[int, Result]]:
-    """Decode along each axis of `SWEEPS`."""
-    results: dict[str, dict[int, Result]] = {}
-    for axis, workloads in SWEEPS.items():
-        results[axis] = {}
-        print(f"\n{axis:>8} {'floor us':>10} " + " ".join(f"{c.name:>12}" for c in contenders))
-        for value, workload in workloads.items():
-            result = measure_attention(workload, contenders, ceilings, calls, graphs="none")
-            results[axis][value] = result
-            times = {m.contender: f"{m.microseconds:12.1f}" for m in result.measured}
-            cells = " ".join(times.get(c.name, f"{'cannot':>12}") for c in contenders)
-            print(f"{value:8} {result.floor:10.1f} {cells}", flush=True)
+    Errors are not told here: `measure_attention` tells them on much the same workloads.
+    """
+    first = next(iter(workloads.values()))
+    # Room for two sets of the largest workload, of which none is in the L2 cache when its turn comes.
+    pools = make_pools(first, 2 * max(sum(w.pages) for w in workloads.values()))
+    results: dict[int, Result] = {}
+    ready: list[tuple[int, str, bool, str, list[Callable[[], Any]]]] = []
+    for value, w in workloads.items():
+        floor = max(w.bytes() / ceilings.read, w.flops() / ceilings.matmul)
+        copies = make_in_pools(w, pools, min(max(2, -(-ROTATE_BYTES // w.bytes())), MOST_COPIES))
+        results[value] = Result(w, floor * 1e6, len(copies))
+        for contender in contenders:
+            try:
+                for variant in itertools.islice(contender.variants(w), SWEEP_VARIANTS):
+                    compiled = jax.jit(variant.attend)
+                    turns = itertools.islice(itertools.cycle(copies), max(calls, len(copies)))
+                    series = [lambda x=x, compiled=compiled: compiled(x) for x in turns]
+                    warm_up(series)
+                    ready.append((value, contender.name, contender.ours, variant.label, series))
+            except Exception as error:
+                if contender.ours and not isinstance(error, peers.UnsupportedError):
+                    raise
+                results[value].unsupported[contender.name] = str(error).strip().partition("\n")[0][:160]
+    timings = time_series([series for *_, series in ready])
+    for (value, name, ours, label, _), timing in zip(ready, timings, strict=True):
+        if timing is None:
+            results[value].unsupported[name] = f"{label}: its calls launch different numbers of kernels".lstrip(": ")
+            continue
+        busy, kernels = statistics.median(timing.busy) * 1e6, len(timing.kernels)
+        results[value].measured.append(Measured(name, label, ours, timing.median * 1e6, busy, kernels, error=None))
     return results
 
 
-def plot_sweep(results: dict[str, dict[int, Result]], path: Path) -> None:
-    """A panel an axis: microseconds of each contender, and the floor."""
-    import matplotlib  # pyright: ignore[reportMissingImports]
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
-
-    figure, panels = pyplot.subplots(1, len(results), figsize=(5 * len(results), 4.5), layout="constrained")
-    for panel, (axis, of_values) in zip(np.atleast_1d(panels), results.items(), strict=True):
-        times: dict[str, list[tuple[int, float]]] = {}
-        for value, result in of_values.items():
-            times.setdefault("floor", []).append((value, result.floor))
+def run_sweep(
+    about: dict[str, Any], ceilings: Ceilings, contenders: Sequence[peers.Peer], calls: int, out: Path
+) -> None:
+    """Decode along each axis of `SWEEPS`. The record is written after each of them."""
+    record: dict[str, Any] = {"machine": about, "ceilings": asdict(ceilings), "sweep": {}}
+    for axis, workloads in SWEEPS.items():
+        print(f"\n{axis:>8} {'floor us':>10} " + " ".join(f"{c.name:>12}" for c in contenders))
+        results = sweep_axis(workloads, contenders, ceilings, calls)
+        for value, result in results.items():
+            times: dict[str, float] = {}
             for m in result.measured:
-                times.setdefault(m.contender, []).append((value, m.microseconds))
+                times[m.contender] = min(m.microseconds, times.get(m.contender, m.microseconds))
+            cells = " ".join(f"{times[c.name]:12.1f}" if c.name in times else f"{'cannot':>12}" for c in contenders)
+            print(f"{value:8} {result.floor:10.1f} {cells}", flush=True)
+        record["sweep"][axis] = {str(value): asdict(result) for value, result in results.items()}
+        (out / "sweep.json").write_text(json.dumps(record, indent=1) + "\n")
+    save_plot(lambda: plot_sweep(record["sweep"], out / "sweep.png"))
+
+
+def plot_sweep(axes: dict[str, dict[str, Any]], path: Path) -> None:
+    """From a record: a panel an axis, microseconds of each contender, and the floor."""
+    pyplot = _pyplot()
+    figure, panels = pyplot.subplots(1, len(axes), figsize=(5 * len(axes), 4.5), layout="constrained")
+    for panel, (axis, results) in zip(np.atleast_1d(panels), axes.items(), strict=True):
+        times: dict[str, dict[int, float]] = {}
+        for value, result in results.items():
+            times.setdefault("floor", {})[int(value)] = result["floor"]
+            for m in result["measured"]:
+                points = times.setdefault(m["contender"], {})
+                points[int(value)] = min(m["microseconds"], points.get(int(value), m["microseconds"]))
         for name, points in times.items():
             line = "--" if name == "floor" else "-"
-            panel.plot(*zip(*points, strict=True), line, marker="" if name == "floor" else "o", label=name)
+            panel.plot(*zip(*points.items(), strict=True), line, marker="" if name == "floor" else "o", label=name)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
-        panel.set_xlabel(axis)
+        panel.set_xlabel(
+            {"batch": "sequences", "length": "tokens of each sequence", "group": "query heads a group"}[axis]
+        )
         panel.set_ylabel("us a call")
         panel.grid(alpha=0.3)
         panel.legend()
@@ -412,27 +421,41 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: list[Result], path: Path) -> None:
-    """A group of bars a workload, a bar a contender: its share of the ceiling."""
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """From a record: a group of bars a workload, a bar a contender, its share of the ceiling."""
+    pyplot = _pyplot()
+    names = list(dict.fromkeys(m["contender"] for result in results for m in result["measured"]))
+    places = np.arange(len(results))
+    figure, axes = pyplot.subplots(figsize=(14, 5), layout="constrained")
+    for i, name in enumerate(names):
+        shares = [
+            next((r["floor"] / m["microseconds"] for m in r["measured"] if m["contender"] == name), 0.0)
+            for r in results
+        ]
+        axes.bar(places + (i - (len(names) - 1) / 2) * 0.8 / len(names), shares, 0.8 / len(names), label=name)
+    axes.set_ylabel("share of what bytes or products allow")
+    axes.set_xticks(places, [r["workload"]["name"].replace(" ", "\n", 2) for r in results], fontsize=7)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
     import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("Agg")
     from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
-    names = list(dict.fromkeys(m.contender for result in results for m in result.measured))
-    places = np.arange(len(results))
-    figure, axes = pyplot.subplots(figsize=(14, 5), layout="constrained")
-    for i, name in enumerate(names):
-        shares = [
-            next((result.floor / m.microseconds for m in result.measured if m.contender == name), 0.0)
-            for result in results
-        ]
-        axes.bar(places + (i - (len(names) - 1) / 2) * 0.8 / len(names), shares, 0.8 / len(names), label=name)
-    axes.set_ylabel("share of what bytes or products allow")
-    axes.set_xticks(places, [result.workload.name.replace(" ", "\n", 2) for result in results], fontsize=7)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    return pyplot
+
+
+def plot_record(path: Path) -> None:
+    """Draws an earlier run's record, beside it."""
+    record = json.loads(path.read_text())
+    if "sweep" in record:
+        plot_sweep(record["sweep"], path.with_suffix(".png"))
+    else:
+        plot(record["attention"], path.with_suffix(".png"))
 
 
 def save_plot(draw: Callable[[], None]) -> None:
@@ -442,46 +465,36 @@ def save_plot(draw: Callable[[], None]) -> None:
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        print("\nno plot: matplotlib is not installed")
-
-
-def run_sweep(
-    about: dict[str, Any], ceilings: Ceilings, contenders: Sequence[peers.Peer], calls: int, out: Path
-) -> None:
-    one = Workload("decode 1x1k", "bf16", ((1, 1024),))
-    host = {c.name: asdict(measure_host(one, c)) for c in contenders if c.ours}
-    for name, times in host.items():
-        print(f"one jitted call of {name} from Python, {one.name}: {times}")
-    results = sweep(contenders, ceilings, calls)
-    record = {
-        "machine": about,
-        "ceilings": asdict(ceilings),
-        "host": host,
-        "sweep": {axis: {n: asdict(result) for n, result in of.items()} for axis, of in results.items()},
-    }
-    (out / "sweep.json").write_text(json.dumps(record, indent=1) + "\n")
-    save_plot(lambda: plot_sweep(results, out / "sweep.png"))
+        print("\nno plot: matplotlib is not installed; --plot draws one from the JSON")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Measures the GPU engines.")
     parser.add_argument(
-        "--only", default="", help="run the workloads whose name contains this; 'write' and 'sweep' are two of them"
+        "--only",
+        default="",
+        help="run the workloads whose name contains this; 'write', 'sweep', 'host' and 'layers' are some of them",
     )
-    parser.add_argument("--contenders", default="", help="names, separated by commas; default: all, of a sweep: fused")
+    parser.add_argument("--contenders", default="", help="names, separated by commas; default: all, or a few")
     parser.add_argument("--short", action="store_true", help="decode only, fused beside FA3 and cuDNN")
     parser.add_argument("--calls", type=int, default=12, help="calls timed of each contender, at least")
     parser.add_argument("--label", default="", help="kept in the record: what is special about this run")
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder of gpu.json and gpu.png")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the plot of an earlier run's record")
     args = parser.parse_args()
+    if args.plot:
+        plot_record(args.plot)
+        return
     contenders = [*peers.engines(), *peers.installed()]
     wanted = args.contenders.split(",") if args.contenders else ()
     if not wanted and args.short:
         wanted = SHORT_CONTENDERS
-    if not wanted and args.only == "sweep":
-        wanted = ("fused",)
+    if not wanted:
+        wanted = FEW_CONTENDERS.get(args.only, ())
     if wanted:
         contenders = [c for c in contenders if c.name in wanted]
+    if args.only == "sweep":
+        contenders = [c for c in contenders if c.name not in POOLS_OF_THEIR_OWN]
     if not contenders:
         parser.error(f"--contenders: none of {', '.join(wanted)} is installed")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -489,6 +502,11 @@ def main() -> None:
     about = {**report.machine(len(os.sched_getaffinity(0))), "device": jax.devices()[0].device_kind}
     about |= {"label": args.label} if args.label else {}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
+    if args.only in ("host", "layers"):
+        table_of = {"host": steps.host_table, "layers": steps.step_table}[args.only]
+        record = {"machine": about, args.only: table_of(contenders)}
+        (args.out / f"{args.only}.json").write_text(json.dumps(record, indent=1) + "\n")
+        return
     ceilings = measure_ceilings()
     print(
         f"ceilings: read {ceilings.read / 1e12:.2f} TB/s, copy {ceilings.copy / 1e12:.2f} TB/s,"
@@ -526,7 +544,7 @@ def main() -> None:
     }
     (args.out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
     if results:
-        save_plot(lambda: plot(results, args.out / "gpu.png"))
+        save_plot(lambda: plot(record["attention"], args.out / "gpu.png"))
 
 
 if __name__ == "__main__":
