@@ -138,6 +138,9 @@ GPU_PREFILL = (
     Workload("prefill 1x16k page 128", "bf16", ((16384, 16384),), page_size=128),
     Workload("prefill 4x4k", "bf16", ((4096, 4096),) * 4),
     Workload("prefill 2k of 32k", "bf16", ((2048, 32768),)),
+    Workload("prefill 256 of 32k", "bf16", ((256, 32768),)),
+    Workload("prefill 1x16k head dim 64", "bf16", ((16384, 16384),), head_dim=64),
+    Workload("prefill 1x16k 16/8 heads head dim 256", "bf16", ((16384, 16384),), num_heads=16, head_dim=256),
     Workload("prefill 16x4k 16/16 heads, no mask", "bf16", ((4096, 4096),) * 16, **PLAN, causal=False),
     Workload("mixed 63x4k decode, 2k of 8k", "bf16", (*(((1, 4096),) * 63), (2048, 8192))),
 )

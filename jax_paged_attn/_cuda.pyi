@@ -28,6 +28,8 @@ def fused_workspace_bytes(num_rows: int, num_q_heads: int, num_kv_heads: int, he
 def fused_workspace_bytes_per_row(num_q_heads: int, head_dim: int) -> int:
     """At most what a query row of a batch-invariant call adds to them."""
 
+FUSED_WORKSPACE_BYTES_PER_SEQUENCE: int = 16
+
 WORKSPACE_BYTES_PER_ROW: int = 32
 
 DEFAULT_WORKSPACE_LIMIT: int = 268435456

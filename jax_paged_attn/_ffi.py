@@ -142,8 +142,8 @@ def fused_workspace_bytes(
 ) -> Any:
     """Size of the workspace of "fused", exact for known sizes and enough for symbolic ones.
 
-    It has room for the most CTAs that a grid may have, on any device, and does not go with rows and sequences; that
-    of a batch-invariant call goes with rows.
+    It has room for the most CTAs that a grid may have, on any device, and does not go with rows; that of a
+    batch-invariant call does. Each sequence of a call with prompts adds a few bytes.
     """
     del workspace_limit  # it is far below
     module = compiled("cuda")
@@ -153,9 +153,9 @@ def fused_workspace_bytes(
     if isinstance(num_rows, int) and isinstance(num_seqs, int):
         return module.fused_workspace_bytes(num_rows, *heads, num_seqs, decode, batch_invariant)
     of_one_row = module.fused_workspace_bytes(1, *heads, 1, decode, batch_invariant)
-    if not batch_invariant:
-        return of_one_row
-    return num_rows * module.fused_workspace_bytes_per_row(num_q_heads, head_dim) + of_one_row
+    of_sequences = 0 if decode else num_seqs * module.FUSED_WORKSPACE_BYTES_PER_SEQUENCE
+    of_rows = num_rows * module.fused_workspace_bytes_per_row(num_q_heads, head_dim) if batch_invariant else 0
+    return of_rows + of_sequences + of_one_row
 
 
 # How much scratch memory the engines for CUDA need.

@@ -95,13 +95,16 @@ def test_scratch_of_fused_depends_on_rows_only_where_it_must(
     heads = (kv_heads * group, kv_heads, head_dim)
     rows = num_seqs if decode else num_rows
     size = module.fused_workspace_bytes(rows, *heads, num_seqs, decode, False)
-    assert size == module.fused_workspace_bytes(1, *heads, 1, decode, False)
+    of_sequences = 0 if decode else num_seqs * module.FUSED_WORKSPACE_BYTES_PER_SEQUENCE
+    of_one = module.fused_workspace_bytes(1, *heads, 1, decode, False)
+    assert of_one - 256 <= size <= of_one + of_sequences
+    assert not decode or size == of_one
     assert 0 < size <= 256 * MIB
     per_row = module.fused_workspace_bytes_per_row(heads[0], head_dim)
     invariant = module.fused_workspace_bytes(rows, *heads, num_seqs, decode, True)
-    bound = module.fused_workspace_bytes(1, *heads, 1, decode, True) + rows * per_row
+    bound = module.fused_workspace_bytes(1, *heads, 1, decode, True) + rows * per_row + of_sequences
     assert invariant <= bound
-    assert rows > 8 * num_seqs or invariant >= bound - per_row - 256  # no more than rounding is lost
+    assert rows > 8 * num_seqs or invariant >= bound - per_row - 512  # no more than rounding is lost
 
 
 @pytest.mark.parametrize("cuda_engine", ["fused", "cublaslt"])

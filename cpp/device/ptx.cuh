@@ -26,6 +26,9 @@ __device__ inline void CopyAsync16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+// Until all copies that the thread has started are there.
+__device__ inline void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // ---- barriers ---------------------------------------------------------------------------------------------
 
 // An mbarrier in shared memory: a phase ends when as many threads have arrived as it was made for.
@@ -70,6 +73,17 @@ __device__ inline void SyncSomeThreads() {
   asm volatile("bar.sync %0, %1;" ::"n"(number), "n"(threads) : "memory");
 }
 
+template <int threads>
+__device__ inline void SyncSomeThreads(int number) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(threads) : "memory");
+}
+
+// Arrives at such a barrier, and goes on.
+template <int threads>
+__device__ inline void ArriveAtSomeThreads(int number) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "n"(threads) : "memory");
+}
+
 // Brings `bytes` from `from` on, both multiples of 16, into the L2 cache (compute capability 9.0).
 __device__ inline void PrefetchToL2(const void* from, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
@@ -107,6 +121,33 @@ __device__ inline void BulkLoad(void* to, const void* from, uint32_t bytes, Barr
           SharedAddress(to)),
       "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
       : "memory");
+#endif
+}
+
+// A place in a tensor of five dimensions; numbers outside of it are allowed.
+struct TensorPlace {
+  int32_t at[5];
+};
+
+// A box of a tensor from global to shared memory; what of it lies outside the tensor becomes zeros. The
+// barrier counts the whole box's bytes.
+__device__ inline void TensorLoad(void* to, const void* map, const TensorPlace& place, Barrier* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
+      "%4, "
+      "%5, %6}], [%7];" ::"r"(SharedAddress(to)),
+      "l"(map), "r"(place.at[0]), "r"(place.at[1]), "r"(place.at[2]), "r"(place.at[3]), "r"(place.at[4]),
+      "r"(SharedAddress(barrier))
+      : "memory");
+#endif
+}
+
+// What the thread has written to shared memory becomes visible to wgmma and to bulk copies, once other
+// threads know of it by a barrier.
+__device__ inline void FenceSharedForAsync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
@@ -187,6 +228,22 @@ __device__ inline void MultiplyAdd(float (&d)[4], const uint32_t (&a)[4], uint32
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- lanes ------------------------------------------------------------------------------------------------
+
+// Word i of lane j of four neighbours becomes word j of lane i.
+__device__ inline void TransposeAmongFour(uint32_t (&words)[4]) {
+#pragma unroll
+  for (int lanes = 1; lanes <= 2; lanes *= 2) {
+    const bool high = (threadIdx.x & static_cast<unsigned>(lanes)) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & lanes) != 0) continue;
+      const uint32_t theirs = __shfl_xor_sync(~0u, high ? words[i] : words[i + lanes], lanes);
+      (high ? words[i] : words[i + lanes]) = theirs;
+    }
+  }
 }
 
 // ---- registers --------------------------------------------------------------------------------------------

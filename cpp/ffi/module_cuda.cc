@@ -145,6 +145,7 @@ NB_MODULE(_cuda, m) {
         "Bytes of scratch memory that \"fused\" needs for a call of these sizes.");
   m.def("fused_workspace_bytes_per_row", &FusedWorkspaceBytesPerRow, nb::arg("num_q_heads"),
         nb::arg("head_dim"), "At most what a query row of a batch-invariant call adds to them.");
+  m.attr("FUSED_WORKSPACE_BYTES_PER_SEQUENCE") = jpa::fused::kWorkspaceBytesPerSequence;
   m.attr("WORKSPACE_BYTES_PER_ROW") = jpa::cublaslt::kWorkspaceBytesPerRow;
   m.attr("DEFAULT_WORKSPACE_LIMIT") = jpa::cublaslt::kDefaultWorkspaceLimit;
   m.def("set_library_directory", &jpa::cublaslt::SetLibraryDirectory, nb::arg("directory"),

@@ -7,11 +7,18 @@
 #include "engines/fused/decode/combine.h"
 #include "engines/fused/decode/kernels.h"
 #include "engines/fused/decode/traits.h"
+#include "engines/fused/prefill/kernels.h"
+#include "engines/fused/prefill/tensor_map.h"
 #include "engines/fused/run.h"
 
 namespace jpa::fused {
 namespace {
 
+#ifdef JPA_HAVE_SM90A
+constexpr int kPrefillCapability = 90;  // of machine code that has the prefill kernels
+#else
+constexpr int kPrefillCapability = 0;
+#endif
 constexpr int64_t kAlign = 256;
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -21,9 +28,35 @@ int64_t RoundUp(int64_t bytes) { return CeilDiv(bytes, kAlign) * kAlign; }
 struct Layout {
   int64_t slot_rows;
   int64_t num_states;
-  int64_t stats;  // bytes from the start; the sums of values come first
+  // Bytes from the start; the sums of values come first.
+  int64_t stats;
+  int64_t prefill;
   int64_t bytes;
 };
+
+// Where each array of prefill lies, in bytes from its start. The partial results come first.
+struct PrefillLayout {
+  int64_t stats;
+  int64_t arrivals;
+  int64_t plan;
+  int64_t lines;
+  int64_t bytes;
+};
+
+static_assert(sizeof(PlannedSequence) == kWorkspaceBytesPerSequence);
+
+PrefillLayout LayOutPrefill(const AttentionProblem& problem, const Options& options) {
+  if (options.decode) return {};
+  constexpr int64_t kRows = 192;  // of a tile of any prefill kernel, at most
+  const int64_t num_states = options.batch_invariant ? 0 : kMaxSlots * kRows;
+  PrefillLayout layout{};
+  layout.stats = RoundUp(num_states * problem.head_dim * static_cast<int64_t>(sizeof(float)));
+  layout.arrivals = layout.stats + RoundUp(num_states * static_cast<int64_t>(sizeof(float2)));
+  layout.plan = layout.arrivals + RoundUp(kMaxSlots * static_cast<int64_t>(sizeof(uint32_t)));
+  layout.lines = layout.plan + RoundUp(static_cast<int64_t>(sizeof(PrefillPlan)));
+  layout.bytes = layout.lines + RoundUp(problem.num_seqs * kWorkspaceBytesPerSequence);
+  return layout;
+}
 
 // Query rows of sequences that may be split, at most.
 int64_t MaxSplitRows(const AttentionProblem& problem, bool decode) {
@@ -38,8 +71,9 @@ Layout LayOut(const AttentionProblem& problem, const Options& options) {
                           ? MaxSplitRows(problem, options.decode) * problem.num_q_heads * kMaxParts
                           : 2 * kMaxCtas * layout.slot_rows;
   layout.stats = RoundUp(layout.num_states * problem.head_dim * static_cast<int64_t>(sizeof(float)));
+  layout.prefill = layout.stats + RoundUp(layout.num_states * static_cast<int64_t>(sizeof(float2)));
   // XLA aligns less than 256 bytes on some devices.
-  layout.bytes = layout.stats + RoundUp(layout.num_states * static_cast<int64_t>(sizeof(float2))) + kAlign;
+  layout.bytes = layout.prefill + LayOutPrefill(problem, options).bytes + kAlign;
   return layout;
 }
 
@@ -63,14 +97,33 @@ DecodeKernelInfo KernelFor(const AttentionProblem& problem) {
   }
 }
 
+PrefillKernelInfo PrefillKernelFor(const AttentionProblem& problem) {
+  const DType q = problem.q_dtype, kv = problem.kv_dtype;
+  switch (problem.head_dim) {
+    case 64:
+      return PrefillKernelOf<64>(q, kv);
+    case 96:
+      return PrefillKernelOf<96>(q, kv);
+    case 128:
+      return PrefillKernelOf<128>(q, kv);
+    case 192:
+      return PrefillKernelOf<192>(q, kv);
+    case 256:
+      return PrefillKernelOf<256>(q, kv);
+    default:
+      return {};
+  }
+}
+
 Status CudaStatus(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return Status::Ok();
   return Status::Internal(std::string("implementation 'fused': ") + what + ": " + cudaGetErrorString(error));
 }
 
 // With `overlaps`, the kernel may start while the one in front of it still runs; it waits by itself.
-Status LaunchKernel(const Launch& launch, int shared_bytes, bool overlaps, const DecodeArgs& args,
-                    const char* name, cudaStream_t stream) {
+template <typename Args>
+Status LaunchKernel(const Launch& launch, int shared_bytes, bool overlaps, const Args& args, const char* name,
+                    cudaStream_t stream) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -81,7 +134,7 @@ Status LaunchKernel(const Launch& launch, int shared_bytes, bool overlaps, const
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = overlaps ? 1 : 0;
-  void* parameters[] = {const_cast<DecodeArgs*>(&args)};
+  void* parameters[] = {const_cast<Args*>(&args)};
   return CudaStatus(cudaLaunchKernelExC(&config, launch.kernel, parameters), name);
 }
 
@@ -99,6 +152,55 @@ Status MakeFlags(std::unique_ptr<uint32_t, FreeOnDevice>* flags) {
   const cudaError_t done = cudaStreamSynchronize(stream);
   cudaStreamDestroy(stream);
   return CudaStatus(filled != cudaSuccess ? filled : done, kWhat);
+}
+
+// Makes the kernel of prefill ready, if there is one for this device.
+Status PreparePrefill(const AttentionProblem& problem, int num_sms, PrefillDevice* prefill) {
+  const PrefillKernelInfo info = PrefillKernelFor(problem);
+  if (info.kernel == nullptr) return Status::Ok();
+  cudaFuncAttributes attributes{};
+  if (Status s = CudaStatus(cudaFuncGetAttributes(&attributes, info.kernel), "no kernel for this device");
+      !s.ok()) {
+    return s;
+  }
+  if (attributes.binaryVersion != kPrefillCapability) return Status::Ok();
+  *prefill = {info.kernel, num_sms, info.threads, info.shared_bytes, info.shape.rows, info.shape.keys};
+  return CudaStatus(
+      cudaFuncSetAttribute(info.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, info.shared_bytes),
+      "shared memory of the prefill kernel");
+}
+
+// Whether sequences with many rows go to the prefill kernel.
+bool HasPrefill(const AttentionProblem& problem, const AttentionParams& params, const Options& options,
+                const Device& device) {
+  return !options.decode && device.prefill.kernel != nullptr &&
+         TensorMapExists(problem, problem.num_k_pages, params.k_pages, params.k_strides) &&
+         TensorMapExists(problem, problem.num_v_pages, params.v_pages, params.v_strides);
+}
+
+// `workspace` is the start of prefill's.
+Status MakePrefillArgs(const DecodeArgs& call, const Options& options, const PrefillDevice& prefill,
+                       char* workspace, PrefillArgs* args) {
+  const PrefillLayout layout = LayOutPrefill(call.problem, options);
+  args->call = call;
+  args->call.partials = {reinterpret_cast<float*>(workspace),
+                         reinterpret_cast<float2*>(workspace + layout.stats), prefill.tile_rows};
+  args->arrivals = reinterpret_cast<uint32_t*>(workspace + layout.arrivals);
+  args->plan = reinterpret_cast<PrefillPlan*>(workspace + layout.plan);
+  args->lines = reinterpret_cast<PlannedSequence*>(workspace + layout.lines);
+  args->shape = {prefill.tile_rows, prefill.tile_keys};
+  args->num_ctas = prefill.num_ctas;
+  args->bytes_per_token = static_cast<int32_t>(2 * call.problem.head_dim * ByteWidth(call.problem.kv_dtype));
+  const int32_t box_rows = BoxRows(call.problem.page_size, prefill.tile_keys);
+  while (1 << args->box_rows_log2 < box_rows) ++args->box_rows_log2;
+  const AttentionParams& params = call.params;
+  if (Status s = MakeTensorMap(call.problem, call.problem.num_k_pages, params.k_pages, params.k_strides,
+                               box_rows, &args->k_map, &args->k_blocks_per_head);
+      !s.ok()) {
+    return s;
+  }
+  return MakeTensorMap(call.problem, call.problem.num_v_pages, params.v_pages, params.v_strides, box_rows,
+                       &args->v_map, &args->v_blocks_per_head);
 }
 
 }  // namespace
@@ -139,6 +241,7 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
   device->num_ctas = std::min(num_sms * info.ctas_per_sm(capability), kMaxCtas);
   device->shared_bytes = info.shared_bytes(capability);
   device->overlaps = capability >= 90;
+  if (Status s = PreparePrefill(problem, num_sms, &device->prefill); !s.ok()) return s;
   if (Status s = MakeFlags(&device->done); !s.ok()) return s;
   return CudaStatus(
       cudaFuncSetAttribute(info.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device->shared_bytes),
@@ -192,14 +295,38 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   args.batch_invariant = options.batch_invariant;
   args.split_rows_by_sequence = !options.decode && problem.num_rows > kMaxSplitRows * problem.num_seqs;
 
+  const bool prefills = problem.num_seqs > 0 && HasPrefill(problem, params, options, device);
+  PrefillArgs prefill_args{};
+  if (prefills) {
+    args.facts.decode_rows = std::max(kTileRows / static_cast<int32_t>(group), 1);
+    if (Status s = MakePrefillArgs(args, options, device.prefill, workspace + layout.prefill, &prefill_args);
+        !s.ok()) {
+      return s;
+    }
+    if (Status s =
+            LaunchKernel(ScheduleLaunch(), 0, false, prefill_args, "launch of the schedule kernel", stream);
+        !s.ok()) {
+      return s;
+    }
+  }
   const Launch decode = {device.kernel, dim3(static_cast<unsigned>(device.num_ctas)), device.threads};
   if (Status s =
           LaunchKernel(decode, device.shared_bytes, false, args, "launch of the decode kernel", stream);
       !s.ok()) {
     return s;
   }
+  if (prefills) {
+    const Launch prefill = {device.prefill.kernel, dim3(static_cast<unsigned>(device.prefill.num_ctas)),
+                            device.prefill.threads};
+    if (Status s = LaunchKernel(prefill, device.prefill.shared_bytes, true, prefill_args,
+                                "launch of the prefill kernel", stream);
+        !s.ok()) {
+      return s;
+    }
+  }
   if (!options.batch_invariant || problem.num_seqs == 0) return Status::Ok();
-  return LaunchKernel(CombineLaunch(args), 0, device.overlaps, args, "launch of the combine kernel", stream);
+  return LaunchKernel(CombineLaunch(args), 0, device.overlaps && !prefills, args,
+                      "launch of the combine kernel", stream);
 }
 
 }  // namespace jpa::fused

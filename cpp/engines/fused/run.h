@@ -17,13 +17,24 @@ struct Options {
   bool batch_invariant;  // a sequence gets the same bits alone and in any batch
 };
 
-// Scratch memory of a call, in bytes. Of T and B it depends only where results are to be batch-invariant:
-// then by at most WorkspaceBytesPerRow for each query row.
+// Scratch memory of a call, in bytes. Of B it depends by kWorkspaceBytesPerSequence, if the call is not all
+// decode. Of T it depends only where results are to be batch-invariant: then by at most WorkspaceBytesPerRow.
 int64_t WorkspaceBytes(const AttentionProblem& problem, const Options& options);
 int64_t WorkspaceBytesPerRow(const AttentionProblem& problem);
+inline constexpr int64_t kWorkspaceBytesPerSequence = 16;
 
 struct FreeOnDevice {
   void operator()(uint32_t* memory) const;
+};
+
+// A kernel that runs one CTA a multiprocessor, or none.
+struct PrefillDevice {
+  const void* kernel = nullptr;
+  int num_ctas = 0;
+  int threads = 0;
+  int shared_bytes = 0;
+  int tile_rows = 0;
+  int tile_keys = 0;
 };
 
 // What the calls of one call site need on a device. They must follow each other, as those of a stream do.
@@ -34,6 +45,7 @@ struct Device {
   bool overlaps;     // kernels of a stream may start before the one in front has ended
   const void* kernel;
   std::unique_ptr<uint32_t, FreeOnDevice> done;  // on the device: zeros, but while a call runs
+  PrefillDevice prefill;
 };
 
 // Finds the kernel for the call's dtypes and head dim, and makes it ready on the current device.

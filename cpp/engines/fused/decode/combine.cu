@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
       if (splits <= 1) continue;
       const int64_t first = PartOfRow(args, index, sequence.row, token, head);
       const auto where_of = [&] { return QueryHead{index, kv_head, int64_t{sequence.row} + token, head}; };
-      WriteMergedParts<q_dtype>(args, splits, {first, first + 1, 1}, where_of);
+      WriteMergedParts<q_dtype, kMaxParts - 1>(args, splits, {first, first + 1, 1}, where_of);
     }
   }
 }

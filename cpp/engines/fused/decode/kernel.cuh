@@ -174,7 +174,9 @@ __device__ inline void FillRowsWithoutTiles(const DecodeArgs& args, Shared& shar
       const int64_t begin = max(sequence.row - first, int64_t{0});
       const int64_t end = min(sequence.row + int64_t{sequence.num_rows} - first, int64_t{count});
       // Later rows see no less than the first ones.
-      const int owner = VisibleTiles(args.facts, sequence, 0).size() > 0 ? kHasTiles : seq;
+      const int owner = IsPrefill(args.facts, sequence) || VisibleTiles(args.facts, sequence, 0).size() > 0
+                            ? kHasTiles
+                            : seq;
 #pragma unroll 1
       for (int64_t i = begin; i < end; ++i) shared.row_owners[i] = owner;
     }

@@ -39,6 +39,7 @@ struct CallFacts {
   int32_t capacity;        // min(M * S, 2^31 - 1): no sequence has more tokens
   int32_t sliding_window;  // 0: none
   bool causal;
+  int32_t decode_rows = INT32_MAX;  // sequences with more query rows are left to prefill
 };
 
 // A sequence's query rows that lie in q, and its keys.
@@ -63,6 +64,11 @@ JPA_HOST_DEVICE inline Sequence MakeSequence(const CallFacts& call, int32_t kv_l
           static_cast<int32_t>(keys - count + begin), keys};
 }
 
+// Whether the sequence is another kernel's.
+JPA_HOST_DEVICE inline bool IsPrefill(const CallFacts& call, const Sequence& sequence) {
+  return sequence.num_rows > call.decode_rows;
+}
+
 // Key tiles [begin, end).
 struct TileRange {
   int32_t begin;
@@ -72,6 +78,7 @@ struct TileRange {
 };
 
 JPA_HOST_DEVICE inline int32_t NumRowTiles(const CallFacts& call, const Sequence& sequence) {
+  if (IsPrefill(call, sequence)) return 0;
   return static_cast<int32_t>(CeilDiv(int64_t{sequence.num_rows} * call.group.divisor(), kTileRows));
 }
 
@@ -86,7 +93,7 @@ JPA_HOST_DEVICE inline TileRange VisibleTiles(const CallFacts& call, const Seque
   const int32_t first = call.group.Quotient(row_tile * kTileRows);
   const int32_t last = Smaller(call.group.Quotient((row_tile + 1) * kTileRows - 1), sequence.num_rows - 1);
   const int32_t last_position = sequence.position + last;
-  if (sequence.kv_len == 0 || last_position < 0) return {0, 0};
+  if (sequence.kv_len == 0 || last_position < 0 || IsPrefill(call, sequence)) return {0, 0};
   const int32_t end = call.causal ? last_position + 1 : sequence.kv_len;
   int32_t begin = 0;
   if (call.sliding_window > 0) {

@@ -71,11 +71,13 @@ struct PartIndices {
   int32_t step;
 };
 
-// Parts whose columns a lane has in flight together, beside the first one.
-inline constexpr int kPartsAtOnce = 32;
+// Parts whose columns a lane has in flight together, beside the first one: as many as a warp has lanes, where
+// registers allow it.
+inline constexpr int kMostPartsAtOnce = 32;
 
 // By one warp: merges four columns a lane of the parts of a row, in the order of their keys. Adds to the
 // state, which is the same for all lanes: each of them works out the weight of one part for the others.
+template <int kPartsAtOnce>
 __device__ inline float4 MergeParts(const DecodeArgs& args, int32_t num_parts, const PartIndices& parts,
                                     int column, device::SoftmaxState* state) {
   const int lane = static_cast<int>(threadIdx.x % 32), head_dim = static_cast<int>(args.problem.head_dim);
@@ -91,7 +93,7 @@ __device__ inline float4 MergeParts(const DecodeArgs& args, int32_t num_parts, c
   for (int32_t left = num_parts - 1; left > 0; left -= kPartsAtOnce) {
     float2 stats = {-INFINITY, 0.0f};
     float4 values[kPartsAtOnce];
-    if (lane < left) stats = __ldcg(next_stats);
+    if (lane < min(left, kPartsAtOnce)) stats = __ldcg(next_stats);
 #pragma unroll
     for (int j = 0; j < kPartsAtOnce; ++j) {
       values[j] = {0, 0, 0, 0};
@@ -115,7 +117,7 @@ __device__ inline float4 MergeParts(const DecodeArgs& args, int32_t num_parts, c
 
 // By one warp: merges the parts of a row and writes the result. `where_of` says whose it is; it is asked
 // last, since columns in flight take most registers.
-template <DType q_dtype, typename WhereOf>
+template <DType q_dtype, int parts_at_once = kMostPartsAtOnce, typename WhereOf>
 __device__ inline void WriteMergedParts(const DecodeArgs& args, int32_t num_parts, const PartIndices& parts,
                                         const WhereOf& where_of) {
   const int head_dim = static_cast<int>(args.problem.head_dim);
@@ -124,7 +126,8 @@ __device__ inline void WriteMergedParts(const DecodeArgs& args, int32_t num_part
     const int column = first + 4 * static_cast<int>(threadIdx.x % 32);
     device::SoftmaxState state;
     // Lanes without columns help with the weights.
-    const float4 sum = MergeParts(args, num_parts, parts, column < head_dim ? column : 0, &state);
+    const float4 sum =
+        MergeParts<parts_at_once>(args, num_parts, parts, column < head_dim ? column : 0, &state);
     const QueryHead where = where_of();
     const float factor = FactorOfResult(args, where.seq, where.kv_head, where.head, &state);
     if (column < head_dim) WriteResult<q_dtype>(args, where.row, where.head, column, sum, factor, state);

@@ -1,0 +1,152 @@
+// Makes the plan of schedule.h, in one thread block.
+#include "device/ptx.cuh"
+#include "engines/fused/decode/sequences.cuh"
+#include "engines/fused/prefill/kernels.h"
+
+namespace jpa::fused {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / 32;
+constexpr int kClasses = 64;
+constexpr int kCandidates = kMaxPrefillParts;
+static_assert(kCandidates <= kWarps, "a warp each");
+
+// Sequences are sorted by classes of their longest unit, longest first; a class spans a factor of 2^(1/3).
+__device__ int ClassOf(int32_t tiles) {
+  return kClasses - 1 - min(kClasses - 1, static_cast<int>(3.0f * log2f(static_cast<float>(tiles + 1))));
+}
+
+struct Shared {
+  int32_t class_counts[kClasses];
+  int32_t class_next[kClasses];
+  int32_t longest;
+  int64_t items[kCandidates];  // if the longest unit is cut into one part more than the index
+  int64_t slots[kCandidates];
+  int32_t warp_items[kWarps], warp_slots[kWarps];
+  int32_t part_tiles;              // no part has more
+  int32_t first_item, first_slot;  // of the lines not yet written
+};
+
+// Adds up over the block's threads in front of each; `total` is of all.
+__device__ int32_t SumBefore(int32_t value, int32_t* of_warps, int32_t* total) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  int32_t sum = value;
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const int32_t other = __shfl_up_sync(~0u, sum, lanes);
+    if (lane >= lanes) sum += other;
+  }
+  if (lane == 31) of_warps[warp] = sum;
+  __syncthreads();
+  int32_t before = sum - value;
+  *total = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before += of_warps[w];
+    *total += of_warps[w];
+  }
+  __syncthreads();
+  return before;
+}
+
+__global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant__ PrefillArgs args) {
+  __shared__ Shared shared;
+  const CallFacts& facts = args.call.facts;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int num_seqs = static_cast<int>(args.call.problem.num_seqs);
+  const auto sequence_of = [&](int seq) { return RawSequence(args.call, seq).Clipped(facts); };
+  device::LetNextKernelStart();
+  if (thread < kClasses) shared.class_counts[thread] = 0;
+  if (thread == 0) shared.longest = shared.first_item = shared.first_slot = 0;
+  for (int i = thread; i < kMaxSlots; i += kThreads) args.arrivals[i] = 0;
+  __syncthreads();
+
+  // Sort. Equal ones come in any order: it changes no result.
+  for (int seq = thread; seq < num_seqs; seq += kThreads) {
+    const Sequence sequence = sequence_of(seq);
+    if (!IsPrefill(facts, sequence)) continue;
+    const int32_t tiles = LongestUnit(facts, args.shape, sequence);
+    atomicAdd(&shared.class_counts[ClassOf(tiles)], 1);
+    atomicMax(&shared.longest, tiles);
+  }
+  __syncthreads();
+  if (thread == 0) {
+    for (int i = 0, before = 0; i < kClasses; before += shared.class_counts[i++])
+      shared.class_next[i] = before;
+  }
+  __syncthreads();
+  const int num_lines = shared.class_next[kClasses - 1] + shared.class_counts[kClasses - 1];
+  __syncthreads();
+  for (int seq = thread; seq < num_seqs; seq += kThreads) {
+    const Sequence sequence = sequence_of(seq);
+    if (!IsPrefill(facts, sequence)) continue;
+    const int line = atomicAdd(&shared.class_next[ClassOf(LongestUnit(facts, args.shape, sequence))], 1);
+    args.lines[line].seq = seq;
+  }
+  __syncthreads();
+
+  // Choose the length of parts.
+  const int32_t longest = max(shared.longest, 1);
+  if (warp < kCandidates) {
+    const int32_t most = static_cast<int32_t>(CeilDiv(longest, warp + 1));
+    int32_t items = 0, slots = 0;
+    for (int i = lane; i < num_lines; i += 32) {
+      const Sequence sequence = sequence_of(args.lines[i].seq);
+      const int32_t units = NumUnitsPerHead(facts, args.shape, sequence) * facts.num_kv_heads;
+      const int32_t parts = PartsOf(LongestUnit(facts, args.shape, sequence), most);
+      items += units * parts;
+      if (parts > 1) slots += units * parts;
+    }
+    items = __reduce_add_sync(~0u, items);
+    slots = __reduce_add_sync(~0u, slots);
+    if (lane == 0) {
+      shared.items[warp] = items;
+      shared.slots[warp] = slots;
+    }
+  }
+  __syncthreads();
+  if (thread == 0) {
+    int best = 0;
+    int64_t fewest = EstimatedTiles(shared.items[0], longest, 1, args.num_ctas);
+    for (int i = 1; i < kCandidates && !args.call.batch_invariant; ++i) {
+      const int64_t tiles = EstimatedTiles(shared.items[i], longest, i + 1, args.num_ctas);
+      if (shared.slots[i] > kMaxSlots || tiles >= fewest) continue;
+      fewest = tiles;
+      best = i;
+    }
+    shared.part_tiles = static_cast<int32_t>(CeilDiv(longest, best + 1));
+  }
+  __syncthreads();
+
+  // Number the items.
+  for (int first = 0; first < num_lines; first += kThreads) {
+    const int line = first + thread;
+    int32_t items = 0, slots = 0, parts = 1;
+    if (line < num_lines) {
+      const Sequence sequence = sequence_of(args.lines[line].seq);
+      parts = PartsOf(LongestUnit(facts, args.shape, sequence), shared.part_tiles);
+      items = NumUnitsPerHead(facts, args.shape, sequence) * facts.num_kv_heads * parts;
+      slots = parts > 1 ? items : 0;
+    }
+    int32_t all_items, all_slots;
+    const int32_t items_before = SumBefore(items, shared.warp_items, &all_items);
+    const int32_t slots_before = SumBefore(slots, shared.warp_slots, &all_slots);
+    if (line < num_lines) {
+      args.lines[line].first_item = shared.first_item + items_before;
+      args.lines[line].parts = parts;
+      args.lines[line].first_slot = shared.first_slot + slots_before;
+    }
+    __syncthreads();
+    if (thread == 0) {
+      shared.first_item += all_items;
+      shared.first_slot += all_slots;
+    }
+    __syncthreads();
+  }
+  if (thread == 0) *args.plan = {num_lines, shared.first_item, 0};
+}
+
+}  // namespace
+
+Launch ScheduleLaunch() { return {reinterpret_cast<const void*>(&ScheduleKernel), dim3(1), kThreads}; }
+
+}  // namespace jpa::fused

@@ -1,0 +1,121 @@
+// The work list of a prefill launch, made on the device from lengths and row counts.
+//
+// A unit is a row tile (`Shape::rows` packed rows of a sequence, see decode/partition.h) and a key/value
+// head. Its keys are cut into tiles, and where there are too few units for all CTAs, its tiles into parts. An
+// item is a part of a unit. CTAs take items from a queue, longest first; so none waits long for the last one.
+//
+// Items are not written down: the plan has a line for each sequence, longest ones first, and an item's number
+// says the rest. Within a sequence heads go in sections whose keys and values fit the L2 cache together;
+// within a section row tiles go from the last, which sees most keys, to the first, and heads and parts vary
+// fastest. So CTAs that run at the same time read the same keys.
+#pragma once
+
+#include <cstdint>
+
+#include "core/host_device.h"
+#include "engines/fused/decode/partition.h"
+
+namespace jpa::fused {
+
+struct TileShape {
+  int32_t rows;
+  int32_t keys;
+};
+
+// Of a sequence that is not decoded.
+struct PlannedSequence {
+  int32_t seq;
+  int32_t first_item;
+  int32_t parts;       // of each of its units
+  int32_t first_slot;  // of partial results, if parts > 1
+};
+
+// What the lines are preceded by.
+struct PrefillPlan {
+  int32_t num_sequences;
+  int32_t num_items;
+  int32_t next_item;  // that no CTA has taken
+};
+
+// Partial results that a call may have, so that scratch memory has a fixed bound: a row tile each.
+inline constexpr int kMaxSlots = 264;
+// More parts of a unit than that would make their merging the longer work.
+inline constexpr int kMaxPrefillParts = 16;
+// What a part costs beside its tiles, in tiles: its queries, the store of its state and their merging.
+inline constexpr int kPartCost = 3;
+
+// Keys [begin, end) that some of the packed rows [first, last] of a sequence see, and the tiles that hold
+// them.
+JPA_HOST_DEVICE inline TileRange TilesSeen(const CallFacts& call, const Sequence& sequence, int32_t first,
+                                           int32_t last, int32_t keys) {
+  const int32_t first_position = sequence.position + call.group.Quotient(first);
+  const int32_t last_position = sequence.position + Smaller(call.group.Quotient(last), sequence.num_rows - 1);
+  if (sequence.kv_len == 0 || last_position < 0) return {0, 0};
+  const int32_t end = call.causal ? last_position + 1 : sequence.kv_len;
+  const int32_t begin =
+      call.sliding_window > 0 ? Larger(Larger(first_position, 0) - call.sliding_window + 1, 0) : 0;
+  return {begin / keys, (end - 1) / keys + 1};
+}
+
+JPA_HOST_DEVICE inline int32_t NumUnitsPerHead(const CallFacts& call, const TileShape& shape,
+                                               const Sequence& sequence) {
+  return static_cast<int32_t>(CeilDiv(int64_t{sequence.num_rows} * call.group.divisor(), shape.rows));
+}
+
+JPA_HOST_DEVICE inline TileRange TilesOfUnit(const CallFacts& call, const TileShape& shape,
+                                             const Sequence& sequence, int32_t row_tile) {
+  return TilesSeen(call, sequence, row_tile * shape.rows, (row_tile + 1) * shape.rows - 1, shape.keys);
+}
+
+// Tiles of the unit of the last rows: the longest one, unless there is a window, which makes all about alike.
+JPA_HOST_DEVICE inline int32_t LongestUnit(const CallFacts& call, const TileShape& shape,
+                                           const Sequence& sequence) {
+  return TilesOfUnit(call, shape, sequence, NumUnitsPerHead(call, shape, sequence) - 1).size();
+}
+
+// Parts of a sequence's units if no part is to have more than `most` tiles.
+JPA_HOST_DEVICE inline int32_t PartsOf(int32_t longest, int32_t most) {
+  return Larger(1, static_cast<int32_t>(CeilDiv(longest, most)));
+}
+
+// Tiles of part `part` of `parts`; some parts of short units are empty.
+JPA_HOST_DEVICE inline TileRange TilesOfPart(const TileRange& unit, int32_t part, int32_t parts) {
+  const int64_t size = unit.size();
+  return {unit.begin + static_cast<int32_t>(size * part / parts),
+          unit.begin + static_cast<int32_t>(size * (part + 1) / parts)};
+}
+
+// What an item of a sequence is, the sequence's first one being number 0.
+struct ItemPlace {
+  int32_t head;
+  int32_t row_tile;
+  int32_t part;
+  int32_t unit;  // of the sequence's units
+};
+
+JPA_HOST_DEVICE inline ItemPlace PlaceOf(int32_t number, int32_t row_tiles, int32_t parts, int32_t num_heads,
+                                         int32_t heads_per_section) {
+  const int32_t unit = number / parts, part = number - unit * parts;
+  const int32_t section = unit / (row_tiles * heads_per_section);
+  const int32_t first_head = section * heads_per_section;
+  const int32_t heads = Smaller(heads_per_section, num_heads - first_head);
+  const int32_t rest = unit - first_head * row_tiles, from_last = rest / heads;
+  return {first_head + rest - from_last * heads, row_tiles - 1 - from_last, part, unit};
+}
+
+// Heads whose keys and values the L2 cache holds together, with room for what else passes through it.
+JPA_HOST_DEVICE inline int32_t HeadsPerSection(int32_t num_heads, int32_t kv_len, int32_t bytes_per_token) {
+  constexpr int64_t kBytes = int64_t{32} << 20;
+  const int64_t each = int64_t{Larger(kv_len, 1)} * bytes_per_token;
+  const int64_t fit = kBytes / each < 1 ? 1 : kBytes / each;
+  if (fit >= num_heads) return num_heads;
+  return static_cast<int32_t>(CeilDiv(num_heads, CeilDiv(num_heads, fit)));
+}
+
+// How long all CTAs take, in tiles, if units are cut into `parts`, and there are `items` then.
+JPA_HOST_DEVICE inline int64_t EstimatedTiles(int64_t items, int32_t longest, int32_t parts,
+                                              int32_t num_ctas) {
+  return CeilDiv(items, num_ctas) * (CeilDiv(longest, parts) + (parts > 1 ? kPartCost : 0));
+}
+
+}  // namespace jpa::fused

@@ -1,0 +1,82 @@
+#include "engines/fused/prefill/tensor_map.h"
+
+#include <cuda_runtime_api.h>
+
+#include <numeric>
+#include <string>
+
+namespace jpa::fused {
+namespace {
+
+constexpr int64_t kBlockColumns = 64;
+constexpr int64_t kBlockRows = 8;
+// Of the accelerator (CUDA driver API, cuTensorMapEncodeTiled).
+constexpr int64_t kMostBoxRows = 128;
+constexpr int64_t kAlign = 16;  // bytes
+constexpr int64_t kStrideEnd = int64_t{1} << 40;
+
+// The driver's function, found at run time: the module is not linked to the driver.
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode FindEncode() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  constexpr unsigned kVersion = 12000;  // of CUDA, that brought it
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kVersion,
+                                                             cudaEnableDefault, &found);
+  return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function)
+                                                                      : nullptr;
+}
+
+}  // namespace
+
+int32_t BoxRows(int64_t page_size, int32_t tile_keys) {
+  return static_cast<int32_t>(std::gcd(std::gcd(page_size, int64_t{tile_keys}), kMostBoxRows));
+}
+
+bool TensorMapExists(const AttentionProblem& problem, int64_t num_pages, const void* pool,
+                     const PageStrides& strides) {
+  const int64_t width = ByteWidth(problem.kv_dtype);
+  const auto fits = [&](int64_t stride) {
+    return stride * width % kAlign == 0 && stride * width < kStrideEnd;
+  };
+  return width == 2 && problem.page_size % kBlockRows == 0 && num_pages > 0 &&
+         reinterpret_cast<uintptr_t>(pool) % kAlign == 0 && fits(strides.page) && fits(strides.token) &&
+         fits(strides.head) && (problem.head_dim % kBlockColumns != 0 || strides.head % kBlockColumns == 0);
+}
+
+Status MakeTensorMap(const AttentionProblem& problem, int64_t num_pages, const void* pool,
+                     const PageStrides& strides, int32_t box_rows, CUtensorMap* map,
+                     int32_t* blocks_per_head) {
+  static const Encode encode = FindEncode();
+  if (encode == nullptr) {
+    return Status::Internal("implementation 'fused': the CUDA driver has no cuTensorMapEncodeTiled");
+  }
+  const auto unsigned64 = [](int64_t number) { return static_cast<cuuint64_t>(number); };
+  const int64_t width = ByteWidth(problem.kv_dtype);
+  const bool whole_blocks = problem.head_dim % kBlockColumns == 0;
+  const int64_t blocks = whole_blocks ? problem.head_dim / kBlockColumns : 1;
+  const int64_t block_stride = whole_blocks ? kBlockColumns : strides.head;
+  *blocks_per_head = static_cast<int32_t>(strides.head / block_stride);
+  const int64_t columns = whole_blocks ? kBlockColumns : problem.head_dim;
+  const cuuint64_t sizes[] = {unsigned64(columns), unsigned64(kBlockRows),
+                              unsigned64((problem.num_kv_heads - 1) * *blocks_per_head + blocks),
+                              unsigned64(problem.page_size / kBlockRows), unsigned64(num_pages)};
+  const cuuint64_t bytes[] = {unsigned64(strides.token * width), unsigned64(block_stride * width),
+                              unsigned64(kBlockRows * strides.token * width),
+                              unsigned64(strides.page * width)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(kBlockColumns), static_cast<cuuint32_t>(kBlockRows),
+                            static_cast<cuuint32_t>(blocks), static_cast<cuuint32_t>(box_rows / kBlockRows),
+                            1};
+  const cuuint32_t steps[] = {1, 1, 1, 1, 1};
+  const CUtensorMapDataType dtype =
+      problem.kv_dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUresult result = encode(map, dtype, 5, const_cast<void*>(pool), sizes, bytes, box, steps,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_SUCCESS) return Status::Ok();
+  return Status::Internal("implementation 'fused': cuTensorMapEncodeTiled of the pages ended with error " +
+                          std::to_string(static_cast<int>(result)));
+}
+
+}  // namespace jpa::fused

@@ -1,0 +1,53 @@
+// What a prefill kernel is made for, and what follows from it: the one place for its sizes.
+#pragma once
+
+#include "core/problem.h"
+
+namespace jpa::fused {
+
+template <DType q_dtype_, DType kv_dtype_, int head_dim_>
+struct PrefillTraits {
+  static constexpr DType kQ = q_dtype_;
+  static constexpr DType kKV = kv_dtype_;
+  static constexpr DType kMath = kv_dtype_;  // of both products
+  static constexpr int kHeadDim = head_dim_;
+
+  // A warpgroup multiplies 64 packed rows: scores and results of that many fill its registers. They take
+  // turns, so that one's softmax runs beside the others' products. With a head dim of 64 these are so short
+  // that it takes two to fill the time of a softmax.
+  static constexpr int kProductWarpgroups = kHeadDim <= 64 ? 3 : 2;
+  static constexpr int kRows = 64 * kProductWarpgroups;
+  // Keys of a tile: as many as leave room for two stages of 227 KB, and for the results, which take
+  // head_dim / 2 registers of each thread.
+  static constexpr int kKeys = kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 96 : 64;
+  static constexpr int kStages = 2;
+  static constexpr int kMostSharedBytes = 227 * 1024;  // of a CTA
+  static constexpr int kMiscBytes =
+      2048;  // at least what it needs besides, and to start at a multiple of 1024
+
+  // One more warpgroup loads. Registers of a thread: 64 K are shared out unevenly.
+  static constexpr int kProductThreads = 128 * kProductWarpgroups;
+  static constexpr int kThreads = kProductThreads + 128;
+  static constexpr int kLoadRegisters = kProductWarpgroups == 3 ? 32 : 40;
+  static constexpr int kProductRegisters = kProductWarpgroups == 3 ? 160 : 232;
+
+  // Matrices in shared memory, in blocks of 8 rows and 64 columns (device/wgmma.cuh). The columns past the
+  // head dim are not used.
+  static constexpr int kColumnBlocks = (kHeadDim + 63) / 64;
+  static constexpr int kQueryBytes = kColumnBlocks * kRows * 128;
+  static constexpr int kTileBytes = kColumnBlocks * kKeys * 128;  // of keys, and of values
+  // Two row tiles of queries, where there is room: then the next one is there when an item ends.
+  static constexpr int kQueryTiles =
+      2 * kQueryBytes + 2 * kStages * kTileBytes <= kMostSharedBytes - kMiscBytes ? 2 : 1;
+  static_assert(kQueryTiles * kQueryBytes + 2 * kStages * kTileBytes <= kMostSharedBytes - kMiscBytes);
+  // Blocks of the same rows are neighbours where heads are whole blocks: then a page's tokens come in one
+  // box. Otherwise those of the same columns are, and a box has 64 columns.
+  static constexpr bool kWholeBlocks = kHeadDim % 64 == 0;
+  // Columns of results that one instruction makes; those of the next one start with a block.
+  static constexpr int kOutWidth = kHeadDim % 128 == 0 ? 128 : kHeadDim == 96 ? 96 : 64;
+  static constexpr int kOutBlocks = kHeadDim / kOutWidth;
+  static_assert(kOutBlocks * kOutWidth == kHeadDim && kHeadDim % 32 == 0, "no instruction for this head dim");
+  static_assert(kOutBlocks == 1 || kOutWidth % 64 == 0, "instructions start with blocks");
+};
+
+}  // namespace jpa::fused

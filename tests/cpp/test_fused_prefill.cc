@@ -1,0 +1,142 @@
+// The work list of prefill: every tile that a row of a unit sees is in exactly one item.
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <random>
+#include <tuple>
+
+#include "check.h"
+#include "engines/fused/prefill/schedule.h"
+
+namespace jpa::test {
+namespace {
+
+using namespace jpa::fused;
+
+class Random {
+ public:
+  explicit Random(unsigned seed) : random_(seed) {}
+  // In [0, n).
+  int32_t Below(int32_t n) { return static_cast<int32_t>(random_() % static_cast<uint32_t>(n)); }
+
+ private:
+  std::mt19937 random_;
+};
+
+void ItemsTakeEachTileOnce() {
+  Random random(1);
+  for (int repeat = 0; repeat < 2000; ++repeat) {
+    const int32_t num_heads = 1 + random.Below(9), row_tiles = 1 + random.Below(40);
+    const int32_t parts = 1 + random.Below(kMaxPrefillParts), heads_per_section = 1 + random.Below(num_heads);
+    std::map<std::tuple<int32_t, int32_t, int32_t>, int> taken;
+    int32_t last_row_tile = INT32_MAX, last_section = -1;
+    for (int32_t i = 0; i < num_heads * row_tiles * parts; ++i) {
+      const ItemPlace place = PlaceOf(i, row_tiles, parts, num_heads, heads_per_section);
+      ++taken[{place.head, place.row_tile, place.part}];
+      CHECK(place.unit == i / parts, "item %d: unit %d", i, place.unit);
+      // Longest first within a section.
+      const int32_t section = place.head / heads_per_section;
+      if (section != last_section) last_row_tile = INT32_MAX;
+      CHECK(section >= last_section && place.row_tile <= last_row_tile,
+            "item %d of a section is out of order", i);
+      last_section = section;
+      last_row_tile = place.row_tile;
+    }
+    CHECK(static_cast<int32_t>(taken.size()) == num_heads * row_tiles * parts, "%d items of %d",
+          static_cast<int>(taken.size()), num_heads * row_tiles * parts);
+    for (const auto& [place, count] : taken) {
+      const auto [head, row_tile, part] = place;
+      CHECK(head >= 0 && head < num_heads && row_tile >= 0 && row_tile < row_tiles && part >= 0 &&
+                part < parts && count == 1,
+            "head %d, row tile %d, part %d: %d times", head, row_tile, part, count);
+    }
+  }
+}
+
+void PartsMakeUpUnits() {
+  Random random(2);
+  for (int repeat = 0; repeat < 2000; ++repeat) {
+    const int32_t begin = random.Below(100), size = random.Below(300),
+                  parts = 1 + random.Below(kMaxPrefillParts);
+    const TileRange unit = {begin, begin + size};
+    int32_t next = begin, most = 0;
+    for (int32_t part = 0; part < parts; ++part) {
+      const TileRange tiles = TilesOfPart(unit, part, parts);
+      CHECK(tiles.begin == next && tiles.end >= tiles.begin, "part %d of %d starts at %d, not %d", part,
+            parts, tiles.begin, next);
+      next = tiles.end;
+      most = std::max(most, tiles.size());
+    }
+    CHECK(next == unit.end, "the last of %d parts ends at %d, not %d", parts, next, unit.end);
+    CHECK(most <= CeilDiv(size, parts), "%d of %d tiles in one of %d parts", most, size, parts);
+  }
+}
+
+void TilesHaveTheKeysThatRowsSee() {
+  Random random(3);
+  for (int repeat = 0; repeat < 400; ++repeat) {
+    CallFacts facts{};
+    facts.group = FastDivisor(1 + random.Below(20));
+    facts.num_rows = 400;
+    facts.capacity = 1500;
+    facts.sliding_window = random.Below(3) == 0 ? 1 + random.Below(400) : 0;
+    facts.causal = random.Below(4) != 0;
+    const TileShape shape = {random.Below(2) == 0 ? 128 : 192, 32 * (1 + random.Below(4))};
+    const int32_t count = 1 + random.Below(150), kv_len = random.Below(1501);
+    const Sequence sequence = MakeSequence(facts, kv_len, 0, count);
+    const int32_t group = facts.group.divisor(), tiles = NumUnitsPerHead(facts, shape, sequence);
+    CHECK(tiles == CeilDiv(count * group, shape.rows), "%d row tiles", tiles);
+    int32_t longest = 0;
+    for (int32_t t = 0; t < tiles; ++t) {
+      int32_t first = INT32_MAX, last = -1;
+      for (int32_t p = t * shape.rows; p < std::min((t + 1) * shape.rows, count * group); ++p) {
+        const int32_t position = kv_len - count + p / group;
+        if (position < 0) continue;
+        const int32_t end = facts.causal ? position + 1 : kv_len;
+        const int32_t begin = facts.sliding_window > 0 ? std::max(position - facts.sliding_window + 1, 0) : 0;
+        if (begin >= end) continue;
+        first = std::min(first, begin);
+        last = std::max(last, end - 1);
+      }
+      const TileRange range = TilesOfUnit(facts, shape, sequence, t);
+      longest = std::max(longest, range.size());
+      if (last < 0) {
+        CHECK(range.size() == 0, "row tile %d sees no key and has %d tiles", t, range.size());
+      } else {
+        CHECK(range.begin == first / shape.keys && range.end == last / shape.keys + 1,
+              "row tile %d: tiles [%d, %d) of %d keys for keys [%d, %d]", t, range.begin, range.end,
+              shape.keys, first, last);
+      }
+    }
+    if (tiles == 0 || facts.sliding_window > 0) continue;
+    CHECK(LongestUnit(facts, shape, sequence) == longest, "longest unit: %d of %d",
+          LongestUnit(facts, shape, sequence), longest);
+  }
+}
+
+void SectionsHaveAllHeads() {
+  CHECK(HeadsPerSection(8, 1000, 512) == 8, "short: %d", HeadsPerSection(8, 1000, 512));
+  CHECK(HeadsPerSection(8, 16384, 512) == 4, "16k: %d", HeadsPerSection(8, 16384, 512));
+  CHECK(HeadsPerSection(8, 1 << 20, 512) == 1, "1M: %d", HeadsPerSection(8, 1 << 20, 512));
+  CHECK(HeadsPerSection(5, 24000, 512) == 2, "uneven: %d", HeadsPerSection(5, 24000, 512));
+}
+
+void FewUnitsAreCut() {
+  // 64 units of 256 tiles for 132 CTAs: two parts fill one wave.
+  CHECK(EstimatedTiles(128, 256, 2, 132) < EstimatedTiles(64, 256, 1, 132), "cut in two");
+  CHECK(EstimatedTiles(128, 256, 2, 132) < EstimatedTiles(192, 256, 3, 132), "cut in three");
+  // Four tiles are not worth it.
+  CHECK(EstimatedTiles(128, 4, 1, 132) < EstimatedTiles(256, 4, 2, 132), "short ones");
+}
+
+}  // namespace
+}  // namespace jpa::test
+
+int main() {
+  jpa::test::ItemsTakeEachTileOnce();
+  jpa::test::PartsMakeUpUnits();
+  jpa::test::TilesHaveTheKeysThatRowsSee();
+  jpa::test::SectionsHaveAllHeads();
+  jpa::test::FewUnitsAreCut();
+  return jpa::test::failures;
+}
