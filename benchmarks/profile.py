@@ -25,7 +25,8 @@ WORKLOADS = {
     "decode": Workload("decode, 4k keys", "f16", ((1, 4096),) * 16, **PLAN, causal=False),
     "prefill": Workload("4k rows, 4k keys", "f16", ((4096, 4096),) * 2, **PLAN, causal=False),
 }
-KERNELS = "(Cut|Pack|Softmax|Combine|CombineSplits|Decode|Write)Kernel|nvjet|gemm|cutlass|xmma|cublas"
+_OURS = ("Cut", "Pack", "Softmax", "Combine", "CombineSplits", "Decode", "Prefill", "Schedule", "Write", "MoveRows")
+KERNELS = f"({'|'.join(_OURS)})Kernel|nvjet|gemm|cutlass|xmma|cublas"
 
 # Of ncu, with the table's heading and what a value is divided by.
 METRICS = {
