@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "core/dtype_name.h"
 #include "engines/fused/args.h"
@@ -77,42 +78,24 @@ Layout LayOut(const AttentionProblem& problem, const Options& options) {
   return layout;
 }
 
+// What `use` makes of the head dim as a constant, if it is one of those listed; otherwise nothing.
+template <int... head_dims, typename Use>
+auto ForHeadDim(int64_t head_dim, const Use& use) {
+  std::common_type_t<decltype(use(std::integral_constant<int, head_dims>()))...> made{};
+  ((head_dim == head_dims ? void(made = use(std::integral_constant<int, head_dims>())) : void()), ...);
+  return made;
+}
+
 DecodeKernelInfo KernelFor(const AttentionProblem& problem) {
-  const DType q = problem.q_dtype, kv = problem.kv_dtype;
-  switch (problem.head_dim) {
-    case 64:
-      return DecodeKernelOf<64>(q, kv);
-    case 80:
-      return DecodeKernelOf<80>(q, kv);
-    case 96:
-      return DecodeKernelOf<96>(q, kv);
-    case 128:
-      return DecodeKernelOf<128>(q, kv);
-    case 192:
-      return DecodeKernelOf<192>(q, kv);
-    case 256:
-      return DecodeKernelOf<256>(q, kv);
-    default:
-      return {};
-  }
+  return ForHeadDim<64, 80, 96, 128, 192, 256>(problem.head_dim, [&](auto head_dim) {
+    return DecodeKernelOf<head_dim()>(problem.q_dtype, problem.kv_dtype);
+  });
 }
 
 PrefillKernelInfo PrefillKernelFor(const AttentionProblem& problem) {
-  const DType q = problem.q_dtype, kv = problem.kv_dtype;
-  switch (problem.head_dim) {
-    case 64:
-      return PrefillKernelOf<64>(q, kv);
-    case 96:
-      return PrefillKernelOf<96>(q, kv);
-    case 128:
-      return PrefillKernelOf<128>(q, kv);
-    case 192:
-      return PrefillKernelOf<192>(q, kv);
-    case 256:
-      return PrefillKernelOf<256>(q, kv);
-    default:
-      return {};
-  }
+  return ForHeadDim<64, 96, 128, 192, 256>(problem.head_dim, [&](auto head_dim) {
+    return PrefillKernelOf<head_dim()>(problem.q_dtype, problem.kv_dtype);
+  });
 }
 
 Status CudaStatus(cudaError_t error, const char* what) {
@@ -295,10 +278,13 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   args.batch_invariant = options.batch_invariant;
   args.split_rows_by_sequence = !options.decode && problem.num_rows > kMaxSplitRows * problem.num_seqs;
 
-  const bool prefills = problem.num_seqs > 0 && HasPrefill(problem, params, options, device);
+  // No sequence has more rows than q: where these are few, none is prefill's.
+  const int32_t decode_rows = std::max(kTileRows / static_cast<int32_t>(group), 1);
+  const bool prefills =
+      problem.num_seqs > 0 && problem.num_rows > decode_rows && HasPrefill(problem, params, options, device);
   PrefillArgs prefill_args{};
   if (prefills) {
-    args.facts.decode_rows = std::max(kTileRows / static_cast<int32_t>(group), 1);
+    args.facts.decode_rows = decode_rows;
     if (Status s = MakePrefillArgs(args, options, device.prefill, workspace + layout.prefill, &prefill_args);
         !s.ok()) {
       return s;

@@ -87,19 +87,24 @@ JPA_HOST_DEVICE inline int32_t RowsOfTile(const CallFacts& call, const Sequence&
   return Smaller(kTileRows, sequence.num_rows * call.group.divisor() - row_tile * kTileRows);
 }
 
-// What the rows of a row tile see, together.
-JPA_HOST_DEVICE inline TileRange VisibleTiles(const CallFacts& call, const Sequence& sequence,
-                                              int32_t row_tile) {
-  const int32_t first = call.group.Quotient(row_tile * kTileRows);
-  const int32_t last = Smaller(call.group.Quotient((row_tile + 1) * kTileRows - 1), sequence.num_rows - 1);
-  const int32_t last_position = sequence.position + last;
-  if (sequence.kv_len == 0 || last_position < 0 || IsPrefill(call, sequence)) return {0, 0};
+// What some packed rows of a sequence, [first, last] or as many of them as there are, see together, in tiles
+// of `tile_keys`.
+JPA_HOST_DEVICE inline TileRange TilesSeen(const CallFacts& call, const Sequence& sequence, int32_t first,
+                                           int32_t last, int32_t tile_keys) {
+  const int32_t first_position = sequence.position + call.group.Quotient(first);
+  const int32_t last_position = sequence.position + Smaller(call.group.Quotient(last), sequence.num_rows - 1);
+  if (sequence.kv_len == 0 || last_position < 0) return {0, 0};
   const int32_t end = call.causal ? last_position + 1 : sequence.kv_len;
   int32_t begin = 0;
-  if (call.sliding_window > 0) {
-    begin = Larger(Larger(sequence.position + first, 0) - call.sliding_window + 1, 0);
-  }
-  return {begin / kTileKeys, (end - 1) / kTileKeys + 1};
+  if (call.sliding_window > 0) begin = Larger(Larger(first_position, 0) - call.sliding_window + 1, 0);
+  return {begin / tile_keys, (end - 1) / tile_keys + 1};
+}
+
+// What the rows of a row tile see.
+JPA_HOST_DEVICE inline TileRange VisibleTiles(const CallFacts& call, const Sequence& sequence,
+                                              int32_t row_tile) {
+  if (IsPrefill(call, sequence)) return {0, 0};
+  return TilesSeen(call, sequence, row_tile * kTileRows, (row_tile + 1) * kTileRows - 1, kTileKeys);
 }
 
 // Tiles of one key/value head of a sequence.

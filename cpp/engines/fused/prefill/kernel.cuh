@@ -7,7 +7,7 @@
 // Keys, values: a warp each looks up an item's pages and has the tensor memory accelerator bring tiles into
 // stages, from the last tile to the first: so only the first ones need a mask.
 //
-// Queries: the first warp and one more load an item's row tile as soon as nobody needs the one before.
+// Queries: that warp and one more load an item's row tile as soon as there is room for it.
 //
 // Products: S = Q K^T of a tile, the online softmax in registers, O += P V. The products of the next tile's
 // scores are issued before those of this tile's values, so that its softmax has both beside it.
@@ -76,6 +76,14 @@ __device__ constexpr device::BlockStrides StridesOf() {
   return Traits::kWholeBlocks
              ? device::BlockStrides{device::kBlockBytes, Traits::kColumnBlocks * device::kBlockBytes}
              : device::BlockStrides{rows / device::kBlockRows * device::kBlockBytes, device::kBlockBytes};
+}
+
+// Of which query row and head an item's packed row is, counted from the item's first.
+__device__ inline QueryHead QueryHeadOf(const PrefillArgs& args, const Item& item, int row) {
+  const FastDivisor& group = args.call.facts.group;
+  const int packed = item.first + row, token = group.Quotient(packed);
+  return {item.seq, item.head, int64_t{item.row} + token,
+          item.head * group.divisor() + packed - token * group.divisor()};
 }
 
 // A place in a ring, with the parity of its barriers' phase.
@@ -231,16 +239,14 @@ __device__ inline void LoadQueries(const PrefillArgs& args, const Item& item, ui
   constexpr int kChunks = Traits::kHeadDim / 8;  // of 16 bytes
   constexpr int kLoaders = 32 * kQueryWarps;
   const int thread = static_cast<int>(threadIdx.x) % 128 - 32 * kScheduleWarp;
-  const FastDivisor& group = args.call.facts.group;
 #pragma unroll 1
   for (int i = thread; i < Traits::kRows * kChunks; i += kLoaders) {
     const int row = i / kChunks, chunk = i % kChunks;
     const bool exists = row < item.num_rows;
-    const int packed = item.first + (exists ? row : 0), token = group.Quotient(packed);
-    const int head = item.head * group.divisor() + packed - token * group.divisor();
-    const auto* from =
-        static_cast<const uint16_t*>(args.call.params.q) +
-        ((int64_t{item.row} + token) * args.call.problem.num_q_heads + head) * Traits::kHeadDim + chunk * 8;
+    const QueryHead where = QueryHeadOf(args, item, exists ? row : 0);
+    const auto* from = static_cast<const uint16_t*>(args.call.params.q) +
+                       (where.row * args.call.problem.num_q_heads + where.head) * Traits::kHeadDim +
+                       chunk * 8;
     device::CopyAsync16(queries + device::SwizzledChunk(StridesOf<Traits, Traits::kRows>(), row, chunk), from,
                         exists);
   }
@@ -300,17 +306,16 @@ class ProductRows {
   // All of an item's tiles.
   __device__ void Attend(const Item& item) {
     Start(item);
+    device::WaitForPhase(&shared_.queries_full[queries_.index()], queries_.parity());
     if (item.tiles.size() == 0) {
 #pragma unroll
       for (auto& block : out_) {
 #pragma unroll
         for (float& x : block) x = 0.0f;
       }
-      device::WaitForPhase(&shared_.queries_full[queries_.index()], queries_.parity());
       ReleaseQueries();
       return;
     }
-    device::WaitForPhase(&shared_.queries_full[queries_.index()], queries_.parity());
     float scores[kKeys / 2], factors[2];
     int32_t tile = item.tiles.end - 1;
     device::WaitForPhase(&shared_.keys_full[keys_.index()], keys_.parity());
@@ -559,16 +564,14 @@ class ProductRows {
   __device__ void WriteResults(const Item& item) {
     using T = device::TypeOf<Traits::kQ>;
     const DecodeArgs& call = args_.call;
-    const FastDivisor& group = call.facts.group;
     const int lane = static_cast<int>(device::LaneId() % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = Row(r);
       const bool exists = row < item.num_rows;
-      const int packed = item.first + (exists ? row : 0), token = group.Quotient(packed);
-      const int head = item.head * group.divisor() + packed - token * group.divisor();
-      const float factor = FactorOfResult(call, item.seq, item.head, head, &states_[r]);
-      const int64_t index = (int64_t{item.row} + token) * call.problem.num_q_heads + head;
+      const QueryHead where = QueryHeadOf(args_, item, exists ? row : 0);
+      const float factor = FactorOfResult(call, where.seq, where.kv_head, where.head, &states_[r]);
+      const int64_t index = where.row * call.problem.num_q_heads + where.head;
       auto* const out = static_cast<T*>(call.params.out) + index * Traits::kHeadDim;
       if (exists && lane == 0) call.params.lse[index] = states_[r].LogSumExp();
       // Four lanes have two columns of each block; after an exchange each has all eight of one block in four.
@@ -615,18 +618,13 @@ class ProductRows {
     device::SyncSomeThreads<kAllBarrier, Traits::kProductThreads>();
     if (!shared_.is_last_part) return;
     constexpr int kPartsAtOnce = 8;  // columns of more do not fit beside what the warps keep in registers
-    const FastDivisor& group = args_.call.facts.group;
 #pragma unroll 1
     for (int row = static_cast<int>(threadIdx.x) / 32; row < item.num_rows;
          row += Traits::kProductThreads / 32) {
       const int64_t first = int64_t{item.slot} * Traits::kRows + row;
       const PartIndices parts = {first, first + Traits::kRows, Traits::kRows};
-      WriteMergedParts<Traits::kQ, kPartsAtOnce>(args_.call, item.parts, parts, [&] {
-        const int token = group.Quotient(item.first + row),
-                  member = item.first + row - token * group.divisor();
-        return QueryHead{item.seq, item.head, int64_t{item.row} + token,
-                         item.head * group.divisor() + member};
-      });
+      WriteMergedParts<Traits::kQ, kPartsAtOnce>(args_.call, item.parts, parts,
+                                                 [&] { return QueryHeadOf(args_, item, row); });
     }
   }
 

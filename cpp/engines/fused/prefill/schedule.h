@@ -44,19 +44,6 @@ inline constexpr int kMaxPrefillParts = 16;
 // What a part costs beside its tiles, in tiles: its queries, the store of its state and their merging.
 inline constexpr int kPartCost = 3;
 
-// Keys [begin, end) that some of the packed rows [first, last] of a sequence see, and the tiles that hold
-// them.
-JPA_HOST_DEVICE inline TileRange TilesSeen(const CallFacts& call, const Sequence& sequence, int32_t first,
-                                           int32_t last, int32_t keys) {
-  const int32_t first_position = sequence.position + call.group.Quotient(first);
-  const int32_t last_position = sequence.position + Smaller(call.group.Quotient(last), sequence.num_rows - 1);
-  if (sequence.kv_len == 0 || last_position < 0) return {0, 0};
-  const int32_t end = call.causal ? last_position + 1 : sequence.kv_len;
-  const int32_t begin =
-      call.sliding_window > 0 ? Larger(Larger(first_position, 0) - call.sliding_window + 1, 0) : 0;
-  return {begin / keys, (end - 1) / keys + 1};
-}
-
 JPA_HOST_DEVICE inline int32_t NumUnitsPerHead(const CallFacts& call, const TileShape& shape,
                                                const Sequence& sequence) {
   return static_cast<int32_t>(CeilDiv(int64_t{sequence.num_rows} * call.group.divisor(), shape.rows));
