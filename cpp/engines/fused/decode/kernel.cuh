@@ -40,7 +40,7 @@ inline constexpr int kCapability = 90;  // of no kernel: the host's pass wants a
 #endif
 
 // A tile on its way: what the copies and the products need to know of it.
-struct Job {
+struct Job : UnitRows {
   int64_t k_offsets[kTileKeys];    // bytes into the pool, of each key's row; -1: there is no such key
   int64_t v_offsets[kTileKeys];    // likewise, unless they are the same
   uint32_t known[kTileKeys / 32];  // a bit a key: whether it exists
@@ -51,25 +51,13 @@ struct Job {
   int32_t hands_on;                // the next share goes on with the unit
   int32_t slot;                    // of partials; batch-invariant: the index of the part
   int32_t key;                     // the first one
-  int32_t seq;
-  int32_t head;      // key/value head
-  int32_t first;     // packed row
-  int32_t num_rows;  // packed rows
-  int32_t row;       // of q, the sequence's first
-  int32_t position;  // of that row
-  int32_t kv_len;
 
   __device__ bool all_known() const { return (known[0] & known[1]) == ~0u; }
 };
 
 // A unit whose last part is in this share, but not its first one.
-struct SharedUnit {
+struct SharedUnit : UnitRows {
   int32_t num_parts;  // of other CTAs; 0: there is no such unit
-  int32_t seq;
-  int32_t head;      // key/value head
-  int32_t row;       // of q, the sequence's first
-  int32_t first;     // packed row
-  int32_t num_rows;  // packed rows
 };
 
 template <typename Traits>
@@ -287,7 +275,8 @@ class JobMaker {
     job->slot = args_.batch_invariant ? share_.PartIndex()
                                       : static_cast<int32_t>(2 * blockIdx.x + (share_.HasStart() ? 1 : 0));
     if (!args_.batch_invariant && share_.HasEnd() && !share_.HasStart()) {
-      *unit = {share_.PartsBefore(), job->seq, job->head, job->row, job->first, job->num_rows};
+      static_cast<UnitRows&>(*unit) = *job;
+      unit->num_parts = share_.PartsBefore();
     }
   }
 
@@ -373,12 +362,8 @@ __device__ inline void MergeUnit(const DecodeArgs& args, const SharedUnit& unit)
     const PartIndices parts = {(2 * first_cta + 1) * slot_rows + row,
                                2 * (first_cta + stride) * slot_rows + row,
                                2 * stride * args.partials.slot_rows};
-    WriteMergedParts<Traits::kQ>(args, unit.num_parts + 1, parts, [&] {
-      const int token = args.facts.group.Quotient(unit.first + row);
-      const int member = unit.first + row - token * args.facts.group.divisor();
-      return QueryHead{unit.seq, unit.head, int64_t{unit.row} + token,
-                       unit.head * args.facts.group.divisor() + member};
-    });
+    WriteMergedParts<Traits::kQ>(args, unit.num_parts + 1, parts,
+                                 [&] { return QueryHeadOf(args, unit, row); });
   }
   device::SyncSomeThreads<1, Traits::kProductThreads>();  // no warp waits any more
   for (int i = static_cast<int>(threadIdx.x); i < unit.num_parts; i += Traits::kProductThreads)
@@ -414,9 +399,8 @@ class WarpRows {
       see_begin_[r] = see_end_[r] = 0;
       const uint16_t* query = nullptr;
       if (row < job.num_rows) {
-        const int token = args.facts.group.Quotient(job.first + row);
-        const int member = job.first + row - token * args.facts.group.divisor();
-        const int position = job.position + token;
+        const QueryHead where = QueryHeadOf(args, job, row);
+        const int position = job.position + static_cast<int>(where.row - job.row);
         if (position >= 0) {
           see_end_[r] = args.params.causal ? position + 1 : job.kv_len;
           if (args.facts.sliding_window > 0) see_begin_[r] = max(position - args.facts.sliding_window + 1, 0);
@@ -424,9 +408,7 @@ class WarpRows {
         all_see_begin_ = max(all_see_begin_, see_begin_[r]);
         all_see_end_ = min(all_see_end_, see_end_[r]);
         query = static_cast<const uint16_t*>(args.params.q) +
-                ((int64_t{job.row} + token) * args.problem.num_q_heads +
-                 job.head * args.facts.group.divisor() + member) *
-                    kHeadDim;
+                (where.row * args.problem.num_q_heads + where.head) * kHeadDim;
       }
       const int exponent = queries_.LoadRow(r, query);
       factors_[r] = ldexpf(factor, exponent);
@@ -529,15 +511,15 @@ class WarpRows {
       const float4 values = *reinterpret_cast<const float4*>(&exchange.values[exchanged][column]);
       MergeColumns(exchange.states[exchanged], values, &state, &sum);
     }
-    const int token = args.facts.group.Quotient(job.first + row);
-    const int head =
-        job.head * args.facts.group.divisor() + job.first + row - token * args.facts.group.divisor();
+    const QueryHead where = QueryHeadOf(args, job, row);
     if (job.whole) {
-      const float factor = FactorOfResult(args, job.seq, job.head, head, &state);
-      WriteResult<Traits::kQ>(args, int64_t{job.row} + token, head, column, sum, factor, state);
+      const float factor = FactorOfResult(args, where.seq, where.kv_head, where.head, &state);
+      WriteResult<Traits::kQ>(args, where.row, where.head, column, sum, factor, state);
     } else {
-      const int64_t index = args.batch_invariant ? PartOfRow(args, job.seq, job.row, token, head) + job.slot
-                                                 : int64_t{job.slot} * args.partials.slot_rows + row;
+      const int32_t token = static_cast<int32_t>(where.row) - job.row;
+      const int64_t index = args.batch_invariant
+                                ? PartOfRow(args, job.seq, job.row, token, where.head) + job.slot
+                                : int64_t{job.slot} * args.partials.slot_rows + row;
       *reinterpret_cast<float4*>(args.partials.out + index * kHeadDim + column) = sum;
       if (column == 0) args.partials.stats[index] = {state.maximum, state.sum};
     }

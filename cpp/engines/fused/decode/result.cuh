@@ -56,6 +56,17 @@ __device__ inline void WriteResult(const DecodeArgs& args, int64_t row, int32_t 
   if (column == 0) args.params.lse[index] = state.LogSumExp();
 }
 
+// The packed rows of a unit, and what of their sequence says what they see.
+struct UnitRows {
+  int32_t seq;
+  int32_t head;      // key/value head
+  int32_t first;     // packed row
+  int32_t num_rows;  // packed rows
+  int32_t row;       // of q, the sequence's first
+  int32_t position;  // of that row
+  int32_t kv_len;
+};
+
 // Of which query row and head a result is.
 struct QueryHead {
   int32_t seq;
@@ -63,6 +74,14 @@ struct QueryHead {
   int64_t row;  // of q
   int32_t head;
 };
+
+// Whose a unit's packed row is, counted from the unit's first.
+__device__ inline QueryHead QueryHeadOf(const DecodeArgs& args, const UnitRows& unit, int row) {
+  const FastDivisor& group = args.facts.group;
+  const int packed = unit.first + row, token = group.Quotient(packed);
+  return {unit.seq, unit.head, int64_t{unit.row} + token,
+          unit.head * group.divisor() + packed - token * group.divisor()};
+}
 
 // The indices of a row's parts in scratch memory: from the second one on they are evenly spaced.
 struct PartIndices {

@@ -35,15 +35,8 @@
 namespace jpa::fused {
 
 // What everybody needs to know of an item.
-struct Item {
-  int32_t exists;  // 0 behind the last one
-  int32_t seq;
-  int32_t head;      // key/value head
-  int32_t first;     // packed row
-  int32_t num_rows;  // packed rows
-  int32_t row;       // of q, the sequence's first
-  int32_t position;  // of that row
-  int32_t kv_len;
+struct Item : UnitRows {
+  int32_t exists;   // 0 behind the last one
   TileRange tiles;  // of the part
   int32_t parts;    // of the unit
   int32_t slot;     // of the unit's first part
@@ -76,14 +69,6 @@ __device__ constexpr device::BlockStrides StridesOf() {
   return Traits::kWholeBlocks
              ? device::BlockStrides{device::kBlockBytes, Traits::kColumnBlocks * device::kBlockBytes}
              : device::BlockStrides{rows / device::kBlockRows * device::kBlockBytes, device::kBlockBytes};
-}
-
-// Of which query row and head an item's packed row is, counted from the item's first.
-__device__ inline QueryHead QueryHeadOf(const PrefillArgs& args, const Item& item, int row) {
-  const FastDivisor& group = args.call.facts.group;
-  const int packed = item.first + row, token = group.Quotient(packed);
-  return {item.seq, item.head, int64_t{item.row} + token,
-          item.head * group.divisor() + packed - token * group.divisor()};
 }
 
 // A place in a ring, with the parity of its barriers' phase.
@@ -243,7 +228,7 @@ __device__ inline void LoadQueries(const PrefillArgs& args, const Item& item, ui
   for (int i = thread; i < Traits::kRows * kChunks; i += kLoaders) {
     const int row = i / kChunks, chunk = i % kChunks;
     const bool exists = row < item.num_rows;
-    const QueryHead where = QueryHeadOf(args, item, exists ? row : 0);
+    const QueryHead where = QueryHeadOf(args.call, item, exists ? row : 0);
     const auto* from = static_cast<const uint16_t*>(args.call.params.q) +
                        (where.row * args.call.problem.num_q_heads + where.head) * Traits::kHeadDim +
                        chunk * 8;
@@ -569,7 +554,7 @@ class ProductRows {
     for (int r = 0; r < 2; ++r) {
       const int row = Row(r);
       const bool exists = row < item.num_rows;
-      const QueryHead where = QueryHeadOf(args_, item, exists ? row : 0);
+      const QueryHead where = QueryHeadOf(args_.call, item, exists ? row : 0);
       const float factor = FactorOfResult(call, where.seq, where.kv_head, where.head, &states_[r]);
       const int64_t index = where.row * call.problem.num_q_heads + where.head;
       auto* const out = static_cast<T*>(call.params.out) + index * Traits::kHeadDim;
@@ -624,7 +609,7 @@ class ProductRows {
       const int64_t first = int64_t{item.slot} * Traits::kRows + row;
       const PartIndices parts = {first, first + Traits::kRows, Traits::kRows};
       WriteMergedParts<Traits::kQ, kPartsAtOnce>(args_.call, item.parts, parts,
-                                                 [&] { return QueryHeadOf(args_, item, row); });
+                                                 [&] { return QueryHeadOf(args_.call, item, row); });
     }
   }
 
