@@ -106,7 +106,9 @@ __global__ void __launch_bounds__(ThreadsOf(kWarpsPerRow), BlocksOfSm(kWarpsPerR
   for (int s = blocks.begin / per_segment; s * per_segment < blocks.end; ++s)
     state.Add(stats[s].x, stats[s].y);
 
-  const float weight_of_all = blocks.begin < blocks.end ? Weight(stats[0].x, state.maximum) : 0.0f;
+  // Of the only segment, if there is one: else nobody may have written the first one's numbers.
+  const bool one_segment = plan.segments == 1 && blocks.begin < blocks.end;
+  const float weight_of_all = one_segment ? Weight(stats[0].x, state.maximum) : 0.0f;
 
   // What the sum is multiplied by in the end.
   float factor = 1.0f, lse = -INFINITY;
