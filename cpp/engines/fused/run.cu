@@ -92,9 +92,10 @@ DecodeKernelInfo KernelFor(const AttentionProblem& problem) {
   });
 }
 
+template <bool by_boxes>
 PrefillKernelInfo PrefillKernelFor(const AttentionProblem& problem) {
   return ForHeadDim<64, 96, 128, 192, 256>(problem.head_dim, [&](auto head_dim) {
-    return PrefillKernelOf<head_dim()>(problem.q_dtype, problem.kv_dtype);
+    return PrefillKernelOf<head_dim(), by_boxes>(problem.q_dtype, problem.kv_dtype);
   });
 }
 
@@ -137,9 +138,8 @@ Status MakeFlags(std::unique_ptr<uint32_t, FreeOnDevice>* flags) {
   return CudaStatus(filled != cudaSuccess ? filled : done, kWhat);
 }
 
-// Makes the kernel of prefill ready, if there is one for this device.
-Status PreparePrefill(const AttentionProblem& problem, int num_sms, PrefillDevice* prefill) {
-  const PrefillKernelInfo info = PrefillKernelFor(problem);
+// Makes a kernel of prefill ready, if there is one for this device.
+Status PreparePrefill(const PrefillKernelInfo& info, int num_sms, PrefillDevice* prefill) {
   if (info.kernel == nullptr) return Status::Ok();
   cudaFuncAttributes attributes{};
   if (Status s = CudaStatus(cudaFuncGetAttributes(&attributes, info.kernel), "no kernel for this device");
@@ -153,17 +153,19 @@ Status PreparePrefill(const AttentionProblem& problem, int num_sms, PrefillDevic
       "shared memory of the prefill kernel");
 }
 
-// Whether sequences with many rows go to the prefill kernel.
-bool HasPrefill(const AttentionProblem& problem, const AttentionParams& params, const Options& options,
-                const Device& device) {
-  return !options.decode && device.prefill.kernel != nullptr &&
-         TensorMapExists(problem, problem.num_k_pages, params.k_pages, params.k_strides) &&
-         TensorMapExists(problem, problem.num_v_pages, params.v_pages, params.v_strides);
+// The kernel that sequences with many rows go to, or null: then they go to that of decode.
+const PrefillDevice* ChoosePrefill(const AttentionProblem& problem, const AttentionParams& params,
+                                   const Device& device, bool* by_boxes) {
+  *by_boxes = device.prefill_by_boxes.kernel != nullptr &&
+              TensorMapExists(problem, problem.num_k_pages, params.k_pages, params.k_strides) &&
+              TensorMapExists(problem, problem.num_v_pages, params.v_pages, params.v_strides);
+  const PrefillDevice& prefill = *by_boxes ? device.prefill_by_boxes : device.prefill_by_rows;
+  return prefill.kernel == nullptr ? nullptr : &prefill;
 }
 
 // `workspace` is the start of prefill's.
 Status MakePrefillArgs(const DecodeArgs& call, const Options& options, const PrefillDevice& prefill,
-                       char* workspace, PrefillArgs* args) {
+                       bool by_boxes, char* workspace, PrefillArgs* args) {
   const PrefillLayout layout = LayOutPrefill(call.problem, options);
   args->call = call;
   args->call.partials = {reinterpret_cast<float*>(workspace),
@@ -174,6 +176,7 @@ Status MakePrefillArgs(const DecodeArgs& call, const Options& options, const Pre
   args->shape = {prefill.tile_rows, prefill.tile_keys};
   args->num_ctas = prefill.num_ctas;
   args->bytes_per_token = static_cast<int32_t>(2 * call.problem.head_dim * ByteWidth(call.problem.kv_dtype));
+  if (!by_boxes) return Status::Ok();
   const int32_t box_rows = BoxRows(call.problem.page_size, prefill.tile_keys);
   while (1 << args->box_rows_log2 < box_rows) ++args->box_rows_log2;
   const AttentionParams& params = call.params;
@@ -224,7 +227,10 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
   device->num_ctas = std::min(num_sms * info.ctas_per_sm(capability), kMaxCtas);
   device->shared_bytes = info.shared_bytes(capability);
   device->overlaps = capability >= 90;
-  if (Status s = PreparePrefill(problem, num_sms, &device->prefill); !s.ok()) return s;
+  if (Status s = PreparePrefill(PrefillKernelFor<true>(problem), num_sms, &device->prefill_by_boxes); !s.ok())
+    return s;
+  if (Status s = PreparePrefill(PrefillKernelFor<false>(problem), num_sms, &device->prefill_by_rows); !s.ok())
+    return s;
   if (Status s = MakeFlags(&device->done); !s.ok()) return s;
   return CudaStatus(
       cudaFuncSetAttribute(info.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device->shared_bytes),
@@ -280,12 +286,15 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
 
   // No sequence has more rows than q: where these are few, none is prefill's.
   const int32_t decode_rows = std::max(kTileRows / static_cast<int32_t>(group), 1);
-  const bool prefills =
-      problem.num_seqs > 0 && problem.num_rows > decode_rows && HasPrefill(problem, params, options, device);
+  bool by_boxes = false;
+  const PrefillDevice* prefill = nullptr;
+  if (!options.decode && problem.num_seqs > 0 && problem.num_rows > decode_rows)
+    prefill = ChoosePrefill(problem, params, device, &by_boxes);
   PrefillArgs prefill_args{};
-  if (prefills) {
+  if (prefill != nullptr) {
     args.facts.decode_rows = decode_rows;
-    if (Status s = MakePrefillArgs(args, options, device.prefill, workspace + layout.prefill, &prefill_args);
+    if (Status s =
+            MakePrefillArgs(args, options, *prefill, by_boxes, workspace + layout.prefill, &prefill_args);
         !s.ok()) {
       return s;
     }
@@ -301,17 +310,16 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
       !s.ok()) {
     return s;
   }
-  if (prefills) {
-    const Launch prefill = {device.prefill.kernel, dim3(static_cast<unsigned>(device.prefill.num_ctas)),
-                            device.prefill.threads};
-    if (Status s = LaunchKernel(prefill, device.prefill.shared_bytes, true, prefill_args,
+  if (prefill != nullptr) {
+    const Launch launch = {prefill->kernel, dim3(static_cast<unsigned>(prefill->num_ctas)), prefill->threads};
+    if (Status s = LaunchKernel(launch, prefill->shared_bytes, true, prefill_args,
                                 "launch of the prefill kernel", stream);
         !s.ok()) {
       return s;
     }
   }
   if (!options.batch_invariant || problem.num_seqs == 0) return Status::Ok();
-  return LaunchKernel(CombineLaunch(args), 0, device.overlaps && !prefills, args,
+  return LaunchKernel(CombineLaunch(args), 0, device.overlaps && prefill == nullptr, args,
                       "launch of the combine kernel", stream);
 }
 

@@ -45,7 +45,8 @@ struct Device {
   bool overlaps;     // kernels of a stream may start before the one in front has ended
   const void* kernel;
   std::unique_ptr<uint32_t, FreeOnDevice> done;  // on the device: zeros, but while a call runs
-  PrefillDevice prefill;
+  PrefillDevice prefill_by_boxes;                // for pages that the tensor memory accelerator can load
+  PrefillDevice prefill_by_rows;                 // for any
 };
 
 // Finds the kernel for the call's dtypes and head dim, and makes it ready on the current device.

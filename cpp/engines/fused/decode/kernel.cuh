@@ -657,9 +657,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
 
   device::LetNextKernelStart();  // in batch-invariant mode the parts are merged by one
   if (threadIdx.x < kStages) {
-    device::InitBarrier(&shared.announced[threadIdx.x], 1);
+    // Every lane arrives for itself: one for its warp would do, but racecheck does not follow that.
+    device::InitBarrier(&shared.announced[threadIdx.x], 32);
     device::InitBarrier(&shared.full[threadIdx.x], Traits::kCopyThreads);
-    device::InitBarrier(&shared.empty[threadIdx.x], Traits::kProductThreads / 32);
+    device::InitBarrier(&shared.empty[threadIdx.x], Traits::kProductThreads);
   }
   if (threadIdx.x == 0) shared.unit.num_parts = 0;
   const HeadRange heads =
@@ -699,8 +700,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     do {
       device::WaitForPhase(&shared.empty[stage], parity ^ 1);
       jobs.Make<Traits>(&shared.jobs[stage], &shared.unit);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) device::Arrive(&shared.announced[stage]);
+      device::Arrive(&shared.announced[stage]);
     } while (copy_next());
     return;
   }
@@ -718,8 +718,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     char* const tile = stages + stage * Traits::kStageBytes;
     rows.Take(args, job, device::SharedAddress(tile));
     if (job.ends) rows.End(args, job, tile);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) device::Arrive(&shared.empty[stage]);
+    device::Arrive(&shared.empty[stage]);
   }
   if (shared.unit.num_parts > 0) {
     device::SyncSomeThreads<1, Traits::kProductThreads>();  // its own part is in memory
