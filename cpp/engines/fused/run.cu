@@ -163,6 +163,13 @@ const PrefillDevice* ChoosePrefill(const AttentionProblem& problem, const Attent
   return prefill.kernel == nullptr ? nullptr : &prefill;
 }
 
+// In nanoseconds on an H100, where a multiprocessor that decodes reads up to 38 GB/s, if others leave it as
+// much, and one that prefills makes some 5 TFLOP/s.
+TileCosts CostsOfTiles(const AttentionProblem& problem) {
+  const auto elements = static_cast<int32_t>(2 * kTileKeys * problem.head_dim);
+  return {elements * static_cast<int32_t>(ByteWidth(problem.kv_dtype)) / 38, 2 * kTileRows * elements / 5000};
+}
+
 // `workspace` is the start of prefill's.
 Status MakePrefillArgs(const DecodeArgs& call, const Options& options, const PrefillDevice& prefill,
                        bool by_boxes, char* workspace, PrefillArgs* args) {
@@ -224,7 +231,8 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
   const int capability = attributes.binaryVersion;
   device->kernel = info.kernel;
   device->threads = info.threads;
-  device->num_ctas = std::min(num_sms * info.ctas_per_sm(capability), kMaxCtas);
+  device->ctas_per_sm = info.ctas_per_sm(capability);
+  device->num_sms = std::min(num_sms, kMaxCtas / device->ctas_per_sm);
   device->shared_bytes = info.shared_bytes(capability);
   device->overlaps = capability >= 90;
   if (Status s = PreparePrefill(PrefillKernelFor<true>(problem), num_sms, &device->prefill_by_boxes); !s.ok())
@@ -271,7 +279,13 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   args.partials = {reinterpret_cast<float*>(workspace), reinterpret_cast<float2*>(workspace + layout.stats),
                    static_cast<int32_t>(layout.slot_rows)};
   args.done = device.done.get();
-  args.deal = MakeDeal(static_cast<int32_t>(problem.num_kv_heads), device.num_ctas);
+  args.num_ctas = device.num_sms * device.ctas_per_sm;
+  for (int eighths = 1; eighths <= kEighths; ++eighths) {
+    const int sms = std::max(device.num_sms * eighths / kEighths, 1);
+    args.sms[eighths - 1] = sms;
+    args.deals[eighths - 1] = MakeDeal(static_cast<int32_t>(problem.num_kv_heads), sms * device.ctas_per_sm);
+  }
+  args.costs = CostsOfTiles(problem);
   args.page_size = divisor(problem.page_size);
   args.seqs_per_sink = seqs_per(problem.num_sinks);
   args.seqs_per_k_scale = seqs_per(problem.num_k_scales);
@@ -304,13 +318,15 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
       return s;
     }
   }
-  const Launch decode = {device.kernel, dim3(static_cast<unsigned>(device.num_ctas)), device.threads};
+  const bool prefills = prefill != nullptr;
+  const Launch decode = {device.kernel, dim3(static_cast<unsigned>(args.num_ctas + (prefills ? 1 : 0))),
+                         device.threads};
   if (Status s =
-          LaunchKernel(decode, device.shared_bytes, false, args, "launch of the decode kernel", stream);
+          LaunchKernel(decode, device.shared_bytes, prefills, args, "launch of the decode kernel", stream);
       !s.ok()) {
     return s;
   }
-  if (prefill != nullptr) {
+  if (prefills) {
     const Launch launch = {prefill->kernel, dim3(static_cast<unsigned>(prefill->num_ctas)), prefill->threads};
     if (Status s = LaunchKernel(launch, prefill->shared_bytes, true, prefill_args,
                                 "launch of the prefill kernel", stream);
@@ -319,7 +335,7 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
     }
   }
   if (!options.batch_invariant || problem.num_seqs == 0) return Status::Ok();
-  return LaunchKernel(CombineLaunch(args), 0, device.overlaps && prefill == nullptr, args,
+  return LaunchKernel(CombineLaunch(args), 0, device.overlaps && !prefills, args,
                       "launch of the combine kernel", stream);
 }
 

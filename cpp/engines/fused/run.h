@@ -39,7 +39,8 @@ struct PrefillDevice {
 
 // What the calls of one call site need on a device. They must follow each other, as those of a stream do.
 struct Device {
-  int num_ctas;      // that run at the same time
+  int num_sms;       // multiprocessors
+  int ctas_per_sm;   // that run at the same time
   int threads;       // of each
   int shared_bytes;  // of each
   bool overlaps;     // kernels of a stream may start before the one in front has ended

@@ -82,7 +82,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     device::FenceBarrierInit();
   }
   __syncthreads();
-  device::WaitForPreviousKernel();
 
   if (threadIdx.x >= Traits::kProductThreads) {
     Load<Traits>(args, shared, static_cast<int>(threadIdx.x) - Traits::kProductThreads);
@@ -99,6 +98,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       if (device::LaneId() == 0) device::Arrive(&shared.item_empty[turn.index()]);
     }
   }
+  // Decode runs beside this kernel; whoever comes next waits for this one alone.
+  device::WaitForPreviousKernel();
 #endif
 }
 

@@ -149,7 +149,9 @@ class ProductRows {
     for (int r = 0; r < 2; ++r) {
       states_[r] = device::SoftmaxState();
       const int position = item.position + call.facts.group.Quotient(item.first + Row(r));
-      see_begin_[r] = call.facts.sliding_window > 0 ? max(position - call.facts.sliding_window + 1, 0) : 0;
+      see_begin_[r] = call.facts.sliding_window > 0 && position >= 0
+                          ? max(position - call.facts.sliding_window + 1, 0)
+                          : 0;
       see_end_[r] = position < 0 ? 0 : call.params.causal ? min(position + 1, item.kv_len) : item.kv_len;
       all_see_begin_ = max(all_see_begin_, see_begin_[r]);
       all_see_end_ = min(all_see_end_, see_end_[r]);
