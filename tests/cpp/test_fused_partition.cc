@@ -248,14 +248,11 @@ void NumbersBeyondTheirRange() {
 
 void DecodeLeavesMultiprocessorsToPrefill() {
   const TileCosts costs = {862, 419};
-  HeadTiles tiles;
-  CHECK(EighthsForDecode(tiles, costs) == kEighths, "no work at all: %d", EighthsForDecode(tiles, costs));
+  CHECK(EighthsForDecode(0, 0, costs) == kEighths, "no work at all: %d", EighthsForDecode(0, 0, costs));
   for (int64_t decode = 1; decode < int64_t{1} << 40; decode *= 3) {
     int32_t before = kEighths;
     for (int64_t prefill = 0; prefill < int64_t{1} << 40; prefill = prefill * 2 + 1) {
-      tiles.total = decode;
-      tiles.prefill = prefill;
-      const int32_t eighths = EighthsForDecode(tiles, costs);
+      const int32_t eighths = EighthsForDecode(decode, prefill, costs);
       const double part =
           static_cast<double>(decode) * costs.decode /
           (static_cast<double>(decode) * costs.decode + static_cast<double>(prefill) * costs.prefill);

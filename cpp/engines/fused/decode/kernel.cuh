@@ -71,6 +71,7 @@ struct DecodeKernelState {
     device::Barrier full[kStages];       // and so are its keys and values
     device::Barrier empty[kStages];      // nobody needs them any more
     HeadTiles warp_tiles[Traits::kThreads / 32];
+    int64_t warp_prefill[Traits::kThreads / 32];
     int64_t share_offset;  // of the share's first tile, in its sequence
     int32_t share_seq;     // that sequence's index, -1 if the share is empty
     RawSequence raw_sequence;
@@ -97,16 +98,36 @@ struct Share {
   int64_t tiles;
 };
 
-// Without its number of tiles. Of CTAs that run at a time, those with neighbouring numbers are on different
-// multiprocessors, until each has one: so with fewer multiprocessors each of these has as many CTAs as
-// before.
-__device__ inline Share ShareOfCta(const DecodeArgs& args, const HeadTiles& all) {
-  const int32_t eighths = args.may_share_sms() ? EighthsForDecode(all, args.costs) : kEighths;
-  const int32_t all_sms = args.sms[kEighths - 1], sms = args.sms[eighths - 1];
-  const int32_t cta = static_cast<int32_t>(blockIdx.x), round = cta / all_sms, sm = cta - round * all_sms;
+// All but its number of tiles.
+__device__ inline Share ShareOfCta(const DecodeArgs& args, int64_t decode_tiles, int64_t prefill_tiles) {
+  int32_t cta = static_cast<int32_t>(blockIdx.x), eighths = kEighths;
+  if (args.may_share_sms()) {
+    // CTAs come round by round, one on each multiprocessor: so with fewer multiprocessors, each of these has
+    // as many CTAs as before.
+    eighths = EighthsForDecode(decode_tiles, prefill_tiles, args.costs);
+    const int32_t all_sms = args.sms[kEighths - 1], sms = args.sms[eighths - 1];
+    const int32_t round = cta / all_sms, sm = cta - round * all_sms;
+    cta = sm < sms ? round * sms + sm : INT32_MAX;
+  }
   const Deal& deal = args.deals[eighths - 1];
-  const int32_t own = sm < sms ? round * sms + sm : INT32_MAX;
-  return {own, deal, HeadsOfLane(args.facts, deal, own % deal.num_lanes), 0};
+  return {cta, deal, HeadsOfLane(args.facts, deal, cta % deal.num_lanes), 0};
+}
+
+// What all sequences have for prefill; a thread has [begin, end).
+template <typename Traits, typename Shared>
+__device__ inline int64_t SumPrefillTiles(const DecodeArgs& args, int begin, int end, Shared& shared) {
+  int64_t tiles = 0;
+#pragma unroll 1
+  for (int i = begin; i < end; ++i)
+    tiles += PrefillTiles(args.facts, RawSequence(args, i).Clipped(args.facts));
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) tiles += __shfl_xor_sync(~0u, tiles, lanes);
+  if (threadIdx.x % 32 == 0) shared.warp_prefill[threadIdx.x / 32] = tiles;
+  __syncthreads();
+  tiles = 0;
+#pragma unroll
+  for (const int64_t of_warp : shared.warp_prefill) tiles += of_warp;
+  return tiles;
 }
 
 // Tells every thread which share the CTA has; leaves where it starts in shared memory.
@@ -124,15 +145,15 @@ __device__ inline Share FindShare(const DecodeArgs& args, Shared& shared) {
     raw = RawSequence(args, i);
     mine.Add(args.facts, raw.Clipped(args.facts));
   }
-  int64_t before = mine.total, prefill = mine.prefill;
+  const int64_t prefill = args.may_share_sms() ? SumPrefillTiles<Traits>(args, begin, end, shared) : 0;
+  int64_t before = mine.total;
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
     const int64_t other = __shfl_up_sync(~0u, before, lanes);
     if (lane >= lanes) before += other;
-    if (args.may_share_sms()) prefill += __shfl_xor_sync(~0u, prefill, lanes);
   }
   const int32_t fewest = __reduce_min_sync(~0u, mine.fewest), most = __reduce_max_sync(~0u, mine.most);
-  if (lane == 31) shared.warp_tiles[warp] = {before, fewest, most, prefill};
+  if (lane == 31) shared.warp_tiles[warp] = {before, fewest, most};
   if (thread == 0) shared.share_seq = -1;
   __syncthreads();
   HeadTiles all;
@@ -144,7 +165,7 @@ __device__ inline Share FindShare(const DecodeArgs& args, Shared& shared) {
   }
   before -= mine.total;
 
-  Share share = ShareOfCta(args, all);
+  Share share = ShareOfCta(args, all.total, prefill);
   share.tiles = TilesPerShare(all, share.heads, share.deal);
   // In tiles of all heads of the lane.
   const int64_t heads = share.heads.size(), place = share.cta / share.deal.num_lanes;

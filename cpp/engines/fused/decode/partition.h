@@ -151,16 +151,8 @@ struct HeadTiles {
   int64_t total = 0;
   int32_t fewest = INT32_MAX;  // of a unit that has some
   int32_t most = 0;
-  int64_t prefill = 0;  // of sequences that are another kernel's: kTileRows rows and kTileKeys keys each
 
   JPA_HOST_DEVICE void Add(const CallFacts& call, const Sequence& sequence) {
-    if (IsPrefill(call, sequence)) {
-      const int64_t seen = call.causal ? sequence.kv_len - sequence.num_rows / 2 : sequence.kv_len;
-      const int64_t keys = call.sliding_window > 0 && call.sliding_window < seen ? call.sliding_window : seen;
-      prefill += CeilDiv(int64_t{sequence.num_rows} * call.group.divisor(), kTileRows) *
-                 CeilDiv(Larger(static_cast<int32_t>(keys), 0), kTileKeys);
-      return;
-    }
     JPA_KEEP_LOOP
     for (int32_t i = 0; i < NumRowTiles(call, sequence); ++i) {
       const int32_t tiles = VisibleTiles(call, sequence, i).size();
@@ -174,7 +166,6 @@ struct HeadTiles {
     total += other.total;
     fewest = Smaller(fewest, other.fewest);
     most = Larger(most, other.most);
-    prefill += other.prefill;
   }
 };
 
@@ -203,15 +194,25 @@ JPA_HOST_DEVICE inline int64_t TilesPerShare(const HeadTiles& of_head, const Hea
 // others to prefill: as many eighths as its part of the work. Prefill gets the rest when decode is done.
 inline constexpr int kEighths = 8;
 
+// Tiles of one key/value head of a sequence that is prefill's, about: kTileRows rows and kTileKeys keys each.
+JPA_HOST_DEVICE inline int64_t PrefillTiles(const CallFacts& call, const Sequence& sequence) {
+  if (!IsPrefill(call, sequence)) return 0;
+  int32_t keys = call.causal ? sequence.kv_len - sequence.num_rows / 2 : sequence.kv_len;
+  if (call.sliding_window > 0) keys = Smaller(keys, call.sliding_window);
+  return CeilDiv(int64_t{sequence.num_rows} * call.group.divisor(), kTileRows) *
+         CeilDiv(Larger(keys, 0), kTileKeys);
+}
+
 // What a tile takes on one multiprocessor, in any unit.
 struct TileCosts {
   int32_t decode;
   int32_t prefill;
 };
 
-JPA_HOST_DEVICE inline int32_t EighthsForDecode(const HeadTiles& tiles, const TileCosts& costs) {
-  if (tiles.prefill == 0) return kEighths;
-  const int64_t decode = tiles.total * costs.decode, all = decode + tiles.prefill * costs.prefill;
+JPA_HOST_DEVICE inline int32_t EighthsForDecode(int64_t decode_tiles, int64_t prefill_tiles,
+                                                const TileCosts& costs) {
+  if (prefill_tiles == 0) return kEighths;
+  const int64_t decode = decode_tiles * costs.decode, all = decode + prefill_tiles * costs.prefill;
   return Larger(1, static_cast<int32_t>(CeilDiv(decode * kEighths, all)));
 }
 
