@@ -1,4 +1,4 @@
-"""`examples/downstream`, a wheel that calls the CPU engine's C++ API: built against this installation, and run."""
+"""The engines' C++ API for others: `examples/downstream`, a wheel on the CPU engine; a program that links `fused`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_paged_attn import __main__
+from jax_paged_attn import __main__, _ffi
 
 DOWNSTREAM = Path(__file__).parent.parent / "examples" / "downstream"
 
@@ -37,6 +37,30 @@ except Exception as refused:
 else:
     raise SystemExit("lengths of another batch were taken")
 print("relative error", error)
+"""
+
+# Without a GPU: the program links all of the engine and prints the scratch memory that a call takes.
+CUDA_PROJECT = """
+cmake_minimum_required(VERSION 3.22)
+project(scratch LANGUAGES CXX)
+find_package(jax_paged_attn 0.1 CONFIG REQUIRED COMPONENTS cuda)
+find_package(CUDAToolkit 13 REQUIRED)
+add_executable(scratch scratch.cc)
+target_link_libraries(scratch PRIVATE jax_paged_attn::fused CUDA::cudart_static)
+"""
+CUDA_PROGRAM = """
+#include <cstdio>
+#include "engines/fused/run.h"
+int main() {
+  jpa::AttentionProblem problem = {};
+  problem.q_dtype = problem.kv_dtype = jpa::DType::kBF16;
+  problem.num_rows = 70;
+  problem.num_q_heads = 32;
+  problem.num_kv_heads = 8;
+  problem.head_dim = 128;
+  problem.num_seqs = 5;
+  std::printf("%lld", static_cast<long long>(jpa::fused::WorkspaceBytes(problem, {false, true})));
+}
 """
 
 
@@ -68,3 +92,16 @@ def test_another_wheel_runs_the_engine(tmp_path: Path):
     (wheel,) = tmp_path.glob("gated_attention-*.whl")
     run(*pip, "install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel)
     print(run(sys.executable, "-c", RUN, PYTHONPATH=str(tmp_path / "site"), JAX_PLATFORMS="cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _ffi.has("cuda"), reason="this installation was built without the CUDA module")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA toolkit")
+def test_a_program_links_the_cuda_engine(tmp_path: Path):
+    (tmp_path / "CMakeLists.txt").write_text(CUDA_PROJECT)
+    (tmp_path / "scratch.cc").write_text(CUDA_PROGRAM)
+    cmake = (sys.executable, "-m", "cmake")
+    run(*cmake, "-S", tmp_path, "-B", tmp_path / "build", f"-Djax_paged_attn_ROOT={__main__.cmake_directory()}")
+    run(*cmake, "--build", tmp_path / "build")
+    expected = _ffi.compiled("cuda").fused_workspace_bytes(70, 32, 8, 128, 5, False, True)
+    assert run(tmp_path / "build" / "scratch") == str(expected)
