@@ -50,6 +50,8 @@ target_link_libraries(scratch PRIVATE jax_paged_attn::fused CUDA::cudart_static)
 """
 CUDA_PROGRAM = """
 #include <cstdio>
+#include "cache/write.h"
+#include "cache/write_cuda.h"
 #include "engines/fused/run.h"
 int main() {
   jpa::AttentionProblem problem = {};
