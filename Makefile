@@ -5,10 +5,10 @@ JAX ?= jax
 
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml CMakeLists.txt $(shell find cpp -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.txt')
-CXX_FILES = $(shell git ls-files 'cpp/*.cc' 'cpp/*.h' 'cpp/*.cu' 'cpp/*.cuh' 'tests/cpp/*.cc' 'tests/cpp/*.h')
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find cpp -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.txt')
+CXX_FILES = $(shell git ls-files 'cpp/*.cc' 'cpp/*.h' 'cpp/*.cu' 'cpp/*.cuh' 'tests/cpp/*.cc' 'tests/cpp/*.h' 'examples/downstream/*.cc')
 
-.PHONY: generate test fuzz soak train bench lint format stubs sanitize wheel cuda-wheel gpu-test clean
+.PHONY: generate test fuzz soak train bench lint format stubs sanitize wheel sdist gpu-test clean
 
 generate: $(VENV)/examples.stamp
 	$(BIN)/python examples/generate.py
@@ -51,20 +51,26 @@ sanitize: $(VENV)/test.stamp $(VENV)/dev.stamp
 stubs: $(VENV)/test.stamp $(VENV)/dev.stamp
 	$(BIN)/python -m nanobind.stubgen -m jax_paged_attn._cpu -o jax_paged_attn/_cpu.pyi
 
-# One wheel serves Python 3.12 and later; 3.11 has its own.
-wheel:
-	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
-
-# With the CUDA module. Where there is no toolkit, NVIDIA's packages bring nvcc and headers for the build.
+# dist/jax_paged_attn-…manylinux….whl with the CPU and CUDA modules: one for Python 3.12 and later; 3.11 has its own. Where there
+# is no CUDA toolkit, NVIDIA's packages bring nvcc and headers for the build. CUDA=OFF leaves the CUDA module out.
+CUDA ?= ON
 CUDA_ARCHITECTURES ?= 80;89;90a;100;120
-cuda-wheel:
-	mkdir -p dist/cuda
-	$(PYTHON) -m pip wheel --verbose --no-deps --wheel-dir dist/cuda --config-settings=cmake.define.JPA_CUDA=ON \
-	  --config-settings=cmake.define.JPA_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" . > dist/cuda/build.log 2>&1 \
-	  || { tail -n 50 dist/cuda/build.log; exit 1; }
-	$(PYTHON) tools/check_ptxas dist/cuda/build.log
+# What to build: the checkout, or an sdist.
+FROM ?= .
+wheel: $(VENV)/wheel.stamp
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(PYTHON) -m pip wheel --verbose --no-deps --wheel-dir build/wheel --config-settings=cmake.define.JPA_CUDA=$(CUDA) \
+	  --config-settings=cmake.define.JPA_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" $(FROM) > build/wheel/build.log 2>&1 \
+	  || { tail -n 50 build/wheel/build.log; exit 1; }
+	$(if $(filter ON,$(CUDA)),$(PYTHON) tools/check_ptxas build/wheel/build.log)
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --wheel-dir build/wheel/repaired build/wheel/*.whl
+	$(BIN)/python tools/check_wheel build/wheel/repaired/*.whl --architectures "$(if $(filter ON,$(CUDA)),$(CUDA_ARCHITECTURES))"
+	mkdir -p dist && mv build/wheel/repaired/*.whl dist/
 
-# On a machine with a GPU and JAX, no network needed: make gpu-test WHEEL=dist/cuda/jax_paged_attn-….whl
+sdist: $(VENV)/wheel.stamp
+	$(BIN)/python -m build --sdist --outdir dist .
+
+# On a machine with a GPU and JAX, no network needed: make gpu-test WHEEL=dist/jax_paged_attn-….whl
 gpu-test:
 	PYTHON=$(PYTHON) tools/gpu_test $(WHEEL)
 
@@ -78,6 +84,10 @@ $(VENV)/python.stamp:
 
 $(VENV)/dev.stamp: $(VENV)/python.stamp pyproject.toml
 	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+$(VENV)/wheel.stamp: $(VENV)/python.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --group wheel
 	touch $@
 
 $(VENV)/%.stamp: $(VENV)/python.stamp $(SOURCES)

@@ -1,8 +1,13 @@
-"""`python -m jax_paged_attn`: what is installed, which engines run here, what each takes, and why the others do not."""
+"""`python -m jax_paged_attn`: what is installed, which engines run here, what each takes, and why the others do not.
 
+`python -m jax_paged_attn --cmakedir`: where CMake's find_package(jax_paged_attn) finds the engines' C++ API.
+"""
+
+import argparse
 import platform
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import jax
 
@@ -28,5 +33,23 @@ def report() -> str:
     return "\n".join([*lines, *_engines.table(verdicts)])
 
 
+def cmake_directory() -> Path:
+    """The folder of the CMake package, which is installed beside the compiled modules.
+
+    Raises:
+      LookupError: this installation has no compiled module for the CPU.
+    """
+    return Path(_ffi.compiled("cpu").__file__ or "").absolute().parent / "cmake"
+
+
+def main() -> None:
+    """What `python -m jax_paged_attn` does."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jax_paged_attn", description="Prints what is installed and which engines run here."
+    )
+    parser.add_argument("--cmakedir", action="store_true", help="print the folder of the CMake package instead")
+    sys.stdout.write(f"{cmake_directory() if parser.parse_args().cmakedir else report()}\n")
+
+
 if __name__ == "__main__":
-    sys.stdout.write(report() + "\n")
+    main()
