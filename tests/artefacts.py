@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import harness
 import jax
 import jax.numpy as jnp
-from cases import BY_NAME, Case, build
+from cases import BY_NAME, Case
 
 import jax_paged_attn as jpa
+from jax_paged_attn import compat
 
 FOLDER = Path(__file__).parent / "artefacts"
 
@@ -51,8 +53,8 @@ class Program:
 
 def operands_of(case: Case) -> list[Any]:
     """The positional arguments of a case, then its sinks and scales, without what it does not have."""
-    positional, traced = build(case).arguments()
-    return [x for x in (*positional, *traced.values()) if x is not None]
+    _, positional, named = harness.arguments(case)
+    return [x for x in (*positional, *(named[name] for name in ("sinks", "k_scale", "v_scale"))) if x is not None]
 
 
 def ragged(*operands: Any) -> Any:
@@ -72,6 +74,19 @@ def step(q: Any, k_pages: Any, v_pages: Any, block_tables: Any, lengths: Any, k_
     return jpa.paged_attention(q, *pools, block_tables, lengths, **scales, return_lse=True)
 
 
+def interleaved(*operands: Any) -> Any:
+    """The call of JAX's TPU kernel."""
+    *positional, sinks = operands
+    _, _, named = harness.arguments(BY_NAME["interleaved_all"])
+    return compat.ragged_paged_attention(*positional, **{**named, "sinks": sinks}, return_lse=True)
+
+
+def head_major(*operands: Any) -> Any:
+    """The call of JAX's GPU kernel."""
+    *positional, k_scale, v_scale = operands
+    return compat.paged_attention(*positional, k_scale=k_scale, v_scale=v_scale, return_lse=True)
+
+
 PROGRAMS = {
     "ragged": Program(
         ("jax_paged_attn.attention.v1",),
@@ -86,6 +101,20 @@ PROGRAMS = {
         (),
         ("b", "p", "p", "b, m", "b"),
         step,
+    ),
+    "interleaved": Program(
+        ("jax_paged_attn.attention.v2",),
+        "interleaved_all",
+        (),
+        ("t", "p", "b", "b, m", "b+1"),
+        interleaved,
+    ),
+    "head_major": Program(
+        ("jax_paged_attn.attention.v2",),
+        "head_major_int8",
+        (),
+        ("b", "2, p", "2, p", "b, m", "b"),
+        head_major,
     ),
 }
 

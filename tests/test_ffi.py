@@ -108,8 +108,51 @@ def test_wrong_results_are_errors() -> None:
             _raw_attention(operands, _STATIC, changed)
 
 
-def _raw_attention(operands: dict[str, Array], static: dict[str, Any], results: Any = None) -> None:
-    """Calls the target with results of the shapes that it should have, whatever the operands are."""
+@pytest.mark.parametrize(
+    ("layout", "pool", "expected"),
+    [
+        ("interleaved", (_PAGES, _PAGE_SIZE, 3, _DIM), r"k_pages: expected shape \[P, S, 2K, H\], got"),
+        ("interleaved", (_PAGES, _PAGE_SIZE, 6, _DIM), r"q: expected N a positive multiple of K = 3, got"),
+        ("interleaved", (_PAGES, _PAGE_SIZE, 2 * _KV_HEADS, _DIM + 1), r"k_pages: expected the head dimension of q"),
+        ("head_major", (_PAGE_SIZE, _KV_HEADS, _DIM), r"k_pages: expected shape \[K, P, S, H\], got"),
+        ("head_major", (3, _PAGES, _PAGE_SIZE, _DIM), r"q: expected N a positive multiple of K = 3, got"),
+        ("head_major", (_KV_HEADS, _PAGES, 0, _DIM), r"k_pages: expected at least 1 in dimensions S, K and H, got"),
+        ("transposed", (_PAGES, _PAGE_SIZE, _KV_HEADS, _DIM), r"layout: expected split, .*, got transposed"),
+    ],
+)
+def test_malformed_layouts_are_errors(layout: str, pool: tuple[int, ...], expected: str) -> None:
+    operands = {**_attention_operands(), "k_pages": jnp.ones(pool), "v_pages": jnp.ones(pool)}
+    with pytest.raises(jax.errors.JaxRuntimeError, match=expected):
+        _raw_attention(operands, _STATIC, layout=layout)
+
+
+def test_pools_of_a_layout_must_agree() -> None:
+    for layout, pool, other in (
+        ("interleaved", (_PAGES, _PAGE_SIZE, 2 * _KV_HEADS, _DIM), (_PAGES, _PAGE_SIZE, _KV_HEADS, _DIM)),
+        ("head_major", (_KV_HEADS, _PAGES, _PAGE_SIZE, _DIM), (_KV_HEADS, _PAGES, _PAGE_SIZE + 1, _DIM)),
+    ):
+        operands = {**_attention_operands(), "k_pages": jnp.ones(pool), "v_pages": jnp.ones(other)}
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"\bv_pages: expected .*, got"):
+            _raw_attention(operands, _STATIC, layout=layout)
+
+
+def test_targets_take_their_own_attributes_alone() -> None:
+    """The first one knows no layout, the second one needs it."""
+    for target, layout in ((_ffi.ATTENTION_TARGET, "split"), (_ffi.ATTENTION_LAYOUT_TARGET, None)):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="attributes"):
+            _raw_attention(_attention_operands(), _STATIC, layout=layout, target=target)
+    _raw_attention(_attention_operands(), _STATIC, layout="split")
+
+
+def _raw_attention(
+    operands: dict[str, Array],
+    static: dict[str, Any],
+    results: Any = None,
+    layout: str | None = None,
+    target: str | None = None,
+) -> None:
+    """Calls a target, that of layouts if one is given, with results of the shapes that it should have."""
+    target = target or (_ffi.ATTENTION_LAYOUT_TARGET if layout else _ffi.ATTENTION_TARGET)
     size = _ffi.attention_workspace_bytes(_SEQS, _HEADS, _DIM)
     results = results or [((_ROWS, _HEADS, _DIM), jnp.float32), ((_ROWS, _HEADS), jnp.float32), (None, jnp.uint8)]
     shapes = [jax.ShapeDtypeStruct((size,) if shape is None else shape, dtype) for shape, dtype in results]
@@ -118,8 +161,9 @@ def _raw_attention(operands: dict[str, Array], static: dict[str, Any], results: 
         "soft_cap": np.float32(static["soft_cap"]),
         "sliding_window": np.int64(static["sliding_window"]),
         "causal": static["causal"],
+        **({"layout": layout} if layout else {}),
     }
-    jax.block_until_ready(jax.ffi.ffi_call(_ffi.ATTENTION_TARGET, shapes)(*operands.values(), **attributes))
+    jax.block_until_ready(jax.ffi.ffi_call(target, shapes)(*operands.values(), **attributes))
 
 
 @pytest.mark.parametrize(
