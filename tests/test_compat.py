@@ -8,6 +8,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from cases import BY_NAME, DTYPES, LSE_BOUND, OUT_BOUND, Case, build
 from harness import interleave
+from tpu_port import after, before
 
 import jax_paged_attn as jpa
 from jax_paged_attn import _ffi, compat
@@ -211,6 +213,38 @@ def test_signature_is_that_of_the_installed_jax(module: str, name: str) -> None:
         assert (mine.kind, mine.default) == (parameter.kind, parameter.default)
     positional = [p.name for p in ours.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == list(inspect.signature(theirs).parameters)[: len(positional)]
+
+
+# ---- The example of a port -------------------------------------------------------------------------------------------
+
+
+def test_a_port_is_another_import(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [Path(module.__file__ or "").read_text().splitlines()[1:] for module in (before, after)]
+    assert [line for line in files[0] if line not in files[1]] == [f"from {TPU_MODULE} import ragged_paged_attention"]
+    assert [line for line in files[1] if line not in files[0]] == [
+        "from jax_paged_attn.compat import ragged_paged_attention"
+    ]
+    after.main()
+    assert capsys.readouterr().out.endswith(": True\n")
+
+
+def test_a_port_gives_what_jaxs_reference_gives() -> None:
+    """The TPU kernel itself cannot run here, but JAX has a plain function beside it."""
+    case = Case("port", (3, 1), (40, 17), head_dim=128)
+    (q, k_pages, v_pages, kv_lens, tables, cu_q_lens, _), _ = build(case).arguments()
+    kv_pages = jnp.nan_to_num(interleave(k_pages, v_pages), nan=0.5, posinf=1.0, neginf=-1.0)
+    tables, num_seqs = np.clip(tables, 0, len(kv_pages) - 1), np.array([2], np.int32)
+    k, v = np.random.default_rng(0).standard_normal((2, len(q), 2, 128)).astype(np.float32)
+    slots = np.full(len(q), kv_pages.shape[0] * kv_pages.shape[1])
+    slots[:2] = [5, 100]
+    operands = (q, k, v, kv_pages, slots, kv_lens, tables, cu_q_lens, num_seqs)
+    shapes = jax.eval_shape(after.attention_layer, *operands)
+    assert jax.eval_shape(before.attention_layer, *operands) == shapes
+    out, kv_pages = after.attention_layer(*operands)
+    np.testing.assert_array_equal(kv_pages[0, 5, 1::2], v[0])
+    theirs = importlib.import_module(TPU_MODULE).ref_ragged_paged_attention
+    want = theirs(q, kv_pages, kv_lens, tables, cu_q_lens, num_seqs, sm_scale=128**-0.5)
+    np.testing.assert_allclose(out[: len(want)], want, rtol=1e-4, atol=1e-5)
 
 
 # ---- Nothing is copied -----------------------------------------------------------------------------------------------
