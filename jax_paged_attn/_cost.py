@@ -122,8 +122,7 @@ def _walk_inner(
 ) -> list[_Known] | None:
     """The calls of an operation that has jaxprs inside; what is known of its results, if they run once and plainly."""
     if eqn.primitive.name == "scan":
-        fixed = eqn.params["num_consts"]
-        body = _calls_of(inner[0], known[:fixed])
+        body = _calls_of(inner[0], known[: _constants_of_scan(eqn, _jaxpr_of(inner[0]))])
         calls += [_times(one, eqn.params["length"]) for one in body]
         return None
     if eqn.primitive.name == "cond":
@@ -135,6 +134,18 @@ def _walk_inner(
     for one in inner:
         calls += _calls_of(one, [])
     return None
+
+
+def _constants_of_scan(eqn: Any, body: Jaxpr) -> int:
+    """How many of a scan's operands are the same in every step; they come first, then the carry, then slices.
+
+    Shapes tell it, as JAX's releases do not agree on a parameter that does: of slices, the body sees one axis less.
+    """
+
+    def alike(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        return sum(len(x.aval.shape) == len(y.aval.shape) for x, y in zip(outside, inside, strict=True))
+
+    return alike(eqn.invars, body.invars) - alike(eqn.outvars, body.outvars)
 
 
 def _calls_of(inner: ClosedJaxpr | Jaxpr, known: Sequence[_Known]) -> list[Cost]:
