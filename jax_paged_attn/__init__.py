@@ -16,12 +16,14 @@ from jax_paged_attn._attention import (
     ragged_paged_attention_reference,
 )
 from jax_paged_attn._cache import PagedKVCache, copy_kv_pages, write_kv_pages
+from jax_paged_attn._cost import Cost, cost_analysis
 from jax_paged_attn._engines import Explanation
 from jax_paged_attn._explain import explain
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cost",
     "DoubleFree",
     "Explanation",
     "ForeignPage",
@@ -31,6 +33,7 @@ __all__ = [
     "PagedKVCache",
     "Sequence",
     "copy_kv_pages",
+    "cost_analysis",
     "explain",
     "merge_attention_states",
     "paged_attention",

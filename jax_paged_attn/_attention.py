@@ -11,6 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jax_paged_attn import _checks, _primitive, _reference
+from jax_paged_attn._layouts import LAYOUTS
 
 Attend = Callable[..., tuple[Array, Array]]
 
@@ -117,8 +118,8 @@ def paged_attention(
         what came. When it is lowered: the platform lacks the named engine, or any that promises `batch_invariant`.
       TypeError: an argument of the wrong kind, such as a tracer for `scale`.
     """
-    static = _static_parameters(scale, sliding_window, soft_cap, True, return_lse, implementation, batch_invariant)
-    return _paged(_primitive.attention, static, q, k_pages, v_pages, block_tables, lengths, sinks, k_scale, v_scale)
+    static = static_parameters(scale, sliding_window, soft_cap, True, return_lse, implementation, batch_invariant)
+    return paged(_primitive.attention, static, q, k_pages, v_pages, block_tables, lengths, sinks, k_scale, v_scale)
 
 
 @overload
@@ -167,8 +168,8 @@ def paged_attention_reference(
 
     `batch_invariant` changes nothing here: what XLA makes of the code decides about bits.
     """
-    static = _static_parameters(scale, sliding_window, soft_cap, True, return_lse, None, batch_invariant)
-    return _paged(_run_reference, static, q, k_pages, v_pages, block_tables, lengths, sinks, k_scale, v_scale)
+    static = static_parameters(scale, sliding_window, soft_cap, True, return_lse, None, batch_invariant)
+    return paged(_run_reference, static, q, k_pages, v_pages, block_tables, lengths, sinks, k_scale, v_scale)
 
 
 @overload
@@ -245,8 +246,8 @@ def ragged_paged_attention(
     Raises:
       ValueError, TypeError: as `paged_attention`.
     """
-    static = _static_parameters(scale, sliding_window, soft_cap, causal, return_lse, implementation, batch_invariant)
-    return _ragged(
+    static = static_parameters(scale, sliding_window, soft_cap, causal, return_lse, implementation, batch_invariant)
+    return ragged(
         _primitive.attention,
         static,
         q,
@@ -315,8 +316,8 @@ def ragged_paged_attention_reference(
 
     `batch_invariant` changes nothing, as in `paged_attention_reference`.
     """
-    static = _static_parameters(scale, sliding_window, soft_cap, causal, return_lse, None, batch_invariant)
-    return _ragged(
+    static = static_parameters(scale, sliding_window, soft_cap, causal, return_lse, None, batch_invariant)
+    return ragged(
         _run_reference, static, q, k_pages, v_pages, kv_lens, block_tables, cu_q_lens, num_seqs, sinks, k_scale, v_scale
     )
 
@@ -373,7 +374,7 @@ def _stack(name: str, parts: ArrayLike | SequenceOf[ArrayLike]) -> Array:
     return jnp.stack(arrays)
 
 
-def _static_parameters(
+def static_parameters(
     scale: float | None,
     sliding_window: int | None,
     soft_cap: float | None,
@@ -395,7 +396,7 @@ def _static_parameters(
     }
 
 
-def _paged(
+def paged(
     attend: Attend,
     static: dict[str, Any],
     q: ArrayLike,
@@ -406,21 +407,23 @@ def _paged(
     sinks: ArrayLike | None,
     k_scale: ArrayLike | None,
     v_scale: ArrayLike | None,
+    layout: str = "split",
 ) -> Array | tuple[Array, Array]:
+    """Decode through `attend`, with pools of any layout."""
     dims = _checks.Dims()
-    q, k_pages, v_pages = _query_and_pages(dims, "B N H", q, k_pages, v_pages)
+    q, k_pages, v_pages = _query_and_pages(dims, "B N H", q, k_pages, v_pages, layout)
     block_tables = _int32(dims, "block_tables", block_tables, "B M")
     lengths = _int32(dims, "lengths", lengths, "B")
     return _attend(
         attend,
-        {**static, "decode": True},
+        {**static, "decode": True, "layout": layout},
         (q, k_pages, v_pages, block_tables, lengths),
         (jnp.arange(dims["B"], dtype=jnp.int32), jnp.ones(dims["B"], jnp.int32)),
         _per_head(dims, q, k_pages, sinks, k_scale, v_scale),
     )
 
 
-def _ragged(
+def ragged(
     attend: Attend,
     static: dict[str, Any],
     q: ArrayLike,
@@ -433,11 +436,14 @@ def _ragged(
     sinks: ArrayLike | None,
     k_scale: ArrayLike | None,
     v_scale: ArrayLike | None,
+    layout: str = "split",
+    tables_name: str = "block_tables",
 ) -> Array | tuple[Array, Array]:
+    """Ragged attention through `attend`, with pools of any layout; `tables_name` is what errors call the tables."""
     dims = _checks.Dims()
-    q, k_pages, v_pages = _query_and_pages(dims, "T N H", q, k_pages, v_pages)
+    q, k_pages, v_pages = _query_and_pages(dims, "T N H", q, k_pages, v_pages, layout)
     kv_lens = _int32(dims, "kv_lens", kv_lens, "B")
-    block_tables = _int32(dims, "block_tables", block_tables, "B M")
+    block_tables = _int32(dims, tables_name, block_tables, "B M")
     cu_q_lens = _int32(dims, "cu_q_lens", cu_q_lens, "B+1")
 
     ends = jax.lax.cummax(jnp.clip(cu_q_lens, 0, dims["T"]))
@@ -449,7 +455,7 @@ def _ragged(
         q_counts = jnp.where(live, q_counts, 0)
     return _attend(
         attend,
-        {**static, "decode": False},
+        {**static, "decode": False, "layout": layout},
         (q, k_pages, v_pages, block_tables, kv_lens),
         (ends[:-1], q_counts),
         _per_head(dims, q, k_pages, sinks, k_scale, v_scale),
@@ -457,15 +463,14 @@ def _ragged(
 
 
 def _query_and_pages(
-    dims: _checks.Dims, q_letters: str, q: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike
+    dims: _checks.Dims, q_letters: str, q: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike, layout: str
 ) -> tuple[Array, Array, Array]:
-    q, k_pages, v_pages = (
-        _checks.as_array(name, x) for name, x in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages))
-    )
+    shape, (k_name, v_name) = LAYOUTS[layout].shape, LAYOUTS[layout].pools
+    q, k_pages, v_pages = (_checks.as_array(name, x) for name, x in (("q", q), (k_name, k_pages), (v_name, v_pages)))
     dims.match("q", q, q_letters, _checks.COMPUTE_DTYPES)
-    dims.match("k_pages", k_pages, "P S K H", (str(q.dtype), *_checks.QUANTIZED_DTYPES))
-    dims.match("v_pages", v_pages, "P S K H", (str(k_pages.dtype),))
-    _primitive.check_sizes(dims["N"], dims["K"], dims["H"], dims["S"])
+    dims.match(k_name, k_pages, shape, (str(q.dtype), *_checks.QUANTIZED_DTYPES))
+    dims.match(v_name, v_pages, shape, (str(k_pages.dtype),))
+    _primitive.check_sizes(dims["N"], dims["K"], dims["H"], dims["S"], k_name)
     return q, k_pages, v_pages
 
 

@@ -26,7 +26,7 @@ class Dims:
         return self._sizes[letter]
 
     def match(self, name: str, x: jax.Array, letters: str, dtypes: Sequence[str]) -> None:
-        """Raises ValueError unless `x` has the shape `letters` ("P S K H", "B+1", "1") and one of the dtypes."""
+        """Raises ValueError unless `x` has the shape `letters` ("P S 2K H", "B+1", "1") and one of the dtypes."""
         pattern = letters.split()
         if x.dtype not in [jnp.dtype(d) for d in dtypes]:
             raise ValueError(f"{name}: expected dtype {' or '.join(dtypes)}, got {x.dtype}")
@@ -35,11 +35,14 @@ class Dims:
             raise ValueError(f"{name}: expected {expected}, got rank {len(x.shape)}, shape {x.shape}")
         for axis, letter in enumerate(pattern):
             base, _, plus = letter.partition("+")
+            size, factor = x.shape[axis], 1
+            if base[0] == "2" and len(base) > 1:
+                base, factor = base[1:], 2
             known = int(base) if base.isdigit() else self._sizes.get(base)
-            if known is None:
-                self._sizes[base] = x.shape[axis]
-            elif x.shape[axis] != known + int(plus or 0):
-                expected = f"{letter} = {known + int(plus or 0)}"
+            if known is None and size % factor == 0:
+                self._sizes[base] = size // factor
+            elif known is None or size != factor * known + int(plus or 0):
+                expected = "an even size" if known is None else f"{letter} = {factor * known + int(plus or 0)}"
                 raise ValueError(
                     f"{name}: expected shape [{', '.join(pattern)}] with {expected} (axis {axis}), got shape {x.shape}"
                 )

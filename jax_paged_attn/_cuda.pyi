@@ -12,12 +12,12 @@ def registrations() -> dict[str, object | dict[str, object]]:
 def state_types() -> dict[str, dict[str, object]]:
     """Registrations of the types of state, by name."""
 
-def attention_plan(q_dtype: str, kv_dtype: str, num_rows: int, num_q_heads: int, num_kv_heads: int, head_dim: int, page_size: int, num_seqs: int, max_pages: int, decode: bool, workspace_limit: int) -> dict[str, int]:
+def attention_plan(q_dtype: str, kv_dtype: str, num_rows: int, num_q_heads: int, num_kv_heads: int, head_dim: int, page_size: int, num_seqs: int, max_pages: int, decode: bool, workspace_limit: int, layout: str = 'split') -> dict[str, int]:
     """
     How "cublaslt" would run a call of these sizes: `workspace_bytes`, `launches`, and sizes of its parts.
     """
 
-def workspace_bound(q_dtype: str, kv_dtype: str, num_q_heads: int, num_kv_heads: int, head_dim: int, page_size: int, workspace_limit: int) -> int:
+def workspace_bound(q_dtype: str, kv_dtype: str, num_q_heads: int, num_kv_heads: int, head_dim: int, page_size: int, workspace_limit: int, layout: str = 'split') -> int:
     """
     At least the workspace of any such call, less WORKSPACE_BYTES_PER_ROW for each row and sequence.
     """

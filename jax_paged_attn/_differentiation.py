@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jax_paged_attn._layouts import LAYOUTS
 from jax_paged_attn._reference import row_of_each_sequence
 
 _ROW_WINDOW = 64  # 64 x 128 scores a head keep a block in cache
@@ -60,9 +61,12 @@ def tangent(
     v_dot: Array | None,
     sinks_dot: Array | None,
     saved: Saved,
+    layout: str,
     **parameters: Any,
 ) -> tuple[Array, Array]:
     """Tangents `(out_dot [T, N, H], lse_dot [T, N])`; an argument that is None has no tangent."""
+    k_dot, v_dot = (None if x is None else LAYOUTS[layout].split(x, i) for i, x in enumerate((k_dot, v_dot)))
+    saved = _split(saved, layout)
     num_rows, heads, head_dim = saved.q.shape
     kv_heads = saved.k_pages.shape[2]
     group = (kv_heads, heads // kv_heads)
@@ -97,9 +101,11 @@ def tangent(
 
 
 def cotangent(
-    out_bar: Array, lse_bar: Array, saved: Saved, wrt: tuple[bool, bool, bool, bool], **parameters: Any
+    out_bar: Array, lse_bar: Array, saved: Saved, wrt: tuple[bool, bool, bool, bool], layout: str, **parameters: Any
 ) -> list[Array]:
     """Cotangents of those of q, k_pages, v_pages and sinks that `wrt` names, in that order, in their dtypes."""
+    pools = (saved.k_pages, saved.v_pages)
+    saved = _split(saved, layout)
     kv_heads = saved.k_pages.shape[2]
     scale = parameters["scale"]
     q, out_bars = _grouped(saved.q, kv_heads), _grouped(out_bar, kv_heads)
@@ -126,12 +132,20 @@ def cotangent(
 
     like = (q, saved.k_pages, saved.v_pages)
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) if w else None for x, w in zip(like, wrt[:3], strict=True))
-    bars = _for_each_block(visit, zeros, saved, **parameters) if any(wrt[:3]) else zeros
-    originals = (saved.q, saved.k_pages, saved.v_pages)
-    results = [bar.reshape(x.shape).astype(x.dtype) for bar, x in zip(bars, originals, strict=True) if bar is not None]
+    q_bar, *pool_bars = _for_each_block(visit, zeros, saved, **parameters) if any(wrt[:3]) else zeros
+    results = [] if q_bar is None else [q_bar.reshape(saved.q.shape).astype(saved.q.dtype)]
+    for which, (bar, pool) in enumerate(zip(pool_bars, pools, strict=True)):
+        if bar is not None:
+            results.append(LAYOUTS[layout].merge(bar.astype(pool.dtype), which, pool))
     if wrt[3]:
         results.append(_sinks_bar(-_sink_share(saved) * row_term, saved))
     return results
+
+
+def _split(saved: Saved, layout: str) -> Saved:
+    """With pools `[P, S, K, H]`, whatever the layout."""
+    k_pages, v_pages = (LAYOUTS[layout].split(x, i) for i, x in enumerate((saved.k_pages, saved.v_pages)))
+    return dataclasses.replace(saved, k_pages=k_pages, v_pages=v_pages)
 
 
 def _for_each_block(

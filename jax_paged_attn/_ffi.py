@@ -17,11 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jax_paged_attn._layouts import LAYOUTS
+
 _MODULES = {"cpu": "jax_paged_attn._cpu", "cuda": "jax_paged_attn._cuda"}
 # What XLA calls the platforms that JAX lowers for.
 _XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 
 ATTENTION_TARGET = "jax_paged_attn.attention.v1"
+# For pools of every layout; what "split" ones need, v1 does, so that programs exported with them stay as they were.
+ATTENTION_LAYOUT_TARGET = "jax_paged_attn.attention.v2"
 WRITE_TARGET = "jax_paged_attn.write.v1"
 
 # How many ranges the keys of a sequence are cut into at most; kMaxSplits in cpp/core/workspace.h.
@@ -117,7 +121,14 @@ def workspace_limit_cuda() -> int:
 
 
 def cublaslt_workspace_bytes(
-    q: Array, k_pages: Array, block_tables: Array, *, decode: bool, batch_invariant: bool, workspace_limit: int
+    q: Array,
+    k_pages: Array,
+    block_tables: Array,
+    *,
+    decode: bool,
+    batch_invariant: bool,
+    workspace_limit: int,
+    layout: str = "split",
 ) -> Any:
     """Size of the workspace of "cublaslt", exact for known sizes and enough for symbolic ones.
 
@@ -128,17 +139,24 @@ def cublaslt_workspace_bytes(
     module = compiled("cuda")
     dtypes = (str(q.dtype), str(k_pages.dtype))
     num_rows, num_q_heads, head_dim = q.shape
-    page_size, num_kv_heads = k_pages.shape[1:3]
+    page_size, num_kv_heads = LAYOUTS[layout].page_size(k_pages), LAYOUTS[layout].kv_heads(k_pages)
     num_seqs, max_pages = block_tables.shape
     if all(isinstance(size, int) for size in (num_rows, num_seqs, max_pages)):
         sizes = (num_rows, num_q_heads, num_kv_heads, head_dim, page_size, num_seqs, max_pages)
-        return module.attention_plan(*dtypes, *sizes, decode, workspace_limit)["workspace_bytes"]
-    bound = module.workspace_bound(*dtypes, num_q_heads, num_kv_heads, head_dim, page_size, workspace_limit)
+        return module.attention_plan(*dtypes, *sizes, decode, workspace_limit, layout)["workspace_bytes"]
+    bound = module.workspace_bound(*dtypes, num_q_heads, num_kv_heads, head_dim, page_size, workspace_limit, layout)
     return (num_rows + num_seqs) * module.WORKSPACE_BYTES_PER_ROW + bound
 
 
 def fused_workspace_bytes(
-    q: Array, k_pages: Array, block_tables: Array, *, decode: bool, batch_invariant: bool, workspace_limit: int
+    q: Array,
+    k_pages: Array,
+    block_tables: Array,
+    *,
+    decode: bool,
+    batch_invariant: bool,
+    workspace_limit: int,
+    layout: str = "split",
 ) -> Any:
     """Size of the workspace of "fused", exact for known sizes and enough for symbolic ones.
 
@@ -148,7 +166,7 @@ def fused_workspace_bytes(
     del workspace_limit  # it is far below
     module = compiled("cuda")
     num_rows, num_q_heads, head_dim = q.shape
-    num_kv_heads, num_seqs = k_pages.shape[2], block_tables.shape[0]
+    num_kv_heads, num_seqs = LAYOUTS[layout].kv_heads(k_pages), block_tables.shape[0]
     heads = (num_q_heads, num_kv_heads, head_dim)
     if isinstance(num_rows, int) and isinstance(num_seqs, int):
         return module.fused_workspace_bytes(num_rows, *heads, num_seqs, decode, batch_invariant)
@@ -180,7 +198,7 @@ def attention_cpu(*operands: Array, decode: bool, batch_invariant: bool, **param
 
 
 def attention_cuda(
-    *operands: Array, engine: str, decode: bool, batch_invariant: bool, **parameters: Any
+    *operands: Array, engine: str, decode: bool, batch_invariant: bool, layout: str, **parameters: Any
 ) -> tuple[Array, Array]:
     """Attention on an engine for CUDA; operands and parameters as in docs/architecture.md.
 
@@ -190,7 +208,7 @@ def attention_cuda(
     limit = workspace_limit_cuda()
     q, k_pages, _, block_tables, *_ = operands
     workspace = _CUDA_WORKSPACES[engine](
-        q, k_pages, block_tables, decode=decode, batch_invariant=batch_invariant, workspace_limit=limit
+        q, k_pages, block_tables, decode=decode, batch_invariant=batch_invariant, workspace_limit=limit, layout=layout
     )
     attributes = {
         "decode": bool(decode),
@@ -202,7 +220,7 @@ def attention_cuda(
         # The rows are known then: XLA would make both arrays anew in each call.
         none = jnp.zeros(0, jnp.int32)
         operands = (*operands[:5], none, none, *operands[7:])
-    return _attention(operands, workspace, attributes, **parameters)
+    return _attention(operands, workspace, attributes, layout=layout, **parameters)
 
 
 def _attention(
@@ -214,6 +232,7 @@ def _attention(
     soft_cap: float,
     sliding_window: int,
     causal: bool,
+    layout: str,
 ) -> tuple[Array, Array]:
     """Calls the attention target; `attributes` are those that one platform has beyond the common ones."""
     q = operands[0]
@@ -222,12 +241,14 @@ def _attention(
         jax.ShapeDtypeStruct(q.shape[:2], jnp.float32),
         jax.ShapeDtypeStruct((workspace_bytes,), jnp.uint8),
     )
-    out, lse, _ = jax.ffi.ffi_call(ATTENTION_TARGET, results)(
+    target, of_layout = (ATTENTION_TARGET, {}) if layout == "split" else (ATTENTION_LAYOUT_TARGET, {"layout": layout})
+    out, lse, _ = jax.ffi.ffi_call(target, results)(
         *operands,
         scale=np.float32(scale),
         soft_cap=np.float32(soft_cap),
         sliding_window=np.int64(sliding_window),
         causal=bool(causal),
+        **of_layout,
         **(attributes or {}),
     )
     return out, lse

@@ -13,7 +13,7 @@ from jax import Array
 
 
 class Axis(enum.Enum):
-    """What the leading axis of an operand counts."""
+    """What the leading axis of an operand counts; of a pool, the axis of its pages."""
 
     ROWS = enum.auto()  # query rows, or new tokens
     SEQUENCES = enum.auto()
@@ -33,13 +33,18 @@ _TIED = (*POOLS, Axis.SINKS)
 
 
 def fold(
-    axes: Sequence[Axis], operands: Sequence[Array], dims: Sequence[int | None], mapped: Collection[Axis] = ()
+    axes: Sequence[Axis],
+    operands: Sequence[Array],
+    dims: Sequence[int | None],
+    mapped: Collection[Axis] = (),
+    page_axis: int = 0,
 ) -> tuple[list[Array], int]:
-    """Folds the mapped axis `dims[i]` of each operand (None: not mapped) into its leading axis.
+    """Folds the mapped axis `dims[i]` of each operand (None: not mapped) into its leading axis, of pools into pages.
 
     Args:
       axes, operands, dims: one entry an operand.
       mapped: kinds to treat as mapped even if no operand of theirs is, because results of that kind must be.
+      page_axis: the axis of pools that counts pages.
 
     Returns:
       The folded operands, and the size V of the mapped axis.
@@ -47,7 +52,7 @@ def fold(
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
     together = set(mapped) | {a for a, d in zip(axes, dims, strict=True) if d is not None and a in _TIED}
     shapes = [_without(d, x.shape) for x, d in zip(operands, dims, strict=True)]
-    pages = {axis: shape[0] for axis, shape in zip(axes, shapes, strict=True) if axis in POOLS}
+    pages = {axis: shape[page_axis] for axis, shape in zip(axes, shapes, strict=True) if axis in POOLS}
     repeats = _repeats_of_smaller_pool(pages, together)
 
     folded: list[Array] = []
@@ -58,7 +63,8 @@ def fold(
             if not is_mapped:
                 folded.append(x)
                 continue
-            stacked = jnp.tile(stacked, (1, repeats.get(axis, 1), 1, 1, 1))
+            repeated = [repeats.get(axis, 1) if i == page_axis + 1 else 1 for i in range(stacked.ndim)]
+            stacked = jnp.tile(stacked, repeated)
         if axis in (Axis.SINKS, Axis.SCALES) and not is_mapped and x.shape[0] in (0, 1):
             folded.append(x)  # one row serves every sequence already
             continue
@@ -73,13 +79,25 @@ def fold(
             # Strangers become -1 first: shifted, a bad id could land in the pool of a neighbour.
             shift = jnp.expand_dims(copies * in_use, tuple(range(1, stacked.ndim)))
             stacked = jnp.where((stacked >= 0) & (stacked < in_use), stacked + shift, -1)
-        folded.append(stacked.reshape(size * stacked.shape[1], *stacked.shape[2:]))
+        folded.append(_merge(stacked, page_axis if axis in POOLS else 0))
     return folded, size
 
 
-def unfold(results: Sequence[Array], size: int) -> list[Array]:
-    """The inverse for results: `[V·n, ...]` -> `[V, n, ...]`."""
-    return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in results]
+def unfold(
+    axes: Sequence[Axis], results: Sequence[Array], size: int, page_axis: int = 0
+) -> tuple[list[Array], list[int]]:
+    """The inverse for results, `[V·n, ...]` -> `[V, n, ...]`; and which axis of each one is the mapped one."""
+    dims = [page_axis if axis in POOLS else 0 for axis in axes]
+    split = [
+        x.reshape(*x.shape[:d], size, x.shape[d] // size, *x.shape[d + 1 :]) for x, d in zip(results, dims, strict=True)
+    ]
+    return split, dims
+
+
+def _merge(stacked: Array, axis: int) -> Array:
+    """Makes the leading axis and the one that is number `axis` behind it one axis."""
+    x = jnp.moveaxis(stacked, 0, axis)
+    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
 
 
 def _without(dim: int | None, shape: tuple[int, ...]) -> tuple[int, ...]:

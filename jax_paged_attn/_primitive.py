@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_paged_attn import _checks, _differentiation, _engines, _ffi, _reference
 from jax_paged_attn._folding import Axis, fold, unfold
+from jax_paged_attn._layouts import LAYOUTS
 
 # The ten operands of attention, as in docs/architecture.md.
 _OPERANDS = (
@@ -70,17 +71,17 @@ def write(*operands: Array) -> tuple[Array, Array]:
     return k_pages, v_pages
 
 
-def check_sizes(num_heads: int, kv_heads: int, head_dim: int, page_size: int) -> None:
-    """Raises ValueError for sizes that no call can have."""
+def check_sizes(num_heads: int, kv_heads: int, head_dim: int, page_size: int, pool: str = "k_pages") -> None:
+    """Raises ValueError for sizes that no call can have; `pool` is what errors call the pool of keys."""
     for name, size in (("q: query heads N", num_heads), ("q: head dim H", head_dim)):
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
-    for name, size in (("k_pages: page size S", page_size), ("k_pages: key/value heads K", kv_heads)):
+    for name, size in ((f"{pool}: page size S", page_size), (f"{pool}: key/value heads K", kv_heads)):
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
     if num_heads % kv_heads:
         raise ValueError(
-            f"q: expected query heads divisible by the {kv_heads} key/value heads of k_pages, got {num_heads}"
+            f"q: expected query heads divisible by the {kv_heads} key/value heads of {pool}, got {num_heads}"
         )
 
 
@@ -103,13 +104,13 @@ def _aval(like: Any, shape: tuple[int, ...], dtype: Any) -> ShapedArray:
 # ---- abstract evaluation ---------------------------------------------------------------------------------------------
 
 
-def describe(q: Any, k_pages: Any, decode: bool, batch_invariant: bool) -> _engines.Call:
+def describe(q: Any, k_pages: Any, decode: bool, batch_invariant: bool, layout: str) -> _engines.Call:
     """What the choice of an engine depends on, from the operands' shapes and dtypes and the static parameters."""
     return _engines.Call(
         num_heads=q.shape[1],
-        kv_heads=k_pages.shape[2],
+        kv_heads=LAYOUTS[layout].kv_heads(k_pages),
         head_dim=q.shape[2],
-        page_size=k_pages.shape[1],
+        page_size=LAYOUTS[layout].page_size(k_pages),
         q_dtype=str(q.dtype),
         page_dtype=str(k_pages.dtype),
         decode=decode,
@@ -118,25 +119,26 @@ def describe(q: Any, k_pages: Any, decode: bool, batch_invariant: bool) -> _engi
 
 
 def _attention_abstract(
-    *operands: Any, implementation: str | None, decode: bool, batch_invariant: bool, **_: Any
+    *operands: Any, implementation: str | None, decode: bool, batch_invariant: bool, layout: str, **_: Any
 ) -> list[Any]:
     q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale = operands
     dims = _checks.Dims()
     dims.match("q", q, "T N H", _checks.COMPUTE_DTYPES)
-    dims.match("k_pages", k_pages, "Pk S K H", (str(q.dtype), *_checks.QUANTIZED_DTYPES))
-    dims.match("v_pages", v_pages, "Pv S K H", (str(k_pages.dtype),))
+    k_name, v_name = LAYOUTS[layout].pools
+    dims.match(k_name, k_pages, LAYOUTS[layout].shape.replace("P", "Pk"), (str(q.dtype), *_checks.QUANTIZED_DTYPES))
+    dims.match(v_name, v_pages, LAYOUTS[layout].shape.replace("P", "Pv"), (str(k_pages.dtype),))
     dims.match("block_tables", block_tables, "B M", ("int32",))
     for name, x in (("kv_lens", kv_lens), ("q_starts", q_starts), ("q_counts", q_counts)):
         dims.match(name, x, "B", ("int32",))
     dims.match("sinks", sinks, "Xs N", ("float32",))
     dims.match("k_scale", k_scale, "Xk K", ("float32",))
     dims.match("v_scale", v_scale, "Xv K", ("float32",))
-    check_sizes(dims["N"], dims["K"], dims["H"], dims["S"])
+    check_sizes(dims["N"], dims["K"], dims["H"], dims["S"], k_name)
     for name, x in (("sinks", sinks), ("k_scale", k_scale), ("v_scale", v_scale)):
         _check_divides(name, x.shape[0], dims["B"])
     if decode and dims["T"] != dims["B"]:
         raise ValueError(f"q: expected one row for each of the {dims['B']} sequences, got {dims['T']}")
-    _engines.check_supported(describe(q, k_pages, decode, batch_invariant), implementation)
+    _engines.check_supported(describe(q, k_pages, decode, batch_invariant, layout), implementation)
     return [_aval(q, q.shape, q.dtype), _aval(q, q.shape[:2], jnp.float32)]
 
 
@@ -198,15 +200,17 @@ def _attention_lowering(platform: str | None) -> Callable[..., Any]:
         implementation: str | None,
         decode: bool,
         batch_invariant: bool,
+        layout: str,
         **static: Any,
     ) -> Any:
         q, k_pages, *_ = ctx.avals_in
         here = platform or _platform_of(ctx)
-        engine = _engines.choose(describe(q, k_pages, decode, batch_invariant), here, implementation).engine
+        engine = _engines.choose(describe(q, k_pages, decode, batch_invariant, layout), here, implementation).engine
+        static |= {"decode": decode, "layout": layout}
         if engine == "reference":
-            run = functools.partial(_reference.attention, decode=decode, **static)
+            run = functools.partial(_reference.attention, **static)
         else:
-            run = functools.partial(_ffi.ATTENTION[engine], decode=decode, batch_invariant=batch_invariant, **static)
+            run = functools.partial(_ffi.ATTENTION[engine], batch_invariant=batch_invariant, **static)
         return _inline(run)(ctx, *operands)
 
     return lower
@@ -237,41 +241,44 @@ def _cotangent_impl(
 # ---- batching --------------------------------------------------------------------------------------------------------
 
 
-def _batcher(
-    primitive: Primitive,
-    axes_of: Callable[..., tuple[tuple[Axis, ...], frozenset[Axis]]],
-) -> Callable[..., Any]:
-    """The batching rule; `axes_of(**parameters)`: the operands' axes, and those that results force to be mapped."""
+# Of operands and of results.
+_Axes = tuple[tuple[Axis, ...], tuple[Axis, ...]]
+
+
+def _batcher(primitive: Primitive, axes_of: Callable[..., _Axes]) -> Callable[..., Any]:
+    """The batching rule; `axes_of(**parameters)`: what the leading axes of operands and results count."""
 
     def batch(
         operands: Sequence[Array], dims: Sequence[int | None], **parameters: Any
     ) -> tuple[list[Array], list[int]]:
-        axes, forced = axes_of(**parameters)
-        folded, size = fold(axes, operands, dims, forced)
-        results = unfold(primitive.bind(*folded, **parameters), size)
-        return results, [0] * len(results)
+        axes, result_axes = axes_of(**parameters)
+        page_axis = LAYOUTS[parameters.get("layout", "split")].page_axis
+        # Each copy of the batch has a result of its own, of pools and sinks too, shared by all copies or not.
+        folded, size = fold(axes, operands, dims, frozenset(result_axes) - {Axis.ROWS}, page_axis)
+        return unfold(result_axes, primitive.bind(*folded, **parameters), size, page_axis)
 
     return batch
 
 
-def _attention_axes(**_: Any) -> tuple[tuple[Axis, ...], frozenset[Axis]]:
-    return _AXES, frozenset()
+def _attention_axes(**_: Any) -> _Axes:
+    return _AXES, (Axis.ROWS, Axis.ROWS)
 
 
-def _tangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> tuple[tuple[Axis, ...], frozenset[Axis]]:
-    dots = tuple(_AXES[i] for i, w in zip(_DIFFERENTIABLE, wrt, strict=True) if w)
-    return (*dots, *_AXES, Axis.ROWS, Axis.ROWS), frozenset()
+def _axes_with_respect_to(wrt: tuple[bool, ...]) -> tuple[Axis, ...]:
+    return tuple(_AXES[i] for i, w in zip(_DIFFERENTIABLE, wrt, strict=True) if w)
 
 
-def _cotangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> tuple[tuple[Axis, ...], frozenset[Axis]]:
-    # Each copy of the batch has a cotangent of its own for the pools and sinks, shared by all copies or not.
-    forced = frozenset(_AXES[i] for i, w in zip(_DIFFERENTIABLE, wrt, strict=True) if w) - {Axis.ROWS}
-    return (Axis.ROWS, Axis.ROWS, *_AXES, Axis.ROWS, Axis.ROWS), forced
+def _tangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> _Axes:
+    return (*_axes_with_respect_to(wrt), *_AXES, Axis.ROWS, Axis.ROWS), (Axis.ROWS, Axis.ROWS)
 
 
-def _write_axes() -> tuple[tuple[Axis, ...], frozenset[Axis]]:
+def _cotangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> _Axes:
+    return (Axis.ROWS, Axis.ROWS, *_AXES, Axis.ROWS, Axis.ROWS), _axes_with_respect_to(wrt)
+
+
+def _write_axes() -> _Axes:
     axes = (Axis.K_POOL, Axis.V_POOL, Axis.ROWS, Axis.ROWS, Axis.SLOTS, Axis.SCALES, Axis.SCALES)
-    return axes, frozenset((Axis.K_POOL, Axis.V_POOL))
+    return axes, (Axis.K_POOL, Axis.V_POOL)
 
 
 # ---- differentiation -------------------------------------------------------------------------------------------------
@@ -305,9 +312,9 @@ def _attention_jvp(
     results = attention_p.bind(*primals, implementation=implementation, batch_invariant=batch_invariant, **static)
     dots = [tangents[i] for i in _DIFFERENTIABLE]  # scales are constants
     wrt = tuple(_has_tangent(dot) for dot in dots)
-    for index in (1, 2):
+    for index, name in enumerate(LAYOUTS[static["layout"]].pools, start=1):
         if wrt[index]:
-            _reject_fp8(_OPERANDS[index], primals[index])
+            _reject_fp8(name, primals[index])
     if not any(wrt):
         return results, _zero_tangents(results)
     present = [dot for dot, w in zip(dots, wrt, strict=True) if w]

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jax_paged_attn._layouts import LAYOUTS
+
 # Products of float32 values would otherwise be rounded to tf32 or bfloat16 on GPUs and TPUs.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "soft_cap", "sliding_window", "causal", "decode"))
+@functools.partial(jax.jit, static_argnames=("scale", "soft_cap", "sliding_window", "causal", "decode", "layout"))
 def attention(
     q: Array,
     k_pages: Array,
@@ -32,8 +34,10 @@ def attention(
     sliding_window: int,
     causal: bool,
     decode: bool,
+    layout: str,
 ) -> tuple[Array, Array]:
     """Returns `out [T, N, H]` in q's dtype and `lse [T, N]` float32, for the primitive's operands and parameters."""
+    k_pages, v_pages = (LAYOUTS[layout].split(pool, which) for which, pool in enumerate((k_pages, v_pages)))
     num_rows, num_heads, head_dim = q.shape
     num_seqs = block_tables.shape[0]
     kv_heads = k_pages.shape[2]

@@ -62,6 +62,9 @@ class Case:
     k_scale: float | tuple[float, ...] | None = None
     v_scale: float | tuple[float, ...] | None = None
     keywords: dict[str, Any] = field(default_factory=dict)  # the static ones
+    # Of the pools that engines get: [P, S, K, H] each; or, by `jax_paged_attn.compat`, one [P, S, 2K, H] for ragged
+    # calls, and [K, P, S, H] each for decode with scale 1.
+    layout: Literal["split", "interleaved", "head_major"] = "split"
 
     def __str__(self) -> str:
         return self.name
@@ -441,7 +444,42 @@ def _tiles() -> list[Case]:
     return cases
 
 
-CASES: tuple[Case, ...] = (*_edges(), *_keywords(), *_dtypes(), *_shapes(), *_long(), *_tiles())
+def _layouts() -> list[Case]:
+    """The pools of JAX's own kernels: in place and gathered, with masks, bad ids and scales a head, in every way."""
+    bad = ((0, 0, -1), (1, 0, 19), (3, 1, INT32_MAX))
+    int8: dict[str, Any] = {"page_dtype": "int8", "k_scale": (0.02, 0.01), "v_scale": (0.01, 0.03)}
+    e4m3: dict[str, Any] = {"page_dtype": "e4m3", "k_scale": (0.5, 1.5), "v_scale": 1.9}
+    both = {"scale": 0.25, "sliding_window": 20, "soft_cap": 1.5}
+    prompts: dict[str, Any] = {"q_lens": (150, 1, 70, 33), "kv_lens": (150, 60, 70, 129), "max_pages": 10}
+    ragged: list[tuple[str, dict[str, Any]]] = [
+        ("f32", {}),
+        ("all", {"keywords": both, "sinks": True, "bad_ids": bad}),
+        ("page_size_64", {"page_size": 64, "max_pages": 2, "kv_lens": (128, 64, 1, 127), "dtype": "bf16"}),
+        ("page_size_17", {"page_size": 17, "dtype": "f16", "head_dim": 96}),
+        ("int8", {"dtype": "bf16", "head_dim": 64, **int8}),
+        ("prompts", {"dtype": "bf16", "head_dim": 128, "rows": 254, **prompts}),
+        ("prompts_window", {"num_heads": 6, "rows": 254, **prompts, "keywords": both}),
+        ("prompts_e4m3", {"dtype": "f16", "head_dim": 80, "rows": 254, **prompts, **e4m3}),
+        ("one_kv_head", {"num_kv_heads": 1, "dtype": "bf16", "rows": 254, **prompts}),
+    ]
+    decode: list[tuple[str, dict[str, Any]]] = [
+        ("f32", {}),
+        ("cap", {"keywords": {"scale": 1.0, "soft_cap": 2.0}, "sinks": True, "bad_ids": bad}),
+        ("page_size_64", {"page_size": 64, "max_pages": 3, "kv_lens": (1, 64, 130, 192), "dtype": "bf16"}),
+        ("page_size_17", {"page_size": 17, "dtype": "f16", "head_dim": 96}),
+        ("int8", {"dtype": "bf16", "head_dim": 64, "bad_ids": bad, **int8}),
+        ("e4m3", {"dtype": "f16", "head_dim": 80, "num_heads": 14, **e4m3}),
+        ("long", {"kv_lens": (5000, 37, 0, 1100), "max_pages": 320, "head_dim": 64, "dtype": "bf16"}),
+        ("one_kv_head", {"num_kv_heads": 1, "num_heads": 7, "dtype": "bf16"}),
+    ]
+    unscaled = replace(DECODE, keywords={"scale": 1.0}, q_factor=0.2)
+    return [
+        *(replace(MIXED, name=f"interleaved_{name}", **{"layout": "interleaved", **kw}) for name, kw in ragged),
+        *(replace(unscaled, name=f"head_major_{name}", **{"layout": "head_major", **kw}) for name, kw in decode),
+    ]
+
+
+CASES: tuple[Case, ...] = (*_edges(), *_keywords(), *_dtypes(), *_shapes(), *_long(), *_tiles(), *_layouts())
 BY_NAME: dict[str, Case] = {case.name: case for case in CASES}
 if len(BY_NAME) != len(CASES):
     raise ValueError("two cases share a name")

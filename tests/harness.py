@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -19,7 +20,7 @@ import oracle
 from cases import BY_NAME, DTYPES, LSE_BOUND, OUT_BOUND, Array, Case, build
 
 import jax_paged_attn as jpa
-from jax_paged_attn import _engines
+from jax_paged_attn import _engines, compat
 
 # A single row may be this much worse than the bound on the whole output: the bound alone would let one wrong row of
 # many pass, while a row of small values may exceed it by rounding.
@@ -33,7 +34,8 @@ UNDERFLOW = {"f32": 2.0**-126, "bf16": 2.0**-126, "f16": 2.0**-24}
 @functools.cache
 def compiled(function: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     """`jit` of a function of the package, one for each set of static keywords, so that cases share compilations."""
-    return jax.jit(functools.partial(getattr(jpa, function), **dict(static)))
+    module, _, name = function.rpartition(".")
+    return jax.jit(functools.partial(getattr(compat if module else jpa, name), **dict(static)))
 
 
 def call(function: str, *args: Any, **kwargs: Any) -> Any:
@@ -44,10 +46,36 @@ def call(function: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def run(case: Case, function: str | None = None, **keywords: Any) -> tuple[Array, Array]:
-    """`(out, lse)` of a case as NumPy arrays."""
-    args, traced = build(case).arguments()
-    out, lse = call(function or case.function, *args, **traced, **case.keywords, **keywords, return_lse=True)
+    """`(out, lse)` of a case as NumPy arrays; of a function named here with split pools, whatever the case has."""
+    split = dataclasses.replace(case, layout="split") if function else case
+    name, args, named = arguments(split)
+    out, lse = call(function or name, *args, **named, **keywords, return_lse=True)
     return np.asarray(out), np.asarray(lse)
+
+
+def arguments(case: Case) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    """The function that takes pools of the case's layout, with its arguments: static keywords too."""
+    args, traced = build(case).arguments()
+    named = {**traced, **case.keywords}
+    if case.layout == "split":
+        return case.function, args, named
+    q, k_pages, v_pages, *rest = args
+    if case.layout == "interleaved":
+        kv_lens, tables, cu_q_lens, num_seqs = rest
+        num_seqs = np.array([len(kv_lens)], np.int32) if num_seqs is None else num_seqs
+        named["sm_scale"] = named.pop("scale", case.head_dim**-0.5)
+        pools = (interleave(k_pages, v_pages),)
+        return "compat.ragged_paged_attention", (q, *pools, kv_lens, tables, cu_q_lens, num_seqs), named
+    assert named.pop("scale") == 1
+    named["attn_logits_soft_cap"] = named.pop("soft_cap", None)
+    pools = tuple(np.ascontiguousarray(np.moveaxis(x, 2, 0)) for x in (k_pages, v_pages))
+    return "compat.paged_attention", (q, *pools, *rest), named
+
+
+def interleave(k_pages: Any, v_pages: Any) -> Any:
+    """`[P, S, K, H]` each -> `[P, S, 2K, H]`, each key head in front of its value head."""
+    pages, page_size, kv_heads, head_dim = k_pages.shape
+    return np.stack([k_pages, v_pages], axis=3).reshape(pages, page_size, 2 * kv_heads, head_dim)
 
 
 _expected: dict[str, tuple[Array, Array]] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -80,10 +80,11 @@ def recorded(function: Any, *operands: Any, **parameters: Any) -> Call:
     return call
 
 
-def attention(engine: str, decode: bool = False) -> Call:
+def attention(engine: str, decode: bool = False, layout: str = "split") -> Call:
     """Ragged attention, or decode, as the engine is called."""
     dtype, head_dim = (jnp.bfloat16, 64) if engine == "fused" else (jnp.float32, 8)
-    pool, rows = jnp.zeros((P, S, K, head_dim), dtype), jnp.zeros(B, jnp.int32)
+    shapes = {"split": (P, S, K), "interleaved": (P, S, 2 * K), "head_major": (K, P, S)}
+    pool, rows = jnp.zeros((*shapes[layout], head_dim), dtype), jnp.zeros(B, jnp.int32)
     return recorded(
         _ffi.ATTENTION[engine],
         jnp.zeros((B if decode else T, N, head_dim), dtype),
@@ -97,6 +98,7 @@ def attention(engine: str, decode: bool = False) -> Call:
         soft_cap=0.0,
         sliding_window=0,
         causal=True,
+        layout=layout,
     )
 
 
@@ -108,7 +110,9 @@ def write() -> Call:
 # ---- What may be wrong with a call -----------------------------------------------------------------------------------
 
 
-def wrong_arrays(call: Call, names: tuple[str, ...], field: str) -> Iterator[Call]:
+def wrong_arrays(
+    call: Call, names: tuple[str, ...], field: str, free_sizes: Container[tuple[str, int]] = FREE
+) -> Iterator[Call]:
     """Each operand, or result, with another dtype, rank and size, one too few, none, and one too many."""
     arrays: tuple[jax.ShapeDtypeStruct, ...] = getattr(call, field)
     for i, (name, spec) in enumerate(zip(names, arrays, strict=True)):
@@ -122,7 +126,7 @@ def wrong_arrays(call: Call, names: tuple[str, ...], field: str) -> Iterator[Cal
                 if other != size
             ]
         for what, new_shape, dtype in changed:
-            free = what.startswith("axis") and (name, int(what.split()[1])) in FREE and field == "operands"
+            free = what.startswith("axis") and (name, int(what.split()[1])) in free_sizes and field == "operands"
             # Of two arrays of unlike dtype either one may be named, and any one of unlike size.
             named = MISMATCH if what.startswith("axis") else MISMATCH.replace(r"\w+", f"({name}|k_pages|v_pages|v|out)")
             error = None if free else named
@@ -158,6 +162,7 @@ def wrong_attributes(call: Call) -> Iterator[Call]:
         "workspace_limit": [np.int64(-1), np.int64(-(2**63))],
         "engine": ["", "cpu", "fuse", "fused\0", "x" * 1000],
         "decode": [not call.attributes.get("decode")],
+        "layout": ["", "interleave", "transposed"],
     }
     for name, value in ((name, value) for name, values in ranges.items() for value in values):
         if name in call.attributes:
@@ -181,6 +186,14 @@ def malformed_attention(engine: str) -> Iterator[Call]:
             yield replace(wrong, error=None) if more_workspace and engine != "cpu" else wrong
         three = jax.ShapeDtypeStruct((3, K), jnp.float32)  # of which two sequences can have no equal share
         yield replace(call, operands=(*call.operands[:-1], three), label="v_scale: 3 rows", error="v_scale: expected")
+
+    for layout, page_axis in (("interleaved", 0), ("head_major", 1)):
+        call = attention(engine, layout=layout)
+        yield call
+        yield from (wrong for wrong in wrong_attributes(call) if "layout" in wrong.label)
+        for wrong in wrong_arrays(call, ATTENTION_OPERANDS, "operands", {(name, page_axis) for name in WRITE_RESULTS}):
+            if wrong.label.startswith(WRITE_RESULTS) and ": dtype" not in wrong.label:
+                yield wrong
 
 
 def malformed_writes() -> Iterator[Call]:

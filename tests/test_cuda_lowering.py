@@ -14,7 +14,7 @@ import pytest
 from jax.export import symbolic_shape
 
 import jax_paged_attn as jpa
-from jax_paged_attn import _ffi
+from jax_paged_attn import _ffi, compat
 
 OURS = [jax.export.DisabledSafetyCheck.custom_call(_ffi.ATTENTION_TARGET)]
 CONSTANT, PER_ROW, PER_SEQUENCE = 1_000_000, 4096, 16
@@ -83,6 +83,35 @@ def test_attributes_of_the_call(args: tuple[Any, ...], batch_invariant: bool) ->
     assert f"batch_invariant = {str(batch_invariant).lower()}" in attributes
     assert f"decode = {str(len(args) == 5).lower()}" in attributes
     assert f"workspace_limit = {256 << 20} : i64" in attributes
+
+
+@pytest.mark.parametrize("cuda_engine", ["fused", "cublaslt"])
+@pytest.mark.parametrize("layout", ["interleaved", "head_major"])
+def test_layouts_have_a_target_of_their_own(monkeypatch: pytest.MonkeyPatch, layout: str, cuda_engine: str) -> None:
+    asked = []
+    monkeypatch.setattr(StandIn, "attention_plan", lambda _, *sizes: asked.append(sizes) or {"workspace_bytes": 77})
+    q, pages, _, *rest = specs(3) if layout == "head_major" else specs(3, 40)
+    pool = (2, 99, 16, 64) if layout == "head_major" else (99, 16, 4, 64)
+    pages = jax.ShapeDtypeStruct(pool, pages.dtype)
+    if layout == "head_major":
+        function: Any = compat.paged_attention
+        args = (q, pages, pages, *rest)
+    else:
+        function = compat.ragged_paged_attention
+        args = (q, pages, *rest, jax.ShapeDtypeStruct((1,), jnp.int32))
+    text = (
+        jax.jit(functools.partial(function, implementation=cuda_engine))
+        .trace(*args)
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+    )
+    assert f"custom_call @{_ffi.ATTENTION_LAYOUT_TARGET}" in text
+    assert f'layout = "{layout}"' in text
+    expected = {"head_major": CONSTANT, "interleaved": CONSTANT + 3 * PER_SEQUENCE}[layout]
+    assert workspace_bytes(text) == (77 if cuda_engine == "cublaslt" else expected)
+    rows = 3 if layout == "head_major" else 40
+    sizes = ("bfloat16", "bfloat16", rows, 8, 2, 64, 16, 3, 7, layout == "head_major", 256 << 20, layout)
+    assert asked == ([sizes] if cuda_engine == "cublaslt" else [])
 
 
 def test_every_engine_gets_its_own_workspace() -> None:

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "core/problem.h"
+
 namespace jpa {
 
 struct PageStrides {
@@ -12,10 +14,24 @@ struct PageStrides {
   int64_t head;
 };
 
+// Of a pool of `num_pages` pages without gaps.
+constexpr PageStrides StridesOf(PageLayout layout, int64_t num_pages, int64_t page_size, int64_t num_kv_heads,
+                                int64_t head_dim) {
+  switch (layout) {
+    case PageLayout::kSplit:
+      return {page_size * num_kv_heads * head_dim, num_kv_heads * head_dim, head_dim};
+    case PageLayout::kInterleaved:
+      return {2 * page_size * num_kv_heads * head_dim, 2 * num_kv_heads * head_dim, 2 * head_dim};
+    case PageLayout::kHeadMajor:
+      return {page_size * head_dim, head_dim, num_pages * page_size * head_dim};
+  }
+  return {};
+}
+
 struct AttentionParams {
   const void* q;                // [T, N, H] in q_dtype
   const void* k_pages;          // [Pk, S, K, H] in kv_dtype, through k_strides
-  const void* v_pages;          // [Pv, S, K, H] in kv_dtype, through v_strides
+  const void* v_pages;          // [Pv, S, K, H] in kv_dtype, through v_strides; may lie in the same array
   const int32_t* block_tables;  // [B, M], page ids; outside [0, max(Pk, Pv)) the page's tokens are masked
   const int32_t* kv_lens;       // [B], clipped to [0, M * S]
   const int32_t* q_starts;      // [B], first query row of the sequence; null (decode on CUDA): row b of q

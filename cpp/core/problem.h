@@ -22,6 +22,13 @@ constexpr int64_t ByteWidth(DType dtype) {
   return 0;
 }
 
+// Where keys and values stand in their pools.
+enum class PageLayout : uint8_t {
+  kSplit,        // [P, S, K, H] each
+  kInterleaved,  // one [P, S, 2K, H] for both: key head k is 2k, value head k is 2k + 1
+  kHeadMajor,    // [K, P, S, H] each
+};
+
 struct AttentionProblem {
   DType q_dtype;         // of q and out: f32, bf16 or f16
   DType kv_dtype;        // of both pools
@@ -37,6 +44,7 @@ struct AttentionProblem {
   int64_t num_sinks;     // X of sinks: 0 (none) or a divisor of B; sequence b uses row b / (B / X)
   int64_t num_k_scales;  // X of k_scale, likewise
   int64_t num_v_scales;  // X of v_scale, likewise
+  PageLayout layout = PageLayout::kSplit;
 };
 
 struct WriteProblem {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <string_view>
 #include <utility>
 
 #include "cache/write.h"
@@ -25,12 +26,14 @@ class XlaTaskRunner : public TaskRunner {
   ffi::ThreadPool& pool_;
 };
 
+// The layout is an attribute of v2; v1 means "split".
+template <typename... Layout>
 ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages,
                      ffi::AnyBuffer block_tables, ffi::AnyBuffer kv_lens, ffi::AnyBuffer q_starts,
                      ffi::AnyBuffer q_counts, ffi::AnyBuffer sinks, ffi::AnyBuffer k_scale,
                      ffi::AnyBuffer v_scale, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
                      ffi::Result<ffi::AnyBuffer> workspace, float scale, float soft_cap,
-                     int64_t sliding_window, bool causal) {
+                     int64_t sliding_window, bool causal, Layout... layout) {
   return Guard([&] {
     const AttentionBuffers buffers = {{"q", q},
                                       {"k_pages", k_pages},
@@ -45,13 +48,11 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_pa
                                       {"out", *out},
                                       {"lse", *lse},
                                       {"workspace", *workspace}};
+    AttentionAttributes attributes = {scale, soft_cap, sliding_window, causal, false, "split"};
+    ((attributes.layout = layout), ...);
     AttentionProblem problem;
     AttentionParams params;
-    if (Status s =
-            ParseAttention(buffers, {scale, soft_cap, sliding_window, causal, false}, &problem, &params);
-        !s.ok()) {
-      return s;
-    }
+    if (Status s = ParseAttention(buffers, attributes, &problem, &params); !s.ok()) return s;
     const int64_t workspace_bytes =
         AttentionWorkspaceBytes(problem.num_seqs, problem.num_q_heads, problem.head_dim);
     if (Status s = Expect(buffers.workspace, ffi::DataType::U8, {workspace_bytes}); !s.ok()) return s;
@@ -84,26 +85,32 @@ ffi::Error Write(ffi::ThreadPool pool, ffi::AnyBuffer k_pages, ffi::AnyBuffer v_
   });
 }
 
-XLA_FFI_DEFINE_HANDLER(kAttention, Attention,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<ffi::AnyBuffer>()  // q
-                           .Arg<ffi::AnyBuffer>()  // k_pages
-                           .Arg<ffi::AnyBuffer>()  // v_pages
-                           .Arg<ffi::AnyBuffer>()  // block_tables
-                           .Arg<ffi::AnyBuffer>()  // kv_lens
-                           .Arg<ffi::AnyBuffer>()  // q_starts
-                           .Arg<ffi::AnyBuffer>()  // q_counts
-                           .Arg<ffi::AnyBuffer>()  // sinks
-                           .Arg<ffi::AnyBuffer>()  // k_scale
-                           .Arg<ffi::AnyBuffer>()  // v_scale
-                           .Ret<ffi::AnyBuffer>()  // out
-                           .Ret<ffi::AnyBuffer>()  // lse
-                           .Ret<ffi::AnyBuffer>()  // workspace
-                           .Attr<float>("scale")
-                           .Attr<float>("soft_cap")
-                           .Attr<int64_t>("sliding_window")
-                           .Attr<bool>("causal"));
+auto BindAttentionV1() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()  // q
+      .Arg<ffi::AnyBuffer>()  // k_pages
+      .Arg<ffi::AnyBuffer>()  // v_pages
+      .Arg<ffi::AnyBuffer>()  // block_tables
+      .Arg<ffi::AnyBuffer>()  // kv_lens
+      .Arg<ffi::AnyBuffer>()  // q_starts
+      .Arg<ffi::AnyBuffer>()  // q_counts
+      .Arg<ffi::AnyBuffer>()  // sinks
+      .Arg<ffi::AnyBuffer>()  // k_scale
+      .Arg<ffi::AnyBuffer>()  // v_scale
+      .Ret<ffi::AnyBuffer>()  // out
+      .Ret<ffi::AnyBuffer>()  // lse
+      .Ret<ffi::AnyBuffer>()  // workspace
+      .Attr<float>("scale")
+      .Attr<float>("soft_cap")
+      .Attr<int64_t>("sliding_window")
+      .Attr<bool>("causal");
+}
+
+XLA_FFI_DEFINE_HANDLER(kAttentionV1, Attention<>, BindAttentionV1());
+
+XLA_FFI_DEFINE_HANDLER(kAttentionV2, Attention<std::string_view>,
+                       BindAttentionV1().Attr<std::string_view>("layout"));
 
 XLA_FFI_DEFINE_HANDLER(kWrite, Write,
                        ffi::Ffi::Bind()
@@ -121,7 +128,8 @@ XLA_FFI_DEFINE_HANDLER(kWrite, Write,
 
 }  // namespace
 
-void* AttentionCpuHandler() { return reinterpret_cast<void*>(kAttention); }
+void* AttentionV1CpuHandler() { return reinterpret_cast<void*>(kAttentionV1); }
+void* AttentionV2CpuHandler() { return reinterpret_cast<void*>(kAttentionV2); }
 void* WriteCpuHandler() { return reinterpret_cast<void*>(kWrite); }
 
 std::string FfiApiVersion() {

@@ -5,8 +5,9 @@
 
 namespace jpa {
 
-void* AttentionCpuHandler();  // target jax_paged_attn.attention.v1
-void* WriteCpuHandler();      // target jax_paged_attn.write.v1
+void* AttentionV1CpuHandler();  // target jax_paged_attn.attention.v1
+void* AttentionV2CpuHandler();  // target jax_paged_attn.attention.v2
+void* WriteCpuHandler();        // target jax_paged_attn.write.v1
 
 // Of the XLA FFI headers that the handlers were compiled with. A runtime accepts this version or older ones.
 std::string FfiApiVersion();

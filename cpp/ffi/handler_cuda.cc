@@ -17,7 +17,7 @@
 
 namespace jpa {
 
-// The attributes of the target on CUDA.
+// The attributes of target v1 on CUDA.
 struct AttentionCudaAttributes {
   float scale;
   float soft_cap;
@@ -27,7 +27,11 @@ struct AttentionCudaAttributes {
   bool batch_invariant;     // only "fused" promises it
   std::string_view engine;  // "fused" or "cublaslt"
   int64_t workspace_limit;  // of "cublaslt"
+  std::string_view layout = "split";
 };
+
+// Those of v2: the layout as well.
+struct AttentionCudaAttributesV2 : AttentionCudaAttributes {};
 
 }  // namespace jpa
 
@@ -39,6 +43,14 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jpa::AttentionCudaAttributes, ::xla::ffi::
                                       ::xla::ffi::StructMember<bool>("batch_invariant"),
                                       ::xla::ffi::StructMember<std::string_view>("engine"),
                                       ::xla::ffi::StructMember<int64_t>("workspace_limit"));
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    jpa::AttentionCudaAttributesV2, ::xla::ffi::StructMember<float>("scale"),
+    ::xla::ffi::StructMember<float>("soft_cap"), ::xla::ffi::StructMember<int64_t>("sliding_window"),
+    ::xla::ffi::StructMember<bool>("causal"), ::xla::ffi::StructMember<bool>("decode"),
+    ::xla::ffi::StructMember<bool>("batch_invariant"), ::xla::ffi::StructMember<std::string_view>("engine"),
+    ::xla::ffi::StructMember<int64_t>("workspace_limit"),
+    ::xla::ffi::StructMember<std::string_view>("layout"));
 
 namespace jpa {
 namespace {
@@ -136,8 +148,8 @@ Status Parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
   const AttentionBuffers named = {buffers[0],  buffers[1],  buffers[2], buffers[3], buffers[4],
                                   buffers[5],  buffers[6],  buffers[7], buffers[8], buffers[9],
                                   buffers[10], buffers[11], buffers[12]};
-  const AttentionAttributes shared = {attributes.scale, attributes.soft_cap, attributes.sliding_window,
-                                      attributes.causal, attributes.decode};
+  const AttentionAttributes shared = {attributes.scale,  attributes.soft_cap, attributes.sliding_window,
+                                      attributes.causal, attributes.decode,   attributes.layout};
   if (Status s = ParseAttention(named, shared, &call->problem, &call->params); !s.ok()) return s;
   call->workspace_bytes = named.workspace.dim(0);
   return Status::Ok();
@@ -175,29 +187,45 @@ ffi::Error Execute(cudaStream_t stream, AttentionState* state, ffi::RemainingArg
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate, ffi::Ffi::BindInstantiate());
 
-XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
-                       ffi::Ffi::BindInitialize()
-                           .Ctx<ffi::State<AttentionState>>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attrs<AttentionCudaAttributes>());
+template <typename Attributes>
+auto BindInitialize() {
+  return ffi::Ffi::BindInitialize()
+      .Ctx<ffi::State<AttentionState>>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attrs<Attributes>();
+}
+
+template <typename Attributes>
+auto BindExecute() {
+  return ffi::Ffi::BindExecute()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .Ctx<ffi::State<AttentionState>>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attrs<Attributes>();
+}
+
+XLA_FFI_DEFINE_HANDLER(kInitializeV1, Initialize, BindInitialize<AttentionCudaAttributes>());
+XLA_FFI_DEFINE_HANDLER(kInitializeV2, Initialize, BindInitialize<AttentionCudaAttributesV2>());
 
 // The same launches at every call of a compiled program, whatever the arrays hold, so a command buffer may
 // hold them.
-XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
-                       ffi::Ffi::BindExecute()
-                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                           .Ctx<ffi::State<AttentionState>>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attrs<AttentionCudaAttributes>(),
+XLA_FFI_DEFINE_HANDLER(kExecuteV1, Execute, BindExecute<AttentionCudaAttributes>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kExecuteV2, Execute, BindExecute<AttentionCudaAttributesV2>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 
-AttentionCudaHandlers GetAttentionCudaHandlers() {
-  return {reinterpret_cast<void*>(kInstantiate), reinterpret_cast<void*>(kInitialize),
-          reinterpret_cast<void*>(kExecute)};
+AttentionCudaHandlers AttentionV1CudaHandlers() {
+  return {reinterpret_cast<void*>(kInstantiate), reinterpret_cast<void*>(kInitializeV1),
+          reinterpret_cast<void*>(kExecuteV1)};
+}
+
+AttentionCudaHandlers AttentionV2CudaHandlers() {
+  return {reinterpret_cast<void*>(kInstantiate), reinterpret_cast<void*>(kInitializeV2),
+          reinterpret_cast<void*>(kExecuteV2)};
 }
 
 AttentionCudaStateType GetAttentionCudaStateType() {

@@ -6,13 +6,14 @@
 
 namespace jpa {
 
-// One for each of XLA's stages, of target jax_paged_attn.attention.v1.
+// One for each of XLA's stages.
 struct AttentionCudaHandlers {
   void* instantiate;
   void* initialize;
   void* execute;
 };
-AttentionCudaHandlers GetAttentionCudaHandlers();
+AttentionCudaHandlers AttentionV1CudaHandlers();  // of target jax_paged_attn.attention.v1
+AttentionCudaHandlers AttentionV2CudaHandlers();  // of target jax_paged_attn.attention.v2
 
 // The type of what the first stage makes for the others: XLA_FFI_TypeId* and XLA_FFI_TypeInfo*.
 struct AttentionCudaStateType {

@@ -17,7 +17,8 @@ namespace {
 
 nb::dict Registrations() {
   nb::dict targets;
-  targets["jax_paged_attn.attention.v1"] = nb::capsule(jpa::AttentionCpuHandler());
+  targets["jax_paged_attn.attention.v1"] = nb::capsule(jpa::AttentionV1CpuHandler());
+  targets["jax_paged_attn.attention.v2"] = nb::capsule(jpa::AttentionV2CpuHandler());
   targets["jax_paged_attn.write.v1"] = nb::capsule(jpa::WriteCpuHandler());
   return targets;
 }

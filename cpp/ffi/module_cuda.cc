@@ -17,14 +17,18 @@ namespace nb = nanobind;
 
 namespace {
 
-nb::dict Registrations() {
-  const jpa::AttentionCudaHandlers attention = jpa::GetAttentionCudaHandlers();
+nb::dict Stages(const jpa::AttentionCudaHandlers& attention) {
   nb::dict stages;
   stages["instantiate"] = nb::capsule(attention.instantiate);
   stages["initialize"] = nb::capsule(attention.initialize);
   stages["execute"] = nb::capsule(attention.execute);
+  return stages;
+}
+
+nb::dict Registrations() {
   nb::dict targets;
-  targets["jax_paged_attn.attention.v1"] = stages;
+  targets["jax_paged_attn.attention.v1"] = Stages(jpa::AttentionV1CudaHandlers());
+  targets["jax_paged_attn.attention.v2"] = Stages(jpa::AttentionV2CudaHandlers());
   targets["jax_paged_attn.write.v1"] = nb::capsule(jpa::WriteCudaHandler());
   return targets;
 }
@@ -48,6 +52,13 @@ jpa::DType DTypeOf(const std::string& name) {
       "dtype: expected float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8, got " + name);
 }
 
+jpa::PageLayout LayoutOf(const std::string& name) {
+  if (name == "split") return jpa::PageLayout::kSplit;
+  if (name == "interleaved") return jpa::PageLayout::kInterleaved;
+  if (name == "head_major") return jpa::PageLayout::kHeadMajor;
+  throw std::invalid_argument("layout: expected split, interleaved or head_major, got " + name);
+}
+
 jpa::AttentionProblem Problem(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_rows,
                               int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t page_size,
                               int64_t num_seqs, int64_t max_pages) {
@@ -66,11 +77,12 @@ jpa::AttentionProblem Problem(const std::string& q_dtype, const std::string& kv_
 
 nb::dict AttentionPlan(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_rows,
                        int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t page_size,
-                       int64_t num_seqs, int64_t max_pages, bool decode, int64_t workspace_limit) {
-  const jpa::cublaslt::Plan plan =
-      jpa::cublaslt::MakePlan(Problem(q_dtype, kv_dtype, num_rows, num_q_heads, num_kv_heads, head_dim,
-                                      page_size, num_seqs, max_pages),
-                              decode, workspace_limit);
+                       int64_t num_seqs, int64_t max_pages, bool decode, int64_t workspace_limit,
+                       const std::string& layout) {
+  jpa::AttentionProblem problem = Problem(q_dtype, kv_dtype, num_rows, num_q_heads, num_kv_heads, head_dim,
+                                          page_size, num_seqs, max_pages);
+  problem.layout = LayoutOf(layout);
+  const jpa::cublaslt::Plan plan = jpa::cublaslt::MakePlan(problem, decode, workspace_limit);
   nb::dict result;
   result["workspace_bytes"] = plan.workspace_bytes;
   result["launches"] = plan.launches();
@@ -88,9 +100,12 @@ nb::dict AttentionPlan(const std::string& q_dtype, const std::string& kv_dtype, 
 }
 
 int64_t WorkspaceBound(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_q_heads,
-                       int64_t num_kv_heads, int64_t head_dim, int64_t page_size, int64_t workspace_limit) {
-  return jpa::cublaslt::WorkspaceBound(
-      Problem(q_dtype, kv_dtype, 1, num_q_heads, num_kv_heads, head_dim, page_size, 1, 1), workspace_limit);
+                       int64_t num_kv_heads, int64_t head_dim, int64_t page_size, int64_t workspace_limit,
+                       const std::string& layout) {
+  jpa::AttentionProblem problem =
+      Problem(q_dtype, kv_dtype, 1, num_q_heads, num_kv_heads, head_dim, page_size, 1, 1);
+  problem.layout = LayoutOf(layout);
+  return jpa::cublaslt::WorkspaceBound(problem, workspace_limit);
 }
 
 // A problem of which only what the engine `fused` sizes its workspace by is known.
@@ -129,15 +144,17 @@ NB_MODULE(_cuda, m) {
   m.def("attention_plan", &AttentionPlan, nb::arg("q_dtype"), nb::arg("kv_dtype"), nb::arg("num_rows"),
         nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"),
         nb::arg("num_seqs"), nb::arg("max_pages"), nb::arg("decode"), nb::arg("workspace_limit"),
+        nb::arg("layout") = "split",
         nb::sig("def attention_plan(q_dtype: str, kv_dtype: str, num_rows: int, num_q_heads: int, "
                 "num_kv_heads: int, "
                 "head_dim: int, page_size: int, num_seqs: int, max_pages: int, decode: bool, "
-                "workspace_limit: int) -> "
+                "workspace_limit: int, layout: str = 'split') -> "
                 "dict[str, int]"),
         "How \"cublaslt\" would run a call of these sizes: `workspace_bytes`, `launches`, and sizes of its "
         "parts.");
   m.def("workspace_bound", &WorkspaceBound, nb::arg("q_dtype"), nb::arg("kv_dtype"), nb::arg("num_q_heads"),
         nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"), nb::arg("workspace_limit"),
+        nb::arg("layout") = "split",
         "At least the workspace of any such call, less WORKSPACE_BYTES_PER_ROW for each row and sequence.");
   m.def("fused_workspace_bytes", &FusedWorkspaceBytes, nb::arg("num_rows"), nb::arg("num_q_heads"),
         nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("num_seqs"), nb::arg("decode"),

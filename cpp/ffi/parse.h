@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "core/params.h"
@@ -117,23 +119,65 @@ inline Status ParseFloating(const NamedBuffer& argument, DType* dtype) {
   return Mismatch(argument, "float32, bfloat16 or float16");
 }
 
-// The dtype and sizes of both pools.
-inline Status ExpectPages(const NamedBuffer& k_pages, const NamedBuffer& v_pages, DType* dtype) {
-  if (Status s = ExpectRank(k_pages, 4, "[P, S, K, H]"); !s.ok()) return s;
-  if (!ParseDType(k_pages.buffer.element_type(), dtype)) {
-    return Mismatch(k_pages, "float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8");
+// The shape of a pool, in the order of its axes.
+struct PoolShape {
+  const char* text;
+  size_t pages, page_size, heads;  // axes; the head dimension is the last one
+  int64_t heads_per_kv_head;
+};
+
+constexpr PoolShape ShapeOfPool(PageLayout layout) {
+  switch (layout) {
+    case PageLayout::kSplit:
+      return {"[P, S, K, H]", 0, 1, 2, 1};
+    case PageLayout::kInterleaved:
+      return {"[P, S, 2K, H]", 0, 1, 2, 2};
+    case PageLayout::kHeadMajor:
+      return {"[K, P, S, H]", 1, 2, 0, 1};
   }
-  for (size_t axis = 1; axis < 4; ++axis) {
-    if (k_pages.dim(axis) < 1) return Mismatch(k_pages, "at least 1 in dimensions S, K and H");
-  }
-  if (Status s = ExpectRank(v_pages, 4, "[P, S, K, H]"); !s.ok()) return s;
-  return Expect(v_pages, k_pages.buffer.element_type(),
-                {v_pages.dim(0), k_pages.dim(1), k_pages.dim(2), k_pages.dim(3)});
+  return {};
 }
 
-// [P, S, K, H] without gaps.
-inline PageStrides DenseStrides(int64_t page_size, int64_t num_kv_heads, int64_t head_dim) {
-  return {page_size * num_kv_heads * head_dim, num_kv_heads * head_dim, head_dim};
+inline Status ParseLayout(std::string_view name, PageLayout* layout) {
+  for (const auto& [known, value] : {std::pair{"split", PageLayout::kSplit},
+                                     {"interleaved", PageLayout::kInterleaved},
+                                     {"head_major", PageLayout::kHeadMajor}}) {
+    if (name == known) {
+      *layout = value;
+      return Status::Ok();
+    }
+  }
+  return Status::InvalidArgument("layout: expected split, interleaved or head_major, got " +
+                                 std::string(name));
+}
+
+// What both pools have in common.
+struct Pools {
+  DType dtype;
+  int64_t num_k_pages, num_v_pages, page_size, num_kv_heads, head_dim;
+};
+
+inline Status ParsePages(const NamedBuffer& k_pages, const NamedBuffer& v_pages, PageLayout layout,
+                         Pools* pools) {
+  const PoolShape shape = ShapeOfPool(layout);
+  if (Status s = ExpectRank(k_pages, 4, shape.text); !s.ok()) return s;
+  if (!ParseDType(k_pages.buffer.element_type(), &pools->dtype)) {
+    return Mismatch(k_pages, "float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8");
+  }
+  pools->num_k_pages = k_pages.dim(shape.pages);
+  pools->page_size = k_pages.dim(shape.page_size);
+  pools->head_dim = k_pages.dim(3);
+  const int64_t heads = k_pages.dim(shape.heads);
+  if (pools->page_size < 1 || heads < 1 || pools->head_dim < 1) {
+    return Mismatch(k_pages, "at least 1 in dimensions S, K and H");
+  }
+  if (heads % shape.heads_per_kv_head != 0) return Mismatch(k_pages, std::string("shape ") + shape.text);
+  pools->num_kv_heads = heads / shape.heads_per_kv_head;
+  if (Status s = ExpectRank(v_pages, 4, shape.text); !s.ok()) return s;
+  pools->num_v_pages = v_pages.dim(shape.pages);
+  std::vector<int64_t> expected(k_pages.buffer.dimensions().begin(), k_pages.buffer.dimensions().end());
+  expected[shape.pages] = pools->num_v_pages;
+  return Expect(v_pages, k_pages.buffer.element_type(), expected);
 }
 
 template <typename T>
@@ -152,6 +196,7 @@ struct AttentionAttributes {
   int64_t sliding_window;
   bool causal;
   bool decode;  // sequence b has row b of q alone: q_starts and q_counts are empty
+  std::string_view layout;
 };
 
 inline Status ParseAttention(const AttentionBuffers& buffers, const AttentionAttributes& attributes,
@@ -159,17 +204,20 @@ inline Status ParseAttention(const AttentionBuffers& buffers, const AttentionAtt
   const auto& [q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale, out,
                lse, workspace] = buffers;
 
-  DType q_dtype{}, kv_dtype{};
+  DType q_dtype{};
+  PageLayout layout{};
+  Pools pools{};
+  if (Status s = ParseLayout(attributes.layout, &layout); !s.ok()) return s;
   if (Status s = ExpectRank(q, 3, "[T, N, H]"); !s.ok()) return s;
   if (Status s = ParseFloating(q, &q_dtype); !s.ok()) return s;
-  if (Status s = ExpectPages(k_pages, v_pages, &kv_dtype); !s.ok()) return s;
-  if (kv_dtype != q_dtype && ByteWidth(kv_dtype) > 1) {
+  if (Status s = ParsePages(k_pages, v_pages, layout, &pools); !s.ok()) return s;
+  if (pools.dtype != q_dtype && ByteWidth(pools.dtype) > 1) {
     return Mismatch(
         k_pages, std::string("the dtype of q, ") + NameOf(q.buffer.element_type()) + ", or an 8-bit dtype");
   }
   const int64_t num_rows = q.dim(0), num_q_heads = q.dim(1), head_dim = q.dim(2);
-  const int64_t num_kv_heads = k_pages.dim(2);
-  if (head_dim != k_pages.dim(3)) {
+  const int64_t num_kv_heads = pools.num_kv_heads;
+  if (head_dim != pools.head_dim) {
     return Mismatch(k_pages, "the head dimension of q, " + std::to_string(head_dim));
   }
   if (num_q_heads < 1 || num_q_heads % num_kv_heads != 0) {
@@ -208,13 +256,18 @@ inline Status ParseAttention(const AttentionBuffers& buffers, const AttentionAtt
                                    std::to_string(attributes.sliding_window));
   }
 
-  const PageStrides strides = DenseStrides(k_pages.dim(1), num_kv_heads, head_dim);
-  *problem = {q_dtype,   kv_dtype,       num_rows,       num_q_heads,    num_kv_heads,
-              head_dim,  k_pages.dim(1), k_pages.dim(0), v_pages.dim(0), num_seqs,
-              max_pages, sinks.dim(0),   k_scale.dim(0), v_scale.dim(0)};
+  const auto strides_of = [&](int64_t num_pages) {
+    return StridesOf(layout, num_pages, pools.page_size, num_kv_heads, head_dim);
+  };
+  // Bytes in front of the first value; a pool without pages has no memory to point into.
+  const bool behind_key = layout == PageLayout::kInterleaved && pools.num_v_pages > 0;
+  const int64_t first_value = behind_key ? head_dim * ByteWidth(pools.dtype) : 0;
+  *problem = {q_dtype,   pools.dtype,     num_rows,          num_q_heads,       num_kv_heads,
+              head_dim,  pools.page_size, pools.num_k_pages, pools.num_v_pages, num_seqs,
+              max_pages, sinks.dim(0),    k_scale.dim(0),    v_scale.dim(0),    layout};
   *params = {q.buffer.untyped_data(),
              k_pages.buffer.untyped_data(),
-             v_pages.buffer.untyped_data(),
+             static_cast<const char*>(v_pages.buffer.untyped_data()) + first_value,
              static_cast<const int32_t*>(block_tables.buffer.untyped_data()),
              static_cast<const int32_t*>(kv_lens.buffer.untyped_data()),
              attributes.decode ? nullptr : static_cast<const int32_t*>(q_starts.buffer.untyped_data()),
@@ -225,8 +278,8 @@ inline Status ParseAttention(const AttentionBuffers& buffers, const AttentionAtt
              out.buffer.untyped_data(),
              static_cast<float*>(lse.buffer.untyped_data()),
              static_cast<float*>(workspace.buffer.untyped_data()),
-             strides,
-             strides,
+             strides_of(pools.num_k_pages),
+             strides_of(pools.num_v_pages),
              attributes.scale,
              attributes.soft_cap,
              attributes.sliding_window,
@@ -242,11 +295,11 @@ struct WriteBuffers {
 inline Status ParseWrite(const WriteBuffers& buffers, WriteProblem* problem, WriteParams* params) {
   const auto& [k_pages, v_pages, k, v, slot_mapping, k_scale, v_scale, k_pages_out, v_pages_out] = buffers;
 
-  DType kv_dtype{}, new_dtype{};
-  if (Status s = ExpectPages(k_pages, v_pages, &kv_dtype); !s.ok()) return s;
-  const int64_t num_pages = k_pages.dim(0), page_size = k_pages.dim(1), num_kv_heads = k_pages.dim(2),
-                head_dim = k_pages.dim(3);
-  if (v_pages.dim(0) != num_pages)
+  DType new_dtype{};
+  Pools pools{};
+  if (Status s = ParsePages(k_pages, v_pages, PageLayout::kSplit, &pools); !s.ok()) return s;
+  const auto [kv_dtype, num_pages, num_v_pages, page_size, num_kv_heads, head_dim] = pools;
+  if (num_v_pages != num_pages)
     return Mismatch(v_pages, "as many pages as k_pages, " + std::to_string(num_pages));
   if (Status s = ParseFloating(k, &new_dtype); !s.ok()) return s;
   if (Status s = ExpectRank(k, 3, "[T, K, H]"); !s.ok()) return s;
@@ -274,7 +327,7 @@ inline Status ParseWrite(const WriteBuffers& buffers, WriteProblem* problem, Wri
         "k_pages, v_pages: expected results aliased to these operands, got others");
   }
 
-  const PageStrides strides = DenseStrides(page_size, num_kv_heads, head_dim);
+  const PageStrides strides = StridesOf(PageLayout::kSplit, num_pages, page_size, num_kv_heads, head_dim);
   *problem = {new_dtype, kv_dtype,  num_tokens,     num_kv_heads,  head_dim,
               page_size, num_pages, k_scale.dim(0), v_scale.dim(0)};
   *params = {k.buffer.untyped_data(),

@@ -184,7 +184,7 @@ Status Products::Make(const AttentionProblem& problem, const Plan& plan,
 
   const cudaDataType_t type = TypeOf(problem.q_dtype);
   const int64_t keys = plan.block_keys, rows = plan.unit_rows, dim = plan.head_dim;
-  const int64_t token = plan.in_place ? problem.num_kv_heads * dim : dim;
+  const int64_t token = plan.in_place ? plan.copies.token : dim;
   // Scores of one row stand beside each other over all blocks, and probabilities take the first bytes of
   // their place.
   const int64_t scores_row = plan.stretch_keys();

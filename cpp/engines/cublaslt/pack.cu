@@ -125,8 +125,8 @@ __device__ void FillPointers(const Call& call, const Group& group) {
         values = static_cast<const T*>(call.params.v_pages) + page % call.problem.num_v_pages * v.page +
                  unit.head * v.head;
         if (unit.tile.kv_len < key + plan.block_keys) {
-          values =
-              At<const T>(call, plan.values) + u / call.problem.num_kv_heads * v.page + unit.head * v.head;
+          values = At<const T>(call, plan.values) + u / call.problem.num_kv_heads * plan.copies.page +
+                   unit.head * plan.copies.head;
         }
       }
     }
@@ -157,7 +157,8 @@ __device__ void FillZeros(const Call& call) {
 template <typename T>
 __device__ void CopyLastPages(const Call& call, const Group& group) {
   const int64_t page_size = call.problem.page_size;
-  const PageStrides& strides = call.params.v_strides;
+  const PageStrides &strides = call.params.v_strides, &copies = call.plan.copies;
+  const int64_t head_dim = call.problem.head_dim, width = call.problem.num_kv_heads * head_dim;
   const int64_t tiles = call.plan.units / call.problem.num_kv_heads;
   for (int64_t i = WarpIndex(); i < tiles * page_size; i += NumWarps()) {
     const int64_t t = i / page_size, offset = i % page_size;
@@ -168,10 +169,12 @@ __device__ void CopyLastPages(const Call& call, const Group& group) {
     if (page < 0) continue;
     const T* from = static_cast<const T*>(call.params.v_pages) +
                     page % call.problem.num_v_pages * strides.page + offset * strides.token;
-    T* to = At<T>(call, call.plan.values) + t * strides.page + offset * strides.token;
+    T* to = At<T>(call, call.plan.values) + t * copies.page + offset * copies.token;
     const bool live = key + offset < tile.kv_len;
-    for (int64_t d = Lane() * kWidth; d < strides.token; d += 32 * kWidth) {
-      StorePacked<kWidth>(to + d, live ? LoadPacked<kWidth>(from + d) : Packed<T, kWidth>{});
+    for (int64_t column = Lane() * kWidth; column < width; column += 32 * kWidth) {
+      const int64_t head = column / head_dim, d = column - head * head_dim;
+      StorePacked<kWidth>(to + head * copies.head + d,
+                          live ? LoadPacked<kWidth>(from + head * strides.head + d) : Packed<T, kWidth>{});
     }
   }
 }

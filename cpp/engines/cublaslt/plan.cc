@@ -56,12 +56,23 @@ int64_t GatheredBlockKeys(int64_t context, int64_t products, bool thin) {
   return std::min(keys, RoundUp(context, kKeyStep));
 }
 
+// With the stride that the pools' tokens have, heads stand beside each other where a token has room for them
+// all, else one after the other.
+PageStrides StridesOfCopies(const AttentionProblem& problem) {
+  const int64_t token = StridesOf(problem.layout, problem.num_v_pages, problem.page_size,
+                                  problem.num_kv_heads, problem.head_dim)
+                            .token;
+  const int64_t heads = problem.num_kv_heads * problem.head_dim, keys = problem.page_size * token;
+  if (token >= heads) return {keys, token, problem.head_dim};
+  return {problem.num_kv_heads * keys, token, keys};
+}
+
 // Where each array of the workspace starts; the arrays that hold a group follow those that hold the call.
 void Lay(const AttentionProblem& problem, Plan* plan) {
   const int64_t width = ByteWidth(problem.q_dtype);
   const int64_t rows = plan->units * plan->unit_rows;
   const int64_t keys = plan->slots * plan->stretch_keys();
-  const int64_t page = problem.page_size * problem.num_kv_heads * problem.head_dim * width;
+  const int64_t page = plan->copies.page * width;
   int64_t end = 0;
   const auto place = [&end](int64_t bytes) {
     const int64_t start = end;
@@ -125,6 +136,7 @@ Plan PlanOf(const AttentionProblem& problem, bool decode, int64_t rows_per_tile,
   plan.head_dim = RoundUp(problem.head_dim, 8);
   plan.num_tiles = num_tiles;
   plan.in_place = InPlace(problem, plan.unit_rows);
+  plan.copies = StridesOfCopies(problem);
 
   const bool thin = plan.unit_rows < kTuning.min_rows_for_l2;
   const int64_t products_per_unit =

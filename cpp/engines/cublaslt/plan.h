@@ -64,6 +64,8 @@ struct Plan {
   int64_t chunk_units;
   int64_t all_chunks;  // that have a unit, of all groups together: the last group may need fewer
   int64_t slots;  // of gathered keys and values in a group: tiles of one sequence share one for each head
+  // In place: of a copied page of values. Products know one stride of tokens, that of the pools.
+  PageStrides copies;
 
   // Bytes from the start of the workspace, multiples of 256.
   int64_t tiles;         // Tile [num_tiles]
@@ -72,7 +74,7 @@ struct Plan {
   int64_t unit_records;  // Unit [units]
   int64_t queries;       // [units, unit_rows, head_dim] of q's dtype
   int64_t keys;          // gathered: [slots, stretch_keys, head_dim] of q's dtype
-  int64_t values;        // gathered: likewise; in place: copies of last pages, [units / K, S, K, H]
+  int64_t values;        // gathered: likewise; in place: copies of last pages, [units / K] through `copies`
   int64_t known;   // a bit a key, [slots, stretch_keys / 8] bytes: whether the block table names its page
   int64_t scores;  // f32 [chunk_units, unit_rows, stretch_keys]; probabilities of q's dtype take their place
   int64_t stats;   // float2 [units, unit_rows, segments]: maximum and sum

@@ -1,0 +1,218 @@
+"""`cost_analysis`: what attention calls cost, which XLA's own analysis cannot see: to it they are custom calls."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from numpy.typing import NDArray
+
+from jax_paged_attn import _primitive
+from jax_paged_attn._layouts import LAYOUTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What the attention calls of a function cost in one forward pass, whichever engine runs them.
+
+    Attributes:
+      flops: multiplications and additions of both matrix products: 4·H for each query head and visible key.
+      transcendentals: exponentials, one for each query head and visible key; with a soft cap one more.
+      bytes_accessed: query rows, results, tables and lengths once; keys and values of each sequence's visible tokens
+        once for the sequence, also where sequences share pages. An engine that reads pages once needs no more.
+      exact: whether lengths and row counts were known. Otherwise the numbers are upper bounds: whole block tables, and
+        each row sees as many keys as the longest sequence, or the window, has.
+      calls: one Cost for each attention call of the function, in the order of its jaxpr; what a loop repeats counts
+        as often as it is repeated.
+    """
+
+    flops: int
+    transcendentals: int
+    bytes_accessed: int
+    exact: bool
+    calls: tuple["Cost", ...] = ()
+
+
+def cost_analysis(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
+    """Says what the attention calls of `fn(*args, **kwargs)` cost. Nothing of it is run but what makes its indices.
+
+    XLA counts the other operations: `jax.jit(fn).lower(…).compile().cost_analysis()`.
+
+    Args:
+      fn: `paged_attention`, `ragged_paged_attention`, or any function that calls them.
+      *args: arrays or `jax.ShapeDtypeStruct`s (in pytrees too). With arrays of integers for lengths and `cu_q_lens` the
+        count is exact about causality, windows and lengths, also where they are computed from such arrays outside of
+        loops; otherwise it is an upper bound.
+      **kwargs: keywords of `fn`; those that are not arrays stay static.
+
+    Returns:
+      A `Cost`. Causality, window and lengths are counted token by token; every entry of a block table is taken to
+      name a page. A `scan` counts as often as it repeats, a `while_loop` once, of a `cond` the costliest branch, inside
+      `shard_map` one shard. Gradients are plain JAX: of them only the forward pass counts.
+
+    Raises:
+      ValueError: the function has no attention call.
+    """
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))}
+
+    def call(arrays: dict[int, Any]) -> Any:
+        these_args, these_kwargs = jax.tree.unflatten(tree, [arrays.get(i, x) for i, x in enumerate(leaves)])
+        return fn(*these_args, **these_kwargs)
+
+    closed = jax.make_jaxpr(call)(arrays)
+    known = [None if isinstance(x, jax.ShapeDtypeStruct) else _if_index(x) for x in jax.tree.leaves(arrays)]
+    calls: list[Cost] = []
+    _walk(closed.jaxpr, [*map(_if_index, closed.consts), *known], calls)
+    if not calls:
+        raise ValueError("fn: expected a function that calls paged attention, found no such call")
+    return dataclasses.replace(_sum(calls), calls=tuple(calls))
+
+
+# An integer array or scalar whose value is known, else None.
+_Known = NDArray[Any] | None
+
+
+def _if_index(x: Any) -> _Known:
+    return np.asarray(x) if getattr(x.dtype, "kind", "") in ("i", "u", "b") else None
+
+
+def _walk(jaxpr: Jaxpr, operands: Sequence[_Known], calls: list[Cost]) -> list[_Known]:
+    """Appends the calls of a jaxpr (its constants come first in `operands`), and returns what is known of its results.
+
+    What is computed from known integers is known too, so that lengths are those that the calls will get.
+    """
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), operands, strict=True))
+
+    def value_of(atom: Any) -> _Known:
+        return _if_index(np.asarray(atom.val)) if isinstance(atom, Literal) else values.get(atom)
+
+    for eqn in jaxpr.eqns:
+        known = [value_of(x) for x in eqn.invars]
+        results: list[_Known] = [None] * len(eqn.outvars)
+        if eqn.primitive is _primitive.attention_p:
+            calls.append(_cost_of_call([x.aval for x in eqn.invars], known, eqn.params))
+        elif inner := list(_inner_jaxprs(eqn.params)):
+            results = _walk_inner(eqn, inner, known, calls) or results
+        elif all(x is not None for x in known) and all(_is_small_index(x.aval) for x in eqn.outvars):
+            outs = eqn.primitive.bind(*known, **eqn.params)
+            results = [np.asarray(x) for x in (outs if eqn.primitive.multiple_results else [outs])]
+        values |= zip(eqn.outvars, results, strict=True)
+    return [value_of(x) for x in jaxpr.outvars]
+
+
+def _is_small_index(aval: Any) -> bool:
+    """Whether to keep a value: lengths and row numbers, not masks of whole score matrices."""
+    is_index = getattr(getattr(aval, "dtype", None), "kind", "") in ("i", "u", "b")
+    return is_index and math.prod(aval.shape) <= 1 << 20
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[ClosedJaxpr | Jaxpr]:
+    for value in params.values():
+        for x in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(x, (ClosedJaxpr, Jaxpr)):
+                yield x
+
+
+def _walk_inner(
+    eqn: Any, inner: list[ClosedJaxpr | Jaxpr], known: list[_Known], calls: list[Cost]
+) -> list[_Known] | None:
+    """The calls of an operation that has jaxprs inside; what is known of its results, if they run once and plainly."""
+    if eqn.primitive.name == "scan":
+        body = _calls_of(inner[0], known[: _constants_of_scan(eqn, _jaxpr_of(inner[0]))])
+        calls += [_times(one, eqn.params["length"]) for one in body]
+        return None
+    if eqn.primitive.name == "cond":
+        branches = [_calls_of(branch, known[1:]) for branch in inner]
+        calls += max(branches, key=lambda branch: _sum(branch).flops)
+        return None
+    if len(inner) == 1 and len(_jaxpr_of(inner[0]).invars) == len(known):
+        return _walk(_jaxpr_of(inner[0]), [*_constants_of(inner[0]), *known], calls)
+    for one in inner:
+        calls += _calls_of(one, [])
+    return None
+
+
+def _constants_of_scan(eqn: Any, body: Jaxpr) -> int:
+    """How many of a scan's operands are the same in every step; they come first, then the carry, then slices.
+
+    Shapes tell it, as JAX's releases do not agree on a parameter that does: of slices, the body sees one axis less.
+    """
+
+    def alike(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        return sum(len(x.aval.shape) == len(y.aval.shape) for x, y in zip(outside, inside, strict=True))
+
+    return alike(eqn.invars, body.invars) - alike(eqn.outvars, body.outvars)
+
+
+def _calls_of(inner: ClosedJaxpr | Jaxpr, known: Sequence[_Known]) -> list[Cost]:
+    """The calls of a jaxpr of whose first operands something is known."""
+    calls: list[Cost] = []
+    jaxpr = _jaxpr_of(inner)
+    unknown = [None] * (len(jaxpr.invars) - len(known))
+    _walk(jaxpr, [*_constants_of(inner), *known, *unknown], calls)
+    return calls
+
+
+def _jaxpr_of(inner: ClosedJaxpr | Jaxpr) -> Jaxpr:
+    return inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+
+
+def _constants_of(inner: ClosedJaxpr | Jaxpr) -> list[_Known]:
+    return [_if_index(x) for x in inner.consts] if isinstance(inner, ClosedJaxpr) else [None] * len(inner.constvars)
+
+
+def _sum(costs: Sequence[Cost]) -> Cost:
+    return Cost(
+        flops=sum(one.flops for one in costs),
+        transcendentals=sum(one.transcendentals for one in costs),
+        bytes_accessed=sum(one.bytes_accessed for one in costs),
+        exact=all(one.exact for one in costs),
+    )
+
+
+def _times(cost: Cost, count: int) -> Cost:
+    return Cost(cost.flops * count, cost.transcendentals * count, cost.bytes_accessed * count, cost.exact)
+
+
+def _cost_of_call(avals: Sequence[Any], known: Sequence[_Known], params: dict[str, Any]) -> Cost:
+    q, k_pages, _, tables, *_ = avals
+    kv_lens, q_counts = known[4], known[6]
+    num_rows, heads, head_dim = q.shape
+    num_seqs, max_pages = tables.shape
+    layout = LAYOUTS[params["layout"]]
+    capacity = max_pages * layout.page_size(k_pages)
+    window = params["sliding_window"] or capacity
+
+    lengths = np.clip(np.full(num_seqs, capacity) if kv_lens is None else kv_lens.astype(np.int64), 0, capacity)
+    if q_counts is not None:
+        counts = np.maximum(q_counts.astype(np.int64), 0)
+        seen = [_visible(int(n), int(rows), params) for n, rows in zip(lengths, counts, strict=True)]
+        pairs, tokens = (sum(x) for x in zip(*seen, strict=True)) if seen else (0, 0)
+    else:
+        pairs = num_rows * int(min(lengths.max(initial=0), window))
+        tokens = int(lengths.sum())
+
+    token_bytes = 2 * layout.kv_heads(k_pages) * head_dim * k_pages.dtype.itemsize
+    others = [x for i, x in enumerate(avals) if i not in (1, 2)]
+    operand_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in others)
+    result_bytes = num_rows * heads * (head_dim * q.dtype.itemsize + 4)
+    return Cost(
+        flops=4 * head_dim * heads * pairs,
+        transcendentals=heads * pairs * (2 if params["soft_cap"] else 1),
+        bytes_accessed=tokens * token_bytes + operand_bytes + result_bytes,
+        exact=kv_lens is not None and q_counts is not None,
+    )
+
+
+def _visible(length: int, rows: int, params: dict[str, Any]) -> tuple[int, int]:
+    """Of a sequence's last `rows` tokens: pairs of a row and a key that it sees, and keys that any of them sees."""
+    position = np.arange(max(length - rows, 0), length)  # rows before position 0 see nothing
+    if not len(position):
+        return 0, 0
+    first = np.maximum(position - params["sliding_window"] + 1, 0) if params["sliding_window"] else 0 * position
+    end = position + 1 if params["causal"] else np.full_like(position, length)
+    return int((end - first).sum()), int(end[-1] - first[0])

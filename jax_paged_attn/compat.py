@@ -1,0 +1,303 @@
+"""JAX's own paged attention kernels, with their signatures and their pages, on the engines of this package.
+
+Code written for `jax.experimental.pallas.ops.tpu.ragged_paged_attention` or for the deprecated
+`jax.experimental.pallas.ops.gpu.paged_attention` runs with another import, on CPU and CUDA; pages are read where they
+lie. All that holds of `paged_attention` and `ragged_paged_attention` holds here: edges, gradients, `vmap`, export,
+`explain`.
+
+Such code writes its pages with plain JAX, in place where they are donated (XLA copies 16-bit ones on CPU). With slots
+`page · S + offset`:
+
+    kv_pages.reshape(P * S, 2 * K, H).at[slots].set(jnp.stack([k, v], axis=2).reshape(T, 2 * K, H), mode="drop")
+    k_pages.reshape(K, P * S, H).at[:, slots].set(k.swapaxes(0, 1), mode="drop")
+"""
+
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jax_paged_attn import _checks, _primitive
+from jax_paged_attn._attention import paged, ragged, static_parameters
+
+# What both kernels have as default.
+DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
+
+# Scores do not come near it, so exp(mask_value − score) is 0 and the key has no weight.
+_LARGEST_MASK_VALUE = -1e6
+
+
+class _EngineOptions(TypedDict, total=False):
+    """What these functions take beyond the kernels' own keywords, for the types of what `return_lse` decides."""
+
+    k_scale: ArrayLike | None
+    v_scale: ArrayLike | None
+    sinks: ArrayLike | None
+    implementation: str | None
+    batch_invariant: bool
+
+
+class _TpuOptions(_EngineOptions, total=False):
+    sm_scale: float
+    sliding_window: int | None
+    soft_cap: float | None
+    mask_value: float | None
+    num_kv_pages_per_block: int | None
+    num_queries_per_block: int | None
+    vmem_limit_bytes: int | None
+
+
+class _GpuOptions(_EngineOptions, total=False):
+    block_h: int
+    pages_per_compute_block: int
+    k_splits: int
+    num_warps: int
+    num_stages: int
+    interpret: bool
+    debug: bool
+    mask_value: float
+    attn_logits_soft_cap: float | None
+
+
+@overload
+def ragged_paged_attention(
+    q: ArrayLike,
+    kv_pages: ArrayLike,
+    kv_lens: ArrayLike,
+    page_indices: ArrayLike,
+    cu_q_lens: ArrayLike,
+    num_seqs: ArrayLike,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_TpuOptions],
+) -> Array: ...
+
+
+@overload
+def ragged_paged_attention(
+    q: ArrayLike,
+    kv_pages: ArrayLike,
+    kv_lens: ArrayLike,
+    page_indices: ArrayLike,
+    cu_q_lens: ArrayLike,
+    num_seqs: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_TpuOptions],
+) -> tuple[Array, Array]: ...
+
+
+def ragged_paged_attention(
+    q: ArrayLike,
+    kv_pages: ArrayLike,
+    kv_lens: ArrayLike,
+    page_indices: ArrayLike,
+    cu_q_lens: ArrayLike,
+    num_seqs: ArrayLike,
+    *,
+    sm_scale: float = 1.0,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    mask_value: float | None = DEFAULT_MASK_VALUE,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+    num_kv_pages_per_block: int | None = None,
+    num_queries_per_block: int | None = None,
+    vmem_limit_bytes: int | None = None,
+    sinks: ArrayLike | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+    batch_invariant: bool = False,
+) -> Array | tuple[Array, Array]:
+    """The call of `jax.experimental.pallas.ops.tpu.ragged_paged_attention`: causal, prompts and decode rows mixed.
+
+    Letters as in `jax_paged_attn.paged_attention`. Rows that no sequence has are 0 here and undefined there.
+
+    Args:
+      q: `[T, N, H]` bfloat16, float16 or float32.
+      kv_pages: `[P, S, 2K, H]`, dtype as q, or float8_e4m3fn, float8_e5m2, int8: key head k is head 2k, value head k is
+        head 2k + 1.
+      kv_lens: `[B]` int32, tokens in the cache, those of this call included.
+      page_indices: `[B, M]` int32, the pages of each sequence.
+      cu_q_lens: `[B + 1]` int32, the first row of each sequence, then the end.
+      num_seqs: `[1]` or scalar int32, how many of the B sequences are live.
+      sm_scale: multiplies the scores. A static number, as are window and cap. Mind the default: 1, not 1/sqrt(H).
+      sliding_window: w ≥ 1: the token at position i sees keys j with i − w < j ≤ i.
+      soft_cap: c ≠ 0: scores become c·tanh(scores / c).
+      mask_value: None or a number of at most −1e6. A masked key has no weight at all here, whatever it is.
+      k_scale: key = stored × k_scale: a float, as there, or float32, scalar or `[K]`. None is 1.
+      v_scale: likewise for values.
+      num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes: sizes of the TPU kernel's blocks, of no use here.
+      sinks, return_lse, implementation, batch_invariant: as in `jax_paged_attn.ragged_paged_attention`; the TPU kernel
+        has none of them.
+
+    Returns:
+      `[T, N, H]` in q's dtype; with `return_lse` a tuple of that and lse `[T, N]` float32.
+
+    Raises:
+      ValueError, TypeError: as `jax_paged_attn.ragged_paged_attention`.
+    """
+    _check_mask_value(mask_value)
+    _check_counts(
+        num_kv_pages_per_block=num_kv_pages_per_block,
+        num_queries_per_block=num_queries_per_block,
+        vmem_limit_bytes=vmem_limit_bytes,
+    )
+    cap = None if soft_cap is None else abs(_checks.static_number("soft_cap", soft_cap))  # tanh is odd
+    static = static_parameters(sm_scale, sliding_window, cap, True, return_lse, implementation, batch_invariant)
+    kv_pages = _checks.as_array("kv_pages", kv_pages)
+    return ragged(
+        _primitive.attention,
+        static,
+        q,
+        kv_pages,
+        kv_pages,
+        kv_lens,
+        page_indices,
+        cu_q_lens,
+        num_seqs,
+        sinks,
+        _scale_of(k_scale, kv_pages),
+        _scale_of(v_scale, kv_pages),
+        layout="interleaved",
+        tables_name="page_indices",
+    )
+
+
+@overload
+def paged_attention(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: ArrayLike,
+    lengths: ArrayLike | None,
+    k_scales_pages: ArrayLike | None = None,
+    v_scales_pages: ArrayLike | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_GpuOptions],
+) -> Array: ...
+
+
+@overload
+def paged_attention(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: ArrayLike,
+    lengths: ArrayLike | None,
+    k_scales_pages: ArrayLike | None = None,
+    v_scales_pages: ArrayLike | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_GpuOptions],
+) -> tuple[Array, Array]: ...
+
+
+def paged_attention(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: ArrayLike,
+    lengths: ArrayLike | None,
+    k_scales_pages: ArrayLike | None = None,
+    v_scales_pages: ArrayLike | None = None,
+    *,
+    block_h: int = 16,
+    pages_per_compute_block: int = 8,
+    k_splits: int = 16,
+    num_warps: int = 8,
+    num_stages: int = 2,
+    interpret: bool = False,
+    debug: bool = False,
+    mask_value: float = DEFAULT_MASK_VALUE,
+    attn_logits_soft_cap: float | None = None,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+    batch_invariant: bool = False,
+) -> Array | tuple[Array, Array]:
+    """The call of `jax.experimental.pallas.ops.gpu.paged_attention`, which JAX has deprecated: decode.
+
+    Letters as in `jax_paged_attn.paged_attention`. Scores are not scaled: callers scale q, as they do there.
+
+    Args:
+      q: `[B, N, H]` bfloat16, float16 or float32.
+      k_pages: `[K, P, S, H]`, dtype as q, or float8_e4m3fn, float8_e5m2, int8.
+      v_pages: as `k_pages`.
+      block_tables: `[B, M]` int32, the pages of each sequence.
+      lengths: `[B]` int32, tokens in the cache; None is M·S for every sequence.
+      k_scales_pages: must be None: a scale a token is not supported. See `k_scale`.
+      v_scales_pages: likewise.
+      block_h, pages_per_compute_block, k_splits, num_warps, num_stages: sizes of that kernel's blocks, of no use here.
+      interpret, debug: likewise of no use.
+      mask_value: a number of at most −1e6. A masked key has no weight at all here, whatever it is.
+      attn_logits_soft_cap: c ≠ 0: scores become c·tanh(scores / c).
+      k_scale: positive float32, scalar or `[K]`: key = stored × k_scale. None is 1. That kernel has none.
+      v_scale: likewise for values.
+      sinks, return_lse, implementation, batch_invariant: as in `jax_paged_attn.paged_attention`; that kernel has none
+        of them.
+
+    Returns:
+      `[B, N, H]` in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` float32.
+
+    Raises:
+      ValueError, TypeError: as `jax_paged_attn.paged_attention`, and for scales a token.
+    """
+    del interpret, debug
+    _check_mask_value(mask_value)
+    _check_counts(
+        block_h=block_h,
+        pages_per_compute_block=pages_per_compute_block,
+        k_splits=k_splits,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    for name, scales in (("k_scales_pages", k_scales_pages), ("v_scales_pages", v_scales_pages)):
+        if scales is not None:
+            raise ValueError(f"{name}: expected None (k_scale and v_scale are scalar or [K]), got a scale a token")
+    cap = attn_logits_soft_cap
+    cap = None if cap is None else abs(_checks.static_number("attn_logits_soft_cap", cap))
+    if cap == 0:
+        raise ValueError("attn_logits_soft_cap: expected None or a number that is not 0, got 0")
+    static = static_parameters(1.0, None, cap, True, return_lse, implementation, batch_invariant)
+    k_pages, v_pages = _checks.as_array("k_pages", k_pages), _checks.as_array("v_pages", v_pages)
+    block_tables = _checks.as_array("block_tables", block_tables)
+    if lengths is None:
+        dims = _checks.Dims()
+        dims.match("block_tables", block_tables, "B M", ("int32",))
+        dims.match("k_pages", k_pages, "K P S H", (str(k_pages.dtype),))
+        lengths = jnp.full(dims["B"], dims["M"] * dims["S"], jnp.int32)
+    return paged(
+        _primitive.attention,
+        static,
+        q,
+        k_pages,
+        v_pages,
+        block_tables,
+        lengths,
+        sinks,
+        _scale_of(k_scale, k_pages),
+        _scale_of(v_scale, v_pages),
+        layout="head_major",
+    )
+
+
+def _check_mask_value(mask_value: float | None) -> None:
+    if mask_value is not None and _checks.static_number("mask_value", mask_value) > _LARGEST_MASK_VALUE:
+        raise ValueError(f"mask_value: expected None or a number of at most {_LARGEST_MASK_VALUE}, got {mask_value}")
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, count in counts.items():
+        if count is not None:
+            _checks.static_count(name, count)
+
+
+def _scale_of(scale: ArrayLike | None, pages: Array) -> ArrayLike | None:
+    """Both kernels read int8 pages without a scale as what they are."""
+    return 1.0 if scale is None and pages.dtype == jnp.int8 else scale

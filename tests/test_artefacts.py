@@ -1,0 +1,35 @@
+"""Programs that the oldest supported JAX exported with an earlier release still run, and give the same results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import artefacts
+import harness
+import jax
+import numpy as np
+import pytest
+from cases import BY_NAME
+
+# JAX calls the backend "gpu" and the platform it lowers for "cuda".
+PLATFORM = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+
+
+@pytest.mark.parametrize("path", sorted(artefacts.FOLDER.glob("*.bin")), ids=lambda path: path.stem)
+def test_exported_program_runs(path: Path) -> None:
+    name, platform = path.stem.rsplit("-", 1)
+    if platform != PLATFORM:
+        pytest.skip(f"was exported for {platform}")
+    program = artefacts.PROGRAMS[name]
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    module = exported.mlir_module()
+    assert all(f"@{target}" in module for target in program.targets)
+    for case in (BY_NAME[name] for name in (program.case, *program.others)):
+        out, lse = exported.call(*artefacts.operands_of(case))
+        harness.assert_close((np.asarray(out), np.asarray(lse)), harness.expected(case), case.dtype)
+
+
+def test_every_program_has_a_file_for_the_cpu() -> None:
+    assert {path.name for path in artefacts.FOLDER.glob("*-cpu.bin")} == {
+        f"{name}-cpu.bin" for name in artefacts.PROGRAMS
+    }
