@@ -8,13 +8,21 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cpp -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.txt')
 CXX_FILES = $(shell git ls-files 'cpp/*.cc' 'cpp/*.h' 'cpp/*.cu' 'cpp/*.cuh' 'tests/cpp/*.cc' 'tests/cpp/*.h')
 
-.PHONY: generate test train bench lint format stubs sanitize wheel cuda-wheel gpu-test clean
+.PHONY: generate test fuzz soak train bench lint format stubs sanitize wheel cuda-wheel gpu-test clean
 
 generate: $(VENV)/examples.stamp
 	$(BIN)/python examples/generate.py
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n auto
+
+# Random calls against the oracle until one fails or Ctrl-C; FUZZ_SECONDS=300 stops by itself.
+fuzz: $(VENV)/test.stamp
+	tools/fuzz $(BIN)/python "$(FUZZ_SECONDS)" -n auto
+
+# The serving loop over 10,000 random requests.
+soak: $(VENV)/test.stamp
+	JPA_SOAK=10000 $(BIN)/python -m pytest -q -s tests/test_soak.py
 
 train: $(VENV)/examples.stamp
 	$(BIN)/python examples/train.py

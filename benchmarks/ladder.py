@@ -110,16 +110,25 @@ class Ladder:
     def close(self) -> None:
         self._library.destroy(self._self)
 
-    def measure(self, step: int, repeats: int) -> Row:
+    def plan(self, step: int) -> None:
         self._library.check("ladder_plan", self._self, ctypes.c_int(step))
-        launches, milliseconds, times = ctypes.c_int64(), ctypes.c_float(), []
-        self._library.check("ladder_launch", self._self, ctypes.byref(launches))  # warms up
+
+    def launch(self) -> int:
+        """Runs the step that is planned; returns its number of launches."""
+        launches = ctypes.c_int64()
+        self._library.check("ladder_launch", self._self, ctypes.byref(launches))
+        return launches.value
+
+    def measure(self, step: int, repeats: int) -> Row:
+        self.plan(step)
+        launches = self.launch()  # warms up
+        milliseconds, times = ctypes.c_float(), []
         for _ in range(repeats):
             self._library.check("ladder_time", self._self, ctypes.byref(milliseconds))
             times.append(milliseconds.value)
         error = self._error()
-        events = trace(lambda: self._library.check("ladder_launch", self._self, ctypes.byref(launches)))
-        return Row(STEPS[step], statistics.median(times), launches.value, len(events), error)
+        events = trace(self.launch)
+        return Row(STEPS[step], statistics.median(times), launches, len(events), error)
 
     def _error(self) -> float:
         """Of the first and the last head's first rows, against float64."""

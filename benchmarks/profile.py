@@ -1,7 +1,8 @@
 """Where the time of a GPU engine's kernels goes, by Nsight Compute: duration, bytes of memory, shares of the peaks.
 
 `python -m benchmarks.profile` from the repository's root runs itself under ncu, one call of each workload, and prints a
-table. Every kernel runs alone there, so durations add up to more than a call takes.
+table; with `--only ladder` the first kernels of each step of benchmarks/ladder instead. Every kernel runs alone there,
+so durations add up to more than a call takes.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jax_paged_attn as jpa
-from benchmarks import peers
+from benchmarks import ladder, peers
 from benchmarks.cases import PLAN, Workload, make_ragged
 
 WORKLOADS = {
@@ -49,6 +51,14 @@ def attend(name: str, engine: str) -> None:
     jax.block_until_ready(jax.jit(variant.attend)(operands))
 
 
+def climb(step: int, build: Path) -> None:
+    """One step of the ladder, on the shape that prefill has here."""
+    library = ladder.Library(ladder.build(build, "native"))
+    with ladder.ladder(library, WORKLOADS["prefill"]) as steps:
+        steps.plan(step)
+        steps.launch()
+
+
 def write(tokens: int = 16384) -> None:
     slots = jnp.asarray(
         np.random.default_rng(0).permutation(4096)[: tokens // 16, None] * 16 + np.arange(16), jnp.int32
@@ -58,7 +68,7 @@ def write(tokens: int = 16384) -> None:
     jax.block_until_ready(step(pages, jnp.copy(pages), new, new, slots.reshape(-1)))
 
 
-def profile(ncu: str, name: str, engine: str, kernels: int) -> list[list[str]]:
+def profile(ncu: str, name: str, kernels: int, *options_of_run: str) -> list[list[str]]:
     """A row a kernel: its name, then METRICS."""
     options = [
         "--clock-control",
@@ -72,7 +82,7 @@ def profile(ncu: str, name: str, engine: str, kernels: int) -> list[list[str]]:
         "base",
     ]
     chosen = ["--kernel-name", f"regex:{KERNELS}", "--launch-count", str(kernels), "--metrics", ",".join(METRICS)]
-    program = [sys.executable, "-m", "benchmarks.profile", "--run", name, "--engine", engine]
+    program = [sys.executable, "-m", "benchmarks.profile", "--run", name, *options_of_run]
     # ncu saves and restores memory around each kernel, and sees the kernels of a graph only as one.
     flags = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": "--xla_gpu_enable_command_buffer="}
     done = subprocess.run(
@@ -99,19 +109,25 @@ def main() -> None:
     parser.add_argument("--ncu", default="ncu", help="Nsight Compute's command")
     parser.add_argument("--kernels", type=int, default=9, help="kernels that are profiled of each workload, at most")
     parser.add_argument("--engine", default="cublaslt", help="of attention")
-    parser.add_argument("--only", default="", help="decode, prefill or write")
+    parser.add_argument("--only", default="", help="decode, prefill, write or ladder")
+    parser.add_argument("--build", type=Path, default=Path("build/ladder"), help="folder of the ladder's library")
     parser.add_argument("--run", help="only run this one, for ncu")
     args = parser.parse_args()
-    if args.run:
-        write() if args.run == "write" else attend(args.run, args.engine)
+    if args.run == "write":
+        write()
         return
-    for name in (*WORKLOADS, "write"):
-        if args.only in name:
-            print(f"{name}\n  {'':44}" + "".join(f"{heading:>11}" for heading, _ in METRICS.values()))
-            for kernel, *values in profile(args.ncu, name, args.engine, args.kernels):
-                print(
-                    f"  {kernel.partition('(')[0][-44:]:44}" + "".join(f"{value:>11}" for value in values), flush=True
-                )
+    if args.run in ladder.STEPS:
+        climb(ladder.STEPS.index(args.run), args.build)
+        return
+    if args.run:
+        attend(args.run, args.engine)
+        return
+    names = ladder.STEPS if args.only == "ladder" else [n for n in (*WORKLOADS, "write") if args.only in n]
+    for name in names:
+        print(f"{name}\n  {'':44}" + "".join(f"{heading:>11}" for heading, _ in METRICS.values()))
+        rows = profile(args.ncu, name, args.kernels, "--engine", args.engine, "--build", str(args.build))
+        for kernel, *values in rows:
+            print(f"  {kernel.partition('(')[0][-44:]:44}" + "".join(f"{value:>11}" for value in values), flush=True)
 
 
 if __name__ == "__main__":

@@ -211,9 +211,9 @@ def _for_each_block(
         length = jnp.clip(saved.kv_lens[seq], 0, max_pages * page_size)
         position = length - saved.q_counts[seq] + first_row  # of the window's first row
         stop = jnp.clip(position + window, 0, length) if causal else length
-        start = (
-            jnp.maximum(position - sliding_window + 1, 0) // block_size if sliding_window else jnp.zeros((), jnp.int32)
-        )
+        start = jnp.zeros((), jnp.int32)
+        if sliding_window:  # rows before position 0 see no key; what they leave of int32 may be less than the window
+            start = jnp.maximum(jnp.maximum(position, 0) - sliding_window + 1, 0) // block_size
         blocks = (start, (stop + block_size - 1) // block_size)
         return jax.lax.fori_loop(*blocks, lambda i, s: visit(block(seq, first_row, i * pages_per_block), s), state)
 
@@ -254,16 +254,21 @@ def _sequence_of_each_row(saved: Saved) -> Array:
     """`[T]` int32: which sequence claims a row; B where none does."""
     rows = jnp.arange(saved.q.shape[0], dtype=jnp.int32)
     num_seqs = saved.block_tables.shape[0]
+    nobodys = jnp.full(rows.shape, num_seqs, jnp.int32)
+    if num_seqs == 0:  # JAX would trace the loop's body even so, and refuses to look up what is empty
+        return nobodys
 
     def claim(seq: Array, owner: Array) -> Array:
         start = saved.q_starts[seq]
         return jnp.where((rows >= start) & (rows < start + saved.q_counts[seq]), seq, owner)
 
-    return _repeat(num_seqs, claim, jnp.full(rows.shape, num_seqs, jnp.int32))
+    return _repeat(num_seqs, claim, nobodys)
 
 
 def _sink_of_each_row(sinks: Array, saved: Saved) -> Array:
-    num_seqs, heads = saved.block_tables.shape[0], saved.q.shape[1]
+    num_seqs, (num_rows, heads, _) = saved.block_tables.shape[0], saved.q.shape
+    if num_seqs == 0:
+        return jnp.zeros((num_rows, heads), jnp.float32)
     each = row_of_each_sequence(sinks, num_seqs, heads, 0.0)
     return each.at[_sequence_of_each_row(saved)].get(mode="fill", fill_value=0)
 

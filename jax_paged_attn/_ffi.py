@@ -36,10 +36,10 @@ def _load(platform: str) -> ModuleType | None:
     name = _MODULES[platform]
     try:
         module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        return None
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            return None
+        raise ImportError(f"{name} is installed but does not load: {error}", name=name, path=error.path) from error
     if platform == "cuda":
         for type_name, registration in module.state_types().items():
             jax.ffi.register_ffi_type(type_name, registration, platform=_XLA_PLATFORMS[platform])

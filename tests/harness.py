@@ -26,8 +26,9 @@ from jax_paged_attn import _engines, compat
 # many pass, while a row of small values may exceed it by rounding.
 ROW_SLACK = 8
 
-# A large sink leaves so little for the values that float32 has no normal number for it.
-UNDERFLOW = float(np.finfo(np.float32).tiny)
+# A large sink leaves so little for the values that float32 has no normal number for it; float16 rounds to multiples of
+# its smallest number what is small for any reason.
+UNDERFLOW = {"f32": 2.0**-126, "bf16": 2.0**-126, "f16": 2.0**-24}
 
 
 @functools.cache
@@ -112,26 +113,86 @@ def adapted(case: Case | str, engine: str) -> Case:
     return adapted
 
 
-def assert_close(got: Any, want: Any, dtype: str) -> None:
-    """Holds `(out, lse)` to the specification's bounds for queries of `dtype` (a name of `cases.DTYPES`)."""
+def assert_close(got: Any, want: Any, dtype: str, magnitude: Array | None = None) -> None:
+    """Holds `(out, lse)` to the specification's bounds for queries of `dtype` (a name of `cases.DTYPES`).
+
+    Errors are relative to `magnitude`, an array like `out`; None is the wanted `out` itself.
+    """
     (out, lse), (want_out, want_lse) = ((np.asarray(x).astype(np.float64) for x in pair) for pair in (got, want))
     assert out.shape == want_out.shape
     assert lse.shape == want_lse.shape
     assert np.isfinite(out).all(), f"{np.isnan(out).sum()} NaN, {np.isinf(out).sum()} Inf in out"
 
     # What is defined to be exact: no visible key, no output.
-    no_key = ~want_out.any(axis=-1)
+    magnitude = want_out if magnitude is None else magnitude
+    no_key = ~magnitude.any(axis=-1)
     np.testing.assert_array_equal(out[no_key], 0.0)
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(want_lse))
     finite = np.isfinite(want_lse)
     np.testing.assert_allclose(lse[finite], want_lse[finite], rtol=0, atol=LSE_BOUND[dtype])
 
-    error, norm = np.linalg.norm(out - want_out), np.linalg.norm(want_out)
-    assert error <= OUT_BOUND[dtype] * norm + UNDERFLOW
-    row_errors, row_norms = np.linalg.norm(out - want_out, axis=-1), np.linalg.norm(want_out, axis=-1)
+    error, norm = np.linalg.norm(out - want_out), np.linalg.norm(magnitude)
+    assert error <= OUT_BOUND[dtype] * norm + UNDERFLOW[dtype] * np.sqrt(out.size)
+    row_errors, row_norms = np.linalg.norm(out - want_out, axis=-1), np.linalg.norm(magnitude, axis=-1)
     excess = row_errors - ROW_SLACK * OUT_BOUND[dtype] * row_norms
     worst = np.unravel_index(np.argmax(excess), excess.shape) if excess.size else ()
-    assert (excess <= UNDERFLOW).all(), f"row and head {worst}: {row_errors[worst]} for a norm of {row_norms[worst]}"
+    underflow = UNDERFLOW[dtype] * np.sqrt(out.shape[-1])
+    assert (excess <= underflow).all(), f"row and head {worst}: {row_errors[worst]} for a norm of {row_norms[worst]}"
+
+
+def assert_same_bits(got: Any, want: Array) -> None:
+    """Equal bits, except that one NaN is as good as another."""
+    got = np.asarray(got)
+    assert (got.dtype, got.shape) == (want.dtype, want.shape)
+    if want.dtype != np.int8:
+        nan = np.isnan(want.astype(np.float32))
+        np.testing.assert_array_equal(np.isnan(got.astype(np.float32)), nan)
+        got, want = np.where(nan, 0, got), np.where(nan, 0, want)
+    bits = np.dtype(f"u{want.dtype.itemsize}")
+    np.testing.assert_array_equal(got.view(bits), want.view(bits))
+
+
+def differentiable(case: Case, **keywords: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A function of q, k_pages, v_pages (and sinks, if the case has some) that gives `(out, lse)`, and its operands."""
+    (q, k_pages, v_pages, *rest), traced = build(case).arguments()
+    sinks = traced.pop("sinks")
+
+    def attend(q: Any, k_pages: Any, v_pages: Any, sinks: Any = None) -> Any:
+        function = getattr(jpa, case.function)
+        return function(q, k_pages, v_pages, *rest, sinks=sinks, **traced, **case.keywords, **keywords, return_lse=True)
+
+    return attend, (q, k_pages, v_pages) if sinks is None else (q, k_pages, v_pages, sinks)
+
+
+def normal_like(tree: Any, seed: int) -> Any:
+    """Standard normal numbers of the shapes and dtypes of a pytree of floats."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32).astype(x.dtype), tree)
+
+
+def to_f64(tree: Any) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x).astype(np.float64), tree)
+
+
+def pull_back(function: Callable[..., Any], operands: Any, bars: Any) -> Any:
+    """The cotangents of the operands."""
+    return jax.jit(lambda operands, bars: jax.vjp(function, *operands)[1](bars))(operands, bars)
+
+
+def push_forward(function: Callable[..., Any], operands: Any, dots: Any) -> Any:
+    """The tangents of the results."""
+    return jax.jit(lambda operands, dots: jax.jvp(function, operands, dots)[1])(operands, dots)
+
+
+def assert_gradients_close(got: Any, want: Any, bound: float) -> None:
+    for index, (mine, theirs) in enumerate(zip(got, want, strict=True)):
+        mine, theirs = to_f64(mine), to_f64(theirs)
+        assert mine.shape == theirs.shape
+        assert np.isfinite(mine).all(), f"gradient {index}: {np.isnan(mine).sum()} NaN"
+        assert np.linalg.norm(mine - theirs) <= bound * np.linalg.norm(theirs), f"gradient {index}"
+        # No sequence saw these: unused pages, tails, rows outside.
+        untouched = ~theirs.any(axis=-1)
+        np.testing.assert_array_equal(mine[untouched], 0)
 
 
 def digest(*arrays: Array) -> str:

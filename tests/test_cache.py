@@ -16,7 +16,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import DTYPES, Array, random_values
-from harness import temporary_bytes
+from harness import assert_same_bits, temporary_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,18 +25,6 @@ from jax_paged_attn import _reference
 
 P, S, K, H = 7, 3, 2, 16
 SCALES = {"none": None, "scalar": np.float32(0.37), "head": np.array([0.5, 3.0], np.float32)}
-
-
-def assert_same_bits(got: Any, want: Array) -> None:
-    """Equal bits, except that one NaN is as good as another."""
-    got = np.asarray(got)
-    assert (got.dtype, got.shape) == (want.dtype, want.shape)
-    if want.dtype != np.int8:
-        nan = np.isnan(want.astype(np.float32))
-        np.testing.assert_array_equal(np.isnan(got.astype(np.float32)), nan)
-        got, want = np.where(nan, 0, got), np.where(nan, 0, want)
-    bits = np.dtype(f"u{want.dtype.itemsize}")
-    np.testing.assert_array_equal(got.view(bits), want.view(bits))
 
 
 def pools(seed: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:

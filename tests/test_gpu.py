@@ -364,13 +364,20 @@ def test_fused_launches(page_dtype: Any, batch_invariant: bool) -> None:
 
 
 def mixed_inputs(
-    rows: tuple[int, ...], lengths: tuple[int, ...], page_size: int, head_dim: int, heads: int = 8, seed: int = 0
+    rows: tuple[int, ...],
+    lengths: tuple[int, ...],
+    page_size: int,
+    head_dim: int,
+    heads: int = 8,
+    seed: int = 0,
+    page_dtype: Any = jnp.bfloat16,
 ) -> tuple[jax.Array, ...]:
     """Operands of `ragged_paged_attention` with two key/value heads."""
     max_pages = -(-max(lengths) // page_size)
     keys = jax.random.split(jax.random.key(seed), 3)
     shapes = [(sum(rows), heads, head_dim), *[(len(rows) * max_pages, page_size, 2, head_dim)] * 2]
     q, k_pages, v_pages = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+    k_pages, v_pages = k_pages.astype(page_dtype), v_pages.astype(page_dtype)
     tables = np.random.default_rng(seed).permutation(len(rows) * max_pages).astype(np.int32).reshape(len(rows), -1)
     cu_q_lens = np.cumsum((0, *rows)).astype(np.int32)
     return q, k_pages, v_pages, jnp.asarray(lengths, jnp.int32), jnp.asarray(tables), jnp.asarray(cu_q_lens)
@@ -384,20 +391,29 @@ PREFILLS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "page_size"),
-    [(64, 16), (96, 8), (128, 8), (128, 16), (128, 24), (128, 100), (128, 256), (192, 16), (256, 48)],
-)
+# Pages of a multiple of 8 tokens, of other sizes, and of 8 bits: there is a way to load each.
+BF16, E4M3, E5M2, INT8 = "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"
+BOXES = [(64, 16), (96, 8), (128, 8), (128, 16), (128, 24), (128, 256), (192, 16), (256, 48)]
+ROWS = [(64, 5), (96, 1), (128, 100), (192, 12), (256, 7)]
+BYTES = [(64, 16, E4M3), (96, 1, INT8), (128, 16, E5M2), (128, 20, INT8), (192, 48, E4M3), (256, 16, E5M2)]
+
+
+@pytest.mark.parametrize(("head_dim", "page_size", "page_dtype"), [*((*s, BF16) for s in (*BOXES, *ROWS)), *BYTES])
 @pytest.mark.parametrize("name", PREFILLS)
-def test_fused_prefill(name: str, head_dim: int, page_size: int) -> None:
+def test_fused_prefill(name: str, head_dim: int, page_size: int, page_dtype: str) -> None:
     """As "cublaslt" has it, the same bits every time, and no value of a page that is not there."""
     rows, lengths = PREFILLS[name]
-    args = mixed_inputs(rows, lengths, page_size, head_dim)
+    args = mixed_inputs(rows, lengths, page_size, head_dim, page_dtype=page_dtype)
+    scales = {} if page_dtype == BF16 else {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(0.5)}
     tables = args[4].at[0, 3].set(-1).at[1, 0].set(2**31 - 1)
     variants: tuple[Any, ...] = (args, (*args[:4], tables, args[5]))
     for keywords in ({}, {"causal": False}, {"sliding_window": 300, "soft_cap": 20.0}):
         fused, cublaslt = (
-            jax.jit(functools.partial(jpa.ragged_paged_attention, implementation=engine, return_lse=True, **keywords))
+            jax.jit(
+                functools.partial(
+                    jpa.ragged_paged_attention, implementation=engine, return_lse=True, **keywords, **scales
+                )
+            )
             for engine in ("fused", "cublaslt")
         )
         for some in variants:

@@ -15,7 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import BY_NAME, Array, Case, build
-from harness import digest, python
+from harness import (
+    assert_gradients_close,
+    differentiable,
+    digest,
+    normal_like,
+    pull_back,
+    push_forward,
+    python,
+    to_f64,
+)
 from jax.extend.core import jaxprs_in_params
 from jax.test_util import check_grads
 
@@ -26,51 +35,8 @@ GRADIENT_CASES = (
     "mixed", "mixed_all", "mixed_dense", "mixed_dense_window_sinks", "decode", "decode_all", "decode_group_7",
     "more_rows_than_keys", "used_ids_bad", "shared_prefix", "num_seqs_two", "cu_decreasing", "cu_outside",
     "sinks_without_keys", "f32_scaled", "mixed_bf16", "mixed_f16", "mixed_page_size_17", "page_size_1_bf16_window",
-    "window_passed_pages", "chunked_prompt", "whole_prompt", "long_decode_window",
+    "window_passed_pages", "window_huge_short", "chunked_prompt", "whole_prompt", "long_decode_window",
 )  # fmt: skip
-
-
-def differentiable(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A function of q, k_pages, v_pages (and sinks, if the case has some) that gives `(out, lse)`, and its operands."""
-    (q, k_pages, v_pages, *rest), traced = build(case).arguments()
-    sinks = traced.pop("sinks")
-
-    def attend(q: Any, k_pages: Any, v_pages: Any, sinks: Any = None) -> Any:
-        function = getattr(jpa, case.function)
-        return function(q, k_pages, v_pages, *rest, sinks=sinks, **traced, **case.keywords, return_lse=True)
-
-    return attend, (q, k_pages, v_pages) if sinks is None else (q, k_pages, v_pages, sinks)
-
-
-def normal_like(tree: Any, seed: int) -> Any:
-    """Standard normal numbers of the shapes and dtypes of a pytree of floats."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32).astype(x.dtype), tree)
-
-
-def to_f64(tree: Any) -> Any:
-    return jax.tree.map(lambda x: np.asarray(x).astype(np.float64), tree)
-
-
-def pull_back(function: Callable[..., Any], operands: Any, bars: Any) -> Any:
-    """The cotangents of the operands."""
-    return jax.jit(lambda operands, bars: jax.vjp(function, *operands)[1](bars))(operands, bars)
-
-
-def push_forward(function: Callable[..., Any], operands: Any, dots: Any) -> Any:
-    """The tangents of the results."""
-    return jax.jit(lambda operands, dots: jax.jvp(function, operands, dots)[1])(operands, dots)
-
-
-def assert_gradients_close(got: Any, want: Any, bound: float) -> None:
-    for index, (mine, theirs) in enumerate(zip(got, want, strict=True)):
-        mine, theirs = to_f64(mine), to_f64(theirs)
-        assert mine.shape == theirs.shape
-        assert np.isfinite(mine).all(), f"gradient {index}: {np.isnan(mine).sum()} NaN"
-        assert np.linalg.norm(mine - theirs) <= bound * np.linalg.norm(theirs), f"gradient {index}"
-        # No sequence saw these: unused pages, tails, rows outside.
-        untouched = ~theirs.any(axis=-1)
-        np.testing.assert_array_equal(mine[untouched], 0)
 
 
 # ---- Derivatives -----------------------------------------------------------------------------------------------------
@@ -101,6 +67,14 @@ def test_tangents_match_dense_attention(name: str) -> None:
         want = push_forward(dense.attention(case), *to_f64((operands, dots)))
     assert_gradients_close((out_dot,), want[:1], GRADIENT_BOUND[case.dtype])
     assert_gradients_close((lse_dot[..., None],), (want[1][..., None],), GRADIENT_BOUND[case.dtype])
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_gradients_without_sequences_are_zero(rows: int) -> None:
+    attend, operands = differentiable(Case("no sequences", (), (), rows=rows, sinks=True))
+    bars, dots = normal_like(jax.eval_shape(attend, *operands), 1), normal_like(operands, 2)
+    for result in (*pull_back(attend, operands, bars), *push_forward(attend, operands, dots)):
+        np.testing.assert_array_equal(result, 0)
 
 
 @pytest.mark.parametrize("argnum", range(4))

@@ -56,8 +56,6 @@ __device__ inline uint32_t PairOfBytes(uint32_t word) {
   return bits;
 }
 
-__device__ inline uint32_t LaneId() { return threadIdx.x % 32; }
-
 // Of 16 keys' rows, each `stride` bytes after the one before, elements [16 i, 16 i + 16) as second operand of
 // Q K^T: for the first eight keys fragment[0..1], for the others [2..3].
 template <DType dtype, int stride>
@@ -118,14 +116,32 @@ struct FragmentLayout<true> {
 // 2^exponent, for exponents of normal numbers.
 __device__ inline float PowerOfTwo(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
+// Queries become f16 beside 8-bit keys, and their range is smaller than bf16's: so a row is divided by a
+// power of two near its largest element.
+class QueryScale {
+ public:
+  __device__ explicit QueryScale(float largest) {
+    exponent_ = (__float_as_int(largest) >> 23) - 127;
+    // In two steps: 2^-exponent itself may be no normal number.
+    first_ = PowerOfTwo(-exponent_ / 2);
+    second_ = PowerOfTwo(-exponent_ + exponent_ / 2);
+  }
+
+  __device__ int exponent() const { return exponent_; }
+  __device__ float operator()(float value) const { return value * first_ * second_; }
+
+ private:
+  int exponent_;
+  float first_, second_;
+};
+
 // 16 queries as first operand of Q K^T, two rows a lane.
 template <DType q_dtype, bool bytes, int head_dim>
 struct QueryFragments {
   uint32_t fragments[head_dim / 16][4];
 
-  // Row r (0 or 1) of the lane, zeros without a query. Beside 8-bit keys queries become f16, whose range is
-  // smaller than bf16's: so each row is divided by a power of two near its largest element. Returns that
-  // exponent. All lanes of a row come here.
+  // Row r (0 or 1) of the lane, zeros without a query. Returns the exponent of the power of two that it was
+  // divided by. All lanes of a row come here.
   __device__ int LoadRow(int r, const uint16_t* query) {
     const int lane = static_cast<int>(LaneId() % 4);
     if constexpr (!bytes) {
@@ -150,19 +166,17 @@ struct QueryFragments {
       }
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-      const int exponent = (__float_as_int(largest) >> 23) - 127;
-      // In two steps: 2^-exponent itself may be no normal number.
-      const float first = PowerOfTwo(-exponent / 2), second = PowerOfTwo(-exponent + exponent / 2);
+      const QueryScale scale(largest);
 #pragma unroll
       for (int i = 0; i < head_dim / 16; ++i) {
         const Unpacked<T, 4> values = Unpack<T, 4>(words[i]);
         float scaled[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) scaled[j] = ToF32(values.values[j]) * first * second;
+        for (int j = 0; j < 4; ++j) scaled[j] = scale(ToF32(values.values[j]));
         fragments[i][r] = PackPair<__half>(scaled[0], scaled[1]);
         fragments[i][2 + r] = PackPair<__half>(scaled[2], scaled[3]);
       }
-      return exponent;
+      return scale.exponent();
     }
   }
 };

@@ -12,6 +12,8 @@ __device__ inline uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+__device__ inline uint32_t LaneId() { return threadIdx.x % 32; }
+
 // ---- asynchronous copies ----------------------------------------------------------------------------------
 
 // 16 bytes from global to shared memory, past the L1 cache; zeros, and no access, if not `exists`.

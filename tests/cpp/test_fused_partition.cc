@@ -115,10 +115,11 @@ std::map<Unit, std::vector<Part>> Walk(const Batch& batch, int64_t num_ctas, boo
   const Deal deal = MakeDeal(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
   for (int64_t cta = 0; cta < num_ctas; ++cta) {
     const HeadRange heads = HeadsOfLane(batch.facts, deal, static_cast<int32_t>(cta % deal.num_lanes));
-    LaneTiles lane;
-    for (int32_t i = 0; i < batch.size(); ++i) lane.Add(batch.facts, heads, batch(i));
-    const int64_t total = batch.num_tiles() * (heads.end - heads.begin), per = TilesPerShare(lane, deal);
-    CHECK(lane.total == total, "%d tiles of %d", static_cast<int>(lane.total), static_cast<int>(total));
+    HeadTiles of_head;
+    for (int32_t i = 0; i < batch.size(); ++i) of_head.Add(batch.facts, batch(i));
+    const int64_t total = batch.num_tiles() * heads.size(), per = TilesPerShare(of_head, heads, deal);
+    CHECK(of_head.total == batch.num_tiles(), "%d tiles of %d", static_cast<int>(of_head.total),
+          static_cast<int>(batch.num_tiles()));
     const int64_t first = cta / deal.num_lanes * per;
     if (cta / deal.num_lanes >= deal.shares.divisor() || first >= total) continue;
     const auto tiles_of = [&](int32_t index) { return NumTiles(batch.facts, heads, batch(index)); };
@@ -245,6 +246,27 @@ void NumbersBeyondTheirRange() {
   Check(batch, 264, true);
 }
 
+void DecodeLeavesMultiprocessorsToPrefill() {
+  const TileCosts costs = {862, 419};
+  HeadTiles tiles;
+  CHECK(EighthsForDecode(tiles, costs) == kEighths, "no work at all: %d", EighthsForDecode(tiles, costs));
+  for (int64_t decode = 1; decode < int64_t{1} << 40; decode *= 3) {
+    int32_t before = kEighths;
+    for (int64_t prefill = 0; prefill < int64_t{1} << 40; prefill = prefill * 2 + 1) {
+      tiles.total = decode;
+      tiles.prefill = prefill;
+      const int32_t eighths = EighthsForDecode(tiles, costs);
+      const double part =
+          static_cast<double>(decode) * costs.decode /
+          (static_cast<double>(decode) * costs.decode + static_cast<double>(prefill) * costs.prefill);
+      CHECK(eighths >= 1 && eighths <= before && eighths >= part * kEighths - 1e-6 &&
+                eighths <= part * kEighths + 1 + 1e-6,
+            "%d eighths for %g of the work", eighths, part);
+      before = eighths;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace jpa::test
 
@@ -254,5 +276,6 @@ int main() {
   jpa::test::OneUnitOverAllShares();
   jpa::test::EqualUnitsStayWhole();
   jpa::test::NumbersBeyondTheirRange();
+  jpa::test::DecodeLeavesMultiprocessorsToPrefill();
   return jpa::test::failures;
 }

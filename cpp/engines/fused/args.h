@@ -28,7 +28,12 @@ struct DecodeArgs {
   CallFacts facts;
   Partials partials;
   uint32_t* done;  // [kMaxCtas], not batch-invariant: see HandOn in decode/kernel.cuh
-  Deal deal;
+  // By the eighths of the multiprocessors that decode takes, less one: how many these are, and how their CTAs
+  // are dealt. If no prefill runs beside it, it takes the last.
+  int32_t sms[kEighths];
+  Deal deals[kEighths];
+  int32_t num_ctas;  // on all multiprocessors, the same number on each
+  TileCosts costs;
   FastDivisor page_size;
   // Sequence b has row b / seqs_per_.. of the array.
   FastDivisor seqs_per_sink;
@@ -42,6 +47,9 @@ struct DecodeArgs {
   bool batch_invariant;
   // Batch-invariant: a row of `partials` is kMaxSplitRows * sequence + row in it, not the row of q.
   bool split_rows_by_sequence;
+
+  // Whether prefill runs beside decode, if some sequences are for each.
+  JPA_HOST_DEVICE bool may_share_sms() const { return facts.decode_rows != INT32_MAX; }
 };
 
 }  // namespace jpa::fused

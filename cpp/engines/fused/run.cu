@@ -92,9 +92,10 @@ DecodeKernelInfo KernelFor(const AttentionProblem& problem) {
   });
 }
 
+template <bool by_boxes>
 PrefillKernelInfo PrefillKernelFor(const AttentionProblem& problem) {
   return ForHeadDim<64, 96, 128, 192, 256>(problem.head_dim, [&](auto head_dim) {
-    return PrefillKernelOf<head_dim()>(problem.q_dtype, problem.kv_dtype);
+    return PrefillKernelOf<head_dim(), by_boxes>(problem.q_dtype, problem.kv_dtype);
   });
 }
 
@@ -137,9 +138,8 @@ Status MakeFlags(std::unique_ptr<uint32_t, FreeOnDevice>* flags) {
   return CudaStatus(filled != cudaSuccess ? filled : done, kWhat);
 }
 
-// Makes the kernel of prefill ready, if there is one for this device.
-Status PreparePrefill(const AttentionProblem& problem, int num_sms, PrefillDevice* prefill) {
-  const PrefillKernelInfo info = PrefillKernelFor(problem);
+// Makes a kernel of prefill ready, if there is one for this device.
+Status PreparePrefill(const PrefillKernelInfo& info, int num_sms, PrefillDevice* prefill) {
   if (info.kernel == nullptr) return Status::Ok();
   cudaFuncAttributes attributes{};
   if (Status s = CudaStatus(cudaFuncGetAttributes(&attributes, info.kernel), "no kernel for this device");
@@ -153,17 +153,26 @@ Status PreparePrefill(const AttentionProblem& problem, int num_sms, PrefillDevic
       "shared memory of the prefill kernel");
 }
 
-// Whether sequences with many rows go to the prefill kernel.
-bool HasPrefill(const AttentionProblem& problem, const AttentionParams& params, const Options& options,
-                const Device& device) {
-  return !options.decode && device.prefill.kernel != nullptr &&
-         TensorMapExists(problem, problem.num_k_pages, params.k_pages, params.k_strides) &&
-         TensorMapExists(problem, problem.num_v_pages, params.v_pages, params.v_strides);
+// The kernel that sequences with many rows go to, or null: then they go to that of decode.
+const PrefillDevice* ChoosePrefill(const AttentionProblem& problem, const AttentionParams& params,
+                                   const Device& device, bool* by_boxes) {
+  *by_boxes = device.prefill_by_boxes.kernel != nullptr &&
+              TensorMapExists(problem, problem.num_k_pages, params.k_pages, params.k_strides) &&
+              TensorMapExists(problem, problem.num_v_pages, params.v_pages, params.v_strides);
+  const PrefillDevice& prefill = *by_boxes ? device.prefill_by_boxes : device.prefill_by_rows;
+  return prefill.kernel == nullptr ? nullptr : &prefill;
+}
+
+// In nanoseconds on an H100, where a multiprocessor that decodes reads up to 38 GB/s, if others leave it as
+// much, and one that prefills makes some 5 TFLOP/s.
+TileCosts CostsOfTiles(const AttentionProblem& problem) {
+  const auto elements = static_cast<int32_t>(2 * kTileKeys * problem.head_dim);
+  return {elements * static_cast<int32_t>(ByteWidth(problem.kv_dtype)) / 38, 2 * kTileRows * elements / 5000};
 }
 
 // `workspace` is the start of prefill's.
 Status MakePrefillArgs(const DecodeArgs& call, const Options& options, const PrefillDevice& prefill,
-                       char* workspace, PrefillArgs* args) {
+                       bool by_boxes, char* workspace, PrefillArgs* args) {
   const PrefillLayout layout = LayOutPrefill(call.problem, options);
   args->call = call;
   args->call.partials = {reinterpret_cast<float*>(workspace),
@@ -174,6 +183,7 @@ Status MakePrefillArgs(const DecodeArgs& call, const Options& options, const Pre
   args->shape = {prefill.tile_rows, prefill.tile_keys};
   args->num_ctas = prefill.num_ctas;
   args->bytes_per_token = static_cast<int32_t>(2 * call.problem.head_dim * ByteWidth(call.problem.kv_dtype));
+  if (!by_boxes) return Status::Ok();
   const int32_t box_rows = BoxRows(call.problem.page_size, prefill.tile_keys);
   while (1 << args->box_rows_log2 < box_rows) ++args->box_rows_log2;
   const AttentionParams& params = call.params;
@@ -221,10 +231,14 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
   const int capability = attributes.binaryVersion;
   device->kernel = info.kernel;
   device->threads = info.threads;
-  device->num_ctas = std::min(num_sms * info.ctas_per_sm(capability), kMaxCtas);
+  device->ctas_per_sm = info.ctas_per_sm(capability);
+  device->num_sms = std::min(num_sms, kMaxCtas / device->ctas_per_sm);
   device->shared_bytes = info.shared_bytes(capability);
   device->overlaps = capability >= 90;
-  if (Status s = PreparePrefill(problem, num_sms, &device->prefill); !s.ok()) return s;
+  if (Status s = PreparePrefill(PrefillKernelFor<true>(problem), num_sms, &device->prefill_by_boxes); !s.ok())
+    return s;
+  if (Status s = PreparePrefill(PrefillKernelFor<false>(problem), num_sms, &device->prefill_by_rows); !s.ok())
+    return s;
   if (Status s = MakeFlags(&device->done); !s.ok()) return s;
   return CudaStatus(
       cudaFuncSetAttribute(info.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device->shared_bytes),
@@ -265,7 +279,13 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   args.partials = {reinterpret_cast<float*>(workspace), reinterpret_cast<float2*>(workspace + layout.stats),
                    static_cast<int32_t>(layout.slot_rows)};
   args.done = device.done.get();
-  args.deal = MakeDeal(static_cast<int32_t>(problem.num_kv_heads), device.num_ctas);
+  args.num_ctas = device.num_sms * device.ctas_per_sm;
+  for (int eighths = 1; eighths <= kEighths; ++eighths) {
+    const int sms = std::max(device.num_sms * eighths / kEighths, 1);
+    args.sms[eighths - 1] = sms;
+    args.deals[eighths - 1] = MakeDeal(static_cast<int32_t>(problem.num_kv_heads), sms * device.ctas_per_sm);
+  }
+  args.costs = CostsOfTiles(problem);
   args.page_size = divisor(problem.page_size);
   args.seqs_per_sink = seqs_per(problem.num_sinks);
   args.seqs_per_k_scale = seqs_per(problem.num_k_scales);
@@ -280,12 +300,15 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
 
   // No sequence has more rows than q: where these are few, none is prefill's.
   const int32_t decode_rows = std::max(kTileRows / static_cast<int32_t>(group), 1);
-  const bool prefills =
-      problem.num_seqs > 0 && problem.num_rows > decode_rows && HasPrefill(problem, params, options, device);
+  bool by_boxes = false;
+  const PrefillDevice* prefill = nullptr;
+  if (!options.decode && problem.num_seqs > 0 && problem.num_rows > decode_rows)
+    prefill = ChoosePrefill(problem, params, device, &by_boxes);
   PrefillArgs prefill_args{};
-  if (prefills) {
+  if (prefill != nullptr) {
     args.facts.decode_rows = decode_rows;
-    if (Status s = MakePrefillArgs(args, options, device.prefill, workspace + layout.prefill, &prefill_args);
+    if (Status s =
+            MakePrefillArgs(args, options, *prefill, by_boxes, workspace + layout.prefill, &prefill_args);
         !s.ok()) {
       return s;
     }
@@ -295,16 +318,17 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
       return s;
     }
   }
-  const Launch decode = {device.kernel, dim3(static_cast<unsigned>(device.num_ctas)), device.threads};
+  const bool prefills = prefill != nullptr;
+  const Launch decode = {device.kernel, dim3(static_cast<unsigned>(args.num_ctas + (prefills ? 1 : 0))),
+                         device.threads};
   if (Status s =
-          LaunchKernel(decode, device.shared_bytes, false, args, "launch of the decode kernel", stream);
+          LaunchKernel(decode, device.shared_bytes, prefills, args, "launch of the decode kernel", stream);
       !s.ok()) {
     return s;
   }
   if (prefills) {
-    const Launch prefill = {device.prefill.kernel, dim3(static_cast<unsigned>(device.prefill.num_ctas)),
-                            device.prefill.threads};
-    if (Status s = LaunchKernel(prefill, device.prefill.shared_bytes, true, prefill_args,
+    const Launch launch = {prefill->kernel, dim3(static_cast<unsigned>(prefill->num_ctas)), prefill->threads};
+    if (Status s = LaunchKernel(launch, prefill->shared_bytes, true, prefill_args,
                                 "launch of the prefill kernel", stream);
         !s.ok()) {
       return s;

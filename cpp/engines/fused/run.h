@@ -39,13 +39,15 @@ struct PrefillDevice {
 
 // What the calls of one call site need on a device. They must follow each other, as those of a stream do.
 struct Device {
-  int num_ctas;      // that run at the same time
+  int num_sms;       // multiprocessors
+  int ctas_per_sm;   // that run at the same time
   int threads;       // of each
   int shared_bytes;  // of each
   bool overlaps;     // kernels of a stream may start before the one in front has ended
   const void* kernel;
   std::unique_ptr<uint32_t, FreeOnDevice> done;  // on the device: zeros, but while a call runs
-  PrefillDevice prefill;
+  PrefillDevice prefill_by_boxes;                // for pages that the tensor memory accelerator can load
+  PrefillDevice prefill_by_rows;                 // for any
 };
 
 // Finds the kernel for the call's dtypes and head dim, and makes it ready on the current device.

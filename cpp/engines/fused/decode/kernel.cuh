@@ -70,7 +70,7 @@ struct DecodeKernelState {
     device::Barrier announced[kStages];  // the job is there
     device::Barrier full[kStages];       // and so are its keys and values
     device::Barrier empty[kStages];      // nobody needs them any more
-    LaneTiles warp_tiles[Traits::kThreads / 32];
+    HeadTiles warp_tiles[Traits::kThreads / 32];
     int64_t share_offset;  // of the share's first tile, in its sequence
     int32_t share_seq;     // that sequence's index, -1 if the share is empty
     RawSequence raw_sequence;
@@ -89,48 +89,75 @@ int SharedBytes(int capability) {
 
 // ---- share ------------------------------------------------------------------------------------------------
 
-// Tells every thread how many tiles a share has; leaves where this CTA's starts in shared memory.
+// Which CTA it is among those that have shares, and what follows from it.
+struct Share {
+  int32_t cta;  // behind the last one: it has none
+  Deal deal;
+  HeadRange heads;
+  int64_t tiles;
+};
+
+// Without its number of tiles. Of CTAs that run at a time, those with neighbouring numbers are on different
+// multiprocessors, until each has one: so with fewer multiprocessors each of these has as many CTAs as
+// before.
+__device__ inline Share ShareOfCta(const DecodeArgs& args, const HeadTiles& all) {
+  const int32_t eighths = args.may_share_sms() ? EighthsForDecode(all, args.costs) : kEighths;
+  const int32_t all_sms = args.sms[kEighths - 1], sms = args.sms[eighths - 1];
+  const int32_t cta = static_cast<int32_t>(blockIdx.x), round = cta / all_sms, sm = cta - round * all_sms;
+  const Deal& deal = args.deals[eighths - 1];
+  const int32_t own = sm < sms ? round * sms + sm : INT32_MAX;
+  return {own, deal, HeadsOfLane(args.facts, deal, own % deal.num_lanes), 0};
+}
+
+// Tells every thread which share the CTA has; leaves where it starts in shared memory.
 // A thread adds up neighbouring sequences, so that only the one that finds the start walks them again.
 template <typename Traits, typename Shared>
-__device__ inline int64_t FindShare(const DecodeArgs& args, const HeadRange& heads, Shared& shared) {
+__device__ inline Share FindShare(const DecodeArgs& args, Shared& shared) {
   const int num_seqs = static_cast<int>(args.problem.num_seqs);
   const int each = (num_seqs + Traits::kThreads - 1) / Traits::kThreads;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int begin = min(thread * each, num_seqs), end = min(begin + each, num_seqs);
-  LaneTiles mine;
+  HeadTiles mine;
   RawSequence raw;  // of the thread's last sequence
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {
     raw = RawSequence(args, i);
-    mine.Add(args.facts, heads, raw.Clipped(args.facts));
+    mine.Add(args.facts, raw.Clipped(args.facts));
   }
-  int64_t before = mine.total;
+  int64_t before = mine.total, prefill = mine.prefill;
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
     const int64_t other = __shfl_up_sync(~0u, before, lanes);
     if (lane >= lanes) before += other;
+    if (args.may_share_sms()) prefill += __shfl_xor_sync(~0u, prefill, lanes);
   }
   const int32_t fewest = __reduce_min_sync(~0u, mine.fewest), most = __reduce_max_sync(~0u, mine.most);
-  if (lane == 31) shared.warp_tiles[warp] = {before, fewest, most};
+  if (lane == 31) shared.warp_tiles[warp] = {before, fewest, most, prefill};
   if (thread == 0) shared.share_seq = -1;
   __syncthreads();
-  LaneTiles all;
+  HeadTiles all;
 #pragma unroll
   for (int w = 0; w < Traits::kThreads / 32; ++w) {
-    const LaneTiles tiles = shared.warp_tiles[w];
+    const HeadTiles tiles = shared.warp_tiles[w];
     if (w < warp) before += tiles.total;
-    all = {all.total + tiles.total, min(all.fewest, tiles.fewest), max(all.most, tiles.most)};
+    all.Add(tiles);
   }
   before -= mine.total;
-  const int64_t per = TilesPerShare(all, args.deal);
-  const int64_t share = static_cast<int>(blockIdx.x) / args.deal.num_lanes, first = share * per;
-  if (share < args.deal.shares.divisor() && first >= before && first < before + mine.total) {
+
+  Share share = ShareOfCta(args, all);
+  share.tiles = TilesPerShare(all, share.heads, share.deal);
+  // In tiles of all heads of the lane.
+  const int64_t heads = share.heads.size(), place = share.cta / share.deal.num_lanes;
+  const int64_t first = place * share.tiles;
+  before *= heads;
+  const int64_t total = mine.total * heads;
+  if (place < share.deal.shares.divisor() && first >= before && first < before + total) {
     // Backwards, from the sequence that is still at hand: where a thread has one, nothing is read again.
     int i = end - 1;
-    int64_t start = before + mine.total;
+    int64_t start = before + total;
 #pragma unroll 1
     for (; i > begin; raw = RawSequence(args, --i)) {
-      start -= NumTiles(args.facts, heads, raw.Clipped(args.facts));
+      start -= NumTiles(args.facts, share.heads, raw.Clipped(args.facts));
       if (first >= start) break;
     }
     shared.share_seq = i;
@@ -138,7 +165,7 @@ __device__ inline int64_t FindShare(const DecodeArgs& args, const HeadRange& hea
     shared.raw_sequence = raw;
   }
   __syncthreads();
-  return per;
+  return share;
 }
 
 // Writes the results of rows that have no tile: those of no sequence, and those that see no key. A CTA has
@@ -148,7 +175,8 @@ __device__ inline void FillRowsWithoutTiles(const DecodeArgs& args, Shared& shar
   constexpr int kNone = -1, kHasTiles = -2;
   constexpr int kCount = DecodeKernelState<Traits>::kFilledRows;
   const SequencesInMemory sequences(args);
-  const int64_t num_rows = args.facts.num_rows, each = (args.facts.num_rows + gridDim.x - 1) / gridDim.x;
+  const int64_t num_rows = args.facts.num_rows;
+  const int64_t each = (num_rows + args.num_ctas - 1) / args.num_ctas;
   const int64_t rows_end = min(num_rows, (blockIdx.x + 1) * each);
   const int thread = static_cast<int>(threadIdx.x);
   for (int64_t first = blockIdx.x * each; first < rows_end; first += kCount) {
@@ -194,11 +222,12 @@ __device__ inline void FillRowsWithoutTiles(const DecodeArgs& args, Shared& shar
 // they are needed.
 class JobMaker {
  public:
-  __device__ JobMaker(const DecodeArgs& args, const HeadRange& heads, SequencesAhead& sequences, int32_t seq,
-                      int64_t offset, int64_t per)
+  __device__ JobMaker(const DecodeArgs& args, const Share& share, SequencesAhead& sequences, int32_t seq,
+                      int64_t offset)
       : args_(args),
-        share_(args.facts, heads, static_cast<int32_t>(args.problem.num_seqs), sequences, seq, offset, per,
-               args.batch_invariant) {
+        cta_(share.cta),
+        share_(args.facts, share.heads, static_cast<int32_t>(args.problem.num_seqs), sequences, seq, offset,
+               share.tiles, args.batch_invariant) {
     LookUp();
   }
 
@@ -272,8 +301,7 @@ class JobMaker {
     if (!share_.EndsPart()) return;
     job->whole = share_.HasStart() && share_.HasEnd();
     job->hands_on = !args_.batch_invariant && !share_.HasEnd();
-    job->slot = args_.batch_invariant ? share_.PartIndex()
-                                      : static_cast<int32_t>(2 * blockIdx.x + (share_.HasStart() ? 1 : 0));
+    job->slot = args_.batch_invariant ? share_.PartIndex() : 2 * cta_ + (share_.HasStart() ? 1 : 0);
     if (!args_.batch_invariant && share_.HasEnd() && !share_.HasStart()) {
       static_cast<UnitRows&>(*unit) = *job;
       unit->num_parts = share_.PartsBefore();
@@ -281,6 +309,7 @@ class JobMaker {
   }
 
   const DecodeArgs& args_;
+  const int32_t cta_;
   ShareCursor<SequencesAhead> share_;
   int32_t pages_[kKeysPerLane];
 };
@@ -336,8 +365,8 @@ __device__ inline void CopyTile(const DecodeArgs& args, const Job& job, uint32_t
 // waits for that of all others and takes it back, so that all are 0 again when the kernel ends, as they were
 // when it began. It only waits for CTAs of lower index. Devices start these first (CUDA does not promise it,
 // but stream-K kernels rely on it), so no CTA keeps the one it waits for from running.
-__device__ inline void HandOn(const DecodeArgs& args) {
-  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(args.done + blockIdx.x) : "memory");
+__device__ inline void HandOn(uint32_t* done) {
+  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(done) : "memory");
 }
 
 __device__ inline void Await(const uint32_t* done) {
@@ -350,9 +379,9 @@ __device__ inline void Await(const uint32_t* done) {
 // Merges the parts of a unit, by the threads of the products. A warp waits for parts by itself, so that their
 // columns are asked for as soon as the last of them is there.
 template <typename Traits>
-__device__ inline void MergeUnit(const DecodeArgs& args, const SharedUnit& unit) {
-  const int cta = static_cast<int>(blockIdx.x), lane = static_cast<int>(threadIdx.x % 32);
-  const int stride = args.deal.num_lanes, first_cta = cta - unit.num_parts * stride;
+__device__ inline void MergeUnit(const DecodeArgs& args, const Share& share, const SharedUnit& unit) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int stride = share.deal.num_lanes, first_cta = share.cta - unit.num_parts * stride;
   for (int i = lane; i < unit.num_parts; i += 32) Await(args.done + first_cta + i * stride);
   __syncwarp();
 #pragma unroll 1
@@ -465,7 +494,7 @@ class WarpRows {
     }
     if (job.hands_on) {
       device::SyncSomeThreads<1, Traits::kProductThreads>();
-      if (threadIdx.x == 0) HandOn(args);
+      if (threadIdx.x == 0) HandOn(args.done + job.slot / 2);  // its own
     }
   }
 
@@ -655,16 +684,23 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   extern __shared__ __align__(128) char stages[];
   auto& shared = *reinterpret_cast<typename State::Shared*>(stages + kStages * Traits::kStageBytes);
 
-  device::LetNextKernelStart();  // in batch-invariant mode the parts are merged by one
+  if (blockIdx.x == static_cast<unsigned>(args.num_ctas)) {
+    // One more CTA, where prefill is next: that may start when its plan is there.
+    if (threadIdx.x == 0) {
+      device::WaitForPreviousKernel();
+      device::LetNextKernelStart();
+    }
+    return;
+  }
+  device::LetNextKernelStart();
   if (threadIdx.x < kStages) {
-    device::InitBarrier(&shared.announced[threadIdx.x], 1);
+    // Every lane arrives for itself: one for its warp would do, but racecheck does not follow that.
+    device::InitBarrier(&shared.announced[threadIdx.x], 32);
     device::InitBarrier(&shared.full[threadIdx.x], Traits::kCopyThreads);
-    device::InitBarrier(&shared.empty[threadIdx.x], Traits::kProductThreads / 32);
+    device::InitBarrier(&shared.empty[threadIdx.x], Traits::kProductThreads);
   }
   if (threadIdx.x == 0) shared.unit.num_parts = 0;
-  const HeadRange heads =
-      HeadsOfLane(args.facts, args.deal, static_cast<int>(blockIdx.x) % args.deal.num_lanes);
-  const int64_t per = FindShare<Traits>(args, heads, shared);
+  const Share share = FindShare<Traits>(args, shared);
 
   // Both sides go through the stages in turn; a turn's parity is that of its barriers' phases.
   int stage = 0;
@@ -695,12 +731,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
       return;
     }
     SequencesAhead sequences(args, shared.raw_sequence);
-    JobMaker jobs(args, heads, sequences, shared.share_seq, shared.share_offset, per);
+    JobMaker jobs(args, share, sequences, shared.share_seq, shared.share_offset);
     do {
       device::WaitForPhase(&shared.empty[stage], parity ^ 1);
       jobs.Make<Traits>(&shared.jobs[stage], &shared.unit);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) device::Arrive(&shared.announced[stage]);
+      device::Arrive(&shared.announced[stage]);
     } while (copy_next());
     return;
   }
@@ -718,12 +753,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     char* const tile = stages + stage * Traits::kStageBytes;
     rows.Take(args, job, device::SharedAddress(tile));
     if (job.ends) rows.End(args, job, tile);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) device::Arrive(&shared.empty[stage]);
+    device::Arrive(&shared.empty[stage]);
   }
   if (shared.unit.num_parts > 0) {
     device::SyncSomeThreads<1, Traits::kProductThreads>();  // its own part is in memory
-    MergeUnit<Traits>(args, shared.unit);
+    MergeUnit<Traits>(args, share, shared.unit);
   }
 }
 

@@ -133,6 +133,8 @@ inline Deal MakeDeal(int32_t num_kv_heads, int32_t num_ctas) {
 struct HeadRange {
   int32_t begin;
   int32_t end;
+
+  JPA_HOST_DEVICE int32_t size() const { return end - begin; }
 };
 
 JPA_HOST_DEVICE inline HeadRange HeadsOfLane(const CallFacts& call, const Deal& deal, int32_t lane) {
@@ -141,42 +143,76 @@ JPA_HOST_DEVICE inline HeadRange HeadsOfLane(const CallFacts& call, const Deal& 
 
 JPA_HOST_DEVICE inline int64_t NumTiles(const CallFacts& call, const HeadRange& heads,
                                         const Sequence& sequence) {
-  return (heads.end - heads.begin) * TilesPerHead(call, sequence);
+  return heads.size() * TilesPerHead(call, sequence);
 }
 
-// Sums up what the shares of a lane follow from.
-struct LaneTiles {
+// Sums up, over sequences, what shares follow from: tiles of one key/value head.
+struct HeadTiles {
   int64_t total = 0;
   int32_t fewest = INT32_MAX;  // of a unit that has some
   int32_t most = 0;
+  int64_t prefill = 0;  // of sequences that are another kernel's: kTileRows rows and kTileKeys keys each
 
-  JPA_HOST_DEVICE void Add(const CallFacts& call, const HeadRange& heads, const Sequence& sequence) {
-    total += NumTiles(call, heads, sequence);
+  JPA_HOST_DEVICE void Add(const CallFacts& call, const Sequence& sequence) {
+    if (IsPrefill(call, sequence)) {
+      const int64_t seen = call.causal ? sequence.kv_len - sequence.num_rows / 2 : sequence.kv_len;
+      const int64_t keys = call.sliding_window > 0 && call.sliding_window < seen ? call.sliding_window : seen;
+      prefill += CeilDiv(int64_t{sequence.num_rows} * call.group.divisor(), kTileRows) *
+                 CeilDiv(Larger(static_cast<int32_t>(keys), 0), kTileKeys);
+      return;
+    }
     JPA_KEEP_LOOP
     for (int32_t i = 0; i < NumRowTiles(call, sequence); ++i) {
       const int32_t tiles = VisibleTiles(call, sequence, i).size();
       if (tiles == 0) continue;
+      total += tiles;
       fewest = Smaller(fewest, tiles);
       most = Larger(most, tiles);
     }
   }
+  JPA_HOST_DEVICE void Add(const HeadTiles& other) {
+    total += other.total;
+    fewest = Smaller(fewest, other.fewest);
+    most = Larger(most, other.most);
+    prefill += other.prefill;
+  }
 };
 
 // Tiles of each share of a lane; the last shares may be smaller or empty.
-JPA_HOST_DEVICE inline int64_t TilesPerShare(const LaneTiles& lane, const Deal& deal) {
+JPA_HOST_DEVICE inline int64_t TilesPerShare(const HeadTiles& of_head, const HeadRange& heads,
+                                             const Deal& deal) {
   const int32_t shares = deal.shares.divisor();
-  if (lane.total <= shares) return 1;
+  const int64_t total = of_head.total * heads.size();
+  if (total <= shares) return 1;
   // On the device a division of 64 bits takes many times as long.
-  const bool small = lane.total < INT32_MAX - shares;
-  const int64_t per = small ? deal.shares.Quotient(static_cast<int32_t>(lane.total) + shares - 1)
-                            : CeilDiv(lane.total, shares);
+  const bool small = total < INT32_MAX - shares;
+  const int64_t per =
+      small ? deal.shares.Quotient(static_cast<int32_t>(total) + shares - 1) : CeilDiv(total, shares);
   // Where all units are alike, whole ones: some CTAs less take nothing away, as memory sets the pace, while
   // partial results cost time at the end.
-  if (!small || lane.fewest != lane.most) return per;
+  if (!small || of_head.fewest != of_head.most) return per;
   const int64_t whole =
-      static_cast<int64_t>((static_cast<uint32_t>(per) + static_cast<uint32_t>(lane.most) - 1) /
-                           static_cast<uint32_t>(lane.most) * static_cast<uint32_t>(lane.most));
+      static_cast<int64_t>((static_cast<uint32_t>(per) + static_cast<uint32_t>(of_head.most) - 1) /
+                           static_cast<uint32_t>(of_head.most) * static_cast<uint32_t>(of_head.most));
   return whole - per <= per / 16 ? whole : per;
+}
+
+// ---- beside prefill ---------------------------------------------------------------------------------------
+
+// In a call that has sequences for both kernels, decode keeps to some of the multiprocessors and leaves the
+// others to prefill: as many eighths as its part of the work. Prefill gets the rest when decode is done.
+inline constexpr int kEighths = 8;
+
+// What a tile takes on one multiprocessor, in any unit.
+struct TileCosts {
+  int32_t decode;
+  int32_t prefill;
+};
+
+JPA_HOST_DEVICE inline int32_t EighthsForDecode(const HeadTiles& tiles, const TileCosts& costs) {
+  if (tiles.prefill == 0) return kEighths;
+  const int64_t decode = tiles.total * costs.decode, all = decode + tiles.prefill * costs.prefill;
+  return Larger(1, static_cast<int32_t>(CeilDiv(decode * kEighths, all)));
 }
 
 // ---- results that do not depend on the batch --------------------------------------------------------------

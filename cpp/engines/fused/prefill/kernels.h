@@ -14,15 +14,21 @@ struct PrefillKernelInfo {
   TileShape shape = {};
 };
 
-// Each in a file of its own, instantiations/head_dim_*.cu: they compile side by side.
-template <int head_dim>
+// Those of a head dim that load keys and values by boxes, or row by row. Each in a file of its own,
+// instantiations/head_dim_*.cu: they compile side by side.
+template <int head_dim, bool by_boxes>
 PrefillKernelInfo PrefillKernelOf(DType q_dtype, DType kv_dtype);
 
-extern template PrefillKernelInfo PrefillKernelOf<64>(DType, DType);
-extern template PrefillKernelInfo PrefillKernelOf<96>(DType, DType);
-extern template PrefillKernelInfo PrefillKernelOf<128>(DType, DType);
-extern template PrefillKernelInfo PrefillKernelOf<192>(DType, DType);
-extern template PrefillKernelInfo PrefillKernelOf<256>(DType, DType);
+extern template PrefillKernelInfo PrefillKernelOf<64, true>(DType, DType);
+extern template PrefillKernelInfo PrefillKernelOf<64, false>(DType, DType);
+extern template PrefillKernelInfo PrefillKernelOf<96, true>(DType, DType);
+extern template PrefillKernelInfo PrefillKernelOf<96, false>(DType, DType);
+extern template PrefillKernelInfo PrefillKernelOf<128, true>(DType, DType);
+extern template PrefillKernelInfo PrefillKernelOf<128, false>(DType, DType);
+extern template PrefillKernelInfo PrefillKernelOf<192, true>(DType, DType);
+extern template PrefillKernelInfo PrefillKernelOf<192, false>(DType, DType);
+extern template PrefillKernelInfo PrefillKernelOf<256, true>(DType, DType);
+extern template PrefillKernelInfo PrefillKernelOf<256, false>(DType, DType);
 
 Launch ScheduleLaunch();
 

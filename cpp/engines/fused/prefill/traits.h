@@ -5,41 +5,69 @@
 
 namespace jpa::fused {
 
-template <DType q_dtype_, DType kv_dtype_, int head_dim_>
+// How keys and values come to shared memory.
+enum class Source {
+  kBoxes,  // boxes of a page's tokens by the tensor memory accelerator (boxes.cuh)
+  kRows,   // a token's row after the other, whatever the page size (rows.cuh)
+  kBytes,  // likewise, from 8-bit pages: they become f16 on the way, exactly
+};
+
+template <DType q_dtype_, Source source_, int head_dim_>
 struct PrefillTraits {
   static constexpr DType kQ = q_dtype_;
-  static constexpr DType kKV = kv_dtype_;
-  static constexpr DType kMath = kv_dtype_;  // of both products
+  static constexpr Source kSource = source_;
+  static constexpr bool kBytes = kSource == Source::kBytes;
+  static constexpr bool kRowWise = kSource != Source::kBoxes;
+  static constexpr bool kFenceCopies = kSource == Source::kRows;  // see rows.cuh
+  static constexpr DType kMath = kBytes ? DType::kF16 : kQ;       // of both products
   static constexpr int kHeadDim = head_dim_;
 
   // A warpgroup multiplies 64 packed rows: scores and results of that many fill its registers. They take
   // turns, so that one's softmax runs beside the others' products. With a head dim of 64 these are so short
-  // that it takes two to fill the time of a softmax.
-  static constexpr int kProductWarpgroups = kHeadDim <= 64 ? 3 : 2;
+  // that it takes two to fill the time of a softmax; copying row by row leaves no registers for a third.
+  static constexpr int kProductWarpgroups = kHeadDim <= 64 && !kRowWise ? 3 : 2;
   static constexpr int kRows = 64 * kProductWarpgroups;
   // Keys of a tile: as many as leave room for two stages of 227 KB, and for the results, which take
-  // head_dim / 2 registers of each thread.
-  static constexpr int kKeys = kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 96 : 64;
+  // head_dim / 2 registers of each thread. Warps that copy rows have 32 of them each at a time.
+  static constexpr int kKeys = kHeadDim <= 128 ? 128 : kHeadDim <= 192 && !kRowWise ? 96 : 64;
   static constexpr int kStages = 2;
   static constexpr int kMostSharedBytes = 227 * 1024;  // of a CTA
   static constexpr int kMiscBytes =
       2048;  // at least what it needs besides, and to start at a multiple of 1024
 
-  // One more warpgroup loads. Registers of a thread: 64 K are shared out unevenly.
+  // Of the warps that load, some have keys, as many values, and the others queries. One warp feeds the
+  // accelerator. Copies take two, and a warpgroup more, unless results need its registers.
+  static constexpr bool kTwoLoadWarpgroups = kRowWise && kHeadDim <= 192;
+  static constexpr int kTileWarps = kTwoLoadWarpgroups ? 2 : 1;  // of keys, and of values
+  static constexpr int kQueryWarps = kTwoLoadWarpgroups ? 4 : 2;
   static constexpr int kProductThreads = 128 * kProductWarpgroups;
-  static constexpr int kThreads = kProductThreads + 128;
-  static constexpr int kLoadRegisters = kProductWarpgroups == 3 ? 32 : 40;
-  static constexpr int kProductRegisters = kProductWarpgroups == 3 ? 160 : 232;
+  static constexpr int kThreads = kProductThreads + 32 * (2 * kTileWarps + kQueryWarps);
+  static_assert(kThreads % 128 == 0, "registers are shared out by warpgroups");
+  // Registers of a thread: 64 K are shared out unevenly.
+  static constexpr int kProductRegisters = kProductWarpgroups == 3 ? 160
+                                           : kTwoLoadWarpgroups    ? 208
+                                           : kRowWise              ? 224
+                                                                   : 232;
+  static constexpr int kTileRegisters = kTwoLoadWarpgroups        ? 56
+                                        : kRowWise                ? 56
+                                        : kProductWarpgroups == 3 ? 32
+                                                                  : 40;
+  static constexpr int kQueryRegisters = kTwoLoadWarpgroups ? 40 : kTileRegisters;
+  // A CTA starts with the same number for each thread, a multiple of 8.
+  static_assert(kProductThreads * kProductRegisters +
+                    128 * (kTwoLoadWarpgroups ? kTileRegisters + kQueryRegisters : kTileRegisters) <=
+                65536 / kThreads / 8 * 8 * kThreads);
 
   // Matrices in shared memory, in blocks of 8 rows and 64 columns (device/wgmma.cuh). The columns past the
   // head dim are not used.
   static constexpr int kColumnBlocks = (kHeadDim + 63) / 64;
   static constexpr int kQueryBytes = kColumnBlocks * kRows * 128;
-  static constexpr int kTileBytes = kColumnBlocks * kKeys * 128;  // of keys, and of values
+  static constexpr int kTileBytes = kColumnBlocks * kKeys * 128;   // of keys, and of values
+  static constexpr int kRawBytes = kBytes ? kKeys * kHeadDim : 0;  // likewise, on their way to f16
+  static constexpr int kLoadBytes = 2 * (kStages * kTileBytes + kRawBytes);
   // Two row tiles of queries, where there is room: then the next one is there when an item ends.
-  static constexpr int kQueryTiles =
-      2 * kQueryBytes + 2 * kStages * kTileBytes <= kMostSharedBytes - kMiscBytes ? 2 : 1;
-  static_assert(kQueryTiles * kQueryBytes + 2 * kStages * kTileBytes <= kMostSharedBytes - kMiscBytes);
+  static constexpr int kQueryTiles = 2 * kQueryBytes + kLoadBytes <= kMostSharedBytes - kMiscBytes ? 2 : 1;
+  static_assert(kQueryTiles * kQueryBytes + kLoadBytes <= kMostSharedBytes - kMiscBytes);
   // Blocks of the same rows are neighbours where heads are whole blocks: then a page's tokens come in one
   // box. Otherwise those of the same columns are, and a box has 64 columns.
   static constexpr bool kWholeBlocks = kHeadDim % 64 == 0;

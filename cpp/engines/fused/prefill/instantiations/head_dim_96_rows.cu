@@ -1,0 +1,3 @@
+#include "engines/fused/prefill/instantiate.cuh"
+
+template jpa::fused::PrefillKernelInfo jpa::fused::PrefillKernelOf<96, false>(DType, DType);

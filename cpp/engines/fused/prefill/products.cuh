@@ -1,0 +1,407 @@
+// A warpgroup's share of an item: S = Q K^T of a tile, the online softmax in registers, O += P V. The
+// products of the next tile's scores are issued before those of this tile's values, so that its softmax has
+// both beside it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "device/convert.cuh"
+#include "device/exp2.cuh"
+#include "device/fragment.cuh"
+#include "device/ptx.cuh"
+#include "device/softmax_state.cuh"
+#include "device/wgmma.cuh"
+#include "engines/fused/decode/result.cuh"
+#include "engines/fused/prefill/args.h"
+#include "engines/fused/prefill/shared.cuh"
+
+namespace jpa::fused {
+
+// A warpgroup's 64 rows of an item; a thread has two of them, of each some columns.
+template <typename Traits>
+class ProductRows {
+ public:
+  static constexpr int kKeys = Traits::kKeys;
+  static constexpr int kBlocks = kKeys / 16;  // of keys, as products take them
+  static constexpr device::BlockStrides kStrides = StridesOf<Traits, kKeys>();  // of keys and values
+  using Math = device::TypeOf<Traits::kMath>;
+  using Shared = PrefillShared<Traits>;
+
+  __device__ ProductRows(const PrefillArgs& args, Shared& shared)
+      : args_(args),
+        shared_(shared),
+        // The same in all lanes, which the compiler then knows.
+        warpgroup_(__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0)) {
+    // The first turn is warpgroup 0's: as if the last one had had the one before.
+    if (warpgroup_ == Traits::kProductWarpgroups - 1) PassTurn();
+  }
+
+  // All of an item's tiles.
+  __device__ void Attend(const Item& item) {
+    Start(item);
+    device::WaitForPhase(&shared_.queries_full[queries_.index()], queries_.parity());
+    if constexpr (Traits::kBytes) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        factors_[r] = ldexpf(factors_[r], shared_.exponents[queries_.index()][Row(r)]);
+      }
+    }
+    if (item.tiles.size() == 0) {
+#pragma unroll
+      for (auto& block : out_) {
+#pragma unroll
+        for (float& x : block) x = 0.0f;
+      }
+      ReleaseQueries();
+      return;
+    }
+    float scores[kKeys / 2], factors[2];
+    int32_t tile = item.tiles.end - 1;
+    device::WaitForPhase(&shared_.keys_full[keys_.index()], keys_.parity());
+    FenceCopies();
+    device::FenceProductRegisters();
+    IssueScores(scores);
+    device::CommitProducts();
+    device::WaitForProducts<0>(scores);
+    const MissingKeys<Traits>& missing = MissingOfTile();
+    Release(shared_.keys_empty, &keys_);
+    if (tile == item.tiles.begin) ReleaseQueries();
+    Softmax(item, tile, missing, scores, factors);
+    Pack(scores);
+    if constexpr (!Traits::kRowWise) ZeroTail(item, tile);
+    bool accumulates = false;
+    for (--tile; tile >= item.tiles.begin; --tile) {
+      device::WaitForPhase(&shared_.keys_full[keys_.index()], keys_.parity());
+      if constexpr (Traits::kFenceCopies) {
+        // Before the products, which the fence would wait for.
+        device::WaitForPhase(&shared_.values_full[values_.index()], values_.parity());
+        FenceCopies();
+      }
+      WaitForTurn();
+      device::FenceProductRegisters();
+      IssueScores(scores);
+      device::CommitProducts();
+      device::WaitForPhase(&shared_.values_full[values_.index()], values_.parity());
+      device::FenceProductRegisters();
+      IssueValues(accumulates);
+      device::CommitProducts();
+      PassTurn();
+      device::WaitForProducts<1>(scores);
+      const MissingKeys<Traits>& missing_now = MissingOfTile();
+      Release(shared_.keys_empty, &keys_);
+      if (tile == item.tiles.begin) ReleaseQueries();
+      Softmax(item, tile, missing_now, scores, factors);
+      device::ComputeBeforeNext(states_[0].sum, states_[1].sum);
+      WaitForValues();
+      Release(shared_.values_empty, &values_);
+      Rescale(factors);
+      Pack(scores);
+      accumulates = true;
+    }
+    device::WaitForPhase(&shared_.values_full[values_.index()], values_.parity());
+    FenceCopies();
+    device::FenceProductRegisters();
+    IssueValues(accumulates);
+    device::CommitProducts();
+    WaitForValues();
+    Release(shared_.values_empty, &values_);
+  }
+
+  // Results, or a part's state; and where that was the last one of its unit, what the parts make.
+  __device__ void End(const Item& item) {
+#pragma unroll
+    for (auto& state : states_) {
+      state.sum += __shfl_xor_sync(~0u, state.sum, 1);
+      state.sum += __shfl_xor_sync(~0u, state.sum, 2);
+    }
+    if (item.parts == 1) {
+      WriteResults(item);
+    } else {
+      WriteState(item);
+      MergeIfLast(item);
+    }
+  }
+
+ private:
+  static constexpr int kAllBarrier = 1;    // of all threads that multiply
+  static constexpr int kTurnBarriers = 2;  // a warpgroup each: it is its turn to issue products
+
+  __device__ int Row(int r) const {
+    return static_cast<int>(threadIdx.x) / 32 * 16 + static_cast<int>(device::LaneId()) / 4 + 8 * r;
+  }
+  __device__ int Column(int block) const { return 8 * block + 2 * static_cast<int>(device::LaneId() % 4); }
+  // Of result block `block`, eight columns, the lane's two of row r start at Out(block)[2 * r].
+  __device__ float* Out(int block) {
+    constexpr int kOfOne = Traits::kOutWidth / 8;
+    return &out_[block / kOfOne][block % kOfOne * 4];
+  }
+
+  __device__ void Start(const Item& item) {
+    const DecodeArgs& call = args_.call;
+    all_see_begin_ = 0;
+    all_see_end_ = item.kv_len;
+    const float factor = call.score_factor * ScaleOf(call.params.k_scale, call.seqs_per_k_scale,
+                                                     call.facts.num_kv_heads, item.seq, item.head);
+#pragma unroll
+    for (float& of_rows : factors_) of_rows = factor;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      states_[r] = device::SoftmaxState();
+      const int position = item.position + call.facts.group.Quotient(item.first + Row(r));
+      see_begin_[r] = call.facts.sliding_window > 0 && position >= 0
+                          ? max(position - call.facts.sliding_window + 1, 0)
+                          : 0;
+      see_end_[r] = position < 0 ? 0 : call.params.causal ? min(position + 1, item.kv_len) : item.kv_len;
+      all_see_begin_ = max(all_see_begin_, see_begin_[r]);
+      all_see_end_ = min(all_see_end_, see_end_[r]);
+    }
+    // What all rows of the warp see: then a warp masks by itself.
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) {
+      all_see_begin_ = max(all_see_begin_, __shfl_xor_sync(~0u, all_see_begin_, lanes));
+      all_see_end_ = min(all_see_end_, __shfl_xor_sync(~0u, all_see_end_, lanes));
+    }
+  }
+
+  // ---- turns and stages
+
+  __device__ void WaitForTurn() { device::SyncSomeThreads<256>(kTurnBarriers + warpgroup_); }
+  __device__ void PassTurn() {
+    const int next = warpgroup_ == Traits::kProductWarpgroups - 1 ? 0 : warpgroup_ + 1;
+    device::ArriveAtSomeThreads<256>(kTurnBarriers + next);
+  }
+
+  // What threads have copied to a full stage becomes visible to products.
+  __device__ static void FenceCopies() {
+    if constexpr (Traits::kFenceCopies) device::FenceSharedForAsync();
+  }
+  // Of the stage's tile of keys.
+  __device__ const MissingKeys<Traits>& MissingOfTile() const {
+    return shared_.missing[Turn<2 * Traits::kStages>(keys_).index()];
+  }
+  __device__ void Release(device::Barrier (&empty)[Traits::kStages], Turn<Traits::kStages>* turn) {
+    if (device::LaneId() == 0) device::Arrive(&empty[turn->index()]);
+    turn->Next();
+  }
+  __device__ void ReleaseQueries() {
+    if (device::LaneId() == 0) device::Arrive(&shared_.queries_empty[queries_.index()]);
+    queries_.Next();
+  }
+
+  // ---- products
+
+  __device__ void IssueScores(float (&scores)[kKeys / 2]) {
+    constexpr device::BlockStrides kOfQueries = StridesOf<Traits, Traits::kRows>(), kOfKeys = kStrides;
+    const uint32_t rows = warpgroup_ * (64 / device::kBlockRows) * kOfQueries.rows;
+    const uint64_t queries =
+        device::MatrixDescriptor(device::SharedAddress(shared_.queries[queries_.index()]) + rows, kOfQueries);
+    const uint64_t keys =
+        device::MatrixDescriptor(device::SharedAddress(shared_.keys[keys_.index()]), kOfKeys);
+#pragma unroll
+    for (int i = 0; i < Traits::kHeadDim / 16; ++i) {
+      const int block = i / 4, bytes = i % 4 * 32;
+      device::MultiplyKeys<Math>(scores, device::Advance(queries, block * kOfQueries.columns + bytes),
+                                 device::Advance(keys, block * kOfKeys.columns + bytes), i > 0);
+    }
+  }
+
+  __device__ void IssueValues(bool accumulates) {
+    const uint64_t values =
+        device::MatrixDescriptor(device::SharedAddress(shared_.values[values_.index()]), kStrides);
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int block = 0; block < Traits::kOutBlocks; ++block) {
+        const int column = block * Traits::kOutWidth;
+        const int bytes = column / 64 * kStrides.columns + column % 64 * 2 + 2 * i * kStrides.rows;
+        device::MultiplyValues<Math>(out_[block], probabilities_[i], device::Advance(values, bytes),
+                                     accumulates || i > 0);
+      }
+    }
+  }
+
+  __device__ void WaitForValues() {
+#pragma unroll
+    for (auto& block : out_) device::WaitForProducts<0>(block);
+  }
+
+  // A box's values past the sequence's end may be anything, and 0 * NaN is NaN.
+  __device__ void ZeroTail(const Item& item, int32_t tile) {
+    const int end = item.kv_len - tile * kKeys;
+    if (end >= kKeys) return;
+    device::WaitForPhase(&shared_.values_full[values_.index()], values_.parity());
+    constexpr int kChunks = Traits::kColumnBlocks * 8;
+    char* const values = shared_.values[values_.index()];
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < (kKeys - end) * kChunks; i += Traits::kProductThreads) {
+      const int key = end + i / kChunks, chunk = i % kChunks;
+      *reinterpret_cast<uint4*>(values + device::SwizzledChunk(kStrides, key, chunk)) = {0, 0, 0, 0};
+    }
+    device::FenceSharedForAsync();
+    device::SyncSomeThreads<kAllBarrier, Traits::kProductThreads>();
+  }
+
+  // ---- softmax
+
+  __device__ float Factor(int r) const { return factors_[Traits::kBytes ? r : 0]; }
+
+  // Scores to probabilities, relative to the rows' maxima so far; `factors` are those of what was summed
+  // before.
+  __device__ void Softmax(const Item& item, int32_t tile, const MissingKeys<Traits>& missing,
+                          float (&scores)[kKeys / 2], float (&factors)[2]) {
+    const int32_t first = tile * kKeys;
+    // A maximum of products is one of scores only if the factor is positive.
+    const bool scales = args_.call.params.soft_cap > 0.0f || factors_[0] <= 0.0f;
+    if (scales) Scale(scores);
+    if (missing.any() || first < all_see_begin_ || first + kKeys > all_see_end_) Hide(first, missing, scores);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float factor = scales ? 1.0f : Factor(r);
+      float maximum = -INFINITY;
+#pragma unroll
+      for (int i = 2 * r; i < kKeys / 2; i += 4) maximum = fmaxf(maximum, fmaxf(scores[i], scores[i + 1]));
+      maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
+      maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
+      factors[r] = states_[r].Raise(maximum * factor);
+      const float origin = states_[r].origin();
+#pragma unroll
+      for (int i = 2 * r; i < kKeys / 2; i += 4) {
+#pragma unroll
+        for (int j = i; j < i + 2; ++j) {
+          scores[j] = device::Exp2(fmaf(scores[j], factor, -origin));
+          states_[r].sum += scores[j];
+        }
+      }
+    }
+  }
+
+  __device__ void Scale(float (&scores)[kKeys / 2]) const {
+    const float cap = args_.call.params.soft_cap * device::kLog2E;
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i) {
+      float& score = scores[i];
+      score *= Factor(i / 2 % 2);
+      if (cap > 0.0f) score = cap - 2.0f * cap * device::Reciprocal(1.0f + device::Exp2(score));
+    }
+  }
+
+  __device__ void Hide(int32_t first, const MissingKeys<Traits>& missing, float (&scores)[kKeys / 2]) const {
+#pragma unroll
+    for (int block = 0; block < kKeys / 8; ++block) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int column = Column(block) + j % 2, key = first + column, r = j / 2;
+        const bool is_missing = missing.Has(8 * block, column - 8 * block, args_.box_rows_log2);
+        if (is_missing || key < see_begin_[r] || key >= see_end_[r]) scores[4 * block + j] = -INFINITY;
+      }
+    }
+  }
+
+  __device__ void Rescale(const float (&factors)[2]) {
+    // After some tiles maxima rarely rise.
+    if (!__any_sync(~0u, factors[0] != 1.0f || factors[1] != 1.0f)) return;
+#pragma unroll
+    for (auto& block : out_) {
+#pragma unroll
+      for (int i = 0; i < Traits::kOutWidth / 2; ++i) block[i] *= factors[i / 2 % 2];
+    }
+  }
+
+  // The layout of a product's result is that of the next one's first operand.
+  __device__ void Pack(const float (&scores)[kKeys / 2]) {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        probabilities_[i][j] = device::PackPair<Math>(scores[8 * i + 2 * j], scores[8 * i + 2 * j + 1]);
+      }
+    }
+  }
+
+  // ---- ends
+
+  __device__ void WriteResults(const Item& item) {
+    using T = device::TypeOf<Traits::kQ>;
+    const DecodeArgs& call = args_.call;
+    const int lane = static_cast<int>(device::LaneId() % 4);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = Row(r);
+      const bool exists = row < item.num_rows;
+      const QueryHead where = QueryHeadOf(args_.call, item, exists ? row : 0);
+      const float factor = FactorOfResult(call, where.seq, where.kv_head, where.head, &states_[r]);
+      const int64_t index = where.row * call.problem.num_q_heads + where.head;
+      auto* const out = static_cast<T*>(call.params.out) + index * Traits::kHeadDim;
+      if (exists && lane == 0) call.params.lse[index] = states_[r].LogSumExp();
+      // Four lanes have two columns of each block; after an exchange each has all eight of one block in four.
+#pragma unroll
+      for (int first = 0; first < Traits::kHeadDim / 8; first += 4) {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* columns = Out(first + i) + 2 * r;
+          words[i] = device::PackPair<T>(columns[0] * factor, columns[1] * factor);
+        }
+        device::TransposeAmongFour(words);
+        if (exists) {
+          *reinterpret_cast<uint4*>(out + 8 * (first + lane)) = {words[0], words[1], words[2], words[3]};
+        }
+      }
+    }
+  }
+
+  __device__ void WriteState(const Item& item) {
+    const Partials& partials = args_.call.partials;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t index = int64_t{item.slot + item.part} * Traits::kRows + Row(r);
+      if (Row(r) >= item.num_rows) continue;
+      if (device::LaneId() % 4 == 0) partials.stats[index] = {states_[r].maximum, states_[r].sum};
+#pragma unroll
+      for (int block = 0; block < Traits::kHeadDim / 8; ++block) {
+        const float* columns = Out(block) + 2 * r;
+        *reinterpret_cast<float2*>(partials.out + index * Traits::kHeadDim + Column(block)) = {columns[0],
+                                                                                               columns[1]};
+      }
+    }
+  }
+
+  __device__ void MergeIfLast(const Item& item) {
+    __threadfence();
+    device::SyncSomeThreads<kAllBarrier, Traits::kProductThreads>();
+    if (threadIdx.x == 0) {
+      const uint32_t before = atomicAdd(args_.arrivals + item.slot, 1u);
+      shared_.is_last_part = before + 1 == static_cast<uint32_t>(item.parts);
+      __threadfence();
+    }
+    device::SyncSomeThreads<kAllBarrier, Traits::kProductThreads>();
+    if (!shared_.is_last_part) return;
+    constexpr int kPartsAtOnce = 8;  // columns of more do not fit beside what the warps keep in registers
+#pragma unroll 1
+    for (int row = static_cast<int>(threadIdx.x) / 32; row < item.num_rows;
+         row += Traits::kProductThreads / 32) {
+      const int64_t first = int64_t{item.slot} * Traits::kRows + row;
+      const PartIndices parts = {first, first + Traits::kRows, Traits::kRows};
+      WriteMergedParts<Traits::kQ, kPartsAtOnce>(args_.call, item.parts, parts,
+                                                 [&] { return QueryHeadOf(args_.call, item, row); });
+    }
+  }
+
+  const PrefillArgs& args_;
+  Shared& shared_;
+  const int warpgroup_;
+  Turn<Traits::kQueryTiles> queries_;
+  Turn<Traits::kStages> keys_, values_;
+
+  float out_[Traits::kOutBlocks][Traits::kOutWidth / 2];
+  uint32_t probabilities_[kBlocks][4];
+  device::SoftmaxState states_[2];  // sums of the lane's own keys
+  float
+      factors_[Traits::kBytes ? 2 : 1];  // from products to scores in units of log 2: of each row, or of both
+  int see_begin_[2];                     // keys
+  int see_end_[2];
+  int all_see_begin_, all_see_end_;  // what every row of the warp sees
+};
+
+}  // namespace jpa::fused

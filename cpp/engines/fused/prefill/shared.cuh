@@ -1,0 +1,101 @@
+// What the warps of a prefill kernel share, and how they find their way in it.
+#pragma once
+
+#include <cstdint>
+
+#include "device/ptx.cuh"
+#include "device/wgmma.cuh"
+#include "engines/fused/decode/result.cuh"
+#include "engines/fused/prefill/schedule.h"
+#include "engines/fused/prefill/traits.h"
+
+namespace jpa::fused {
+
+// What everybody needs to know of an item.
+struct Item : UnitRows {
+  int32_t exists;   // 0 behind the last one
+  TileRange tiles;  // of the part
+  int32_t parts;    // of the unit
+  int32_t slot;     // of the unit's first part
+  int32_t part;
+};
+
+// Keys of a tile that have no page: a bit for each box, or for each key where rows come one by one.
+template <typename Traits>
+struct MissingKeys {
+  static constexpr int kWords = Traits::kRowWise ? Traits::kKeys / 32 : 1;
+
+  uint32_t words[kWords];
+
+  __device__ bool any() const {
+    uint32_t all = 0;
+#pragma unroll
+    for (const uint32_t word : words) all |= word;
+    return all != 0;
+  }
+  // Of key `first + offset`, `first` being a multiple of 8 that is known when this is compiled, and the
+  // offset less than 8.
+  __device__ bool Has(int first, int offset, int box_rows_log2) const {
+    if constexpr (Traits::kRowWise) return (words[first / 32] >> (first % 32 + offset) & 1) != 0;
+    return (words[0] >> (first >> box_rows_log2) & 1) != 0;
+  }
+};
+
+template <typename Traits>
+struct PrefillShared {
+  static constexpr int kItems = 2;  // this one and the next
+
+  alignas(1024) char queries[Traits::kQueryTiles][Traits::kQueryBytes];
+  alignas(1024) char keys[Traits::kStages][Traits::kTileBytes];
+  alignas(1024) char values[Traits::kStages][Traits::kTileBytes];
+  alignas(16) char raw[2][Traits::kRawBytes > 0 ? Traits::kRawBytes : 16];  // 8-bit keys, and values
+  // Of twice as many tiles as there are stages: products look at them after they have left the stage, but
+  // before they leave the next one.
+  MissingKeys<Traits> missing[2 * Traits::kStages];
+  int16_t exponents[Traits::kQueryTiles][Traits::kBytes ? Traits::kRows : 1];  // of 2, a factor of a query
+  Item items[kItems];
+  int32_t is_last_part;
+  device::Barrier item_full[kItems], item_empty[kItems];
+  device::Barrier item_ends;  // the last tiles of an item are on their way
+  device::Barrier queries_full[Traits::kQueryTiles], queries_empty[Traits::kQueryTiles];
+  device::Barrier keys_full[Traits::kStages], keys_empty[Traits::kStages];
+  device::Barrier values_full[Traits::kStages], values_empty[Traits::kStages];
+};
+
+// When so many tiles of an item are left the next item is asked for.
+inline constexpr int kTilesAhead = 4;
+
+// Where blocks lie in a matrix of `rows` rows.
+template <typename Traits, int rows>
+__device__ constexpr device::BlockStrides StridesOf() {
+  return Traits::kWholeBlocks
+             ? device::BlockStrides{device::kBlockBytes, Traits::kColumnBlocks * device::kBlockBytes}
+             : device::BlockStrides{rows / device::kBlockRows * device::kBlockBytes, device::kBlockBytes};
+}
+
+// A place in a ring, with the parity of its barriers' phase.
+template <int size>
+class Turn {
+ public:
+  Turn() = default;
+  // As many turns on in another ring.
+  template <int other>
+  __device__ explicit Turn(const Turn<other>& turn) : count_(turn.count()) {}
+
+  __device__ unsigned count() const { return count_; }
+  __device__ int index() const { return static_cast<int>(count_ % size); }
+  __device__ uint32_t parity() const { return count_ / size & 1; }
+  __device__ void Next() { ++count_; }
+
+ private:
+  static_assert((size & (size - 1)) == 0, "divisions are by powers of two");
+  unsigned count_ = 0;
+};
+
+// The page of a pool that an id of the table means; -1: none. Where one pool is smaller it is repeated.
+__device__ inline int32_t PageOf(const DecodeArgs& call, int32_t id, int64_t num_pages) {
+  if (id < 0 || id >= call.num_pages) return -1;
+  return id < num_pages ? id : id % static_cast<int32_t>(num_pages);
+}
+
+}  // namespace jpa::fused

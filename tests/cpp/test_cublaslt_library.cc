@@ -1,0 +1,64 @@
+// What the CUDA engine says where cuBLASLt is absent, broken or old, and that it finds it once it is there.
+// Libraries of tests/cpp/stand_ins/ take its place; STAND_INS is the folder of their folders.
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <fstream>
+#include <string>
+
+#include "check.h"
+#include "engines/cublaslt/library.h"
+
+namespace jpa::test {
+namespace {
+
+using cublaslt::GetLibrary;
+using cublaslt::Library;
+using cublaslt::SetLibraryDirectory;
+
+constexpr int kSkipped = 77;
+
+std::string ErrorWith(const std::string& directory) {
+  SetLibraryDirectory(directory);
+  const Library* library = nullptr;
+  return GetLibrary(&library).message();
+}
+
+bool Has(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+void Run() {
+  const std::string stand_ins = STAND_INS;
+  std::string error = ErrorWith("");
+  CHECK(Has(error, "expected libcublasLt.so.13 of cuBLAS 13") && Has(error, "cannot open shared object file"),
+        "%s", error.c_str());
+  error = ErrorWith("/no/such/folder");
+  CHECK(Has(error, "/no/such/folder/libcublasLt.so.13: cannot open"), "%s", error.c_str());
+
+  const std::string garbage = stand_ins + "/garbage";
+  std::ofstream(garbage + "/libcublasLt.so.13") << "no shared object";
+  error = ErrorWith(garbage);
+  CHECK(Has(error, garbage + "/libcublasLt.so.13: "), "%s", error.c_str());
+  error = ErrorWith(stand_ins + "/lacking");
+  CHECK(Has(error, "lacks cublasLtMatmulAlgoConfigGetAttribute"), "%s", error.c_str());
+  error = ErrorWith(stand_ins + "/old");
+  CHECK(Has(error, "expected cuBLASLt 13.0 or later, got version 120900"), "%s", error.c_str());
+
+  // A failure is not kept.
+  SetLibraryDirectory(stand_ins + "/good");
+  const Library* library = nullptr;
+  CHECK(GetLibrary(&library).ok() && library->GetVersion() == 130100, "not found where it is");
+  const Status status = cublaslt::ToStatus(*library, CUBLAS_STATUS_NOT_INITIALIZED, "a product");
+  CHECK(status.message() == "implementation 'cublaslt': a product: a status", "%s", status.message().c_str());
+}
+
+}  // namespace
+}  // namespace jpa::test
+
+int main() {
+  if (dlopen("libcublasLt.so.13", RTLD_NOW) != nullptr) {
+    std::puts("skipped: this machine has cuBLASLt, which goes first");
+    return jpa::test::kSkipped;
+  }
+  jpa::test::Run();
+  return jpa::test::failures;
+}

@@ -1,0 +1,230 @@
+"""Calls of the FFI targets that the package itself would never make: each must come back as an error.
+
+The package's own call is recorded; then one thing about it is wrong at a time. tests/test_ffi.py runs this file in a
+process of its own, since what it looks for are crashes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_paged_attn import _ffi
+
+T, N, B, M = 5, 4, 2, 3
+P, S, K = 6, 2, 2
+
+ATTENTION_OPERANDS = (
+    "q", "k_pages", "v_pages", "block_tables", "kv_lens", "q_starts", "q_counts", "sinks", "k_scale", "v_scale"
+)  # fmt: skip
+ATTENTION_RESULTS = ("out", "lse", "workspace")
+WRITE_OPERANDS = ("k_pages", "v_pages", "k", "v", "slot_mapping", "k_scale", "v_scale")
+WRITE_RESULTS = ("k_pages", "v_pages")
+
+DTYPES = (
+    "float64", "float32", "bfloat16", "float8_e4m3fn", "float8_e4m3b11fnuz", "complex64",
+    "bool", "int4", "int8", "uint8", "int32", "int64",
+)  # fmt: skip
+
+# Sizes that may differ: pools of unequal length, the width of the table, a row of scales for all sequences or tokens.
+FREE = {("k_pages", 0), ("v_pages", 0), ("block_tables", 1), ("sinks", 0), ("k_scale", 0), ("v_scale", 0)}
+
+
+MISMATCH = r"\b\w+( \(result\))?: expected .*, got"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a target, and what an error about it must say; None where it need not be one."""
+
+    target: str
+    operands: tuple[jax.ShapeDtypeStruct, ...]
+    results: tuple[jax.ShapeDtypeStruct, ...]
+    attributes: dict[str, Any]
+    options: dict[str, Any]
+    label: str = "as it should be"
+    error: str | None = None
+
+    def run(self) -> None:
+        # Of a call without a side effect and without results, nothing would be left.
+        call = jax.ffi.ffi_call(self.target, self.results, has_side_effect=True, **self.options)
+        operands = [jnp.zeros(x.shape, x.dtype) for x in self.operands]
+        # Compiled anew, since attributes that compare equal, such as 1 and True, would share what is compiled.
+        jax.block_until_ready(jax.jit(lambda *xs: call(*xs, **self.attributes))(*operands))
+
+
+def recorded(function: Any, *operands: Any, **parameters: Any) -> Call:
+    """The call of a target that a function of `_ffi` makes."""
+    calls = []
+
+    def ffi_call(target: str, results: Any, **options: Any) -> Any:
+        def record(*operands: Any, **attributes: Any) -> Any:
+            specs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands)
+            calls.append(Call(target, specs, tuple(results), attributes, options))
+            return tuple(results)
+
+        return record
+
+    with mock.patch.object(jax.ffi, "ffi_call", ffi_call):
+        function(*operands, **parameters)
+    (call,) = calls
+    return call
+
+
+def attention(engine: str, decode: bool = False, layout: str = "split") -> Call:
+    """Ragged attention, or decode, as the engine is called."""
+    dtype, head_dim = (jnp.bfloat16, 64) if engine == "fused" else (jnp.float32, 8)
+    shapes = {"split": (P, S, K), "interleaved": (P, S, 2 * K), "head_major": (K, P, S)}
+    pool, rows = jnp.zeros((*shapes[layout], head_dim), dtype), jnp.zeros(B, jnp.int32)
+    return recorded(
+        _ffi.ATTENTION[engine],
+        jnp.zeros((B if decode else T, N, head_dim), dtype),
+        *(pool, pool),
+        jnp.zeros((B, M), jnp.int32),
+        *(rows, rows, rows),
+        *(jnp.zeros((0, heads), jnp.float32) for heads in (N, K, K)),
+        decode=decode,
+        batch_invariant=False,
+        scale=0.5,
+        soft_cap=0.0,
+        sliding_window=0,
+        causal=True,
+        layout=layout,
+    )
+
+
+def write() -> Call:
+    pool, new, none = (jnp.zeros(shape, jnp.float32) for shape in ((P, S, K, 8), (T, K, 8), (0, K)))
+    return recorded(_ffi.write, pool, pool, new, new, jnp.zeros(T, jnp.int32), none, none)
+
+
+# ---- What may be wrong with a call -----------------------------------------------------------------------------------
+
+
+def wrong_arrays(
+    call: Call, names: tuple[str, ...], field: str, free_sizes: Container[tuple[str, int]] = FREE
+) -> Iterator[Call]:
+    """Each operand, or result, with another dtype, rank and size, one too few, none, and one too many."""
+    arrays: tuple[jax.ShapeDtypeStruct, ...] = getattr(call, field)
+    for i, (name, spec) in enumerate(zip(names, arrays, strict=True)):
+        shape = spec.shape
+        changed = [(f"dtype {dtype}", shape, jnp.dtype(dtype)) for dtype in DTYPES if dtype != str(spec.dtype)]
+        changed += [("an axis more", (*shape, 1), spec.dtype), ("an axis fewer", shape[1:], spec.dtype)]
+        for axis, size in enumerate(shape):
+            changed += [
+                (f"axis {axis} of {other}", (*shape[:axis], other, *shape[axis + 1 :]), spec.dtype)
+                for other in (0, size + 1)
+                if other != size
+            ]
+        for what, new_shape, dtype in changed:
+            free = what.startswith("axis") and (name, int(what.split()[1])) in free_sizes and field == "operands"
+            # Of two arrays of unlike dtype either one may be named, and any one of unlike size.
+            named = MISMATCH if what.startswith("axis") else MISMATCH.replace(r"\w+", f"({name}|k_pages|v_pages|v|out)")
+            error = None if free else named
+            new = (*arrays[:i], jax.ShapeDtypeStruct(new_shape, dtype), *arrays[i + 1 :])
+            yield replace(call, **{field: new}, label=f"{name}: {what}", error=error)
+    counts = {"operands": "arguments|operands", "results": "results"}[field]
+    for what, some in (("one fewer", arrays[:-1]), ("none", ()), ("one more", (*arrays, arrays[-1]))):
+        if field == "results" and not some and jax.default_backend() == "gpu":
+            continue  # nothing to wait for: the error of the call reaches nobody
+        # Aliases of what is not there are refused before the call.
+        yield replace(call, **{field: some}, label=f"{field}: {what}", error=rf"\b({counts})\b|alias")
+
+
+def wrong_attributes(call: Call) -> Iterator[Call]:
+    """Each attribute missing, of another type, out of range; and one that the target does not have."""
+
+    def change(name: str, value: Any, error: str) -> Call:
+        return replace(call, attributes={**call.attributes, name: value}, label=f"{name}={value!r}", error=error)
+
+    types: list[Any] = [0.5, np.float64(0.5), np.int32(1), np.int8(1), 1, "yes", np.ones(3, np.float32), {"a": 1}]
+    for name, good in call.attributes.items():
+        without = {key: value for key, value in call.attributes.items() if key != name}
+        yield replace(call, attributes=without, label=f"no {name}", error="attributes|decode")
+        for value in types:
+            if type(value) is not type(good) and (type(good), type(value)) != (np.int64, int):
+                yield change(name, value, "decode|[Ww]rong")
+    yield change("another", np.int64(1), "attributes|decode")
+    infinity, nan = np.float32(np.inf), np.float32(np.nan)
+    ranges: dict[str, list[Any]] = {
+        "scale": [infinity, -infinity, nan],
+        "soft_cap": [infinity, nan, np.float32(-1)],
+        "sliding_window": [np.int64(-1), np.int64(-(2**63))],
+        "workspace_limit": [np.int64(-1), np.int64(-(2**63))],
+        "engine": ["", "cpu", "fuse", "fused\0", "x" * 1000],
+        "decode": [not call.attributes.get("decode")],
+        "layout": ["", "interleave", "transposed"],
+    }
+    for name, value in ((name, value) for name, values in ranges.items() for value in values):
+        if name in call.attributes:
+            yield change(name, value, MISMATCH)
+    if call.attributes.get("engine") == "cublaslt":
+        yield change("batch_invariant", True, "batch_invariant: expected")
+
+
+def malformed_attention(engine: str) -> Iterator[Call]:
+    for decode in (False, True) if engine != "cpu" else (False,):
+        call = attention(engine, decode)
+        yield call
+        yield from wrong_attributes(call)
+        for wrong in itertools.chain(
+            wrong_arrays(call, ATTENTION_OPERANDS, "operands"), wrong_arrays(call, ATTENTION_RESULTS, "results")
+        ):
+            if decode and ": dtype" in wrong.label:
+                continue  # the same checks as of ragged calls
+            more_workspace = wrong.label.startswith("workspace: axis 0") and not wrong.label.endswith(" 0")
+            # On CUDA an engine takes what it needs of it, and how much that is may go with the width of the table.
+            yield replace(wrong, error=None) if more_workspace and engine != "cpu" else wrong
+        three = jax.ShapeDtypeStruct((3, K), jnp.float32)  # of which two sequences can have no equal share
+        yield replace(call, operands=(*call.operands[:-1], three), label="v_scale: 3 rows", error="v_scale: expected")
+
+    for layout, page_axis in (("interleaved", 0), ("head_major", 1)):
+        call = attention(engine, layout=layout)
+        yield call
+        yield from (wrong for wrong in wrong_attributes(call) if "layout" in wrong.label)
+        for wrong in wrong_arrays(call, ATTENTION_OPERANDS, "operands", {(name, page_axis) for name in WRITE_RESULTS}):
+            if wrong.label.startswith(WRITE_RESULTS) and ": dtype" not in wrong.label:
+                yield wrong
+
+
+def malformed_writes() -> Iterator[Call]:
+    call = write()
+    yield call
+    for wrong in wrong_arrays(call, WRITE_OPERANDS, "operands"):
+        pool = wrong.label.split(":")[0] in WRITE_RESULTS
+        # JAX itself refuses a result unlike the operand that it is aliased to.
+        results = wrong.operands[:2] if pool else call.results
+        yield replace(wrong, results=results, error=MISMATCH if pool else wrong.error)
+    # So these are not aliased.
+    yield from wrong_arrays(replace(call, options={}), WRITE_RESULTS, "results")
+    yield replace(call, options={}, label="no aliases", error="k_pages, v_pages: expected results aliased")
+
+
+def main(what: str) -> None:
+    """Prints a line for each call that does not do what it should, then how many were tried."""
+    jax.config.update("jax_enable_x64", True)  # so that arrays may have 64-bit dtypes
+    calls = list(malformed_writes() if what == "write" else malformed_attention(what))
+    for call in calls:
+        try:
+            call.run()
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            if call.label == "as it should be" or (call.error and not re.search(call.error, str(error))):
+                print(f"{call.label}: {str(error)[:300]}")
+        else:
+            if call.error is not None:
+                print(f"{call.label}: no error")
+    calls[0].run()
+    print(len(calls))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
