@@ -18,6 +18,7 @@ from jax_paged_attn._attention import (
 from jax_paged_attn._cache import PagedKVCache, copy_kv_pages, write_kv_pages
 from jax_paged_attn._engines import Explanation
 from jax_paged_attn._explain import explain
+from jax_paged_attn._parallel import context_parallel_attention
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "PageAllocatorError",
     "PagedKVCache",
     "Sequence",
+    "context_parallel_attention",
     "copy_kv_pages",
     "explain",
     "merge_attention_states",
