@@ -172,18 +172,19 @@ def _attention_abstract(
     if decode and dims["T"] != dims["B"]:
         raise ValueError(f"q: expected one row for each of the {dims['B']} sequences, got {dims['T']}")
     _engines.check_supported(describe(q, k_pages, decode, batch_invariant), implementation)
+    # On explicit mesh axes results are sharded as q is, or at least by head as the pools are.
     rows, heads, _ = q.sharding.spec
     if not decode:
         rows = None
     if heads is None:
         kv_heads = k_pages.sharding.spec[2]
-        heads = None if set(_mesh_axes(kv_heads)) & set(_mesh_axes(rows)) else kv_heads
+        heads = None if _names(kv_heads) & _names(rows) else kv_heads
     return [_aval(q, q.shape, q.dtype, (rows, heads, None)), _aval(q, q.shape[:2], jnp.float32, (rows, heads))]
 
 
-def _mesh_axes(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a `PartitionSpec`."""
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+def _names(entry: Any) -> set[str]:
+    """The mesh axes in one entry of a `PartitionSpec`."""
+    return set(entry) if isinstance(entry, tuple) else {entry} - {None}
 
 
 def _check_divides(name: str, rows: int, count: int) -> None:
@@ -410,8 +411,7 @@ def _second_order(impl: Callable[..., Sequence[Array]]) -> Callable[..., Any]:
 
     def jvp(primals: Sequence[Array], tangents: Sequence[Any], **parameters: Any) -> tuple[Any, Any]:
         held = [i for i, t in enumerate(tangents) if _has_tangent(t)]
-
-        del parameters["partitioned"]
+        del parameters["partitioned"]  # plain JAX code is XLA's to partition
 
         def of_held(*xs: Array) -> Sequence[Array]:
             operands = list(primals)
