@@ -37,6 +37,7 @@ def test_on_eight_devices(part: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu" or jax.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.skipif(not (HERE.parent / "benchmarks").is_dir(), reason="needs the benchmarks of a checkout")
 def test_two_gpus_are_nearly_twice_as_fast() -> None:
     command = [sys.executable, "-m", "benchmarks.sharded", "--require", "1.9"]
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
