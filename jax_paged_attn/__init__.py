@@ -19,6 +19,7 @@ from jax_paged_attn._cache import PagedKVCache, copy_kv_pages, write_kv_pages
 from jax_paged_attn._cost import Cost, cost_analysis
 from jax_paged_attn._engines import Explanation
 from jax_paged_attn._explain import explain
+from jax_paged_attn._parallel import context_parallel_attention
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "PageAllocatorError",
     "PagedKVCache",
     "Sequence",
+    "context_parallel_attention",
     "copy_kv_pages",
     "cost_analysis",
     "explain",

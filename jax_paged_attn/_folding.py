@@ -15,11 +15,12 @@ from jax import Array
 class Axis(enum.Enum):
     """What the leading axis of an operand counts; of a pool, the axis of its pages."""
 
-    ROWS = enum.auto()  # query rows, or new tokens
+    ROWS = enum.auto()  # query rows
     SEQUENCES = enum.auto()
     FIRST_ROWS = enum.auto()  # sequences; the values are row numbers
     TABLES = enum.auto()  # sequences; the values are page ids
-    SLOTS = enum.auto()  # tokens; the values are slot numbers
+    TOKENS = enum.auto()  # new tokens
+    SLOTS = enum.auto()  # new tokens; the values are slot numbers
     K_POOL = enum.auto()
     V_POOL = enum.auto()
     SINKS = enum.auto()  # X rows, X dividing the number of sequences; 0 rows where absent

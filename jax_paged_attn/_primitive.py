@@ -1,7 +1,8 @@
 """The JAX primitives: attention, its tangent and cotangent, and writes to the cache.
 
-Each has abstract evaluation, a lowering a platform, batching by folding and differentiation. The public functions check
-the user's arguments; the shape rules here hold for whoever binds a primitive, transformations included.
+Each has abstract evaluation, a lowering a platform that XLA partitions, batching by folding and differentiation. The
+public functions check the user's arguments; the shape rules here hold for whoever binds a primitive, transformations
+included.
 """
 
 import functools
@@ -16,7 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_paged_attn import _checks, _differentiation, _engines, _ffi, _reference
+from jax_paged_attn import _checks, _differentiation, _engines, _ffi, _partitioning, _reference
 from jax_paged_attn._folding import Axis, fold, unfold
 from jax_paged_attn._layouts import LAYOUTS
 
@@ -49,6 +50,9 @@ _AXES = (
 _DIFFERENTIABLE = (0, 1, 2, 7)
 _ANY_DTYPE = (*_checks.COMPUTE_DTYPES, *_checks.QUANTIZED_DTYPES)
 
+# The axes of a primitive's operands and of its results.
+_Axes = tuple[tuple[Axis, ...], tuple[Axis, ...]]
+
 attention_p = Primitive("paged_attention")
 attention_p.multiple_results = True
 tangent_p = Primitive("paged_attention_tangent")
@@ -59,15 +63,41 @@ write_p = Primitive("write_kv_pages")
 write_p.multiple_results = True
 
 
+# ---- the axes of operands and results, as functions of the parameters ------------------------------------------------
+
+
+def _attention_axes(**_: Any) -> _Axes:
+    return _AXES, (Axis.ROWS, Axis.ROWS)
+
+
+def _tangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> _Axes:
+    dots = tuple(_AXES[i] for i, w in zip(_DIFFERENTIABLE, wrt, strict=True) if w)
+    return (*dots, *_AXES, Axis.ROWS, Axis.ROWS), (Axis.ROWS, Axis.ROWS)
+
+
+def _cotangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> _Axes:
+    bars = tuple(_AXES[i] for i, w in zip(_DIFFERENTIABLE, wrt, strict=True) if w)
+    return (Axis.ROWS, Axis.ROWS, *_AXES, Axis.ROWS, Axis.ROWS), bars
+
+
+def _write_axes(**_: Any) -> _Axes:
+    pools = (Axis.K_POOL, Axis.V_POOL)
+    return (*pools, Axis.TOKENS, Axis.TOKENS, Axis.SLOTS, Axis.SCALES, Axis.SCALES), pools
+
+
+# ---- binding ---------------------------------------------------------------------------------------------------------
+
+
 def attention(*operands: Array, **parameters: Any) -> tuple[Array, Array]:
     """Binds the attention primitive: `(out, lse)` for its ten operands and its static parameters."""
-    out, lse = attention_p.bind(*_vary_alike(operands), **parameters)
+    partitioned = _partitioning.call_that_needs_devices()
+    out, lse = attention_p.bind(*_vary_alike(operands), partitioned=partitioned, **parameters)
     return out, lse
 
 
 def write(*operands: Array) -> tuple[Array, Array]:
     """Binds the write primitive: the two pools after the write."""
-    k_pages, v_pages = write_p.bind(*_vary_alike(operands))
+    k_pages, v_pages = write_p.bind(*_vary_alike(operands), partitioned=_partitioning.call_that_needs_devices())
     return k_pages, v_pages
 
 
@@ -95,10 +125,15 @@ def _vary_alike(operands: Sequence[Array]) -> tuple[Array, ...]:
     )
 
 
-def _aval(like: Any, shape: tuple[int, ...], dtype: Any) -> ShapedArray:
-    """An abstract result that varies over the same mesh axes as `like`."""
-    sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*[None] * len(shape)))
+def _aval(like: Any, shape: tuple[int, ...], dtype: Any, spec: Sequence[Any]) -> ShapedArray:
+    """An abstract result that varies over the same manual mesh axes as `like`, sharded by `spec` over explicit ones."""
+    sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*spec))
     return like.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+
+
+def _aval_of(x: Any) -> ShapedArray:
+    """An abstract result with the shape, dtype and sharding of an operand."""
+    return _aval(x, x.shape, x.dtype, x.sharding.spec)
 
 
 # ---- abstract evaluation ---------------------------------------------------------------------------------------------
@@ -139,7 +174,19 @@ def _attention_abstract(
     if decode and dims["T"] != dims["B"]:
         raise ValueError(f"q: expected one row for each of the {dims['B']} sequences, got {dims['T']}")
     _engines.check_supported(describe(q, k_pages, decode, batch_invariant, layout), implementation)
-    return [_aval(q, q.shape, q.dtype), _aval(q, q.shape[:2], jnp.float32)]
+    # On explicit mesh axes results are sharded as q is, or at least by head as the pools are.
+    rows, heads, _ = q.sharding.spec
+    if not decode:
+        rows = None
+    if heads is None:
+        kv_heads = k_pages.sharding.spec[2] if layout == "split" else None
+        heads = None if _names(kv_heads) & _names(rows) else kv_heads
+    return [_aval(q, q.shape, q.dtype, (rows, heads, None)), _aval(q, q.shape[:2], jnp.float32, (rows, heads))]
+
+
+def _names(entry: Any) -> set[str]:
+    """The mesh axes in one entry of a `PartitionSpec`."""
+    return set(entry) if isinstance(entry, tuple) else {entry} - {None}
 
 
 def _check_divides(name: str, rows: int, count: int) -> None:
@@ -149,15 +196,15 @@ def _check_divides(name: str, rows: int, count: int) -> None:
 
 def _tangent_abstract(*operands: Any, wrt: tuple[bool, ...], **_: Any) -> list[Any]:
     out, lse = operands[-2:]
-    return [_aval(out, out.shape, out.dtype), _aval(lse, lse.shape, lse.dtype)]
+    return [_aval_of(out), _aval_of(lse)]
 
 
 def _cotangent_abstract(*operands: Any, wrt: tuple[bool, ...], **_: Any) -> list[Any]:
     originals = [operands[2 + i] for i, w in zip(_DIFFERENTIABLE, wrt, strict=True) if w]
-    return [_aval(x, x.shape, x.dtype) for x in originals]
+    return [_aval_of(x) for x in originals]
 
 
-def _write_abstract(*operands: Any) -> list[Any]:
+def _write_abstract(*operands: Any, **_: Any) -> list[Any]:
     k_pages, v_pages, k, v, slot_mapping, k_scale, v_scale = operands
     dims = _checks.Dims()
     dims.match("k_pages", k_pages, "P S K H", _ANY_DTYPE)
@@ -169,51 +216,73 @@ def _write_abstract(*operands: Any) -> list[Any]:
     dims.match("v_scale", v_scale, "Xv K", ("float32",))
     for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
         _check_divides(name, x.shape[0], dims["T"])
-    return [_aval(x, x.shape, x.dtype) for x in (k_pages, v_pages)]
+    return [_aval_of(k_pages), _aval_of(v_pages)]
 
 
 # ---- lowering --------------------------------------------------------------------------------------------------------
 
 
-def _inline(run: Callable[..., Sequence[Array]]) -> Callable[..., Any]:
-    """The lowering rule that puts the operations of a traceable function in the place of the primitive.
+def _lowering(impl: Callable[..., Sequence[Array]], axes_of: Callable[..., _Axes]) -> Callable[..., Any]:
+    """The lowering that puts `impl(*operands, **parameters)` in the place of the primitive, on each device's shards."""
+
+    def lower(ctx: mlir.LoweringRuleContext, *operands: Any, partitioned: Any, **parameters: Any) -> Any:
+        axes, result_axes = axes_of(**parameters)
+        decode = parameters.get("decode", False)
+        by_head = parameters.get("layout", "split") == "split"
+
+        def run(*shards: Array) -> Sequence[Array]:
+            if decode:  # row numbers are those of the shard
+                shards = tuple(
+                    jnp.arange(x.shape[0], dtype=jnp.int32) if axis is Axis.FIRST_ROWS else x
+                    for x, axis in zip(shards, axes, strict=True)
+                )
+            return impl(*shards, **parameters)
+
+        if partitioned is not None:
+            rule = _partitioning.rule(
+                axes, result_axes, ctx.avals_in, ctx.avals_out, split_rows=decode, split_heads=by_head
+            )
+            run = _partitioning.partitioned(run, rule)
+        return _inline(ctx, run, operands)
+
+    return lower
+
+
+def _inline(ctx: mlir.LoweringRuleContext, run: Callable[..., Sequence[Array]], operands: Sequence[Any]) -> Any:
+    """Puts the operations of a traceable function in the place of a primitive.
 
     Inside `shard_map` the operands' types say over which mesh axes they vary. What a shard does has no need to know,
     and loops would insist on carries of the same type, so the function is traced as if there was no mesh.
     """
 
-    def rule(ctx: mlir.LoweringRuleContext, *operands: Any, **parameters: Any) -> Any:
-        def without_mesh(avals: Sequence[Any]) -> list[ShapedArray]:
-            return [ShapedArray(aval.shape, aval.dtype) for aval in avals]
+    def without_mesh(avals: Sequence[Any]) -> list[ShapedArray]:
+        return [ShapedArray(aval.shape, aval.dtype) for aval in avals]
 
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            unsharded = ctx.replace(avals_in=without_mesh(ctx.avals_in), avals_out=without_mesh(ctx.avals_out))
-            return mlir.lower_fun(run, multiple_results=True)(unsharded, *operands, **parameters)
-
-    return rule
+    with _partitioning.no_mesh():
+        unsharded = ctx.replace(avals_in=without_mesh(ctx.avals_in), avals_out=without_mesh(ctx.avals_out))
+        return mlir.lower_fun(run, multiple_results=True)(unsharded, *operands)
 
 
 def _attention_lowering(platform: str | None) -> Callable[..., Any]:
-    def lower(
-        ctx: mlir.LoweringRuleContext,
-        *operands: Any,
-        implementation: str | None,
-        decode: bool,
-        batch_invariant: bool,
-        layout: str,
-        **static: Any,
-    ) -> Any:
+    def lower(ctx: mlir.LoweringRuleContext, *operands: Any, **parameters: Any) -> Any:
         q, k_pages, *_ = ctx.avals_in
         here = platform or _platform_of(ctx)
-        engine = _engines.choose(describe(q, k_pages, decode, batch_invariant, layout), here, implementation).engine
-        static |= {"decode": decode, "layout": layout}
-        if engine == "reference":
-            run = functools.partial(_reference.attention, **static)
-        else:
-            run = functools.partial(_ffi.ATTENTION[engine], batch_invariant=batch_invariant, **static)
-        return _inline(run)(ctx, *operands)
+        call = describe(q, k_pages, *(parameters[name] for name in ("decode", "batch_invariant", "layout")))
+        engine = _engines.choose(call, here, parameters["implementation"]).engine
+        attend = _reference_attention if engine == "reference" else _ffi.ATTENTION[engine]
+
+        def impl(*operands: Array, implementation: str | None, **static: Any) -> Sequence[Array]:
+            del implementation  # `engine` is what became of it
+            return attend(*operands, **static)
+
+        return _lowering(impl, _attention_axes)(ctx, *operands, **parameters)
 
     return lower
+
+
+def _reference_attention(*operands: Array, batch_invariant: bool, **static: Any) -> Sequence[Array]:
+    del batch_invariant  # which it does not promise
+    return _reference.attention(*operands, **static)
 
 
 def _platform_of(ctx: mlir.LoweringRuleContext) -> str:
@@ -241,10 +310,6 @@ def _cotangent_impl(
 # ---- batching --------------------------------------------------------------------------------------------------------
 
 
-# Of operands and of results.
-_Axes = tuple[tuple[Axis, ...], tuple[Axis, ...]]
-
-
 def _batcher(primitive: Primitive, axes_of: Callable[..., _Axes]) -> Callable[..., Any]:
     """The batching rule; `axes_of(**parameters)`: what the leading axes of operands and results count."""
 
@@ -258,27 +323,6 @@ def _batcher(primitive: Primitive, axes_of: Callable[..., _Axes]) -> Callable[..
         return unfold(result_axes, primitive.bind(*folded, **parameters), size, page_axis)
 
     return batch
-
-
-def _attention_axes(**_: Any) -> _Axes:
-    return _AXES, (Axis.ROWS, Axis.ROWS)
-
-
-def _axes_with_respect_to(wrt: tuple[bool, ...]) -> tuple[Axis, ...]:
-    return tuple(_AXES[i] for i, w in zip(_DIFFERENTIABLE, wrt, strict=True) if w)
-
-
-def _tangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> _Axes:
-    return (*_axes_with_respect_to(wrt), *_AXES, Axis.ROWS, Axis.ROWS), (Axis.ROWS, Axis.ROWS)
-
-
-def _cotangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> _Axes:
-    return (Axis.ROWS, Axis.ROWS, *_AXES, Axis.ROWS, Axis.ROWS), _axes_with_respect_to(wrt)
-
-
-def _write_axes() -> _Axes:
-    axes = (Axis.K_POOL, Axis.V_POOL, Axis.ROWS, Axis.ROWS, Axis.SLOTS, Axis.SCALES, Axis.SCALES)
-    return axes, (Axis.K_POOL, Axis.V_POOL)
 
 
 # ---- differentiation -------------------------------------------------------------------------------------------------
@@ -327,8 +371,8 @@ def _tangent_transpose(bars: Sequence[Any], *operands: Any, wrt: tuple[bool, ...
     return [*grads, *[None] * len(residuals)]
 
 
-def _write_jvp(primals: Sequence[Array], tangents: Sequence[Any]) -> tuple[Any, Any]:
-    results = write_p.bind(*primals)
+def _write_jvp(primals: Sequence[Array], tangents: Sequence[Any], **parameters: Any) -> tuple[Any, Any]:
+    results = write_p.bind(*primals, **parameters)
     for name, pages, tangent in zip(
         ("k_pages", "v_pages", "k", "v"), (*primals[:2], *primals[:2]), tangents[:4], strict=True
     ):
@@ -337,23 +381,29 @@ def _write_jvp(primals: Sequence[Array], tangents: Sequence[Any]) -> tuple[Any, 
     if primals[0].dtype == jnp.int8 or not any(map(_has_tangent, tangents[:4])):
         return results, _zero_tangents(results)
     # The write is linear in pools and tokens: its tangent is the same write of the tangents.
-    return results, write_p.bind(*map(ad.instantiate_zeros, tangents[:4]), *primals[4:])
+    return results, write_p.bind(*map(ad.instantiate_zeros, tangents[:4]), *primals[4:], **parameters)
 
 
-def _write_transpose(bars: Sequence[Any], *operands: Any) -> list[Any]:
+def _write_transpose(bars: Sequence[Any], *operands: Any, **parameters: Any) -> list[Any]:
     pool_bars = list(map(ad.instantiate_zeros, bars))
     k, v = (x.aval if ad.is_undefined_primal(x) else x for x in operands[2:4])
     slots, scales = operands[4], operands[5:]
     # What a token overwrote has no influence: its slot of the pools' cotangent becomes zero.
     nothing = [jnp.zeros(x.shape, x.dtype) for x in (k, v)]
-    kept = write_p.bind(*pool_bars, *_vary_like(pool_bars[0], nothing), *operands[4:])
+    kept = write_p.bind(*pool_bars, *_vary_like(pool_bars[0], nothing), *operands[4:], **parameters)
     tokens = [
-        _reference.read_tokens(bar, slots, scale).astype(x.dtype)
+        _shard_like(_reference.read_tokens(bar, slots, scale).astype(x.dtype), x)
         for bar, scale, x in zip(pool_bars, scales, (k, v), strict=True)
     ]
     grads = [*kept, *tokens]
     undefined = [ad.is_undefined_primal(x) for x in operands[:4]]
     return [g if u else None for g, u in zip(grads, undefined, strict=True)] + [None] * 3
+
+
+def _shard_like(x: Array, like: Any) -> Array:
+    """Reshards an array whose type differs from that of `like` (an array or its type): on explicit mesh axes."""
+    sharding = like.sharding if isinstance(like, ShapedArray) else jax.typeof(like).sharding
+    return x if sharding.mesh.empty or jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
 
 
 def _vary_like(like: Array, arrays: Sequence[Array]) -> tuple[Array, ...]:
@@ -368,6 +418,7 @@ def _second_order(impl: Callable[..., Sequence[Array]]) -> Callable[..., Any]:
 
     def jvp(primals: Sequence[Array], tangents: Sequence[Any], **parameters: Any) -> tuple[Any, Any]:
         held = [i for i, t in enumerate(tangents) if _has_tangent(t)]
+        del parameters["partitioned"]  # plain JAX code is XLA's to partition
 
         def of_held(*xs: Array) -> Sequence[Array]:
             operands = list(primals)
@@ -403,13 +454,13 @@ for _primitive, _abstract, _axes_of in (
     batching.primitive_batchers[_primitive] = _batcher(_primitive, _axes_of)
 
 mlir.register_lowering(attention_p, _attention_lowering(None))
-mlir.register_lowering(tangent_p, _inline(_tangent_impl))
-mlir.register_lowering(cotangent_p, _inline(_cotangent_impl))
-mlir.register_lowering(write_p, _inline(_reference.write))
+mlir.register_lowering(tangent_p, _lowering(_tangent_impl, _tangent_axes))
+mlir.register_lowering(cotangent_p, _lowering(_cotangent_impl, _cotangent_axes))
+mlir.register_lowering(write_p, _lowering(_reference.write, _write_axes))
 for _platform in ("cpu", "cuda"):
     mlir.register_lowering(attention_p, _attention_lowering(_platform), platform=_platform)
     if _ffi.has(_platform):
-        mlir.register_lowering(write_p, _inline(_ffi.write), platform=_platform)
+        mlir.register_lowering(write_p, _lowering(_ffi.write, _write_axes), platform=_platform)
 
 ad.primitive_jvps[attention_p] = _attention_jvp
 ad.primitive_jvps[tangent_p] = _second_order(_tangent_impl)

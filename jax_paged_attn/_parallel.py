@@ -1,0 +1,121 @@
+"""Context parallelism: the keys of long sequences spread over devices, merged through their log-sum-exps."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jax_paged_attn import _checks
+from jax_paged_attn._attention import merge_attention_states, paged_attention, ragged_paged_attention
+
+# A sink that adds nothing to any sum of exponentials, yet is a number.
+_NO_SINK = float(jnp.finfo(jnp.float32).min)
+
+
+def context_parallel_attention(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: ArrayLike,
+    lengths: ArrayLike,
+    *,
+    axis_name: str | tuple[str, ...],
+    cu_q_lens: ArrayLike | None = None,
+    num_seqs: ArrayLike | None = None,
+    causal: bool = True,
+    sinks: ArrayLike | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Array | tuple[Array, Array]:
+    """Attention over pages that are spread over the devices of a mesh axis; to be called inside `jax.shard_map`.
+
+    Each device has a pool of its own and the block tables of all sequences, in which the pages that it does not have
+    are −1. Any device may have any page, so long as no two have the same one. Queries and lengths are the same on all
+    devices, and so are the results. Devices attend to their own pages; the partial results (B·N·(H + 1) float32 numbers
+    a device) meet in one all-gather.
+
+    A page keeps its place in the table, so causal masks and sliding windows are those of the whole sequence. Decode
+    without a window moves the pages a device has to the front and reads no more than them. Other calls walk over the
+    places of the missing pages too, without reading them.
+
+    Letters as in `paged_attention`; P counts the pages of one device.
+
+    Args:
+      q: `[B, N, H]`, the newest token of each sequence; with `cu_q_lens` `[T, N, H]`.
+      k_pages: `[P, S, K, H]`, this device's.
+      v_pages: as `k_pages`.
+      block_tables: `[B, M]` int32: page of token t of sequence b is `block_tables[b, t // S]` in this device's pool; −1
+        (or anything outside [0, P)) where another device has it.
+      lengths: `[B]` int32, tokens of the whole sequences, on all devices together.
+      axis_name: the mesh axis, or axes, that the pages are spread over.
+      cu_q_lens: `[B + 1]` int32 as in `ragged_paged_attention`; None is decode.
+      num_seqs: as in `ragged_paged_attention`, for calls with `cu_q_lens`.
+      causal: likewise.
+      sinks: `[N]` float32, the same on all devices; they count once.
+      return_lse: return the log-sum-exp of the scores too.
+      **options: `scale`, `sliding_window`, `soft_cap`, `k_scale`, `v_scale`, `implementation`, `batch_invariant` as in
+        `paged_attention`.
+
+    Returns:
+      `[B, N, H]` (`[T, N, H]`) in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` (`[T, N]`) float32.
+
+    Raises:
+      ValueError: `axis_name` is no axis of an enclosing `shard_map`, `num_seqs` or `causal=False` without `cu_q_lens`,
+        or as `paged_attention`.
+      TypeError: as `paged_attention`.
+    """
+    part = _part(axis_name)
+    if sinks is not None:
+        sinks = _checks.as_array("sinks", sinks)
+        sinks = jnp.where(part == 0, sinks, jnp.asarray(_NO_SINK, sinks.dtype))
+    if cu_q_lens is None:
+        if num_seqs is not None:
+            raise ValueError(f"num_seqs: expected None without cu_q_lens, got {num_seqs}")
+        if causal is not True:
+            raise ValueError(f"causal: expected True without cu_q_lens, got {causal}")
+        tables: Any = block_tables
+        if options.get("sliding_window") is None:
+            tables, lengths = _own_pages(k_pages, block_tables, lengths)
+        out, lse = paged_attention(q, k_pages, v_pages, tables, lengths, sinks=sinks, return_lse=True, **options)
+    else:
+        ragged = (lengths, block_tables, cu_q_lens, num_seqs)
+        out, lse = ragged_paged_attention(
+            q, k_pages, v_pages, *ragged, causal=causal, sinks=sinks, return_lse=True, **options
+        )
+
+    # As one array the two need one collective.
+    state = jnp.concatenate([out.astype(jnp.float32), lse[..., None]], axis=-1)
+    # Where `shard_map` keeps no account of what varies (check_vma=False), it wants the transpose of the plain gather.
+    accounted = bool(jax.typeof(state).manual_axis_type.varying)
+    states = jax.lax.all_gather(state, axis_name, to="invarying" if accounted else "varying")
+    merged, merged_lse = merge_attention_states(states[..., :-1], states[..., -1])
+    merged = merged.astype(out.dtype)
+    return (merged, merged_lse) if return_lse else merged
+
+
+def _part(axis_name: str | tuple[str, ...]) -> Array:
+    """The index of this device along the axis."""
+    try:
+        return jax.lax.axis_index(axis_name)
+    except NameError as error:
+        raise ValueError(f"axis_name: expected an axis of the enclosing shard_map, got {axis_name!r}") from error
+
+
+def _own_pages(k_pages: ArrayLike, block_tables: ArrayLike, lengths: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
+    """Tables with the pages in use that this device has moved to the front, and how many tokens these have.
+
+    Their order stays: the last page, the only one that may be filled in part, comes last where a device has it.
+    """
+    pages, tables = _checks.as_array("k_pages", k_pages), _checks.as_array("block_tables", block_tables)
+    lens = _checks.as_array("lengths", lengths)
+    dims = _checks.Dims()
+    dims.match("k_pages", pages, "P S K H", (str(pages.dtype),))
+    dims.match("block_tables", tables, "B M", ("int32",))
+    dims.match("lengths", lens, "B", ("int32",))
+    places = jnp.arange(dims["M"], dtype=jnp.int32)
+    tokens = jnp.clip(lens[:, None] - places * dims["S"], 0, dims["S"])
+    missing = (tables < 0) | (tables >= dims["P"]) | (tokens == 0)
+    _, own_first = jax.lax.sort((missing.astype(jnp.int32), tables), dimension=1, is_stable=True, num_keys=1)
+    return own_first, jnp.where(missing, 0, tokens).sum(axis=1, dtype=jnp.int32)

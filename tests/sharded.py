@@ -1,0 +1,413 @@
+"""What holds on many devices. `test_sharding.py` runs these tests in a process with eight CPU devices."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Array, Case, build
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_transforms import OURS
+
+import jax_paged_attn as jpa
+from jax_paged_attn import compat
+
+DECODE = Case(
+    "sharded", (1,) * 8, (1, 8, 17, 32, 0, 9, 31, 5), "paged_attention", num_heads=16, num_kv_heads=8, head_dim=16,
+    page_size=8, sinks=True, k_scale=(0.5, 1.0, 1.5, 2.0, 0.7, 0.9, 1.1, 1.3),
+)  # fmt: skip
+RAGGED = dataclasses.replace(DECODE, q_lens=(1, 5, 3, 8, 0, 1, 12, 5), function="ragged_paged_attention")
+TWO_KV_HEADS = dataclasses.replace(DECODE, num_kv_heads=2, k_scale=(0.5, 2.0))
+
+KINDS = (AxisType.Auto, AxisType.Explicit)
+COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
+
+
+def collectives(compiled: Any) -> list[str]:
+    return re.findall(rf" ({COLLECTIVES})(?:-start)?\(", compiled.as_text())
+
+
+def mesh_of(kind: AxisType = AxisType.Auto, **sizes: int) -> jax.sharding.Mesh:
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
+
+
+def within(mesh: jax.sharding.Mesh) -> Any:
+    """The context that calls on arrays of the mesh need."""
+    return jax.set_mesh(mesh) if AxisType.Explicit in mesh.axis_types else contextlib.nullcontext()
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A function of q, k_pages, v_pages, sinks, k_scale and the integers that say where, and its operands."""
+
+    attend: Callable[..., tuple[Any, Any]]
+    operands: tuple[Array, ...]
+
+    @classmethod
+    def of(cls, case: Case) -> Problem:
+        (q, k_pages, v_pages, *where), traced = build(case).arguments()
+        where = [x for x in where if x is not None]
+
+        def attend(q: Any, k_pages: Any, v_pages: Any, sinks: Any, k_scale: Any, *where: Any) -> Any:
+            function = getattr(jpa, case.function)
+            keywords = {"sinks": sinks, "k_scale": k_scale, **case.keywords}
+            return function(q, k_pages, v_pages, *where, **keywords, return_lse=True)
+
+        return cls(attend, (q, k_pages, v_pages, traced["sinks"], traced["k_scale"], *where))
+
+    def specs(self, rows: Any = None, kv_heads: Any = None, heads: Any = None) -> tuple[P, ...]:
+        """How the operands are sharded, by the mesh axes that split sequences and heads."""
+        pool = P(None, None, kv_heads)
+        return P(rows, heads), pool, pool, P(heads), P(kv_heads), *[P(rows)] * (len(self.operands) - 5)
+
+
+def loss(results: tuple[Any, Any]) -> Any:
+    out, lse = results
+    return (out**2).sum() + jnp.sin(jnp.where(jnp.isneginf(lse), 0, lse)).sum()
+
+
+def derived(attend: Callable[..., Any], derivative: str) -> Callable[..., Any]:
+    def gradient(*operands: Any) -> Any:
+        return jax.grad(lambda *xs: loss(attend(*xs, *operands[4:])), (0, 1, 2, 3))(*operands[:4])
+
+    def tangent(*operands: Any) -> Any:
+        return jax.jvp(lambda *xs: attend(*xs, *operands[4:]), operands[:4], operands[:4])[1]
+
+    return {"forward": attend, "gradient": gradient, "tangent": tangent}[derivative]
+
+
+def assert_same(got: Any, want: Any) -> None:
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(mine), np.asarray(theirs), rtol=1e-5, atol=1e-5)
+
+
+def compile_sharded(function: Any, operands: Any, mesh: Any, specs: Any, **jit_options: Any) -> tuple[Any, Any]:
+    """The compiled function, and the operands placed as the specs say."""
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(operands, specs, strict=True)]
+    return jax.jit(function, **jit_options).lower(*placed).compile(), placed
+
+
+def finite(operands: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(np.nan_to_num(x, nan=0.5, posinf=1.0, neginf=-1.0) if x.dtype == np.float32 else x for x in operands)
+
+
+# ---- Partitioned by XLA ----------------------------------------------------------------------------------------------
+
+SPLITS = {
+    "heads": (DECODE, {"x": 8}, {"kv_heads": "x", "heads": "x"}),
+    "ragged heads": (RAGGED, {"x": 8}, {"kv_heads": "x", "heads": "x"}),
+    "sequences": (DECODE, {"x": 8}, {"rows": "x"}),
+    "sequences and heads": (DECODE, {"x": 2, "y": 4}, {"rows": "x", "kv_heads": "y", "heads": "y"}),
+    "heads by minor axis first": (DECODE, {"x": 2, "y": 4}, {"kv_heads": ("y", "x"), "heads": ("y", "x")}),
+    "more shards than heads": (TWO_KV_HEADS, {"x": 2, "y": 4}, {"kv_heads": "x", "heads": ("x", "y")}),
+}
+# Where each device has a part of what the cotangent of a pool or of sinks is a sum of.
+SUMMED = {"sequences", "sequences and heads", "more shards than heads"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "derivative"),
+    [*itertools.product(KINDS, ("forward", "gradient")), (AxisType.Auto, "tangent")],
+    ids=str,
+)
+@pytest.mark.parametrize("split", SPLITS)
+def test_partitioned_without_moving_an_operand(kind: AxisType, split: str, derivative: str) -> None:
+    case, sizes, axes = SPLITS[split]
+    problem = Problem.of(case)
+    operands = problem.operands if derivative == "forward" else finite(problem.operands)
+    function, mesh = derived(problem.attend, derivative), mesh_of(kind, **sizes)
+    want = jax.jit(function)(*operands)
+    specs = problem.specs(**axes)
+    with within(mesh):
+        compiled, placed = compile_sharded(function, operands, mesh, specs)
+        got = compiled(*placed)
+    assert_same(got, want)
+    expected = {"all-reduce"} if derivative == "gradient" and split in SUMMED else set()
+    assert set(collectives(compiled)) == expected
+    result_specs = specs if derivative == "gradient" else (specs[0], P(*specs[0]))
+    for x, spec in zip(got, result_specs, strict=False):
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
+
+
+def test_partitioned_over_pools_of_other_layouts() -> None:
+    """Sequences are split, heads are not: right, whatever is sharded."""
+    q, k_pages, v_pages, *_ = finite(Problem.of(DECODE).operands)
+    lengths, tables = np.int32(DECODE.kv_lens), np.arange(32, dtype=np.int32).reshape(8, 4) % len(k_pages)
+    pools = [np.moveaxis(pages, 2, 0) for pages in (k_pages, v_pages)]
+    mesh = mesh_of(x=2, y=4)
+    want = jpa.paged_attention(q, k_pages, v_pages, tables, lengths, scale=1.0)
+    for heads in (None, "y"):
+        pool = P(heads)
+        specs = (P("x", heads), pool, pool, P("x"), P("x"))
+        compiled, placed = compile_sharded(compat.paged_attention, (q, *pools, tables, lengths), mesh, specs)
+        assert_same(compiled(*placed), want)
+        assert bool(collectives(compiled)) == (heads is not None)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_pools_by_head_alone_are_enough(kind: AxisType) -> None:
+    """Queries that every device has are cut where they are."""
+    problem, mesh = Problem.of(DECODE), mesh_of(kind, x=8)
+    with within(mesh):
+        compiled, placed = compile_sharded(problem.attend, problem.operands, mesh, problem.specs(kv_heads="x"))
+        assert_same(compiled(*placed), jax.jit(problem.attend)(*problem.operands))
+    assert collectives(compiled) == []
+
+
+@pytest.mark.parametrize(
+    ("case", "pool", "q"),
+    [
+        (DECODE, P("x"), P()),
+        (DECODE, P(None, None, None, "x"), P(None, None, "x")),
+        (DECODE, P(None, None, "x"), P("x")),
+        (RAGGED, P(), P("x")),
+        (TWO_KV_HEADS, P(), P(None, "x")),
+    ],
+    ids=["by page", "by head dim", "one axis for both", "ragged by row", "more shards than heads, of one axis"],
+)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_other_shardings_give_the_same(kind: AxisType, case: Case, pool: P, q: P) -> None:
+    problem, mesh = Problem.of(case), mesh_of(kind, x=8)
+    rows, k_pages, v_pages, *rest = problem.operands
+    k_pages, v_pages = (np.pad(x, ((0, 40 - len(x)), (0, 0), (0, 0), (0, 0))) for x in (k_pages, v_pages))
+    rows = np.pad(rows, ((0, -len(rows) % 8), (0, 0), (0, 0)))
+    operands, specs = (rows, k_pages, v_pages, *rest), (q, pool, pool, *[P()] * len(rest))
+    with within(mesh):
+        compiled, placed = compile_sharded(problem.attend, operands, mesh, specs)
+        assert_same(compiled(*placed), jax.jit(problem.attend)(*map(np.asarray, operands)))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.int8])
+def test_write_is_in_place_on_each_device(kind: AxisType, dtype: Any) -> None:
+    mesh, pool = mesh_of(kind, x=8), P(None, None, "x")
+    rng = np.random.default_rng(0)
+    pools = tuple(rng.integers(-9, 9, (6, 4, 8, 16)).astype(dtype) for _ in "kv")
+    tokens = tuple(rng.standard_normal((5, 8, 16), np.float32) for _ in "kv")
+    slots, scale = np.array([3, -1, 23, 3, 24], np.int32), np.linspace(0.1, 0.8, 8, dtype=np.float32)
+
+    def write(*args: Any) -> Any:
+        return jpa.write_kv_pages(*args[:-1], k_scale=args[-1], v_scale=args[-1])
+
+    def addresses(arrays: Any) -> list[int]:
+        return [shard.data.unsafe_buffer_pointer() for x in arrays for shard in x.addressable_shards]
+
+    operands, specs = (*pools, *tokens, slots, scale), (pool, pool, P(None, "x"), P(None, "x"), P(), P("x"))
+    want = jax.jit(write)(*operands)
+    with within(mesh):
+        compiled, placed = compile_sharded(write, operands, mesh, specs, donate_argnums=(0, 1))
+        before = addresses(placed[:2])
+        got = compiled(*placed)
+    assert addresses(got) == before
+    assert collectives(compiled) == []
+    assert not re.search(r"\[6,4,1,16\]\S* copy\(", compiled.as_text())
+    for mine, theirs in zip(got, want, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_layers_of_writes_and_attention_in_a_scan_move_nothing(kind: AxisType) -> None:
+    """Forward and gradient, checkpointed, with a flat pool that the scan carries."""
+    mesh, problem = mesh_of(kind, x=8), Problem.of(DECODE)
+    q, k_pages, v_pages, sinks, _, tables, lengths = finite(problem.operands)
+    slots = np.array([tables[b, (max(n, 1) - 1) // 8] * 8 + (n - 1) % 8 if n else -1 for b, n in enumerate(lengths)])
+
+    def model(q: Any, k_pages: Any, v_pages: Any, sinks: Any, tables: Any, lengths: Any, slots: Any) -> Any:
+        @jax.checkpoint
+        def layer(state: Any, _: Any) -> Any:
+            x, k_pages, v_pages = state
+            k_pages, v_pages = jpa.write_kv_pages(k_pages, v_pages, x[:, ::2], x[:, 1::2], slots)
+            return (x + jpa.paged_attention(x, k_pages, v_pages, tables, lengths, sinks=sinks), k_pages, v_pages), None
+
+        (x, *pools), _ = jax.lax.scan(layer, (q, k_pages, v_pages), length=3)
+        return (x**2).sum() + sum((p**2).sum() for p in pools)
+
+    step = jax.value_and_grad(model, (0, 1, 2))
+    operands = (q, k_pages, v_pages, sinks, tables, lengths, slots.astype(np.int32))
+    pool = P(None, None, "x")
+    with within(mesh):
+        compiled, placed = compile_sharded(step, operands, mesh, (P(None, "x"), pool, pool, P("x"), P(), P(), P()))
+        got = compiled(*placed)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(jax.jit(step)(*operands)), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=1e-5 * np.abs(theirs).max())
+    # The value alone is a sum over devices.
+    assert set(collectives(compiled)) == {"all-reduce"}
+
+
+def test_mapped_calls_are_partitioned() -> None:
+    problem, mesh = Problem.of(DECODE), mesh_of(x=8)
+    q, *rest = problem.operands
+    mapped = jax.vmap(problem.attend, in_axes=(0, *[None] * len(rest)))
+    operands = (np.stack([q, 2 * q]), *rest)
+    specs = problem.specs(kv_heads="x", heads="x")
+    compiled, placed = compile_sharded(mapped, operands, mesh, (P(None, None, "x"), *specs[1:]))
+    assert_same(compiled(*placed), jax.jit(mapped)(*operands))
+    assert collectives(compiled) == []
+
+
+def test_a_mesh_that_no_array_names() -> None:
+    """NumPy arrays under `set_mesh`."""
+    problem = Problem.of(DECODE)
+    want = jax.jit(problem.attend)(*problem.operands)
+    with jax.set_mesh(mesh_of(x=2, y=4)):
+        assert_same(jax.jit(lambda *xs: problem.attend(*xs))(*problem.operands), want)
+
+
+# ---- Inside shard_map ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", [{"x"}, {"x", "y"}], ids=["some axes", "all axes"])
+@pytest.mark.parametrize("derivative", ["forward", "gradient"])
+def test_shard_map_is_the_same_as_no_mesh(derivative: str, axes: set[str]) -> None:
+    """Sequences by x and heads by y; the operands that a device shares with others get one gradient."""
+    problem, mesh = Problem.of(DECODE), mesh_of(x=2, y=4)
+    operands = finite(problem.operands)
+    manual = {"rows": "x"} if axes == {"x"} else {"rows": "x", "kv_heads": "y", "heads": "y"}
+    specs = problem.specs(**manual)
+    mapped = jax.shard_map(
+        problem.attend, mesh=mesh, in_specs=specs, out_specs=(specs[0], specs[0]), axis_names=axes, check_vma=True
+    )
+    everywhere = problem.specs(rows="x", kv_heads="y", heads="y")
+    compiled, placed = compile_sharded(derived(mapped, derivative), operands, mesh, everywhere)
+    assert_same(compiled(*placed), jax.jit(derived(problem.attend, derivative))(*operands))
+
+
+def test_vmap_inside_and_outside_shard_map() -> None:
+    problem, mesh = Problem.of(DECODE), mesh_of(x=8)
+    q, *rest = problem.operands
+    stacked = np.stack([q, -q, 2 * q])
+    specs, unmapped = problem.specs(kv_heads="x", heads="x"), (None,) * len(rest)
+    want = jax.jit(jax.vmap(problem.attend, in_axes=(0, *unmapped)))(stacked, *rest)
+    inner = jax.vmap(problem.attend, in_axes=(0, *unmapped))
+    by_head = P(None, None, "x")
+    inside = jax.shard_map(inner, mesh=mesh, in_specs=(by_head, *specs[1:]), out_specs=(by_head, by_head))
+    assert_same(jax.jit(inside)(stacked, *rest), want)
+    shards = jax.shard_map(problem.attend, mesh=mesh, in_specs=specs, out_specs=(specs[0], specs[0]))
+    assert_same(jax.jit(jax.vmap(shards, in_axes=(0, *unmapped)))(stacked, *rest), want)
+
+
+def test_export_inside_shard_map_on_a_mesh_without_devices() -> None:
+    problem, abstract = Problem.of(DECODE), AbstractMesh((8,), ("x",))
+    specs = problem.specs(kv_heads="x", heads="x")
+    mapped = jax.shard_map(problem.attend, mesh=abstract, in_specs=specs, out_specs=(specs[0], specs[0]))
+    args = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(abstract, spec))
+        for x, spec in zip(problem.operands, specs, strict=True)
+    ]
+    exported = jax.export.export(jax.jit(mapped), disabled_checks=OURS, platforms=("cpu",))(*args)
+    again = jax.export.deserialize(exported.serialize())
+    mesh = mesh_of(x=8)
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(problem.operands, specs, strict=True)]
+    assert_same(jax.jit(again.call)(*placed), jax.jit(problem.attend)(*problem.operands))
+
+
+# ---- Context parallelism ---------------------------------------------------------------------------------------------
+
+LONG = Case(
+    "context", (1,) * 4, (96, 77, 3, 0), "paged_attention", num_heads=4, num_kv_heads=2, head_dim=16, page_size=4,
+    max_pages=24, sinks=True, k_scale=0.5, bad_ids=((0, 5, -1),),
+)  # fmt: skip
+CONTEXTS = {
+    "decode": LONG,
+    "decode capped": dataclasses.replace(LONG, keywords={"soft_cap": 2.0}),
+    "decode with a window": dataclasses.replace(LONG, keywords={"sliding_window": 9}),
+    "prompts": dataclasses.replace(LONG, q_lens=(20, 5, 3, 2), rows=32, function="ragged_paged_attention"),
+    "prompts with a window": dataclasses.replace(
+        LONG, q_lens=(20, 5, 3, 2), num_seqs=3, function="ragged_paged_attention", keywords={"sliding_window": 7}
+    ),
+    "prompts without a mask": dataclasses.replace(
+        LONG, q_lens=(20, 5, 3, 2), function="ragged_paged_attention", keywords={"causal": False}
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Pages dealt to the devices, page i to `owner[i]`: each has a pool, and tables of the pages in it."""
+
+    owner: Array
+    local_id: Array
+
+    @classmethod
+    def deal(cls, num_pages: int, devices: int) -> Spread:
+        owner = np.random.default_rng(3).integers(0, devices, num_pages)
+        return cls(owner, np.array([(owner[:i] == owner[i]).sum() for i in range(num_pages)], np.int32))
+
+    def pools(self, pages: Array, devices: int) -> Array:
+        """`[devices, P, S, K, H]`; what nobody uses is NaN."""
+        pools = np.full((devices, self.local_id.max() + 1, *pages.shape[1:]), np.nan, pages.dtype)
+        pools[self.owner, self.local_id] = pages
+        return pools
+
+    def tables(self, tables: Array, devices: int) -> Array:
+        """`[devices, B, M]`, −1 where another device has the page."""
+        known = (tables >= 0) & (tables < len(self.owner))
+        ids = np.where(known, tables, 0)
+        mine = known & (self.owner[ids] == np.arange(devices)[:, None, None])
+        return np.where(mine, self.local_id[ids], -1).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("name", "check_vma"), [*((name, True) for name in CONTEXTS), ("decode", False), ("prompts", False)], ids=str
+)
+def test_context_parallel_is_attention_over_all_pages(name: str, check_vma: bool) -> None:
+    """Results and gradients, by one small collective."""
+    case, mesh = CONTEXTS[name], mesh_of(x=8)
+    inputs = build(case)
+    (q, k_pages, v_pages, *_), traced = inputs.arguments()
+    q, k_pages, v_pages, sinks = finite((q, k_pages, v_pages, traced["sinks"]))
+    spread = Spread.deal(len(k_pages), 8)
+    tables = spread.tables(inputs.block_tables, 8)
+    ragged = {} if inputs.decode else {"cu_q_lens": inputs.cu_q_lens, "num_seqs": inputs.num_seqs}
+
+    def part(q: Any, k_pages: Any, v_pages: Any, sinks: Any, tables: Any) -> Any:
+        keywords = {**ragged, **case.keywords, "sinks": sinks, "k_scale": case.k_scale, "return_lse": True}
+        mine = (q, k_pages[0], v_pages[0], tables[0], inputs.kv_lens)
+        return jpa.context_parallel_attention(*mine, axis_name="x", **keywords)
+
+    by_device = (P(), P("x"), P("x"), P(), P("x"))
+    spread_attend = jax.shard_map(part, mesh=mesh, in_specs=by_device, out_specs=(P(), P()), check_vma=check_vma)
+    whole = Problem.of(case)
+    operands = (q, k_pages, v_pages, sinks, *whole.operands[4:])
+    pools = [spread.pools(pages, 8) for pages in (k_pages, v_pages)]
+
+    compiled, placed = compile_sharded(spread_attend, (q, *pools, sinks, tables), mesh, by_device)
+    assert_same(compiled(*placed), jax.jit(whole.attend)(*operands))
+    assert collectives(compiled) == ["all-gather"]
+    rows, heads, head_dim = q.shape
+    assert f"f32[8,{rows},{heads},{head_dim + 1}]" in compiled.as_text()
+
+    grads = jax.jit(derived(spread_attend, "gradient"))(q, *pools, sinks, tables)
+    want = jax.jit(derived(whole.attend, "gradient"))(*operands)
+    dealt = [np.asarray(grad)[spread.owner, spread.local_id] for grad in grads[1:3]]
+    assert_same((grads[0], *dealt, grads[3]), want)
+
+
+def test_the_examples_of_the_documentation_run() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "sharding.md").read_text()
+    examples: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(code, examples)
+        np.testing.assert_array_equal(np.asarray(examples["out"]).astype(np.float32), 1.0)
+
+
+def test_context_parallel_says_what_is_wrong() -> None:
+    inputs = build(LONG)
+    operands = (inputs.q, inputs.k_pages, inputs.v_pages, inputs.block_tables, inputs.kv_lens)
+    with pytest.raises(ValueError, match=r"^axis_name: expected an axis of the enclosing shard_map, got 'x'"):
+        jpa.context_parallel_attention(*operands, axis_name="x")
+    for keywords, message in (({"num_seqs": 1}, "^num_seqs: expected None"), ({"causal": False}, "^causal: expected")):
+        attend = functools.partial(jpa.context_parallel_attention, axis_name="x", **keywords)
+        with pytest.raises(ValueError, match=message):
+            jax.shard_map(attend, mesh=mesh_of(x=8), in_specs=(P(),) * 5, out_specs=P())(*operands)
