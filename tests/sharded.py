@@ -143,7 +143,7 @@ def test_partitioned_without_moving_an_operand(kind: AxisType, split: str, deriv
 def test_partitioned_over_pools_of_other_layouts() -> None:
     """Sequences are split, heads are not: right, whatever is sharded."""
     q, k_pages, v_pages, *_ = finite(Problem.of(DECODE).operands)
-    lengths, tables = np.int32(DECODE.kv_lens), np.arange(32, dtype=np.int32).reshape(8, 4) % len(k_pages)
+    lengths, tables = np.asarray(DECODE.kv_lens, np.int32), np.arange(32, dtype=np.int32).reshape(8, 4) % len(k_pages)
     pools = [np.moveaxis(pages, 2, 0) for pages in (k_pages, v_pages)]
     mesh = mesh_of(x=2, y=4)
     want = jpa.paged_attention(q, k_pages, v_pages, tables, lengths, scale=1.0)
