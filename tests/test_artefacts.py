@@ -29,7 +29,7 @@ def test_exported_program_runs(path: Path) -> None:
         harness.assert_close((np.asarray(out), np.asarray(lse)), harness.expected(case), case.dtype)
 
 
-def test_every_program_has_a_file_for_the_cpu() -> None:
-    assert {path.name for path in artefacts.FOLDER.glob("*-cpu.bin")} == {
-        f"{name}-cpu.bin" for name in artefacts.PROGRAMS
+def test_every_program_has_a_file_for_each_platform() -> None:
+    assert {path.name for path in artefacts.FOLDER.glob("*.bin")} == {
+        f"{name}-{platform}.bin" for name in artefacts.PROGRAMS for platform in ("cpu", "cuda")
     }

@@ -150,7 +150,7 @@ def test_a_forked_worker_calls(parent_imports: str) -> None:
 
 
 @needs_fork
-def test_a_fork_after_use_hangs_only_where_jax_does() -> None:
+def test_a_compiled_call_works_after_a_fork() -> None:
     """The threads of XLA are not there in the forked process; the CPU engine does its work without them."""
     if not _ffi.has("cpu"):
         pytest.skip("built without the CPU engine")
@@ -158,18 +158,14 @@ def test_a_fork_after_use_hangs_only_where_jax_does() -> None:
 {FORK}
 {CALL}
 attend = call()
-increment = jax.jit(lambda x: x + 1)
-increment(jnp.ones(3)).block_until_ready()
 args = [jnp.ones((8, 8, 64)), *[jnp.full((512, 16, 2, 64), 3.0)] * 2]
 args += [jnp.arange(512, dtype=jnp.int32).reshape(8, 64), jnp.full(8, 1000, jnp.int32)]
 want = np.asarray(attend(*args)).tobytes()
 def same():
     assert np.asarray(attend(*args)).tobytes() == want
-print(fork(lambda: increment(jnp.ones(3)).block_until_ready(), 10))
 print(fork(same, 20))
 """
-    *_, jaxs, ours = python(script, JAX_PLATFORMS="cpu")
-    assert ours == "done" or jaxs == "hangs"
+    assert python(script, JAX_PLATFORMS="cpu")[-1] == "done"
 
 
 def test_a_spawned_worker_calls(tmp_path) -> None:

@@ -108,8 +108,8 @@ jpa::Status Run(ffi::ThreadPool& pool, const Rows& q, const Rows& gate, const Pa
   params.out = out.typed_data();
   params.lse = lse.data();
   params.workspace = workspace.get();
-  params.k_strides =
-      params.v_strides = {page_size * num_kv_heads * head_dim, num_kv_heads * head_dim, head_dim};
+  params.k_strides = params.v_strides =
+      jpa::StridesOf(jpa::PageLayout::kSplit, num_pages, page_size, num_kv_heads, head_dim);
   params.scale = scale;
   params.causal = true;
 

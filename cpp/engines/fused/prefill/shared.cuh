@@ -62,7 +62,8 @@ struct PrefillShared {
   device::Barrier values_full[Traits::kStages], values_empty[Traits::kStages];
 };
 
-// When so many tiles of an item are left the next item is asked for.
+// When so many tiles of an item are left the next item is asked for: they take about the time in which its
+// queries come, 7 us on an H100.
 inline constexpr int kTilesAhead = 4;
 
 // Where blocks lie in a matrix of `rows` rows.

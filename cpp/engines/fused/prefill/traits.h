@@ -48,10 +48,7 @@ struct PrefillTraits {
                                            : kTwoLoadWarpgroups    ? 208
                                            : kRowWise              ? 224
                                                                    : 232;
-  static constexpr int kTileRegisters = kTwoLoadWarpgroups        ? 56
-                                        : kRowWise                ? 56
-                                        : kProductWarpgroups == 3 ? 32
-                                                                  : 40;
+  static constexpr int kTileRegisters = kRowWise ? 56 : kProductWarpgroups == 3 ? 32 : 40;
   static constexpr int kQueryRegisters = kTwoLoadWarpgroups ? 40 : kTileRegisters;
   // A CTA starts with the same number for each thread, a multiple of 8.
   static_assert(kProductThreads * kProductRegisters +
