@@ -11,6 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from numpy.typing import NDArray
 
 from jax_paged_attn import _primitive
+from jax_paged_attn._explain import trace
 from jax_paged_attn._layouts import LAYOUTS
 
 
@@ -56,15 +57,8 @@ def cost_analysis(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
     Raises:
       ValueError: the function has no attention call.
     """
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))}
-
-    def call(arrays: dict[int, Any]) -> Any:
-        these_args, these_kwargs = jax.tree.unflatten(tree, [arrays.get(i, x) for i, x in enumerate(leaves)])
-        return fn(*these_args, **these_kwargs)
-
-    closed = jax.make_jaxpr(call)(arrays)
-    known = [None if isinstance(x, jax.ShapeDtypeStruct) else _if_index(x) for x in jax.tree.leaves(arrays)]
+    closed, operands = trace(fn, args, kwargs)
+    known = [None if isinstance(x, jax.ShapeDtypeStruct) else _if_index(x) for x in operands]
     calls: list[Cost] = []
     _walk(closed.jaxpr, [*map(_if_index, closed.consts), *known], calls)
     if not calls:

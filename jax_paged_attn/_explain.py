@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Jaxpr, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 
 from jax_paged_attn import _engines, _primitive
 
@@ -45,16 +45,7 @@ def explain(
     name = platform or (device.platform if device is not None else jax.default_backend())
     lowered_for: str = _PLATFORM_ALIASES.get(name, name)
 
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    traced = {
-        i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
-    }
-
-    def call(arrays: dict[int, Any]) -> Any:
-        these_args, these_kwargs = jax.tree.unflatten(tree, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
-        return fn(*these_args, **these_kwargs)
-
-    jaxpr = jax.make_jaxpr(call)(traced).jaxpr
+    jaxpr = trace(fn, args, kwargs)[0].jaxpr
     calls = tuple(
         _engines.choose(described, lowered_for, implementation) for described, implementation in _attention_calls(jaxpr)
     )
@@ -64,6 +55,18 @@ def explain(
     engines = list(dict.fromkeys(one.engine for one in calls))
     rejected = {name: reason for name, reason in rejected.items() if name not in engines}
     return dataclasses.replace(calls[0], engine=", ".join(engines), rejected=rejected, calls=calls)
+
+
+def trace(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ClosedJaxpr, list[Any]]:
+    """The jaxpr of `fn(*args, **kwargs)`, and its operands: arrays and `ShapeDtypeStruct`s. All else stays static."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))}
+
+    def call(arrays: dict[int, Any]) -> Any:
+        these_args, these_kwargs = jax.tree.unflatten(tree, [arrays.get(i, x) for i, x in enumerate(leaves)])
+        return fn(*these_args, **these_kwargs)
+
+    return jax.make_jaxpr(call)(arrays), list(arrays.values())
 
 
 def _attention_calls(jaxpr: Jaxpr) -> Iterator[tuple[_engines.Call, str | None]]:

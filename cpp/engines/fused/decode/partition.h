@@ -191,7 +191,8 @@ JPA_HOST_DEVICE inline int64_t TilesPerShare(const HeadTiles& of_head, const Hea
 // ---- beside prefill ---------------------------------------------------------------------------------------
 
 // In a call that has sequences for both kernels, decode keeps to some of the multiprocessors and leaves the
-// others to prefill: as many eighths as its part of the work. Prefill gets the rest when decode is done.
+// others to prefill: as many eighths as its part of the work, since finer steps would say more than the
+// estimate of the work knows. Prefill gets the rest when decode is done.
 inline constexpr int kEighths = 8;
 
 // Tiles of one key/value head of a sequence that is prefill's, about: kTileRows rows and kTileKeys keys each.
