@@ -7,6 +7,7 @@
 #include <string>
 
 #include "core/dtype_name.h"
+#include "core/layout_name.h"
 #include "engines/cublaslt/library.h"
 #include "engines/cublaslt/plan.h"
 #include "engines/fused/run.h"
@@ -53,10 +54,10 @@ jpa::DType DTypeOf(const std::string& name) {
 }
 
 jpa::PageLayout LayoutOf(const std::string& name) {
-  if (name == "split") return jpa::PageLayout::kSplit;
-  if (name == "interleaved") return jpa::PageLayout::kInterleaved;
-  if (name == "head_major") return jpa::PageLayout::kHeadMajor;
-  throw std::invalid_argument("layout: expected split, interleaved or head_major, got " + name);
+  jpa::PageLayout layout{};
+  if (const jpa::Status s = jpa::ParseLayout(name, &layout); !s.ok())
+    throw std::invalid_argument(s.message());
+  return layout;
 }
 
 jpa::AttentionProblem Problem(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_rows,

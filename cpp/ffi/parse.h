@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
+#include "core/layout_name.h"
 #include "core/params.h"
 #include "core/problem.h"
 #include "core/status.h"
@@ -136,19 +136,6 @@ constexpr PoolShape ShapeOfPool(PageLayout layout) {
       return {"[K, P, S, H]", 1, 2, 0, 1};
   }
   return {};
-}
-
-inline Status ParseLayout(std::string_view name, PageLayout* layout) {
-  for (const auto& [known, value] : {std::pair{"split", PageLayout::kSplit},
-                                     {"interleaved", PageLayout::kInterleaved},
-                                     {"head_major", PageLayout::kHeadMajor}}) {
-    if (name == known) {
-      *layout = value;
-      return Status::Ok();
-    }
-  }
-  return Status::InvalidArgument("layout: expected split, interleaved or head_major, got " +
-                                 std::string(name));
 }
 
 // What both pools have in common.
