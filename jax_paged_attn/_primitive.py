@@ -70,14 +70,16 @@ def _attention_axes(**_: Any) -> _Axes:
     return _AXES, (Axis.ROWS, Axis.ROWS)
 
 
+def _axes_with_respect_to(wrt: tuple[bool, ...]) -> tuple[Axis, ...]:
+    return tuple(_AXES[i] for i, w in zip(_DIFFERENTIABLE, wrt, strict=True) if w)
+
+
 def _tangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> _Axes:
-    dots = tuple(_AXES[i] for i, w in zip(_DIFFERENTIABLE, wrt, strict=True) if w)
-    return (*dots, *_AXES, Axis.ROWS, Axis.ROWS), (Axis.ROWS, Axis.ROWS)
+    return (*_axes_with_respect_to(wrt), *_AXES, Axis.ROWS, Axis.ROWS), (Axis.ROWS, Axis.ROWS)
 
 
 def _cotangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> _Axes:
-    bars = tuple(_AXES[i] for i, w in zip(_DIFFERENTIABLE, wrt, strict=True) if w)
-    return (Axis.ROWS, Axis.ROWS, *_AXES, Axis.ROWS, Axis.ROWS), bars
+    return (Axis.ROWS, Axis.ROWS, *_AXES, Axis.ROWS, Axis.ROWS), _axes_with_respect_to(wrt)
 
 
 def _write_axes(**_: Any) -> _Axes:
