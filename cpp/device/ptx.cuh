@@ -14,6 +14,14 @@ __device__ inline uint32_t SharedAddress(const void* pointer) {
 
 __device__ inline uint32_t LaneId() { return threadIdx.x % 32; }
 
+// The same pointer, of which the compiler no longer knows how it was made: it adds to it and takes nothing
+// apart.
+template <typename T>
+__device__ inline T* Opaque(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 // ---- asynchronous copies ----------------------------------------------------------------------------------
 
 // 16 bytes from global to shared memory, past the L1 cache; zeros, and no access, if not `exists`.

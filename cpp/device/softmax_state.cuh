@@ -12,8 +12,12 @@ inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
 struct SoftmaxState {
-  float maximum = -INFINITY;  // of the scores seen so far
-  float sum = 0.0f;           // of 2^(score - maximum)
+  // Probabilities of up to 2^8 are as exact as those of up to 1, in f16 and in bf16.
+  static constexpr float kSlack = 8.0f;
+
+  // Of the scores seen so far; after RaiseIfFar it may be up to kSlack less.
+  float maximum = -INFINITY;
+  float sum = 0.0f;  // of 2^(score - maximum)
 
   // What scores are counted from: a row that has seen nothing must not compute -inf - -inf.
   __device__ float origin() const { return maximum == -INFINITY ? 0.0f : maximum; }
@@ -22,6 +26,16 @@ struct SoftmaxState {
   __device__ float Raise(float to) {
     const float before = maximum;
     maximum = fmaxf(maximum, to);
+    const float factor = Exp2(before - origin());
+    sum *= factor;
+    return factor;
+  }
+
+  // Likewise, but leaves a maximum that is only kSlack too small: then the factor is 1, and sums stay as they
+  // are (as in FlashAttention-4).
+  __device__ float RaiseIfFar(float to) {
+    const float before = maximum;
+    if (to > maximum + kSlack) maximum = to;
     const float factor = Exp2(before - origin());
     sum *= factor;
     return factor;

@@ -31,6 +31,13 @@ __device__ inline int SwizzledChunk(BlockStrides strides, int row, int chunk) {
          (chunk % 8 ^ row % 8) * 16;
 }
 
+// From where a chunk of a row lies to the chunk `chunks` further of the row `rows` further, if no sum of the
+// two numbers modulo 8 has a carry. With numbers known when this is compiled it is an XOR and an offset.
+__device__ constexpr uint32_t SwizzledFrom(uint32_t place, BlockStrides strides, int rows, int chunks) {
+  return (place ^ static_cast<uint32_t>((rows % 8 ^ chunks % 8) * 16)) + rows % 8 * 128 +
+         rows / kBlockRows * strides.rows + chunks / 8 * strides.columns;
+}
+
 // The descriptor of an operand whose first element lies at `address` (PTX ISA, "matrix descriptor").
 __device__ inline uint64_t MatrixDescriptor(uint32_t address, BlockStrides strides) {
   constexpr uint64_t kSwizzle128Bytes = uint64_t{1} << 62;

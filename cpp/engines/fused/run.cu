@@ -153,6 +153,22 @@ Status PreparePrefill(const PrefillKernelInfo& info, int num_sms, PrefillDevice*
       "shared memory of the prefill kernel");
 }
 
+// Whether a pool's rows of H elements have numbers of 32 bits.
+bool RowsHaveNumbers(const AttentionProblem& problem, int64_t num_pages, const PageStrides& strides) {
+  const int64_t H = problem.head_dim;
+  const auto last = [](int64_t count) { return std::max<int64_t>(count, 1) - 1; };
+  return strides.page % H == 0 && strides.token % H == 0 && strides.head % H == 0 &&
+         (last(num_pages) * strides.page + last(problem.page_size) * strides.token +
+          last(problem.num_kv_heads) * strides.head) /
+                 H <=
+             UINT32_MAX;
+}
+
+RowStrides RowStridesOf(const AttentionProblem& problem, const PageStrides& strides) {
+  const auto rows = [&](int64_t stride) { return static_cast<uint32_t>(stride / problem.head_dim); };
+  return {rows(strides.page), rows(strides.token), rows(strides.head)};
+}
+
 // The kernel that sequences with many rows go to, or null: then they go to that of decode.
 const PrefillDevice* ChoosePrefill(const AttentionProblem& problem, const AttentionParams& params,
                                    const Device& device, bool* by_boxes) {
@@ -160,7 +176,9 @@ const PrefillDevice* ChoosePrefill(const AttentionProblem& problem, const Attent
               TensorMapExists(problem, problem.num_k_pages, params.k_pages, params.k_strides) &&
               TensorMapExists(problem, problem.num_v_pages, params.v_pages, params.v_strides);
   const PrefillDevice& prefill = *by_boxes ? device.prefill_by_boxes : device.prefill_by_rows;
-  return prefill.kernel == nullptr ? nullptr : &prefill;
+  const bool finds_rows = RowsHaveNumbers(problem, problem.num_k_pages, params.k_strides) &&
+                          RowsHaveNumbers(problem, problem.num_v_pages, params.v_strides);
+  return prefill.kernel == nullptr || !(*by_boxes || finds_rows) ? nullptr : &prefill;
 }
 
 // In nanoseconds on an H100, where a multiprocessor that decodes reads up to 38 GB/s, if others leave it as
@@ -183,7 +201,11 @@ Status MakePrefillArgs(const DecodeArgs& call, const Options& options, const Pre
   args->shape = {prefill.tile_rows, prefill.tile_keys};
   args->num_ctas = prefill.num_ctas;
   args->bytes_per_token = static_cast<int32_t>(2 * call.problem.head_dim * ByteWidth(call.problem.kv_dtype));
-  if (!by_boxes) return Status::Ok();
+  if (!by_boxes) {
+    args->k_rows = RowStridesOf(call.problem, call.params.k_strides);
+    args->v_rows = RowStridesOf(call.problem, call.params.v_strides);
+    return Status::Ok();
+  }
   const int32_t box_rows = BoxRows(call.problem.page_size, prefill.tile_keys);
   while (1 << args->box_rows_log2 < box_rows) ++args->box_rows_log2;
   const AttentionParams& params = call.params;

@@ -10,6 +10,13 @@
 
 namespace jpa::fused {
 
+// Where the row of a page's token and a head lies in a pool: in rows, of H elements each.
+struct RowStrides {
+  uint32_t page;
+  uint32_t token;
+  uint32_t head;
+};
+
 struct PrefillArgs {
   CUtensorMap k_map;  // see tensor_map.h
   CUtensorMap v_map;
@@ -20,7 +27,9 @@ struct PrefillArgs {
   TileShape shape;
   int32_t num_ctas;
   int32_t bytes_per_token;  // of a head's keys and values
-  int32_t k_blocks_per_head;
+  RowStrides k_rows;        // where keys and values come row by row
+  RowStrides v_rows;
+  int32_t k_blocks_per_head;  // where they come in boxes
   int32_t v_blocks_per_head;
   int32_t box_rows_log2;  // of the tokens that one box brings
 };

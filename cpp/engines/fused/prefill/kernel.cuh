@@ -70,9 +70,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       device::InitBarrier(&shared.queries_full[i], 32 * Traits::kQueryWarps);
       device::InitBarrier(&shared.queries_empty[i], kProductWarps);
     }
-    // For boxes who asks for them; for rows every thread, and where copies arrive by themselves a lane of
-    // each warp for what it has written besides.
-    constexpr int kFullArrivals = Traits::kRowWise ? Traits::kTileWarps * (32 + (Traits::kBytes ? 0 : 1)) : 1;
+    // For boxes who asks for them, for rows every thread.
+    constexpr int kFullArrivals = Traits::kRowWise ? 32 * Traits::kTileWarps : 1;
     for (int i = 0; i < Traits::kStages; ++i) {
       device::InitBarrier(&shared.keys_full[i], kFullArrivals);
       device::InitBarrier(&shared.keys_empty[i], kProductWarps);

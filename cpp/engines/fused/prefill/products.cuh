@@ -59,7 +59,6 @@ class ProductRows {
     float scores[kKeys / 2], factors[2];
     int32_t tile = item.tiles.end - 1;
     device::WaitForPhase(&shared_.keys_full[keys_.index()], keys_.parity());
-    FenceCopies();
     device::FenceProductRegisters();
     IssueScores(scores);
     device::CommitProducts();
@@ -67,17 +66,12 @@ class ProductRows {
     const MissingKeys<Traits>& missing = MissingOfTile();
     Release(shared_.keys_empty, &keys_);
     if (tile == item.tiles.begin) ReleaseQueries();
-    Softmax(item, tile, missing, scores, factors);
+    Softmax(HidesSome(tile, missing), tile, missing, scores, factors);
     Pack(scores);
     if constexpr (!Traits::kRowWise) ZeroTail(item, tile);
     bool accumulates = false;
     for (--tile; tile >= item.tiles.begin; --tile) {
       device::WaitForPhase(&shared_.keys_full[keys_.index()], keys_.parity());
-      if constexpr (Traits::kFenceCopies) {
-        // Before the products, which the fence would wait for.
-        device::WaitForPhase(&shared_.values_full[values_.index()], values_.parity());
-        FenceCopies();
-      }
       WaitForTurn();
       device::FenceProductRegisters();
       IssueScores(scores);
@@ -87,11 +81,13 @@ class ProductRows {
       IssueValues(accumulates);
       device::CommitProducts();
       PassTurn();
-      device::WaitForProducts<1>(scores);
+      // Looked up while products run: their results are waited for.
       const MissingKeys<Traits>& missing_now = MissingOfTile();
+      const bool hides_some = HidesSome(tile, missing_now), is_last = tile == item.tiles.begin;
+      device::WaitForProducts<1>(scores);
       Release(shared_.keys_empty, &keys_);
-      if (tile == item.tiles.begin) ReleaseQueries();
-      Softmax(item, tile, missing_now, scores, factors);
+      if (is_last) ReleaseQueries();
+      Softmax(hides_some, tile, missing_now, scores, factors);
       device::ComputeBeforeNext(states_[0].sum, states_[1].sum);
       WaitForValues();
       Release(shared_.values_empty, &values_);
@@ -100,7 +96,6 @@ class ProductRows {
       accumulates = true;
     }
     device::WaitForPhase(&shared_.values_full[values_.index()], values_.parity());
-    FenceCopies();
     device::FenceProductRegisters();
     IssueValues(accumulates);
     device::CommitProducts();
@@ -172,10 +167,6 @@ class ProductRows {
     device::ArriveAtSomeThreads<256>(kTurnBarriers + next);
   }
 
-  // What threads have copied to a full stage becomes visible to products.
-  __device__ static void FenceCopies() {
-    if constexpr (Traits::kFenceCopies) device::FenceSharedForAsync();
-  }
   // Of the stage's tile of keys.
   __device__ const MissingKeys<Traits>& MissingOfTile() const {
     return shared_.missing[Turn<2 * Traits::kStages>(keys_).index()];
@@ -246,15 +237,20 @@ class ProductRows {
 
   __device__ float Factor(int r) const { return factors_[Traits::kBytes ? r : 0]; }
 
-  // Scores to probabilities, relative to the rows' maxima so far; `factors` are those of what was summed
-  // before.
-  __device__ void Softmax(const Item& item, int32_t tile, const MissingKeys<Traits>& missing,
+  // Whether some row of the warp does not see some key of a tile.
+  __device__ bool HidesSome(int32_t tile, const MissingKeys<Traits>& missing) const {
+    const int32_t first = tile * kKeys;
+    return missing.any() || first < all_see_begin_ || first + kKeys > all_see_end_;
+  }
+  // Scores to probabilities, relative to the rows' maxima so far or a little less; `factors` are those of
+  // what was summed before.
+  __device__ void Softmax(bool hides_some, int32_t tile, const MissingKeys<Traits>& missing,
                           float (&scores)[kKeys / 2], float (&factors)[2]) {
     const int32_t first = tile * kKeys;
     // A maximum of products is one of scores only if the factor is positive.
     const bool scales = args_.call.params.soft_cap > 0.0f || factors_[0] <= 0.0f;
     if (scales) Scale(scores);
-    if (missing.any() || first < all_see_begin_ || first + kKeys > all_see_end_) Hide(first, missing, scores);
+    if (hides_some) Hide(first, missing, scores);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float factor = scales ? 1.0f : Factor(r);
@@ -263,7 +259,7 @@ class ProductRows {
       for (int i = 2 * r; i < kKeys / 2; i += 4) maximum = fmaxf(maximum, fmaxf(scores[i], scores[i + 1]));
       maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
       maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
-      factors[r] = states_[r].Raise(maximum * factor);
+      factors[r] = states_[r].RaiseIfFar(maximum * factor);
       const float origin = states_[r].origin();
 #pragma unroll
       for (int i = 2 * r; i < kKeys / 2; i += 4) {

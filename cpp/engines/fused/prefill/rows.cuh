@@ -16,80 +16,63 @@
 
 namespace jpa::fused {
 
-// What rows without a page are copied from.
-static __device__ uint4 zero_row[32];
-
-// A warp's rows of a tile of keys, or of values.
+// A warp's rows of a tile of keys, or of values. The instructions of the warps that copy are what the others
+// lose: so rows are numbers of 32 bits, and places follow from one another by constants.
 template <typename Traits, bool keys>
 class TileRows {
  public:
   static constexpr int kRows = Traits::kKeys / Traits::kTileWarps;
-  static constexpr int kWords = kRows / 32;  // a lane has a row of each
+  static constexpr int kWords = kRows / 32;  // a lane looks up a row of each
   static_assert(kRows % 32 == 0);
 
-  __device__ TileRows(const PrefillArgs& args, int warp) : call_(args.call), warp_(warp) {}
+  __device__ TileRows(const PrefillArgs& args, int warp) : args_(args), warp_(warp) {}
 
   // Asks the block table for a tile's pages. What it says is used in LookAt, a tile later.
   __device__ void Ask(const Item& item, int32_t tile) {
+    const DecodeArgs& call = args_.call;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       const int32_t key = LaneKey(tile, word);
       ids_[word] = -1;
       if (key < item.kv_len) {
         ids_[word] =
-            call_.params.block_tables[item.seq * call_.problem.max_pages + call_.page_size.Quotient(key)];
+            call.params.block_tables[item.seq * call.problem.max_pages + call.page_size.Quotient(key)];
       }
     }
   }
 
-  // Takes the tile that was asked for: where its rows lie, and in `missing` a bit for each that has no page.
-  __device__ void LookAt(const Item& item, int32_t tile, uint32_t (&missing)[kWords]) {
-    const PageStrides& strides = keys ? call_.params.k_strides : call_.params.v_strides;
-    const int64_t num_pages = keys ? call_.problem.num_k_pages : call_.problem.num_v_pages;
-    const char* const pool = static_cast<const char*>(keys ? call_.params.k_pages : call_.params.v_pages);
+  // Takes the tile that was asked for: where its rows lie, and which have no page.
+  __device__ void LookAt(const Item& item, int32_t tile) {
+    const FastDivisor& page_size = args_.call.page_size;
+    const RowStrides& strides = keys ? args_.k_rows : args_.v_rows;
+    const int64_t num_pages = keys ? args_.call.problem.num_k_pages : args_.call.problem.num_v_pages;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       const int32_t key = LaneKey(tile, word);
-      const int32_t token = key - call_.page_size.Quotient(key) * call_.page_size.divisor();
-      const int32_t page = PageOf(call_, ids_[word], num_pages);
-      const int64_t element = int64_t{page} * strides.page + token * strides.token + item.head * strides.head;
-      rows_[word] =
-          page < 0 ? reinterpret_cast<const char*>(zero_row) : pool + element * (Traits::kBytes ? 1 : 2);
-      missing[word] = __ballot_sync(~0u, page < 0);
+      const int32_t token = key - page_size.Quotient(key) * page_size.divisor();
+      const int32_t page = PageOf(args_.call, ids_[word], num_pages);
+      rows_[word] = page * strides.page + token * strides.token + item.head * strides.head;
+      missing_[word] = __ballot_sync(~0u, page < 0);
     }
   }
+  // A bit for each row.
+  __device__ uint32_t missing(int word) const { return missing_[word]; }
 
   // Starts the copies of 16-bit rows to their place in a tile.
   __device__ void Copy(uint32_t tile) const {
-    ForEachStep<kRowsOfCopies>([&](int word, int first) {
-      const uint32_t to = tile + FirstRow(word, first) / device::kBlockRows * kStrides.rows;
-      ForEachRow<kRowsOfCopies>([&](int row, int) {
-        const char* const from = RowAt(word, first + row);
-#pragma unroll
-        for (int i = 0; i < kChunksOfLane; ++i) {
-          device::CopyAsync16(to + device::SwizzledChunk(kStrides, row, Chunk(i)), from + Chunk(i) * 16);
-        }
-      });
-    });
+    const uint32_t first = tile + device::SwizzledChunk(kStrides, FirstRow(0) + LaneRow(), LaneChunk());
+    CopyTo([&](int row, int chunk) { return device::SwizzledFrom(first, kStrides, row, chunk); });
   }
 
-  // Starts the copies of 8-bit rows to `raw`.
+  // Starts the copies of 8-bit rows to `raw`, where they follow one another.
   __device__ void CopyRaw(uint32_t raw) const {
-    ForEachStep<kRowsOfCopies>([&](int word, int first) {
-      const uint32_t to = raw + FirstRow(word, first) * kRowBytes;
-      ForEachRow<kRowsOfCopies>([&](int row, int) {
-        const char* const from = RowAt(word, first + row);
-#pragma unroll
-        for (int i = 0; i < kChunksOfLane; ++i) {
-          device::CopyAsync16(to + row * kRowBytes + Chunk(i) * 16, from + Chunk(i) * 16);
-        }
-      });
-    });
+    const uint32_t first = raw + RawPlace();
+    CopyTo([&](int row, int chunk) { return first + row * kRowBytes + chunk * 16; });
   }
 
-  // Makes f16 of the 8-bit rows in `raw`, in their place in a tile.
+  // Makes f16 of the 8-bit rows in `raw` that the lane has copied, in their place in a tile.
   __device__ void Convert(const char* raw, char* tile) const {
-    switch (call_.problem.kv_dtype) {
+    switch (args_.call.problem.kv_dtype) {
       case DType::kE4M3FN:
         return ConvertFrom<DType::kE4M3FN>(raw, tile);
       case DType::kE5M2:
@@ -102,84 +85,100 @@ class TileRows {
  private:
   static constexpr int kRowBytes = Traits::kHeadDim * (Traits::kBytes ? 1 : 2);
   static constexpr int kChunks = kRowBytes / 16;  // of a row
-  // Neighbouring lanes have neighbouring chunks, as many of a row as divide it evenly.
-  static constexpr int kLanesPerRow = std::gcd(kChunks, 32);
-  static constexpr int kChunksOfLane = kChunks / kLanesPerRow;
-  static constexpr int kRowsAtOnce = 32 / kLanesPerRow;
-  static constexpr int kRowsOfCopies = std::max(device::kBlockRows, kRowsAtOnce);
+  // A group of lanes has as many rows as there are lanes in it, one after the other; lanes side by side have
+  // chunks side by side, as many as divide a row evenly.
+  static constexpr int kGroup = std::gcd(kChunks, 32);
+  static constexpr int kChunksOfLane = kChunks / kGroup;
   static constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kKeys>();
-  static_assert(kRowBytes <= static_cast<int>(sizeof(zero_row)));
 
-  // A lane's chunks of a row.
-  __device__ static int Chunk(int i) {
-    return i * kLanesPerRow + static_cast<int>(device::LaneId()) % kLanesPerRow;
-  }
   __device__ int32_t LaneKey(int32_t tile, int word) const {
-    return tile * Traits::kKeys + warp_ * kRows + 32 * word + static_cast<int32_t>(device::LaneId());
+    return tile * Traits::kKeys + FirstRow(word) + static_cast<int32_t>(device::LaneId());
   }
+  // In the tile.
+  __device__ int FirstRow(int word) const { return warp_ * kRows + 32 * word; }
+  // Of a word: the first of the lane's group.
+  __device__ static int LaneRow() { return static_cast<int>(device::LaneId()) / kGroup * kGroup; }
+  __device__ static int LaneChunk() { return static_cast<int>(device::LaneId()) % kGroup; }
+  __device__ int RawPlace() const { return (FirstRow(0) + LaneRow()) * kRowBytes + LaneChunk() * 16; }
 
-  // Calls use(word, first) for each `rows` rows of the words; `first` is a multiple of a block's rows.
-  template <int rows, typename Use>
-  __device__ static void ForEachStep(const Use& use) {
-    static_assert(rows % device::kBlockRows == 0 && rows % kRowsAtOnce == 0 && 32 % rows == 0);
+  // Calls place_of(row, chunk), counted from the lane's first ones, for where to copy each.
+  template <typename PlaceOf>
+  __device__ void CopyTo(const PlaceOf& place_of) const {
+    uint32_t any_missing = 0;
+#pragma unroll
+    for (const uint32_t word : missing_) any_missing |= word;
+    if (any_missing == 0) {
+      CopyRows<false>(place_of);
+    } else {
+      CopyRows<true>(place_of);
+    }
+  }
+  // Rows without a page become zeros.
+  template <bool some_missing, typename PlaceOf>
+  __device__ void CopyRows(const PlaceOf& place_of) const {
+    const AttentionParams& params = args_.call.params;
+    const char* const pool = static_cast<const char*>(keys ? params.k_pages : params.v_pages);
+    const char* const first = device::Opaque(pool + LaneChunk() * 16);
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
-#pragma unroll 1
-      for (int first = 0; first < 32; first += rows) use(word, first);
-    }
-  }
-  // Calls use(row, i) for the lane's i-th row of a step: it is the same in each.
-  template <int rows, typename Use>
-  __device__ static void ForEachRow(const Use& use) {
+#pragma unroll(some_missing ? 1 : kGroup)
+      for (int i = 0; i < kGroup; ++i) {
+        const bool exists = !some_missing || (missing_[word] >> (LaneRow() + i) & 1) == 0;
+        const uint32_t row = __shfl_sync(~0u, rows_[word], i, kGroup);
+        const char* const from = first + (exists ? uint64_t{row} * kRowBytes : 0);
 #pragma unroll
-    for (int i = 0; i < rows / kRowsAtOnce; ++i) {
-      use(i * kRowsAtOnce + static_cast<int>(device::LaneId()) / kLanesPerRow, i);
+        for (int j = 0; j < kChunksOfLane; ++j) {
+          const uint32_t place = place_of(32 * word + i, j * kGroup);
+          if constexpr (some_missing) {
+            device::CopyAsync16(place, from + j * kGroup * 16, exists);
+          } else {
+            device::CopyAsync16(place, from + j * kGroup * 16);
+          }
+        }
+      }
     }
   }
-  __device__ const char* RowAt(int word, int row) const {
-    return reinterpret_cast<const char*>(__shfl_sync(~0u, reinterpret_cast<uintptr_t>(rows_[word]), row));
-  }
-  // Of the tile.
-  __device__ int FirstRow(int word, int first) const { return warp_ * kRows + 32 * word + first; }
 
   template <DType dtype>
   __device__ void ConvertFrom(const char* raw, char* tile) const {
-    // As many chunks as hide the time that shared memory takes to answer, if there are registers for them.
+    // Chunks 2 n and 2 n + 1 of a row come from one, in either order: in every second block of columns the
+    // second one comes first, so that it takes the banks which the block before does not.
+    const auto swaps = [](int chunk) { return chunk / 4 % 2; };
+    // As many rows as hide the time that shared memory takes to answer, if there are registers for them.
     constexpr int kChunksAtOnce = Traits::kTwoLoadWarpgroups ? 4 : 2;
-    constexpr int kBatch = std::max(kChunksAtOnce / kChunksOfLane, 1);  // rows of a lane
-    constexpr int kRowsOfStep = std::max(device::kBlockRows, std::min(kBatch * kRowsAtOnce, 16));
-    constexpr int kBatches = std::max(kRowsOfStep / kRowsAtOnce / kBatch, 1);
-    ForEachStep<kRowsOfStep>([&](int word, int first) {
-      const char* const from = raw + FirstRow(word, first) * kRowBytes;
-      char* const to = tile + FirstRow(word, first) / device::kBlockRows * kStrides.rows;
+    constexpr int kRowsAtOnce = std::clamp(kChunksAtOnce / kChunksOfLane, 1, kGroup);
+    const char* const from = raw + RawPlace();
+    const uint32_t first =
+        device::SwizzledChunk(kStrides, FirstRow(0) + LaneRow(), 2 * LaneChunk() + swaps(LaneChunk()));
+#pragma unroll 1
+    for (int word = 0; word < kWords; ++word) {
+#pragma unroll 1
+      for (int row = 0; row < kGroup; row += kRowsAtOnce) {
+        uint4 bytes[kRowsAtOnce][kChunksOfLane];
 #pragma unroll
-      for (int batch = 0; batch < kBatches; ++batch) {
-        constexpr int kRowsOfBatch = kRowsOfStep / kBatches;
-        uint4 bytes[kRowsOfBatch / kRowsAtOnce][kChunksOfLane];
-        ForEachRow<kRowsOfBatch>([&](int row, int i) {
+        for (int i = 0; i < kRowsAtOnce; ++i) {
 #pragma unroll
           for (int j = 0; j < kChunksOfLane; ++j) {
-            bytes[i][j] = *reinterpret_cast<const uint4*>(from + (batch * kRowsOfBatch + row) * kRowBytes +
-                                                          Chunk(j) * 16);
+            bytes[i][j] =
+                *reinterpret_cast<const uint4*>(from + (32 * word + row + i) * kRowBytes + j * kGroup * 16);
           }
-        });
-        ForEachRow<kRowsOfBatch>([&](int row, int i) {
+        }
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
 #pragma unroll
           for (int j = 0; j < kChunksOfLane; ++j) {
-            // Chunks 2 n and 2 n + 1 of a row are neighbours, in either order. In every second block of
-            // columns the second one comes first: so it takes the banks that the block before does not.
-            const bool swaps = Chunk(j) / 4 % 2 != 0;
+            const bool second_first = swaps(j * kGroup + LaneChunk()) != 0;
             const uint4 chunk = bytes[i][j];
-            const int place =
-                device::SwizzledChunk(kStrides, batch * kRowsOfBatch + row, 2 * Chunk(j) + (swaps ? 1 : 0));
-            *reinterpret_cast<uint4*>(to + place) =
-                Halves<dtype>(swaps ? chunk.z : chunk.x, swaps ? chunk.w : chunk.y);
-            *reinterpret_cast<uint4*>(to + (place ^ 16)) =
-                Halves<dtype>(swaps ? chunk.x : chunk.z, swaps ? chunk.y : chunk.w);
+            const uint32_t place = device::SwizzledFrom(first, kStrides, 32 * word + row + i,
+                                                        2 * j * kGroup + swaps(j * kGroup));
+            *reinterpret_cast<uint4*>(tile + place) =
+                Halves<dtype>(second_first ? chunk.z : chunk.x, second_first ? chunk.w : chunk.y);
+            *reinterpret_cast<uint4*>(tile + (place ^ 16)) =
+                Halves<dtype>(second_first ? chunk.x : chunk.z, second_first ? chunk.y : chunk.w);
           }
-        });
+        }
       }
-    });
+    }
   }
   template <DType dtype>
   __device__ static uint4 Halves(uint32_t low, uint32_t high) {
@@ -187,10 +186,13 @@ class TileRows {
             device::PairOfBytes<dtype, 0, 1>(high), device::PairOfBytes<dtype, 2, 3>(high)};
   }
 
-  const DecodeArgs& call_;
+  const PrefillArgs& args_;
   const int warp_;
-  int32_t ids_[kWords];       // of the pages of a lane's rows in the tile asked for; -1: none
-  const char* rows_[kWords];  // a lane's, of the tile looked at
+  // A lane's rows: of the tile asked for the ids of their pages (-1: none), and of the tile looked at where
+  // they lie in the pool.
+  int32_t ids_[kWords];
+  uint32_t rows_[kWords];
+  uint32_t missing_[kWords];
 };
 
 // An item's keys, or values, by one of the warps that have them.
@@ -211,42 +213,40 @@ __device__ inline void LoadTilesByRows(const PrefillArgs& args, PrefillShared<Tr
     const Item& item = shared.items[turn.index()];
     if (!item.exists) return;
     if (announces && item.tiles.size() <= kTilesAhead) device::Arrive(&shared.item_ends);
-    uint32_t missing[Rows::kWords];
     const auto ask = [&](int32_t tile) {
       if (tile >= item.tiles.begin) rows.Ask(item, tile);
     };
-    // On its way to f16, a tile is copied when the one before has left.
     const auto look_at = [&](int32_t tile) {
       if (tile < item.tiles.begin) return;
-      rows.LookAt(item, tile, missing);
-      if (Traits::kBytes) rows.CopyRaw(device::SharedAddress(raw));
+      rows.LookAt(item, tile);
       ask(tile - 1);
+      // On its way to f16, a tile is copied when the one before has left.
+      if constexpr (Traits::kBytes) rows.CopyRaw(device::SharedAddress(raw));
     };
     ask(item.tiles.end - 1);
-    if (Traits::kBytes) look_at(item.tiles.end - 1);
+    look_at(item.tiles.end - 1);
     for (int32_t tile = item.tiles.end - 1; tile >= item.tiles.begin; --tile, stage.Next()) {
-      if (!Traits::kBytes) look_at(tile);
       device::WaitForPhase(&empty[stage.index()], stage.parity() ^ 1);
       if (keys && lane == 0) {
 #pragma unroll
         for (int word = 0; word < Rows::kWords; ++word) {
           shared.missing[Turn<2 * Traits::kStages>(stage).index()].words[warp * Rows::kWords + word] =
-              missing[word];
+              rows.missing(word);
         }
       }
+      // The fence waits for whatever is on its way: the next copies come after it.
       if constexpr (Traits::kBytes) {
         device::WaitForCopies();
         rows.Convert(raw, stages[stage.index()]);
-        // It waits for whatever is on its way: so the next copies come after it.
         device::FenceSharedForAsync();
         device::Arrive(&full[stage.index()]);
         look_at(tile - 1);
       } else {
-        // To wait for the copies would keep the warp from the next ones; so the fence is left to the
-        // products.
         rows.Copy(device::SharedAddress(stages[stage.index()]));
-        device::ArriveAfterCopies(&full[stage.index()]);
-        if (lane == 0) device::Arrive(&full[stage.index()]);
+        look_at(tile - 1);
+        device::WaitForCopies();
+        device::FenceSharedForAsync();
+        device::Arrive(&full[stage.index()]);
       }
       if (announces && tile - item.tiles.begin == kTilesAhead) device::Arrive(&shared.item_ends);
     }

@@ -18,8 +18,7 @@ struct PrefillTraits {
   static constexpr Source kSource = source_;
   static constexpr bool kBytes = kSource == Source::kBytes;
   static constexpr bool kRowWise = kSource != Source::kBoxes;
-  static constexpr bool kFenceCopies = kSource == Source::kRows;  // see rows.cuh
-  static constexpr DType kMath = kBytes ? DType::kF16 : kQ;       // of both products
+  static constexpr DType kMath = kBytes ? DType::kF16 : kQ;  // of both products
   static constexpr int kHeadDim = head_dim_;
 
   // A warpgroup multiplies 64 packed rows: scores and results of that many fill its registers. They take
