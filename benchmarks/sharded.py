@@ -8,6 +8,7 @@ dispatch does not count. A model has more to do: its projections, and one sum ov
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import statistics
 import sys
@@ -42,24 +43,31 @@ class Shape:
     page_size: int = 16
 
 
-SHAPES = (Shape("one layer", 1, 64, 8192), Shape("32 layers", 32, 64, 4096))
+SHAPES = (Shape("one layer", 1, 64, 8192), Shape("32 layers", 32, 64, 8192))
 SMOKE = (Shape("one layer", 1, 4, 64), Shape("32 layers", 32, 2, 32))
 CALLS_OF_ONE_LAYER = 32  # in one execution, one after the other
+MEMORY = "0.95"  # of a device: 32 layers take 64 GiB
 
 
-def make(shape: Shape) -> tuple[Any, ...]:
-    """q, the layers' pools, and tables, lengths and slots, on the default device."""
+def make(shape: Shape, mesh: Mesh) -> tuple[Any, ...]:
+    """q, the layers' pools, and tables, lengths and slots: the same numbers on any mesh, made where they are used."""
     pages = shape.tokens // shape.page_size
     keys = jax.random.split(jax.random.key(0), 2 * shape.layers + 1)
+
+    def normals(keys: Any, spec: P, *sizes: int) -> list[Any]:
+        normal = jax.jit(
+            lambda key: jax.random.normal(key, sizes, jnp.bfloat16), out_shardings=NamedSharding(mesh, spec)
+        )
+        return [normal(key) for key in keys]
+
+    (q,) = normals(keys[-1:], BY_HEAD, shape.batch, shape.num_heads, shape.head_dim)
     pool = (shape.batch * pages, shape.page_size, shape.num_kv_heads, shape.head_dim)
-    normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
-    q = normal(keys[-1], (shape.batch, shape.num_heads, shape.head_dim), jnp.bfloat16)
-    normals = [normal(key, pool, jnp.bfloat16) for key in keys[:-1]]
-    pools = tuple(zip(normals[::2], normals[1::2], strict=True))
+    of_layers = normals(keys[:-1], POOL_BY_HEAD, *pool)
+    pools = tuple(zip(of_layers[::2], of_layers[1::2], strict=True))
     tables = np.random.default_rng(0).permutation(shape.batch * pages).reshape(shape.batch, pages).astype(np.int32)
     lengths = np.full(shape.batch, shape.tokens, np.int32)
     slots = tables[:, -1] * shape.page_size + shape.page_size - 1
-    return q, pools, tables, lengths, slots
+    return q, pools, *(jax.device_put(x, NamedSharding(mesh, P())) for x in (tables, lengths, slots))
 
 
 def step(q: Any, pools: Any, tables: Any, lengths: Any, slots: Any) -> Any:
@@ -79,12 +87,7 @@ def repeated(q: Any, pools: Any, *where: Any) -> Any:
 
 def measure(function: Callable[..., Any], shape: Shape, mesh: Mesh, rounds: int) -> tuple[float, Any]:
     """Median seconds of an execution with donated pools, and the first one's queries."""
-    q, pools, *where = make(shape)
-    everywhere = NamedSharding(mesh, P())
-    q = jax.device_put(q, NamedSharding(mesh, BY_HEAD))
-    # Where they were made there is no room for a second copy.
-    pools = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, POOL_BY_HEAD), donate=True), pools)
-    where = [jax.device_put(x, everywhere) for x in where]
+    q, pools, *where = make(shape, mesh)
     compiled = jax.jit(function, donate_argnums=1).lower(q, pools, *where).compile()
     moved = COLLECTIVE.findall(compiled.as_text() or "")
     if moved:
@@ -109,6 +112,7 @@ def main() -> int:
     parser.add_argument("--require", type=float, help="fail below this ratio")
     parser.add_argument("--smoke", action="store_true", help="small shapes, to see that it runs")
     options = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY)
     devices = jax.devices()[: options.devices]
     if len(devices) < options.devices:
         parser.error(f"--devices: expected at most {len(devices)} here, got {options.devices}")
