@@ -243,7 +243,8 @@ def test_a_port_gives_what_jaxs_reference_gives() -> None:
     out, kv_pages = after.attention_layer(*operands)
     np.testing.assert_array_equal(kv_pages[0, 5, 1::2], v[0])
     theirs = importlib.import_module(TPU_MODULE).ref_ragged_paged_attention
-    want = theirs(q, kv_pages, kv_lens, tables, cu_q_lens, num_seqs, sm_scale=128**-0.5)
+    with jax.default_matmul_precision("highest"):
+        want = theirs(q, kv_pages, kv_lens, tables, cu_q_lens, num_seqs, sm_scale=128**-0.5)
     np.testing.assert_allclose(out[: len(want)], want, rtol=1e-4, atol=1e-5)
 
 

@@ -8,6 +8,7 @@
 #include "device/packed.cuh"
 #include "engines/fused/decode/sequences.cuh"
 #include "engines/fused/prefill/args.h"
+#include "engines/fused/prefill/copies.cuh"
 #include "engines/fused/prefill/shared.cuh"
 
 namespace jpa::fused {
@@ -52,25 +53,26 @@ __device__ inline void MakeItem(const PrefillArgs& args, int32_t number, Item* i
   item->tiles = TilesOfPart(TilesOfUnit(facts, shape, sequence, place.row_tile), place.part, line.parts);
 }
 
-// Where a packed row of an item lies in q.
-template <typename Traits>
-__device__ inline const uint16_t* QueryOf(const PrefillArgs& args, const Item& item, int row) {
+// The number of an item's packed row among the rows of q, of H elements each.
+__device__ inline uint32_t QueryNumber(const PrefillArgs& args, const Item& item, int row) {
   const QueryHead where = QueryHeadOf(args.call, item, row);
-  return static_cast<const uint16_t*>(args.call.params.q) +
-         (where.row * args.call.problem.num_q_heads + where.head) * Traits::kHeadDim;
+  return static_cast<uint32_t>(where.row) * static_cast<uint32_t>(args.call.problem.num_q_heads) + where.head;
 }
 
-// `thread` counts those of the warps that load queries.
+// By the warps that load queries, 32 rows each at a time.
 template <typename Traits>
-__device__ inline void LoadQueries(const PrefillArgs& args, const Item& item, int thread, uint32_t queries) {
-  constexpr int kChunks = Traits::kHeadDim / 8;  // of 16 bytes
-  constexpr int kLoaders = 32 * Traits::kQueryWarps;
+__device__ inline void LoadQueries(const PrefillArgs& args, const Item& item, int warp, uint32_t queries) {
+  using Groups = RowGroups<2 * Traits::kHeadDim>;
+  constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kRows>();
+  const auto* const start = static_cast<const char*>(args.call.params.q);
 #pragma unroll 1
-  for (int i = thread; i < Traits::kRows * kChunks; i += kLoaders) {
-    const int row = i / kChunks, chunk = i % kChunks;
+  for (int first = 32 * warp; first < Traits::kRows; first += 32 * Traits::kQueryWarps) {
+    const int row = first + static_cast<int>(device::LaneId());
     const bool exists = row < item.num_rows;
-    device::CopyAsync16(queries + device::SwizzledChunk(StridesOf<Traits, Traits::kRows>(), row, chunk),
-                        QueryOf<Traits>(args, item, exists ? row : 0) + chunk * 8, exists);
+    const uint32_t place =
+        queries + device::SwizzledChunk(kStrides, first + Groups::LaneRow(), Groups::LaneChunk());
+    Groups::Copy(start, QueryNumber(args, item, exists ? row : 0), __ballot_sync(~0u, !exists),
+                 [&](int i, int chunk) { return device::SwizzledFrom(place, kStrides, i, chunk); });
   }
   device::WaitForCopies();
 }
@@ -95,8 +97,10 @@ __device__ inline void LoadQueriesAsHalves(const PrefillArgs& args, const Item& 
   };
   for_each_row([&](int row, char* place) {
     const bool exists = row < item.num_rows;
+    const int64_t number = QueryNumber(args, item, exists ? row : 0);
     device::CopyAsync16(device::SharedAddress(place),
-                        QueryOf<Traits>(args, item, exists ? row : 0) + chunk * 8, exists);
+                        static_cast<const T*>(args.call.params.q) + number * Traits::kHeadDim + chunk * 8,
+                        exists);
   });
   device::WaitForCopies();
   const uint32_t lanes_of_row = (kChunks == 32 ? ~0u : (1u << kChunks % 32) - 1) << lane_row * kChunks;
@@ -144,7 +148,7 @@ __device__ inline void ScheduleAndLoadQueries(const PrefillArgs& args, PrefillSh
     if constexpr (Traits::kBytes) {
       LoadQueriesAsHalves<Traits>(args, item, thread, queries, shared.exponents[tile.index()]);
     } else {
-      LoadQueries<Traits>(args, item, thread, device::SharedAddress(queries));
+      LoadQueries<Traits>(args, item, thread / 32, device::SharedAddress(queries));
     }
     device::FenceSharedForAsync();
     device::Arrive(&shared.queries_full[tile.index()]);

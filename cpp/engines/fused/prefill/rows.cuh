@@ -7,17 +7,16 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 
 #include "core/problem.h"
 #include "device/fragment.cuh"
 #include "engines/fused/prefill/args.h"
+#include "engines/fused/prefill/copies.cuh"
 #include "engines/fused/prefill/shared.cuh"
 
 namespace jpa::fused {
 
-// A warp's rows of a tile of keys, or of values. The instructions of the warps that copy are what the others
-// lose: so rows are numbers of 32 bits, and places follow from one another by constants.
+// A warp's rows of a tile of keys, or of values.
 template <typename Traits, bool keys>
 class TileRows {
  public:
@@ -60,7 +59,8 @@ class TileRows {
 
   // Starts the copies of 16-bit rows to their place in a tile.
   __device__ void Copy(uint32_t tile) const {
-    const uint32_t first = tile + device::SwizzledChunk(kStrides, FirstRow(0) + LaneRow(), LaneChunk());
+    const uint32_t first =
+        tile + device::SwizzledChunk(kStrides, FirstRow(0) + Groups::LaneRow(), Groups::LaneChunk());
     CopyTo([&](int row, int chunk) { return device::SwizzledFrom(first, kStrides, row, chunk); });
   }
 
@@ -84,11 +84,8 @@ class TileRows {
 
  private:
   static constexpr int kRowBytes = Traits::kHeadDim * (Traits::kBytes ? 1 : 2);
-  static constexpr int kChunks = kRowBytes / 16;  // of a row
-  // A group of lanes has as many rows as there are lanes in it, one after the other; lanes side by side have
-  // chunks side by side, as many as divide a row evenly.
-  static constexpr int kGroup = std::gcd(kChunks, 32);
-  static constexpr int kChunksOfLane = kChunks / kGroup;
+  using Groups = RowGroups<kRowBytes>;
+  static constexpr int kGroup = Groups::kGroup, kChunksOfLane = Groups::kChunksOfLane;
   static constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kKeys>();
 
   __device__ int32_t LaneKey(int32_t tile, int word) const {
@@ -96,46 +93,19 @@ class TileRows {
   }
   // In the tile.
   __device__ int FirstRow(int word) const { return warp_ * kRows + 32 * word; }
-  // Of a word: the first of the lane's group.
-  __device__ static int LaneRow() { return static_cast<int>(device::LaneId()) / kGroup * kGroup; }
-  __device__ static int LaneChunk() { return static_cast<int>(device::LaneId()) % kGroup; }
-  __device__ int RawPlace() const { return (FirstRow(0) + LaneRow()) * kRowBytes + LaneChunk() * 16; }
+  __device__ int RawPlace() const {
+    return (FirstRow(0) + Groups::LaneRow()) * kRowBytes + Groups::LaneChunk() * 16;
+  }
 
   // Calls place_of(row, chunk), counted from the lane's first ones, for where to copy each.
   template <typename PlaceOf>
   __device__ void CopyTo(const PlaceOf& place_of) const {
-    uint32_t any_missing = 0;
-#pragma unroll
-    for (const uint32_t word : missing_) any_missing |= word;
-    if (any_missing == 0) {
-      CopyRows<false>(place_of);
-    } else {
-      CopyRows<true>(place_of);
-    }
-  }
-  // Rows without a page become zeros.
-  template <bool some_missing, typename PlaceOf>
-  __device__ void CopyRows(const PlaceOf& place_of) const {
     const AttentionParams& params = args_.call.params;
     const char* const pool = static_cast<const char*>(keys ? params.k_pages : params.v_pages);
-    const char* const first = device::Opaque(pool + LaneChunk() * 16);
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
-#pragma unroll(some_missing ? 1 : kGroup)
-      for (int i = 0; i < kGroup; ++i) {
-        const bool exists = !some_missing || (missing_[word] >> (LaneRow() + i) & 1) == 0;
-        const uint32_t row = __shfl_sync(~0u, rows_[word], i, kGroup);
-        const char* const from = first + (exists ? uint64_t{row} * kRowBytes : 0);
-#pragma unroll
-        for (int j = 0; j < kChunksOfLane; ++j) {
-          const uint32_t place = place_of(32 * word + i, j * kGroup);
-          if constexpr (some_missing) {
-            device::CopyAsync16(place, from + j * kGroup * 16, exists);
-          } else {
-            device::CopyAsync16(place, from + j * kGroup * 16);
-          }
-        }
-      }
+      Groups::Copy(pool, rows_[word], missing_[word],
+                   [&](int row, int chunk) { return place_of(32 * word + row, chunk); });
     }
   }
 
@@ -148,8 +118,8 @@ class TileRows {
     constexpr int kChunksAtOnce = Traits::kTwoLoadWarpgroups ? 4 : 2;
     constexpr int kRowsAtOnce = std::clamp(kChunksAtOnce / kChunksOfLane, 1, kGroup);
     const char* const from = raw + RawPlace();
-    const uint32_t first =
-        device::SwizzledChunk(kStrides, FirstRow(0) + LaneRow(), 2 * LaneChunk() + swaps(LaneChunk()));
+    const uint32_t first = device::SwizzledChunk(kStrides, FirstRow(0) + Groups::LaneRow(),
+                                                 2 * Groups::LaneChunk() + swaps(Groups::LaneChunk()));
 #pragma unroll 1
     for (int word = 0; word < kWords; ++word) {
 #pragma unroll 1
@@ -167,7 +137,7 @@ class TileRows {
         for (int i = 0; i < kRowsAtOnce; ++i) {
 #pragma unroll
           for (int j = 0; j < kChunksOfLane; ++j) {
-            const bool second_first = swaps(j * kGroup + LaneChunk()) != 0;
+            const bool second_first = swaps(j * kGroup + Groups::LaneChunk()) != 0;
             const uint4 chunk = bytes[i][j];
             const uint32_t place = device::SwizzledFrom(first, kStrides, 32 * word + row + i,
                                                         2 * j * kGroup + swaps(j * kGroup));

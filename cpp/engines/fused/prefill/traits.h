@@ -31,8 +31,8 @@ struct PrefillTraits {
   static constexpr int kKeys = kHeadDim <= 128 ? 128 : kHeadDim <= 192 && !kRowWise ? 96 : 64;
   static constexpr int kStages = 2;
   static constexpr int kMostSharedBytes = 227 * 1024;  // of a CTA
-  static constexpr int kMiscBytes =
-      2048;  // at least what it needs besides, and to start at a multiple of 1024
+  // At least what it needs besides, and to start at a multiple of 1024.
+  static constexpr int kMiscBytes = 2048;
 
   // Of the warps that load, some have keys, as many values, and the others queries. One warp feeds the
   // accelerator. Copies take two, and a warpgroup more, unless results need its registers.
@@ -42,13 +42,17 @@ struct PrefillTraits {
   static constexpr int kProductThreads = 128 * kProductWarpgroups;
   static constexpr int kThreads = kProductThreads + 32 * (2 * kTileWarps + kQueryWarps);
   static_assert(kThreads % 128 == 0, "registers are shared out by warpgroups");
-  // Registers of a thread: 64 K are shared out unevenly.
+  // Registers of a thread: 64 K are shared out unevenly, and nothing may spill.
   static constexpr int kProductRegisters = kProductWarpgroups == 3 ? 160
                                            : kTwoLoadWarpgroups    ? 208
                                            : kRowWise              ? 224
                                                                    : 232;
-  static constexpr int kTileRegisters = kRowWise ? 56 : kProductWarpgroups == 3 ? 32 : 40;
-  static constexpr int kQueryRegisters = kTwoLoadWarpgroups ? 40 : kTileRegisters;
+  static constexpr int kTileRegisters = kBytes                    ? 56
+                                        : kTwoLoadWarpgroups      ? 48
+                                        : kRowWise                ? 56
+                                        : kProductWarpgroups == 3 ? 32
+                                                                  : 40;
+  static constexpr int kQueryRegisters = kTwoLoadWarpgroups ? 96 - kTileRegisters : kTileRegisters;
   // A CTA starts with the same number for each thread, a multiple of 8.
   static_assert(kProductThreads * kProductRegisters +
                     128 * (kTwoLoadWarpgroups ? kTileRegisters + kQueryRegisters : kTileRegisters) <=

@@ -1,0 +1,59 @@
+// Copies of rows from global to shared memory by a warp. The instructions of the warps that copy are what the
+// others lose: so rows are numbers of 32 bits, and places follow from one another by constants.
+#pragma once
+
+#include <cstdint>
+#include <numeric>
+
+#include "device/ptx.cuh"
+
+namespace jpa::fused {
+
+// A group of lanes has as many rows as there are lanes in it, one after the other; lanes side by side have
+// chunks of 16 bytes side by side, as many as divide a row evenly.
+template <int row_bytes>
+struct RowGroups {
+  static constexpr int kRowBytes = row_bytes;
+  static constexpr int kChunks = row_bytes / 16;  // of a row
+  static constexpr int kGroup = std::gcd(kChunks, 32);
+  static constexpr int kChunksOfLane = kChunks / kGroup;
+
+  // Of 32 rows: the first of the lane's group.
+  __device__ static int LaneRow() { return static_cast<int>(device::LaneId()) / kGroup * kGroup; }
+  __device__ static int LaneChunk() { return static_cast<int>(device::LaneId()) % kGroup; }
+
+  // Starts the copies of 32 rows, each lane's `row` from `start` on; zeros for those that are `missing`.
+  // Calls place_of(row, chunk), counted from the lane's first ones, for where to.
+  template <typename PlaceOf>
+  __device__ static void Copy(const char* start, uint32_t row, uint32_t missing, const PlaceOf& place_of) {
+    const char* const first = device::Opaque(start + LaneChunk() * 16);
+    if (missing == 0) {
+      CopyRows<false>(first, row, missing, place_of);
+    } else {
+      CopyRows<true>(first, row, missing, place_of);
+    }
+  }
+
+ private:
+  template <bool some_missing, typename PlaceOf>
+  __device__ static void CopyRows(const char* first, uint32_t row, uint32_t missing,
+                                  const PlaceOf& place_of) {
+#pragma unroll(some_missing ? 1 : kGroup)
+    for (int i = 0; i < kGroup; ++i) {
+      const bool exists = !some_missing || (missing >> (LaneRow() + i) & 1) == 0;
+      const uint32_t from_row = __shfl_sync(~0u, row, i, kGroup);
+      const char* const from = first + (exists ? uint64_t{from_row} * kRowBytes : 0);
+#pragma unroll
+      for (int j = 0; j < kChunksOfLane; ++j) {
+        const uint32_t place = place_of(i, j * kGroup);
+        if constexpr (some_missing) {
+          device::CopyAsync16(place, from + j * kGroup * 16, exists);
+        } else {
+          device::CopyAsync16(place, from + j * kGroup * 16);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace jpa::fused
