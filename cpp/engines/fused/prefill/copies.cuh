@@ -9,13 +9,14 @@
 
 namespace jpa::fused {
 
-// A group of lanes has as many rows as there are lanes in it, one after the other; lanes side by side have
-// chunks of 16 bytes side by side, as many as divide a row evenly.
-template <int row_bytes>
+// A group of lanes, as many as divide a row evenly, has as many rows as there are lanes in it, one after the
+// other. Lanes side by side have chunks of 16 bytes side by side. A row is told, and its address computed,
+// once for all chunks of a lane: so it takes fewer instructions the fewer lanes a group has.
+template <int row_bytes, int most_lanes>
 struct RowGroups {
   static constexpr int kRowBytes = row_bytes;
   static constexpr int kChunks = row_bytes / 16;  // of a row
-  static constexpr int kGroup = std::gcd(kChunks, 32);
+  static constexpr int kGroup = std::gcd(kChunks, most_lanes);
   static constexpr int kChunksOfLane = kChunks / kGroup;
 
   // Of 32 rows: the first of the lane's group.

@@ -62,7 +62,7 @@ __device__ inline uint32_t QueryNumber(const PrefillArgs& args, const Item& item
 // By the warps that load queries, 32 rows each at a time.
 template <typename Traits>
 __device__ inline void LoadQueries(const PrefillArgs& args, const Item& item, int warp, uint32_t queries) {
-  using Groups = RowGroups<2 * Traits::kHeadDim>;
+  using Groups = RowGroups<2 * Traits::kHeadDim, 32>;  // fewer lanes a row are slower here
   constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kRows>();
   const auto* const start = static_cast<const char*>(args.call.params.q);
 #pragma unroll 1

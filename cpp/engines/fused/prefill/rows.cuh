@@ -33,24 +33,21 @@ class TileRows {
     for (int word = 0; word < kWords; ++word) {
       const int32_t key = LaneKey(tile, word);
       ids_[word] = -1;
-      if (key < item.kv_len) {
-        ids_[word] =
-            call.params.block_tables[item.seq * call.problem.max_pages + call.page_size.Quotient(key)];
-      }
+      if (key >= item.kv_len) continue;
+      const int32_t column = call.page_size.Quotient(key);
+      tokens_[word] = static_cast<uint32_t>(key - column * call.page_size.divisor());
+      ids_[word] = call.params.block_tables[item.seq * call.problem.max_pages + column];
     }
   }
 
   // Takes the tile that was asked for: where its rows lie, and which have no page.
-  __device__ void LookAt(const Item& item, int32_t tile) {
-    const FastDivisor& page_size = args_.call.page_size;
+  __device__ void LookAt(const Item& item) {
     const RowStrides& strides = keys ? args_.k_rows : args_.v_rows;
     const int64_t num_pages = keys ? args_.call.problem.num_k_pages : args_.call.problem.num_v_pages;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
-      const int32_t key = LaneKey(tile, word);
-      const int32_t token = key - page_size.Quotient(key) * page_size.divisor();
       const int32_t page = PageOf(args_.call, ids_[word], num_pages);
-      rows_[word] = page * strides.page + token * strides.token + item.head * strides.head;
+      rows_[word] = page * strides.page + tokens_[word] * strides.token + item.head * strides.head;
       missing_[word] = __ballot_sync(~0u, page < 0);
     }
   }
@@ -84,7 +81,8 @@ class TileRows {
 
  private:
   static constexpr int kRowBytes = Traits::kHeadDim * (Traits::kBytes ? 1 : 2);
-  using Groups = RowGroups<kRowBytes>;
+  // 64 bytes at once are as fast as more, 32 are not; 8-bit rows take more time to convert than to copy.
+  using Groups = RowGroups<kRowBytes, Traits::kBytes ? 8 : 4>;
   static constexpr int kGroup = Groups::kGroup, kChunksOfLane = Groups::kChunksOfLane;
   static constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kKeys>();
 
@@ -158,9 +156,10 @@ class TileRows {
 
   const PrefillArgs& args_;
   const int warp_;
-  // A lane's rows: of the tile asked for the ids of their pages (-1: none), and of the tile looked at where
-  // they lie in the pool.
+  // A lane's rows: of the tile asked for the ids of their pages (-1: none) and the tokens of these, and of
+  // the tile looked at where they lie in the pool.
   int32_t ids_[kWords];
+  uint32_t tokens_[kWords] = {};
   uint32_t rows_[kWords];
   uint32_t missing_[kWords];
 };
@@ -188,7 +187,7 @@ __device__ inline void LoadTilesByRows(const PrefillArgs& args, PrefillShared<Tr
     };
     const auto look_at = [&](int32_t tile) {
       if (tile < item.tiles.begin) return;
-      rows.LookAt(item, tile);
+      rows.LookAt(item);
       ask(tile - 1);
       // On its way to f16, a tile is copied when the one before has left.
       if constexpr (Traits::kBytes) rows.CopyRaw(device::SharedAddress(raw));
