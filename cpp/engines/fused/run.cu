@@ -176,9 +176,9 @@ const PrefillDevice* ChoosePrefill(const AttentionProblem& problem, const Attent
               TensorMapExists(problem, problem.num_k_pages, params.k_pages, params.k_strides) &&
               TensorMapExists(problem, problem.num_v_pages, params.v_pages, params.v_strides);
   const PrefillDevice& prefill = *by_boxes ? device.prefill_by_boxes : device.prefill_by_rows;
-  const bool finds_rows = RowsHaveNumbers(problem, problem.num_k_pages, params.k_strides) &&
-                          RowsHaveNumbers(problem, problem.num_v_pages, params.v_strides);
-  return prefill.kernel == nullptr || !(*by_boxes || finds_rows) ? nullptr : &prefill;
+  const bool finds_pages = *by_boxes || (RowsHaveNumbers(problem, problem.num_k_pages, params.k_strides) &&
+                                         RowsHaveNumbers(problem, problem.num_v_pages, params.v_strides));
+  return prefill.kernel != nullptr && finds_pages ? &prefill : nullptr;
 }
 
 // In nanoseconds on an H100, where a multiprocessor that decodes reads up to 38 GB/s, if others leave it as
