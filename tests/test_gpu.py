@@ -423,6 +423,46 @@ def test_fused_prefill(name: str, head_dim: int, page_size: int, page_dtype: str
             assert all(bits(fused(*some)) == bits(got) for _ in range(3))
 
 
+# Of keys by their positions, in natural units. Tiles are attended to from the last to the first.
+SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "rise slowly": lambda keys: -3 * keys / 128,
+    "rise fast": lambda keys: -20 * keys / 128,
+    "fall": lambda keys: 3 * keys / 128,
+    "are very low": lambda keys: -1000 - 3 * keys / 128,
+    "alternate": lambda keys: 30.0 * (keys // 64 % 2),
+    "have one peak": lambda keys: np.where(keys == 5, 300.0, 0.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "page_dtype"),
+    [(64, 16, BF16), (128, 16, BF16), (128, 20, BF16), (256, 16, BF16), (128, 16, E5M2)],
+)
+@pytest.mark.parametrize("name", SCORES)
+def test_fused_prefill_whatever_scores_do(name: str, head_dim: int, page_size: int, page_dtype: str) -> None:
+    """Maxima that rise a little or a lot, in either half of a tile; of scores far below 0, and negated ones."""
+    q, k_pages, v_pages, *rest = mixed_inputs((700, 300), (1500, 300), page_size, head_dim, page_dtype=page_dtype)
+    tables = np.asarray(rest[1])
+    positions = np.empty(k_pages.shape[:2])  # of each page's tokens
+    positions[tables] = np.arange(tables.shape[1] * page_size).reshape(1, -1, page_size)
+    k_pages = k_pages.at[..., 0].set(jnp.asarray(SCORES[name](positions)[..., None], k_pages.dtype))
+    q = (q * 0.05).at[..., 0].set(1.0)
+    for k_scale in (1.0, -1.0):
+        scales = {} if page_dtype == BF16 else {"k_scale": jnp.float32(k_scale), "v_scale": jnp.float32(1.0)}
+        if page_dtype == BF16 and k_scale < 0:
+            q = -q
+        fused, cublaslt = (
+            jax.jit(
+                functools.partial(
+                    jpa.ragged_paged_attention, implementation=engine, return_lse=True, scale=1.0, **scales
+                )
+            )(q, k_pages, v_pages, *rest)
+            for engine in ("fused", "cublaslt")
+        )
+        for mine, theirs in zip(fused, cublaslt, strict=True):
+            np.testing.assert_allclose(np.asarray(mine, np.float32), np.asarray(theirs, np.float32), atol=2e-2)
+
+
 def test_fused_prefill_does_not_depend_on_the_batch() -> None:
     """Batch-invariant: a chunk whose keys would be cut into parts alone has the bits that it has among prompts."""
     rows, lengths = (100, *(300,) * 40), (5000, *(300,) * 40)

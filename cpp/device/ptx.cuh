@@ -280,6 +280,9 @@ __device__ inline uint32_t PermuteBytes(uint32_t low, uint32_t high, uint32_t se
   return __byte_perm(low, high, selector);
 }
 
+// Of signed integers, in one instruction from compute capability 9.0 on.
+__device__ inline int32_t Largest(int32_t a, int32_t b, int32_t c) { return __vimax3_s32(a, b, c); }
+
 // Within 1 unit in the last place; 0 of infinity.
 __device__ inline float Reciprocal(float x) {
   float result;

@@ -31,14 +31,17 @@ struct SoftmaxState {
     return factor;
   }
 
-  // Likewise, but leaves a maximum that is only kSlack too small: then the factor is 1, and sums stay as they
-  // are (as in FlashAttention-4).
-  __device__ float RaiseIfFar(float to) {
-    const float before = maximum;
-    if (to > maximum + kSlack) maximum = to;
-    const float factor = Exp2(before - origin());
-    sum *= factor;
-    return factor;
+  // Likewise, for scores counted from origin(), of which the largest is `to`. But a maximum that is at most
+  // kSlack too small stays: then the factor is 1, and sums are what they were (as in FlashAttention-4).
+  // Returns what the scores have to be lowered by.
+  __device__ float RaiseIfFar(float to, float* factor) {
+    const float before = origin();
+    *factor = 1.0f;
+    if (maximum == -INFINITY ? to == -INFINITY : to <= kSlack) return 0.0f;
+    *factor = Exp2(maximum == -INFINITY ? -INFINITY : -to);
+    maximum = before + to;
+    sum *= *factor;
+    return maximum - before;
   }
 
   // Adds another row's state; sets the factors of both rows' sums of values.

@@ -164,9 +164,10 @@ bool RowsHaveNumbers(const AttentionProblem& problem, int64_t num_pages, const P
              UINT32_MAX;
 }
 
-RowStrides RowStridesOf(const AttentionProblem& problem, const PageStrides& strides) {
+RowStrides RowStridesOf(const AttentionProblem& problem, int64_t num_pages, const PageStrides& strides) {
   const auto rows = [&](int64_t stride) { return static_cast<uint32_t>(stride / problem.head_dim); };
-  return {rows(strides.page), rows(strides.token), rows(strides.head)};
+  return {rows(strides.page), rows(strides.token), rows(strides.head),
+          rows(strides.token * problem.page_size), static_cast<uint32_t>(num_pages)};
 }
 
 // The kernel that sequences with many rows go to, or null: then they go to that of decode.
@@ -202,8 +203,8 @@ Status MakePrefillArgs(const DecodeArgs& call, const Options& options, const Pre
   args->num_ctas = prefill.num_ctas;
   args->bytes_per_token = static_cast<int32_t>(2 * call.problem.head_dim * ByteWidth(call.problem.kv_dtype));
   if (!by_boxes) {
-    args->k_rows = RowStridesOf(call.problem, call.params.k_strides);
-    args->v_rows = RowStridesOf(call.problem, call.params.v_strides);
+    args->k_rows = RowStridesOf(call.problem, call.problem.num_k_pages, call.params.k_strides);
+    args->v_rows = RowStridesOf(call.problem, call.problem.num_v_pages, call.params.v_strides);
     return Status::Ok();
   }
   const int32_t box_rows = BoxRows(call.problem.page_size, prefill.tile_keys);

@@ -15,6 +15,8 @@ struct RowStrides {
   uint32_t page;
   uint32_t token;
   uint32_t head;
+  uint32_t tokens_of_page;  // page size * token
+  uint32_t num_pages;       // of the pool
 };
 
 struct PrefillArgs {

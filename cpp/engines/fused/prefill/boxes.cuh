@@ -28,6 +28,12 @@ struct BoxPages {
   }
 };
 
+// The page of a pool that an id of the table means; -1: none. Where one pool is smaller it is repeated.
+__device__ inline int32_t PageOf(const DecodeArgs& call, int32_t id, int64_t num_pages) {
+  if (id < 0 || id >= call.num_pages) return -1;
+  return id < num_pages ? id : id % static_cast<int32_t>(num_pages);
+}
+
 // From the tile that starts at shared memory's `stage` on.
 template <typename Traits>
 __device__ inline void LoadBoxes(const PrefillArgs& args, const CUtensorMap& map, int32_t blocks_per_head,

@@ -23,15 +23,19 @@ struct RowGroups {
   __device__ static int LaneRow() { return static_cast<int>(device::LaneId()) / kGroup * kGroup; }
   __device__ static int LaneChunk() { return static_cast<int>(device::LaneId()) % kGroup; }
 
-  // Starts the copies of 32 rows, each lane's `row` from `start` on; zeros for those that are `missing`.
+  // Where row 0 has the lane's first chunk.
+  __device__ static const char* Start(const void* rows) {
+    return device::Opaque(static_cast<const char*>(rows) + LaneChunk() * 16);
+  }
+
+  // Starts the copies of 32 rows, each lane's `row`, from Start on; zeros for those that are `missing`.
   // Calls place_of(row, chunk), counted from the lane's first ones, for where to.
   template <typename PlaceOf>
   __device__ static void Copy(const char* start, uint32_t row, uint32_t missing, const PlaceOf& place_of) {
-    const char* const first = device::Opaque(start + LaneChunk() * 16);
     if (missing == 0) {
-      CopyRows<false>(first, row, missing, place_of);
+      CopyRows<false>(start, row, missing, place_of);
     } else {
-      CopyRows<true>(first, row, missing, place_of);
+      CopyRows<true>(start, row, missing, place_of);
     }
   }
 

@@ -21,15 +21,6 @@
 
 namespace jpa::fused {
 
-template <typename Traits, bool keys>
-__device__ inline void LoadTiles(const PrefillArgs& args, PrefillShared<Traits>& shared, int warp) {
-  if constexpr (Traits::kRowWise) {
-    LoadTilesByRows<Traits, keys>(args, shared, warp);
-  } else {
-    LoadTilesByBoxes<Traits, keys>(args, shared);
-  }
-}
-
 // By the threads that load, counted from 0.
 template <typename Traits>
 __device__ inline void Load(const PrefillArgs& args, PrefillShared<Traits>& shared, int thread) {
@@ -43,10 +34,22 @@ __device__ inline void Load(const PrefillArgs& args, PrefillShared<Traits>& shar
   }
   if constexpr (Traits::kTwoLoadWarpgroups) device::ShrinkRegisters<Traits::kTileRegisters>();
   const int warp = thread / 32;
-  if (warp < Traits::kTileWarps) {
-    LoadTiles<Traits, true>(args, shared, warp);
+  const bool keys = warp < Traits::kTileWarps;
+  const int warp_of_them = keys ? warp : warp - Traits::kTileWarps;
+  if constexpr (Traits::kSource == Source::kRows) {
+    // The same code for both: it shares the instruction cache with the products.
+    LoadTilesByRows<Traits>(args, shared, keys, warp_of_them);
+  } else if constexpr (Traits::kSource == Source::kBytes) {
+    // Here fewer registers matter more.
+    if (keys) {
+      LoadTilesByRows<Traits>(args, shared, true, warp_of_them);
+    } else {
+      LoadTilesByRows<Traits>(args, shared, false, warp_of_them);
+    }
+  } else if (keys) {
+    LoadTilesByBoxes<Traits, true>(args, shared);
   } else {
-    LoadTiles<Traits, false>(args, shared, warp - Traits::kTileWarps);
+    LoadTilesByBoxes<Traits, false>(args, shared);
   }
 }
 

@@ -1,6 +1,10 @@
 // A warpgroup's share of an item: S = Q K^T of a tile, the online softmax in registers, O += P V. The
 // products of the next tile's scores are issued before those of this tile's values, so that its softmax has
 // both beside it.
+//
+// The softmax has few instructions: every one delays the next products. Scores become exponents, relative to
+// what is taken for their row's maximum; this may be a little too small, and whether it is for some score one
+// comparison tells. Only then are the maxima looked for.
 #pragma once
 
 #include <cmath>
@@ -23,7 +27,8 @@ template <typename Traits>
 class ProductRows {
  public:
   static constexpr int kKeys = Traits::kKeys;
-  static constexpr int kBlocks = kKeys / 16;  // of keys, as products take them
+  static constexpr int kBlocks = Traits::kBlocks, kFirstBlocks = Traits::kFirstBlocks;
+  static constexpr int kBlocksBeforeValues = Traits::kBlocksBeforeValues;
   static constexpr device::BlockStrides kStrides = StridesOf<Traits, kKeys>();  // of keys and values
   using Math = device::TypeOf<Traits::kMath>;
   using Shared = PrefillShared<Traits>;
@@ -56,7 +61,7 @@ class ProductRows {
       ReleaseQueries();
       return;
     }
-    float scores[kKeys / 2], factors[2];
+    float scores[kKeys / 2];
     int32_t tile = item.tiles.end - 1;
     device::WaitForPhase(&shared_.keys_full[keys_.index()], keys_.parity());
     device::FenceProductRegisters();
@@ -64,43 +69,55 @@ class ProductRows {
     device::CommitProducts();
     device::WaitForProducts<0>(scores);
     const MissingKeys<Traits>& missing = MissingOfTile();
-    Release(shared_.keys_empty, &keys_);
+    ReleaseKeys();
     if (tile == item.tiles.begin) ReleaseQueries();
-    Softmax(HidesSome(tile, missing), tile, missing, scores, factors);
-    Pack(scores);
+    float factors[2] = {1.0f, 1.0f};  // of nothing
+    ScaleAndHide(HidesSome(tile, missing), tile, missing, scores);
+    ToExponents<0, kBlocks>(scores, factors);
+    Exponentiate<0, kBlocks>(scores);
+    Pack<0, kBlocks>(scores);
     if constexpr (!Traits::kRowWise) ZeroTail(item, tile);
     bool accumulates = false;
     for (--tile; tile >= item.tiles.begin; --tile) {
+      const Turn<Traits::kStages> values = keys_.Before();
       device::WaitForPhase(&shared_.keys_full[keys_.index()], keys_.parity());
       WaitForTurn();
       device::FenceProductRegisters();
       IssueScores(scores);
       device::CommitProducts();
-      device::WaitForPhase(&shared_.values_full[values_.index()], values_.parity());
+      device::WaitForPhase(&shared_.values_full[values.index()], values.parity());
       device::FenceProductRegisters();
-      IssueValues(accumulates);
+      IssueValues(values, accumulates);
       device::CommitProducts();
       PassTurn();
       // Looked up while products run: their results are waited for.
       const MissingKeys<Traits>& missing_now = MissingOfTile();
       const bool hides_some = HidesSome(tile, missing_now), is_last = tile == item.tiles.begin;
       device::WaitForProducts<1>(scores);
-      Release(shared_.keys_empty, &keys_);
+      ReleaseKeys();
       if (is_last) ReleaseQueries();
-      Softmax(hides_some, tile, missing_now, scores, factors);
+      float factors[2] = {1.0f, 1.0f};
+      ScaleAndHide(hides_some, tile, missing_now, scores);
+      bool raised = ToExponents<0, kFirstBlocks>(scores, factors);
+      Exponentiate<0, kFirstBlocks>(scores);
+      if (ToExponents<kFirstBlocks, kBlocks>(scores, factors)) raised = true;
+      Exponentiate<kFirstBlocks, kBlocksBeforeValues>(scores);
       device::ComputeBeforeNext(states_[0].sum, states_[1].sum);
       WaitForValues();
-      Release(shared_.values_empty, &values_);
-      Rescale(factors);
-      Pack(scores);
+      ReleaseValues(values);
+      if (raised) Rescale(factors);
+      Pack<0, kBlocksBeforeValues>(scores);
+      Exponentiate<kBlocksBeforeValues, kBlocks>(scores);
+      Pack<kBlocksBeforeValues, kBlocks>(scores);
       accumulates = true;
     }
-    device::WaitForPhase(&shared_.values_full[values_.index()], values_.parity());
+    const Turn<Traits::kStages> values = keys_.Before();
+    device::WaitForPhase(&shared_.values_full[values.index()], values.parity());
     device::FenceProductRegisters();
-    IssueValues(accumulates);
+    IssueValues(values, accumulates);
     device::CommitProducts();
     WaitForValues();
-    Release(shared_.values_empty, &values_);
+    ReleaseValues(values);
   }
 
   // Results, or a part's state; and where that was the last one of its unit, what the parts make.
@@ -134,10 +151,12 @@ class ProductRows {
 
   __device__ void Start(const Item& item) {
     const DecodeArgs& call = args_.call;
+    far_ = INT32_MIN;
     all_see_begin_ = 0;
     all_see_end_ = item.kv_len;
     const float factor = call.score_factor * ScaleOf(call.params.k_scale, call.seqs_per_k_scale,
                                                      call.facts.num_kv_heads, item.seq, item.head);
+    scales_ = args_.call.params.soft_cap > 0.0f || factor <= 0.0f;
 #pragma unroll
     for (float& of_rows : factors_) of_rows = factor;
 #pragma unroll
@@ -171,9 +190,12 @@ class ProductRows {
   __device__ const MissingKeys<Traits>& MissingOfTile() const {
     return shared_.missing[Turn<2 * Traits::kStages>(keys_).index()];
   }
-  __device__ void Release(device::Barrier (&empty)[Traits::kStages], Turn<Traits::kStages>* turn) {
-    if (device::LaneId() == 0) device::Arrive(&empty[turn->index()]);
-    turn->Next();
+  __device__ void ReleaseKeys() {
+    if (device::LaneId() == 0) device::Arrive(&shared_.keys_empty[keys_.index()]);
+    keys_.Next();
+  }
+  __device__ void ReleaseValues(const Turn<Traits::kStages>& values) {
+    if (device::LaneId() == 0) device::Arrive(&shared_.values_empty[values.index()]);
   }
   __device__ void ReleaseQueries() {
     if (device::LaneId() == 0) device::Arrive(&shared_.queries_empty[queries_.index()]);
@@ -197,9 +219,9 @@ class ProductRows {
     }
   }
 
-  __device__ void IssueValues(bool accumulates) {
+  __device__ void IssueValues(const Turn<Traits::kStages>& turn, bool accumulates) {
     const uint64_t values =
-        device::MatrixDescriptor(device::SharedAddress(shared_.values[values_.index()]), kStrides);
+        device::MatrixDescriptor(device::SharedAddress(shared_.values[turn.index()]), kStrides);
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
@@ -221,9 +243,10 @@ class ProductRows {
   __device__ void ZeroTail(const Item& item, int32_t tile) {
     const int end = item.kv_len - tile * kKeys;
     if (end >= kKeys) return;
-    device::WaitForPhase(&shared_.values_full[values_.index()], values_.parity());
+    const Turn<Traits::kStages> turn = keys_.Before();  // keys have left
+    device::WaitForPhase(&shared_.values_full[turn.index()], turn.parity());
     constexpr int kChunks = Traits::kColumnBlocks * 8;
-    char* const values = shared_.values[values_.index()];
+    char* const values = shared_.values[turn.index()];
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < (kKeys - end) * kChunks; i += Traits::kProductThreads) {
       const int key = end + i / kChunks, chunk = i % kChunks;
@@ -242,33 +265,67 @@ class ProductRows {
     const int32_t first = tile * kKeys;
     return missing.any() || first < all_see_begin_ || first + kKeys > all_see_end_;
   }
-  // Scores to probabilities, relative to the rows' maxima so far or a little less; `factors` are those of
-  // what was summed before.
-  __device__ void Softmax(bool hides_some, int32_t tile, const MissingKeys<Traits>& missing,
-                          float (&scores)[kKeys / 2], float (&factors)[2]) {
-    const int32_t first = tile * kKeys;
-    // A maximum of products is one of scores only if the factor is positive.
-    const bool scales = args_.call.params.soft_cap > 0.0f || factors_[0] <= 0.0f;
-    if (scales) Scale(scores);
-    if (hides_some) Hide(first, missing, scores);
+  // What is done to scores ahead of ToExponents, if anything.
+  __device__ void ScaleAndHide(bool hides_some, int32_t tile, const MissingKeys<Traits>& missing,
+                               float (&scores)[kKeys / 2]) const {
+    if (scales_) Scale(scores);
+    if (hides_some) Hide(tile * kKeys, missing, scores);
+  }
+
+  // Scores of blocks [begin, end) become exponents. If some maximum rises for it, returns true: `factors` are
+  // multiplied by those of what was summed before, and the probabilities of the blocks before `begin` by
+  // them.
+  template <int begin, int end>
+  __device__ bool ToExponents(float (&scores)[kKeys / 2], float (&factors)[2]) {
+    // As integers, floats are in their order but for the negative ones among themselves.
+    int32_t largest[2] = {INT32_MIN, INT32_MIN};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float factor = scales ? 1.0f : Factor(r);
+      const float factor = scales_ ? 1.0f : Factor(r), origin = states_[r].origin();
+#pragma unroll
+      for (int i = 8 * begin + 2 * r; i < 8 * end; i += 4) {
+        scores[i] = fmaf(scores[i], factor, -origin);
+        scores[i + 1] = fmaf(scores[i + 1], factor, -origin);
+        largest[r] = device::Largest(largest[r], __float_as_int(scores[i]), __float_as_int(scores[i + 1]));
+      }
+    }
+    if (!__any_sync(~0u, max(largest[0], largest[1]) > far_)) return false;
+    Raise<begin, end>(scores, factors);
+    return true;
+  }
+
+  template <int begin, int end>
+  __device__ void Raise(float (&scores)[kKeys / 2], float (&factors)[2]) {
+    far_ = __float_as_int(device::SoftmaxState::kSlack);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
       float maximum = -INFINITY;
 #pragma unroll
-      for (int i = 2 * r; i < kKeys / 2; i += 4) maximum = fmaxf(maximum, fmaxf(scores[i], scores[i + 1]));
+      for (int i = 8 * begin + 2 * r; i < 8 * end; i += 4) {
+        maximum = fmaxf(maximum, fmaxf(scores[i], scores[i + 1]));
+      }
       maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
       maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
-      factors[r] = states_[r].RaiseIfFar(maximum * factor);
-      const float origin = states_[r].origin();
+      float factor;
+      const float lower = states_[r].RaiseIfFar(maximum, &factor);
+      factors[r] *= factor;
 #pragma unroll
-      for (int i = 2 * r; i < kKeys / 2; i += 4) {
+      for (int i = 2 * r; i < 8 * end; i += 4) {
 #pragma unroll
-        for (int j = i; j < i + 2; ++j) {
-          scores[j] = device::Exp2(fmaf(scores[j], factor, -origin));
-          states_[r].sum += scores[j];
-        }
+        for (int j = i; j < i + 2; ++j) scores[j] = i < 8 * begin ? scores[j] * factor : scores[j] - lower;
       }
+      // A row's first score is far, whatever it is.
+      if (states_[r].maximum == -INFINITY) far_ = INT32_MIN;
+    }
+  }
+
+  // Exponents of blocks [begin, end) to probabilities.
+  template <int begin, int end>
+  __device__ void Exponentiate(float (&scores)[kKeys / 2]) {
+#pragma unroll
+    for (int i = 8 * begin; i < 8 * end; ++i) {
+      scores[i] = device::Exp2(scores[i]);
+      states_[i / 2 % 2].sum += scores[i];
     }
   }
 
@@ -282,21 +339,32 @@ class ProductRows {
     }
   }
 
+  // Scores of keys that a row does not see become -inf. Few tiles hide any, and most of these for one reason.
   __device__ void Hide(int32_t first, const MissingKeys<Traits>& missing, float (&scores)[kKeys / 2]) const {
+    const int own = first + Column(0);
+    if (first + kKeys > all_see_end_) {
+      HideIf(scores, [&](int column, int r) { return column >= see_end_[r] - own; });
+    }
+    if (first < all_see_begin_) {
+      HideIf(scores, [&](int column, int r) { return column < see_begin_[r] - own; });
+    }
+    if (missing.any()) {
+      HideIf(scores, [&](int column, int) {
+        return missing.Has(column / 8 * 8, column % 8 + Column(0), args_.box_rows_log2);
+      });
+    }
+  }
+  // Columns are counted from the lane's first one.
+  template <typename Hides>
+  __device__ static void HideIf(float (&scores)[kKeys / 2], const Hides& hides) {
 #pragma unroll
-    for (int block = 0; block < kKeys / 8; ++block) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int column = Column(block) + j % 2, key = first + column, r = j / 2;
-        const bool is_missing = missing.Has(8 * block, column - 8 * block, args_.box_rows_log2);
-        if (is_missing || key < see_begin_[r] || key >= see_end_[r]) scores[4 * block + j] = -INFINITY;
-      }
+    for (int i = 0; i < kKeys / 2; ++i) {
+      if (hides(i / 4 * 8 + i % 2, i / 2 % 2)) scores[i] = -INFINITY;
     }
   }
 
+  // What was summed before.
   __device__ void Rescale(const float (&factors)[2]) {
-    // After some tiles maxima rarely rise.
-    if (!__any_sync(~0u, factors[0] != 1.0f || factors[1] != 1.0f)) return;
 #pragma unroll
     for (auto& block : out_) {
 #pragma unroll
@@ -305,9 +373,10 @@ class ProductRows {
   }
 
   // The layout of a product's result is that of the next one's first operand.
+  template <int begin, int end>
   __device__ void Pack(const float (&scores)[kKeys / 2]) {
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
+    for (int i = begin; i < end; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         probabilities_[i][j] = device::PackPair<Math>(scores[8 * i + 2 * j], scores[8 * i + 2 * j + 1]);
@@ -388,14 +457,16 @@ class ProductRows {
   Shared& shared_;
   const int warpgroup_;
   Turn<Traits::kQueryTiles> queries_;
-  Turn<Traits::kStages> keys_, values_;
+  Turn<Traits::kStages> keys_;
 
   float out_[Traits::kOutBlocks][Traits::kOutWidth / 2];
   uint32_t probabilities_[kBlocks][4];
   device::SoftmaxState states_[2];  // sums of the lane's own keys
-  float
-      factors_[Traits::kBytes ? 2 : 1];  // from products to scores in units of log 2: of each row, or of both
-  int see_begin_[2];                     // keys
+  // From products to scores in units of log 2: of each row, or of both.
+  float factors_[Traits::kBytes ? 2 : 1];
+  bool scales_;       // there is a soft cap, or the factor is not positive and would turn -inf around
+  int32_t far_;       // exponents are far above their origin if their bits are more than that
+  int see_begin_[2];  // keys
   int see_end_[2];
   int all_see_begin_, all_see_end_;  // what every row of the warp sees
 };

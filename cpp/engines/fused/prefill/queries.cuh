@@ -64,7 +64,7 @@ template <typename Traits>
 __device__ inline void LoadQueries(const PrefillArgs& args, const Item& item, int warp, uint32_t queries) {
   using Groups = RowGroups<2 * Traits::kHeadDim, 32>;  // fewer lanes a row are slower here
   constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kRows>();
-  const auto* const start = static_cast<const char*>(args.call.params.q);
+  const char* const start = Groups::Start(args.call.params.q);
 #pragma unroll 1
   for (int first = 32 * warp; first < Traits::kRows; first += 32 * Traits::kQueryWarps) {
     const int row = first + static_cast<int>(device::LaneId());

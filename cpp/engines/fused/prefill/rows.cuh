@@ -17,38 +17,53 @@
 namespace jpa::fused {
 
 // A warp's rows of a tile of keys, or of values.
-template <typename Traits, bool keys>
+template <typename Traits>
 class TileRows {
  public:
   static constexpr int kRows = Traits::kKeys / Traits::kTileWarps;
   static constexpr int kWords = kRows / 32;  // a lane looks up a row of each
   static_assert(kRows % 32 == 0);
 
-  __device__ TileRows(const PrefillArgs& args, int warp) : args_(args), warp_(warp) {}
+  __device__ TileRows(const PrefillArgs& args, bool keys, int warp)
+      : args_(args),
+        warp_(warp),
+        pool_(Groups::Start(keys ? args.call.params.k_pages : args.call.params.v_pages)),
+        strides_(keys ? args.k_rows : args.v_rows) {}
 
-  // Asks the block table for a tile's pages. What it says is used in LookAt, a tile later.
-  __device__ void Ask(const Item& item, int32_t tile) {
+  // Asks the block table for the pages of an item's last tile. What it says is used in LookAt.
+  __device__ void AskLast(const Item& item) {
     const DecodeArgs& call = args_.call;
+    table_ = device::Opaque(call.params.block_tables + item.seq * call.problem.max_pages);
+    key_ = (item.tiles.end - 1) * Traits::kKeys + FirstRow(0) + static_cast<int32_t>(device::LaneId());
+    row_of_key_ = key_ * strides_.token + item.head * strides_.head;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
-      const int32_t key = LaneKey(tile, word);
-      ids_[word] = -1;
-      if (key >= item.kv_len) continue;
-      const int32_t column = call.page_size.Quotient(key);
-      tokens_[word] = static_cast<uint32_t>(key - column * call.page_size.divisor());
-      ids_[word] = call.params.block_tables[item.seq * call.problem.max_pages + column];
+      ids_[word] = kNoPage;
+      if (key_ + 32 * word < item.kv_len) Ask(word);
     }
+  }
+  // And for those of the tile before the one that was asked for last.
+  __device__ void AskBefore() {
+    key_ -= Traits::kKeys;
+    row_of_key_ -= Traits::kKeys * strides_.token;
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) Ask(word);
   }
 
   // Takes the tile that was asked for: where its rows lie, and which have no page.
-  __device__ void LookAt(const Item& item) {
-    const RowStrides& strides = keys ? args_.k_rows : args_.v_rows;
-    const int64_t num_pages = keys ? args_.call.problem.num_k_pages : args_.call.problem.num_v_pages;
+  __device__ void LookAt() {
+    bool in_pool = true;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
-      const int32_t page = PageOf(args_.call, ids_[word], num_pages);
-      rows_[word] = page * strides.page + tokens_[word] * strides.token + item.head * strides.head;
-      missing_[word] = __ballot_sync(~0u, page < 0);
+      missing_[word] = __ballot_sync(~0u, ids_[word] >= strides_.num_pages);
+      rows_[word] = RowOf(word, ids_[word]);
+      if (missing_[word] != 0) in_pool = false;
+    }
+    if (in_pool) return;
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      missing_[word] = __ballot_sync(~0u, ids_[word] >= static_cast<uint32_t>(args_.call.num_pages));
+      rows_[word] = RowOf(word, ids_[word] % strides_.num_pages);  // the smaller pool is repeated
     }
   }
   // A bit for each row.
@@ -80,14 +95,22 @@ class TileRows {
   }
 
  private:
+  static constexpr uint32_t kNoPage = ~0u;
   static constexpr int kRowBytes = Traits::kHeadDim * (Traits::kBytes ? 1 : 2);
   // 64 bytes at once are as fast as more, 32 are not; 8-bit rows take more time to convert than to copy.
   using Groups = RowGroups<kRowBytes, Traits::kBytes ? 8 : 4>;
   static constexpr int kGroup = Groups::kGroup, kChunksOfLane = Groups::kChunksOfLane;
   static constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kKeys>();
 
-  __device__ int32_t LaneKey(int32_t tile, int word) const {
-    return tile * Traits::kKeys + FirstRow(word) + static_cast<int32_t>(device::LaneId());
+  __device__ void Ask(int word) {
+    columns_[word] = static_cast<uint32_t>(args_.call.page_size.Quotient(key_ + 32 * word));
+    ids_[word] = static_cast<uint32_t>(table_[columns_[word]]);
+  }
+  // Of a key in a page: as if pages followed one another as the table has them, but for the page's own place.
+  // Modulo 2^32.
+  __device__ uint32_t RowOf(int word, uint32_t page) const {
+    return row_of_key_ + 32 * word * strides_.token - columns_[word] * strides_.tokens_of_page +
+           page * strides_.page;
   }
   // In the tile.
   __device__ int FirstRow(int word) const { return warp_ * kRows + 32 * word; }
@@ -98,11 +121,9 @@ class TileRows {
   // Calls place_of(row, chunk), counted from the lane's first ones, for where to copy each.
   template <typename PlaceOf>
   __device__ void CopyTo(const PlaceOf& place_of) const {
-    const AttentionParams& params = args_.call.params;
-    const char* const pool = static_cast<const char*>(keys ? params.k_pages : params.v_pages);
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
-      Groups::Copy(pool, rows_[word], missing_[word],
+      Groups::Copy(pool_, rows_[word], missing_[word],
                    [&](int row, int chunk) { return place_of(32 * word + row, chunk); });
     }
   }
@@ -112,9 +133,10 @@ class TileRows {
     // Chunks 2 n and 2 n + 1 of a row come from one, in either order: in every second block of columns the
     // second one comes first, so that it takes the banks which the block before does not.
     const auto swaps = [](int chunk) { return chunk / 4 % 2; };
-    // As many rows as hide the time that shared memory takes to answer, if there are registers for them.
+    // As many rows as hide the time that shared memory takes to answer, if there are registers for them:
+    // where a group's rows are done in one step, they are more than that.
     constexpr int kChunksAtOnce = Traits::kTwoLoadWarpgroups ? 4 : 2;
-    constexpr int kRowsAtOnce = std::clamp(kChunksAtOnce / kChunksOfLane, 1, kGroup);
+    constexpr int kRowsAtOnce = std::clamp(kChunksAtOnce / kChunksOfLane, 1, kGroup / 2);
     const char* const from = raw + RawPlace();
     const uint32_t first = device::SwizzledChunk(kStrides, FirstRow(0) + Groups::LaneRow(),
                                                  2 * Groups::LaneChunk() + swaps(Groups::LaneChunk()));
@@ -156,45 +178,51 @@ class TileRows {
 
   const PrefillArgs& args_;
   const int warp_;
-  // A lane's rows: of the tile asked for the ids of their pages (-1: none) and the tokens of these, and of
-  // the tile looked at where they lie in the pool.
-  int32_t ids_[kWords];
-  uint32_t tokens_[kWords] = {};
+  const char* const pool_;
+  const RowStrides& strides_;
+  const int32_t* table_;  // of the item's sequence
+  // Of the tile asked for: the lane's first key, its row if the sequence had one page, and of each word the
+  // lane's column of the table and what this says.
+  int32_t key_;
+  uint32_t row_of_key_;
+  uint32_t columns_[kWords] = {};
+  uint32_t ids_[kWords];
+  // Of the tile looked at.
   uint32_t rows_[kWords];
   uint32_t missing_[kWords];
 };
 
-// An item's keys, or values, by one of the warps that have them.
-template <typename Traits, bool keys>
-__device__ inline void LoadTilesByRows(const PrefillArgs& args, PrefillShared<Traits>& shared, int warp) {
-  using Rows = TileRows<Traits, keys>;
+// Keys or values of all items, by one of the warps that have them.
+template <typename Traits>
+__device__ inline void LoadTilesByRows(const PrefillArgs& args, PrefillShared<Traits>& shared, bool keys,
+                                       int warp) {
+  using Rows = TileRows<Traits>;
   const int lane = static_cast<int>(device::LaneId());
-  auto& stages = keys ? shared.keys : shared.values;
-  auto& full = keys ? shared.keys_full : shared.values_full;
-  auto& empty = keys ? shared.keys_empty : shared.values_empty;
+  char* const stages = keys ? shared.keys[0] : shared.values[0];
+  device::Barrier* const full = keys ? shared.keys_full : shared.values_full;
+  device::Barrier* const empty = keys ? shared.keys_empty : shared.values_empty;
   char* const raw = shared.raw[keys ? 0 : 1];
   const bool announces = keys && warp == 0 && lane == 0;
-  Rows rows(args, warp);
+  Rows rows(args, keys, warp);
   Turn<PrefillShared<Traits>::kItems> turn;
   Turn<Traits::kStages> stage;
   for (;; turn.Next()) {
     device::WaitForPhase(&shared.item_full[turn.index()], turn.parity());
     const Item& item = shared.items[turn.index()];
     if (!item.exists) return;
-    if (announces && item.tiles.size() <= kTilesAhead) device::Arrive(&shared.item_ends);
-    const auto ask = [&](int32_t tile) {
-      if (tile >= item.tiles.begin) rows.Ask(item, tile);
-    };
-    const auto look_at = [&](int32_t tile) {
-      if (tile < item.tiles.begin) return;
-      rows.LookAt(item);
-      ask(tile - 1);
+    const int32_t size = item.tiles.size();
+    if (announces && size <= kTilesAhead) device::Arrive(&shared.item_ends);
+    const auto look_at = [&] {
+      rows.LookAt();
       // On its way to f16, a tile is copied when the one before has left.
       if constexpr (Traits::kBytes) rows.CopyRaw(device::SharedAddress(raw));
     };
-    ask(item.tiles.end - 1);
-    look_at(item.tiles.end - 1);
-    for (int32_t tile = item.tiles.end - 1; tile >= item.tiles.begin; --tile, stage.Next()) {
+    if (size > 0) {
+      rows.AskLast(item);
+      look_at();
+    }
+    for (int32_t left = size - 1; left >= 0; --left, stage.Next()) {
+      if (left > 0) rows.AskBefore();
       device::WaitForPhase(&empty[stage.index()], stage.parity() ^ 1);
       if (keys && lane == 0) {
 #pragma unroll
@@ -203,21 +231,22 @@ __device__ inline void LoadTilesByRows(const PrefillArgs& args, PrefillShared<Tr
               rows.missing(word);
         }
       }
+      char* const tile = stages + stage.index() * Traits::kTileBytes;
       // The fence waits for whatever is on its way: the next copies come after it.
       if constexpr (Traits::kBytes) {
         device::WaitForCopies();
-        rows.Convert(raw, stages[stage.index()]);
+        rows.Convert(raw, tile);
         device::FenceSharedForAsync();
         device::Arrive(&full[stage.index()]);
-        look_at(tile - 1);
+        if (left > 0) look_at();
       } else {
-        rows.Copy(device::SharedAddress(stages[stage.index()]));
-        look_at(tile - 1);
+        rows.Copy(device::SharedAddress(tile));
+        if (left > 0) look_at();
         device::WaitForCopies();
         device::FenceSharedForAsync();
         device::Arrive(&full[stage.index()]);
       }
-      if (announces && tile - item.tiles.begin == kTilesAhead) device::Arrive(&shared.item_ends);
+      if (announces && left == kTilesAhead) device::Arrive(&shared.item_ends);
     }
     __syncwarp();
     if (lane == 0) device::Arrive(&shared.item_empty[turn.index()]);

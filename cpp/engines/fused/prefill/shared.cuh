@@ -87,16 +87,15 @@ class Turn {
   __device__ int index() const { return static_cast<int>(count_ % size); }
   __device__ uint32_t parity() const { return count_ / size & 1; }
   __device__ void Next() { ++count_; }
+  __device__ Turn Before() const {
+    Turn turn;
+    turn.count_ = count_ - 1;
+    return turn;
+  }
 
  private:
   static_assert((size & (size - 1)) == 0, "divisions are by powers of two");
   unsigned count_ = 0;
 };
-
-// The page of a pool that an id of the table means; -1: none. Where one pool is smaller it is repeated.
-__device__ inline int32_t PageOf(const DecodeArgs& call, int32_t id, int64_t num_pages) {
-  if (id < 0 || id >= call.num_pages) return -1;
-  return id < num_pages ? id : id % static_cast<int32_t>(num_pages);
-}
 
 }  // namespace jpa::fused

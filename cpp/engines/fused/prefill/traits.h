@@ -30,6 +30,13 @@ struct PrefillTraits {
   // head_dim / 2 registers of each thread. Warps that copy rows have 32 of them each at a time.
   static constexpr int kKeys = kHeadDim <= 128 ? 128 : kHeadDim <= 192 && !kRowWise ? 96 : 64;
   static constexpr int kStages = 2;
+  // In blocks of 16 keys: products take as many at once. The softmax goes over a tile in two halves, so that
+  // the second one's exponents are made beside the first one's powers. Before its last quarter it waits for
+  // the products of values, which are done by then: their stage becomes free, and probabilities are packed
+  // beside powers. With three warpgroups they are not: it waits at the end.
+  static constexpr int kBlocks = kKeys / 16;
+  static constexpr int kFirstBlocks = kBlocks / 2;
+  static constexpr int kBlocksBeforeValues = kProductWarpgroups == 3 ? kBlocks : kBlocks * 3 / 4;
   static constexpr int kMostSharedBytes = 227 * 1024;  // of a CTA
   // At least what it needs besides, and to start at a multiple of 1024.
   static constexpr int kMiscBytes = 2048;
