@@ -136,12 +136,14 @@ GPU_DECODE = (
 GPU_PREFILL = (
     Workload("prefill 1x16k", "bf16", ((16384, 16384),)),
     Workload("prefill 1x16k page 128", "bf16", ((16384, 16384),), page_size=128),
+    Workload("prefill 1x16k page 1", "bf16", ((16384, 16384),), page_size=1),
     Workload("prefill 4x4k", "bf16", ((4096, 4096),) * 4),
     Workload("prefill 4x4k page 20", "bf16", ((4096, 4096),) * 4, page_size=20),
     Workload("prefill 4x4k page 1", "bf16", ((4096, 4096),) * 4, page_size=1),
     Workload("prefill 4x4k e4m3", "bf16", ((4096, 4096),) * 4, page_dtype="e4m3"),
     Workload("prefill 4x4k int8", "bf16", ((4096, 4096),) * 4, page_dtype="int8"),
     Workload("prefill 2k of 32k", "bf16", ((2048, 32768),)),
+    Workload("prefill 2k of 32k page 1", "bf16", ((2048, 32768),), page_size=1),
     Workload("prefill 256 of 32k", "bf16", ((256, 32768),)),
     Workload("prefill 1x16k head dim 64", "bf16", ((16384, 16384),), head_dim=64),
     Workload("prefill 1x16k 16/8 heads head dim 256", "bf16", ((16384, 16384),), num_heads=16, head_dim=256),
@@ -157,6 +159,11 @@ RELATIONS = (
     ("decode 64x4k e4m3", "decode 64x4k", 1 / 1.85),
     ("decode 64x4k int8", "decode 64x4k", 1 / 1.85),
     ("decode 64x1k table 8192", "decode 64x1k table 64", 1.02),
+    ("prefill 1x16k", "prefill 1x16k page 128", 1.02),
+    ("prefill 1x16k page 1", "prefill 1x16k page 128", 1.05),
+    ("prefill 2k of 32k page 1", "prefill 2k of 32k", 1.05),
+    ("prefill 4x4k page 1", "prefill 4x4k", 1.05),
+    ("prefill 4x4k page 20", "prefill 4x4k", 1.05),
     ("decode 64x4k batch-invariant", "decode 64x4k", 1.05),
 )
 
