@@ -338,7 +338,8 @@ def merge_attention_states(
     Raises:
       ValueError: zero parts, or shapes that do not fit.
     """
-    out_parts, lse_parts = _stack("outs", outs), _stack("lses", lses)
+    # The barrier keeps XLA from compiling the merge of a list otherwise than that of an array, with other bits.
+    out_parts, lse_parts = jax.lax.optimization_barrier((_stack("outs", outs), _stack("lses", lses)))
     if out_parts.dtype not in [jnp.dtype(d) for d in _checks.COMPUTE_DTYPES]:
         raise ValueError(f"outs: expected dtype {' or '.join(_checks.COMPUTE_DTYPES)}, got {out_parts.dtype}")
     if lse_parts.dtype != jnp.float32:

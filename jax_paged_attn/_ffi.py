@@ -107,7 +107,7 @@ def attention_workspace_bytes(num_seqs: Any, num_q_heads: Any, head_dim: Any) ->
 
 
 def workspace_limit_cuda() -> int:
-    """Bytes that attention on CUDA may use for scores and gathered pages: 256 MiB, or JPA_CUDA_WORKSPACE_MIB.
+    """Bytes that attention on CUDA may use for scores and copies of pages: 256 MiB, or JPA_CUDA_WORKSPACE_MIB.
 
     Raises:
       ValueError: the variable is not a whole number of at least 1.
@@ -161,19 +161,21 @@ def fused_workspace_bytes(
     """Size of the workspace of "fused", exact for known sizes and enough for symbolic ones.
 
     It has room for the most CTAs that a grid may have, on any device, and does not go with rows; that of a
-    batch-invariant call does. Each sequence of a call with prompts adds a few bytes.
+    batch-invariant call does. Each sequence of a call with prompts adds a few bytes, and where their pages have to be
+    copied row by row, copies have up to half of the limit.
     """
-    del workspace_limit  # it is far below
     module = compiled("cuda")
+    dtypes = (str(q.dtype), str(k_pages.dtype))
     num_rows, num_q_heads, head_dim = q.shape
-    num_kv_heads, num_seqs = LAYOUTS[layout].kv_heads(k_pages), block_tables.shape[0]
-    heads = (num_q_heads, num_kv_heads, head_dim)
-    if isinstance(num_rows, int) and isinstance(num_seqs, int):
-        return module.fused_workspace_bytes(num_rows, *heads, num_seqs, decode, batch_invariant)
-    of_one_row = module.fused_workspace_bytes(1, *heads, 1, decode, batch_invariant)
+    heads = (num_q_heads, LAYOUTS[layout].kv_heads(k_pages), head_dim)
+    page_size, (num_seqs, max_pages) = LAYOUTS[layout].page_size(k_pages), block_tables.shape
+    options = (decode, batch_invariant, workspace_limit)
+    if all(isinstance(size, int) for size in (num_rows, num_seqs, max_pages)):
+        return module.fused_workspace_bytes(*dtypes, num_rows, *heads, page_size, num_seqs, max_pages, *options)
+    bound = module.fused_workspace_bound(*dtypes, *heads, page_size, *options)
     of_sequences = 0 if decode else num_seqs * module.FUSED_WORKSPACE_BYTES_PER_SEQUENCE
     of_rows = num_rows * module.fused_workspace_bytes_per_row(num_q_heads, head_dim) if batch_invariant else 0
-    return of_rows + of_sequences + of_one_row
+    return of_rows + of_sequences + bound
 
 
 # How much scratch memory the engines for CUDA need.

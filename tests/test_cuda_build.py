@@ -83,28 +83,59 @@ def test_limit_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     kv_heads=st.integers(1, 16),
     group=st.integers(1, 80),
     head_dim=st.sampled_from(harness.engine_row("fused").head_dims or ()),
+    page_dtype=st.sampled_from(["bfloat16", "float8_e4m3fn"]),
+    page_size=st.integers(1, 200),
     num_seqs=st.integers(0, 3000),
+    max_pages=st.integers(0, 3000),
     num_rows=st.integers(0, 70000),
     decode=st.booleans(),
+    limit=st.integers(0, 1 << 30),
 )
 @settings(max_examples=500, deadline=None)
 def test_scratch_of_fused_depends_on_rows_only_where_it_must(
-    kv_heads: int, group: int, head_dim: int, num_seqs: int, num_rows: int, decode: bool
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    page_dtype: str,
+    page_size: int,
+    num_seqs: int,
+    max_pages: int,
+    num_rows: int,
+    decode: bool,
+    limit: int,
 ) -> None:
     module = _ffi.compiled("cuda")
-    heads = (kv_heads * group, kv_heads, head_dim)
+    dtypes, heads = ("bfloat16", page_dtype), (kv_heads * group, kv_heads, head_dim)
     rows = num_seqs if decode else num_rows
-    size = module.fused_workspace_bytes(rows, *heads, num_seqs, decode, False)
-    of_sequences = 0 if decode else num_seqs * module.FUSED_WORKSPACE_BYTES_PER_SEQUENCE
-    of_one = module.fused_workspace_bytes(1, *heads, 1, decode, False)
-    assert of_one - 256 <= size <= of_one + of_sequences
-    assert not decode or size == of_one
-    assert 0 < size <= 256 * MIB
+
+    def size(rows: int, num_seqs: int, *, batch_invariant: bool = False, limit: int = limit) -> int:
+        sizes = (*dtypes, rows, *heads, page_size, num_seqs, max_pages)
+        return module.fused_workspace_bytes(*sizes, decode, batch_invariant, limit)
+
+    def bound(*, batch_invariant: bool) -> int:
+        of_rows = rows * module.fused_workspace_bytes_per_row(heads[0], head_dim) if batch_invariant else 0
+        of_sequences = 0 if decode else num_seqs * module.FUSED_WORKSPACE_BYTES_PER_SEQUENCE
+        constant = module.fused_workspace_bound(*dtypes, *heads, page_size, decode, batch_invariant, limit)
+        return constant + of_rows + of_sequences
+
+    without = size(rows, num_seqs, limit=0)
+    of_one = size(1, 1, limit=0)
+    assert of_one - 256 <= without <= of_one + (0 if decode else num_seqs * module.FUSED_WORKSPACE_BYTES_PER_SEQUENCE)
+    assert not decode or without == of_one
+    assert 0 < without <= 128 * MIB + (0 if decode else num_seqs * module.FUSED_WORKSPACE_BYTES_PER_SEQUENCE)
+    # Images of tiles: only of prompts on pages that do not come in boxes, and in half of the limit.
+    images = size(rows, num_seqs) - without
+    assert 0 <= images <= limit // 2 + limit // 2048 + 256
+    if decode or (page_size % 8 == 0 and page_dtype == "bfloat16") or rows * group <= 3 * 128:
+        assert images == 0
+    elif min(num_seqs, max_pages) > 0 and limit >= 1 << 20 and head_dim != 80:
+        assert images > 0
+    assert size(rows, num_seqs) <= bound(batch_invariant=False)
+    invariant = size(rows, num_seqs, batch_invariant=True, limit=0)
     per_row = module.fused_workspace_bytes_per_row(heads[0], head_dim)
-    invariant = module.fused_workspace_bytes(rows, *heads, num_seqs, decode, True)
-    bound = module.fused_workspace_bytes(1, *heads, 1, decode, True) + rows * per_row + of_sequences
-    assert invariant <= bound
-    assert rows > 8 * num_seqs or invariant >= bound - per_row - 512  # no more than rounding is lost
+    assert invariant <= bound(batch_invariant=True)
+    if rows <= 8 * num_seqs and limit == 0:
+        assert invariant >= bound(batch_invariant=True) - per_row - 512  # no more than rounding is lost
 
 
 @pytest.mark.parametrize("cuda_engine", ["fused", "cublaslt"])

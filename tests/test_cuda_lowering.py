@@ -27,13 +27,18 @@ class StandIn(ModuleType):
     WORKSPACE_BYTES_PER_ROW = 32
     FUSED_WORKSPACE_BYTES_PER_SEQUENCE = PER_SEQUENCE
 
-    def fused_workspace_bytes(
-        self, rows: int, heads: int, kv_heads: int, head_dim: int, seqs: int, decode: bool, batch_invariant: bool
-    ) -> int:
-        assert heads % kv_heads == 0
+    def fused_workspace_bytes(self, *sizes: Any) -> int:
+        (_, _, rows, heads, kv_heads, head_dim, page_size, seqs, _, decode, batch_invariant, limit) = sizes
+        assert (heads, kv_heads, head_dim, page_size, limit) == (8, 2, 64, 16, 256 << 20)
         more = rows if decode else min(rows, 8 * seqs)
         of_rows = more * self.fused_workspace_bytes_per_row(heads, head_dim) * batch_invariant
         return CONSTANT + of_rows + (0 if decode else seqs * PER_SEQUENCE)
+
+    def fused_workspace_bound(self, *sizes: Any) -> int:
+        (_, _, heads, _, head_dim, page_size, decode, batch_invariant, limit) = sizes
+        assert (page_size, limit) == (16, 256 << 20)
+        one = (1, heads, 2, head_dim, page_size, 1, 1)
+        return self.fused_workspace_bytes("", "", *one, decode, batch_invariant, limit)
 
     def fused_workspace_bytes_per_row(self, heads: int, head_dim: int) -> int:
         return PER_ROW
@@ -137,7 +142,8 @@ def test_symbolic_sizes_get_enough(ragged: bool, batch_invariant: bool) -> None:
 
     q, k_pages, *_ = args
     tables = args[4] if ragged else args[3]
-    keywords: dict[str, Any] = {"decode": not ragged, "batch_invariant": batch_invariant, "workspace_limit": 0}
+    keywords: dict[str, Any] = {"decode": not ragged, "batch_invariant": batch_invariant}
+    keywords["workspace_limit"] = StandIn.DEFAULT_WORKSPACE_LIMIT
     size = _ffi.fused_workspace_bytes(q, k_pages, tables, **keywords)
     if not batch_invariant and not ragged:
         assert size == CONSTANT

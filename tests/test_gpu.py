@@ -423,6 +423,27 @@ def test_fused_prefill(name: str, head_dim: int, page_size: int, page_dtype: str
             assert all(bits(fused(*some)) == bits(got) for _ in range(3))
 
 
+@pytest.mark.parametrize(("head_dim", "page_size", "page_dtype"), [(128, 20, BF16), (256, 1, BF16), (128, 16, E4M3)])
+def test_images_of_tiles_change_no_result(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int, page_size: int, page_dtype: str
+) -> None:
+    """Whether all tiles have room for an image in scratch memory, some or none, and whoever makes it first."""
+    args = mixed_inputs((3000, 1500, 700), (3000, 4000, 701), page_size, head_dim, page_dtype=page_dtype)
+    scales = {} if page_dtype == BF16 else {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(0.5)}
+    sizes, results = [], []
+    for mebibytes in (1, 2, 8, 256):
+        monkeypatch.setenv("JPA_CUDA_WORKSPACE_MIB", str(mebibytes))
+        attend = jax.jit(
+            functools.partial(jpa.ragged_paged_attention, implementation="fused", return_lse=True, **scales)
+        )
+        memory = attend.lower(*args).compile().memory_analysis()
+        assert memory is not None
+        sizes.append(memory.temp_size_in_bytes)
+        results += [bits(attend(*args)) for _ in range(10)]
+    assert sizes == sorted(set(sizes)), f"scratch memory: {sizes}"
+    assert all(result == results[0] for result in results[1:])
+
+
 # Of keys by their positions, in natural units. Tiles are attended to from the last to the first.
 SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rise slowly": lambda keys: -3 * keys / 128,

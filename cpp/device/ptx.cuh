@@ -22,6 +22,24 @@ __device__ inline T* Opaque(T* pointer) {
   return pointer;
 }
 
+// ---- words that other CTAs read and write -----------------------------------------------------------------
+
+__device__ inline uint32_t LoadRelaxed(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+__device__ inline uint32_t LoadAcquire(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+__device__ inline void StoreRelease(uint32_t* word, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+// After a relaxed load: as if it had acquired.
+__device__ inline void FenceAcquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // ---- asynchronous copies ----------------------------------------------------------------------------------
 
 // 16 bytes from global to shared memory, past the L1 cache; zeros, and no access, if not `exists`.
@@ -158,6 +176,13 @@ __device__ inline void TensorLoad(void* to, const void* map, const TensorPlace& 
 __device__ inline void FenceSharedForAsync() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// What the thread knows to be in global memory is seen by its bulk copies, too.
+__device__ inline void FenceGlobalForAsync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif
 }
 

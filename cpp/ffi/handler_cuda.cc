@@ -26,7 +26,7 @@ struct AttentionCudaAttributes {
   bool decode;
   bool batch_invariant;     // only "fused" promises it
   std::string_view engine;  // "fused" or "cublaslt"
-  int64_t workspace_limit;  // of "cublaslt"
+  int64_t workspace_limit;
   std::string_view layout = "split";
 };
 
@@ -177,8 +177,10 @@ ffi::Error Execute(cudaStream_t stream, AttentionState* state, ffi::RemainingArg
     const AttentionState::OnDevice* device;
     if (Status s = state->Get(call.problem, attributes, &device); !s.ok()) return s;
     if (IsFused(attributes)) {
-      return fused::RunAttention(call.problem, call.params, {attributes.decode, attributes.batch_invariant},
-                                 device->fused, call.workspace_bytes, stream);
+      const fused::Options options = {attributes.decode, attributes.batch_invariant,
+                                      attributes.workspace_limit};
+      return fused::RunAttention(call.problem, call.params, options, device->fused, call.workspace_bytes,
+                                 stream);
     }
     return cublaslt::RunAttention(call.problem, call.params, device->plan, *device->products,
                                   call.workspace_bytes, stream);

@@ -109,20 +109,26 @@ int64_t WorkspaceBound(const std::string& q_dtype, const std::string& kv_dtype, 
   return jpa::cublaslt::WorkspaceBound(problem, workspace_limit);
 }
 
-// A problem of which only what the engine `fused` sizes its workspace by is known.
-jpa::AttentionProblem FusedProblem(int64_t num_rows, int64_t num_q_heads, int64_t num_kv_heads,
-                                   int64_t head_dim, int64_t num_seqs) {
-  return Problem("bfloat16", "bfloat16", num_rows, num_q_heads, num_kv_heads, head_dim, 1, num_seqs, 1);
+int64_t FusedWorkspaceBytes(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_rows,
+                            int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t page_size,
+                            int64_t num_seqs, int64_t max_pages, bool decode, bool batch_invariant,
+                            int64_t workspace_limit) {
+  return jpa::fused::WorkspaceBytes(Problem(q_dtype, kv_dtype, num_rows, num_q_heads, num_kv_heads, head_dim,
+                                            page_size, num_seqs, max_pages),
+                                    {decode, batch_invariant, workspace_limit});
 }
 
-int64_t FusedWorkspaceBytes(int64_t num_rows, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim,
-                            int64_t num_seqs, bool decode, bool batch_invariant) {
-  return jpa::fused::WorkspaceBytes(FusedProblem(num_rows, num_q_heads, num_kv_heads, head_dim, num_seqs),
-                                    {decode, batch_invariant});
+int64_t FusedWorkspaceBound(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_q_heads,
+                            int64_t num_kv_heads, int64_t head_dim, int64_t page_size, bool decode,
+                            bool batch_invariant, int64_t workspace_limit) {
+  return jpa::fused::WorkspaceBound(
+      Problem(q_dtype, kv_dtype, 1, num_q_heads, num_kv_heads, head_dim, page_size, 1, 1),
+      {decode, batch_invariant, workspace_limit});
 }
 
 int64_t FusedWorkspaceBytesPerRow(int64_t num_q_heads, int64_t head_dim) {
-  return jpa::fused::WorkspaceBytesPerRow(FusedProblem(1, num_q_heads, 1, head_dim, 1));
+  return jpa::fused::WorkspaceBytesPerRow(
+      Problem("bfloat16", "bfloat16", 1, num_q_heads, 1, head_dim, 1, 1, 1));
 }
 
 nb::dict BuildInfo() {
@@ -157,10 +163,15 @@ NB_MODULE(_cuda, m) {
         nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"), nb::arg("workspace_limit"),
         nb::arg("layout") = "split",
         "At least the workspace of any such call, less WORKSPACE_BYTES_PER_ROW for each row and sequence.");
-  m.def("fused_workspace_bytes", &FusedWorkspaceBytes, nb::arg("num_rows"), nb::arg("num_q_heads"),
-        nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("num_seqs"), nb::arg("decode"),
-        nb::arg("batch_invariant"),
+  m.def("fused_workspace_bytes", &FusedWorkspaceBytes, nb::arg("q_dtype"), nb::arg("kv_dtype"),
+        nb::arg("num_rows"), nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
+        nb::arg("page_size"), nb::arg("num_seqs"), nb::arg("max_pages"), nb::arg("decode"),
+        nb::arg("batch_invariant"), nb::arg("workspace_limit"),
         "Bytes of scratch memory that \"fused\" needs for a call of these sizes.");
+  m.def("fused_workspace_bound", &FusedWorkspaceBound, nb::arg("q_dtype"), nb::arg("kv_dtype"),
+        nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"),
+        nb::arg("decode"), nb::arg("batch_invariant"), nb::arg("workspace_limit"),
+        "At least those of any such call, less what each row and sequence adds.");
   m.def("fused_workspace_bytes_per_row", &FusedWorkspaceBytesPerRow, nb::arg("num_q_heads"),
         nb::arg("head_dim"), "At most what a query row of a batch-invariant call adds to them.");
   m.attr("FUSED_WORKSPACE_BYTES_PER_SEQUENCE") = jpa::fused::kWorkspaceBytesPerSequence;

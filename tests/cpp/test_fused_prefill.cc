@@ -121,6 +121,41 @@ void SectionsHaveAllHeads() {
   CHECK(HeadsPerSection(5, 24000, 512) == 2, "uneven: %d", HeadsPerSection(5, 24000, 512));
 }
 
+void ImagesAreOfTilesTakenOften() {
+  CallFacts facts{};
+  facts.group = FastDivisor(4);
+  facts.num_rows = 1 << 20;
+  facts.capacity = 1 << 20;
+  facts.num_kv_heads = 8;
+  const TileShape shape = {128, 128};
+  const auto starts = [&](int32_t rows, int32_t keys, int32_t parts, bool converts) {
+    return NumStarts(facts, shape, MakeSequence(facts, keys, 0, rows), parts, 132, 512, converts);
+  };
+  // The cache has the keys of a section: of all heads, of two, of one.
+  CHECK(starts(4096, 4096, 1, false) == 8, "a prompt: %d", starts(4096, 4096, 1, false));
+  CHECK(starts(4096, 32768, 1, false) == 32, "a chunk: %d", starts(4096, 32768, 1, false));
+  CHECK(starts(8192, 65536, 1, false) == 64, "a long one: %d", starts(8192, 65536, 1, false));
+  // It has not: all heads are read at once, by 16 row tiles each, or by 8 in two parts.
+  CHECK(starts(512, 32768, 1, true) == 4, "512 rows: %d", starts(512, 32768, 1, true));
+  CHECK(starts(512, 32768, 1, false) == 1, "512 rows: %d", starts(512, 32768, 1, false));
+  CHECK(starts(256, 32768, 2, true) == 2, "parts: %d", starts(256, 32768, 2, true));
+  CHECK(starts(96, 32768, 1, true) == 1, "three row tiles: %d", starts(96, 32768, 1, true));
+  CHECK(starts(1024, 1024, 1, true) == 8, "a short prompt: %d", starts(1024, 1024, 1, true));
+  CHECK(starts(1024, 1024, 1, false) == 1, "a short prompt: %d", starts(1024, 1024, 1, false));
+  facts.sliding_window = 384;
+  CHECK(starts(4096, 4096, 1, false) == 8, "a window: %d", starts(4096, 4096, 1, false));
+  facts.sliding_window = 383;
+  facts.group = FastDivisor(1);
+  CHECK(starts(4096, 4096, 1, false) == 1, "seen by fewer row tiles: %d", starts(4096, 4096, 1, false));
+
+  const auto images = [&](int32_t keys, int32_t num_starts, int32_t most) {
+    return NumImages(facts, shape, MakeSequence(facts, keys, 0, 4096), num_starts, most);
+  };
+  CHECK(images(4097, 8, 1 << 20) == 8 * 33, "a prompt: %d", images(4097, 8, 1 << 20));
+  CHECK(images(4097, 1, 1 << 20) == 0, "together: %d", images(4097, 1, 1 << 20));
+  CHECK(images(1 << 20, 8, 1000) == 1000, "more than there is room for: %d", images(1 << 20, 8, 1000));
+}
+
 void FewUnitsAreCut() {
   // 64 units of 256 tiles for 132 CTAs: two parts fill one wave.
   CHECK(EstimatedTiles(128, 256, 2, 132) < EstimatedTiles(64, 256, 1, 132), "cut in two");
@@ -137,6 +172,7 @@ int main() {
   jpa::test::PartsMakeUpUnits();
   jpa::test::TilesHaveTheKeysThatRowsSee();
   jpa::test::SectionsHaveAllHeads();
+  jpa::test::ImagesAreOfTilesTakenOften();
   jpa::test::FewUnitsAreCut();
   return jpa::test::failures;
 }

@@ -21,62 +21,10 @@ constexpr int kPrefillCapability = 90;  // of machine code that has the prefill 
 constexpr int kPrefillCapability = 0;
 #endif
 constexpr int64_t kAlign = 256;
+constexpr int64_t kBytesOfElement = 2;  // where prefill multiplies, whatever pages have
 constexpr float kLog2E = 1.4426950408889634f;
 
 int64_t RoundUp(int64_t bytes) { return CeilDiv(bytes, kAlign) * kAlign; }
-
-// Where each array lies in the workspace.
-struct Layout {
-  int64_t slot_rows;
-  int64_t num_states;
-  // Bytes from the start; the sums of values come first.
-  int64_t stats;
-  int64_t prefill;
-  int64_t bytes;
-};
-
-// Where each array of prefill lies, in bytes from its start. The partial results come first.
-struct PrefillLayout {
-  int64_t stats;
-  int64_t arrivals;
-  int64_t plan;
-  int64_t lines;
-  int64_t bytes;
-};
-
-static_assert(sizeof(PlannedSequence) == kWorkspaceBytesPerSequence);
-
-PrefillLayout LayOutPrefill(const AttentionProblem& problem, const Options& options) {
-  if (options.decode) return {};
-  constexpr int64_t kRows = 192;  // of a tile of any prefill kernel, at most
-  const int64_t num_states = options.batch_invariant ? 0 : kMaxSlots * kRows;
-  PrefillLayout layout{};
-  layout.stats = RoundUp(num_states * problem.head_dim * static_cast<int64_t>(sizeof(float)));
-  layout.arrivals = layout.stats + RoundUp(num_states * static_cast<int64_t>(sizeof(float2)));
-  layout.plan = layout.arrivals + RoundUp(kMaxSlots * static_cast<int64_t>(sizeof(uint32_t)));
-  layout.lines = layout.plan + RoundUp(static_cast<int64_t>(sizeof(PrefillPlan)));
-  layout.bytes = layout.lines + RoundUp(problem.num_seqs * kWorkspaceBytesPerSequence);
-  return layout;
-}
-
-// Query rows of sequences that may be split, at most.
-int64_t MaxSplitRows(const AttentionProblem& problem, bool decode) {
-  return decode ? problem.num_rows : std::min(problem.num_rows, kMaxSplitRows * problem.num_seqs);
-}
-
-Layout LayOut(const AttentionProblem& problem, const Options& options) {
-  Layout layout{};
-  const int64_t group = problem.num_q_heads / problem.num_kv_heads;
-  layout.slot_rows = options.decode ? std::min<int64_t>(group, kTileRows) : kTileRows;
-  layout.num_states = options.batch_invariant
-                          ? MaxSplitRows(problem, options.decode) * problem.num_q_heads * kMaxParts
-                          : 2 * kMaxCtas * layout.slot_rows;
-  layout.stats = RoundUp(layout.num_states * problem.head_dim * static_cast<int64_t>(sizeof(float)));
-  layout.prefill = layout.stats + RoundUp(layout.num_states * static_cast<int64_t>(sizeof(float2)));
-  // XLA aligns less than 256 bytes on some devices.
-  layout.bytes = layout.prefill + LayOutPrefill(problem, options).bytes + kAlign;
-  return layout;
-}
 
 // What `use` makes of the head dim as a constant, if it is one of those listed; otherwise nothing.
 template <int... head_dims, typename Use>
@@ -97,6 +45,85 @@ PrefillKernelInfo PrefillKernelFor(const AttentionProblem& problem) {
   return ForHeadDim<64, 96, 128, 192, 256>(problem.head_dim, [&](auto head_dim) {
     return PrefillKernelOf<head_dim(), by_boxes>(problem.q_dtype, problem.kv_dtype);
   });
+}
+
+// Where each array lies in the workspace.
+struct Layout {
+  int64_t slot_rows;
+  int64_t num_states;
+  // Bytes from the start; the sums of values come first.
+  int64_t stats;
+  int64_t prefill;
+  int64_t bytes;
+};
+
+// Where each array of prefill lies, in bytes from its start. The partial results come first.
+struct PrefillLayout {
+  int64_t num_images;
+  int64_t stats;
+  int64_t arrivals;
+  int64_t plan;
+  int64_t lines;
+  int64_t image_states;
+  int64_t images;
+  int64_t bytes;
+};
+
+static_assert(sizeof(PlannedSequence) == kWorkspaceBytesPerSequence);
+
+// Images of tiles that scratch memory may have at most. Pages that come in boxes need none.
+int64_t MostImages(const AttentionProblem& problem, const Options& options) {
+  const int64_t bytes = PrefillKernelFor<false>(problem).image_bytes;
+  if (kPrefillCapability == 0 || options.decode || FitsBoxes(problem) || bytes == 0) return 0;
+  return options.workspace_limit / 2 / bytes;
+}
+
+// Of these, as many as tiles of the call can have one.
+int64_t ImagesOf(const AttentionProblem& problem, const Options& options) {
+  const int64_t most = MostImages(problem, options);
+  if (most == 0) return 0;
+  const TileShape shape = PrefillKernelFor<false>(problem).shape;
+  const int64_t group = problem.num_q_heads / problem.num_kv_heads;
+  if (CeilDiv(problem.num_rows * group, shape.rows) < kLeastRowTilesOfImages) return 0;
+  const int64_t of_sequence = CeilDiv(problem.max_pages * problem.page_size, shape.keys);
+  return std::min(most, problem.num_seqs * of_sequence * problem.num_kv_heads);
+}
+
+PrefillLayout LayOutPrefill(const AttentionProblem& problem, const Options& options, int64_t num_images) {
+  if (options.decode) return {};
+  constexpr int64_t kRows = 192;  // of a tile of any prefill kernel, at most
+  const int64_t num_states = options.batch_invariant ? 0 : kMaxSlots * kRows;
+  PrefillLayout layout{};
+  layout.stats = RoundUp(num_states * problem.head_dim * static_cast<int64_t>(sizeof(float)));
+  layout.arrivals = layout.stats + RoundUp(num_states * static_cast<int64_t>(sizeof(float2)));
+  layout.plan = layout.arrivals + RoundUp(kMaxSlots * static_cast<int64_t>(sizeof(uint32_t)));
+  layout.lines = layout.plan + RoundUp(static_cast<int64_t>(sizeof(PrefillPlan)));
+  layout.image_states = layout.lines + RoundUp(problem.num_seqs * kWorkspaceBytesPerSequence);
+  layout.num_images = num_images;
+  const PrefillKernelInfo kernel = PrefillKernelFor<false>(problem);
+  layout.images = layout.image_states +
+                  RoundUp(num_images * kernel.image_shares * static_cast<int64_t>(sizeof(uint32_t)));
+  layout.bytes = layout.images + num_images * kernel.image_bytes;
+  return layout;
+}
+
+// Query rows of sequences that may be split, at most.
+int64_t MaxSplitRows(const AttentionProblem& problem, bool decode) {
+  return decode ? problem.num_rows : std::min(problem.num_rows, kMaxSplitRows * problem.num_seqs);
+}
+
+Layout LayOut(const AttentionProblem& problem, const Options& options, int64_t num_images) {
+  Layout layout{};
+  const int64_t group = problem.num_q_heads / problem.num_kv_heads;
+  layout.slot_rows = options.decode ? std::min<int64_t>(group, kTileRows) : kTileRows;
+  layout.num_states = options.batch_invariant
+                          ? MaxSplitRows(problem, options.decode) * problem.num_q_heads * kMaxParts
+                          : 2 * kMaxCtas * layout.slot_rows;
+  layout.stats = RoundUp(layout.num_states * problem.head_dim * static_cast<int64_t>(sizeof(float)));
+  layout.prefill = layout.stats + RoundUp(layout.num_states * static_cast<int64_t>(sizeof(float2)));
+  // XLA aligns less than 256 bytes on some devices.
+  layout.bytes = layout.prefill + LayOutPrefill(problem, options, num_images).bytes + kAlign;
+  return layout;
 }
 
 Status CudaStatus(cudaError_t error, const char* what) {
@@ -147,7 +174,8 @@ Status PreparePrefill(const PrefillKernelInfo& info, int num_sms, PrefillDevice*
     return s;
   }
   if (attributes.binaryVersion != kPrefillCapability) return Status::Ok();
-  *prefill = {info.kernel, num_sms, info.threads, info.shared_bytes, info.shape.rows, info.shape.keys};
+  *prefill = {info.kernel,     num_sms,         info.threads,     info.shared_bytes,
+              info.shape.rows, info.shape.keys, info.image_shares};
   return CudaStatus(
       cudaFuncSetAttribute(info.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, info.shared_bytes),
       "shared memory of the prefill kernel");
@@ -192,7 +220,7 @@ TileCosts CostsOfTiles(const AttentionProblem& problem) {
 // `workspace` is the start of prefill's.
 Status MakePrefillArgs(const DecodeArgs& call, const Options& options, const PrefillDevice& prefill,
                        bool by_boxes, char* workspace, PrefillArgs* args) {
-  const PrefillLayout layout = LayOutPrefill(call.problem, options);
+  const PrefillLayout layout = LayOutPrefill(call.problem, options, ImagesOf(call.problem, options));
   args->call = call;
   args->call.partials = {reinterpret_cast<float*>(workspace),
                          reinterpret_cast<float2*>(workspace + layout.stats), prefill.tile_rows};
@@ -201,7 +229,10 @@ Status MakePrefillArgs(const DecodeArgs& call, const Options& options, const Pre
   args->lines = reinterpret_cast<PlannedSequence*>(workspace + layout.lines);
   args->shape = {prefill.tile_rows, prefill.tile_keys};
   args->num_ctas = prefill.num_ctas;
-  args->bytes_per_token = static_cast<int32_t>(2 * call.problem.head_dim * ByteWidth(call.problem.kv_dtype));
+  args->images = {workspace + layout.images, reinterpret_cast<uint32_t*>(workspace + layout.image_states),
+                  static_cast<int32_t>(layout.num_images), prefill.image_shares};
+  args->converts = ByteWidth(call.problem.kv_dtype) == 1;
+  args->bytes_per_token = static_cast<int32_t>(2 * call.problem.head_dim * kBytesOfElement);
   if (!by_boxes) {
     args->k_rows = RowStridesOf(call.problem, call.problem.num_k_pages, call.params.k_strides);
     args->v_rows = RowStridesOf(call.problem, call.problem.num_v_pages, call.params.v_strides);
@@ -222,7 +253,13 @@ Status MakePrefillArgs(const DecodeArgs& call, const Options& options, const Pre
 }  // namespace
 
 int64_t WorkspaceBytes(const AttentionProblem& problem, const Options& options) {
-  return LayOut(problem, options).bytes;
+  return LayOut(problem, options, ImagesOf(problem, options)).bytes;
+}
+
+int64_t WorkspaceBound(const AttentionProblem& problem, const Options& options) {
+  AttentionProblem one = problem;
+  one.num_rows = one.num_seqs = 1;
+  return LayOut(one, options, MostImages(problem, options)).bytes;
 }
 
 int64_t WorkspaceBytesPerRow(const AttentionProblem& problem) {
@@ -270,7 +307,7 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
 
 Status RunAttention(const AttentionProblem& problem, const AttentionParams& params, const Options& options,
                     const Device& device, int64_t workspace_bytes, cudaStream_t stream) {
-  const Layout layout = LayOut(problem, options);
+  const Layout layout = LayOut(problem, options, ImagesOf(problem, options));
   if (workspace_bytes < layout.bytes) {
     return Status::InvalidArgument("workspace: expected at least " + std::to_string(layout.bytes) +
                                    " bytes, got " + std::to_string(workspace_bytes));

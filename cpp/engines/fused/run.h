@@ -15,13 +15,18 @@ namespace jpa::fused {
 struct Options {
   bool decode;           // every sequence has one query row at most
   bool batch_invariant;  // a sequence gets the same bits alone and in any batch
+  // In bytes, of scratch memory: half of it may have images of tiles (prefill/images.cuh), which make prompts
+  // over pages of other sizes than multiples of 8, or of 8 bits, faster.
+  int64_t workspace_limit = 0;
 };
 
-// Scratch memory of a call, in bytes. Of B it depends by kWorkspaceBytesPerSequence, if the call is not all
-// decode. Of T it depends only where results are to be batch-invariant: then by at most WorkspaceBytesPerRow.
+// Scratch memory of a call, in bytes: at most WorkspaceBound, and kWorkspaceBytesPerSequence for each
+// sequence, if the call is not all decode. Where results are to be batch-invariant, WorkspaceBytesPerRow more
+// for each row.
 int64_t WorkspaceBytes(const AttentionProblem& problem, const Options& options);
+int64_t WorkspaceBound(const AttentionProblem& problem, const Options& options);
 int64_t WorkspaceBytesPerRow(const AttentionProblem& problem);
-inline constexpr int64_t kWorkspaceBytesPerSequence = 16;
+inline constexpr int64_t kWorkspaceBytesPerSequence = 24;
 
 struct FreeOnDevice {
   void operator()(uint32_t* memory) const;
@@ -35,6 +40,7 @@ struct PrefillDevice {
   int shared_bytes = 0;
   int tile_rows = 0;
   int tile_keys = 0;
+  int image_shares = 0;
 };
 
 // What the calls of one call site need on a device. They must follow each other, as those of a stream do.

@@ -386,15 +386,11 @@ __device__ inline void CopyTile(const DecodeArgs& args, const Job& job, uint32_t
 // waits for that of all others and takes it back, so that all are 0 again when the kernel ends, as they were
 // when it began. It only waits for CTAs of lower index. Devices start these first (CUDA does not promise it,
 // but stream-K kernels rely on it), so no CTA keeps the one it waits for from running.
-__device__ inline void HandOn(uint32_t* done) {
-  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(done) : "memory");
-}
+__device__ inline void HandOn(uint32_t* done) { device::StoreRelease(done, 1); }
 
 __device__ inline void Await(const uint32_t* done) {
-  uint32_t value;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(done) : "memory");
-  } while (value == 0);
+  while (device::LoadAcquire(done) == 0) {
+  }
 }
 
 // Merges the parts of a unit, by the threads of the products. A warp waits for parts by itself, so that their

@@ -19,6 +19,15 @@ struct RowStrides {
   uint32_t num_pages;       // of the pool
 };
 
+// Scratch memory for images of tiles (images.cuh): a tile's keys and values as shared memory has them, in
+// shares, one of each warp that copies rows.
+struct TileImages {
+  char* bytes;       // [count, shares], as many each as a warp's rows have in a stage
+  uint32_t* states;  // [count, shares]
+  int32_t count;
+  int32_t shares;
+};
+
 struct PrefillArgs {
   CUtensorMap k_map;  // see tensor_map.h
   CUtensorMap v_map;
@@ -28,9 +37,11 @@ struct PrefillArgs {
   uint32_t* arrivals;      // [kMaxSlots], by the first slot of a unit: its parts that are done
   TileShape shape;
   int32_t num_ctas;
-  int32_t bytes_per_token;  // of a head's keys and values
+  int32_t bytes_per_token;  // of a head's keys and values as they are multiplied
+  bool converts;            // 8-bit pages
   RowStrides k_rows;        // where keys and values come row by row
   RowStrides v_rows;
+  TileImages images;
   int32_t k_blocks_per_head;  // where they come in boxes
   int32_t v_blocks_per_head;
   int32_t box_rows_log2;  // of the tokens that one box brings

@@ -12,7 +12,9 @@ PrefillKernelInfo PrefillInfoOf() {
   return {reinterpret_cast<const void*>(&PrefillKernel<Traits>),
           Traits::kThreads,
           PrefillSharedBytes<Traits>(),
-          {Traits::kRows, Traits::kKeys}};
+          {Traits::kRows, Traits::kKeys},
+          Traits::kRowWise ? 2 * Traits::kTileBytes : 0,
+          Traits::kRowWise ? 2 * Traits::kTileWarps : 0};
 }
 
 template <DType q_dtype, int head_dim, bool by_boxes>

@@ -35,16 +35,16 @@ __device__ inline void Load(const PrefillArgs& args, PrefillShared<Traits>& shar
   if constexpr (Traits::kTwoLoadWarpgroups) device::ShrinkRegisters<Traits::kTileRegisters>();
   const int warp = thread / 32;
   const bool keys = warp < Traits::kTileWarps;
-  const int warp_of_them = keys ? warp : warp - Traits::kTileWarps;
+  const int warp_of_them = warp % Traits::kTileWarps;
   if constexpr (Traits::kSource == Source::kRows) {
     // The same code for both: it shares the instruction cache with the products.
-    LoadTilesByRows<Traits>(args, shared, keys, warp_of_them);
+    RowLoader<Traits>(args, shared, keys, warp_of_them).Load();
   } else if constexpr (Traits::kSource == Source::kBytes) {
     // Here fewer registers matter more.
     if (keys) {
-      LoadTilesByRows<Traits>(args, shared, true, warp_of_them);
+      RowLoader<Traits>(args, shared, true, warp_of_them).Load();
     } else {
-      LoadTilesByRows<Traits>(args, shared, false, warp_of_them);
+      RowLoader<Traits>(args, shared, false, warp_of_them).Load();
     }
   } else if (keys) {
     LoadTilesByBoxes<Traits, true>(args, shared);

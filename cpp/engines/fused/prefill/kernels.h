@@ -12,6 +12,9 @@ struct PrefillKernelInfo {
   int threads = 0;
   int shared_bytes = 0;
   TileShape shape = {};
+  // Of a tile's image, if the kernel makes some: bytes, and how many shares they are in.
+  int image_bytes = 0;
+  int image_shares = 0;
 };
 
 // Those of a head dim that load keys and values by boxes, or row by row. Each in a file of its own,

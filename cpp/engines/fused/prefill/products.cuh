@@ -62,7 +62,8 @@ class ProductRows {
       return;
     }
     float scores[kKeys / 2];
-    int32_t tile = item.tiles.end - 1;
+    const TileRange tiles = item.tiles;
+    int32_t step = tiles.end - 1, tile = FirstTile<Traits>(item);
     device::WaitForPhase(&shared_.keys_full[keys_.index()], keys_.parity());
     device::FenceProductRegisters();
     IssueScores(scores);
@@ -70,7 +71,7 @@ class ProductRows {
     device::WaitForProducts<0>(scores);
     const MissingKeys<Traits>& missing = MissingOfTile();
     ReleaseKeys();
-    if (tile == item.tiles.begin) ReleaseQueries();
+    if (step == item.tiles.begin) ReleaseQueries();
     float factors[2] = {1.0f, 1.0f};  // of nothing
     ScaleAndHide(HidesSome(tile, missing), tile, missing, scores);
     ToExponents<0, kBlocks>(scores, factors);
@@ -78,7 +79,8 @@ class ProductRows {
     Pack<0, kBlocks>(scores);
     if constexpr (!Traits::kRowWise) ZeroTail(item, tile);
     bool accumulates = false;
-    for (--tile; tile >= item.tiles.begin; --tile) {
+    for (--step; step >= item.tiles.begin; --step) {
+      tile = TileAfter<Traits>(tile, tiles);
       const Turn<Traits::kStages> values = keys_.Before();
       device::WaitForPhase(&shared_.keys_full[keys_.index()], keys_.parity());
       WaitForTurn();
@@ -92,7 +94,7 @@ class ProductRows {
       PassTurn();
       // Looked up while products run: their results are waited for.
       const MissingKeys<Traits>& missing_now = MissingOfTile();
-      const bool hides_some = HidesSome(tile, missing_now), is_last = tile == item.tiles.begin;
+      const bool hides_some = HidesSome(tile, missing_now), is_last = step == item.tiles.begin;
       device::WaitForProducts<1>(scores);
       ReleaseKeys();
       if (is_last) ReleaseQueries();

@@ -51,6 +51,16 @@ __device__ inline void MakeItem(const PrefillArgs& args, int32_t number, Item* i
   item->first = place.row_tile * Traits::kRows;
   item->num_rows = min(Traits::kRows, sequence.num_rows * facts.group.divisor() - item->first);
   item->tiles = TilesOfPart(TilesOfUnit(facts, shape, sequence, place.row_tile), place.part, line.parts);
+  if constexpr (Traits::kRowWise) {
+    item->offset = 0;
+    item->first_image = args.images.count;
+    if (line.num_starts == 1) return;
+    item->offset = static_cast<int32_t>(int64_t{place.row_tile % line.num_starts} * item->tiles.size() /
+                                        line.num_starts);
+    const int64_t first_image =
+        line.first_image + int64_t{place.head} * CeilDiv(sequence.kv_len, Traits::kKeys);
+    item->first_image = static_cast<int32_t>(min(first_image, int64_t{args.images.count}));
+  }
 }
 
 // The number of an item's packed row among the rows of q, of H elements each.

@@ -1,8 +1,9 @@
 // Keys and values of an item row by row, for pages that boxes do not fit: two warps each, half of a tile's
 // rows a warp, from the item's last tile to its first.
 //
-// 16-bit rows are copied to their place in a stage. 8-bit rows are copied to memory of the lane's own, where
-// one tile is on its way while the one before becomes f16 and goes to a stage.
+// A tile of which somebody has made an image is taken from there (images.cuh). 16-bit rows are copied to
+// their place in a stage. 8-bit rows are copied to memory of the lane's own, where one tile is on its way
+// while the one before becomes f16 and goes to a stage.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include "device/fragment.cuh"
 #include "engines/fused/prefill/args.h"
 #include "engines/fused/prefill/copies.cuh"
+#include "engines/fused/prefill/images.cuh"
 #include "engines/fused/prefill/shared.cuh"
 
 namespace jpa::fused {
@@ -30,11 +32,11 @@ class TileRows {
         pool_(Groups::Start(keys ? args.call.params.k_pages : args.call.params.v_pages)),
         strides_(keys ? args.k_rows : args.v_rows) {}
 
-  // Asks the block table for the pages of an item's last tile. What it says is used in LookAt.
-  __device__ void AskLast(const Item& item) {
+  // Asks the block table for the pages of an item's tile. What it says is used in LookAt.
+  __device__ void Ask(const Item& item, int32_t tile) {
     const DecodeArgs& call = args_.call;
     table_ = device::Opaque(call.params.block_tables + item.seq * call.problem.max_pages);
-    key_ = (item.tiles.end - 1) * Traits::kKeys + FirstRow(0) + static_cast<int32_t>(device::LaneId());
+    key_ = tile * Traits::kKeys + FirstRow(0) + static_cast<int32_t>(device::LaneId());
     row_of_key_ = key_ * strides_.token + item.head * strides_.head;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
@@ -42,7 +44,7 @@ class TileRows {
       if (key_ + 32 * word < item.kv_len) Ask(word);
     }
   }
-  // And for those of the tile before the one that was asked for last.
+  // And for those of the tile before the one that was asked for last, in fewer instructions.
   __device__ void AskBefore() {
     key_ -= Traits::kKeys;
     row_of_key_ -= Traits::kKeys * strides_.token;
@@ -50,7 +52,7 @@ class TileRows {
     for (int word = 0; word < kWords; ++word) Ask(word);
   }
 
-  // Takes the tile that was asked for: where its rows lie, and which have no page.
+  // Turns to that tile: where its rows lie, and which have no page.
   __device__ void LookAt() {
     bool in_pool = true;
 #pragma unroll
@@ -68,11 +70,16 @@ class TileRows {
   }
   // A bit for each row.
   __device__ uint32_t missing(int word) const { return missing_[word]; }
+  __device__ bool any_missing() const {
+    uint32_t all = 0;
+#pragma unroll
+    for (const uint32_t word : missing_) all |= word;
+    return all != 0;
+  }
 
-  // Starts the copies of 16-bit rows to their place in a tile.
-  __device__ void Copy(uint32_t tile) const {
-    const uint32_t first =
-        tile + device::SwizzledChunk(kStrides, FirstRow(0) + Groups::LaneRow(), Groups::LaneChunk());
+  // Starts the copies of 16-bit rows to the warp's rows of a tile.
+  __device__ void Copy(uint32_t to) const {
+    const uint32_t first = to + device::SwizzledChunk(kStrides, Groups::LaneRow(), Groups::LaneChunk());
     CopyTo([&](int row, int chunk) { return device::SwizzledFrom(first, kStrides, row, chunk); });
   }
 
@@ -82,15 +89,15 @@ class TileRows {
     CopyTo([&](int row, int chunk) { return first + row * kRowBytes + chunk * 16; });
   }
 
-  // Makes f16 of the 8-bit rows in `raw` that the lane has copied, in their place in a tile.
-  __device__ void Convert(const char* raw, char* tile) const {
+  // Makes f16 of the 8-bit rows in `raw` that the lane has copied, in the warp's rows of a tile.
+  __device__ void Convert(const char* raw, char* to) const {
     switch (args_.call.problem.kv_dtype) {
       case DType::kE4M3FN:
-        return ConvertFrom<DType::kE4M3FN>(raw, tile);
+        return ConvertFrom<DType::kE4M3FN>(raw, to);
       case DType::kE5M2:
-        return ConvertFrom<DType::kE5M2>(raw, tile);
+        return ConvertFrom<DType::kE5M2>(raw, to);
       default:
-        return ConvertFrom<DType::kS8>(raw, tile);
+        return ConvertFrom<DType::kS8>(raw, to);
     }
   }
 
@@ -129,7 +136,7 @@ class TileRows {
   }
 
   template <DType dtype>
-  __device__ void ConvertFrom(const char* raw, char* tile) const {
+  __device__ void ConvertFrom(const char* raw, char* to) const {
     // Chunks 2 n and 2 n + 1 of a row come from one, in either order: in every second block of columns the
     // second one comes first, so that it takes the banks which the block before does not.
     const auto swaps = [](int chunk) { return chunk / 4 % 2; };
@@ -138,7 +145,7 @@ class TileRows {
     constexpr int kChunksAtOnce = Traits::kTwoLoadWarpgroups ? 4 : 2;
     constexpr int kRowsAtOnce = std::clamp(kChunksAtOnce / kChunksOfLane, 1, kGroup / 2);
     const char* const from = raw + RawPlace();
-    const uint32_t first = device::SwizzledChunk(kStrides, FirstRow(0) + Groups::LaneRow(),
+    const uint32_t first = device::SwizzledChunk(kStrides, Groups::LaneRow(),
                                                  2 * Groups::LaneChunk() + swaps(Groups::LaneChunk()));
 #pragma unroll 1
     for (int word = 0; word < kWords; ++word) {
@@ -161,9 +168,9 @@ class TileRows {
             const uint4 chunk = bytes[i][j];
             const uint32_t place = device::SwizzledFrom(first, kStrides, 32 * word + row + i,
                                                         2 * j * kGroup + swaps(j * kGroup));
-            *reinterpret_cast<uint4*>(tile + place) =
+            *reinterpret_cast<uint4*>(to + place) =
                 Halves<dtype>(second_first ? chunk.z : chunk.x, second_first ? chunk.w : chunk.y);
-            *reinterpret_cast<uint4*>(tile + (place ^ 16)) =
+            *reinterpret_cast<uint4*>(to + (place ^ 16)) =
                 Halves<dtype>(second_first ? chunk.x : chunk.z, second_first ? chunk.y : chunk.w);
           }
         }
@@ -194,63 +201,137 @@ class TileRows {
 
 // Keys or values of all items, by one of the warps that have them.
 template <typename Traits>
-__device__ inline void LoadTilesByRows(const PrefillArgs& args, PrefillShared<Traits>& shared, bool keys,
-                                       int warp) {
+class RowLoader {
+ public:
+  using Shared = PrefillShared<Traits>;
   using Rows = TileRows<Traits>;
-  const int lane = static_cast<int>(device::LaneId());
-  char* const stages = keys ? shared.keys[0] : shared.values[0];
-  device::Barrier* const full = keys ? shared.keys_full : shared.values_full;
-  device::Barrier* const empty = keys ? shared.keys_empty : shared.values_empty;
-  char* const raw = shared.raw[keys ? 0 : 1];
-  const bool announces = keys && warp == 0 && lane == 0;
-  Rows rows(args, keys, warp);
-  Turn<PrefillShared<Traits>::kItems> turn;
-  Turn<Traits::kStages> stage;
-  for (;; turn.Next()) {
-    device::WaitForPhase(&shared.item_full[turn.index()], turn.parity());
-    const Item& item = shared.items[turn.index()];
-    if (!item.exists) return;
-    const int32_t size = item.tiles.size();
-    if (announces && size <= kTilesAhead) device::Arrive(&shared.item_ends);
-    const auto look_at = [&] {
-      rows.LookAt();
-      // On its way to f16, a tile is copied when the one before has left.
-      if constexpr (Traits::kBytes) rows.CopyRaw(device::SharedAddress(raw));
-    };
-    if (size > 0) {
-      rows.AskLast(item);
-      look_at();
-    }
-    for (int32_t left = size - 1; left >= 0; --left, stage.Next()) {
-      if (left > 0) rows.AskBefore();
-      device::WaitForPhase(&empty[stage.index()], stage.parity() ^ 1);
-      if (keys && lane == 0) {
-#pragma unroll
-        for (int word = 0; word < Rows::kWords; ++word) {
-          shared.missing[Turn<2 * Traits::kStages>(stage).index()].words[warp * Rows::kWords + word] =
-              rows.missing(word);
-        }
-      }
-      char* const tile = stages + stage.index() * Traits::kTileBytes;
-      // The fence waits for whatever is on its way: the next copies come after it.
-      if constexpr (Traits::kBytes) {
-        device::WaitForCopies();
-        rows.Convert(raw, tile);
-        device::FenceSharedForAsync();
-        device::Arrive(&full[stage.index()]);
-        if (left > 0) look_at();
+  using Images = ImageShares<Traits>;
+
+  __device__ RowLoader(const PrefillArgs& args, Shared& shared, bool keys, int warp)
+      : shared_(shared),
+        keys_(keys),
+        warp_(warp),
+        stages_((keys ? shared.keys[0] : shared.values[0]) + warp * Images::kBytes),
+        raw_(shared.raw[keys ? 0 : 1]),
+        full_(keys ? shared.keys_full : shared.values_full),
+        empty_(keys ? shared.keys_empty : shared.values_empty),
+        rows_(args, keys, warp),
+        images_(args.images, keys, warp) {}
+
+  __device__ void Load() {
+    for (Turn<Shared::kItems> turn;; turn.Next()) {
+      device::WaitForPhase(&shared_.item_full[turn.index()], turn.parity());
+      const Item& item = shared_.items[turn.index()];
+      if (!item.exists) break;
+      images_.Start(item);
+      if (images_.MayBeThere() || kAsksAlways) {
+        LoadItem<true>(item);
       } else {
-        rows.Copy(device::SharedAddress(tile));
-        if (left > 0) look_at();
-        device::WaitForCopies();
-        device::FenceSharedForAsync();
-        device::Arrive(&full[stage.index()]);
+        LoadItem<false>(item);
       }
-      if (announces && left == kTilesAhead) device::Arrive(&shared.item_ends);
+      __syncwarp();
+      if (device::LaneId() == 0) device::Arrive(&shared_.item_empty[turn.index()]);
     }
-    __syncwarp();
-    if (lane == 0) device::Arrive(&shared.item_empty[turn.index()]);
+    images_.Publish();
   }
-}
+
+ private:
+  // There are not enough registers for the code of both cases, and 8-bit rows take their time anyway.
+  static constexpr bool kAsksAlways = Traits::kBytes;
+
+  // Without images in fewer instructions: where all tiles are copied each of them counts.
+  template <bool with_images>
+  __device__ void LoadItem(const Item& item) {
+    const TileRange& tiles = item.tiles;
+    int32_t tile = FirstTile<Traits>(item), left = tiles.size();
+    if (left <= kTilesAhead<Traits>) AskForNextItem();
+    if (left > 0) {
+      rows_.Ask(item, tile);
+      if constexpr (with_images) images_.Ask(tile, tiles, left);
+      Take<with_images>();
+    }
+    for (--left; left >= 0; --left, stage_.Next()) {
+      const int32_t next = TileAfter<Traits>(tile, tiles);
+      if (left > 0) AskAfter<with_images>(item, tile, left);
+      device::WaitForPhase(&empty_[stage_.index()], stage_.parity() ^ 1);
+      if constexpr (with_images) images_.Publish();
+      TellMissing<with_images>();
+      char* const to = stages_ + stage_.index() * Traits::kTileBytes;
+      uint32_t claim = Images::kClaimed;
+      const bool copies = !with_images || !has_image_;
+      if (copies) {
+        if constexpr (!Traits::kBytes) rows_.Copy(device::SharedAddress(to));
+        if (with_images && !rows_.any_missing()) claim = images_.Claim(tile);
+      } else {
+        images_.Load(tile, to, &full_[stage_.index()]);
+      }
+      const auto finish = [&] {
+        device::WaitForCopies();
+        if constexpr (Traits::kBytes) rows_.Convert(raw_, to);
+        device::FenceSharedForAsync();
+        device::Arrive(&full_[stage_.index()]);
+        if constexpr (with_images) images_.Store(claim, tile, to);
+      };
+      // The fence waits for whatever is on its way: the next copies of 8-bit rows come after it.
+      if (Traits::kBytes && copies) finish();
+      if (left > 0) Take<with_images>();
+      if (!Traits::kBytes && copies) finish();
+      if (left == kTilesAhead<Traits>) AskForNextItem();
+      tile = next;
+    }
+  }
+
+  __device__ void AskForNextItem() {
+    if (keys_ && warp_ == 0 && device::LaneId() == 0) device::Arrive(&shared_.item_ends);
+  }
+
+  // For what has to be known of the next tile.
+  template <bool with_images>
+  __device__ void AskAfter(const Item& item, int32_t tile, int32_t left) {
+    if constexpr (with_images) {
+      if (images_.IsThere()) return;
+      const int32_t next = TileAfter<Traits>(tile, item.tiles);
+      rows_.Ask(item, next);
+      images_.Ask(next, item.tiles, left);
+    } else if (tile > item.tiles.begin) {
+      rows_.AskBefore();
+    } else {
+      rows_.Ask(item, item.tiles.end - 1);
+    }
+  }
+  // Turns to that tile.
+  template <bool with_images>
+  __device__ void Take() {
+    if constexpr (with_images) {
+      has_image_ = images_.Take();
+      if (has_image_) return;
+    }
+    rows_.LookAt();
+    // On its way to f16, a tile is copied when the one before has left.
+    if constexpr (Traits::kBytes) rows_.CopyRaw(device::SharedAddress(raw_));
+  }
+  // Images have all rows.
+  template <bool with_images>
+  __device__ void TellMissing() {
+    if (!keys_ || device::LaneId() != 0) return;
+    auto& missing = shared_.missing[Turn<2 * Traits::kStages>(stage_).index()];
+#pragma unroll
+    for (int word = 0; word < Rows::kWords; ++word) {
+      missing.words[warp_ * Rows::kWords + word] = with_images && has_image_ ? 0 : rows_.missing(word);
+    }
+  }
+
+  Shared& shared_;
+  const bool keys_;
+  const int warp_;
+  char* const stages_;  // of them, the warp's rows of the first one
+  char* const raw_;
+  device::Barrier* const full_;
+  device::Barrier* const empty_;
+  Rows rows_;
+  Images images_;
+  Turn<Traits::kStages> stage_;
+  bool has_image_ = false;  // the tile turned to
+};
 
 }  // namespace jpa::fused

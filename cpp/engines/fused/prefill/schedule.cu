@@ -23,9 +23,9 @@ struct Shared {
   int32_t longest;
   int64_t items[kCandidates];  // if the longest unit is cut into one part more than the index
   int64_t slots[kCandidates];
-  int32_t warp_items[kWarps], warp_slots[kWarps];
-  int32_t part_tiles;              // no part has more
-  int32_t first_item, first_slot;  // of the lines not yet written
+  int32_t warp_items[kWarps], warp_slots[kWarps], warp_images[kWarps];
+  int32_t part_tiles;                           // no part has more
+  int32_t first_item, first_slot, first_image;  // of the lines not yet written
 };
 
 // Adds up over the block's threads in front of each; `total` is of all.
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
   const auto sequence_of = [&](int seq) { return RawSequence(args.call, seq).Clipped(facts); };
   device::LetNextKernelStart();
   if (thread < kClasses) shared.class_counts[thread] = 0;
-  if (thread == 0) shared.longest = shared.first_item = shared.first_slot = 0;
+  if (thread == 0) shared.longest = shared.first_item = shared.first_slot = shared.first_image = 0;
   for (int i = thread; i < kMaxSlots; i += kThreads) args.arrivals[i] = 0;
   __syncthreads();
 
@@ -120,28 +120,36 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
   // Number the items.
   for (int first = 0; first < num_lines; first += kThreads) {
     const int line = first + thread;
-    int32_t items = 0, slots = 0, parts = 1;
+    int32_t items = 0, slots = 0, images = 0, parts = 1, starts = 1;
     if (line < num_lines) {
       const Sequence sequence = sequence_of(args.lines[line].seq);
       parts = PartsOf(LongestUnit(facts, args.shape, sequence), shared.part_tiles);
       items = NumUnitsPerHead(facts, args.shape, sequence) * facts.num_kv_heads * parts;
       slots = parts > 1 ? items : 0;
+      starts =
+          NumStarts(facts, args.shape, sequence, parts, args.num_ctas, args.bytes_per_token, args.converts);
+      images = NumImages(facts, args.shape, sequence, starts, args.images.count);
     }
-    int32_t all_items, all_slots;
+    int32_t all_items, all_slots, all_images;
     const int32_t items_before = SumBefore(items, shared.warp_items, &all_items);
     const int32_t slots_before = SumBefore(slots, shared.warp_slots, &all_slots);
+    const int32_t images_before = SumBefore(images, shared.warp_images, &all_images);
     if (line < num_lines) {
       args.lines[line].first_item = shared.first_item + items_before;
       args.lines[line].parts = parts;
       args.lines[line].first_slot = shared.first_slot + slots_before;
+      args.lines[line].num_starts = starts;
+      args.lines[line].first_image = images > 0 ? shared.first_image + images_before : args.images.count;
     }
     __syncthreads();
     if (thread == 0) {
       shared.first_item += all_items;
       shared.first_slot += all_slots;
+      shared.first_image = min(shared.first_image + all_images, args.images.count);
     }
     __syncthreads();
   }
+  for (int i = thread; i < shared.first_image * args.images.shares; i += kThreads) args.images.states[i] = 0;
   if (thread == 0) *args.plan = {num_lines, shared.first_item, 0};
 }
 

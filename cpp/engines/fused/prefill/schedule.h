@@ -26,8 +26,10 @@ struct TileShape {
 struct PlannedSequence {
   int32_t seq;
   int32_t first_item;
-  int32_t parts;       // of each of its units
-  int32_t first_slot;  // of partial results, if parts > 1
+  int32_t parts;        // of each of its units
+  int32_t first_slot;   // of partial results, if parts > 1
+  int32_t num_starts;   // see NumStarts
+  int32_t first_image;  // of all heads' tiles, if there are some
 };
 
 // What the lines are preceded by.
@@ -41,6 +43,8 @@ struct PrefillPlan {
 inline constexpr int kMaxSlots = 264;
 // More parts of a unit than that would make their merging the longer work.
 inline constexpr int kMaxPrefillParts = 16;
+// Of a sequence with fewer, or of few tiles, images cost more than they save.
+inline constexpr int kLeastRowTilesOfImages = 4;
 // What a part costs beside its tiles, in tiles: its queries, the store of its state and their merging.
 inline constexpr int kPartCost = 3;
 
@@ -97,6 +101,39 @@ JPA_HOST_DEVICE inline int32_t HeadsPerSection(int32_t num_heads, int32_t kv_len
   const int64_t fit = kBytes / each < 1 ? 1 : kBytes / each;
   if (fit >= num_heads) return num_heads;
   return static_cast<int32_t>(CeilDiv(num_heads, CeilDiv(num_heads, fit)));
+}
+
+// Different tiles that a sequence's items start with, where many run at the same time: each then finds images
+// (images.cuh) of what the others have copied. 1: they all start together, and no images are made.
+//
+// Where CTAs are busy with one section the L2 cache has its keys, whoever reads them when. Where they have
+// several sections, keys are gone when others come by, and each start reads all of them from memory. That
+// pays only if rows are not just copied, but converted.
+JPA_HOST_DEVICE inline int32_t NumStarts(const CallFacts& call, const TileShape& shape,
+                                         const Sequence& sequence, int32_t parts, int32_t num_ctas,
+                                         int32_t bytes_per_token, bool converts) {
+  const int32_t least_tiles = converts ? 4 : 16;
+  constexpr int32_t kTilesInCache = 64, kTilesInMemory = 32;  // that all ask for at once
+  const int32_t row_tiles = NumUnitsPerHead(call, shape, sequence);
+  if (sequence.kv_len < least_tiles * shape.keys || row_tiles < kLeastRowTilesOfImages) return 1;
+  // No more row tiles than a window has see a tile.
+  const int64_t rows_of_window = (int64_t{call.sliding_window} + shape.keys) * call.group.divisor();
+  if (call.sliding_window > 0 && rows_of_window < int64_t{kLeastRowTilesOfImages} * shape.rows) return 1;
+  const int32_t heads = HeadsPerSection(call.num_kv_heads, sequence.kv_len, bytes_per_token);
+  if (parts == 1 && int64_t{2} * row_tiles * heads >= num_ctas)
+    return Smaller(row_tiles, Larger(kTilesInCache / heads, 2));
+  if (!converts) return 1;
+  const int32_t heads_at_once =
+      Smaller(call.num_kv_heads, static_cast<int32_t>(CeilDiv(num_ctas, int64_t{row_tiles} * parts)));
+  return Smaller(row_tiles, Larger(kTilesInMemory / (heads_at_once * parts), 1));
+}
+
+// Images of a sequence's tiles, of all heads, of which there can be `most`.
+JPA_HOST_DEVICE inline int32_t NumImages(const CallFacts& call, const TileShape& shape,
+                                         const Sequence& sequence, int32_t num_starts, int32_t most) {
+  if (num_starts == 1) return 0;
+  const int64_t images = CeilDiv(sequence.kv_len, shape.keys) * call.num_kv_heads;
+  return static_cast<int32_t>(images < most ? images : most);
 }
 
 // How long all CTAs take, in tiles, if units are cut into `parts`, and there are `items` then.

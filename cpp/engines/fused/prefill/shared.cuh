@@ -13,12 +13,26 @@ namespace jpa::fused {
 
 // What everybody needs to know of an item.
 struct Item : UnitRows {
-  int32_t exists;   // 0 behind the last one
-  TileRange tiles;  // of the part
-  int32_t parts;    // of the unit
-  int32_t slot;     // of the unit's first part
+  int32_t exists;       // 0 behind the last one
+  TileRange tiles;      // of the part
+  int32_t offset;       // of FirstTile, less than their number
+  int32_t parts;        // of the unit
+  int32_t slot;         // of the unit's first part
+  int32_t first_image;  // of the head's tiles; from the number of images on there are none
   int32_t part;
 };
+
+// Items take their tiles from the last to the first: so only the first ones need a mask. Where tiles come row
+// by row they stand in a circle, on which neighbouring row tiles, which run at the same time, start at
+// different places: each finds images (images.cuh) of what the others have copied before it gets there.
+template <typename Traits>
+__device__ inline int32_t FirstTile(const Item& item) {
+  return item.tiles.end - 1 - (Traits::kRowWise ? item.offset : 0);
+}
+template <typename Traits>
+__device__ inline int32_t TileAfter(int32_t tile, const TileRange& tiles) {
+  return Traits::kRowWise && tile == tiles.begin ? tiles.end - 1 : tile - 1;
+}
 
 // Keys of a tile that have no page: a bit for each box, or for each key where rows come one by one.
 template <typename Traits>
@@ -63,8 +77,9 @@ struct PrefillShared {
 };
 
 // When so many tiles of an item are left the next item is asked for: they take about the time in which its
-// queries come, 7 us on an H100.
-inline constexpr int kTilesAhead = 4;
+// queries come. These take longer where they become f16.
+template <typename Traits>
+inline constexpr int kTilesAhead = Traits::kBytes ? 16 : 4;
 
 // Where blocks lie in a matrix of `rows` rows.
 template <typename Traits, int rows>

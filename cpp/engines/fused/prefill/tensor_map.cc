@@ -34,15 +34,19 @@ int32_t BoxRows(int64_t page_size, int32_t tile_keys) {
   return static_cast<int32_t>(std::gcd(std::gcd(page_size, int64_t{tile_keys}), kMostBoxRows));
 }
 
+bool FitsBoxes(const AttentionProblem& problem) {
+  return ByteWidth(problem.kv_dtype) == 2 && problem.page_size % kBlockRows == 0;
+}
+
 bool TensorMapExists(const AttentionProblem& problem, int64_t num_pages, const void* pool,
                      const PageStrides& strides) {
   const int64_t width = ByteWidth(problem.kv_dtype);
   const auto fits = [&](int64_t stride) {
     return stride * width % kAlign == 0 && stride * width < kStrideEnd;
   };
-  return width == 2 && problem.page_size % kBlockRows == 0 && num_pages > 0 &&
-         reinterpret_cast<uintptr_t>(pool) % kAlign == 0 && fits(strides.page) && fits(strides.token) &&
-         fits(strides.head) && (problem.head_dim % kBlockColumns != 0 || strides.head % kBlockColumns == 0);
+  return FitsBoxes(problem) && num_pages > 0 && reinterpret_cast<uintptr_t>(pool) % kAlign == 0 &&
+         fits(strides.page) && fits(strides.token) && fits(strides.head) &&
+         (problem.head_dim % kBlockColumns != 0 || strides.head % kBlockColumns == 0);
 }
 
 Status MakeTensorMap(const AttentionProblem& problem, int64_t num_pages, const void* pool,

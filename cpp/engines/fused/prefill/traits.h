@@ -51,15 +51,14 @@ struct PrefillTraits {
   static_assert(kThreads % 128 == 0, "registers are shared out by warpgroups");
   // Registers of a thread: 64 K are shared out unevenly, and nothing may spill.
   static constexpr int kProductRegisters = kProductWarpgroups == 3 ? 160
-                                           : kTwoLoadWarpgroups    ? 208
+                                           : kTwoLoadWarpgroups    ? (kBytes ? 200 : 208)
                                            : kRowWise              ? 224
                                                                    : 232;
-  static constexpr int kTileRegisters = kBytes                    ? 56
-                                        : kTwoLoadWarpgroups      ? 48
+  static constexpr int kTileRegisters = kBytes                    ? (kTwoLoadWarpgroups ? 64 : 56)
                                         : kRowWise                ? 56
                                         : kProductWarpgroups == 3 ? 32
                                                                   : 40;
-  static constexpr int kQueryRegisters = kTwoLoadWarpgroups ? 96 - kTileRegisters : kTileRegisters;
+  static constexpr int kQueryRegisters = kTwoLoadWarpgroups ? (kBytes ? 48 : 40) : kTileRegisters;
   // A CTA starts with the same number for each thread, a multiple of 8.
   static_assert(kProductThreads * kProductRegisters +
                     128 * (kTwoLoadWarpgroups ? kTileRegisters + kQueryRegisters : kTileRegisters) <=
@@ -75,9 +74,10 @@ struct PrefillTraits {
   // Two row tiles of queries, where there is room: then the next one is there when an item ends.
   static constexpr int kQueryTiles = 2 * kQueryBytes + kLoadBytes <= kMostSharedBytes - kMiscBytes ? 2 : 1;
   static_assert(kQueryTiles * kQueryBytes + kLoadBytes <= kMostSharedBytes - kMiscBytes);
-  // Blocks of the same rows are neighbours where heads are whole blocks: then a page's tokens come in one
-  // box. Otherwise those of the same columns are, and a box has 64 columns.
-  static constexpr bool kWholeBlocks = kHeadDim % 64 == 0;
+  // Blocks of the same rows are neighbours, unless boxes have heads that are no whole blocks: then a page's
+  // tokens come in one box, and a warp's rows are one piece of memory. Otherwise those of the same columns
+  // are, and a box has 64 columns.
+  static constexpr bool kWholeBlocks = kRowWise || kHeadDim % 64 == 0;
   // Columns of results that one instruction makes; those of the next one start with a block.
   static constexpr int kOutWidth = kHeadDim % 128 == 0 ? 128 : kHeadDim == 96 ? 96 : 64;
   static constexpr int kOutBlocks = kHeadDim / kOutWidth;

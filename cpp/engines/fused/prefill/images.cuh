@@ -1,0 +1,106 @@
+// Images of tiles: what rows became in shared memory, kept in scratch memory. The first warp that has copied
+// its rows of a tile stores them as they lie there. From then on whoever wants them takes them in one bulk
+// copy: without looking for pages, and as the f16 that 8-bit elements have become. A prompt's tiles are taken
+// once for each of its row tiles, so nearly all of them come like that.
+//
+// An image is an offer. Where there is none yet rows are copied, and nothing waits. So images change how long
+// a call takes, and no result.
+#pragma once
+
+#include <cstdint>
+
+#include "engines/fused/prefill/args.h"
+#include "engines/fused/prefill/shared.cuh"
+
+namespace jpa::fused {
+
+// A warp's share of the images of keys, or of values, along the tiles of an item.
+template <typename Traits>
+class ImageShares {
+ public:
+  enum State : uint32_t { kNone, kClaimed, kReady };
+  static constexpr int kShares = 2 * Traits::kTileWarps;  // of an image
+  static constexpr uint32_t kBytes = Traits::kTileBytes / Traits::kTileWarps;
+  static_assert(Traits::kWholeBlocks, "a warp's rows are one piece");
+
+  __device__ ImageShares(const TileImages& images, bool keys, int warp)
+      : images_(images), first_share_((keys ? 0 : Traits::kTileWarps) + warp) {}
+
+  __device__ void Start(const Item& item) {
+    first_image_ = item.first_image;
+    there_ = 0;
+  }
+  // Whether some tile of the item may have one.
+  __device__ bool MayBeThere() const { return first_image_ < images_.count; }
+
+  // Whether the next tile is known to have an image.
+  __device__ bool IsThere() const { return (there_ & 1) != 0; }
+  // If not: asks for its image and those of the tiles that follow, a lane each, of the `left` ones that the
+  // item has. What this says is used in Take.
+  __device__ void Ask(int32_t tile, const TileRange& tiles, int32_t left) {
+    const int32_t lane = static_cast<int32_t>(device::LaneId());
+    state_ = kNone;
+    if (!MayBeThere() || lane >= left) return;
+    const int32_t share = Share(tile - lane < tiles.begin ? tile - lane + tiles.size() : tile - lane);
+    if (share < images_.count * kShares) state_ = device::LoadRelaxed(images_.states + share);
+  }
+  // Turns to the next tile. Whether it has an image.
+  __device__ bool Take() {
+    if (!IsThere()) {
+      there_ = __ballot_sync(~0u, state_ == kReady);
+      if (there_ != 0) {
+        // What lanes know of images, lane 0 and its copies know as well.
+        device::FenceAcquire();
+        __syncwarp();
+        device::FenceGlobalForAsync();
+      }
+    }
+    const bool is_there = IsThere();
+    there_ >>= 1;
+    return is_there;
+  }
+
+  // Brings the tile's image to the warp's rows of a stage. Every lane arrives.
+  __device__ void Load(int32_t tile, char* rows, device::Barrier* full) const {
+    if (device::LaneId() == 0) {
+      device::ArriveExpecting(full, kBytes);
+      device::BulkLoad(rows, images_.bytes + int64_t{Share(tile)} * kBytes, kBytes, full);
+    } else {
+      device::Arrive(full);
+    }
+  }
+
+  // Whoever is the first to claim a tile's image makes it: lane 0 of a warp for which this is kNone.
+  __device__ uint32_t Claim(int32_t tile) const {
+    const int32_t share = Share(tile);
+    if (device::LaneId() != 0 || share >= images_.count * kShares) return kClaimed;
+    return atomicCAS(images_.states + share, kNone, kClaimed);
+  }
+  // Makes it of the warp's rows in a stage, which every lane has fenced. They stay there until Publish.
+  __device__ void Store(uint32_t claim, int32_t tile, const char* rows) {
+    __syncwarp();
+    if (claim != kNone) return;
+    making_ = Share(tile);
+    device::BulkStore(images_.bytes + int64_t{making_} * kBytes, rows, kBytes);
+    device::CommitBulkStores();
+  }
+  // After Store, if it made one: others may take the image.
+  __device__ void Publish() {
+    if (making_ < 0) return;
+    device::WaitForBulkStores();
+    device::StoreRelease(images_.states + making_, kReady);
+    making_ = -1;
+  }
+
+ private:
+  __device__ int32_t Share(int32_t tile) const { return (first_image_ + tile) * kShares + first_share_; }
+
+  const TileImages& images_;
+  const int first_share_;
+  int32_t first_image_ = 0;  // of the item's head
+  uint32_t there_ = 0;       // a bit for the next tile, and for each that follows
+  uint32_t state_ = kNone;
+  int32_t making_ = -1;  // by lane 0: a share that is not published yet
+};
+
+}  // namespace jpa::fused
