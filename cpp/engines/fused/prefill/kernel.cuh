@@ -5,7 +5,7 @@
 // queries.cuh: one warp takes items from the queue of schedule.h; it and others load their queries.
 //
 // boxes.cuh, rows.cuh: the other loading warps look up an item's pages and bring tiles of keys and values
-// into stages, from the last tile to the first: so only the first ones need a mask.
+// into stages. What came row by row is kept for other items (images.cuh).
 //
 // products.cuh: scores, softmax, and sums of values. Results of whole units are written out. Parts leave
 // their states in scratch memory, and whoever is the last one of a unit merges them.

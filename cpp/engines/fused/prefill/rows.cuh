@@ -1,8 +1,8 @@
 // Keys and values of an item row by row, for pages that boxes do not fit: two warps each, half of a tile's
-// rows a warp, from the item's last tile to its first.
+// rows a warp.
 //
-// A tile of which somebody has made an image is taken from there (images.cuh). 16-bit rows are copied to
-// their place in a stage. 8-bit rows are copied to memory of the lane's own, where one tile is on its way
+// Where somebody has made an image of a tile it is taken (images.cuh). Otherwise 16-bit rows are copied to
+// their place in a stage, and 8-bit rows to memory of the lane's own, where one tile is on its way
 // while the one before becomes f16 and goes to a stage.
 #pragma once
 

@@ -49,7 +49,8 @@ struct PrefillTraits {
   static constexpr int kProductThreads = 128 * kProductWarpgroups;
   static constexpr int kThreads = kProductThreads + 32 * (2 * kTileWarps + kQueryWarps);
   static_assert(kThreads % 128 == 0, "registers are shared out by warpgroups");
-  // Registers of a thread: 64 K are shared out unevenly, and nothing may spill.
+  // Registers of a thread: 64 K are shared out unevenly, and nothing may spill. Where 8-bit rows become f16
+  // that takes more of those that load.
   static constexpr int kProductRegisters = kProductWarpgroups == 3 ? 160
                                            : kTwoLoadWarpgroups    ? (kBytes ? 200 : 208)
                                            : kRowWise              ? 224
@@ -74,9 +75,9 @@ struct PrefillTraits {
   // Two row tiles of queries, where there is room: then the next one is there when an item ends.
   static constexpr int kQueryTiles = 2 * kQueryBytes + kLoadBytes <= kMostSharedBytes - kMiscBytes ? 2 : 1;
   static_assert(kQueryTiles * kQueryBytes + kLoadBytes <= kMostSharedBytes - kMiscBytes);
-  // Blocks of the same rows are neighbours, unless boxes have heads that are no whole blocks: then a page's
-  // tokens come in one box, and a warp's rows are one piece of memory. Otherwise those of the same columns
-  // are, and a box has 64 columns.
+  // Blocks of the same rows are neighbours: then a page's tokens come in one box, and the rows of a warp are
+  // one piece of memory. Only boxes of heads that are no whole blocks cannot do that: there blocks of the
+  // same columns are neighbours, and a box has 64 columns.
   static constexpr bool kWholeBlocks = kRowWise || kHeadDim % 64 == 0;
   // Columns of results that one instruction makes; those of the next one start with a block.
   static constexpr int kOutWidth = kHeadDim % 128 == 0 ? 128 : kHeadDim == 96 ? 96 : 64;
