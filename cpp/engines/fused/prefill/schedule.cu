@@ -18,11 +18,11 @@ __device__ int ClassOf(int32_t tiles) {
 }
 
 struct Shared {
+  Sequence lines[kThreads];  // of the first ones
   int32_t class_counts[kClasses];
   int32_t class_next[kClasses];
   int32_t longest;
-  int64_t items[kCandidates];  // if the longest unit is cut into one part more than the index
-  int64_t slots[kCandidates];
+  int64_t tiles[kCandidates];  // as estimated, if the longest unit is cut into one part more than the index
   int32_t warp_items[kWarps], warp_slots[kWarps], warp_images[kWarps];
   int32_t part_tiles;                           // no part has more
   int32_t first_item, first_slot, first_image;  // of the lines not yet written
@@ -38,12 +38,9 @@ __device__ int32_t SumBefore(int32_t value, int32_t* of_warps, int32_t* total) {
   }
   if (lane == 31) of_warps[warp] = sum;
   __syncthreads();
-  int32_t before = sum - value;
-  *total = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) before += of_warps[w];
-    *total += of_warps[w];
-  }
+  static_assert(kWarps == 32, "a lane each");
+  *total = __reduce_add_sync(~0u, of_warps[lane]);
+  const int32_t before = sum - value + __reduce_add_sync(~0u, lane < warp ? of_warps[lane] : 0);
   __syncthreads();
   return before;
 }
@@ -53,8 +50,16 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
   const CallFacts& facts = args.call.facts;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int num_seqs = static_cast<int>(args.call.problem.num_seqs);
-  const auto sequence_of = [&](int seq) { return RawSequence(args.call, seq).Clipped(facts); };
   device::LetNextKernelStart();
+  // Memory takes longer to answer than all else here: what is asked for again and again is kept.
+  Sequence own{};
+  if (thread < num_seqs) own = RawSequence(args.call, thread).Clipped(facts);
+  const auto sequence_of = [&](int seq) {
+    return seq < kThreads ? own : RawSequence(args.call, seq).Clipped(facts);
+  };
+  const auto sequence_of_line = [&](int line) {
+    return line < kThreads ? shared.lines[line] : RawSequence(args.call, args.lines[line].seq).Clipped(facts);
+  };
   if (thread < kClasses) shared.class_counts[thread] = 0;
   if (thread == 0) shared.longest = shared.first_item = shared.first_slot = shared.first_image = 0;
   for (int i = thread; i < kMaxSlots; i += kThreads) args.arrivals[i] = 0;
@@ -69,18 +74,17 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
     atomicMax(&shared.longest, tiles);
   }
   __syncthreads();
-  if (thread == 0) {
-    for (int i = 0, before = 0; i < kClasses; before += shared.class_counts[i++])
-      shared.class_next[i] = before;
-  }
-  __syncthreads();
-  const int num_lines = shared.class_next[kClasses - 1] + shared.class_counts[kClasses - 1];
+  int32_t num_lines;
+  const int32_t lines_before =
+      SumBefore(thread < kClasses ? shared.class_counts[thread] : 0, shared.warp_items, &num_lines);
+  if (thread < kClasses) shared.class_next[thread] = lines_before;
   __syncthreads();
   for (int seq = thread; seq < num_seqs; seq += kThreads) {
     const Sequence sequence = sequence_of(seq);
     if (!IsPrefill(facts, sequence)) continue;
     const int line = atomicAdd(&shared.class_next[ClassOf(LongestUnit(facts, args.shape, sequence))], 1);
     args.lines[line].seq = seq;
+    if (line < kThreads) shared.lines[line] = sequence;
   }
   __syncthreads();
 
@@ -90,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
     const int32_t most = static_cast<int32_t>(CeilDiv(longest, warp + 1));
     int32_t items = 0, slots = 0;
     for (int i = lane; i < num_lines; i += 32) {
-      const Sequence sequence = sequence_of(args.lines[i].seq);
+      const Sequence sequence = sequence_of_line(i);
       const int32_t units = NumUnitsPerHead(facts, args.shape, sequence) * facts.num_kv_heads;
       const int32_t parts = PartsOf(LongestUnit(facts, args.shape, sequence), most);
       items += units * parts;
@@ -99,19 +103,15 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
     items = __reduce_add_sync(~0u, items);
     slots = __reduce_add_sync(~0u, slots);
     if (lane == 0) {
-      shared.items[warp] = items;
-      shared.slots[warp] = slots;
+      shared.tiles[warp] =
+          slots > kMaxSlots ? INT64_MAX : EstimatedTiles(items, longest, warp + 1, args.num_ctas);
     }
   }
   __syncthreads();
   if (thread == 0) {
     int best = 0;
-    int64_t fewest = EstimatedTiles(shared.items[0], longest, 1, args.num_ctas);
     for (int i = 1; i < kCandidates && !args.call.batch_invariant; ++i) {
-      const int64_t tiles = EstimatedTiles(shared.items[i], longest, i + 1, args.num_ctas);
-      if (shared.slots[i] > kMaxSlots || tiles >= fewest) continue;
-      fewest = tiles;
-      best = i;
+      if (shared.tiles[i] < shared.tiles[best]) best = i;
     }
     shared.part_tiles = static_cast<int32_t>(CeilDiv(longest, best + 1));
   }
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
     const int line = first + thread;
     int32_t items = 0, slots = 0, images = 0, parts = 1, starts = 1;
     if (line < num_lines) {
-      const Sequence sequence = sequence_of(args.lines[line].seq);
+      const Sequence sequence = sequence_of_line(line);
       parts = PartsOf(LongestUnit(facts, args.shape, sequence), shared.part_tiles);
       items = NumUnitsPerHead(facts, args.shape, sequence) * facts.num_kv_heads * parts;
       slots = parts > 1 ? items : 0;
