@@ -114,9 +114,9 @@ class Display:
 
 def summary(engine: Engine, streams: list[Stream], seconds: float) -> Group:
     table = Table(title="summary", title_justify="left")
-    table.add_column("prompt", no_wrap=True, overflow="ellipsis", max_width=40)
+    table.add_column("prompt", no_wrap=True, overflow="ellipsis", max_width=30)
     for name in ("prompt tokens", "new tokens", "finished by", "preempted"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))  # on narrow terminals, too
     for stream in streams:
         generation = stream.generation
         table.add_row(
