@@ -375,9 +375,10 @@ def _tiles() -> list[Case]:
         replace(pair, name="packed_rows_65_e4m3", q_lens=(5, 5), num_heads=26, **e4m3),
         replace(pair, name="packed_rows_72", q_lens=(9, 9)),
     ]
-    # Many row tiles over pages that are copied row by row: all but the first ones take what these made of them.
-    many = replace(pair, name="row_tiles_page_size_17", q_lens=(70, 90), kv_lens=(430, 90), page_size=17, max_pages=26)
-    cases += [many, replace(many, name="row_tiles_int8", dtype="f16", **int8)]
+    # Enough row tiles and keys that an engine may keep what it made of a tile for the row tiles that follow.
+    many = replace(pair, name="row_tiles_page_size_17", num_heads=64, q_lens=(140, 3), kv_lens=(2100, 5), page_size=17)
+    int8_pages = replace(many, name="row_tiles_int8", kv_lens=(590, 5), page_size=16, max_pages=37, dtype="f16", **int8)
+    cases += [replace(many, max_pages=124), int8_pages]
 
     for i, page_size in enumerate((1, 8, 24, 48, 80, 256, 1024)):
         max_pages = max(2, -(-200 // page_size))

@@ -427,7 +427,7 @@ def test_fused_prefill(name: str, head_dim: int, page_size: int, page_dtype: str
 def test_images_of_tiles_change_no_result(
     monkeypatch: pytest.MonkeyPatch, head_dim: int, page_size: int, page_dtype: str
 ) -> None:
-    """Whether all tiles have room for an image in scratch memory, some or none, and whoever makes it first."""
+    """Whether all tiles have room for an image in scratch memory, or only eight, and whoever makes it first."""
     args = mixed_inputs((3000, 1500, 700), (3000, 4000, 701), page_size, head_dim, page_dtype=page_dtype)
     scales = {} if page_dtype == BF16 else {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(0.5)}
     sizes, results = [], []
@@ -444,7 +444,7 @@ def test_images_of_tiles_change_no_result(
     assert all(result == results[0] for result in results[1:])
 
 
-# Of keys by their positions, in natural units. Tiles are attended to from the last to the first.
+# Of keys by their positions, in natural units. Tiles are attended to from the last to the first, or in a circle.
 SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rise slowly": lambda keys: -3 * keys / 128,
     "rise fast": lambda keys: -20 * keys / 128,
