@@ -375,10 +375,14 @@ def _tiles() -> list[Case]:
         replace(pair, name="packed_rows_65_e4m3", q_lens=(5, 5), num_heads=26, **e4m3),
         replace(pair, name="packed_rows_72", q_lens=(9, 9)),
     ]
-    # Enough row tiles and keys that an engine may keep what it made of a tile for the row tiles that follow.
+    # Enough row tiles and keys that an engine may keep what it made of a tile for the row tiles that follow, and that
+    # whatever it loads tiles into is filled again and again.
     many = replace(pair, name="row_tiles_page_size_17", num_heads=64, q_lens=(140, 3), kv_lens=(2100, 5), page_size=17)
+    whole = replace(many, name="row_tiles_page_size_16", page_size=16, max_pages=132)
     int8_pages = replace(many, name="row_tiles_int8", kv_lens=(590, 5), page_size=16, max_pages=37, dtype="f16", **int8)
-    cases += [replace(many, max_pages=124), int8_pages]
+    # As many that two parts of each keep a Hopper GPU busy: they share tiles while they run.
+    parts = replace(many, name="row_tiles_in_parts_e4m3", q_lens=(126, 3), page_size=16, max_pages=132, **e4m3)
+    cases += [replace(many, max_pages=124), whole, int8_pages, parts]
 
     for i, page_size in enumerate((1, 8, 24, 48, 80, 256, 1024)):
         max_pages = max(2, -(-200 // page_size))

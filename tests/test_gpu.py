@@ -424,11 +424,19 @@ def test_fused_prefill(name: str, head_dim: int, page_size: int, page_dtype: str
 
 
 @pytest.mark.parametrize(("head_dim", "page_size", "page_dtype"), [(128, 20, BF16), (256, 1, BF16), (128, 16, E4M3)])
+@pytest.mark.parametrize(
+    ("q_lens", "kv_lens"), [((3000, 1500, 700), (3000, 4000, 701)), ((2040, 40), (9000, 700))], ids=["prompts", "chunk"]
+)
 def test_images_of_tiles_change_no_result(
-    monkeypatch: pytest.MonkeyPatch, head_dim: int, page_size: int, page_dtype: str
+    monkeypatch: pytest.MonkeyPatch,
+    q_lens: tuple[int, ...],
+    kv_lens: tuple[int, ...],
+    head_dim: int,
+    page_size: int,
+    page_dtype: str,
 ) -> None:
     """Whether all tiles have room for an image in scratch memory, or only eight, and whoever makes it first."""
-    args = mixed_inputs((3000, 1500, 700), (3000, 4000, 701), page_size, head_dim, page_dtype=page_dtype)
+    args = mixed_inputs(q_lens, kv_lens, page_size, head_dim, page_dtype=page_dtype)
     scales = {} if page_dtype == BF16 else {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(0.5)}
     sizes, results = [], []
     for mebibytes in (1, 2, 8, 256):
@@ -444,7 +452,7 @@ def test_images_of_tiles_change_no_result(
     assert all(result == results[0] for result in results[1:])
 
 
-# Of keys by their positions, in natural units. Tiles are attended to from the last to the first, or in a circle.
+# Of keys by their positions, in natural units. Tiles are attended to from the last to the first, mostly.
 SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rise slowly": lambda keys: -3 * keys / 128,
     "rise fast": lambda keys: -20 * keys / 128,

@@ -121,6 +121,31 @@ void SectionsHaveAllHeads() {
   CHECK(HeadsPerSection(5, 24000, 512) == 2, "uneven: %d", HeadsPerSection(5, 24000, 512));
 }
 
+void OrdersTakeEachTileOnce() {
+  Random random(4);
+  for (int repeat = 0; repeat < 20000; ++repeat) {
+    const int32_t begin = random.Below(50), row_tile = random.Below(100);
+    const TileRange tiles = {begin, begin + random.Below(70)};
+    const int16_t period = static_cast<int16_t>(1 << random.Below(5));
+    const Sharing sharing = {random.Below(4) == 0 ? int16_t{0} : period,
+                             period > 1 ? period : static_cast<int16_t>(1 + random.Below(64))};
+    const TileOrder order = OrderOf(sharing, tiles, row_tile);
+    CHECK(order.shares() == (sharing.period > 0), "period %d", sharing.period);
+    std::map<int32_t, int> taken;
+    for (int32_t step = tiles.end - 1; step >= tiles.begin; --step) {
+      const int32_t tile = order.TileAt(tiles, step);
+      ++taken[tile];
+      // Whose step it is copies a tile that the others take a period later.
+      const bool is_own = period > 1 && sharing.period > 0 && step % period == row_tile % period;
+      if (sharing.period != 1 && !is_own) CHECK(tile == step, "step %d: tile %d", step, tile);
+      if (is_own && step - period >= tiles.begin) CHECK(tile == step - period, "step %d: %d", step, tile);
+    }
+    CHECK(static_cast<int32_t>(taken.size()) == tiles.size() &&
+              (taken.empty() || (taken.begin()->first == tiles.begin && taken.rbegin()->first < tiles.end)),
+          "[%d, %d), period %d: %d tiles", tiles.begin, tiles.end, period, static_cast<int>(taken.size()));
+  }
+}
+
 void ImagesAreOfTilesTakenOften() {
   CallFacts facts{};
   facts.group = FastDivisor(4);
@@ -128,31 +153,42 @@ void ImagesAreOfTilesTakenOften() {
   facts.capacity = 1 << 20;
   facts.num_kv_heads = 8;
   const TileShape shape = {128, 128};
-  const auto starts = [&](int32_t rows, int32_t keys, int32_t parts, bool converts) {
-    return NumStarts(facts, shape, MakeSequence(facts, keys, 0, rows), parts, 132, 512, converts);
+  const auto check = [&](int32_t rows, int32_t keys, int32_t parts, bool converts, int period, int orders) {
+    const Sharing sharing =
+        SharingOf(facts, shape, MakeSequence(facts, keys, 0, rows), parts, 132, 512, converts);
+    CHECK(sharing.period == period && (period == 0 || sharing.orders == orders),
+          "%d rows of %d keys, %d parts, converts %d: period %d, %d orders", rows, keys, parts, converts,
+          sharing.period, sharing.orders);
   };
-  // The cache has the keys of a section: of all heads, of two, of one.
-  CHECK(starts(4096, 4096, 1, false) == 8, "a prompt: %d", starts(4096, 4096, 1, false));
-  CHECK(starts(4096, 32768, 1, false) == 32, "a chunk: %d", starts(4096, 32768, 1, false));
-  CHECK(starts(8192, 65536, 1, false) == 64, "a long one: %d", starts(8192, 65536, 1, false));
-  // It has not: all heads are read at once, by 16 row tiles each, or by 8 in two parts.
-  CHECK(starts(512, 32768, 1, true) == 4, "512 rows: %d", starts(512, 32768, 1, true));
-  CHECK(starts(512, 32768, 1, false) == 1, "512 rows: %d", starts(512, 32768, 1, false));
-  CHECK(starts(256, 32768, 2, true) == 2, "parts: %d", starts(256, 32768, 2, true));
-  CHECK(starts(96, 32768, 1, true) == 1, "three row tiles: %d", starts(96, 32768, 1, true));
-  CHECK(starts(1024, 1024, 1, true) == 8, "a short prompt: %d", starts(1024, 1024, 1, true));
-  CHECK(starts(1024, 1024, 1, false) == 1, "a short prompt: %d", starts(1024, 1024, 1, false));
+  // Several rounds of the items of a section: all heads, four, one.
+  check(4096, 4096, 1, false, 1, 8);
+  check(16384, 16384, 1, false, 1, 16);
+  check(32768, 65536, 1, false, 1, 64);
+  // All at once.
+  check(2048, 32768, 1, false, 16, 16);
+  check(512, 32768, 1, true, 16, 16);
+  check(512, 32768, 1, false, 16, 16);
+  check(256, 32768, 2, true, 8, 8);
+  check(256, 32768, 2, false, 0, 0);
+  check(256, 8192, 4, true, 4, 4);
+  check(128, 32768, 2, true, 4, 4);
+  check(96, 32768, 1, true, 0, 0);
+  // Short ones.
+  check(512, 4096, 1, false, 1, 8);
+  check(1024, 1024, 1, true, 1, 8);
+  check(1024, 1024, 1, false, 0, 0);
   facts.sliding_window = 384;
-  CHECK(starts(4096, 4096, 1, false) == 8, "a window: %d", starts(4096, 4096, 1, false));
+  check(4096, 4096, 1, false, 1, 8);
   facts.sliding_window = 383;
   facts.group = FastDivisor(1);
-  CHECK(starts(4096, 4096, 1, false) == 1, "seen by fewer row tiles: %d", starts(4096, 4096, 1, false));
+  check(4096, 4096, 1, false, 0, 0);  // a tile is seen by fewer row tiles
 
-  const auto images = [&](int32_t keys, int32_t num_starts, int32_t most) {
-    return NumImages(facts, shape, MakeSequence(facts, keys, 0, 4096), num_starts, most);
+  const auto images = [&](int32_t keys, int16_t period, int32_t most) {
+    const Sharing sharing = {period, period};
+    return NumImages(facts, shape, MakeSequence(facts, keys, 0, 4096), sharing, most);
   };
   CHECK(images(4097, 8, 1 << 20) == 8 * 33, "a prompt: %d", images(4097, 8, 1 << 20));
-  CHECK(images(4097, 1, 1 << 20) == 0, "together: %d", images(4097, 1, 1 << 20));
+  CHECK(images(4097, 0, 1 << 20) == 0, "together: %d", images(4097, 0, 1 << 20));
   CHECK(images(1 << 20, 8, 1000) == 1000, "more than there is room for: %d", images(1 << 20, 8, 1000));
 }
 
@@ -172,6 +208,7 @@ int main() {
   jpa::test::PartsMakeUpUnits();
   jpa::test::TilesHaveTheKeysThatRowsSee();
   jpa::test::SectionsHaveAllHeads();
+  jpa::test::OrdersTakeEachTileOnce();
   jpa::test::ImagesAreOfTilesTakenOften();
   jpa::test::FewUnitsAreCut();
   return jpa::test::failures;

@@ -59,7 +59,6 @@ struct Layout {
 
 // Where each array of prefill lies, in bytes from its start. The partial results come first.
 struct PrefillLayout {
-  int64_t num_images;
   int64_t stats;
   int64_t arrivals;
   int64_t plan;
@@ -99,7 +98,6 @@ PrefillLayout LayOutPrefill(const AttentionProblem& problem, const Options& opti
   layout.plan = layout.arrivals + RoundUp(kMaxSlots * static_cast<int64_t>(sizeof(uint32_t)));
   layout.lines = layout.plan + RoundUp(static_cast<int64_t>(sizeof(PrefillPlan)));
   layout.image_states = layout.lines + RoundUp(problem.num_seqs * kWorkspaceBytesPerSequence);
-  layout.num_images = num_images;
   const PrefillKernelInfo kernel = PrefillKernelFor<false>(problem);
   layout.images = layout.image_states +
                   RoundUp(num_images * kernel.image_shares * static_cast<int64_t>(sizeof(uint32_t)));
@@ -124,6 +122,17 @@ Layout LayOut(const AttentionProblem& problem, const Options& options, int64_t n
   // XLA aligns less than 256 bytes on some devices.
   layout.bytes = layout.prefill + LayOutPrefill(problem, options, num_images).bytes + kAlign;
   return layout;
+}
+
+// Of the images that the call asks for, as many as there is room for: a program that was kept may have the
+// workspace of its time.
+int64_t ImagesThatFit(const AttentionProblem& problem, const Options& options, int64_t workspace_bytes) {
+  int64_t images = ImagesOf(problem, options);
+  if (images == 0) return 0;
+  const int64_t room = workspace_bytes - LayOut(problem, options, 0).bytes;
+  images = std::min(images, room / PrefillKernelFor<false>(problem).image_bytes);
+  while (images > 0 && LayOut(problem, options, images).bytes > workspace_bytes) --images;  // their states
+  return images;
 }
 
 Status CudaStatus(cudaError_t error, const char* what) {
@@ -192,10 +201,15 @@ bool RowsHaveNumbers(const AttentionProblem& problem, int64_t num_pages, const P
              UINT32_MAX;
 }
 
-RowStrides RowStridesOf(const AttentionProblem& problem, int64_t num_pages, const PageStrides& strides) {
+PoolRows PoolRowsOf(const AttentionProblem& problem, const void* pages, int64_t num_pages,
+                    const PageStrides& strides) {
   const auto rows = [&](int64_t stride) { return static_cast<uint32_t>(stride / problem.head_dim); };
-  return {rows(strides.page), rows(strides.token), rows(strides.head),
-          rows(strides.token * problem.page_size), static_cast<uint32_t>(num_pages)};
+  return {static_cast<const char*>(pages),
+          rows(strides.page),
+          rows(strides.token),
+          rows(strides.head),
+          rows(strides.token * problem.page_size),
+          static_cast<uint32_t>(num_pages)};
 }
 
 // The kernel that sequences with many rows go to, or null: then they go to that of decode.
@@ -219,8 +233,8 @@ TileCosts CostsOfTiles(const AttentionProblem& problem) {
 
 // `workspace` is the start of prefill's.
 Status MakePrefillArgs(const DecodeArgs& call, const Options& options, const PrefillDevice& prefill,
-                       bool by_boxes, char* workspace, PrefillArgs* args) {
-  const PrefillLayout layout = LayOutPrefill(call.problem, options, ImagesOf(call.problem, options));
+                       bool by_boxes, int64_t num_images, char* workspace, PrefillArgs* args) {
+  const PrefillLayout layout = LayOutPrefill(call.problem, options, num_images);
   args->call = call;
   args->call.partials = {reinterpret_cast<float*>(workspace),
                          reinterpret_cast<float2*>(workspace + layout.stats), prefill.tile_rows};
@@ -230,12 +244,12 @@ Status MakePrefillArgs(const DecodeArgs& call, const Options& options, const Pre
   args->shape = {prefill.tile_rows, prefill.tile_keys};
   args->num_ctas = prefill.num_ctas;
   args->images = {workspace + layout.images, reinterpret_cast<uint32_t*>(workspace + layout.image_states),
-                  static_cast<int32_t>(layout.num_images), prefill.image_shares};
-  args->converts = ByteWidth(call.problem.kv_dtype) == 1;
+                  static_cast<int32_t>(num_images), prefill.image_shares};
   args->bytes_per_token = static_cast<int32_t>(2 * call.problem.head_dim * kBytesOfElement);
   if (!by_boxes) {
-    args->k_rows = RowStridesOf(call.problem, call.problem.num_k_pages, call.params.k_strides);
-    args->v_rows = RowStridesOf(call.problem, call.problem.num_v_pages, call.params.v_strides);
+    const AttentionParams& params = call.params;
+    args->k_rows = PoolRowsOf(call.problem, params.k_pages, call.problem.num_k_pages, params.k_strides);
+    args->v_rows = PoolRowsOf(call.problem, params.v_pages, call.problem.num_v_pages, params.v_strides);
     return Status::Ok();
   }
   const int32_t box_rows = BoxRows(call.problem.page_size, prefill.tile_keys);
@@ -307,7 +321,7 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
 
 Status RunAttention(const AttentionProblem& problem, const AttentionParams& params, const Options& options,
                     const Device& device, int64_t workspace_bytes, cudaStream_t stream) {
-  const Layout layout = LayOut(problem, options, ImagesOf(problem, options));
+  const Layout layout = LayOut(problem, options, 0);
   if (workspace_bytes < layout.bytes) {
     return Status::InvalidArgument("workspace: expected at least " + std::to_string(layout.bytes) +
                                    " bytes, got " + std::to_string(workspace_bytes));
@@ -367,8 +381,9 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   PrefillArgs prefill_args{};
   if (prefill != nullptr) {
     args.facts.decode_rows = decode_rows;
-    if (Status s =
-            MakePrefillArgs(args, options, *prefill, by_boxes, workspace + layout.prefill, &prefill_args);
+    if (Status s = MakePrefillArgs(args, options, *prefill, by_boxes,
+                                   ImagesThatFit(problem, options, workspace_bytes),
+                                   workspace + layout.prefill, &prefill_args);
         !s.ok()) {
       return s;
     }

@@ -20,9 +20,9 @@ struct Options {
   int64_t workspace_limit = 0;
 };
 
-// Scratch memory of a call, in bytes: at most WorkspaceBound, and kWorkspaceBytesPerSequence for each
-// sequence, if the call is not all decode. Where results are to be batch-invariant, WorkspaceBytesPerRow more
-// for each row.
+// Scratch memory that a call asks for, in bytes: at most WorkspaceBound, and kWorkspaceBytesPerSequence for
+// each sequence, if the call is not all decode. Where results are to be batch-invariant, WorkspaceBytesPerRow
+// more for each row. A call that gets less makes do with fewer images.
 int64_t WorkspaceBytes(const AttentionProblem& problem, const Options& options);
 int64_t WorkspaceBound(const AttentionProblem& problem, const Options& options);
 int64_t WorkspaceBytesPerRow(const AttentionProblem& problem);

@@ -10,8 +10,9 @@
 
 namespace jpa::fused {
 
-// Where the row of a page's token and a head lies in a pool: in rows, of H elements each.
-struct RowStrides {
+// A pool as rows of H elements, and where the row of a page's token and a head lies: in rows.
+struct PoolRows {
+  const char* start;
   uint32_t page;
   uint32_t token;
   uint32_t head;
@@ -38,9 +39,8 @@ struct PrefillArgs {
   TileShape shape;
   int32_t num_ctas;
   int32_t bytes_per_token;  // of a head's keys and values as they are multiplied
-  bool converts;            // 8-bit pages
-  RowStrides k_rows;        // where keys and values come row by row
-  RowStrides v_rows;
+  PoolRows k_rows;          // where keys and values come row by row
+  PoolRows v_rows;
   TileImages images;
   int32_t k_blocks_per_head;  // where they come in boxes
   int32_t v_blocks_per_head;

@@ -28,34 +28,22 @@ struct RowGroups {
     return device::Opaque(static_cast<const char*>(rows) + LaneChunk() * 16);
   }
 
-  // Starts the copies of 32 rows, each lane's `row`, from Start on; zeros for those that are `missing`.
-  // Calls place_of(row, chunk), counted from the lane's first ones, for where to.
-  template <typename PlaceOf>
-  __device__ static void Copy(const char* start, uint32_t row, uint32_t missing, const PlaceOf& place_of) {
-    if (missing == 0) {
-      CopyRows<false>(start, row, missing, place_of);
-    } else {
-      CopyRows<true>(start, row, missing, place_of);
-    }
-  }
-
- private:
+  // Starts the copies of row `i` of each group, from Start on: it is the `row` of that lane of the group.
+  // Zeros if it is `missing`, as some of 32 rows may be. Calls place_of(chunk), counted from the lane's first
+  // one, for where to.
   template <bool some_missing, typename PlaceOf>
-  __device__ static void CopyRows(const char* first, uint32_t row, uint32_t missing,
-                                  const PlaceOf& place_of) {
-#pragma unroll(some_missing ? 1 : kGroup)
-    for (int i = 0; i < kGroup; ++i) {
-      const bool exists = !some_missing || (missing >> (LaneRow() + i) & 1) == 0;
-      const uint32_t from_row = __shfl_sync(~0u, row, i, kGroup);
-      const char* const from = first + (exists ? uint64_t{from_row} * kRowBytes : 0);
+  __device__ static void Copy(const char* start, uint32_t row, uint32_t missing, int i,
+                              const PlaceOf& place_of) {
+    const bool exists = !some_missing || (missing >> (LaneRow() + i) & 1) == 0;
+    const uint32_t from_row = __shfl_sync(~0u, row, i, kGroup);
+    const char* const from = start + (exists ? uint64_t{from_row} * kRowBytes : 0);
 #pragma unroll
-      for (int j = 0; j < kChunksOfLane; ++j) {
-        const uint32_t place = place_of(i, j * kGroup);
-        if constexpr (some_missing) {
-          device::CopyAsync16(place, from + j * kGroup * 16, exists);
-        } else {
-          device::CopyAsync16(place, from + j * kGroup * 16);
-        }
+    for (int j = 0; j < kChunksOfLane; ++j) {
+      const uint32_t place = place_of(j * kGroup);
+      if constexpr (some_missing) {
+        device::CopyAsync16(place, from + j * kGroup * 16, exists);
+      } else {
+        device::CopyAsync16(place, from + j * kGroup * 16);
       }
     }
   }

@@ -35,13 +35,13 @@ class ImageShares {
 
   // Whether the next tile is known to have an image.
   __device__ bool IsThere() const { return (there_ & 1) != 0; }
-  // If not: asks for its image and those of the tiles that follow, a lane each, of the `left` ones that the
-  // item has. What this says is used in Take.
-  __device__ void Ask(int32_t tile, const TileRange& tiles, int32_t left) {
-    const int32_t lane = static_cast<int32_t>(device::LaneId());
+  // If not: asks for its image, that of the step's tile, and for those of the steps that follow, a lane each.
+  // What this says is used in Take.
+  __device__ void Ask(const Item& item, int32_t step) {
+    const int32_t own_step = step - static_cast<int32_t>(device::LaneId());
     state_ = kNone;
-    if (!MayBeThere() || lane >= left) return;
-    const int32_t share = Share(tile - lane < tiles.begin ? tile - lane + tiles.size() : tile - lane);
+    if (!MayBeThere() || own_step < item.tiles.begin) return;
+    const int32_t share = Share(item.order.TileAt(item.tiles, own_step));
     if (share < images_.count * kShares) state_ = device::LoadRelaxed(images_.states + share);
   }
   // Turns to the next tile. Whether it has an image.
@@ -70,17 +70,22 @@ class ImageShares {
     }
   }
 
-  // Whoever is the first to claim a tile's image makes it: lane 0 of a warp for which this is kNone.
-  __device__ uint32_t Claim(int32_t tile) const {
+  // Whoever is the first to claim a tile's image makes it. What this says is used in Store.
+  __device__ void Claim(int32_t tile) {
     const int32_t share = Share(tile);
-    if (device::LaneId() != 0 || share >= images_.count * kShares) return kClaimed;
-    return atomicCAS(images_.states + share, kNone, kClaimed);
+    if (device::LaneId() != 0 || share >= images_.count * kShares) return;
+    making_ = share;
+    claim_ = atomicCAS(images_.states + share, kNone, kClaimed);
   }
-  // Makes it of the warp's rows in a stage, which every lane has fenced. They stay there until Publish.
-  __device__ void Store(uint32_t claim, int32_t tile, const char* rows) {
+  // If it is this warp: makes the image of its rows in a stage, which every lane has fenced. They stay there
+  // until Publish.
+  __device__ void Store(const char* rows) {
     __syncwarp();
-    if (claim != kNone) return;
-    making_ = Share(tile);
+    if (making_ < 0) return;
+    if (claim_ != kNone) {
+      making_ = -1;
+      return;
+    }
     device::BulkStore(images_.bytes + int64_t{making_} * kBytes, rows, kBytes);
     device::CommitBulkStores();
   }
@@ -100,7 +105,9 @@ class ImageShares {
   int32_t first_image_ = 0;  // of the item's head
   uint32_t there_ = 0;       // a bit for the next tile, and for each that follows
   uint32_t state_ = kNone;
-  int32_t making_ = -1;  // by lane 0: a share that is not published yet
+  // By lane 0: a share that it claims, or makes and has not published yet; and what the claim has found.
+  int32_t making_ = -1;
+  uint32_t claim_ = kClaimed;
 };
 
 }  // namespace jpa::fused

@@ -62,25 +62,23 @@ class ProductRows {
       return;
     }
     float scores[kKeys / 2];
-    const TileRange tiles = item.tiles;
-    int32_t step = tiles.end - 1, tile = FirstTile<Traits>(item);
+    int32_t left = item.tiles.size();
     device::WaitForPhase(&shared_.keys_full[keys_.index()], keys_.parity());
     device::FenceProductRegisters();
     IssueScores(scores);
     device::CommitProducts();
     device::WaitForProducts<0>(scores);
-    const MissingKeys<Traits>& missing = MissingOfTile();
+    const LoadedTile<Traits>& tile = TileOfStage();
     ReleaseKeys();
-    if (step == item.tiles.begin) ReleaseQueries();
+    if (left == 1) ReleaseQueries();
     float factors[2] = {1.0f, 1.0f};  // of nothing
-    ScaleAndHide(HidesSome(tile, missing), tile, missing, scores);
+    ScaleAndHide(HidesSome(tile), tile, scores);
     ToExponents<0, kBlocks>(scores, factors);
     Exponentiate<0, kBlocks>(scores);
     Pack<0, kBlocks>(scores);
-    if constexpr (!Traits::kRowWise) ZeroTail(item, tile);
+    if constexpr (!Traits::kRowWise) ZeroTail(item, tile.number);
     bool accumulates = false;
-    for (--step; step >= item.tiles.begin; --step) {
-      tile = TileAfter<Traits>(tile, tiles);
+    while (--left > 0) {
       const Turn<Traits::kStages> values = keys_.Before();
       device::WaitForPhase(&shared_.keys_full[keys_.index()], keys_.parity());
       WaitForTurn();
@@ -93,13 +91,13 @@ class ProductRows {
       device::CommitProducts();
       PassTurn();
       // Looked up while products run: their results are waited for.
-      const MissingKeys<Traits>& missing_now = MissingOfTile();
-      const bool hides_some = HidesSome(tile, missing_now), is_last = step == item.tiles.begin;
+      const LoadedTile<Traits>& tile = TileOfStage();
+      const bool hides_some = HidesSome(tile);
       device::WaitForProducts<1>(scores);
       ReleaseKeys();
-      if (is_last) ReleaseQueries();
+      if (left == 1) ReleaseQueries();
       float factors[2] = {1.0f, 1.0f};
-      ScaleAndHide(hides_some, tile, missing_now, scores);
+      ScaleAndHide(hides_some, tile, scores);
       bool raised = ToExponents<0, kFirstBlocks>(scores, factors);
       Exponentiate<0, kFirstBlocks>(scores);
       if (ToExponents<kFirstBlocks, kBlocks>(scores, factors)) raised = true;
@@ -188,9 +186,9 @@ class ProductRows {
     device::ArriveAtSomeThreads<256>(kTurnBarriers + next);
   }
 
-  // Of the stage's tile of keys.
-  __device__ const MissingKeys<Traits>& MissingOfTile() const {
-    return shared_.missing[Turn<2 * Traits::kStages>(keys_).index()];
+  // Whose keys the stage has.
+  __device__ const LoadedTile<Traits>& TileOfStage() const {
+    return shared_.tiles[Turn<2 * Traits::kStages>(keys_).index()];
   }
   __device__ void ReleaseKeys() {
     if (device::LaneId() == 0) device::Arrive(&shared_.keys_empty[keys_.index()]);
@@ -263,15 +261,15 @@ class ProductRows {
   __device__ float Factor(int r) const { return factors_[Traits::kBytes ? r : 0]; }
 
   // Whether some row of the warp does not see some key of a tile.
-  __device__ bool HidesSome(int32_t tile, const MissingKeys<Traits>& missing) const {
-    const int32_t first = tile * kKeys;
-    return missing.any() || first < all_see_begin_ || first + kKeys > all_see_end_;
+  __device__ bool HidesSome(const LoadedTile<Traits>& tile) const {
+    const int32_t first = tile.number * kKeys;
+    return tile.missing.any() || first < all_see_begin_ || first + kKeys > all_see_end_;
   }
   // What is done to scores ahead of ToExponents, if anything.
-  __device__ void ScaleAndHide(bool hides_some, int32_t tile, const MissingKeys<Traits>& missing,
+  __device__ void ScaleAndHide(bool hides_some, const LoadedTile<Traits>& tile,
                                float (&scores)[kKeys / 2]) const {
     if (scales_) Scale(scores);
-    if (hides_some) Hide(tile * kKeys, missing, scores);
+    if (hides_some) Hide(tile.number * kKeys, tile.missing, scores);
   }
 
   // Scores of blocks [begin, end) become exponents. If some maximum rises for it, returns true: `factors` are

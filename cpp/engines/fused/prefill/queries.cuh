@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "device/fragment.cuh"
 #include "device/packed.cuh"
@@ -52,11 +53,9 @@ __device__ inline void MakeItem(const PrefillArgs& args, int32_t number, Item* i
   item->num_rows = min(Traits::kRows, sequence.num_rows * facts.group.divisor() - item->first);
   item->tiles = TilesOfPart(TilesOfUnit(facts, shape, sequence, place.row_tile), place.part, line.parts);
   if constexpr (Traits::kRowWise) {
-    item->offset = 0;
+    item->order = OrderOf(line.sharing, item->tiles, place.row_tile);
     item->first_image = args.images.count;
-    if (line.num_starts == 1) return;
-    item->offset = static_cast<int32_t>(int64_t{place.row_tile % line.num_starts} * item->tiles.size() /
-                                        line.num_starts);
+    if (line.sharing.period == 0) return;
     const int64_t first_image =
         line.first_image + int64_t{place.head} * CeilDiv(sequence.kv_len, Traits::kKeys);
     item->first_image = static_cast<int32_t>(min(first_image, int64_t{args.images.count}));
@@ -81,8 +80,21 @@ __device__ inline void LoadQueries(const PrefillArgs& args, const Item& item, in
     const bool exists = row < item.num_rows;
     const uint32_t place =
         queries + device::SwizzledChunk(kStrides, first + Groups::LaneRow(), Groups::LaneChunk());
-    Groups::Copy(start, QueryNumber(args, item, exists ? row : 0), __ballot_sync(~0u, !exists),
-                 [&](int i, int chunk) { return device::SwizzledFrom(place, kStrides, i, chunk); });
+    const uint32_t number = QueryNumber(args, item, exists ? row : 0);
+    const uint32_t missing = __ballot_sync(~0u, !exists);
+    const auto copy = [&](auto some_missing) {
+#pragma unroll(some_missing() ? 1 : Groups::kGroup)
+      for (int i = 0; i < Groups::kGroup; ++i) {
+        Groups::template Copy<some_missing()>(start, number, missing, i, [&](int chunk) {
+          return device::SwizzledFrom(place, kStrides, i, chunk);
+        });
+      }
+    };
+    if (missing == 0) {
+      copy(std::false_type());
+    } else {
+      copy(std::true_type());
+    }
   }
   device::WaitForCopies();
 }

@@ -27,17 +27,17 @@ class TileRows {
   static_assert(kRows % 32 == 0);
 
   __device__ TileRows(const PrefillArgs& args, bool keys, int warp)
-      : args_(args),
-        warp_(warp),
-        pool_(Groups::Start(keys ? args.call.params.k_pages : args.call.params.v_pages)),
-        strides_(keys ? args.k_rows : args.v_rows) {}
+      : args_(args), warp_(warp), pool_(keys ? args.k_rows : args.v_rows) {}
 
-  // Asks the block table for the pages of an item's tile. What it says is used in LookAt.
-  __device__ void Ask(const Item& item, int32_t tile) {
+  __device__ void Start(const Item& item) {
     const DecodeArgs& call = args_.call;
     table_ = device::Opaque(call.params.block_tables + item.seq * call.problem.max_pages);
+    head_ = Groups::Start(pool_.start + int64_t{item.head} * pool_.head * kRowBytes);
+  }
+
+  // Asks the block table for the pages of a tile of the item. What it says is used in LookAt.
+  __device__ void Ask(const Item& item, int32_t tile) {
     key_ = tile * Traits::kKeys + FirstRow(0) + static_cast<int32_t>(device::LaneId());
-    row_of_key_ = key_ * strides_.token + item.head * strides_.head;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       ids_[word] = kNoPage;
@@ -47,7 +47,6 @@ class TileRows {
   // And for those of the tile before the one that was asked for last, in fewer instructions.
   __device__ void AskBefore() {
     key_ -= Traits::kKeys;
-    row_of_key_ -= Traits::kKeys * strides_.token;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) Ask(word);
   }
@@ -57,7 +56,7 @@ class TileRows {
     bool in_pool = true;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
-      missing_[word] = __ballot_sync(~0u, ids_[word] >= strides_.num_pages);
+      missing_[word] = __ballot_sync(~0u, ids_[word] >= pool_.num_pages);
       rows_[word] = RowOf(word, ids_[word]);
       if (missing_[word] != 0) in_pool = false;
     }
@@ -65,7 +64,7 @@ class TileRows {
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       missing_[word] = __ballot_sync(~0u, ids_[word] >= static_cast<uint32_t>(args_.call.num_pages));
-      rows_[word] = RowOf(word, ids_[word] % strides_.num_pages);  // the smaller pool is repeated
+      rows_[word] = RowOf(word, ids_[word] % pool_.num_pages);  // the smaller pool is repeated
     }
   }
   // A bit for each row.
@@ -116,8 +115,7 @@ class TileRows {
   // Of a key in a page: as if pages followed one another as the table has them, but for the page's own place.
   // Modulo 2^32.
   __device__ uint32_t RowOf(int word, uint32_t page) const {
-    return row_of_key_ + 32 * word * strides_.token - columns_[word] * strides_.tokens_of_page +
-           page * strides_.page;
+    return (key_ + 32 * word) * pool_.token - columns_[word] * pool_.tokens_of_page + page * pool_.page;
   }
   // In the tile.
   __device__ int FirstRow(int word) const { return warp_ * kRows + 32 * word; }
@@ -128,10 +126,22 @@ class TileRows {
   // Calls place_of(row, chunk), counted from the lane's first ones, for where to copy each.
   template <typename PlaceOf>
   __device__ void CopyTo(const PlaceOf& place_of) const {
+    if (any_missing()) {
+      CopyWords<true>(place_of);
+    } else {
+      CopyWords<false>(place_of);
+    }
+  }
+
+  template <bool some_missing, typename PlaceOf>
+  __device__ void CopyWords(const PlaceOf& place_of) const {
+#pragma unroll(some_missing ? 1 : kGroup)
+    for (int i = 0; i < kGroup; ++i) {
 #pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-      Groups::Copy(pool_, rows_[word], missing_[word],
-                   [&](int row, int chunk) { return place_of(32 * word + row, chunk); });
+      for (int word = 0; word < kWords; ++word) {
+        Groups::template Copy<some_missing>(head_, rows_[word], missing_[word], i,
+                                            [&](int chunk) { return place_of(32 * word + i, chunk); });
+      }
     }
   }
 
@@ -185,13 +195,11 @@ class TileRows {
 
   const PrefillArgs& args_;
   const int warp_;
-  const char* const pool_;
-  const RowStrides& strides_;
+  const PoolRows& pool_;
   const int32_t* table_;  // of the item's sequence
-  // Of the tile asked for: the lane's first key, its row if the sequence had one page, and of each word the
-  // lane's column of the table and what this says.
+  const char* head_;      // of the item: its first row in the pool
+  // Of the tile asked for: the lane's first key, and of each word its column of the table and what this says.
   int32_t key_;
-  uint32_t row_of_key_;
   uint32_t columns_[kWords] = {};
   uint32_t ids_[kWords];
   // Of the tile looked at.
@@ -224,7 +232,7 @@ class RowLoader {
       const Item& item = shared_.items[turn.index()];
       if (!item.exists) break;
       images_.Start(item);
-      if (images_.MayBeThere() || kAsksAlways) {
+      if (item.order.shares() || kAsksAlways) {
         LoadItem<true>(item);
       } else {
         LoadItem<false>(item);
@@ -239,29 +247,34 @@ class RowLoader {
   // There are not enough registers for the code of both cases, and 8-bit rows take their time anyway.
   static constexpr bool kAsksAlways = Traits::kBytes;
 
+  template <bool with_images>
+  __device__ static int32_t TileAt(const Item& item, int32_t step) {
+    return with_images ? item.order.TileAt(item.tiles, step) : step;
+  }
+
   // Without images in fewer instructions: where all tiles are copied each of them counts.
   template <bool with_images>
   __device__ void LoadItem(const Item& item) {
-    const TileRange& tiles = item.tiles;
-    int32_t tile = FirstTile<Traits>(item), left = tiles.size();
+    int32_t left = item.tiles.size();
     if (left <= kTilesAhead<Traits>) AskForNextItem();
+    rows_.Start(item);
     if (left > 0) {
-      rows_.Ask(item, tile);
-      if constexpr (with_images) images_.Ask(tile, tiles, left);
+      const int32_t step = item.tiles.end - 1;
+      rows_.Ask(item, TileAt<with_images>(item, step));
+      if constexpr (with_images) images_.Ask(item, step);
       Take<with_images>();
     }
     for (--left; left >= 0; --left, stage_.Next()) {
-      const int32_t next = TileAfter<Traits>(tile, tiles);
-      if (left > 0) AskAfter<with_images>(item, tile, left);
+      const int32_t step = item.tiles.begin + left, tile = TileAt<with_images>(item, step);
+      if (left > 0) AskFor<with_images>(item, step - 1);
       device::WaitForPhase(&empty_[stage_.index()], stage_.parity() ^ 1);
       if constexpr (with_images) images_.Publish();
-      TellMissing<with_images>();
+      Tell<with_images>(tile);
       char* const to = stages_ + stage_.index() * Traits::kTileBytes;
-      uint32_t claim = Images::kClaimed;
       const bool copies = !with_images || !has_image_;
       if (copies) {
         if constexpr (!Traits::kBytes) rows_.Copy(device::SharedAddress(to));
-        if (with_images && !rows_.any_missing()) claim = images_.Claim(tile);
+        if (with_images && !rows_.any_missing()) images_.Claim(tile);
       } else {
         images_.Load(tile, to, &full_[stage_.index()]);
       }
@@ -270,14 +283,13 @@ class RowLoader {
         if constexpr (Traits::kBytes) rows_.Convert(raw_, to);
         device::FenceSharedForAsync();
         device::Arrive(&full_[stage_.index()]);
-        if constexpr (with_images) images_.Store(claim, tile, to);
+        if constexpr (with_images) images_.Store(to);
       };
       // The fence waits for whatever is on its way: the next copies of 8-bit rows come after it.
       if (Traits::kBytes && copies) finish();
       if (left > 0) Take<with_images>();
       if (!Traits::kBytes && copies) finish();
       if (left == kTilesAhead<Traits>) AskForNextItem();
-      tile = next;
     }
   }
 
@@ -285,18 +297,15 @@ class RowLoader {
     if (keys_ && warp_ == 0 && device::LaneId() == 0) device::Arrive(&shared_.item_ends);
   }
 
-  // For what has to be known of the next tile.
+  // For what has to be known of the step's tile.
   template <bool with_images>
-  __device__ void AskAfter(const Item& item, int32_t tile, int32_t left) {
+  __device__ void AskFor(const Item& item, int32_t step) {
     if constexpr (with_images) {
       if (images_.IsThere()) return;
-      const int32_t next = TileAfter<Traits>(tile, item.tiles);
-      rows_.Ask(item, next);
-      images_.Ask(next, item.tiles, left);
-    } else if (tile > item.tiles.begin) {
-      rows_.AskBefore();
+      rows_.Ask(item, TileAt<true>(item, step));
+      images_.Ask(item, step);
     } else {
-      rows_.Ask(item, item.tiles.end - 1);
+      rows_.AskBefore();
     }
   }
   // Turns to that tile.
@@ -310,14 +319,15 @@ class RowLoader {
     // On its way to f16, a tile is copied when the one before has left.
     if constexpr (Traits::kBytes) rows_.CopyRaw(device::SharedAddress(raw_));
   }
-  // Images have all rows.
+  // Products of the tile. Images have all rows.
   template <bool with_images>
-  __device__ void TellMissing() {
+  __device__ void Tell(int32_t tile) {
     if (!keys_ || device::LaneId() != 0) return;
-    auto& missing = shared_.missing[Turn<2 * Traits::kStages>(stage_).index()];
+    LoadedTile<Traits>& loaded = shared_.tiles[Turn<2 * Traits::kStages>(stage_).index()];
+    if (warp_ == 0) loaded.number = tile;
 #pragma unroll
     for (int word = 0; word < Rows::kWords; ++word) {
-      missing.words[warp_ * Rows::kWords + word] = with_images && has_image_ ? 0 : rows_.missing(word);
+      loaded.missing.words[warp_ * Rows::kWords + word] = with_images && has_image_ ? 0 : rows_.missing(word);
     }
   }
 

@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
   const CallFacts& facts = args.call.facts;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int num_seqs = static_cast<int>(args.call.problem.num_seqs);
+  const bool converts = ByteWidth(args.call.problem.kv_dtype) == 1;
   device::LetNextKernelStart();
   // Memory takes longer to answer than all else here: what is asked for again and again is kept.
   Sequence own{};
@@ -120,15 +121,15 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
   // Number the items.
   for (int first = 0; first < num_lines; first += kThreads) {
     const int line = first + thread;
-    int32_t items = 0, slots = 0, images = 0, parts = 1, starts = 1;
+    int32_t items = 0, slots = 0, images = 0, parts = 1;
+    Sharing sharing{};
     if (line < num_lines) {
       const Sequence sequence = sequence_of_line(line);
       parts = PartsOf(LongestUnit(facts, args.shape, sequence), shared.part_tiles);
       items = NumUnitsPerHead(facts, args.shape, sequence) * facts.num_kv_heads * parts;
       slots = parts > 1 ? items : 0;
-      starts =
-          NumStarts(facts, args.shape, sequence, parts, args.num_ctas, args.bytes_per_token, args.converts);
-      images = NumImages(facts, args.shape, sequence, starts, args.images.count);
+      sharing = SharingOf(facts, args.shape, sequence, parts, args.num_ctas, args.bytes_per_token, converts);
+      images = NumImages(facts, args.shape, sequence, sharing, args.images.count);
     }
     int32_t all_items, all_slots, all_images;
     const int32_t items_before = SumBefore(items, shared.warp_items, &all_items);
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
       args.lines[line].first_item = shared.first_item + items_before;
       args.lines[line].parts = parts;
       args.lines[line].first_slot = shared.first_slot + slots_before;
-      args.lines[line].num_starts = starts;
+      args.lines[line].sharing = sharing;
       args.lines[line].first_image = images > 0 ? shared.first_image + images_before : args.images.count;
     }
     __syncthreads();

@@ -22,13 +22,20 @@ struct TileShape {
   int32_t keys;
 };
 
+// How items that run at the same time come to take the same tiles at different times: each then finds images
+// (images.cuh) of what the others have copied. See TileOrder.
+struct Sharing {
+  int16_t period;  // a power of 2; 0: they take the same ones at the same time, and make no images
+  int16_t orders;  // that neighbouring row tiles have
+};
+
 // Of a sequence that is not decoded.
 struct PlannedSequence {
   int32_t seq;
   int32_t first_item;
   int32_t parts;        // of each of its units
   int32_t first_slot;   // of partial results, if parts > 1
-  int32_t num_starts;   // see NumStarts
+  Sharing sharing;      // of its tiles
   int32_t first_image;  // of all heads' tiles, if there are some
 };
 
@@ -103,35 +110,65 @@ JPA_HOST_DEVICE inline int32_t HeadsPerSection(int32_t num_heads, int32_t kv_len
   return static_cast<int32_t>(CeilDiv(num_heads, CeilDiv(num_heads, fit)));
 }
 
-// Different tiles that a sequence's items start with, where many run at the same time: each then finds images
-// (images.cuh) of what the others have copied. 1: they all start together, and no images are made.
+// Which tile an item takes at which step. Steps are counted down as its tiles are. Those of its own, one in
+// each period, stand in a circle and come ahead of their step; the others at their step.
+struct alignas(16) TileOrder {
+  int32_t period;
+  int32_t own;
+  int32_t ahead;
+  int32_t circle;  // the tiles on it, times the period
+
+  JPA_HOST_DEVICE bool shares() const { return own >= 0; }
+  JPA_HOST_DEVICE int32_t TileAt(const TileRange& tiles, int32_t step) const {
+    if ((step & (period - 1)) != own) return step;
+    const int32_t tile = step - ahead;
+    return tile < tiles.begin ? tile + circle : tile;
+  }
+};
+
+JPA_HOST_DEVICE inline TileOrder OrderOf(const Sharing& sharing, const TileRange& tiles, int32_t row_tile) {
+  if (sharing.period == 0) return {1, -1, 0, 0};
+  const int32_t period = sharing.period, number = row_tile % sharing.orders;
+  if (period == 1) {
+    return {1, 0, number * tiles.size() / sharing.orders, tiles.size()};  // below 2^31: 64 * (2^31 / 64)
+  }
+  const int32_t behind_own = (tiles.end - 1 - number) & (period - 1);
+  return {period, number, period, (tiles.size() - behind_own + period - 1) & -period};
+}
+
+// If a section takes CTAs several rounds, most items find images of all tiles, and the first ones are best
+// off with nothing in common: all tiles are an item's own, and each starts elsewhere.
 //
-// Where CTAs are busy with one section the L2 cache has its keys, whoever reads them when. Where they have
-// several sections, keys are gone when others come by, and each start reads all of them from memory. That
-// pays only if rows are not just copied, but converted.
-JPA_HOST_DEVICE inline int32_t NumStarts(const CallFacts& call, const TileShape& shape,
+// Otherwise items share while they run, and what they share should be in the L2 cache. So each has one tile
+// in a period for its own, and copies it a period ahead of the others: memory is read evenly, and by the time
+// the others come to the tile its image is there. The first period's tiles all of them copy, so as many
+// periods as tiles in one make the fewest copies.
+JPA_HOST_DEVICE inline Sharing SharingOf(const CallFacts& call, const TileShape& shape,
                                          const Sequence& sequence, int32_t parts, int32_t num_ctas,
                                          int32_t bytes_per_token, bool converts) {
-  const int32_t least_tiles = converts ? 4 : 16;
-  constexpr int32_t kTilesInCache = 64, kTilesInMemory = 32;  // that all ask for at once
+  constexpr Sharing kNone = {0, 1};
+  constexpr int32_t kTilesInCache = 64;  // that all ask for at once
   const int32_t row_tiles = NumUnitsPerHead(call, shape, sequence);
-  if (sequence.kv_len < least_tiles * shape.keys || row_tiles < kLeastRowTilesOfImages) return 1;
+  if (sequence.kv_len < (converts ? 4 : 16) * shape.keys || row_tiles < kLeastRowTilesOfImages) return kNone;
   // No more row tiles than a window has see a tile.
   const int64_t rows_of_window = (int64_t{call.sliding_window} + shape.keys) * call.group.divisor();
-  if (call.sliding_window > 0 && rows_of_window < int64_t{kLeastRowTilesOfImages} * shape.rows) return 1;
+  if (call.sliding_window > 0 && rows_of_window < int64_t{kLeastRowTilesOfImages} * shape.rows) return kNone;
   const int32_t heads = HeadsPerSection(call.num_kv_heads, sequence.kv_len, bytes_per_token);
-  if (parts == 1 && int64_t{2} * row_tiles * heads >= num_ctas)
-    return Smaller(row_tiles, Larger(kTilesInCache / heads, 2));
-  if (!converts) return 1;
-  const int32_t heads_at_once =
-      Smaller(call.num_kv_heads, static_cast<int32_t>(CeilDiv(num_ctas, int64_t{row_tiles} * parts)));
-  return Smaller(row_tiles, Larger(kTilesInMemory / (heads_at_once * parts), 1));
+  const int32_t tiles = LongestUnit(call, shape, sequence) / parts, units = row_tiles * heads;
+  const bool takes_rounds = units >= 4 * num_ctas, is_short = tiles < 64;
+  if (parts == 1 && (takes_rounds || (is_short && (converts || 2 * units >= num_ctas))))
+    return {1, static_cast<int16_t>(Smaller(row_tiles, Larger(kTilesInCache / heads, 2)))};
+  // Images of 16-bit rows cost nearly what they save.
+  if (!converts && (row_tiles < 16 || is_short)) return kNone;
+  int32_t period = 4;
+  while (period < 16 && 2 * period <= row_tiles && 3 * period * period <= tiles) period *= 2;
+  return {static_cast<int16_t>(period), static_cast<int16_t>(period)};
 }
 
 // Images of a sequence's tiles, of all heads, of which there can be `most`.
 JPA_HOST_DEVICE inline int32_t NumImages(const CallFacts& call, const TileShape& shape,
-                                         const Sequence& sequence, int32_t num_starts, int32_t most) {
-  if (num_starts == 1) return 0;
+                                         const Sequence& sequence, const Sharing& sharing, int32_t most) {
+  if (sharing.period == 0) return 0;
   const int64_t images = CeilDiv(sequence.kv_len, shape.keys) * call.num_kv_heads;
   return static_cast<int32_t>(images < most ? images : most);
 }

@@ -15,24 +15,12 @@ namespace jpa::fused {
 struct Item : UnitRows {
   int32_t exists;       // 0 behind the last one
   TileRange tiles;      // of the part
-  int32_t offset;       // of FirstTile, less than their number
+  TileOrder order;      // where they come row by row
   int32_t parts;        // of the unit
   int32_t slot;         // of the unit's first part
   int32_t first_image;  // of the head's tiles; from the number of images on there are none
   int32_t part;
 };
-
-// Items take their tiles from the last to the first: so only the first ones need a mask. Where tiles come row
-// by row they stand in a circle, on which neighbouring row tiles, which run at the same time, start at
-// different places: each finds images (images.cuh) of what the others have copied before it gets there.
-template <typename Traits>
-__device__ inline int32_t FirstTile(const Item& item) {
-  return item.tiles.end - 1 - (Traits::kRowWise ? item.offset : 0);
-}
-template <typename Traits>
-__device__ inline int32_t TileAfter(int32_t tile, const TileRange& tiles) {
-  return Traits::kRowWise && tile == tiles.begin ? tiles.end - 1 : tile - 1;
-}
 
 // Keys of a tile that have no page: a bit for each box, or for each key where rows come one by one.
 template <typename Traits>
@@ -55,6 +43,13 @@ struct MissingKeys {
   }
 };
 
+// What products are told of a tile.
+template <typename Traits>
+struct LoadedTile {
+  int32_t number;
+  MissingKeys<Traits> missing;
+};
+
 template <typename Traits>
 struct PrefillShared {
   static constexpr int kItems = 2;  // this one and the next
@@ -65,7 +60,7 @@ struct PrefillShared {
   alignas(16) char raw[2][Traits::kRawBytes > 0 ? Traits::kRawBytes : 16];  // 8-bit keys, and values
   // Of twice as many tiles as there are stages: products look at them after they have left the stage, but
   // before they leave the next one.
-  MissingKeys<Traits> missing[2 * Traits::kStages];
+  LoadedTile<Traits> tiles[2 * Traits::kStages];
   int16_t exponents[Traits::kQueryTiles][Traits::kBytes ? Traits::kRows : 1];  // of 2, a factor of a query
   Item items[kItems];
   int32_t is_last_part;
