@@ -83,7 +83,7 @@ __device__ inline void LoadTilesByBoxes(const PrefillArgs& args, PrefillShared<T
           ~0u, lane << args.box_rows_log2 < Traits::kKeys && (box.id < 0 || box.id >= args.call.num_pages));
       device::WaitForPhase(&empty[stage.index()], stage.parity() ^ 1);
       if (lane == 0) {
-        if (keys) shared.tiles[Turn<2 * Traits::kStages>(stage).index()] = {tile, {{missing}}};
+        if (keys) shared.tiles[stage.index()] = {tile, {{missing}}};
         device::ArriveExpecting(&full[stage.index()], Traits::kTileBytes);
       }
       __syncwarp();

@@ -67,16 +67,17 @@ class ProductRows {
     device::FenceProductRegisters();
     IssueScores(scores);
     device::CommitProducts();
+    const LoadedTile<Traits> first = LookAtTile();
+    const bool first_hides_some = HidesSome(first);
     device::WaitForProducts<0>(scores);
-    const LoadedTile<Traits>& tile = TileOfStage();
     ReleaseKeys();
     if (left == 1) ReleaseQueries();
     float factors[2] = {1.0f, 1.0f};  // of nothing
-    ScaleAndHide(HidesSome(tile), tile, scores);
+    ScaleAndHide(first_hides_some, first, scores);
     ToExponents<0, kBlocks>(scores, factors);
     Exponentiate<0, kBlocks>(scores);
     Pack<0, kBlocks>(scores);
-    if constexpr (!Traits::kRowWise) ZeroTail(item, tile.number);
+    if constexpr (!Traits::kRowWise) ZeroTail(item, first.OfLane0().number);
     bool accumulates = false;
     while (--left > 0) {
       const Turn<Traits::kStages> values = keys_.Before();
@@ -90,8 +91,7 @@ class ProductRows {
       IssueValues(values, accumulates);
       device::CommitProducts();
       PassTurn();
-      // Looked up while products run: their results are waited for.
-      const LoadedTile<Traits>& tile = TileOfStage();
+      const LoadedTile<Traits> tile = LookAtTile();
       const bool hides_some = HidesSome(tile);
       device::WaitForProducts<1>(scores);
       ReleaseKeys();
@@ -186,9 +186,12 @@ class ProductRows {
     device::ArriveAtSomeThreads<256>(kTurnBarriers + next);
   }
 
-  // Whose keys the stage has.
-  __device__ const LoadedTile<Traits>& TileOfStage() const {
-    return shared_.tiles[Turn<2 * Traits::kStages>(keys_).index()];
+  // The tile of the stage's keys, known to lane 0 alone: who releases the stage is who has read what it says.
+  // Looked up while products run: their results are waited for.
+  __device__ LoadedTile<Traits> LookAtTile() const {
+    LoadedTile<Traits> tile{};
+    if (device::LaneId() == 0) tile = shared_.tiles[keys_.index()];
+    return tile;
   }
   __device__ void ReleaseKeys() {
     if (device::LaneId() == 0) device::Arrive(&shared_.keys_empty[keys_.index()]);
@@ -263,13 +266,14 @@ class ProductRows {
   // Whether some row of the warp does not see some key of a tile.
   __device__ bool HidesSome(const LoadedTile<Traits>& tile) const {
     const int32_t first = tile.number * kKeys;
-    return tile.missing.any() || first < all_see_begin_ || first + kKeys > all_see_end_;
+    const bool hides = tile.missing.any() || first < all_see_begin_ || first + kKeys > all_see_end_;
+    return __any_sync(~0u, device::LaneId() == 0 && hides);
   }
   // What is done to scores ahead of ToExponents, if anything.
   __device__ void ScaleAndHide(bool hides_some, const LoadedTile<Traits>& tile,
                                float (&scores)[kKeys / 2]) const {
     if (scales_) Scale(scores);
-    if (hides_some) Hide(tile.number * kKeys, tile.missing, scores);
+    if (hides_some) Hide(tile.OfLane0(), scores);
   }
 
   // Scores of blocks [begin, end) become exponents. If some maximum rises for it, returns true: `factors` are
@@ -340,17 +344,17 @@ class ProductRows {
   }
 
   // Scores of keys that a row does not see become -inf. Few tiles hide any, and most of these for one reason.
-  __device__ void Hide(int32_t first, const MissingKeys<Traits>& missing, float (&scores)[kKeys / 2]) const {
-    const int own = first + Column(0);
+  __device__ void Hide(const LoadedTile<Traits>& tile, float (&scores)[kKeys / 2]) const {
+    const int first = tile.number * kKeys, own = first + Column(0);
     if (first + kKeys > all_see_end_) {
       HideIf(scores, [&](int column, int r) { return column >= see_end_[r] - own; });
     }
     if (first < all_see_begin_) {
       HideIf(scores, [&](int column, int r) { return column < see_begin_[r] - own; });
     }
-    if (missing.any()) {
+    if (tile.missing.any()) {
       HideIf(scores, [&](int column, int) {
-        return missing.Has(column / 8 * 8, column % 8 + Column(0), args_.box_rows_log2);
+        return tile.missing.Has(column / 8 * 8, column % 8 + Column(0), args_.box_rows_log2);
       });
     }
   }

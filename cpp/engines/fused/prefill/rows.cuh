@@ -235,6 +235,7 @@ class RowLoader {
       if (item.order.shares() || kAsksAlways) {
         LoadItem<true>(item);
       } else {
+        images_.Publish();
         LoadItem<false>(item);
       }
       __syncwarp();
@@ -319,11 +320,11 @@ class RowLoader {
     // On its way to f16, a tile is copied when the one before has left.
     if constexpr (Traits::kBytes) rows_.CopyRaw(device::SharedAddress(raw_));
   }
-  // Products of the tile. Images have all rows.
+  // Tells products of the tile. Images have all rows.
   template <bool with_images>
   __device__ void Tell(int32_t tile) {
     if (!keys_ || device::LaneId() != 0) return;
-    LoadedTile<Traits>& loaded = shared_.tiles[Turn<2 * Traits::kStages>(stage_).index()];
+    LoadedTile<Traits>& loaded = shared_.tiles[stage_.index()];
     if (warp_ == 0) loaded.number = tile;
 #pragma unroll
     for (int word = 0; word < Rows::kWords; ++word) {

@@ -48,6 +48,16 @@ template <typename Traits>
 struct LoadedTile {
   int32_t number;
   MissingKeys<Traits> missing;
+
+  __device__ LoadedTile OfLane0() const {
+    LoadedTile tile;
+    tile.number = __shfl_sync(~0u, number, 0);
+#pragma unroll
+    for (int i = 0; i < MissingKeys<Traits>::kWords; ++i) {
+      tile.missing.words[i] = __shfl_sync(~0u, missing.words[i], 0);
+    }
+    return tile;
+  }
 };
 
 template <typename Traits>
@@ -57,10 +67,8 @@ struct PrefillShared {
   alignas(1024) char queries[Traits::kQueryTiles][Traits::kQueryBytes];
   alignas(1024) char keys[Traits::kStages][Traits::kTileBytes];
   alignas(1024) char values[Traits::kStages][Traits::kTileBytes];
-  alignas(16) char raw[2][Traits::kRawBytes > 0 ? Traits::kRawBytes : 16];  // 8-bit keys, and values
-  // Of twice as many tiles as there are stages: products look at them after they have left the stage, but
-  // before they leave the next one.
-  LoadedTile<Traits> tiles[2 * Traits::kStages];
+  alignas(16) char raw[2][Traits::kRawBytes > 0 ? Traits::kRawBytes : 16];     // 8-bit keys, and values
+  LoadedTile<Traits> tiles[Traits::kStages];                                   // whose keys those are
   int16_t exponents[Traits::kQueryTiles][Traits::kBytes ? Traits::kRows : 1];  // of 2, a factor of a query
   Item items[kItems];
   int32_t is_last_part;
