@@ -38,10 +38,10 @@ class ImageShares {
   // If not: asks for its image, that of the step's tile, and for those of the steps that follow, a lane each.
   // What this says is used in Take.
   __device__ void Ask(const Item& item, int32_t step) {
-    const int32_t own_step = step - static_cast<int32_t>(device::LaneId());
+    const int32_t lane_step = step - static_cast<int32_t>(device::LaneId());
     state_ = kNone;
-    if (!MayBeThere() || own_step < item.tiles.begin) return;
-    const int32_t share = Share(item.order.TileAt(item.tiles, own_step));
+    if (!MayBeThere() || lane_step < item.tiles.begin) return;
+    const int32_t share = Share(item.order.TileAt(item.tiles, lane_step));
     if (share < images_.count * kShares) state_ = device::LoadRelaxed(images_.states + share);
   }
   // Turns to the next tile. Whether it has an image.
