@@ -382,7 +382,10 @@ def _tiles() -> list[Case]:
     int8_pages = replace(many, name="row_tiles_int8", kv_lens=(590, 5), page_size=16, max_pages=37, dtype="f16", **int8)
     # As many that two parts of each keep a Hopper GPU busy: they share tiles while they run.
     parts = replace(many, name="row_tiles_in_parts_e4m3", q_lens=(126, 3), page_size=16, max_pages=132, **e4m3)
-    cases += [replace(many, max_pages=124), whole, int8_pages, parts]
+    # So many row tiles that each multiprocessor of a GPU takes several.
+    takes = {"q_lens": (130,) * 7, "kv_lens": (150, 130, 144, 3, 160, 131, 128), "page_size": 16, "max_pages": 10}
+    items = replace(many, name="row_tiles_of_many_e4m3", **takes, **e4m3)
+    cases += [replace(many, max_pages=124), whole, int8_pages, parts, items]
 
     for i, page_size in enumerate((1, 8, 24, 48, 80, 256, 1024)):
         max_pages = max(2, -(-200 // page_size))

@@ -140,6 +140,13 @@ void OrdersTakeEachTileOnce() {
       if (sharing.period != 1 && !is_own) CHECK(tile == step, "step %d: tile %d", step, tile);
       if (is_own && step - period >= tiles.begin) CHECK(tile == step - period, "step %d: %d", step, tile);
     }
+    // Row tiles that run at the same time do not start with the same tile, or have other ones for their own.
+    if (sharing.period == 1 && tiles.size() >= sharing.orders) {
+      const auto first = [&](int32_t t) { return OrderOf(sharing, tiles, t).TileAt(tiles, tiles.end - 1); };
+      const int32_t other = row_tile + 1 + random.Below(sharing.orders);
+      CHECK((first(row_tile) == first(other)) == ((other - row_tile) % sharing.orders == 0),
+            "row tiles %d and %d start with %d and %d", row_tile, other, first(row_tile), first(other));
+    }
     CHECK(static_cast<int32_t>(taken.size()) == tiles.size() &&
               (taken.empty() || (taken.begin()->first == tiles.begin && taken.rbegin()->first < tiles.end)),
           "[%d, %d), period %d: %d tiles", tiles.begin, tiles.end, period, static_cast<int>(taken.size()));
@@ -166,6 +173,7 @@ void ImagesAreOfTilesTakenOften() {
   check(32768, 65536, 1, false, 1, 64);
   // All at once.
   check(2048, 32768, 1, false, 16, 16);
+  check(2048, 8192, 1, false, 8, 8);  // but for a few units, four rounds
   check(512, 32768, 1, true, 16, 16);
   check(512, 32768, 1, false, 16, 16);
   check(256, 32768, 2, true, 8, 8);

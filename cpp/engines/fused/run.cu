@@ -88,6 +88,10 @@ int64_t ImagesOf(const AttentionProblem& problem, const Options& options) {
   return std::min(most, problem.num_seqs * of_sequence * problem.num_kv_heads);
 }
 
+int64_t ImageStateBytes(const PrefillKernelInfo& kernel, int64_t num_images) {
+  return RoundUp(num_images * kernel.image_shares * static_cast<int64_t>(sizeof(uint32_t)));
+}
+
 PrefillLayout LayOutPrefill(const AttentionProblem& problem, const Options& options, int64_t num_images) {
   if (options.decode) return {};
   constexpr int64_t kRows = 192;  // of a tile of any prefill kernel, at most
@@ -99,8 +103,7 @@ PrefillLayout LayOutPrefill(const AttentionProblem& problem, const Options& opti
   layout.lines = layout.plan + RoundUp(static_cast<int64_t>(sizeof(PrefillPlan)));
   layout.image_states = layout.lines + RoundUp(problem.num_seqs * kWorkspaceBytesPerSequence);
   const PrefillKernelInfo kernel = PrefillKernelFor<false>(problem);
-  layout.images = layout.image_states +
-                  RoundUp(num_images * kernel.image_shares * static_cast<int64_t>(sizeof(uint32_t)));
+  layout.images = layout.image_states + ImageStateBytes(kernel, num_images);
   layout.bytes = layout.images + num_images * kernel.image_bytes;
   return layout;
 }
@@ -125,13 +128,13 @@ Layout LayOut(const AttentionProblem& problem, const Options& options, int64_t n
 }
 
 // Of the images that the call asks for, as many as there is room for: a program that was kept may have the
-// workspace of its time.
-int64_t ImagesThatFit(const AttentionProblem& problem, const Options& options, int64_t workspace_bytes) {
+// workspace of its time. `room` is in bytes.
+int64_t ImagesThatFit(const AttentionProblem& problem, const Options& options, int64_t room) {
   int64_t images = ImagesOf(problem, options);
   if (images == 0) return 0;
-  const int64_t room = workspace_bytes - LayOut(problem, options, 0).bytes;
-  images = std::min(images, room / PrefillKernelFor<false>(problem).image_bytes);
-  while (images > 0 && LayOut(problem, options, images).bytes > workspace_bytes) --images;  // their states
+  const PrefillKernelInfo kernel = PrefillKernelFor<false>(problem);
+  images = std::min(images, room / kernel.image_bytes);
+  while (ImageStateBytes(kernel, images) + images * kernel.image_bytes > room) --images;
   return images;
 }
 
@@ -382,7 +385,7 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   if (prefill != nullptr) {
     args.facts.decode_rows = decode_rows;
     if (Status s = MakePrefillArgs(args, options, *prefill, by_boxes,
-                                   ImagesThatFit(problem, options, workspace_bytes),
+                                   ImagesThatFit(problem, options, workspace_bytes - layout.bytes),
                                    workspace + layout.prefill, &prefill_args);
         !s.ok()) {
       return s;

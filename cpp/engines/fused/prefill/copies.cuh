@@ -28,22 +28,42 @@ struct RowGroups {
     return device::Opaque(static_cast<const char*>(rows) + LaneChunk() * 16);
   }
 
-  // Starts the copies of row `i` of each group, from Start on: it is the `row` of that lane of the group.
-  // Zeros if it is `missing`, as some of 32 rows may be. Calls place_of(chunk), counted from the lane's first
-  // one, for where to.
-  template <bool some_missing, typename PlaceOf>
-  __device__ static void Copy(const char* start, uint32_t row, uint32_t missing, int i,
-                              const PlaceOf& place_of) {
-    const bool exists = !some_missing || (missing >> (LaneRow() + i) & 1) == 0;
-    const uint32_t from_row = __shfl_sync(~0u, row, i, kGroup);
-    const char* const from = start + (exists ? uint64_t{from_row} * kRowBytes : 0);
+  // Starts the copies of 32 rows a word, each lane's `rows`, from Start on; zeros for those that are
+  // `missing`. Calls place_of(row, chunk), counted from the lane's first ones, for where to.
+  template <int words, typename PlaceOf>
+  __device__ static void Copy(const char* start, const uint32_t (&rows)[words],
+                              const uint32_t (&missing)[words], const PlaceOf& place_of) {
+    uint32_t any_missing = 0;
 #pragma unroll
-    for (int j = 0; j < kChunksOfLane; ++j) {
-      const uint32_t place = place_of(j * kGroup);
-      if constexpr (some_missing) {
-        device::CopyAsync16(place, from + j * kGroup * 16, exists);
-      } else {
-        device::CopyAsync16(place, from + j * kGroup * 16);
+    for (const uint32_t word : missing) any_missing |= word;
+    if (any_missing != 0) {
+      CopyRows<true>(start, rows, missing, place_of);
+    } else {
+      CopyRows<false>(start, rows, missing, place_of);
+    }
+  }
+
+ private:
+  template <bool some_missing, int words, typename PlaceOf>
+  __device__ static void CopyRows(const char* start, const uint32_t (&rows)[words],
+                                  const uint32_t (&missing)[words], const PlaceOf& place_of) {
+#pragma unroll(some_missing ? 1 : kGroup)
+    for (int i = 0; i < kGroup; ++i) {
+      // Words inside: their places differ by constants.
+#pragma unroll
+      for (int word = 0; word < words; ++word) {
+        const bool exists = !some_missing || (missing[word] >> (LaneRow() + i) & 1) == 0;
+        const uint32_t row = __shfl_sync(~0u, rows[word], i, kGroup);
+        const char* const from = start + (exists ? uint64_t{row} * kRowBytes : 0);
+#pragma unroll
+        for (int j = 0; j < kChunksOfLane; ++j) {
+          const uint32_t place = place_of(32 * word + i, j * kGroup);
+          if constexpr (some_missing) {
+            device::CopyAsync16(place, from + j * kGroup * 16, exists);
+          } else {
+            device::CopyAsync16(place, from + j * kGroup * 16);
+          }
+        }
       }
     }
   }

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "device/fragment.cuh"
 #include "device/packed.cuh"
@@ -80,21 +79,10 @@ __device__ inline void LoadQueries(const PrefillArgs& args, const Item& item, in
     const bool exists = row < item.num_rows;
     const uint32_t place =
         queries + device::SwizzledChunk(kStrides, first + Groups::LaneRow(), Groups::LaneChunk());
-    const uint32_t number = QueryNumber(args, item, exists ? row : 0);
-    const uint32_t missing = __ballot_sync(~0u, !exists);
-    const auto copy = [&](auto some_missing) {
-#pragma unroll(some_missing() ? 1 : Groups::kGroup)
-      for (int i = 0; i < Groups::kGroup; ++i) {
-        Groups::template Copy<some_missing()>(start, number, missing, i, [&](int chunk) {
-          return device::SwizzledFrom(place, kStrides, i, chunk);
-        });
-      }
-    };
-    if (missing == 0) {
-      copy(std::false_type());
-    } else {
-      copy(std::true_type());
-    }
+    const uint32_t rows[] = {QueryNumber(args, item, exists ? row : 0)};
+    const uint32_t missing[] = {__ballot_sync(~0u, !exists)};
+    Groups::Copy(start, rows, missing,
+                 [&](int i, int chunk) { return device::SwizzledFrom(place, kStrides, i, chunk); });
   }
   device::WaitForCopies();
 }

@@ -79,13 +79,15 @@ class TileRows {
   // Starts the copies of 16-bit rows to the warp's rows of a tile.
   __device__ void Copy(uint32_t to) const {
     const uint32_t first = to + device::SwizzledChunk(kStrides, Groups::LaneRow(), Groups::LaneChunk());
-    CopyTo([&](int row, int chunk) { return device::SwizzledFrom(first, kStrides, row, chunk); });
+    Groups::Copy(head_, rows_, missing_,
+                 [&](int row, int chunk) { return device::SwizzledFrom(first, kStrides, row, chunk); });
   }
 
   // Starts the copies of 8-bit rows to `raw`, where they follow one another.
   __device__ void CopyRaw(uint32_t raw) const {
     const uint32_t first = raw + RawPlace();
-    CopyTo([&](int row, int chunk) { return first + row * kRowBytes + chunk * 16; });
+    Groups::Copy(head_, rows_, missing_,
+                 [&](int row, int chunk) { return first + row * kRowBytes + chunk * 16; });
   }
 
   // Makes f16 of the 8-bit rows in `raw` that the lane has copied, in the warp's rows of a tile.
@@ -121,28 +123,6 @@ class TileRows {
   __device__ int FirstRow(int word) const { return warp_ * kRows + 32 * word; }
   __device__ int RawPlace() const {
     return (FirstRow(0) + Groups::LaneRow()) * kRowBytes + Groups::LaneChunk() * 16;
-  }
-
-  // Calls place_of(row, chunk), counted from the lane's first ones, for where to copy each.
-  template <typename PlaceOf>
-  __device__ void CopyTo(const PlaceOf& place_of) const {
-    if (any_missing()) {
-      CopyWords<true>(place_of);
-    } else {
-      CopyWords<false>(place_of);
-    }
-  }
-
-  template <bool some_missing, typename PlaceOf>
-  __device__ void CopyWords(const PlaceOf& place_of) const {
-#pragma unroll(some_missing ? 1 : kGroup)
-    for (int i = 0; i < kGroup; ++i) {
-#pragma unroll
-      for (int word = 0; word < kWords; ++word) {
-        Groups::template Copy<some_missing>(head_, rows_[word], missing_[word], i,
-                                            [&](int chunk) { return place_of(32 * word + i, chunk); });
-      }
-    }
   }
 
   template <DType dtype>

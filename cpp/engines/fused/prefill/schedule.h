@@ -147,19 +147,24 @@ JPA_HOST_DEVICE inline Sharing SharingOf(const CallFacts& call, const TileShape&
                                          const Sequence& sequence, int32_t parts, int32_t num_ctas,
                                          int32_t bytes_per_token, bool converts) {
   constexpr Sharing kNone = {0, 1};
-  constexpr int32_t kTilesInCache = 64;  // that all ask for at once
   const int32_t row_tiles = NumUnitsPerHead(call, shape, sequence);
+  // 8-bit rows are worth an image sooner: without images prompts take up to 1.9 times as long.
   if (sequence.kv_len < (converts ? 4 : 16) * shape.keys || row_tiles < kLeastRowTilesOfImages) return kNone;
   // No more row tiles than a window has see a tile.
   const int64_t rows_of_window = (int64_t{call.sliding_window} + shape.keys) * call.group.divisor();
   if (call.sliding_window > 0 && rows_of_window < int64_t{kLeastRowTilesOfImages} * shape.rows) return kNone;
   const int32_t heads = HeadsPerSection(call.num_kv_heads, sequence.kv_len, bytes_per_token);
   const int32_t tiles = LongestUnit(call, shape, sequence) / parts, units = row_tiles * heads;
+  // Measured (docs/kernels/fused-prefill.md): circles are better for eight rounds, periods for four and
+  // fewer; of 32 tiles the first period would be too large a part, of 64 it is not.
   const bool takes_rounds = units >= 4 * num_ctas, is_short = tiles < 64;
+  constexpr int32_t kTilesInCache = 64;  // that all heads' items ask for at once
   if (parts == 1 && (takes_rounds || (is_short && (converts || 2 * units >= num_ctas))))
     return {1, static_cast<int16_t>(Smaller(row_tiles, Larger(kTilesInCache / heads, 2)))};
-  // Images of 16-bit rows cost nearly what they save.
+  // An image of 16-bit rows costs as much as eight row tiles save by it; for sixteen it pays.
   if (!converts && (row_tiles < 16 || is_short)) return kNone;
+  // An image is there three to four tiles after its copy began. Sixteen tiles of eight heads in two parts
+  // take 16 MB of the L2 cache. Between them, about as many as there will be periods.
   int32_t period = 4;
   while (period < 16 && 2 * period <= row_tiles && 3 * period * period <= tiles) period *= 2;
   return {static_cast<int16_t>(period), static_cast<int16_t>(period)};
