@@ -452,6 +452,34 @@ def test_images_of_tiles_change_no_result(
     assert all(result == results[0] for result in results[1:])
 
 
+@pytest.mark.parametrize(("page_size", "page_dtype"), [(20, BF16), (16, E4M3)])
+def test_images_take_what_room_a_program_has(monkeypatch: pytest.MonkeyPatch, page_size: int, page_dtype: str) -> None:
+    """A program that was kept may have less scratch memory than its call would ask for today; too little is refused."""
+    args = mixed_inputs((2100, 40), (3000, 700), page_size, 128, page_dtype=page_dtype)
+    scales = {} if page_dtype == BF16 else {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(0.5)}
+    asks_for = _ffi._CUDA_WORKSPACES["fused"]
+    sizes: list[int] = []
+
+    def with_room(share: float, more: int = 0) -> list[bytes]:
+        """A call whose images have a share of the memory that they ask for, and the call so many bytes more."""
+
+        def size(*operands: jax.Array, **options: Any) -> int:
+            without = asks_for(*operands, **{**options, "workspace_limit": 0})
+            sizes.append(without + int(share * (asks_for(*operands, **options) - without)) + more)
+            return sizes[-1]
+
+        monkeypatch.setitem(_ffi._CUDA_WORKSPACES, "fused", size)
+        attend = functools.partial(jpa.ragged_paged_attention, implementation="fused", return_lse=True, **scales)
+        return bits(jax.jit(attend)(*args))
+
+    expected = with_room(1.0)
+    for share, more in ((1.0, -1), (0.5, 0), (0.1, 0), (0.0, 0)):
+        assert with_room(share, more) == expected
+    assert len(set(sizes)) == 5, f"scratch memory: {sizes}"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"workspace: expected at least {sizes[-1]} bytes"):
+        with_room(0.0, -1)
+
+
 # Of keys by their positions, in natural units. Tiles are attended to from the last to the first, mostly.
 SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rise slowly": lambda keys: -3 * keys / 128,

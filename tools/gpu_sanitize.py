@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """A few calls of the CUDA module, held to the oracle, for compute-sanitizer: without pytest, and with next to no XLA.
 
-Usage: tools/gpu_sanitize.py write | ENGINE NAME...    names of tests/cases.py; the folder tests is on PYTHONPATH
+Usage: tools/gpu_sanitize.py write | ENGINE NAME... | little-room NAME...
+    Names are those of tests/cases.py; the folder tests is on PYTHONPATH. In little room it is `fused`.
 """
 
 import sys
@@ -13,6 +14,15 @@ import numpy as np
 import oracle
 
 import jax_paged_attn as jpa
+from jax_paged_attn import _ffi
+
+
+def leave_little_room() -> None:
+    """Gives `fused` scratch memory for the images of 1 MiB, whatever it asks for: kept programs may have no more."""
+    asks_for = _ffi._CUDA_WORKSPACES["fused"]
+    _ffi._CUDA_WORKSPACES["fused"] = lambda *operands, **options: asks_for(
+        *operands, **{**options, "workspace_limit": 1 << 20}
+    )
 
 
 def attention(engine: str, name: str) -> None:
@@ -41,8 +51,10 @@ def main() -> None:
     if what == "write":
         write()
         print("write: as the oracle has it")
+    if what == "little-room":
+        leave_little_room()
     for name in names:
-        attention(what, name)
+        attention("fused" if what == "little-room" else what, name)
         print(f"{what} {name}: as the oracle has it", flush=True)
     print(f"jax_paged_attn {jpa.__version__}: {what} done")
 

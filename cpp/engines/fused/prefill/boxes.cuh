@@ -92,8 +92,7 @@ __device__ inline void LoadTilesByBoxes(const PrefillArgs& args, PrefillShared<T
       if (keys && lane == 0 && tile - item.tiles.begin == kTilesAhead<Traits>)
         device::Arrive(&shared.item_ends);
     }
-    __syncwarp();
-    if (lane == 0) device::Arrive(&shared.item_empty[turn.index()]);
+    ReleaseItem(shared, turn);
   }
 }
 

@@ -59,19 +59,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 // For sm_90a alone: elsewhere nothing launches it, and it is empty.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = PrefillShared<Traits>;
-  extern __shared__ char memory[];
-  // Panels want a multiple of 1024, which dynamic shared memory need not start at.
-  auto& shared = *reinterpret_cast<Shared*>(memory + (-device::SharedAddress(memory) & 1023u));
+  extern __shared__ __align__(1024) char memory[];
+  auto& shared = *reinterpret_cast<Shared*>(memory);
   constexpr int kProductWarps = Traits::kProductThreads / 32;
+  // What is empty again whoever has read it says: of items and queries' exponents every thread, of tiles lane
+  // 0 of each warp. That a lane says so for others is an order which racecheck cannot follow.
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shared::kItems; ++i) {
       device::InitBarrier(&shared.item_full[i], 1);
-      device::InitBarrier(&shared.item_empty[i], Traits::kThreads / 32);
+      device::InitBarrier(&shared.item_empty[i], Traits::kThreads);
     }
     device::InitBarrier(&shared.item_ends, 1);
     for (int i = 0; i < Traits::kQueryTiles; ++i) {
       device::InitBarrier(&shared.queries_full[i], 32 * Traits::kQueryWarps);
-      device::InitBarrier(&shared.queries_empty[i], kProductWarps);
+      device::InitBarrier(&shared.queries_empty[i], Traits::kProductThreads);
     }
     // For boxes who asks for them, for rows every thread.
     constexpr int kFullArrivals = Traits::kRowWise ? 32 * Traits::kTileWarps : 1;
@@ -96,8 +97,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       if (!item.exists) break;
       rows.Attend(item);
       rows.End(item);
-      __syncwarp();
-      if (device::LaneId() == 0) device::Arrive(&shared.item_empty[turn.index()]);
+      ReleaseItem(shared, turn);
     }
   }
   // Decode runs beside this kernel; whoever comes next waits for this one alone.
@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
 template <typename Traits>
 constexpr int PrefillSharedBytes() {
-  static_assert(sizeof(PrefillShared<Traits>) + 1024 <= Traits::kMostSharedBytes, "traits.h has to know");
-  return static_cast<int>(sizeof(PrefillShared<Traits>)) + 1024;
+  static_assert(sizeof(PrefillShared<Traits>) <= Traits::kMostSharedBytes, "traits.h has to know");
+  return static_cast<int>(sizeof(PrefillShared<Traits>));
 }
 
 }  // namespace jpa::fused

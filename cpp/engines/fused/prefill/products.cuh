@@ -186,8 +186,8 @@ class ProductRows {
     device::ArriveAtSomeThreads<256>(kTurnBarriers + next);
   }
 
-  // The tile of the stage's keys, known to lane 0 alone: who releases the stage is who has read what it says.
-  // Looked up while products run: their results are waited for.
+  // The tile of the stage's keys, known to lane 0 alone, which releases the stage. Looked up while products
+  // run: their results are waited for.
   __device__ LoadedTile<Traits> LookAtTile() const {
     LoadedTile<Traits> tile{};
     if (device::LaneId() == 0) tile = shared_.tiles[keys_.index()];
@@ -201,7 +201,7 @@ class ProductRows {
     if (device::LaneId() == 0) device::Arrive(&shared_.values_empty[values.index()]);
   }
   __device__ void ReleaseQueries() {
-    if (device::LaneId() == 0) device::Arrive(&shared_.queries_empty[queries_.index()]);
+    device::Arrive(&shared_.queries_empty[queries_.index()]);
     queries_.Next();
   }
 

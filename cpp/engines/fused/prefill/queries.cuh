@@ -162,8 +162,7 @@ __device__ inline void ScheduleAndLoadQueries(const PrefillArgs& args, PrefillSh
     }
     device::FenceSharedForAsync();
     device::Arrive(&shared.queries_full[tile.index()]);
-    __syncwarp();
-    if (lane == 0) device::Arrive(&shared.item_empty[turn.index()]);
+    ReleaseItem(shared, turn);
     if (schedules) device::WaitForPhase(&shared.item_ends, Turn<1>(turn).parity());
   }
 }

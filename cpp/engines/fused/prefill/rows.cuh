@@ -218,8 +218,7 @@ class RowLoader {
         images_.Publish();
         LoadItem<false>(item);
       }
-      __syncwarp();
-      if (device::LaneId() == 0) device::Arrive(&shared_.item_empty[turn.index()]);
+      ReleaseItem(shared_, turn);
     }
     images_.Publish();
   }

@@ -116,4 +116,12 @@ class Turn {
   unsigned count_ = 0;
 };
 
+// By every thread that has read an item. Lanes go on together: the compiler then needs fewer registers.
+template <typename Traits>
+__device__ inline void ReleaseItem(PrefillShared<Traits>& shared,
+                                   const Turn<PrefillShared<Traits>::kItems>& turn) {
+  __syncwarp();
+  device::Arrive(&shared.item_empty[turn.index()]);
+}
+
 }  // namespace jpa::fused
