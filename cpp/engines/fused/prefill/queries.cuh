@@ -67,71 +67,107 @@ __device__ inline uint32_t QueryNumber(const PrefillArgs& args, const Item& item
   return static_cast<uint32_t>(where.row) * static_cast<uint32_t>(args.call.problem.num_q_heads) + where.head;
 }
 
-// By the warps that load queries, 32 rows each at a time.
+// The rows of an item's queries, 32 at a time for each of the warps that load them.
 template <typename Traits>
-__device__ inline void LoadQueries(const PrefillArgs& args, const Item& item, int warp, uint32_t queries) {
-  using Groups = RowGroups<2 * Traits::kHeadDim, 32>;  // fewer lanes a row are slower here
-  constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kRows>();
-  const char* const start = Groups::Start(args.call.params.q);
-#pragma unroll 1
-  for (int first = 32 * warp; first < Traits::kRows; first += 32 * Traits::kQueryWarps) {
-    const int row = first + static_cast<int>(device::LaneId());
-    const bool exists = row < item.num_rows;
-    const uint32_t place =
-        queries + device::SwizzledChunk(kStrides, first + Groups::LaneRow(), Groups::LaneChunk());
-    const uint32_t rows[] = {QueryNumber(args, item, exists ? row : 0)};
-    const uint32_t missing[] = {__ballot_sync(~0u, !exists)};
-    Groups::Copy(start, rows, missing,
-                 [&](int i, int chunk) { return device::SwizzledFrom(place, kStrides, i, chunk); });
-  }
-  device::WaitForCopies();
-}
+class QueryRows {
+ public:
+  __device__ QueryRows(const PrefillArgs& args, const Item& item, int warp, char* queries)
+      : args_(args), item_(item), warp_(warp), queries_(queries) {}
 
-// For 8-bit pages: as f16, whose range is smaller than bf16's. So each row is divided by a power of two.
-// Lanes copy chunks to their place, and then make f16 of those that they have copied.
-template <typename Traits>
-__device__ inline void LoadQueriesAsHalves(const PrefillArgs& args, const Item& item, int thread,
-                                           char* queries, int16_t* exponents) {
-  using T = device::TypeOf<Traits::kQ>;
-  constexpr int kChunks = Traits::kHeadDim / 8;  // of 16 bytes
-  constexpr int kRowsAtOnce = 32 / kChunks;      // of a warp
-  const int lane = thread % 32, lane_row = lane / kChunks, chunk = lane % kChunks;
-  if (lane_row >= kRowsAtOnce) return;
-  const auto for_each_row = [&](const auto& use) {
+  // Copies rows to their places.
+  __device__ void Load() const {
+    const char* const start = Groups::Start(args_.call.params.q);
+    ForEach32([&](int first) {
+      const int row = first + static_cast<int>(device::LaneId());
+      const bool exists = row < item_.num_rows;
+      const uint32_t place = device::SharedAddress(queries_) + LanePlace(first);
+      const uint32_t rows[] = {QueryNumber(args_, item_, exists ? row : 0)};
+      const uint32_t missing[] = {__ballot_sync(~0u, !exists)};
+      Groups::Copy(start, rows, missing,
+                   [&](int i, int chunk) { return device::SwizzledFrom(place, kStrides, i, chunk); });
+    });
+    device::WaitForCopies();
+  }
+
+  // For 8-bit pages: makes f16 of rows in their places. Its range is smaller than bf16's, so each row is
+  // divided by a power of two. Lanes do it to what they have copied.
+  __device__ void MakeHalves(int16_t* exponents) const {
+    ForEach32([&](int first) {
+      const uint32_t place = LanePlace(first);
+      int16_t* const of_group = exponents + first + Groups::LaneRow();
 #pragma unroll 1
-    for (int first = thread / 32 * kRowsAtOnce; first < Traits::kRows;
-         first += Traits::kQueryWarps * kRowsAtOnce) {
-      const int row = first + lane_row;
-      use(row, queries + device::SwizzledChunk(StridesOf<Traits, Traits::kRows>(), row, chunk));
-    }
-  };
-  for_each_row([&](int row, char* place) {
-    const bool exists = row < item.num_rows;
-    const int64_t number = QueryNumber(args, item, exists ? row : 0);
-    device::CopyAsync16(device::SharedAddress(place),
-                        static_cast<const T*>(args.call.params.q) + number * Traits::kHeadDim + chunk * 8,
-                        exists);
-  });
-  device::WaitForCopies();
-  const uint32_t lanes_of_row = (kChunks == 32 ? ~0u : (1u << kChunks % 32) - 1) << lane_row * kChunks;
-  for_each_row([&](int row, char* place) {
-    const auto values = device::Unpack<T, 8>(*reinterpret_cast<const uint4*>(place));
-    float largest = 0.0f;
+      for (int i = 0; i < Groups::kGroup; i += kRowsAtOnce) MakeHalvesOfRows(place, i, of_group + i);
+    });
+  }
+
+ private:
+  using T = device::TypeOf<Traits::kQ>;
+  using Groups = RowGroups<2 * Traits::kHeadDim, 32>;       // fewer lanes a row are slower here
+  static constexpr int kWords = 4 * Groups::kChunksOfLane;  // of a row, each of two elements
+  // Two hide the time of each other, where there are registers for them.
+  static constexpr int kRowsAtOnce = Groups::kChunksOfLane == 1 ? 2 : 1;
+  static constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kRows>();
+
+  template <typename Use>
+  __device__ void ForEach32(const Use& use) const {
+#pragma unroll 1
+    for (int first = 32 * warp_; first < Traits::kRows; first += 32 * Traits::kQueryWarps) use(first);
+  }
+  // Of the lane's first chunk among 32 rows.
+  __device__ static uint32_t LanePlace(int first) {
+    return device::SwizzledChunk(kStrides, first + Groups::LaneRow(), Groups::LaneChunk());
+  }
+
+  // Of the lane's group, from row i on.
+  __device__ void MakeHalvesOfRows(uint32_t place, int i, int16_t* exponents) const {
+    uint32_t words[kRowsAtOnce][kWords];
+    uint32_t largest[kRowsAtOnce] =
+        {};  // of even and odd elements: magnitudes are in the order of their bits
 #pragma unroll
-    for (const T& value : values.values) largest = fmaxf(largest, fabsf(device::ToF32(value)));
-    // Not negative, so that they are in the order of their bits.
-    largest = __uint_as_float(__reduce_max_sync(lanes_of_row, __float_as_uint(largest)));
-    const device::QueryScale scale(largest);
-    uint32_t halves[4];
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      ForEachChunk(place, i + r,
+                   [&](int j, uint4* chunk) { *reinterpret_cast<uint4*>(&words[r][4 * j]) = *chunk; });
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      halves[pair] = device::PackPair<__half>(scale(device::ToF32(values.values[2 * pair])),
-                                              scale(device::ToF32(values.values[2 * pair + 1])));
+      for (const uint32_t word : words[r]) largest[r] = __vmaxu2(largest[r], word & 0x7fff7fff);
     }
-    *reinterpret_cast<uint4*>(place) = {halves[0], halves[1], halves[2], halves[3]};
-    if (chunk == 0) exponents[row] = static_cast<int16_t>(scale.exponent());
-  });
-}
+    // Of the first row, and of the last.
+    const uint32_t even = __byte_perm(largest[0], largest[kRowsAtOnce - 1], 0x5410);
+    const uint32_t odd = __byte_perm(largest[0], largest[kRowsAtOnce - 1], 0x7632);
+    uint32_t of_rows = __vmaxu2(even, odd);
+#pragma unroll
+    for (int lanes = 1; lanes < Groups::kGroup; lanes *= 2) {
+      of_rows = __vmaxu2(of_rows, __shfl_xor_sync(~0u, of_rows, lanes));
+    }
+    const auto largest_of = device::Unpack<T, 2>(of_rows);
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      const device::QueryScale scale(device::ToF32(largest_of.values[r]));
+#pragma unroll
+      for (uint32_t& word : words[r]) {
+        const auto pair = device::Unpack<T, 2>(word);
+        word = device::PackPair<__half>(scale(device::ToF32(pair.values[0])),
+                                        scale(device::ToF32(pair.values[1])));
+      }
+      ForEachChunk(place, i + r,
+                   [&](int j, uint4* chunk) { *chunk = *reinterpret_cast<uint4*>(&words[r][4 * j]); });
+      if (Groups::LaneChunk() == 0) exponents[r] = static_cast<int16_t>(scale.exponent());
+    }
+  }
+
+  template <typename Use>
+  __device__ void ForEachChunk(uint32_t place, int i, const Use& use) const {
+#pragma unroll
+    for (int j = 0; j < Groups::kChunksOfLane; ++j) {
+      use(j,
+          reinterpret_cast<uint4*>(queries_ + device::SwizzledFrom(place, kStrides, i, j * Groups::kGroup)));
+    }
+  }
+
+  const PrefillArgs& args_;
+  const Item& item_;
+  const int warp_;
+  char* const queries_;
+};
 
 // By the warps that load queries; the first one takes the items.
 template <typename Traits>
@@ -154,12 +190,9 @@ __device__ inline void ScheduleAndLoadQueries(const PrefillArgs& args, PrefillSh
     if (!item.exists) return;
     const Turn<Traits::kQueryTiles> tile(turn);
     device::WaitForPhase(&shared.queries_empty[tile.index()], tile.parity() ^ 1);
-    char* const queries = shared.queries[tile.index()];
-    if constexpr (Traits::kBytes) {
-      LoadQueriesAsHalves<Traits>(args, item, thread, queries, shared.exponents[tile.index()]);
-    } else {
-      LoadQueries<Traits>(args, item, thread / 32, device::SharedAddress(queries));
-    }
+    const QueryRows<Traits> rows(args, item, thread / 32, shared.queries[tile.index()]);
+    rows.Load();
+    if constexpr (Traits::kBytes) rows.MakeHalves(shared.exponents[tile.index()]);
     device::FenceSharedForAsync();
     device::Arrive(&shared.queries_full[tile.index()]);
     ReleaseItem(shared, turn);

@@ -62,7 +62,7 @@ struct LoadedTile {
 
 template <typename Traits>
 struct PrefillShared {
-  static constexpr int kItems = 2;  // this one and the next
+  static constexpr int kItems = 4;
 
   alignas(1024) char queries[Traits::kQueryTiles][Traits::kQueryBytes];
   alignas(1024) char keys[Traits::kStages][Traits::kTileBytes];
