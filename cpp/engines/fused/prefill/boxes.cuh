@@ -73,7 +73,7 @@ __device__ inline void LoadTilesByBoxes(const PrefillArgs& args, PrefillShared<T
     device::WaitForPhase(&shared.item_full[turn.index()], turn.parity());
     const Item& item = shared.items[turn.index()];
     if (!item.exists) return;
-    if (keys && lane == 0 && item.tiles.size() <= kTilesAhead<Traits>) device::Arrive(&shared.item_ends);
+    if (keys && lane == 0 && item.tiles.size() <= kTilesAhead) device::Arrive(&shared.item_ends);
     BoxPages<Traits> next;
     if (item.tiles.size() > 0) next = BoxPages<Traits>(args, item, item.tiles.end - 1);
     for (int32_t tile = item.tiles.end - 1; tile >= item.tiles.begin; --tile, stage.Next()) {
@@ -89,8 +89,7 @@ __device__ inline void LoadTilesByBoxes(const PrefillArgs& args, PrefillShared<T
       __syncwarp();
       LoadBoxes<Traits>(args, map, blocks_per_head, num_pages, box, item.head, stages[stage.index()],
                         &full[stage.index()]);
-      if (keys && lane == 0 && tile - item.tiles.begin == kTilesAhead<Traits>)
-        device::Arrive(&shared.item_ends);
+      if (keys && lane == 0 && tile - item.tiles.begin == kTilesAhead) device::Arrive(&shared.item_ends);
     }
     ReleaseItem(shared, turn);
   }

@@ -236,7 +236,7 @@ class RowLoader {
   template <bool with_images>
   __device__ void LoadItem(const Item& item) {
     int32_t left = item.tiles.size();
-    if (left <= kTilesAhead<Traits>) AskForNextItem();
+    if (left <= kTilesAhead) AskForNextItem();
     rows_.Start(item);
     if (left > 0) {
       const int32_t step = item.tiles.end - 1;
@@ -269,7 +269,7 @@ class RowLoader {
       if (Traits::kBytes && copies) finish();
       if (left > 0) Take<with_images>();
       if (!Traits::kBytes && copies) finish();
-      if (left == kTilesAhead<Traits>) AskForNextItem();
+      if (left == kTilesAhead) AskForNextItem();
     }
   }
 

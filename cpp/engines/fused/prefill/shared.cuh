@@ -62,7 +62,7 @@ struct LoadedTile {
 
 template <typename Traits>
 struct PrefillShared {
-  static constexpr int kItems = 4;
+  static constexpr int kItems = 4;  // short ones take less time than it takes to make the next
 
   alignas(1024) char queries[Traits::kQueryTiles][Traits::kQueryBytes];
   alignas(1024) char keys[Traits::kStages][Traits::kTileBytes];
@@ -80,9 +80,8 @@ struct PrefillShared {
 };
 
 // When so many tiles of an item are left the next item is asked for: they take about the time in which its
-// queries come. These take longer where they become f16.
-template <typename Traits>
-inline constexpr int kTilesAhead = Traits::kBytes ? 16 : 4;
+// queries come.
+inline constexpr int kTilesAhead = 4;
 
 // Where blocks lie in a matrix of `rows` rows.
 template <typename Traits, int rows>
