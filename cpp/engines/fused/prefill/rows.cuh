@@ -3,7 +3,7 @@
 //
 // Where somebody has made an image of a tile it is taken (images.cuh). Otherwise 16-bit rows are copied to
 // their place in a stage, and 8-bit rows to memory of the lane's own, where one tile is on its way
-// while the one before becomes f16 and goes to a stage.
+// as soon as the one before has become f16 and gone to a stage.
 #pragma once
 
 #include <algorithm>
