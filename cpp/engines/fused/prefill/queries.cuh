@@ -120,9 +120,9 @@ class QueryRows {
 
   // Of the lane's group, from row i on.
   __device__ void MakeHalvesOfRows(uint32_t place, int i, int16_t* exponents) const {
-    uint32_t words[kRowsAtOnce][kWords];
-    uint32_t largest[kRowsAtOnce] =
-        {};  // of even and odd elements: magnitudes are in the order of their bits
+    alignas(sizeof(uint4)) uint32_t words[kRowsAtOnce][kWords];
+    // Of even and odd elements; magnitudes are in the order of their bits.
+    uint32_t largest[kRowsAtOnce] = {};
 #pragma unroll
     for (int r = 0; r < kRowsAtOnce; ++r) {
       ForEachChunk(place, i + r,
