@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 // For sm_90a alone: elsewhere nothing launches it, and it is empty.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = PrefillShared<Traits>;
-  extern __shared__ __align__(1024) char memory[];
+  extern __shared__ __align__(1024) char memory[];  // blocks are swizzled by addresses modulo 1024
   auto& shared = *reinterpret_cast<Shared*>(memory);
   constexpr int kProductWarps = Traits::kProductThreads / 32;
   // What is empty again whoever has read it says: of items and queries' exponents every thread, of tiles lane

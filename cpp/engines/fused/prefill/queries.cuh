@@ -125,8 +125,10 @@ class QueryRows {
     uint32_t largest[kRowsAtOnce] = {};
 #pragma unroll
     for (int r = 0; r < kRowsAtOnce; ++r) {
-      ForEachChunk(place, i + r,
-                   [&](int j, uint4* chunk) { *reinterpret_cast<uint4*>(&words[r][4 * j]) = *chunk; });
+#pragma unroll
+      for (int j = 0; j < Groups::kChunksOfLane; ++j) {
+        *reinterpret_cast<uint4*>(&words[r][4 * j]) = *Chunk(place, i + r, j);
+      }
 #pragma unroll
       for (const uint32_t word : words[r]) largest[r] = __vmaxu2(largest[r], word & 0x7fff7fff);
     }
@@ -148,19 +150,17 @@ class QueryRows {
         word = device::PackPair<__half>(scale(device::ToF32(pair.values[0])),
                                         scale(device::ToF32(pair.values[1])));
       }
-      ForEachChunk(place, i + r,
-                   [&](int j, uint4* chunk) { *chunk = *reinterpret_cast<uint4*>(&words[r][4 * j]); });
+#pragma unroll
+      for (int j = 0; j < Groups::kChunksOfLane; ++j) {
+        *Chunk(place, i + r, j) = *reinterpret_cast<uint4*>(&words[r][4 * j]);
+      }
       if (Groups::LaneChunk() == 0) exponents[r] = static_cast<int16_t>(scale.exponent());
     }
   }
 
-  template <typename Use>
-  __device__ void ForEachChunk(uint32_t place, int i, const Use& use) const {
-#pragma unroll
-    for (int j = 0; j < Groups::kChunksOfLane; ++j) {
-      use(j,
-          reinterpret_cast<uint4*>(queries_ + device::SwizzledFrom(place, kStrides, i, j * Groups::kGroup)));
-    }
+  // The lane's chunk j of row i of its group.
+  __device__ uint4* Chunk(uint32_t place, int i, int j) const {
+    return reinterpret_cast<uint4*>(queries_ + device::SwizzledFrom(place, kStrides, i, j * Groups::kGroup));
   }
 
   const PrefillArgs& args_;

@@ -38,7 +38,8 @@ struct PrefillTraits {
   static constexpr int kFirstBlocks = kBlocks / 2;
   static constexpr int kBlocksBeforeValues = kProductWarpgroups == 3 ? kBlocks : kBlocks * 3 / 4;
   static constexpr int kMostSharedBytes = 227 * 1024;  // of a CTA
-  static constexpr int kMiscBytes = 1024;              // at least what it needs besides
+  // At least what it needs besides.
+  static constexpr int kMiscBytes = 1024;
 
   // Of the warps that load, some have keys, as many values, and the others queries. One warp feeds the
   // accelerator. Copies take two, and a warpgroup more, unless results need its registers.
