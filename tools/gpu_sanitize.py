@@ -51,10 +51,12 @@ def main() -> None:
     if what == "write":
         write()
         print("write: as the oracle has it")
+    engine = what
     if what == "little-room":
         leave_little_room()
+        engine = "fused"
     for name in names:
-        attention("fused" if what == "little-room" else what, name)
+        attention(engine, name)
         print(f"{what} {name}: as the oracle has it", flush=True)
     print(f"jax_paged_attn {jpa.__version__}: {what} done")
 
