@@ -301,6 +301,12 @@ def _shapes() -> list[Case]:
         for base in (DECODE, PROMPT):
             name = f"{base.name}_head_dim_{head_dim}_{page.get('page_dtype', 'f16')}"
             cases.append(replace(base, name=name, head_dim=head_dim, dtype="f16", **page))
+    # The one head dim whose prompts take the kernel for other devices on a Hopper GPU, too.
+    other = replace(PROMPT, head_dim=80, dtype="bf16", sinks=True)
+    keywords = {"sliding_window": 30, "soft_cap": 3.0}
+    cases.append(replace(other, name="prompt_head_dim_80_bf16"))
+    cases.append(replace(other, name="prompt_head_dim_80_f16_window", dtype="f16", keywords=keywords))
+    cases.append(replace(other, name="prompt_head_dim_80_int8_not_causal", keywords={"causal": False}, **int8))
     cases.append(replace(PROMPT, name="prompt_head_dim_128", head_dim=128, dtype="bf16"))
     cases.append(replace(PROMPT, name="prompt_head_dim_576", head_dim=576))
     cases.append(replace(PROMPT, name="prompt_page_size_1", page_size=1, max_pages=80))

@@ -363,6 +363,11 @@ def test_fused_launches(page_dtype: Any, batch_invariant: bool) -> None:
     )  # plan, decode, prefill; batch-invariant, and the combine of decode
 
 
+def scales_of(page_dtype: Any) -> dict[str, jax.Array]:
+    """What a call over pages of the dtype takes besides."""
+    return {} if page_dtype == BF16 else {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(0.5)}
+
+
 def mixed_inputs(
     rows: tuple[int, ...],
     lengths: tuple[int, ...],
@@ -404,7 +409,7 @@ def test_fused_prefill(name: str, head_dim: int, page_size: int, page_dtype: str
     """As "cublaslt" has it, the same bits every time, and no value of a page that is not there."""
     rows, lengths = PREFILLS[name]
     args = mixed_inputs(rows, lengths, page_size, head_dim, page_dtype=page_dtype)
-    scales = {} if page_dtype == BF16 else {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(0.5)}
+    scales = scales_of(page_dtype)
     tables = args[4].at[0, 3].set(-1).at[1, 0].set(2**31 - 1)
     variants: tuple[Any, ...] = (args, (*args[:4], tables, args[5]))
     for keywords in ({}, {"causal": False}, {"sliding_window": 300, "soft_cap": 20.0}):
@@ -437,7 +442,7 @@ def test_images_of_tiles_change_no_result(
 ) -> None:
     """Whether all tiles have room for an image in scratch memory, or only eight, and whoever makes it first."""
     args = mixed_inputs(q_lens, kv_lens, page_size, head_dim, page_dtype=page_dtype)
-    scales = {} if page_dtype == BF16 else {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(0.5)}
+    scales = scales_of(page_dtype)
     sizes, results = [], []
     for mebibytes in (1, 2, 8, 256):
         monkeypatch.setenv("JPA_CUDA_WORKSPACE_MIB", str(mebibytes))
@@ -456,7 +461,7 @@ def test_images_of_tiles_change_no_result(
 def test_images_take_what_room_a_program_has(monkeypatch: pytest.MonkeyPatch, page_size: int, page_dtype: str) -> None:
     """A program that was kept may have less scratch memory than its call would ask for today; too little is refused."""
     args = mixed_inputs((2100, 40), (3000, 700), page_size, 128, page_dtype=page_dtype)
-    scales = {} if page_dtype == BF16 else {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(0.5)}
+    scales = scales_of(page_dtype)
     asks_for = _ffi._CUDA_WORKSPACES["fused"]
     sizes: list[int] = []
 
