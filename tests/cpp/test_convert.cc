@@ -179,5 +179,5 @@ int main() {
   test::EncodesToNearest<uint8_t>(test::kE4M3FN, F32ToE4M3FN, true);
   test::BF16RoundsToNearestEven();
   test::S8RoundsToNearestEvenAndSaturates();
-  return test::failures;
+  return test::failures == 0 ? 0 : 1;
 }

@@ -60,5 +60,5 @@ int main() {
     return jpa::test::kSkipped;
   }
   jpa::test::Run();
-  return jpa::test::failures;
+  return jpa::test::failures == 0 ? 0 : 1;
 }

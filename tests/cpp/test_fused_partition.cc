@@ -274,5 +274,5 @@ int main() {
   jpa::test::EqualUnitsStayWhole();
   jpa::test::NumbersBeyondTheirRange();
   jpa::test::DecodeLeavesMultiprocessorsToPrefill();
-  return jpa::test::failures;
+  return jpa::test::failures == 0 ? 0 : 1;
 }

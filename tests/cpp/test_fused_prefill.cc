@@ -219,5 +219,5 @@ int main() {
   jpa::test::OrdersTakeEachTileOnce();
   jpa::test::ImagesAreOfTilesTakenOften();
   jpa::test::FewUnitsAreCut();
-  return jpa::test::failures;
+  return jpa::test::failures == 0 ? 0 : 1;
 }

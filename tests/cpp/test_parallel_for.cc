@@ -74,5 +74,5 @@ int main() {
   jpa::test::LateTasksTouchNothing();
   jpa::test::OutOfMemoryIsAStatus();
   jpa::test::FewerHelpersDoAsWell();
-  return jpa::test::failures;
+  return jpa::test::failures == 0 ? 0 : 1;
 }
