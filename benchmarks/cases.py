@@ -109,6 +109,8 @@ CPU = DECODE + PREFILL
 
 # The plan's own shape: 16 sequences of 16 heads, 32 pages each.
 PLAN: dict[str, Any] = {"num_heads": 16, "num_kv_heads": 16, "page_size": 128}
+# Rows of 128 bytes, and of 64 in 8 bits.
+_SMALL_HEADS: dict[str, Any] = {"num_heads": 8, "head_dim": 64}
 _64X4K = ((1, 4096),) * 64
 GPU_DECODE = (
     Workload("decode 64x4k", "bf16", _64X4K),
@@ -129,6 +131,9 @@ GPU_DECODE = (
     Workload("decode 32x8k 64/8 heads", "bf16", ((1, 8192),) * 32, num_heads=64),
     Workload("decode 32x8k 64/8 heads e4m3", "bf16", ((1, 8192),) * 32, num_heads=64, page_dtype="e4m3"),
     Workload("decode 16x4k 16/16 heads", "bf16", ((1, 4096),) * 16, **PLAN),
+    Workload("decode 120x2k 8/8 heads head dim 64", "bf16", ((1, 2048),) * 120, **_SMALL_HEADS),
+    Workload("decode 120x2k 8/8 heads head dim 64 e4m3", "bf16", ((1, 2048),) * 120, **_SMALL_HEADS, page_dtype="e4m3"),
+    Workload("decode 64x4k head dim 96", "bf16", _64X4K, head_dim=96),
     Workload("decode 63x<=1k 1x64k", "bf16", _skewed(64, 1024, 65536)),
     Workload("decode 64x1k table 64", "bf16", ((1, 1024),) * 64),
     Workload("decode 64x1k table 8192", "bf16", ((1, 1024),) * 64, table_pages=8192),

@@ -56,16 +56,18 @@ __device__ inline uint32_t PairOfBytes(uint32_t word) {
   return bits;
 }
 
-// Of 16 keys' rows, each `stride` bytes after the one before, elements [16 i, 16 i + 16) as second operand of
-// Q K^T: for the first eight keys fragment[0..1], for the others [2..3].
-template <DType dtype, int stride>
+// Elements [16 i, 16 i + 16) of 16 keys' rows as second operand of Q K^T: fragment[0..1] for the first eight
+// keys, [2..3] for the others. `keys` is the address of the first row; its number in the tile is a multiple
+// of 8.
+template <DType dtype, typename Rows>
 __device__ inline void LoadKeys(uint32_t keys, int i, uint32_t (&fragment)[4]) {
   const uint32_t lane = LaneId();
   if constexpr (ByteWidth(dtype) == 2) {
-    LoadMatrices(keys + (lane / 16 * 8 + lane % 8) * stride + (2 * i + lane / 8 % 2) * 16, fragment);
+    const uint32_t first = Rows::Chunk(Rows::FirstChunk(keys, lane / 16 * 8 + lane % 8), lane / 8 % 2);
+    LoadMatrices(Rows::Chunk(first, 2 * i), fragment);
   } else {
     uint32_t words[2];
-    LoadMatrices(keys + lane % 16 * stride + i * 16, words);
+    LoadMatrices(Rows::Chunk(Rows::FirstChunk(keys, lane % 16), i), words);
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       fragment[2 * t] = PairOfBytes<dtype, 0, 1>(words[t]);
@@ -74,17 +76,18 @@ __device__ inline void LoadKeys(uint32_t keys, int i, uint32_t (&fragment)[4]) {
   }
 }
 
-// Of 16 keys' rows, columns [16 i, 16 i + 16) as second operand of P V: eight columns in fragment[0..1], the
-// others in [2..3]; which ones, FragmentLayout says.
-template <DType dtype, int stride>
+// Columns [16 i, 16 i + 16) of 16 keys' rows as second operand of P V: eight columns in fragment[0..1], the
+// others in [2..3]; FragmentLayout says which. `values` as `keys` above.
+template <DType dtype, typename Rows>
 __device__ inline void LoadValues(uint32_t values, int i, uint32_t (&fragment)[4]) {
   const uint32_t lane = LaneId();
   if constexpr (ByteWidth(dtype) == 2) {
-    LoadMatricesTransposed(values + lane % 16 * stride + (2 * i + lane / 16) * 16, fragment);
+    const uint32_t first = Rows::Chunk(Rows::FirstChunk(values, lane % 16), lane / 16);
+    LoadMatricesTransposed(Rows::Chunk(first, 2 * i), fragment);
   } else {
     // Pairs of columns change places with keys: a word has two columns of two keys.
     uint32_t words[2];
-    LoadMatricesTransposed(values + lane % 16 * stride + i * 16, words);
+    LoadMatricesTransposed(Rows::Chunk(Rows::FirstChunk(values, lane % 16), i), words);
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       fragment[t] = PairOfBytes<dtype, 0, 2>(words[t]);

@@ -22,6 +22,13 @@ __device__ inline T* Opaque(T* pointer) {
   return pointer;
 }
 
+// The same number, of which the compiler no longer knows how it was made: it computes anew what follows from
+// it.
+__device__ inline uint32_t Opaque(uint32_t number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
 // ---- words that other CTAs read and write -----------------------------------------------------------------
 
 __device__ inline uint32_t LoadRelaxed(const uint32_t* word) {

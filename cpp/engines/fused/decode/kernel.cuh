@@ -339,29 +339,34 @@ class JobMaker {
 
 struct CopyPlace {
   bool exists;
-  int key;   // of the tile
-  int byte;  // of the row
+  uint32_t key;    // of the tile
+  uint32_t chunk;  // of the row
 };
 
 // By all threads that copy.
 template <typename Traits>
 __device__ inline void CopyTile(const DecodeArgs& args, const Job& job, uint32_t stage) {
-  constexpr int kCopies = kTileKeys * Traits::kChunks,
+  using Rows = typename Traits::Rows;
+  constexpr int kCopies = kTileKeys * Rows::kChunks,
                 kEach = (kCopies + Traits::kCopyThreads - 1) / Traits::kCopyThreads;
-  const int thread = static_cast<int>(threadIdx.x) - Traits::kProductThreads;
+  uint32_t thread = threadIdx.x - Traits::kProductThreads;
+  // By shifts places are found at once. Found by divisions they would be kept from tile to tile, for which these warps
+  // lack the registers.
+  if constexpr ((Rows::kChunks & (Rows::kChunks - 1)) != 0)
+    thread = device::Opaque(thread);
   const char* const k_pages = static_cast<const char*>(args.params.k_pages);
   const char* const v_pages = static_cast<const char*>(args.params.v_pages);
   const auto place_of = [&](int i) {
-    const int copy = i * Traits::kCopyThreads + thread;
-    return CopyPlace{copy < kCopies, copy / Traits::kChunks, copy % Traits::kChunks * 16};
+    const uint32_t copy = i * Traits::kCopyThreads + thread;
+    return CopyPlace{copy < kCopies, copy / Rows::kChunks, copy % Rows::kChunks};
   };
   if (args.same_offsets && job.all_known()) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const CopyPlace place = place_of(i);
       if (kCopies % Traits::kCopyThreads != 0 && !place.exists) break;
-      const uint32_t to = stage + place.key * Traits::kRowStride + place.byte;
-      const int64_t offset = job.k_offsets[place.key] + place.byte;
+      const uint32_t to = stage + Rows::Offset(place.key, place.chunk);
+      const int64_t offset = job.k_offsets[place.key] + place.chunk * 16;
       device::CopyAsync16(to, k_pages + offset);
       device::CopyAsync16(to + Traits::kTileBytes, v_pages + offset);
     }
@@ -371,11 +376,12 @@ __device__ inline void CopyTile(const DecodeArgs& args, const Job& job, uint32_t
   for (int i = 0; i < kEach; ++i) {
     const CopyPlace place = place_of(i);
     if (!place.exists) break;
-    const uint32_t to = stage + place.key * Traits::kRowStride + place.byte;
+    const uint32_t to = stage + Rows::Offset(place.key, place.chunk);
+    const int byte = place.chunk * 16;
     const int64_t k_offset = job.k_offsets[place.key];
     const int64_t v_offset = args.same_offsets ? k_offset : job.v_offsets[place.key];
-    device::CopyAsync16(to, k_pages + (k_offset < 0 ? 0 : k_offset + place.byte), k_offset >= 0);
-    device::CopyAsync16(to + Traits::kTileBytes, v_pages + (v_offset < 0 ? 0 : v_offset + place.byte),
+    device::CopyAsync16(to, k_pages + (k_offset < 0 ? 0 : k_offset + byte), k_offset >= 0);
+    device::CopyAsync16(to + Traits::kTileBytes, v_pages + (v_offset < 0 ? 0 : v_offset + byte),
                         v_offset >= 0);
   }
 }
@@ -476,7 +482,7 @@ class WarpRows {
     for (int i = share_; i < kTileKeys / kKeys; i += num_shares_) {
       const int key = i * kKeys;
       float scores[2][4];
-      Scores(stage + key * Traits::kRowStride, scores);
+      Scores(stage + key * Traits::Rows::kStride, scores);
       if (args.params.soft_cap > 0.0f) {
         Scale(scores, args.params.soft_cap * device::kLog2E);
       } else {
@@ -484,7 +490,7 @@ class WarpRows {
       }
       if (!all_seen) Hide(job, key, scores);
       Softmax(scores);
-      AddValues(stage + Traits::kTileBytes + key * Traits::kRowStride, scores);
+      AddValues(stage + Traits::kTileBytes + key * Traits::Rows::kStride, scores);
     }
   }
 
@@ -525,7 +531,7 @@ class WarpRows {
     float values[kTileWarps * 8][kHeadDim + 8];
     SoftmaxState states[kTileWarps * 8];
   };
-  static_assert(sizeof(Exchange) <= Traits::kStageBytes, "End needs room");
+  static_assert(sizeof(Exchange) <= Traits::kExchangeBytes, "traits.h has to know");
 
   __device__ void Put(int r, Exchange* exchange) {
     SoftmaxState& state = states_[r];
@@ -579,7 +585,7 @@ class WarpRows {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
       uint32_t fragment[4];
-      device::LoadKeys<Traits::kKV, Traits::kRowStride>(keys, i, fragment);
+      device::LoadKeys<Traits::kKV, typename Traits::Rows>(keys, i, fragment);
       device::MultiplyAdd(scores[0], queries_.fragments[i], fragment[0], fragment[1], Math());
       device::MultiplyAdd(scores[1], queries_.fragments[i], fragment[2], fragment[3], Math());
     }
@@ -666,7 +672,7 @@ class WarpRows {
 #pragma unroll
     for (int i = 0; i < kOutputs / 2; ++i) {
       uint32_t columns[4];
-      device::LoadValues<Traits::kKV, Traits::kRowStride>(values, i, columns);
+      device::LoadValues<Traits::kKV, typename Traits::Rows>(values, i, columns);
       device::MultiplyAdd(outputs_[2 * i], fragment, columns[0], columns[1], Math());
       device::MultiplyAdd(outputs_[2 * i + 1], fragment, columns[2], columns[3], Math());
     }

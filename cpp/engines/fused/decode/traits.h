@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/problem.h"
+#include "device/swizzled_rows.h"
 #include "engines/fused/decode/partition.h"
 
 namespace jpa::fused {
@@ -36,13 +37,14 @@ struct DecodeTraits {
   static constexpr int kProductRegisters = 176;
 
   static constexpr int kRowBytes = kHeadDim * static_cast<int>(ByteWidth(kKV));
-  static constexpr int kChunks = kRowBytes / 16;  // of a row
-  // An odd number of 16-byte chunks from row to row: then eight neighbouring rows, which ldmatrix reads at a
-  // time, lie in different banks. At least one chunk more than a row has, so that a stage has room for what
-  // the warps exchange at the end of a part.
-  static constexpr int kRowStride = 16 * ((kChunks + 1) | 1);
-  static constexpr int kTileBytes = kTileKeys * kRowStride;
-  static constexpr int kStageBytes = 2 * kTileBytes;
+  using Rows = device::SwizzledRows<kRowBytes>;
+  static constexpr int kTileBytes = kTileKeys * Rows::kStride;
+  // The warps exchange their states in a stage at the end of a part: a row of f32 and 40 bytes for each of 32
+  // rows. Tiles of 8-bit keys are smaller than that. Whole KB keep as many stages as were measured to be
+  // enough.
+  static constexpr int kExchangeBytes = 8 * kTileWarps * (4 * kHeadDim + 40);
+  static constexpr int kStageBytes =
+      ((2 * kTileBytes > kExchangeBytes ? 2 * kTileBytes : kExchangeBytes) + 1023) / 1024 * 1024;
 
   static constexpr int kJobBytes = 1152;   // at least what a tile in flight needs beside its keys and values
   static constexpr int kMiscBytes = 2048;  // and what a CTA needs
@@ -67,7 +69,6 @@ struct DecodeTraits {
     return room < 2 || stages > room ? room : stages < 2 ? 2 : stages;
   }
 
-  static_assert(kRowBytes % 16 == 0, "rows are copied 16 bytes at a time");
   static_assert(kHeadDim % 16 == 0, "products take 16 elements at a time");
 };
 
