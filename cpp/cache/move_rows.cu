@@ -4,6 +4,7 @@
 #include "cache/cuda_error.h"
 #include "cache/move_rows.h"
 #include "cache/slots.cuh"
+#include "device/compiled_for.h"
 #include "device/ptx.cuh"
 
 namespace jpa::cache {
@@ -158,8 +159,9 @@ bool AreRowsMovable(const WriteProblem& problem, const WriteParams& params) {
 }
 
 Status CanMoveRows(int device, bool* can) {
-  cudaFuncAttributes attributes{};
-  if (cudaError_t e = cudaFuncGetAttributes(&attributes, MoveRowsKernel); e != cudaSuccess) {
+  int capability = 0;
+  if (cudaError_t e = device::CompiledFor(reinterpret_cast<const void*>(&MoveRowsKernel), &capability);
+      e != cudaSuccess) {
     return CudaError("cudaFuncGetAttributes", e);
   }
   int most_shared_bytes = 0;
@@ -168,7 +170,7 @@ Status CanMoveRows(int device, bool* can) {
       e != cudaSuccess) {
     return CudaError("cudaDeviceGetAttribute", e);
   }
-  *can = attributes.binaryVersion >= 90 && most_shared_bytes >= kSharedBytes;
+  *can = capability >= 90 && most_shared_bytes >= kSharedBytes;
   return Status::Ok();
 }
 

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "core/dtype_name.h"
+#include "device/compiled_for.h"
 #include "engines/fused/args.h"
 #include "engines/fused/decode/combine.h"
 #include "engines/fused/decode/kernels.h"
@@ -16,7 +17,7 @@ namespace jpa::fused {
 namespace {
 
 #ifdef JPA_HAVE_SM90A
-constexpr int kPrefillCapability = 90;  // of machine code that has the prefill kernels
+constexpr int kPrefillCapability = 90;  // that the prefill kernels are compiled for
 #else
 constexpr int kPrefillCapability = 0;
 #endif
@@ -180,12 +181,11 @@ Status MakeFlags(std::unique_ptr<uint32_t, FreeOnDevice>* flags) {
 // Makes a kernel of prefill ready, if there is one for this device.
 Status PreparePrefill(const PrefillKernelInfo& info, int num_sms, PrefillDevice* prefill) {
   if (info.kernel == nullptr) return Status::Ok();
-  cudaFuncAttributes attributes{};
-  if (Status s = CudaStatus(cudaFuncGetAttributes(&attributes, info.kernel), "no kernel for this device");
-      !s.ok()) {
+  int capability = 0;
+  if (Status s = CudaStatus(device::CompiledFor(info.kernel, &capability), "no kernel for this device");
+      !s.ok())
     return s;
-  }
-  if (attributes.binaryVersion != kPrefillCapability) return Status::Ok();
+  if (capability != kPrefillCapability) return Status::Ok();
   *prefill = {info.kernel,     num_sms,         info.threads,     info.shared_bytes,
               info.shape.rows, info.shape.keys, info.image_shares};
   return CudaStatus(
@@ -300,12 +300,10 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
       !s.ok()) {
     return s;
   }
-  cudaFuncAttributes attributes{};
-  if (Status s = CudaStatus(cudaFuncGetAttributes(&attributes, info.kernel), "no kernel for this device");
-      !s.ok()) {
+  int capability = 0;
+  if (Status s = CudaStatus(device::CompiledFor(info.kernel, &capability), "no kernel for this device");
+      !s.ok())
     return s;
-  }
-  const int capability = attributes.binaryVersion;
   device->kernel = info.kernel;
   device->threads = info.threads;
   device->ctas_per_sm = info.ctas_per_sm(capability);

@@ -9,7 +9,7 @@ namespace jpa::fused {
 struct DecodeKernelInfo {
   const void* kernel = nullptr;  // of DecodeArgs; null: there is none
   int threads = 0;
-  // By compute capability of the machine code, 90 for 9.0.
+  // By the compute capability that the kernel was compiled for, 90 for 9.0.
   int (*ctas_per_sm)(int capability) = nullptr;
   int (*shared_bytes)(int capability) = nullptr;
 };
