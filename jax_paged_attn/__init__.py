@@ -1,12 +1,14 @@
 """Attention over paged key/value caches for JAX."""
 
 from jax_paged_attn._allocator import (
+    AllocatorStats,
     DoubleFree,
     ForeignPage,
     OutOfPages,
     PageAllocator,
     PageAllocatorError,
     Sequence,
+    StepArrays,
 )
 from jax_paged_attn._attention import (
     merge_attention_states,
@@ -24,6 +26,7 @@ from jax_paged_attn._parallel import context_parallel_attention
 __version__ = "0.1.0"
 
 __all__ = [
+    "AllocatorStats",
     "Cost",
     "DoubleFree",
     "Explanation",
@@ -33,6 +36,7 @@ __all__ = [
     "PageAllocatorError",
     "PagedKVCache",
     "Sequence",
+    "StepArrays",
     "context_parallel_attention",
     "copy_kv_pages",
     "cost_analysis",

@@ -1,12 +1,12 @@
 """Which page belongs to which sequence: reference counts, shared prefixes, copy-on-write. Host side, no JAX.
 
-A pool of ``num_pages`` pages of ``page_size`` tokens is dealt out to sequences. Three rules keep it right:
+A pool of ``num_pages`` pages of ``page_size`` tokens is dealt out to sequences. Four rules keep it right:
 
-* **A page with several owners is never written.** Its owners either share a whole, finished page, or are forks
-  of one another; the first of them to append gets a copy of a last page that is not full.
-* **Whole pages are found again by their tokens.** Every known prefix is a node of a tree; a page's key is (node of
-  the prefix before it, its tokens), so a dict lookup compares tokens, and equal hashes alone never match.
-  Node numbers are never used twice: what hung below a forgotten node cannot be found through a new one.
+* **A page with several owners is never written.** Its owners either share a whole, finished page, or have it in
+  common since a fork; the first of them to append gets a copy of a last page that is not full.
+* **Whole pages are found again by their tokens**, which are compared; equal hashes alone never match.
+* **A page is found only while it holds what it is found by.** Who truncates into a page, or appends to one that was
+  truncated, first makes it unfindable.
 * **A freed page keeps its content until it is needed.** Blank pages go first, then the findable page that was freed
   longest ago, tails before the prefixes they hang on (the eviction order of vLLM's prefix cache).
 
@@ -15,39 +15,27 @@ Every operation looks first and then acts, so an error leaves the allocator as i
 
 from __future__ import annotations
 
-import operator
-from collections import OrderedDict
+from collections import Counter, deque
 from collections.abc import Hashable, Iterable
-from collections.abc import Sequence as Collection
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NoReturn
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["DoubleFree", "ForeignPage", "OutOfPages", "PageAllocator", "PageAllocatorError", "Sequence"]
+from jax_paged_attn import _allocator_arguments as arguments
+from jax_paged_attn._allocator_pool import OutOfPages, PageAllocatorError, PagePool
+from jax_paged_attn._allocator_rows import Rows
 
-_LARGEST_SLOT = 2**31 - 1
-
-
-class PageAllocatorError(Exception):
-    """What a `PageAllocator` refuses to do; the allocator is unchanged."""
-
-
-class OutOfPages(PageAllocatorError):
-    """More pages are needed than are free: preempt a sequence or wait.
-
-    Attributes:
-      needed: pages that the call had to take.
-      free: pages that it could have taken; for `PageAllocator.allocate` without those that it would have shared.
-    """
-
-    def __init__(self, needed: int, free: int):
-        super().__init__(f"out of pages: {needed} needed, {free} free")
-        self.needed = needed
-        self.free = free
-
-    def __reduce__(self):
-        return type(self), (self.needed, self.free)
+__all__ = [
+    "AllocatorStats",
+    "DoubleFree",
+    "ForeignPage",
+    "OutOfPages",
+    "PageAllocator",
+    "PageAllocatorError",
+    "Sequence",
+    "StepArrays",
+]
 
 
 class DoubleFree(PageAllocatorError):
@@ -64,7 +52,7 @@ class Sequence:
 
     Attributes:
       id: what the allocator's methods take; never used twice.
-      pages: page ids in the order of the tokens, at that time.
+      pages: page ids in the order of the tokens, at that time; -1 for pages in front of the window.
       cached_len: leading tokens whose keys and values are in shared pages already; computing starts after them.
     """
 
@@ -73,40 +61,47 @@ class Sequence:
     cached_len: int
 
 
-@dataclass(frozen=True)
-class _Root:
-    """The empty prefix of one salt."""
+@dataclass(frozen=True, eq=False)
+class StepArrays:
+    """The arrays of one step over T tokens of B sequences with tables of M pages. NumPy, int32.
 
-    salt: Hashable
-
-
-_Prefix = int | _Root
-_Key = tuple[_Prefix, tuple[Hashable, ...]]
-
-
-@dataclass
-class _Node:
-    """A known prefix that ends on a page boundary.
-
-    Its pages all hold the same content: either each has an owner, or there is a single one and it is free.
+    Attributes:
+      positions: `[T]`, position of each token in its sequence, from 0; 0 for padding.
+      slot_mapping: `[T]`, page · page_size + offset of each token; -1 for padding, which is not written.
+      block_tables: `[B, M]`, page ids of each sequence, padded with -1.
+      kv_lens: `[B]`, tokens of each sequence in the cache, the new ones included; 0 for padding.
+      cu_q_lens: `[B + 1]`, first token of each sequence in the step, then the end, repeated for padding.
+      num_seqs: scalar, how many of the B rows are live.
     """
 
-    number: int
-    key: _Key
-    pages: dict[int, None] = field(default_factory=dict)
+    positions: np.ndarray
+    slot_mapping: np.ndarray
+    block_tables: np.ndarray
+    kv_lens: np.ndarray
+    cu_q_lens: np.ndarray
+    num_seqs: np.ndarray
 
 
-@dataclass
-class _State:
-    """A live sequence. Its tokens are known up to ``published · page_size + len(tail)``."""
+@dataclass(frozen=True)
+class AllocatorStats:
+    """What a `PageAllocator` holds now, and what it has counted since it was made.
 
-    pages: list[int]
-    length: int
-    written: int  # leading tokens that are in the cache
-    prefix: _Prefix  # node of the pages published so far
-    published: int  # leading pages that allocate() can find
-    tail: list[Hashable]  # known tokens after those
-    all_known: bool = True  # False for good after an append by number
+    Attributes:
+      pages_in_use: pages with at least one owner.
+      pages_cached: pages without an owner that can still be found by their tokens.
+      pages_free: pages without an owner or content. The three add up to the pool.
+      hits, misses: calls of `PageAllocator.allocate` that found a prefix, and those that found none.
+      evictions: cached pages whose content was given up for other tokens.
+      tokens_found: tokens found in the cache, the sum of every ``cached_len`` of `PageAllocator.allocate`.
+    """
+
+    pages_in_use: int
+    pages_cached: int
+    pages_free: int
+    hits: int
+    misses: int
+    evictions: int
+    tokens_found: int
 
 
 class PageAllocator:
@@ -114,38 +109,57 @@ class PageAllocator:
 
     Args:
       num_pages: P, pages in the pool, ≥ 1.
-      page_size: S, tokens a page, ≥ 1. Slots are int32, so P · S must not exceed 2³¹ − 1.
+      page_size: S, tokens per page, ≥ 1. Slots are int32, so P · S must not exceed 2³¹ − 1.
       share: when a whole page becomes shareable.
 
-        ``"allocated"``: as soon as its tokens have slots. Right if sequences are computed in the order in which they
-        were allocated and appended to. Do not free a sequence before its tokens were written: its pages stay findable
-        and would pass on whatever stood in them.
+        ``"written"``: once `mark_written` covered it. A page that was never computed is never found, whatever is
+        sampled, rejected, preempted or cancelled.
 
-        ``"written"``: once `mark_written` covered it. For servers with chunked prefill, preemption or cancellation.
+        ``"allocated"``: as soon as its tokens have slots, so that prompts that arrive together share. It is then the
+        caller's duty to write tokens and copy pages in the order of the calls that asked for it, and to free or
+        truncate no sequence whose tokens another one found before they were written. Once nobody owns a page, it
+        stays findable only if `mark_written` covered it.
+      window: w ≥ 1, for layers whose attention has ``sliding_window`` ≤ w. Pages wholly in front of the last w tokens
+        that `mark_written` covered are given back; tables have -1 there. None keeps all.
 
     Allocating and freeing a page takes constant time, whatever the size of the pool. Not thread-safe.
+
+    Example::
+
+        allocator = PageAllocator(num_pages=1024, page_size=16)
+        ids = [allocator.allocate(prompt).id for prompt in prompts]  # prefill, then mark_written
+        while True:
+            slots, copies = allocator.append_batch(ids, tokens[:, None])  # tokens int32 [B], the sampled ones
+            arrays = allocator.step(ids, [1] * len(ids), num_tokens=256, max_seqs=256, max_pages=64)
+            ...  # run the model
+            allocator.mark_written_batch(ids, arrays.kv_lens[: len(ids)])
 
     Raises:
       ValueError, TypeError: a bad argument.
     """
 
-    def __init__(self, num_pages: int, page_size: int, *, share: Literal["allocated", "written"] = "allocated"):
-        self._num_pages = _integer("num_pages", num_pages, at_least=1)
-        self._page_size = _integer("page_size", page_size, at_least=1)
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        *,
+        share: Literal["allocated", "written"] = "written",
+        window: int | None = None,
+    ):
+        self._num_pages = arguments.integer("num_pages", num_pages, at_least=1)
+        self._page_size = arguments.integer("page_size", page_size, at_least=1)
         num_slots = self._num_pages * self._page_size
-        if num_slots > _LARGEST_SLOT:
+        if num_slots > arguments.LARGEST:
             raise ValueError(f"num_pages * page_size: expected at most 2**31 - 1 (slots are int32), got {num_slots}")
-        if share not in ("allocated", "written"):
+        if not isinstance(share, str) or share not in ("allocated", "written"):
             raise ValueError(f"share: expected 'allocated' or 'written', got {share!r}")
         self._share = share
-        self._owners = [0] * self._num_pages
-        self._node_of: list[_Node | None] = [None] * self._num_pages
-        self._blank = list(range(self._num_pages))[::-1]  # free, content worthless; the last one goes first
-        self._cached: OrderedDict[int, None] = OrderedDict()  # free but findable, freed longest ago first
-        self._nodes: dict[_Key, _Node] = {}
-        self._next_node = 0
-        self._states: dict[int, _State] = {}
+        self._window = None if window is None else arguments.integer("window", window, at_least=1)
+        self._pool = PagePool(self._num_pages)
+        self._rows = Rows(self._page_size)
+        self._row_of: dict[int, int] = {}
         self._next_id = 0
+        self._hits = self._misses = self._tokens_found = 0
 
     # ---- sequences
 
@@ -155,101 +169,194 @@ class PageAllocator:
         Args:
           tokens: the prompt: integers (an iterable or a 1-d integer array) or any hashable values, compared with
             ``==``. An empty prompt owns no page yet; `append` gives it some.
-          salt: prefixes are shared among equal salts only: one a tenant keeps tenants apart. Any hashable value.
+          salt: prefixes are shared among equal salts only: one per tenant keeps tenants apart, one per version of the
+            weights keeps versions apart. Any hashable value.
 
         Returns:
           The sequence. ``cached_len`` is a multiple of the page size and less than the number of tokens (0 for an empty
-          prompt): the last token has to be computed for its logits, so its page is never shared.
+          prompt): the last token has to be computed for its logits, so its page is never shared. With a window, the
+          pages of the last w tokens before ``cached_len`` are shared, and -1 stands in front of them.
 
         Raises:
           OutOfPages: too few free pages.
           TypeError, ValueError: `tokens` or `salt` is not as above.
         """
-        known = _token_tuple("tokens", tokens)
-        prefix: _Prefix = _Root(_hashable("salt", salt))
-        shared: list[int] = []
-        for start in range(0, len(known) - self._page_size, self._page_size):
-            node = self._nodes.get((prefix, known[start : start + self._page_size]))
-            if node is None:
-                break
-            shared.append(next(iter(node.pages)))
-            prefix = node.number
-        needed = self._pages_for(len(known)) - len(shared)
-        self._require(needed, reserved=sum(not self._owners[page] for page in shared))
+        known = arguments.token_tuple("tokens", tokens)
+        arguments.hashable("salt", salt)
+        pool, rows = self._pool, self._rows
+        at_hand = None if self._window is None else self._pages_for(self._window)
+        nodes, shared = pool.find(salt, known, self._page_size, at_hand)
+        num_pages = self._pages_for(len(known))
+        pool.require(num_pages - len(nodes), reserved=sum(not pool.owners[page] for page in shared))
 
+        chain = [pool.root(salt), *nodes]
+        pool.hold(chain[-1])  # before pages are taken, which forgets nodes
         for page in shared:
-            self._own(page)
-        cached_len = len(shared) * self._page_size
-        state = _State(
-            pages=shared + [self._take() for _ in range(needed)],
-            length=len(known),
-            written=cached_len,
-            prefix=prefix,
-            published=len(shared),
-            tail=list(known[cached_len:]),
-        )
-        self._publish(state)
-        return self._admit(state, cached_len)
+            pool.own(page)
+        rows.widen(num_pages)
+        row = rows.add()
+        first, found = len(nodes) - len(shared), len(nodes)
+        rows.tables[row, first:found] = shared
+        rows.tables[row, found:num_pages] = [pool.take() for _ in range(num_pages - found)]
+        rows.length[row] = rows.known[row] = len(known)
+        rows.written[row] = cached_len = found * self._page_size
+        rows.published[row], rows.given_back[row] = found, first
+        rows.tokens[row], rows.chains[row] = list(known), chain
+        self._hits += found > 0
+        self._misses += found == 0
+        self._tokens_found += cached_len
+        self._publish(row)
+        return self._admit(row, cached_len)
 
     def append(self, id: int, n: int | Iterable[Hashable]) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """Makes room for new tokens at the end of a sequence.
 
         Args:
           id: the sequence.
-          n: the new tokens, or just their number. Given by number their content is unknown, and neither the page they
-            start in nor any later page of this sequence can be found by others.
+          n: the new tokens, or just their number. Given by number their values are unknown: neither the page they
+            start in nor any later one can be found by others, until `truncate` takes the unknown tokens away.
 
         Returns:
           ``(slots, copies)``: slots int32 ``[n]``, page · page_size + offset of each new token; and the
           ``(source page, destination page)`` pairs that the caller has to copy with `copy_kv_pages` before it writes
-          the tokens: one pair if the last page was partly filled and shared with a fork, else none. Pairs of several
-          appends can be copied together, unless a fork or a free came between them: then one may read or overwrite
+          the tokens: one pair if the last page was partly filled and shared, else none. Pairs of several appends can
+          be copied together, unless a fork, a free or a truncation came between them: then one may read or overwrite
           what the other wrote.
 
         Raises:
           OutOfPages, DoubleFree, ForeignPage: see there.
           TypeError, ValueError: `n` is negative, or neither a number nor tokens.
         """
-        state = self._state(id)
-        tokens: tuple[Hashable, ...] | None = None
-        if isinstance(n, (int, np.integer)):
-            count = _integer("n", n, at_least=0)
-        else:
-            tokens = _token_tuple("n", n)
-            count = len(tokens)
+        row = self._row(id)
+        count, tokens = arguments.number_or_tokens("n", n)
         if count == 0:
             return np.empty(0, np.int32), []
-        start, stop = state.length, state.length + count
-        must_copy = start % self._page_size != 0 and self._owners[state.pages[-1]] > 1
-        new_pages = self._pages_for(stop) - len(state.pages)
-        self._require(new_pages + must_copy)
+        rows = self._rows
+        start, num_pages = int(rows.length[row]), rows.num_pages(row)
+        stop = start + count
+        partial = start % self._page_size != 0
+        must_copy = partial and self._pool.owners[rows.tables[row, num_pages - 1]] > 1
+        self._pool.require(self._pages_for(stop) - num_pages + bool(must_copy))
 
-        copies: list[tuple[int, int]] = []
-        if must_copy:
-            source, state.pages[-1] = state.pages[-1], self._take()
-            self._disown(source)
-            copies.append((source, state.pages[-1]))
-        state.pages.extend(self._take() for _ in range(new_pages))
-        state.length = stop
-        state.all_known = state.all_known and tokens is not None
-        if state.all_known and tokens is not None:
-            state.tail.extend(tokens)
-        self._publish(state)
-        return self._slots(state, start, stop), copies
+        copy = self._unshare(row) if partial else None
+        self._add_pages(row, stop)
+        rows.length[row] = stop
+        if tokens is not None and rows.known[row] == start:
+            rows.tokens[row].extend(tokens)
+            rows.known[row] = stop
+        self._publish(row)
+        return rows.slots(row, start, stop), [] if copy is None else [copy]
+
+    def append_batch(
+        self, ids: Iterable[int], tokens_or_counts: Iterable[int | Iterable[Hashable]] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`append` for many sequences at once; all of them or, after an error, none.
+
+        Args:
+          ids: B sequences, none of them twice.
+          tokens_or_counts: the new tokens of each sequence (a list of lists, or an integer array ``[B, n]``), or their
+            numbers (a list of integers, or an integer array ``[B]``).
+
+        Returns:
+          ``(slots, copies)``: slots int32 ``[sum of counts]``, those of the first sequence first; and the
+          (source page, destination page) pairs to be copied before the tokens are written, int32 ``[c, 2]``.
+
+        Raises:
+          OutOfPages, DoubleFree, ForeignPage: see there.
+          TypeError, ValueError: an argument is not as above.
+        """
+        rows, _ = self._batch(ids)
+        counts, tokens = arguments.numbers_or_tokens("tokens_or_counts", tokens_or_counts, len(rows))
+        r, pool, size = self._rows, self._pool, self._page_size
+        start = r.length[rows]
+        stop = start + counts
+        have = -(-start // size)
+        new_pages = -(-stop // size) - have
+        shared, unfit = self._partial_pages(rows, (start % size != 0) & (counts > 0), have)
+        pool.require(int(new_pages.sum()) + shared)
+
+        # Python only where a page fills, is shared, or was truncated.
+        copies = [copy for row in rows[unfit].tolist() if (copy := self._unshare(row)) is not None]
+        growing = new_pages.nonzero()[0]
+        for row, end in zip(rows[growing].tolist(), stop[growing].tolist(), strict=True):
+            self._add_pages(row, end)
+        r.length[rows] = stop
+        if tokens:
+            self._extend_known(rows, start, stop, tokens)
+        if self._share == "allocated":
+            for row in rows[np.minimum(r.known[rows], stop) // size > r.published[rows]].tolist():
+                self._publish(row)
+        slots = r.spread(rows, start, counts)[1]
+        return slots, np.array(copies, np.int32).reshape(-1, 2)
+
+    def truncate(self, id: int, length: int) -> None:
+        """Drops the last tokens of a sequence, as after rejected drafts, so that it has `length` tokens.
+
+        Pages that become empty are given back. What could be found under dropped tokens is found no more, unless
+        another sequence holds it. Dropped tokens count as not written: appended again, they have to be computed again.
+
+        Raises:
+          DoubleFree, ForeignPage: see there.
+          ValueError: `length` is negative, more than the sequence's length, or so small that the next token would see
+            keys whose pages were given back because of the window. `mark_written` before `truncate` does that; the
+            other order does not. Zero is always possible.
+        """
+        row = self._row(id)
+        length = arguments.integer("length", length, at_least=0)
+        r, pool, size = self._rows, self._pool, self._page_size
+        if length > r.length[row]:
+            raise ValueError(f"length: expected at most {r.length[row]}, the length of sequence {id}, got {length}")
+        if length == r.length[row]:
+            return
+        least = 0 if self._window is None else int(r.given_back[row]) * size + max(self._window - 1, 1)
+        if r.given_back[row] and 0 < length < least:
+            raise ValueError(
+                f"length: expected 0 or at least {least}, since the first {r.given_back[row]} pages of sequence {id} "
+                f"were given back with window {self._window}, got {length}"
+            )
+        keep, whole = self._pages_for(length), length // size
+        table, chain = r.pages(row), r.chains[row]
+        dropped = chain[whole + 1 :]
+        if dropped:
+            pool.hold(chain[whole])
+        r.length[row] = length
+        for i in reversed(range(whole, len(table))):
+            if table[i] >= 0 and not self._is_whole(i, table[i]):
+                pool.forget(table[i])
+            if table[i] >= 0 and i >= keep:
+                pool.disown(table[i])
+        for node in dropped:  # pages in front of the window
+            pool.forget_free(node)
+        if dropped:
+            pool.let_go(dropped[-1])
+            del chain[whole + 1 :]
+        del r.tokens[row][length:]
+        r.tables[row, keep : len(table)] = -1
+        for marks in (r.written, r.known):
+            marks[row] = min(marks[row], length)
+        r.published[row] = min(r.published[row], whole)
+        r.given_back[row] = min(r.given_back[row], keep)
 
     def fork(self, id: int) -> Sequence:
         """A second sequence with the same tokens, which shares every page, a partly filled last one too.
 
         Whoever of the two appends first gets a copy of such a page (see `append`). ``cached_len`` is the number of
-        tokens that the original has in the cache: all of them, or with ``share="written"`` those marked.
+        tokens that the original has in the cache: those marked, or with ``share="allocated"`` all.
 
         Raises:
           DoubleFree, ForeignPage: see there.
         """
-        state = self._state(id)
-        for page in state.pages:
-            self._own(page)
-        return self._admit(replace(state, pages=list(state.pages), tail=list(state.tail)), state.written)
+        row = self._row(id)
+        new, r = self._rows.add(), self._rows
+        pages = r.pages(row)
+        for page in pages:
+            if page >= 0:
+                self._pool.own(page)
+        r.copy(row, new)
+        self._pool.hold(r.chains[new][-1])
+        if self._share == "allocated":
+            r.written[new] = r.length[new]
+        return self._admit(new, int(r.written[new]))
 
     def free(self, id: int) -> None:
         """Gives up a sequence. Pages without another owner become free; shareable ones stay findable until reused.
@@ -257,70 +364,211 @@ class PageAllocator:
         Raises:
           DoubleFree, ForeignPage: see there.
         """
-        state = self._state(id)
-        del self._states[id]
+        row = self._row(id)
+        del self._row_of[int(id)]
         # The tail first: a prefix without its tail is still of use, a tail without its prefix is not.
-        for page in reversed(state.pages):
-            self._disown(page)
+        for page in reversed(self._rows.pages(row)):
+            if page >= 0:
+                self._pool.disown(page)
+        self._pool.let_go(self._rows.chains[row][-1])
+        self._rows.remove(row)
 
     def mark_written(self, id: int, n: int) -> None:
         """Says that the first `n` tokens of a sequence are in the cache, so that their whole pages can be shared.
 
-        Less than what was said before changes nothing, nor does any call with ``share="allocated"``.
+        With a window, gives back the pages in front of the last w of them. Less than what was said before changes
+        nothing.
 
         Raises:
           DoubleFree, ForeignPage: see there.
           ValueError: `n` is negative or more than the sequence's length.
         """
-        state = self._state(id)
-        n = _integer("n", n, at_least=0)
-        if n > state.length:
-            raise ValueError(f"n: expected at most {state.length}, the length of sequence {id}, got {n}")
-        state.written = max(state.written, n)
-        self._publish(state)
+        row = self._row(id)
+        n = arguments.integer("n", n, at_least=0)
+        length = int(self._rows.length[row])
+        if n > length:
+            raise ValueError(f"n: expected at most {length}, the length of sequence {id}, got {n}")
+        if n > self._rows.written[row]:
+            self._rows.written[row] = n
+            self._settle(row)
+
+    def mark_written_batch(self, ids: Iterable[int], lengths: Iterable[int] | np.ndarray) -> None:
+        """`mark_written` for many sequences at once; all of them or, after an error, none.
+
+        Args:
+          ids: B sequences, none of them twice.
+          lengths: how many leading tokens of each are in the cache: a list of integers or an integer array ``[B]``.
+
+        Raises:
+          DoubleFree, ForeignPage: see there.
+          TypeError, ValueError: an argument is not as above, or more than the sequence's length.
+        """
+        rows, items = self._batch(ids)
+        new = arguments.counts("lengths", lengths, len(rows))
+        r, size = self._rows, self._page_size
+        too_long = new > r.length[rows]
+        if too_long.any():
+            i = int(too_long.argmax())
+            raise ValueError(
+                f"lengths: expected at most {r.length[rows[i]]}, the length of sequence {items[i]}, got {new[i]}"
+            )
+        old = r.written[rows]
+        r.written[rows] = np.maximum(old, new)
+        due = new // size > old // size
+        if self._window is not None:
+            due |= (new - self._window) // size > r.given_back[rows]
+        for row in rows[due & (new > old)].tolist():
+            self._settle(row)
 
     # ---- what the caller's arrays are made of
+
+    def step(
+        self,
+        ids: Iterable[int],
+        counts: Iterable[int] | np.ndarray,
+        *,
+        num_tokens: int,
+        max_seqs: int,
+        max_pages: int,
+    ) -> StepArrays:
+        """The arrays of a step that computes the next ``counts[i]`` tokens of each sequence after its written ones.
+
+        Args:
+          ids: the sequences, none of them twice, in the order of their tokens in the step.
+          counts: tokens of each sequence: a list of integers or an integer array. They have slots already.
+          num_tokens, max_seqs, max_pages: T, B, M, the static shapes.
+
+        Returns:
+          `StepArrays`; `jax_paged_attn.nnx.StepMetadata.from_arrays` takes them.
+
+        Raises:
+          DoubleFree, ForeignPage: see there.
+          TypeError, ValueError: more tokens, sequences or pages than fit, or tokens without slots.
+        """
+        num_tokens = arguments.integer("num_tokens", num_tokens, at_least=0)
+        max_seqs = arguments.integer("max_seqs", max_seqs, at_least=0)
+        max_pages = arguments.integer("max_pages", max_pages, at_least=0)
+        rows, items = self._batch(ids)
+        added = arguments.counts("counts", counts, len(rows))
+        r = self._rows
+        number, total = len(rows), int(added.sum())
+        if number > max_seqs:
+            raise ValueError(f"ids: expected at most max_seqs = {max_seqs} sequences, got {number}")
+        if total > num_tokens:
+            raise ValueError(f"counts: expected at most num_tokens = {num_tokens} tokens together, got {total}")
+        first = r.written[rows]
+        last = first + added
+        if (last > (lengths := r.length[rows])).any():
+            i = int((last > lengths).argmax())
+            raise ValueError(
+                f"counts: expected at most {lengths[i] - first[i]}, the tokens of sequence {items[i]} that have slots "
+                f"and are not written, got {added[i]}"
+            )
+        longest = int(last.max(initial=0))
+        if (width := self._pages_for(longest)) > max_pages:
+            id = items[int(last.argmax())]
+            raise ValueError(f"max_pages: expected at least {width}, the pages of sequence {id}, got {max_pages}")
+
+        tokens = np.zeros((2, num_tokens), np.int32)
+        tokens[1, total:] = -1
+        tokens[0, :total], tokens[1, :total] = r.spread(rows, first, added)
+        tables = np.full((max_seqs, max_pages), -1, np.int32)
+        tables[:number, :width] = r.tables[rows, :width]
+        kv_lens, cu_q_lens = np.zeros(max_seqs, np.int32), np.full(max_seqs + 1, total, np.int32)
+        kv_lens[:number] = last
+        cu_q_lens[0] = 0
+        np.cumsum(added, out=cu_q_lens[1 : number + 1])
+        return StepArrays(tokens[0], tokens[1], tables, kv_lens, cu_q_lens, np.array(number, np.int32))
 
     def slots(self, id: int, start: int, stop: int) -> np.ndarray:
         """int32 ``[stop - start]``: page · page_size + offset of a sequence's tokens ``start … stop - 1``.
 
-        For writing the prompt, chunk by chunk, from ``cached_len`` on.
+        For writing the prompt, chunk by chunk, from ``cached_len`` on. -1 for tokens in front of the window.
 
         Raises:
           DoubleFree, ForeignPage: see there.
           ValueError: not ``0 <= start <= stop <= length``.
         """
-        state = self._state(id)
-        start, stop = _integer("start", start, at_least=0), _integer("stop", stop, at_least=0)
-        if not start <= stop <= state.length:
-            limits = f"start <= stop <= {state.length}, the length of sequence {id}"
+        row = self._row(id)
+        start, stop = (arguments.integer(*pair, at_least=0) for pair in (("start", start), ("stop", stop)))
+        if not start <= stop <= self._rows.length[row]:
+            limits = f"start <= stop <= {self._rows.length[row]}, the length of sequence {id}"
             raise ValueError(f"start, stop: expected {limits}, got {start}, {stop}")
-        return self._slots(state, start, stop)
+        return self._rows.slots(row, start, stop)
 
-    def block_tables(self, ids: Collection[int], M: int) -> np.ndarray:
+    def block_tables(self, ids: Iterable[int], M: int) -> np.ndarray:
         """int32 ``[len(ids), M]``: the page ids of each sequence, padded with -1.
 
         Raises:
           DoubleFree, ForeignPage: see there.
-          ValueError: a sequence has more than `M` pages.
+          TypeError, ValueError: `ids` is no list of integers; a sequence has more than `M` pages.
         """
-        M = _integer("M", M, at_least=0)
-        rows = [self._state(id).pages for id in ids]
-        for id, row in zip(ids, rows, strict=True):
-            if len(row) > M:
-                raise ValueError(f"M: expected at least {len(row)}, the pages of sequence {id}, got {M}")
+        items = arguments.integer_list("ids", ids)
+        M = arguments.integer("M", M, at_least=0)
+        rows = self._find_rows(items)
+        lengths = self._rows.length[rows]
+        width = self._pages_for(int(lengths.max(initial=0)))
+        if width > M:
+            id = items[int(lengths.argmax())]
+            raise ValueError(f"M: expected at least {width}, the pages of sequence {id}, got {M}")
         tables = np.full((len(rows), M), -1, np.int32)
-        for table, row in zip(tables, rows, strict=True):
-            table[: len(row)] = row
+        tables[:, :width] = self._rows.tables[rows, :width]
         return tables
 
     def pages(self, id: int) -> tuple[int, ...]:
-        """The page ids of a sequence, in the order of its tokens. Raises DoubleFree, ForeignPage."""
-        return tuple(self._state(id).pages)
+        """The page ids of a sequence, in the order of its tokens; -1 in front of the window.
+
+        Raises:
+          DoubleFree, ForeignPage: see there.
+        """
+        return tuple(self._rows.pages(self._row(id)))
 
     def length(self, id: int) -> int:
         """The number of tokens of a sequence. Raises DoubleFree, ForeignPage."""
-        return self._state(id).length
+        return int(self._rows.length[self._row(id)])
+
+    # ---- the pool
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every prefix, as after a change of the weights.
+
+        Live sequences stay, but neither what they hold nor what is appended to them is found by others.
+        """
+        self._pool.reset()
+        r = self._rows
+        for row in self._row_of.values():
+            root = self._pool.root(r.chains[row][0].key)
+            self._pool.hold(root)
+            r.tokens[row], r.chains[row] = [], [root]
+            r.known[row] = r.published[row] = 0
+
+    def check(self, cache: Any) -> None:
+        """Compares the pool with a cache's, anything with ``num_pages`` and ``page_size``.
+
+        Raises:
+          ValueError: they differ; slots and tables would mean other places there.
+          TypeError: `cache` lacks one of the two.
+        """
+        for name in ("num_pages", "page_size"):
+            mine, other = getattr(self, name), getattr(cache, name, None)
+            if other is None:
+                arguments.reject("cache", f"a cache with {name}", cache)
+            if other != mine:
+                raise ValueError(f"cache: expected {name} {mine}, as the allocator has, got {other}")
+
+    @property
+    def stats(self) -> AllocatorStats:
+        """Pages in use, cached and free now, and what was counted so far."""
+        pool = self._pool
+        return AllocatorStats(
+            pages_in_use=self.pages_in_use,
+            pages_cached=pool.num_cached,
+            pages_free=pool.num_blank,
+            hits=self._hits,
+            misses=self._misses,
+            evictions=pool.evictions,
+            tokens_found=self._tokens_found,
+        )
 
     @property
     def num_pages(self) -> int:
@@ -331,9 +579,13 @@ class PageAllocator:
         return self._page_size
 
     @property
+    def window(self) -> int | None:
+        return self._window
+
+    @property
     def num_free(self) -> int:
         """Pages without an owner, those that can still be found by their tokens included."""
-        return len(self._blank) + len(self._cached)
+        return self._pool.num_blank + self._pool.num_cached
 
     @property
     def pages_in_use(self) -> int:
@@ -341,148 +593,119 @@ class PageAllocator:
         return self._num_pages - self.num_free
 
     def __repr__(self) -> str:
+        window = "" if self._window is None else f", window={self._window}"
         return (
-            f"PageAllocator({self._num_pages}, {self._page_size}, share={self._share!r}):"
-            f" {len(self._states)} sequences, {self.pages_in_use} pages in use"
+            f"PageAllocator({self._num_pages}, {self._page_size}, share={self._share!r}{window}):"
+            f" {len(self._row_of)} sequences, {self.pages_in_use} pages in use"
         )
 
-    # ---- sequences, inside
+    # ---- inside
 
-    def _admit(self, state: _State, cached_len: int) -> Sequence:
+    def _admit(self, row: int, cached_len: int) -> Sequence:
         id = self._next_id
         self._next_id += 1
-        self._states[id] = state
-        return Sequence(id, tuple(state.pages), cached_len)
+        self._row_of[id] = row
+        return Sequence(id, tuple(self._rows.pages(row)), cached_len)
 
-    def _state(self, id: int) -> _State:
-        id = _integer("id", id)
-        if not 0 <= id < self._next_id:
+    def _row(self, id: int) -> int:
+        id = arguments.integer("id", id)
+        row = self._row_of.get(id)
+        if row is None:
+            if 0 <= id < self._next_id:
+                raise DoubleFree(f"sequence {id} was freed before")
             raise ForeignPage(f"sequence {id} is not of this allocator")
-        if id not in self._states:
-            raise DoubleFree(f"sequence {id} was freed before")
-        return self._states[id]
+        return row
+
+    def _find_rows(self, ids: list[int]) -> np.ndarray:
+        try:
+            return np.fromiter(map(self._row_of.__getitem__, ids), np.intp, len(ids))
+        except KeyError:
+            return np.array([self._row(id) for id in ids], np.intp)
+
+    def _batch(self, ids: Any) -> tuple[np.ndarray, list[int]]:
+        """Rows and ids of sequences, none of which may come twice."""
+        items = arguments.integer_list("ids", ids)
+        rows = self._find_rows(items)
+        if len(set(items)) < len(items):
+            twice = Counter(items).most_common(1)[0][0]
+            raise ValueError(f"ids: expected each sequence once, got sequence {twice} twice")
+        return rows, items
+
+    def _is_whole(self, i: int, page: int) -> bool:
+        """Whether a sequence has all tokens of a page that is its i-th."""
+        return bool((self._rows.length[self._rows.tables[:, i] == page] >= (i + 1) * self._page_size).any())
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self._page_size)
 
-    def _slots(self, state: _State, start: int, stop: int) -> np.ndarray:
-        size, first_page = self._page_size, start // self._page_size
-        pages = np.asarray(state.pages[first_page : self._pages_for(stop)], np.int32)
-        positions = np.arange(start, stop, dtype=np.int32)
-        return pages[positions // size - first_page] * np.int32(size) + positions % size
+    def _partial_pages(self, rows: np.ndarray, partial: np.ndarray, have: np.ndarray) -> tuple[int, np.ndarray]:
+        """How many partly filled last pages will be copied, and which `rows` need `_unshare`."""
+        pages = self._rows.tables[rows, have - 1] if self._rows.tables.size else np.zeros(len(rows), np.int32)
+        owners = self._pool.owners[pages]
+        unfit = (partial & ((owners > 1) | self._pool.findable[pages])).nonzero()[0]
+        # The last owner of a page keeps it.
+        wanted = Counter(pages[unfit].tolist())
+        return sum(min(number, int(self._pool.owners[page]) - 1) for page, number in wanted.items()), unfit
 
-    def _publish(self, state: _State) -> None:
-        """Makes those pages findable that are full, whose tokens are known, and that are in the cache."""
+    def _unshare(self, row: int) -> tuple[int, int] | None:
+        """Makes a partly filled last page fit to be written; returns the pair if that takes a copy."""
+        pool, place = self._pool, (row, self._rows.num_pages(row) - 1)
+        page = int(self._rows.tables[place])
+        if pool.owners[page] == 1:
+            pool.forget(page)  # who truncated it did not own it alone, so it stayed findable
+            return None
+        self._rows.tables[place] = copy = pool.take()
+        pool.disown(page)
+        return page, copy
+
+    def _add_pages(self, row: int, length: int) -> None:
+        """Takes pages, so that a row has those for `length` tokens; its length stays."""
+        first, last = self._rows.num_pages(row), self._pages_for(length)
+        self._rows.widen(last)
+        for i in range(first, last):
+            self._rows.tables[row, i] = self._pool.take()
+
+    def _extend_known(self, rows: np.ndarray, start: np.ndarray, stop: np.ndarray, tokens: list[Any]) -> None:
+        """Takes note of appended tokens where every token in front of them is known."""
+        r = self._rows
+        told = r.known[rows] == start
+        if None in tokens:
+            told &= np.array([given is not None for given in tokens])
+        if not told.all():
+            tokens = [given for given, is_told in zip(tokens, told.tolist(), strict=True) if is_told]
+            rows, stop = rows[told], stop[told]
+        deque(map(list.extend, map(r.tokens.__getitem__, rows.tolist()), tokens), maxlen=0)  # a loop without bytecode
+        r.known[rows] = stop
+
+    def _settle(self, row: int) -> None:
+        """Shares and gives back pages after more tokens of a row were written."""
+        self._publish(row)
+        r = self._rows
+        first, written = int(r.given_back[row]), int(r.written[row])
         if self._share == "allocated":
-            state.written = state.length
-        size = self._page_size
-        count = min(state.written // size - state.published, len(state.tail) // size)
-        for i in range(count):
-            page = state.pages[state.published + i]
-            state.prefix = self._enter(page, (state.prefix, tuple(state.tail[i * size : (i + 1) * size])))
-        if count > 0:
-            state.published += count
-            del state.tail[: count * size]
-
-    # ---- pages, inside: blank → owned → (findable) → free, cached or blank → …
-
-    def _require(self, needed: int, reserved: int = 0) -> None:
-        """Raises unless `needed` pages can be taken while `reserved` free ones stay."""
-        free = self.num_free - reserved
-        if needed > free:
-            raise OutOfPages(needed, free)
-
-    def _take(self) -> int:
-        """A free page with one owner; forgets the content of the least recently used one if none is blank."""
-        if self._blank:
-            page = self._blank.pop()
-        else:
-            page, _ = self._cached.popitem(last=False)
-            self._forget(page)
-        self._owners[page] = 1
-        return page
-
-    def _own(self, page: int) -> None:
-        """One more owner for a page with content."""
-        if self._owners[page] == 0:
-            del self._cached[page]
-        self._owners[page] += 1
-
-    def _disown(self, page: int) -> None:
-        self._owners[page] -= 1
-        if self._owners[page] > 0:
+            last = min(written // self._page_size, int(r.published[row]))
+            self._pool.vouch(r.tables[row, first:last][::-1].tolist())
+        if self._window is None:
             return
-        node = self._node_of[page]
-        if node is None:
-            self._blank.append(page)
-        elif len(node.pages) > 1:
-            self._discard(page)
-        else:
-            self._cached[page] = None
+        last = (written - self._window) // self._page_size
+        if last > first:
+            for page in r.tables[row, first:last].tolist():
+                self._pool.disown(page)
+            r.tables[row, first:last] = -1
+            r.given_back[row] = last
 
-    def _enter(self, page: int, key: _Key) -> int:
-        """Makes an owned page findable; returns its node's number. A free page with the same content is now useless."""
-        node = self._nodes.get(key)
-        if node is None:
-            node = self._nodes[key] = _Node(self._next_node, key)
-            self._next_node += 1
-        other = next(iter(node.pages), page)
-        node.pages[page] = None
-        self._node_of[page] = node
-        if self._owners[other] == 0:
-            del self._cached[other]
-            self._discard(other)
-        return node.number
-
-    def _discard(self, page: int) -> None:
-        """Blanks a free page whose content an owned page holds too."""
-        self._forget(page)
-        self._blank.append(page)
-
-    def _forget(self, page: int) -> None:
-        """Makes a page unfindable."""
-        node = self._node_of[page]
-        if node is None:
+    def _publish(self, row: int) -> None:
+        """Makes those pages findable that are full, whose tokens are known, and that are in the cache."""
+        r, size = self._rows, self._page_size
+        written = r.length[row] if self._share == "allocated" else r.written[row]
+        first, last = int(r.published[row]), min(int(r.known[row]), int(written)) // size
+        if last <= first:
             return
-        self._node_of[page] = None
-        del node.pages[page]
-        if not node.pages:
-            del self._nodes[node.key]
-
-
-# ---- arguments
-
-
-def _integer(name: str, value: Any, at_least: int | None = None) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        _reject(name, "an integer", value)
-    if at_least is not None and number < at_least:
-        raise ValueError(f"{name}: expected at least {at_least}, got {number}")
-    return number
-
-
-def _hashable(name: str, value: Any) -> Hashable:
-    try:
-        hash(value)
-    except TypeError:
-        _reject(name, "hashable values", value)
-    return value
-
-
-def _token_tuple(name: str, tokens: Any) -> tuple[Hashable, ...]:
-    if hasattr(tokens, "__array__"):
-        array = np.asarray(tokens)
-        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"{name}: expected a 1-d integer array, got {array.dtype}{list(array.shape)}")
-        return tuple(array.tolist())
-    if not isinstance(tokens, Iterable):
-        _reject(name, "an iterable of tokens", tokens)
-    items = tuple(tokens)
-    _hashable(name, items)  # here, so that nothing is half done when a token has no hash
-    return items
-
-
-def _reject(name: str, expected: str, value: Any) -> NoReturn:
-    raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}") from None
+        chain, tokens = r.chains[row], r.tokens[row]
+        held = chain[-1]
+        for i in range(first, last):
+            key = tuple(tokens[i * size : (i + 1) * size])
+            page = int(r.tables[row, i])
+            chain.append(self._pool.enter(page, chain[-1], key, computed=self._share == "written"))
+        self._pool.hold(chain[-1], instead_of=held)
+        r.published[row] = last

@@ -36,7 +36,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_paged_attn import ragged_paged_attention, write_kv_pages
+from jax_paged_attn import StepArrays, ragged_paged_attention, write_kv_pages
 
 __all__ = [
     "CacheVariable",
@@ -92,6 +92,11 @@ class StepMetadata:
             cu_q_lens=jnp.arange(num_seqs + 1, dtype=jnp.int32) * length,
             num_seqs=jnp.int32(num_seqs),
         )
+
+    @classmethod
+    def from_arrays(cls, arrays: StepArrays) -> StepMetadata:
+        """The step whose arrays `jax_paged_attn.PageAllocator.step` made."""
+        return cls(**{field.name: getattr(arrays, field.name) for field in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass(frozen=True)
