@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Literal
 
 import numpy as np
@@ -158,6 +159,7 @@ class PageAllocator:
         self._pool = PagePool(self._num_pages)
         self._rows = Rows(self._page_size)
         self._row_of: dict[int, int] = {}
+        self._last_batch: tuple[np.ndarray, list[int]] | None = None  # rows and ids, until one is freed
         self._next_id = 0
         self._hits = self._misses = self._tokens_found = 0
 
@@ -239,7 +241,7 @@ class PageAllocator:
         self._pool.require(self._pages_for(stop) - num_pages + bool(must_copy))
 
         copy = self._unshare(row) if partial else None
-        self._add_pages(row, stop)
+        self._add_pages(row, num_pages, self._pages_for(stop))
         rows.length[row] = stop
         if tokens is not None and rows.known[row] == start:
             rows.tokens[row].extend(tokens)
@@ -266,7 +268,7 @@ class PageAllocator:
           TypeError, ValueError: an argument is not as above.
         """
         rows, _ = self._batch(ids)
-        counts, tokens = arguments.numbers_or_tokens("tokens_or_counts", tokens_or_counts, len(rows))
+        counts, tokens, told = arguments.numbers_or_tokens("tokens_or_counts", tokens_or_counts, len(rows))
         r, pool, size = self._rows, self._pool, self._page_size
         start = r.length[rows]
         stop = start + counts
@@ -278,13 +280,13 @@ class PageAllocator:
         # Python only where a page fills, is shared, or was truncated.
         copies = [copy for row in rows[unfit].tolist() if (copy := self._unshare(row)) is not None]
         growing = new_pages.nonzero()[0]
-        for row, end in zip(rows[growing].tolist(), stop[growing].tolist(), strict=True):
-            self._add_pages(row, end)
+        for row, *new in zip(*(x[growing].tolist() for x in (rows, have, have + new_pages)), strict=True):
+            self._add_pages(row, *new)
         r.length[rows] = stop
-        if tokens:
-            self._extend_known(rows, start, stop, tokens)
+        if told is not None:
+            self._extend_known(rows, told & (r.known[rows] == start), stop, tokens)
         if self._share == "allocated":
-            for row in rows[np.minimum(r.known[rows], stop) // size > r.published[rows]].tolist():
+            for row in rows[r.known[rows] // size > r.published[rows]].tolist():
                 self._publish(row)
         slots = r.spread(rows, start, counts)[1]
         return slots, np.array(copies, np.int32).reshape(-1, 2)
@@ -366,6 +368,7 @@ class PageAllocator:
         """
         row = self._row(id)
         del self._row_of[int(id)]
+        self._last_batch = None
         # The tail first: a prefix without its tail is still of use, a tail without its prefix is not.
         for page in reversed(self._rows.pages(row)):
             if page >= 0:
@@ -625,15 +628,14 @@ class PageAllocator:
     def _batch(self, ids: Any) -> tuple[np.ndarray, list[int]]:
         """Rows and ids of sequences, none of which may come twice."""
         items = arguments.integer_list("ids", ids)
+        if self._last_batch is not None and items == self._last_batch[1]:  # a step names the same ones three times
+            return self._last_batch
         rows = self._find_rows(items)
         if len(set(items)) < len(items):
             twice = Counter(items).most_common(1)[0][0]
             raise ValueError(f"ids: expected each sequence once, got sequence {twice} twice")
+        self._last_batch = rows, items
         return rows, items
-
-    def _is_whole(self, i: int, page: int) -> bool:
-        """Whether a sequence has all tokens of a page that is its i-th."""
-        return bool((self._rows.length[self._rows.tables[:, i] == page] >= (i + 1) * self._page_size).any())
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self._page_size)
@@ -641,11 +643,12 @@ class PageAllocator:
     def _partial_pages(self, rows: np.ndarray, partial: np.ndarray, have: np.ndarray) -> tuple[int, np.ndarray]:
         """How many partly filled last pages will be copied, and which `rows` need `_unshare`."""
         pages = self._rows.tables[rows, have - 1] if self._rows.tables.size else np.zeros(len(rows), np.int32)
-        owners = self._pool.owners[pages]
-        unfit = (partial & ((owners > 1) | self._pool.findable[pages])).nonzero()[0]
+        unfit = (partial & (self._pool.claims[pages] > 1)).nonzero()[0]
+        if not len(unfit):
+            return 0, unfit
         # The last owner of a page keeps it.
         wanted = Counter(pages[unfit].tolist())
-        return sum(min(number, int(self._pool.owners[page]) - 1) for page, number in wanted.items()), unfit
+        return sum(min(number, self._pool.owners[page] - 1) for page, number in wanted.items()), unfit
 
     def _unshare(self, row: int) -> tuple[int, int] | None:
         """Makes a partly filled last page fit to be written; returns the pair if that takes a copy."""
@@ -658,36 +661,31 @@ class PageAllocator:
         pool.disown(page)
         return page, copy
 
-    def _add_pages(self, row: int, length: int) -> None:
-        """Takes pages, so that a row has those for `length` tokens; its length stays."""
-        first, last = self._rows.num_pages(row), self._pages_for(length)
+    def _add_pages(self, row: int, first: int, last: int) -> None:
+        """Takes pages `first` to `last - 1` of a row; its length stays."""
         self._rows.widen(last)
         for i in range(first, last):
             self._rows.tables[row, i] = self._pool.take()
 
-    def _extend_known(self, rows: np.ndarray, start: np.ndarray, stop: np.ndarray, tokens: list[Any]) -> None:
-        """Takes note of appended tokens where every token in front of them is known."""
-        r = self._rows
-        told = r.known[rows] == start
-        if None in tokens:
-            told &= np.array([given is not None for given in tokens])
+    def _extend_known(self, rows: np.ndarray, told: np.ndarray, stop: np.ndarray, tokens: list[Any]) -> None:
+        """Takes note of appended tokens where they, and every token in front of them, are known."""
         if not told.all():
-            tokens = [given for given, is_told in zip(tokens, told.tolist(), strict=True) if is_told]
+            tokens = list(compress(tokens, told.tolist()))
             rows, stop = rows[told], stop[told]
-        deque(map(list.extend, map(r.tokens.__getitem__, rows.tolist()), tokens), maxlen=0)  # a loop without bytecode
-        r.known[rows] = stop
+        known = self._rows.tokens
+        deque(map(list.extend, map(known.__getitem__, rows.tolist()), tokens), maxlen=0)  # a loop without bytecode
+        self._rows.known[rows] = stop
 
     def _settle(self, row: int) -> None:
         """Shares and gives back pages after more tokens of a row were written."""
         self._publish(row)
         r = self._rows
-        first, written = int(r.given_back[row]), int(r.written[row])
         if self._share == "allocated":
-            last = min(written // self._page_size, int(r.published[row]))
-            self._pool.vouch(r.tables[row, first:last][::-1].tolist())
+            last = min(int(r.written[row]) // self._page_size, int(r.published[row]))
+            self._pool.vouch(r.tables[row, int(r.given_back[row]) : last][::-1].tolist())
         if self._window is None:
             return
-        last = (written - self._window) // self._page_size
+        first, last = int(r.given_back[row]), (int(r.written[row]) - self._window) // self._page_size
         if last > first:
             for page in r.tables[row, first:last].tolist():
                 self._pool.disown(page)
@@ -697,15 +695,14 @@ class PageAllocator:
     def _publish(self, row: int) -> None:
         """Makes those pages findable that are full, whose tokens are known, and that are in the cache."""
         r, size = self._rows, self._page_size
-        written = r.length[row] if self._share == "allocated" else r.written[row]
-        first, last = int(r.published[row]), min(int(r.known[row]), int(written)) // size
+        known, written = int(r.known[row]), int(r.written[row])
+        first, last = int(r.published[row]), (known if self._share == "allocated" else min(known, written)) // size
         if last <= first:
             return
-        chain, tokens = r.chains[row], r.tokens[row]
-        held = chain[-1]
-        for i in range(first, last):
-            key = tuple(tokens[i * size : (i + 1) * size])
-            page = int(r.tables[row, i])
-            chain.append(self._pool.enter(page, chain[-1], key, computed=self._share == "written"))
-        self._pool.hold(chain[-1], instead_of=held)
+        chain, tokens, computed = r.chains[row], r.tokens[row], self._share == "written"
+        held = node = chain[-1]
+        for i, page in enumerate(r.tables[row, first:last].tolist(), first):
+            node = self._pool.enter(page, node, tuple(tokens[i * size : (i + 1) * size]), computed)
+            chain.append(node)
+        self._pool.hold(node, instead_of=held)
         r.published[row] = last

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable, Iterable
-from collections.abc import Sequence as Collection
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -39,13 +38,20 @@ def integer_list(name: str, values: Any) -> list[int]:
 
 def counts(name: str, values: Any, number: int) -> np.ndarray:
     """int64 `[number]` from an iterable or a 1-d array of integers in [0, 2³¹ - 1]."""
-    items = integer_list(name, values)
-    if len(items) != number:
-        raise ValueError(f"{name}: expected {number}, one for each of ids, got {len(items)}")
-    if items and not (min(items) >= 0 and max(items) <= LARGEST):
-        wrong = next(item for item in items if not 0 <= item <= LARGEST)
+    if isinstance(values, np.ndarray):
+        array = _integer_array(name, values, ndim=1)
+    else:
+        items = integer_list(name, values)
+        try:
+            array = np.fromiter(items, np.int64, len(items))
+        except OverflowError:
+            array = np.array(items, object)
+    if len(array) != number:
+        raise ValueError(f"{name}: expected {number}, one for each of ids, got {len(array)}")
+    if number and not (array.min() >= 0 and array.max() <= LARGEST):
+        wrong = array[(array < 0) | (array > LARGEST)][0]
         raise ValueError(f"{name}: expected integers from 0 to 2**31 - 1, got {wrong}")
-    return np.array(items, np.int64)
+    return array.astype(np.int64)
 
 
 def hashable(name: str, value: Any) -> Hashable:
@@ -76,30 +82,33 @@ def number_or_tokens(name: str, value: Any) -> tuple[int, tuple[Hashable, ...] |
     return len(tokens), tokens
 
 
-def numbers_or_tokens(name: str, values: Any, number: int) -> tuple[np.ndarray, list[Collection[Hashable] | None]]:
-    """As `number_or_tokens`, for each of `number` sequences: int64 `[number]`, and a list of tokens or None.
+def numbers_or_tokens(name: str, values: Any, number: int) -> tuple[np.ndarray, list[Any], np.ndarray | None]:
+    """As `number_or_tokens`, for each of `number` sequences.
 
-    The list is empty if numbers alone were given.
+    Returns:
+      int64 `[number]`, how many tokens; the tokens of each sequence; bool `[number]`, which sequences have them, or
+      None if none has.
     """
     if hasattr(values, "__array__"):
         array = np.asarray(values)
         if array.ndim == 1:
-            return counts(name, array, number), []
+            return counts(name, array, number), [], None
         tokens = _integer_array(name, array, ndim=2).tolist()
         _require_length(name, tokens, number)
-        return np.full(number, array.shape[1], np.int64), tokens
+        return np.full(number, array.shape[1], np.int64), tokens, np.ones(number, bool)
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
         reject(name, "a list of numbers or of tokens for each sequence", values)
     items = list(values)
     _require_length(name, items, number)
     kinds = set(map(type, items))
     if kinds <= {int}:
-        return counts(name, items, number), []
+        return counts(name, items, number), [], None
     if kinds <= {list, tuple}:
         hashable(name, tuple(chain.from_iterable(items)))
-        return np.fromiter(map(len, items), np.int64, number), items
+        return np.fromiter(map(len, items), np.int64, number), items, np.ones(number, bool)
     pairs = [number_or_tokens(f"{name}[{i}]", item) for i, item in enumerate(items)]
-    return counts(name, [count for count, _ in pairs], number), [tokens for _, tokens in pairs]
+    told = np.array([tokens is not None for _, tokens in pairs])
+    return counts(name, [count for count, _ in pairs], number), [tokens for _, tokens in pairs], told
 
 
 def reject(name: str, expected: str, value: Any) -> NoReturn:

@@ -53,14 +53,14 @@ class PagePool:
     """Pages are blank, or owned, or free but findable: blank → owned → findable → owned or blank again.
 
     Attributes:
-      owners: int32 `[P]`, how many sequences have the page in their table.
-      findable: bool `[P]`, whether the page belongs to a node.
+      owners: per page, how many sequences have it in their table.
+      claims: int32 `[P]`, owners, and one more if the page is findable. An owner may write where this is 1.
       evictions: how many findable pages were taken for new content.
     """
 
     def __init__(self, num_pages: int):
-        self.owners = np.zeros(num_pages, np.int32)
-        self.findable = np.zeros(num_pages, bool)
+        self.owners = [0] * num_pages
+        self.claims = np.zeros(num_pages, np.int32)
         self.evictions = 0
         self._node_of: list[Node | None] = [None] * num_pages
         self._computed = bytearray(num_pages)  # 1 where somebody said that a findable page is in the cache
@@ -92,7 +92,7 @@ class PagePool:
             page, _ = self._cached.popitem(last=False)
             self.forget(page)
             self.evictions += 1
-        self.owners[page] = 1
+        self.owners[page] = self.claims[page] = 1
         return page
 
     def own(self, page: int) -> None:
@@ -100,10 +100,12 @@ class PagePool:
         if self.owners[page] == 0:
             del self._cached[page]
         self.owners[page] += 1
+        self.claims[page] += 1
 
     def disown(self, page: int) -> None:
         """One owner less. Without any, the page stays findable if it is the only one with its content."""
         self.owners[page] -= 1
+        self.claims[page] -= 1
         if self.owners[page] > 0:
             return
         node = self._node_of[page]
@@ -152,7 +154,7 @@ class PagePool:
         node.pages[page] = None
         self._node_of[page] = node
         self._computed[page] = computed
-        self.findable[page] = True
+        self.claims[page] += 1
         if self.owners[other] == 0:
             self._discard(other)
         return node
@@ -171,7 +173,7 @@ class PagePool:
             return
         self._node_of[page] = None
         self._computed[page] = False
-        self.findable[page] = False
+        self.claims[page] -= 1
         del node.pages[page]
         self._prune(node)
 
@@ -194,7 +196,7 @@ class PagePool:
         """Forgets every prefix. Whoever holds a node has to hold a new one."""
         self._node_of = [None] * len(self._node_of)
         self._computed = bytearray(len(self._computed))
-        self.findable[:] = False
+        self.claims[:] = self.owners
         self._blank.extend(self._cached)
         self._cached.clear()
         self._roots.clear()

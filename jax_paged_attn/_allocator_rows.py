@@ -80,20 +80,22 @@ class Rows:
 
     def slots(self, row: int, start: int, stop: int) -> np.ndarray:
         """int32 `[stop - start]`: page · page_size + offset of tokens; -1 where the page was given back."""
-        positions = np.arange(start, stop)
-        return self._slots(self.tables[row, positions // self._page_size], positions)
+        pages, offsets = np.divmod(np.arange(start, stop, dtype=np.int32), np.int32(self._page_size))
+        pages = self.tables[row, pages]
+        slots = pages * np.int32(self._page_size) + offsets
+        if self.given_back[row]:
+            slots[pages < 0] = -1
+        return slots
 
     def spread(self, rows: np.ndarray, start: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and slots of `counts[i]` tokens from `start[i]` on of each row, `[sum of counts]` each."""
-        ends = counts.cumsum()
-        positions = np.arange(ends[-1] if len(ends) else 0) + (start - ends + counts).repeat(counts)
-        pages = self.tables[rows.repeat(counts), positions // self._page_size]
-        return positions, self._slots(pages, positions)
-
-    def _slots(self, pages: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        slots = pages * np.int32(self._page_size) + (positions % self._page_size).astype(np.int32)
-        slots[pages < 0] = -1
-        return slots
+        """int32 positions and slots of `counts[i]` tokens from `start[i]` on of each row, `[sum of counts]` each."""
+        if not (counts == 1).all():
+            ends = counts.cumsum()
+            rows = rows.repeat(counts)
+            start = np.arange(len(rows)) + (start - ends + counts).repeat(counts)
+        positions = start.astype(np.int32)
+        pages, offsets = np.divmod(positions, np.int32(self._page_size))
+        return positions, self.tables[rows, pages] * np.int32(self._page_size) + offsets
 
 
 def _grown(array: np.ndarray, shape: tuple[int, ...], fill: int) -> np.ndarray:
