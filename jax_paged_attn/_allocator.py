@@ -637,6 +637,10 @@ class PageAllocator:
         self._last_batch = rows, items
         return rows, items
 
+    def _is_whole(self, i: int, page: int) -> bool:
+        """Whether some sequence has all tokens of a page that is the i-th of its owners."""
+        return bool((self._rows.length[self._rows.tables[:, i] == page] >= (i + 1) * self._page_size).any())
+
     def _pages_for(self, length: int) -> int:
         return -(-length // self._page_size)
 

@@ -150,6 +150,8 @@ class PagePool:
         node = parent.children.get(key)
         if node is None:
             node = parent.children[key] = Node(parent, key)
+        if page in node.pages:  # a fork was first
+            return node
         other = next(iter(node.pages), page)
         node.pages[page] = None
         self._node_of[page] = node

@@ -1,241 +1,44 @@
-"""PageAllocator: random histories against a simulated pool, then each promise of its docstrings by itself."""
+"""PageAllocator: each promise of its docstrings by itself. Random histories are in test_allocator_state.py."""
 
 from __future__ import annotations
 
-import copy
-import itertools
+import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from allocators import SHARE_MODES, every_use, raises_unchanged, same_arrays
 
-import jax_paged_attn._allocator as allocator_module
+import jax_paged_attn as jpa
 from jax_paged_attn._allocator import (
+    AllocatorStats,
     DoubleFree,
     ForeignPage,
     OutOfPages,
     PageAllocator,
     PageAllocatorError,
+    Sequence,
 )
 
-SHARE_MODES = ("allocated", "written")
 
-
-def snapshot(allocator: PageAllocator) -> dict[str, Any]:
-    """All of the allocator's state: comparing it before and after an error shows that nothing changed."""
-    return copy.deepcopy(vars(allocator))
-
-
-def raises_unchanged(allocator: PageAllocator, error: type[Exception], match: str, call: Callable[[], Any]) -> None:
-    before = snapshot(allocator)
-    with pytest.raises(error, match=match):
-        call()
-    assert vars(allocator) == before
-
-
-def every_use(allocator: PageAllocator, id: int) -> list[Callable[[], Any]]:
-    """Every method that takes an existing sequence."""
-    return [
-        lambda: allocator.append(id, 1),
-        lambda: allocator.append(id, [1]),
-        lambda: allocator.fork(id),
-        lambda: allocator.free(id),
-        lambda: allocator.mark_written(id, 0),
-        lambda: allocator.slots(id, 0, 0),
-        lambda: allocator.block_tables([id], 4),
-        lambda: allocator.pages(id),
-        lambda: allocator.length(id),
-    ]
-
-
-# ---- random histories
-
-
-@dataclass
-class Owner:
-    """What the model knows of a live sequence."""
-
-    id: int
-    salt: Hashable
-    tokens: list[Hashable]
-    computed: int  # leading tokens that this sequence wrote, or found written
-    known: int  # leading tokens that the allocator was told
-    written: int  # leading tokens that the allocator may take as written
-
-    def tag(self, i: int) -> tuple[Hashable, ...]:
-        """What the cache holds for token i: keys and values depend on all tokens up to it."""
-        return (self.salt, *self.tokens[: i + 1])
-
-
-class Histories(RuleBasedStateMachine):
-    """Random calls, while a simulated pool holds for each slot the tag that was last written or copied there."""
-
-    @initialize(share=st.sampled_from(SHARE_MODES), num_pages=st.integers(1, 12), page_size=st.integers(1, 4))
-    def start(self, share: Any, num_pages: int, page_size: int) -> None:
-        self.allocator = PageAllocator(num_pages, page_size, share=share)
-        self.share = share
-        self.pool: list[Any] = [None] * (num_pages * page_size)
-        self.owners: list[Owner] = []
-        self.freed: list[int] = []
-        self.fresh = itertools.count()
-
-    def owner(self, choice: int) -> Owner:
-        return self.owners[choice % len(self.owners)]
-
-    def attempt(self, call: Callable[[], Any]) -> Any:
-        """The call's result, or None where the pool was too small, which must have changed nothing."""
-        before = snapshot(self.allocator)
-        try:
-            return call()
-        except OutOfPages as error:
-            shortage = error
-        assert shortage.needed > shortage.free
-        assert vars(self.allocator) == before
-        return None
-
-    def write(self, owner: Owner, slots: Iterable[int], stop: int) -> None:
-        for i, slot in zip(range(owner.computed, stop), slots, strict=True):
-            self.pool[slot] = owner.tag(i)
-        owner.computed = stop
-
-    def must_share(self, tokens: list[Hashable], salt: Hashable) -> int:
-        """Tokens in whole pages that the prompt has in common with some live sequence, its last token excluded."""
-        size, best = self.allocator.page_size, 0
-        for owner in self.owners:
-            shareable = min(owner.known, owner.written) if owner.salt == salt else 0
-            pairs = zip(tokens[:-1], owner.tokens[:shareable], strict=False)
-            common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            best = max(best, common // size * size)
-        return best
-
-    @rule(tokens=st.lists(st.sampled_from("ab"), max_size=14), salt=st.sampled_from([None, "tenant"]))
-    def allocate(self, tokens: list[Hashable], salt: Hashable) -> None:
-        must_share = self.must_share(tokens, salt)
-        sequence = self.attempt(lambda: self.allocator.allocate(tokens, salt))
-        if sequence is None:
-            return
-        assert sequence.pages == self.allocator.pages(sequence.id)
-        assert must_share <= sequence.cached_len <= max(len(tokens) - 1, 0)
-        written = len(tokens) if self.share == "allocated" else sequence.cached_len
-        owner = Owner(sequence.id, salt, tokens, sequence.cached_len, len(tokens), written)
-        self.owners.append(owner)
-        self.readable()  # what is called cached has been written, before anything else is
-        if self.share == "allocated":
-            self.write(owner, self.allocator.slots(owner.id, owner.computed, len(tokens)), len(tokens))
-
-    @precondition(lambda self: self.owners)
-    @rule(choice=st.integers(0), new=st.one_of(st.integers(0, 5), st.lists(st.sampled_from("ab"), max_size=5)))
-    def append(self, choice: int, new: int | list[Hashable]) -> None:
-        owner = self.owner(choice)
-        result = self.attempt(lambda: self.allocator.append(owner.id, new))
-        if result is None:
-            return
-        slots, copies = result
-        size, before = self.allocator.page_size, list(self.pool)
-        for source, destination in copies:
-            self.pool[destination * size : (destination + 1) * size] = before[source * size : (source + 1) * size]
-        if owner.known == len(owner.tokens) and not isinstance(new, int):
-            owner.known += len(new)
-        start = len(owner.tokens)
-        owner.tokens = owner.tokens + ([next(self.fresh) for _ in range(new)] if isinstance(new, int) else new)
-        assert slots.dtype == np.int32
-        assert np.array_equal(slots, self.allocator.slots(owner.id, start, len(owner.tokens)))
-        if self.share == "allocated":
-            owner.written = len(owner.tokens)
-            self.write(owner, slots, len(owner.tokens))
-
-    @precondition(lambda self: self.owners and self.share == "written")
-    @rule(choice=st.integers(0), tokens=st.integers(1, 14), mark=st.integers(0, 14))
-    def compute(self, choice: int, tokens: int, mark: int) -> None:
-        owner = self.owner(choice)
-        stop = min(owner.computed + tokens, len(owner.tokens))
-        self.write(owner, self.allocator.slots(owner.id, owner.computed, stop), stop)
-        mark = min(mark, owner.computed)
-        self.allocator.mark_written(owner.id, mark)
-        owner.written = max(owner.written, mark)
-
-    @precondition(lambda self: 0 < len(self.owners) < 8)
-    @rule(choice=st.integers(0))
-    def fork(self, choice: int) -> None:
-        owner = self.owner(choice)
-        sequence = self.allocator.fork(owner.id)
-        assert sequence.pages == self.allocator.pages(owner.id)
-        assert sequence.cached_len == owner.written
-        self.owners.append(copy.deepcopy(owner))
-        self.owners[-1].id = sequence.id
-
-    @precondition(lambda self: self.owners)
-    @rule(choice=st.integers(0))
-    def free(self, choice: int) -> None:
-        owner = self.owner(choice)
-        self.owners.remove(owner)
-        self.allocator.free(owner.id)
-        self.freed.append(owner.id)
-
-    @precondition(lambda self: self.freed)
-    @rule(choice=st.integers(0), use=st.integers(0, 8))
-    def use_freed(self, choice: int, use: int) -> None:
-        id = self.freed[choice % len(self.freed)]
-        raises_unchanged(self.allocator, DoubleFree, str(id), every_use(self.allocator, id)[use])
-
-    @rule(beyond=st.integers(0, 2), use=st.integers(0, 8))
-    def use_foreign(self, beyond: int, use: int) -> None:
-        id = len(self.owners) + len(self.freed) + beyond
-        raises_unchanged(self.allocator, ForeignPage, str(id), every_use(self.allocator, id)[use])
-
-    @invariant()
-    def readable(self) -> None:
-        """Every sequence reads its own tokens through its block table."""
-        size, ids = self.allocator.page_size, [owner.id for owner in self.owners]
-        tables = self.allocator.block_tables(ids, self.allocator.num_pages)
-        for owner, table in zip(self.owners, tables, strict=True):
-            assert self.allocator.length(owner.id) == len(owner.tokens)
-            for i in range(owner.computed):
-                assert self.pool[table[i // size] * size + i % size] == owner.tag(i)
-
-    @invariant()
-    def accounted(self) -> None:
-        """Each page has as many owners as it has rows, and they agree about its place and tokens; the rest is free."""
-        size = self.allocator.page_size
-        rows, meanings = Counter[int](), {}
-        for owner in self.owners:
-            pages = self.allocator.pages(owner.id)
-            assert len(pages) == -(-len(owner.tokens) // size)
-            for i, page in enumerate(pages):
-                rows[page] += 1
-                meaning = (i, owner.tag(min((i + 1) * size, len(owner.tokens)) - 1))
-                assert meanings.setdefault(page, meaning) == meaning
-        assert self.allocator._owners == [rows[page] for page in range(self.allocator.num_pages)]
-        assert self.allocator.pages_in_use == len(rows)
-        assert self.allocator.num_free == self.allocator.num_pages - len(rows)
-
-    def teardown(self) -> None:
-        if not hasattr(self, "allocator"):
-            return
-        for owner in self.owners:
-            self.allocator.free(owner.id)
-        assert self.allocator.num_free == self.allocator.num_pages
-        # None is lost: a prompt of tokens never seen takes each page once, whatever the cache remembers.
-        whole = self.allocator.allocate([object() for _ in self.pool])
-        assert sorted(whole.pages) == list(range(self.allocator.num_pages))
-
-
-TestHistories = Histories.TestCase
-TestHistories.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+def written(allocator: PageAllocator, tokens: Any, salt: Any = None) -> Sequence:
+    """A sequence whose tokens are all in the cache."""
+    sequence = allocator.allocate(tokens, salt)
+    allocator.mark_written(sequence.id, allocator.length(sequence.id))
+    return sequence
 
 
 # ---- sharing
 
 
 def test_a_known_prefix_is_shared_but_never_the_last_token() -> None:
-    allocator = PageAllocator(16, 4)
+    allocator = PageAllocator(16, 4, share="allocated")
     first = allocator.allocate(range(12))
     assert (first.cached_len, len(first.pages)) == (0, 3)
 
@@ -252,7 +55,7 @@ def test_a_known_prefix_is_shared_but_never_the_last_token() -> None:
 
 
 def test_an_empty_prompt_owns_nothing_until_it_grows() -> None:
-    allocator = PageAllocator(4, 2)
+    allocator = PageAllocator(4, 2, share="allocated")
     empty = allocator.allocate([], salt="s")
     assert (empty.pages, empty.cached_len, allocator.length(empty.id)) == ((), 0, 0)
     assert allocator.block_tables([empty.id], 2).tolist() == [[-1, -1]]
@@ -263,7 +66,7 @@ def test_an_empty_prompt_owns_nothing_until_it_grows() -> None:
 
 
 def test_salts_keep_tenants_apart() -> None:
-    allocator = PageAllocator(16, 2)
+    allocator = PageAllocator(16, 2, share="allocated")
     mine = allocator.allocate("abcde", salt="mine")
     assert allocator.allocate("abcde", salt="yours").cached_len == 0
     assert allocator.allocate("abcde").cached_len == 0
@@ -279,7 +82,7 @@ def test_equal_hashes_do_not_share() -> None:
         def __hash__(self) -> int:
             return 7
 
-    allocator = PageAllocator(8, 2)
+    allocator = PageAllocator(8, 2, share="allocated")
     a, b = Colliding("a"), Colliding("b")
     first = allocator.allocate([a, a, a], salt=a)
     assert hash((b, b, b)) == hash((a, a, a))
@@ -290,14 +93,14 @@ def test_equal_hashes_do_not_share() -> None:
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.int64])
 def test_arrays_and_lists_of_the_same_tokens_share(dtype: Any) -> None:
-    allocator = PageAllocator(8, 2)
+    allocator = PageAllocator(8, 2, share="allocated")
     allocator.allocate(np.arange(5, dtype=dtype))
     assert allocator.allocate([0, 1, 2, 3, 4]).cached_len == 4
     assert allocator.allocate(bytes([0, 1, 2])).cached_len == 2
 
 
 def test_appended_tokens_share_and_appended_numbers_do_not() -> None:
-    allocator = PageAllocator(16, 2)
+    allocator = PageAllocator(16, 2, share="allocated")
     told = allocator.allocate("ab", salt="told")
     allocator.append(told.id, "cd")
     assert allocator.allocate("abcde", salt="told").cached_len == 4
@@ -347,14 +150,14 @@ def test_a_free_page_goes_blank_when_a_live_one_holds_the_same() -> None:
     allocator.mark_written(live.id, 2)
     assert allocator.allocate("aby").pages[0] == live.pages[0]
     assert allocator.num_free == 2
-    assert allocator._cached == {}
+    assert allocator.stats.pages_cached == 0
 
 
 # ---- forks
 
 
 def test_copy_on_write_of_a_shared_last_page() -> None:
-    allocator = PageAllocator(8, 4)
+    allocator = PageAllocator(8, 4, share="allocated")
     parent = allocator.allocate("abcdef")
     child = allocator.fork(parent.id)
     assert (child.pages, child.cached_len, allocator.pages_in_use) == (parent.pages, 6, 2)
@@ -372,7 +175,7 @@ def test_copy_on_write_of_a_shared_last_page() -> None:
 
 
 def test_a_fork_of_whole_pages_copies_nothing() -> None:
-    allocator = PageAllocator(8, 4)
+    allocator = PageAllocator(8, 4, share="allocated")
     parent = allocator.allocate("abcd")
     child = allocator.fork(parent.id)
     assert allocator.append(child.id, 1)[1] == []
@@ -381,7 +184,7 @@ def test_a_fork_of_whole_pages_copies_nothing() -> None:
 
 
 def test_forks_are_found_by_their_own_tokens() -> None:
-    allocator = PageAllocator(8, 2)
+    allocator = PageAllocator(8, 2, share="allocated")
     parent = allocator.allocate("abc")
     child = allocator.fork(parent.id)
     allocator.append(parent.id, "d")
@@ -396,70 +199,73 @@ def test_forks_are_found_by_their_own_tokens() -> None:
 
 def test_blank_pages_go_first_then_the_least_recently_used_tails_before_prefixes() -> None:
     allocator = PageAllocator(4, 1)
-    ab = allocator.allocate("ab")
-    c = allocator.allocate("c")
+    ab = written(allocator, "ab")
+    c = written(allocator, "c")
     allocator.free(ab.id)
     allocator.free(c.id)
-    takes = [allocator.allocate(letter).pages[0] for letter in "wxyz"]
+    takes = [written(allocator, letter).pages[0] for letter in "wxyz"]
     assert takes == [3, ab.pages[1], ab.pages[0], c.pages[0]]
 
 
 def test_finding_a_page_makes_it_recently_used() -> None:
     allocator = PageAllocator(3, 1)
     for prompt in ("ab", "c"):
-        allocator.free(allocator.allocate(prompt).id)
-    ad = allocator.allocate("ad")  # finds a, forgets b
+        allocator.free(written(allocator, prompt).id)
+    ad = written(allocator, "ad")  # finds a, forgets b
     allocator.free(ad.id)
-    takes = [allocator.allocate(letter).pages[0] for letter in "xyz"]
+    takes = [written(allocator, letter).pages[0] for letter in "xyz"]
     assert takes[1:] == [ad.pages[1], ad.pages[0]]
 
 
 def test_freed_pages_are_found_again() -> None:
     allocator = PageAllocator(3, 2)
-    first = allocator.allocate("abcde")
+    first = written(allocator, "abcde")
     allocator.free(first.id)
     assert allocator.num_free == 3
-    again = allocator.allocate("abcdx")
+    again = written(allocator, "abcdx")
     assert (again.cached_len, again.pages[:2]) == (4, first.pages[:2])
 
 
 def test_a_forgotten_page_is_not_found() -> None:
     allocator = PageAllocator(3, 1)
-    allocator.free(allocator.allocate("abc").id)
-    allocator.free(allocator.allocate("xy").id)  # takes the pages of c and b, that of a stays
-    assert allocator.allocate("abc").cached_len == 1
+    allocator.free(written(allocator, "abc").id)
+    allocator.free(written(allocator, "xy").id)  # takes the pages of c and b, that of a stays
+    assert written(allocator, "abc").cached_len == 1
+
+
+ALLOCATOR = {str(path) for path in Path(jpa.__file__).parent.glob("_allocator*.py")}
 
 
 def operations(num_pages: int) -> tuple[int, set[str]]:
     """Lines run and C functions called by the allocator during a fixed history in a used pool of `num_pages`."""
     allocator = PageAllocator(num_pages, 2)
-    allocator.free(allocator.allocate(range(1000, 1000 + 2 * num_pages)).id)  # no page is blank: each take evicts
+    allocator.free(written(allocator, range(1000, 1000 + 2 * num_pages)).id)  # no page is blank: each take evicts
     lines, functions = 0, set[str]()
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
         nonlocal lines
-        if frame.f_code.co_filename != allocator_module.__file__:
+        if frame.f_code.co_filename not in ALLOCATOR:
             return None
         lines += event == "line"  # also each time a loop comes back to its line
         return trace
 
     def profile(frame: Any, event: str, argument: Any) -> None:
-        if event == "c_call" and frame.f_code.co_filename == allocator_module.__file__:
+        if event == "c_call" and frame.f_code.co_filename in ALLOCATOR:
             functions.add(argument.__qualname__)
 
     tracing, profiling = sys.gettrace(), sys.getprofile()
     sys.settrace(trace)
     sys.setprofile(profile)
     try:
-        first = allocator.allocate([1, 2, 3, 4, 5])
-        second = allocator.allocate([1, 2, 3, 4, 6])
+        first = written(allocator, [1, 2, 3, 4, 5])
+        second = written(allocator, [1, 2, 3, 4, 6])
         third = allocator.fork(second.id)
         for _ in range(4):
             allocator.append(third.id, [7])
             allocator.append(second.id, 1)
         for sequence in (first, second, third):
             allocator.free(sequence.id)
-        allocator.free(allocator.allocate([1, 2, 3, 4, 7]).id)
+        allocator.free(written(allocator, [1, 2, 3, 4, 7]).id)
     finally:
         sys.setprofile(profiling)
         sys.settrace(tracing)
@@ -473,6 +279,312 @@ def test_the_work_does_not_grow_with_the_pool() -> None:
     assert "OrderedDict.popitem" in functions  # C functions are seen, and none of those that search a container
     assert functions.isdisjoint({f"list.{name}" for name in ("index", "remove", "insert", "count", "sort", "copy")})
     assert functions.isdisjoint({"sorted", "max", "dict.copy", "OrderedDict.copy"})
+
+
+# ---- only what was computed is found
+
+
+def test_a_sampled_token_that_never_ran_is_not_found() -> None:
+    """Turn 2 of a chat has the last sampled token of turn 1, which ended the turn before it went through the model."""
+    for share in SHARE_MODES:
+        allocator = PageAllocator(8, 4, share=share)
+        turn = written(allocator, [1, 2, 3])
+        allocator.append(turn.id, [4])
+        allocator.free(turn.id)
+        assert allocator.allocate([1, 2, 3, 4, 5]).cached_len == 0
+    assert "share='written'" in repr(PageAllocator(1, 1))
+
+
+def test_allocated_mode_keeps_what_was_marked_and_nothing_else() -> None:
+    allocator = PageAllocator(8, 2, share="allocated")
+    first = allocator.allocate("abcdef")
+    second = allocator.allocate("abcdefg")
+    assert second.cached_len == 6  # at once, as long as the first one lives
+    allocator.mark_written(first.id, 5)
+    allocator.free(first.id)
+    allocator.free(second.id)
+    assert allocator.allocate("abcdefg").cached_len == 4
+
+
+# ---- truncation
+
+
+@pytest.mark.parametrize("share", SHARE_MODES)
+@pytest.mark.parametrize("mark", [6, 8])
+def test_rejected_drafts_are_not_found_and_accepted_tokens_are(share: Any, mark: int) -> None:
+    allocator = PageAllocator(8, 4, share=share)
+    a = written(allocator, [1, 2, 3, 4, 5, 6]).id
+    drafts, _ = allocator.append(a, [90, 91])
+    allocator.mark_written(a, mark)
+    allocator.truncate(a, 6)
+    assert allocator.length(a) == 6
+    slots, copies = allocator.append(a, [7, 8])
+    assert (slots.tolist(), copies) == (drafts.tolist(), [])
+    allocator.mark_written(a, 8)
+    assert allocator.allocate([1, 2, 3, 4, 5, 6, 90, 91, 92]).cached_len == 4
+    assert allocator.allocate([1, 2, 3, 4, 5, 6, 7, 8, 9]).cached_len == 8
+
+
+def test_truncation_gives_back_empty_pages_and_the_next_tokens_land_behind_what_is_left() -> None:
+    allocator = PageAllocator(16, 4)
+    s = written(allocator, [1, 2, 3, 4, 5, 6])
+    allocator.append(s.id, [10, 11, 12, 13])
+    assert len(allocator.pages(s.id)) == 3
+    allocator.truncate(s.id, 8)
+    allocator.mark_written(s.id, 8)
+    assert (allocator.length(s.id), allocator.pages(s.id), allocator.num_free) == (8, s.pages, 14)
+    allocator.append(s.id, [20, 21, 30, 31])
+    allocator.mark_written(s.id, 12)
+    assert allocator.allocate([1, 2, 3, 4, 5, 6, 10, 11, 12, 13, 30, 31, 0]).cached_len == 8
+    assert allocator.allocate([1, 2, 3, 4, 5, 6, 10, 11, 20, 21, 30, 31, 0]).cached_len == 12
+
+
+def test_truncating_unknown_tokens_away_makes_a_sequence_shareable_again() -> None:
+    allocator = PageAllocator(16, 4)
+    s = written(allocator, [1, 2, 3, 4, 5, 6])
+    allocator.append(s.id, 4)
+    allocator.mark_written(s.id, 10)
+    allocator.truncate(s.id, 7)  # one unknown token stays
+    allocator.append(s.id, [10])
+    allocator.mark_written(s.id, 8)
+    assert allocator.allocate([1, 2, 3, 4, 5, 6, 9, 10, 20]).cached_len == 4
+    allocator.truncate(s.id, 6)
+    allocator.append(s.id, [10, 11])
+    assert allocator.allocate([1, 2, 3, 4, 5, 6, 10, 11, 20]).cached_len == 4  # dropped tokens have to be written again
+    allocator.mark_written(s.id, 8)
+    assert allocator.allocate([1, 2, 3, 4, 5, 6, 10, 11, 20]).cached_len == 8
+
+
+def test_truncation_into_a_shared_page_copies_it_before_the_next_token() -> None:
+    allocator = PageAllocator(16, 4)
+    a = written(allocator, "abcdefgh")
+    found = allocator.allocate("abcdefghi")
+    fork = allocator.fork(a.id)
+    allocator.truncate(a.id, 6)
+    assert allocator.allocate("abcdefghx").cached_len == 8  # two others hold it
+    allocator.truncate(fork.id, 5)
+    (slot,), (copy,) = allocator.append(a.id, "x")
+    assert copy == (found.pages[1], allocator.pages(a.id)[1])
+    assert slot == copy[1] * 4 + 2
+    assert allocator.append(fork.id, "y")[1] == [(found.pages[1], allocator.pages(fork.id)[1])]
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_truncated_owner_that_outlives_the_others_makes_its_page_unfindable_before_it_writes(batch: bool) -> None:
+    allocator = PageAllocator(16, 4)
+    a = written(allocator, "abcdefgh")
+    fork = allocator.fork(a.id)
+    allocator.truncate(a.id, 6)
+    allocator.free(fork.id)
+    probe = allocator.allocate("abcdefgh!")
+    assert probe.cached_len == 8  # the page still holds all eight tokens
+    allocator.free(probe.id)
+    _, copies = allocator.append_batch([a.id], ["x"]) if batch else allocator.append(a.id, "x")
+    assert len(copies) == 0
+    assert allocator.allocate("abcdefgh!").cached_len == 4
+
+
+def test_a_page_that_every_owner_truncated_is_not_found() -> None:
+    allocator = PageAllocator(16, 4)
+    a = written(allocator, "abcdefgh")
+    fork = allocator.fork(a.id)
+    allocator.truncate(a.id, 6)
+    probe = allocator.allocate("abcdefgh!")
+    assert probe.cached_len == 8
+    allocator.free(probe.id)
+    allocator.truncate(fork.id, 4)
+    assert allocator.allocate("abcdefgh!").cached_len == 4
+
+
+def test_truncation_below_what_was_found_in_the_cache() -> None:
+    allocator = PageAllocator(16, 2)
+    allocator.free(written(allocator, "abcdef").id)
+    s = allocator.allocate("abcdefg")
+    allocator.truncate(s.id, 3)
+    slots, copies = allocator.append(s.id, "xyz")
+    assert (copies, slots[0]) == ([], s.pages[1] * 2 + 1)
+    other = allocator.allocate("abcdefg")
+    assert other.cached_len == 2
+    allocator.free(other.id)
+    allocator.truncate(s.id, 0)
+    assert allocator.pages(s.id) == ()
+    assert allocator.allocate("abcdefg").cached_len == 0
+    allocator.append(s.id, "ab")
+    allocator.mark_written(s.id, 2)
+    assert allocator.allocate("abc").cached_len == 2
+
+
+# ---- batches
+
+
+def test_a_step_of_a_batch() -> None:
+    allocator = PageAllocator(16, 4)
+    a, b = written(allocator, "abc"), allocator.allocate("vwxyz")
+    fork = allocator.fork(a.id)
+    slots, copies = allocator.append_batch([a.id, b.id, fork.id], [2, "0", []])
+    page = allocator.pages(a.id)
+    assert (slots.tolist(), slots.dtype) == ([page[0] * 4 + 3, page[1] * 4, b.pages[1] * 4 + 1], np.int32)
+    assert (copies.tolist(), copies.dtype) == ([[fork.pages[0], page[0]]], np.int32)
+
+    arrays = allocator.step([b.id, a.id], [5, 2], num_tokens=9, max_seqs=3, max_pages=4)
+    b_slots, a_slots = allocator.slots(b.id, 0, 5), allocator.slots(a.id, 3, 5)
+    assert arrays.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 0, 0]
+    assert arrays.slot_mapping.tolist() == [*b_slots, *a_slots, -1, -1]
+    assert arrays.block_tables.tolist() == [[*b.pages, -1, -1], [*page, -1, -1], [-1] * 4]
+    assert arrays.kv_lens.tolist() == [5, 5, 0]
+    assert arrays.cu_q_lens.tolist() == [0, 5, 7, 7]
+    assert (arrays.num_seqs.shape, int(arrays.num_seqs)) == ((), 2)
+    assert {getattr(arrays, name).dtype for name in vars(arrays)} == {np.dtype(np.int32)}
+
+    allocator.mark_written_batch([a.id, b.id], [5, 5])
+    assert allocator.allocate("vwxy!").cached_len == 4
+    empty = allocator.step([], [], num_tokens=2, max_seqs=1, max_pages=0)
+    assert (empty.slot_mapping.tolist(), empty.cu_q_lens.tolist()) == ([-1, -1], [0, 0])
+
+
+@pytest.mark.parametrize("share", SHARE_MODES)
+@pytest.mark.parametrize(
+    "form", [list, tuple, np.array, iter, lambda x: np.array(x, np.uint16), lambda x: map(np.int64, x)]
+)
+def test_batches_take_lists_and_arrays(form: Any, share: Any) -> None:
+    allocator = PageAllocator(16, 2, share=share)
+    ids = [allocator.allocate([i]).id for i in range(3)]
+    allocator.append_batch(form(ids), form([1, 0, 2]))
+    assert [allocator.length(id) for id in ids] == [2, 1, 3]
+    allocator.append_batch(form(ids), np.array([[7, 8]] * 3, np.int32))
+    allocator.mark_written_batch(form(ids), form([4, 2, 0]))
+    assert allocator.allocate([1, 7, 0]).cached_len == 2
+    assert allocator.step(form(ids), form([0, 1, 5]), num_tokens=6, max_seqs=3, max_pages=4).kv_lens.tolist() == [
+        4,
+        2 + 1,
+        5,
+    ]
+    assert allocator.block_tables(form(ids), 4).shape == (3, 4)
+
+
+def test_forks_that_append_in_one_batch_copy_all_but_one() -> None:
+    allocator = PageAllocator(4, 2)
+    a = allocator.allocate("a")
+    ids = [a.id, allocator.fork(a.id).id, allocator.fork(a.id).id]
+    slots, copies = allocator.append_batch(ids, ["x", "y", "z"])
+    assert [source for source, _ in copies.tolist()] == [a.pages[0]] * 2
+    assert len({int(slot) for slot in slots}) == 3
+    assert allocator.pages(ids[2]) == a.pages  # the last owner keeps it
+    assert allocator.num_free == 1
+
+
+def test_a_step_is_made_into_the_metadata_of_the_layers() -> None:
+    nnx = pytest.importorskip("jax_paged_attn.nnx", exc_type=ImportError)
+    allocator = jpa.PageAllocator(8, 4)
+    id = allocator.allocate([1, 2, 3]).id
+    arrays = allocator.step([id], [3], num_tokens=4, max_seqs=2, max_pages=2)
+    assert isinstance(arrays, jpa.StepArrays)
+    assert same_arrays(nnx.StepMetadata.from_arrays(arrays), arrays)
+
+
+# ---- windows
+
+
+def test_pages_in_front_of_the_window_are_given_back_when_written() -> None:
+    allocator = PageAllocator(16, 4, window=6)
+    s = allocator.allocate(range(13))
+    assert allocator.pages_in_use == 4
+    allocator.mark_written(s.id, 9)  # token 9 sees 4 … 9
+    assert allocator.pages(s.id) == s.pages
+    allocator.mark_written_batch([s.id], [10])
+    assert allocator.pages(s.id) == (-1, *s.pages[1:])
+    assert allocator.block_tables([s.id], 5).tolist() == [[-1, *s.pages[1:], -1]]
+    assert allocator.slots(s.id, 2, 5).tolist() == [-1, -1, s.pages[1] * 4]
+    assert (allocator.pages_in_use, allocator.stats.pages_cached) == (3, 1)
+    fork = allocator.fork(s.id)
+    assert fork.pages == allocator.pages(s.id)
+    for id in (s.id, fork.id):
+        allocator.free(id)
+    assert allocator.pages_in_use == 0
+
+
+def test_a_prefix_is_reused_if_the_pages_of_its_last_w_tokens_hold_it() -> None:
+    allocator = PageAllocator(8, 2, window=3)
+    s = written(allocator, range(12))
+    assert allocator.pages(s.id)[:4] == (-1,) * 4
+    other = allocator.allocate(range(90, 102))  # takes the four pages, and two that were blank
+    assert allocator.num_free == 0
+    allocator.free(other.id)
+    again = allocator.allocate(range(13))
+    assert (again.cached_len, again.pages[:6]) == (12, (-1, -1, -1, -1, *s.pages[4:]))
+    assert allocator.allocate(range(10)).cached_len == 0  # the last three tokens of its prefixes are gone
+    assert allocator.stats == AllocatorStats(8, 0, 0, hits=1, misses=3, evictions=4, tokens_found=12)
+
+
+def test_a_truncation_that_needs_keys_given_back_is_refused() -> None:
+    allocator = PageAllocator(16, 4, window=6)
+    s = allocator.allocate(range(14))
+    allocator.mark_written(s.id, 14)  # pages 0 and 1 go
+    raises_unchanged(
+        allocator,
+        ValueError,
+        "length: expected 0 or at least 13, since the first 2 pages",
+        lambda: allocator.truncate(s.id, 12),
+    )
+    allocator.truncate(s.id, 13)
+    allocator.truncate(s.id, 0)
+    assert (allocator.pages(s.id), allocator.pages_in_use) == ((), 0)
+    assert allocator.stats.pages_cached == 0  # nothing is found under dropped tokens, in front of the window either
+    allocator.append(s.id, range(5))
+    allocator.mark_written(s.id, 5)
+    assert allocator.allocate(range(6)).cached_len == 4
+
+
+# ---- the pool
+
+
+def test_stats() -> None:
+    allocator = PageAllocator(4, 2)
+    allocator.free(written(allocator, "abcd").id)
+    allocator.allocate("abx")
+    with pytest.raises(OutOfPages):
+        allocator.allocate(range(99))
+    assert allocator.stats == AllocatorStats(2, 1, 1, hits=1, misses=1, evictions=0, tokens_found=2)
+    allocator.allocate("vwxy")
+    assert allocator.stats == AllocatorStats(4, 0, 0, hits=1, misses=2, evictions=1, tokens_found=2)
+
+
+def test_a_reset_forgets_every_prefix() -> None:
+    allocator = PageAllocator(16, 2)
+    live = written(allocator, "abcd")
+    allocator.free(written(allocator, "xyz").id)
+    allocator.reset_prefix_cache()
+    assert allocator.stats.pages_cached == 0
+    assert (allocator.allocate("abcde").cached_len, allocator.allocate("xyz").cached_len) == (0, 0)
+    allocator.append(live.id, "ef")
+    allocator.mark_written(live.id, 6)
+    assert allocator.allocate("abcdefg").cached_len == 0
+    allocator.truncate(live.id, 0)
+    allocator.append(live.id, "ab")
+    allocator.mark_written(live.id, 2)
+    assert allocator.allocate("abcdefg").cached_len == 2
+
+
+def test_a_cache_of_another_size_is_refused() -> None:
+    allocator = PageAllocator(8, 16)
+    allocator.check(SimpleNamespace(num_pages=8, page_size=16))
+    for name, sizes in (("page_size", (8, 8)), ("num_pages", (9, 16))):
+        cache = SimpleNamespace(num_pages=sizes[0], page_size=sizes[1])
+        raises_unchanged(allocator, ValueError, f"cache: expected {name} .*, got", partial(allocator.check, cache))
+    allocator.check(jpa.PagedKVCache.create(1, 8, 16, 1, 8))
+    with pytest.raises(ValueError, match="cache: expected page_size 16, as the allocator has, got 8"):
+        allocator.check(jpa.PagedKVCache.create(1, 8, 8, 1, 8))
+
+
+def test_the_examples_of_the_docs_run() -> None:
+    page = Path(__file__).parent.parent / "docs" / "allocator.md"
+    if not page.exists():
+        pytest.skip("no docs beside the tests")
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
 
 
 # ---- errors
@@ -496,11 +608,11 @@ def test_out_of_pages_says_how_many_are_missing() -> None:
 
 def test_pages_to_be_shared_are_not_counted_as_free() -> None:
     allocator = PageAllocator(3, 2)
-    allocator.free(allocator.allocate("abcde").id)
+    allocator.free(written(allocator, "abcde").id)
     raises_unchanged(allocator, OutOfPages, "2 needed, 1 free", lambda: allocator.allocate("abcdefg"))
 
 
-@pytest.mark.parametrize("use", range(9))
+@pytest.mark.parametrize("use", range(14))
 def test_freed_and_foreign_sequences(use: int) -> None:
     allocator = PageAllocator(4, 2)
     allocator.allocate("abc")
@@ -509,33 +621,136 @@ def test_freed_and_foreign_sequences(use: int) -> None:
     raises_unchanged(allocator, DoubleFree, "sequence 1 was freed", every_use(allocator, gone.id)[use])
     raises_unchanged(allocator, ForeignPage, "sequence 2 is not", every_use(allocator, 2)[use])
     raises_unchanged(allocator, ForeignPage, "sequence -1 is not", every_use(allocator, -1)[use])
-    raises_unchanged(allocator, TypeError, "id: expected an integer, got Sequence", every_use(allocator, gone)[use])  # type: ignore[arg-type]
+    raises_unchanged(
+        allocator, TypeError, r"ids?(\[0\])?: expected an integer, got bool", every_use(allocator, True)[use]
+    )
+    raises_unchanged(
+        allocator, TypeError, r"ids?(\[0\])?: expected an integer, got Sequence", every_use(allocator, gone)[use]
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("share", SHARE_MODES)
 def test_bad_arguments(share: Any) -> None:
-    allocator = PageAllocator(4, 2, share=share)
+    allocator: Any = PageAllocator(4, 2, share=share)
     id = allocator.allocate("abc").id
     calls: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (ValueError, "n: expected at least 0, got -1", lambda: allocator.append(id, -1)),
-        (TypeError, "n: expected an iterable of tokens, got float", lambda: allocator.append(id, 1.5)),  # type: ignore[arg-type]
-        (TypeError, "n: expected hashable", lambda: allocator.append(id, [1, []])),  # type: ignore[list-item]
+        (TypeError, "n: expected an iterable of tokens, got float", lambda: allocator.append(id, 1.5)),
+        (TypeError, "n: expected an iterable of tokens, got bool", lambda: allocator.append(id, True)),
+        (TypeError, "n: expected hashable", lambda: allocator.append(id, [1, []])),
+        (ValueError, r"n: expected a 1-d integer array, got float64\[2\]", lambda: allocator.append(id, np.ones(2))),
         (ValueError, "n: expected at most 3, the length of sequence 0, got 4", lambda: allocator.mark_written(id, 4)),
         (ValueError, "n: expected at least 0", lambda: allocator.mark_written(id, -1)),
-        (TypeError, "tokens: expected an iterable", lambda: allocator.allocate(3)),  # type: ignore[arg-type]
-        (TypeError, "tokens: expected hashable", lambda: allocator.allocate([1, 2, {}])),  # type: ignore[list-item]
-        (
-            ValueError,
-            r"tokens: .* 1-d integer array, got int64\[2, 2\]",
-            lambda: allocator.allocate(np.eye(2, dtype=int)),
-        ),
+        (TypeError, "n: expected an integer, got float", lambda: allocator.mark_written(id, 2.0)),
+        (ValueError, "length: expected at most 3, the length of sequence 0", lambda: allocator.truncate(id, 4)),
+        (ValueError, "length: expected at least 0, got -1", lambda: allocator.truncate(id, -1)),
+        (TypeError, "length: expected an integer, got float", lambda: allocator.truncate(id, 1.0)),
+        (TypeError, "length: expected an integer, got bool", lambda: allocator.truncate(id, True)),
+        (TypeError, "tokens: expected an iterable", lambda: allocator.allocate(3)),
+        (TypeError, "tokens: expected hashable", lambda: allocator.allocate([1, 2, {}])),
+        (ValueError, r"tokens: .* got int64\[2, 2\]", lambda: allocator.allocate(np.eye(2, dtype=int))),
         (ValueError, "tokens: .* got float64", lambda: allocator.allocate(np.ones(2))),
-        (TypeError, "salt: expected hashable", lambda: allocator.allocate("a", salt=[])),  # type: ignore[arg-type]
+        (ValueError, "tokens: .* got bool", lambda: allocator.allocate(np.ones(2, bool))),
+        (TypeError, "salt: expected hashable", lambda: allocator.allocate("a", salt=[])),
         (ValueError, "start, stop: .* <= 3, .* got 2, 1", lambda: allocator.slots(id, 2, 1)),
         (ValueError, "start, stop: .* <= 3, .* got 0, 4", lambda: allocator.slots(id, 0, 4)),
         (ValueError, "start: expected at least 0", lambda: allocator.slots(id, -1, 1)),
+        (TypeError, "stop: expected an integer, got bool", lambda: allocator.slots(id, 0, True)),
         (ValueError, "M: expected at least 2, the pages of sequence 0, got 1", lambda: allocator.block_tables([id], 1)),
         (ValueError, "M: expected at least 0", lambda: allocator.block_tables([], -1)),
+        (TypeError, "M: expected an integer, got float", lambda: allocator.block_tables([id], 2.0)),
+        (TypeError, "ids: expected a list of integers, got int", lambda: allocator.block_tables(id, 4)),
+        (TypeError, "ids: expected a list of integers, got str", lambda: allocator.block_tables("0", 4)),
+        (TypeError, r"ids\[1\]: expected an integer, got float", lambda: allocator.block_tables([id, 0.0], 4)),
+        (ValueError, r"ids: .* got float64\[1\]", lambda: allocator.block_tables(np.zeros(1), 4)),
+        (ValueError, r"ids: .* got bool\[1\]", lambda: allocator.block_tables(np.zeros(1, bool), 4)),
+        (ValueError, r"ids: .* got int64\[1, 1\]", lambda: allocator.block_tables(np.zeros((1, 1), int), 4)),
+        (TypeError, "cache: expected a cache with num_pages, got int", lambda: allocator.check(4)),
+    ]
+    for error, match, call in calls:
+        raises_unchanged(allocator, error, match, call)
+
+
+@pytest.mark.parametrize("share", SHARE_MODES)
+def test_bad_arguments_of_batches(share: Any) -> None:
+    allocator: Any = PageAllocator(8, 2, share=share)
+    a, b = (allocator.allocate(prompt).id for prompt in ("abc", "xy"))
+    name = "tokens_or_counts"
+
+    def step(
+        ids: Any = (a, b), counts: Any = (1, 1), num_tokens: Any = 4, max_seqs: Any = 2, max_pages: Any = 2
+    ) -> Any:
+        return allocator.step(ids, counts, num_tokens=num_tokens, max_seqs=max_seqs, max_pages=max_pages)
+
+    calls: list[tuple[type[Exception], str, Callable[[], Any]]] = [
+        (
+            ValueError,
+            "ids: expected each sequence once, got sequence 0 twice",
+            lambda: allocator.append_batch([a, a], [1, 1]),
+        ),
+        (TypeError, "ids: expected a list of integers, got int", lambda: allocator.append_batch(a, [1])),
+        (TypeError, f"{name}: expected a list of .*, got int", lambda: allocator.append_batch([a], 1)),
+        (TypeError, f"{name}: expected a list of .*, got str", lambda: allocator.append_batch([a, b], "xy")),
+        (ValueError, f"{name}: expected 2, one for each of ids, got 1", lambda: allocator.append_batch([a, b], [1])),
+        (
+            ValueError,
+            f"{name}: expected 2, one for each of ids, got 3",
+            lambda: allocator.append_batch([a, b], np.ones((3, 1), int)),
+        ),
+        (ValueError, f"{name}: expected integers from 0 to .* got -1", lambda: allocator.append_batch([a, b], [1, -1])),
+        (
+            ValueError,
+            f"{name}: expected integers from 0 to .* got {2**70}",
+            lambda: allocator.append_batch([a], [2**70]),
+        ),
+        (ValueError, rf"{name}\[1\]: expected at least 0, got -1", lambda: allocator.append_batch([a, b], [[1], -1])),
+        (
+            TypeError,
+            rf"{name}\[1\]: expected an iterable of tokens, got bool",
+            lambda: allocator.append_batch([a, b], [1, True]),
+        ),
+        (
+            TypeError,
+            rf"{name}\[0\]: expected an iterable of tokens, got float",
+            lambda: allocator.append_batch([a], [1.0]),
+        ),
+        (TypeError, f"{name}: expected hashable", lambda: allocator.append_batch([a, b], [[1], [[]]])),
+        (ValueError, rf"{name}: .* got float64\[1\]", lambda: allocator.append_batch([a], np.ones(1))),
+        (ValueError, rf"{name}: .* got bool\[1, 1\]", lambda: allocator.append_batch([a], np.ones((1, 1), bool))),
+        (OutOfPages, "7 needed, 5 free", lambda: allocator.append_batch([a, b], [3, 11])),
+        (
+            ValueError,
+            "ids: expected each sequence once, got sequence 1 twice",
+            lambda: allocator.mark_written_batch([b, b], [1, 1]),
+        ),
+        (
+            ValueError,
+            "lengths: expected at most 2, the length of sequence 1, got 3",
+            lambda: allocator.mark_written_batch([a, b], [3, 3]),
+        ),
+        (ValueError, "lengths: expected integers from 0", lambda: allocator.mark_written_batch([a, b], [3, -1])),
+        (TypeError, r"lengths\[0\]: expected an integer, got float", lambda: allocator.mark_written_batch([a], [1.0])),
+        (
+            ValueError,
+            "ids: expected each sequence once, got sequence 0 twice",
+            lambda: step(ids=[a, b, a], counts=[0] * 3),
+        ),
+        (ValueError, "ids: expected at most max_seqs = 1 sequences, got 2", lambda: step(max_seqs=1)),
+        (ValueError, "counts: expected at most num_tokens = 1 tokens together, got 2", lambda: step(num_tokens=1)),
+        (
+            ValueError,
+            "counts: expected at most 2, the tokens of sequence 1 that have slots",
+            lambda: step(counts=[1, 3]),
+        ),
+        (ValueError, "counts: expected integers from 0", lambda: step(counts=[1, -1])),
+        (TypeError, r"counts\[0\]: expected an integer, got bool", lambda: step(counts=[True, 1])),
+        (
+            ValueError,
+            "max_pages: expected at least 2, the pages of sequence 0, got 1",
+            lambda: step(counts=[3, 1], max_pages=1),
+        ),
+        (TypeError, "num_tokens: expected an integer, got float", lambda: step(num_tokens=4.0)),
+        (ValueError, "max_seqs: expected at least 0", lambda: step(max_seqs=-1)),
     ]
     for error, match, call in calls:
         raises_unchanged(allocator, error, match, call)
@@ -548,12 +763,20 @@ def test_bad_arguments(share: Any) -> None:
         ((1, 0), "page_size: expected at least 1, got 0"),
         ((2**20, 2**11), "slots are int32"),
         ((1, 1, "read"), "share: expected 'allocated' or 'written', got 'read'"),
+        ((1, 1, "written", 0), "window: expected at least 1, got 0"),
     ],
 )
 def test_bad_pools(arguments: tuple[Any, ...], match: str) -> None:
-    num_pages, page_size, *share = arguments
+    keywords: Any = dict(zip(("num_pages", "page_size", "share", "window"), arguments, strict=False))
     with pytest.raises(ValueError, match=match):
-        PageAllocator(num_pages, page_size, **({"share": share[0]} if share else {}))
+        PageAllocator(**keywords)
+
+
+@pytest.mark.parametrize("argument", ["num_pages", "page_size", "window"])
+@pytest.mark.parametrize("value", [True, 2.0, "2", [2]])
+def test_sizes_are_integers(argument: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{argument}: expected an integer, got {type(value).__name__}"):
+        PageAllocator(**{"num_pages": 2, "page_size": 2, argument: value})
 
 
 def test_the_largest_slot_is_int32() -> None:
