@@ -624,9 +624,8 @@ def test_freed_and_foreign_sequences(use: int) -> None:
     raises_unchanged(
         allocator, TypeError, r"ids?(\[0\])?: expected an integer, got bool", every_use(allocator, True)[use]
     )
-    raises_unchanged(
-        allocator, TypeError, r"ids?(\[0\])?: expected an integer, got Sequence", every_use(allocator, gone)[use]
-    )  # type: ignore[arg-type]
+    wrong: Any = gone
+    raises_unchanged(allocator, TypeError, r"ids?(\[0\])?: .* integer, got Sequence", every_use(allocator, wrong)[use])
 
 
 @pytest.mark.parametrize("share", SHARE_MODES)

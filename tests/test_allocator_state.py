@@ -212,7 +212,8 @@ class Histories(RuleBasedStateMachine):
                 )
                 return
         self.allocator.truncate(owner.id, length)
-        for stop in range((length // self.size + 1) * self.size, len(owner.tokens) + 1, self.size):
+        shared = min(owner.known, owner.marked)  # by this sequence; later tokens may stand in pages of freed ones
+        for stop in range((length // self.size + 1) * self.size, shared + 1, self.size):
             others = [other for other in self.owners if other is not owner and other.salt == owner.salt]
             held = any(other.tokens[:stop] == owner.tokens[:stop] for other in others)
             assert held or not self.findable(owner.salt, owner.tokens[:stop])
