@@ -47,9 +47,9 @@ class Histories(RuleBasedStateMachine):
 
     @initialize(
         share=st.sampled_from(SHARE_MODES),
-        num_pages=st.integers(1, 14),
+        num_pages=st.integers(3, 16),
         page_size=st.integers(1, 4),
-        window=st.one_of(st.none(), st.integers(1, 9)),
+        window=st.one_of(st.none(), st.integers(1, 7)),
     )
     def start(self, share: Any, num_pages: int, page_size: int, window: int | None) -> None:
         self.allocator = PageAllocator(num_pages, page_size, share=share, window=window)
@@ -57,6 +57,7 @@ class Histories(RuleBasedStateMachine):
         self.pool: list[Any] = [None] * (num_pages * page_size)
         self.owners: list[Owner] = []
         self.freed: list[int] = []
+        self.seen: list[list[Hashable]] = [[*"abaabbabab"]]
         self.fresh = itertools.count()
         self.lookups = self.found = 0
 
@@ -133,7 +134,11 @@ class Histories(RuleBasedStateMachine):
 
     # ---- calls
 
-    @rule(tokens=st.lists(st.sampled_from("ab"), max_size=18), salt=st.sampled_from([None, "tenant"]))
+    @rule(choice=st.integers(0), stop=st.integers(0, 20), more=TOKENS, salt=st.sampled_from([None, None, "tenant"]))
+    def prompt(self, choice: int, stop: int, more: list[Hashable], salt: Hashable) -> None:
+        """A prompt that begins as an earlier one."""
+        self.allocate([*self.seen[choice % len(self.seen)][:stop], *more], salt)
+
     def allocate(self, tokens: list[Hashable], salt: Hashable) -> None:
         must_share = self.must_share(tokens, salt)
         sequence = self.attempt(lambda: self.allocator.allocate(tokens, salt))
@@ -295,12 +300,16 @@ class Histories(RuleBasedStateMachine):
         self.owners[-1].id = sequence.id
 
     @precondition(lambda self: self.owners)
-    @rule(choice=st.integers(0))
-    def free(self, choice: int) -> None:
+    @rule(choice=st.integers(0), use=st.integers(0, 13))
+    def free(self, choice: int, use: int = 0) -> None:
         owner = self.owner(choice)
         self.owners.remove(owner)
         self.allocator.free(owner.id)
         self.freed.append(owner.id)
+        self.seen.append(owner.tokens)
+        raises_unchanged(self.allocator, DoubleFree, str(owner.id), every_use(self.allocator, owner.id)[use])
+        foreign = len(self.owners) + len(self.freed)
+        raises_unchanged(self.allocator, ForeignPage, str(foreign), every_use(self.allocator, foreign)[use])
 
     @precondition(lambda self: self.owners)
     @rule(choice=st.integers(0))
@@ -310,10 +319,9 @@ class Histories(RuleBasedStateMachine):
         self.free(choice)
         self.allocate(owner.tokens[: owner.known], owner.salt)
 
-    @rule(tick=st.integers(0, 9))
-    def reset(self, tick: int) -> None:
-        if tick:  # seldom
-            return
+    @precondition(lambda self: len(self.freed) % 4 == 3)
+    @rule()
+    def reset(self) -> None:
         self.allocator.reset_prefix_cache()
         assert self.allocator.stats.pages_cached == 0
         for owner in self.owners:
@@ -321,14 +329,6 @@ class Histories(RuleBasedStateMachine):
             assert self.allocator.pages_in_use == len(
                 {p for o in self.owners for p in self.allocator.pages(o.id)} - {-1}
             )
-
-    @precondition(lambda self: self.freed)
-    @rule(choice=st.integers(0), use=st.integers(0, 13), beyond=st.integers(0, 2))
-    def misuse(self, choice: int, use: int, beyond: int) -> None:
-        id = self.freed[choice % len(self.freed)]
-        raises_unchanged(self.allocator, DoubleFree, str(id), every_use(self.allocator, id)[use])
-        id = len(self.owners) + len(self.freed) + beyond
-        raises_unchanged(self.allocator, ForeignPage, str(id), every_use(self.allocator, id)[use])
 
     # ---- what always holds
 
@@ -402,4 +402,4 @@ class Histories(RuleBasedStateMachine):
 
 
 TestHistories = Histories.TestCase
-TestHistories.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestHistories.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
