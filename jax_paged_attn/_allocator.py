@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jax_paged_attn import _allocator_arguments as arguments
-from jax_paged_attn._allocator_pool import OutOfPages, PageAllocatorError, PagePool
+from jax_paged_attn._allocator_pool import Node, OutOfPages, PageAllocatorError, PagePool
 from jax_paged_attn._allocator_rows import Rows
 
 __all__ = [
@@ -165,7 +165,9 @@ class PageAllocator:
 
     # ---- sequences
 
-    def allocate(self, tokens: Iterable[Hashable], salt: Hashable = None) -> Sequence:
+    def allocate(
+        self, tokens: Iterable[Hashable], salt: Hashable = None, *, max_cached_len: int | None = None
+    ) -> Sequence:
         """A new sequence with pages for `tokens`, sharing the whole pages of a known prefix.
 
         Args:
@@ -173,6 +175,8 @@ class PageAllocator:
             ``==``. An empty prompt owns no page yet; `append` gives it some.
           salt: prefixes are shared among equal salts only: one per tenant keeps tenants apart, one per version of the
             weights keeps versions apart. Any hashable value.
+          max_cached_len: the longest prefix to share, in tokens. The allocators of a model's groups of layers have to
+            agree on it: see `find_prefix`.
 
         Returns:
           The sequence. ``cached_len`` is a multiple of the page size and less than the number of tokens (0 for an empty
@@ -181,13 +185,11 @@ class PageAllocator:
 
         Raises:
           OutOfPages: too few free pages.
-          TypeError, ValueError: `tokens` or `salt` is not as above.
+          TypeError, ValueError: an argument is not as above.
         """
         known = arguments.token_tuple("tokens", tokens)
-        arguments.hashable("salt", salt)
+        nodes, shared = self._find(known, salt, max_cached_len)
         pool, rows = self._pool, self._rows
-        at_hand = None if self._window is None else self._pages_for(self._window)
-        nodes, shared = pool.find(salt, known, self._page_size, at_hand)
         num_pages = self._pages_for(len(known))
         pool.require(num_pages - len(nodes), reserved=sum(not pool.owners[page] for page in shared))
 
@@ -209,6 +211,17 @@ class PageAllocator:
         self._tokens_found += cached_len
         self._publish(row)
         return self._admit(row, cached_len)
+
+    def find_prefix(
+        self, tokens: Iterable[Hashable], salt: Hashable = None, *, max_cached_len: int | None = None
+    ) -> int:
+        """The ``cached_len`` that `allocate` would give with the same arguments. Nothing changes.
+
+        Raises:
+          TypeError, ValueError: an argument is not as for `allocate`.
+        """
+        nodes, _ = self._find(arguments.token_tuple("tokens", tokens), salt, max_cached_len)
+        return len(nodes) * self._page_size
 
     def append(self, id: int, n: int | Iterable[Hashable]) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """Makes room for new tokens at the end of a sequence.
@@ -603,6 +616,15 @@ class PageAllocator:
         )
 
     # ---- inside
+
+    def _find(self, tokens: tuple[Hashable, ...], salt: Any, max_cached_len: Any) -> tuple[list[Node], list[int]]:
+        """The prefix to share: its nodes, and those of its pages that are needed, the last ones."""
+        arguments.hashable("salt", salt)
+        head = tokens[:-1]  # the last token has to be computed
+        if max_cached_len is not None:
+            head = head[: arguments.integer("max_cached_len", max_cached_len, at_least=0)]
+        at_hand = None if self._window is None else self._pages_for(self._window)
+        return self._pool.find(salt, head, self._page_size, at_hand)
 
     def _admit(self, row: int, cached_len: int) -> Sequence:
         id = self._next_id

@@ -124,17 +124,17 @@ class PagePool:
     def find(
         self, salt: Hashable, tokens: tuple[Hashable, ...], page_size: int, at_hand: int | None
     ) -> tuple[list[Node], list[int]]:
-        """The longest reusable prefix of whole pages that leaves at least one token: its nodes, and its last pages.
+        """The longest reusable prefix of whole pages: its nodes, and those of its pages that have to be there.
 
         Args:
-          at_hand: how many pages in front of the end of the prefix have to be there; None for all.
+          at_hand: how many of its last pages have to be there; None for all.
         """
         node = self._roots.get(salt)
         nodes: list[Node] = []
         if node is None:
             return nodes, []
         best = run = 0
-        for start in range(0, len(tokens) - page_size, page_size):
+        for start in range(0, len(tokens) - page_size + 1, page_size):
             node = node.children.get(tokens[start : start + page_size])
             if node is None or (at_hand is None and not node.pages):
                 break

@@ -281,6 +281,19 @@ def test_the_work_does_not_grow_with_the_pool() -> None:
     assert functions.isdisjoint({"sorted", "max", "dict.copy", "OrderedDict.copy"})
 
 
+def test_groups_of_layers_agree_on_a_prefix() -> None:
+    full, window = PageAllocator(16, 2), PageAllocator(8, 2, window=3)
+    written(full, range(8))
+    s = window.allocate(range(12))
+    window.mark_written(s.id, 4)
+    assert window.find_prefix(range(12)) == 4
+    window.mark_written(s.id, 12)
+    assert (full.find_prefix(range(12)), window.find_prefix(range(12))) == (8, 10)
+    assert window.find_prefix(range(12), max_cached_len=9) == 8
+    assert window.allocate(range(12), max_cached_len=3).cached_len == 2
+    assert full.find_prefix(range(12), salt="other") == full.find_prefix(range(12), max_cached_len=1) == 0
+
+
 # ---- only what was computed is found
 
 
@@ -650,6 +663,9 @@ def test_bad_arguments(share: Any) -> None:
         (ValueError, r"tokens: .* got int64\[2, 2\]", lambda: allocator.allocate(np.eye(2, dtype=int))),
         (ValueError, "tokens: .* got float64", lambda: allocator.allocate(np.ones(2))),
         (ValueError, "tokens: .* got bool", lambda: allocator.allocate(np.ones(2, bool))),
+        (ValueError, "max_cached_len: .* at least 0", lambda: allocator.allocate("ab", max_cached_len=-1)),
+        (TypeError, "max_cached_len: .* got bool", lambda: allocator.find_prefix("ab", max_cached_len=True)),
+        (TypeError, "salt: expected hashable", lambda: allocator.find_prefix("a", salt=[])),
         (TypeError, "salt: expected hashable", lambda: allocator.allocate("a", salt=[])),
         (ValueError, "start, stop: .* <= 3, .* got 2, 1", lambda: allocator.slots(id, 2, 1)),
         (ValueError, "start, stop: .* <= 3, .* got 0, 4", lambda: allocator.slots(id, 0, 4)),

@@ -134,16 +134,24 @@ class Histories(RuleBasedStateMachine):
 
     # ---- calls
 
-    @rule(choice=st.integers(0), stop=st.integers(0, 20), more=TOKENS, salt=st.sampled_from([None, None, "tenant"]))
-    def prompt(self, choice: int, stop: int, more: list[Hashable], salt: Hashable) -> None:
+    @rule(
+        choice=st.integers(0),
+        stop=st.integers(0, 20),
+        more=TOKENS,
+        salt=st.sampled_from([None, None, "tenant"]),
+        limit=st.sampled_from([None, None, 5]),
+    )
+    def prompt(self, choice: int, stop: int, more: list[Hashable], salt: Hashable, limit: int | None) -> None:
         """A prompt that begins as an earlier one."""
-        self.allocate([*self.seen[choice % len(self.seen)][:stop], *more], salt)
+        self.allocate([*self.seen[choice % len(self.seen)][:stop], *more], salt, limit)
 
-    def allocate(self, tokens: list[Hashable], salt: Hashable) -> None:
-        must_share = self.must_share(tokens, salt)
-        sequence = self.attempt(lambda: self.allocator.allocate(tokens, salt))
+    def allocate(self, tokens: list[Hashable], salt: Hashable, limit: int | None = None) -> None:
+        must_share = self.must_share(tokens if limit is None else tokens[: limit + 1], salt)
+        expected = self.allocator.find_prefix(tokens, salt, max_cached_len=limit)
+        sequence = self.attempt(lambda: self.allocator.allocate(tokens, salt, max_cached_len=limit))
         if sequence is None:
             return
+        assert sequence.cached_len == expected <= (len(tokens) if limit is None else limit)
         assert sequence.pages == self.allocator.pages(sequence.id)
         assert must_share <= sequence.cached_len <= max(len(tokens) - 1, 0)
         assert sequence.cached_len % self.size == 0
@@ -311,6 +319,17 @@ class Histories(RuleBasedStateMachine):
         foreign = len(self.owners) + len(self.freed)
         raises_unchanged(self.allocator, ForeignPage, str(foreign), every_use(self.allocator, foreign)[use])
 
+    @precondition(lambda self: 0 < len(self.owners) < 8)
+    @rule(choice=st.integers(0), back=st.integers(0, 5), new=NEW, kept=st.integers(0, 1))
+    def part(self, choice: int, back: int, new: int | list[Hashable], kept: int) -> None:
+        """A fork goes back some tokens, one of the two ends, and the other goes on."""
+        self.fork(choice)
+        pair = [choice % (len(self.owners) - 1), len(self.owners) - 1]
+        self.truncate(pair[kept], back)
+        survivor = self.owners[pair[kept]]
+        self.free(pair[1 - kept])
+        self.append(self.owners.index(survivor), new)
+
     @precondition(lambda self: self.owners)
     @rule(choice=st.integers(0))
     def preempt(self, choice: int) -> None:
@@ -402,4 +421,4 @@ class Histories(RuleBasedStateMachine):
 
 
 TestHistories = Histories.TestCase
-TestHistories.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestHistories.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
