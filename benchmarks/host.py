@@ -98,7 +98,7 @@ def measure(num_seqs: int, budget: float) -> tuple[Contender, Contender]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="The host time of a decode step.")
     parser.add_argument("--budget", type=float, default=0.2, help="seconds of batched steps per size")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of sequences")
     options = parser.parse_args()

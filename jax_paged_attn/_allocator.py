@@ -433,8 +433,8 @@ class PageAllocator:
         due = new // size > old // size
         if self._window is not None:
             due |= (new - self._window) // size > r.given_back[rows]
-        for row in rows[due & (new > old)].tolist():
-            self._settle(row)
+        if (due := due & (new > old)).any():
+            self._settle_batch(rows[due])
 
     # ---- what the caller's arrays are made of
 
@@ -489,7 +489,7 @@ class PageAllocator:
         tokens[1, total:] = -1
         tokens[0, :total], tokens[1, :total] = r.spread(rows, first, added)
         tables = np.full((max_seqs, max_pages), -1, np.int32)
-        tables[:number, :width] = r.tables[rows, :width]
+        tables[:number, :width] = r.tables.take(rows, axis=0)[:, :width]
         kv_lens, cu_q_lens = np.zeros(max_seqs, np.int32), np.full(max_seqs + 1, total, np.int32)
         kv_lens[:number] = last
         cu_q_lens[0] = 0
@@ -668,7 +668,7 @@ class PageAllocator:
 
     def _partial_pages(self, rows: np.ndarray, partial: np.ndarray, have: np.ndarray) -> tuple[int, np.ndarray]:
         """How many partly filled last pages will be copied, and which `rows` need `_unshare`."""
-        pages = self._rows.tables[rows, have - 1] if self._rows.tables.size else np.zeros(len(rows), np.int32)
+        pages = self._rows.pages_at(rows, have - 1)
         unfit = (partial & (self._pool.claims[pages] > 1)).nonzero()[0]
         if not len(unfit):
             return 0, unfit
@@ -693,18 +693,39 @@ class PageAllocator:
         for i in range(first, last):
             self._rows.tables[row, i] = self._pool.take()
 
-    def _extend_known(self, rows: np.ndarray, told: np.ndarray, stop: np.ndarray, tokens: list[Any]) -> None:
+    def _extend_known(self, rows: np.ndarray, told: np.ndarray, stop: np.ndarray, tokens: Any) -> None:
         """Takes note of appended tokens where they, and every token in front of them, are known."""
         if not told.all():
-            tokens = list(compress(tokens, told.tolist()))
+            tokens = tokens[told] if isinstance(tokens, np.ndarray) else list(compress(tokens, told.tolist()))
             rows, stop = rows[told], stop[told]
-        known = self._rows.tokens
-        deque(map(list.extend, map(known.__getitem__, rows.tolist()), tokens), maxlen=0)  # a loop without bytecode
+        known = list(map(self._rows.tokens.__getitem__, rows.tolist()))
+        # Loops without bytecode; columns, since they make no list per sequence.
+        if isinstance(tokens, np.ndarray):
+            for column in tokens.T.tolist():
+                deque(map(list.append, known, column), maxlen=0)
+        else:
+            deque(map(list.extend, known, tokens), maxlen=0)
         self._rows.known[rows] = stop
 
     def _settle(self, row: int) -> None:
         """Shares and gives back pages after more tokens of a row were written."""
         self._publish(row)
+        self._clear(row)
+
+    def _settle_batch(self, rows: np.ndarray) -> None:
+        """`_settle` for many rows."""
+        r = self._rows
+        first, known, written = r.published[rows], r.known[rows], r.written[rows]
+        last = (known if self._share == "allocated" else np.minimum(known, written)) // self._page_size
+        r.published[rows] = np.maximum(first, last)
+        for row, *pages in zip(rows.tolist(), first.tolist(), last.tolist(), strict=True):
+            self._enter(row, *pages)
+        if self._share == "allocated" or self._window is not None:
+            for row in rows.tolist():
+                self._clear(row)
+
+    def _clear(self, row: int) -> None:
+        """What a mark means for pages besides `_publish`: they stay findable, or lie in front of the window."""
         r = self._rows
         if self._share == "allocated":
             last = min(int(r.written[row]) // self._page_size, int(r.published[row]))
@@ -720,15 +741,22 @@ class PageAllocator:
 
     def _publish(self, row: int) -> None:
         """Makes those pages findable that are full, whose tokens are known, and that are in the cache."""
-        r, size = self._rows, self._page_size
+        r = self._rows
         known, written = int(r.known[row]), int(r.written[row])
-        first, last = int(r.published[row]), (known if self._share == "allocated" else min(known, written)) // size
+        first, last = int(r.published[row]), (known if self._share == "allocated" else min(known, written))
+        last //= self._page_size
+        if last > first:
+            r.published[row] = last
+            self._enter(row, first, last)
+
+    def _enter(self, row: int, first: int, last: int) -> None:
+        """Makes pages `first` to `last - 1` of a row findable."""
         if last <= first:
             return
-        chain, tokens, computed = r.chains[row], r.tokens[row], self._share == "written"
+        r, size, computed = self._rows, self._page_size, self._share == "written"
+        chain, tokens, enter = r.chains[row], r.tokens[row], self._pool.enter
         held = node = chain[-1]
         for i, page in enumerate(r.tables[row, first:last].tolist(), first):
-            node = self._pool.enter(page, node, tuple(tokens[i * size : (i + 1) * size]), computed)
+            node = enter(page, node, tuple(tokens[i * size : (i + 1) * size]), computed)
             chain.append(node)
         self._pool.hold(node, instead_of=held)
-        r.published[row] = last

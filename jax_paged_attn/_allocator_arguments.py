@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sized
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -82,20 +82,20 @@ def number_or_tokens(name: str, value: Any) -> tuple[int, tuple[Hashable, ...] |
     return len(tokens), tokens
 
 
-def numbers_or_tokens(name: str, values: Any, number: int) -> tuple[np.ndarray, list[Any], np.ndarray | None]:
+def numbers_or_tokens(name: str, values: Any, number: int) -> tuple[np.ndarray, Any, np.ndarray | None]:
     """As `number_or_tokens`, for each of `number` sequences.
 
     Returns:
-      int64 `[number]`, how many tokens; the tokens of each sequence; bool `[number]`, which sequences have them, or
-      None if none has.
+      int64 `[number]`, how many tokens; the tokens of each sequence, a list or an array `[number, n]`; bool `[number]`,
+      which sequences have them, or None if none has.
     """
     if hasattr(values, "__array__"):
         array = np.asarray(values)
         if array.ndim == 1:
             return counts(name, array, number), [], None
-        tokens = _integer_array(name, array, ndim=2).tolist()
-        _require_length(name, tokens, number)
-        return np.full(number, array.shape[1], np.int64), tokens, np.ones(number, bool)
+        _integer_array(name, array, ndim=2)
+        _require_length(name, array, number)
+        return np.full(number, array.shape[1], np.int64), array, np.ones(number, bool)
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
         reject(name, "a list of numbers or of tokens for each sequence", values)
     items = list(values)
@@ -122,6 +122,6 @@ def _integer_array(name: str, value: Any, ndim: int) -> np.ndarray:
     return array
 
 
-def _require_length(name: str, items: list[Any], number: int) -> None:
+def _require_length(name: str, items: Sized, number: int) -> None:
     if len(items) != number:
         raise ValueError(f"{name}: expected {number}, one for each of ids, got {len(items)}")

@@ -188,7 +188,8 @@ class PagePool:
         """Keeps a node for a live sequence, and no longer the one that the sequence held before."""
         node.holders += 1
         if instead_of is not None:
-            self.let_go(instead_of)
+            instead_of.holders -= 1
+            self._prune(instead_of)
 
     def let_go(self, node: Node) -> None:
         node.holders -= 1

@@ -93,9 +93,14 @@ class Rows:
             ends = counts.cumsum()
             rows = rows.repeat(counts)
             start = np.arange(len(rows)) + (start - ends + counts).repeat(counts)
-        positions = start.astype(np.int32)
-        pages, offsets = np.divmod(positions, np.int32(self._page_size))
-        return positions, self.tables[rows, pages] * np.int32(self._page_size) + offsets
+        index = start // self._page_size
+        slots = self.pages_at(rows, index) * np.int32(self._page_size)
+        slots += (start - index * self._page_size).astype(np.int32)
+        return start.astype(np.int32), slots
+
+    def pages_at(self, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """int32 `[n]`, one page of each of `rows`; anything where an index is -1."""
+        return self.tables.ravel().take(rows * self.tables.shape[1] + index)
 
 
 def _grown(array: np.ndarray, shape: tuple[int, ...], fill: int) -> np.ndarray:

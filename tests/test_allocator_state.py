@@ -331,6 +331,21 @@ class Histories(RuleBasedStateMachine):
         self.append(self.owners.index(survivor), new)
 
     @precondition(lambda self: self.owners)
+    @rule(choice=st.integers(0), tokens=TOKENS, ends=st.booleans())
+    def sample_in_vain(self, choice: int, tokens: list[Hashable], ends: bool) -> None:
+        """Tokens are appended, never computed, and dropped; or their sequence ends with them."""
+        owner = self.owner(choice)
+        result = self.attempt(lambda: self.allocator.append(owner.id, tokens))
+        if result is None:
+            return
+        self.copy_pages(result[1])
+        if ends:
+            self.free(choice)
+            self.seen.append([*owner.tokens, *tokens, "a"])
+        else:
+            self.allocator.truncate(owner.id, len(owner.tokens))
+
+    @precondition(lambda self: self.owners)
     @rule(choice=st.integers(0))
     def preempt(self, choice: int) -> None:
         """A sequence loses its pages and comes back with its tokens, as far as they are known."""
