@@ -27,7 +27,7 @@ class Rows:
     def __init__(self, page_size: int):
         self._page_size = page_size
         self._vacant: list[int] = []  # the last one goes first
-        self.tables = np.full((0, 0), -1, np.int32)
+        self.tables = np.full((0, 16), -1, np.int32)
         self.length = np.zeros(0, np.int64)
         self.written = np.zeros(0, np.int64)
         self.known = np.zeros(0, np.int64)
@@ -67,7 +67,7 @@ class Rows:
     def widen(self, num_pages: int) -> None:
         """Makes room for tables of `num_pages` pages."""
         if num_pages > self.tables.shape[1]:
-            width = max(16, num_pages, 2 * self.tables.shape[1])
+            width = max(num_pages, 2 * self.tables.shape[1])
             self.tables = _grown(self.tables, (len(self.tables), width), -1)
 
     def num_pages(self, row: int) -> int:

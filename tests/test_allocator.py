@@ -427,6 +427,16 @@ def test_truncation_below_what_was_found_in_the_cache() -> None:
     assert allocator.allocate("abc").cached_len == 2
 
 
+def test_a_prefix_with_a_gap_is_found_up_to_the_gap_and_wholly_once_it_is_filled() -> None:
+    allocator = PageAllocator(16, 2)
+    allocator.free(written(allocator, "abcdef").id)
+    s = allocator.allocate("abcdx")
+    allocator.truncate(s.id, 3)  # the page of c and d is not findable any more, that of e and f is
+    assert allocator.find_prefix("abcdefg") == 2
+    written(allocator, "abcd")
+    assert allocator.find_prefix("abcdefg") == 6
+
+
 # ---- batches
 
 
@@ -453,6 +463,15 @@ def test_a_step_of_a_batch() -> None:
     assert allocator.allocate("vwxy!").cached_len == 4
     empty = allocator.step([], [], num_tokens=2, max_seqs=1, max_pages=0)
     assert (empty.slot_mapping.tolist(), empty.cu_q_lens.tolist()) == ([-1, -1], [0, 0])
+
+
+def test_a_batch_of_empty_sequences() -> None:
+    allocator = PageAllocator(4, 2)
+    ids = [allocator.allocate([]).id for _ in range(2)]
+    assert len(allocator.append_batch(ids, [0, 0])[0]) == 0
+    arrays = allocator.step(ids, [0, 0], num_tokens=1, max_seqs=2, max_pages=1)
+    assert (arrays.block_tables.tolist(), arrays.kv_lens.tolist()) == ([[-1], [-1]], [0, 0])
+    assert allocator.append_batch(ids, [1, 2])[0].tolist() == [0, 2, 3]
 
 
 @pytest.mark.parametrize("share", SHARE_MODES)
@@ -546,6 +565,9 @@ def test_a_truncation_that_needs_keys_given_back_is_refused() -> None:
     allocator.append(s.id, range(5))
     allocator.mark_written(s.id, 5)
     assert allocator.allocate(range(6)).cached_len == 4
+    allocator.append(s.id, range(5, 10))
+    allocator.mark_written(s.id, 10)
+    assert [page < 0 for page in allocator.pages(s.id)] == [True, False, False]
 
 
 # ---- the pool
