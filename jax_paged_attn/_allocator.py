@@ -17,15 +17,23 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
 from itertools import compress
 from typing import Any, Literal
 
 import numpy as np
 
 from jax_paged_attn import _allocator_arguments as arguments
-from jax_paged_attn._allocator_pool import Node, OutOfPages, PageAllocatorError, PagePool
+from jax_paged_attn._allocator_pool import Node, PagePool
 from jax_paged_attn._allocator_rows import Rows
+from jax_paged_attn._allocator_types import (
+    AllocatorStats,
+    DoubleFree,
+    ForeignPage,
+    OutOfPages,
+    PageAllocatorError,
+    Sequence,
+    StepArrays,
+)
 
 __all__ = [
     "AllocatorStats",
@@ -37,72 +45,6 @@ __all__ = [
     "Sequence",
     "StepArrays",
 ]
-
-
-class DoubleFree(PageAllocatorError):
-    """The sequence was freed before: it cannot be used or freed again."""
-
-
-class ForeignPage(PageAllocatorError):
-    """This allocator never gave out that sequence id, so its pages belong to someone else."""
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """A sequence as it was when it was allocated or forked.
-
-    Attributes:
-      id: what the allocator's methods take; never used twice.
-      pages: page ids in the order of the tokens, at that time; -1 for pages in front of the window.
-      cached_len: leading tokens whose keys and values are in shared pages already; computing starts after them.
-    """
-
-    id: int
-    pages: tuple[int, ...]
-    cached_len: int
-
-
-@dataclass(frozen=True, eq=False)
-class StepArrays:
-    """The arrays of one step over T tokens of B sequences with tables of M pages. NumPy, int32.
-
-    Attributes:
-      positions: `[T]`, position of each token in its sequence, from 0; 0 for padding.
-      slot_mapping: `[T]`, page · page_size + offset of each token; -1 for padding, which is not written.
-      block_tables: `[B, M]`, page ids of each sequence, padded with -1.
-      kv_lens: `[B]`, tokens of each sequence in the cache, the new ones included; 0 for padding.
-      cu_q_lens: `[B + 1]`, first token of each sequence in the step, then the end, repeated for padding.
-      num_seqs: scalar, how many of the B rows are live.
-    """
-
-    positions: np.ndarray
-    slot_mapping: np.ndarray
-    block_tables: np.ndarray
-    kv_lens: np.ndarray
-    cu_q_lens: np.ndarray
-    num_seqs: np.ndarray
-
-
-@dataclass(frozen=True)
-class AllocatorStats:
-    """What a `PageAllocator` holds now, and what it has counted since it was made.
-
-    Attributes:
-      pages_in_use: pages with at least one owner.
-      pages_cached: pages without an owner that can still be found by their tokens.
-      pages_free: pages without an owner or content. The three add up to the pool.
-      hits, misses: calls of `PageAllocator.allocate` that found a prefix, and those that found none.
-      evictions: cached pages whose content was given up for other tokens.
-      tokens_found: tokens found in the cache, the sum of every ``cached_len`` of `PageAllocator.allocate`.
-    """
-
-    pages_in_use: int
-    pages_cached: int
-    pages_free: int
-    hits: int
-    misses: int
-    evictions: int
-    tokens_found: int
 
 
 class PageAllocator:

@@ -13,26 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-
-class PageAllocatorError(Exception):
-    """What a `PageAllocator` refuses to do; the allocator is unchanged."""
-
-
-class OutOfPages(PageAllocatorError):
-    """More pages are needed than are free: preempt a sequence or wait.
-
-    Attributes:
-      needed: pages that the call had to take.
-      free: pages that it could have taken; for `PageAllocator.allocate` without those that it would have shared.
-    """
-
-    def __init__(self, needed: int, free: int):
-        super().__init__(f"out of pages: {needed} needed, {free} free")
-        self.needed = needed
-        self.free = free
-
-    def __reduce__(self):
-        return type(self), (self.needed, self.free)
+from jax_paged_attn._allocator_types import OutOfPages
 
 
 @dataclass(eq=False, slots=True)
