@@ -450,7 +450,7 @@ def ragged(
     ends = jax.lax.cummax(jnp.clip(cu_q_lens, 0, dims["T"]))
     q_counts = ends[1:] - ends[:-1]
     if num_seqs is not None:
-        num_seqs = _checks.as_array("num_seqs", num_seqs)
+        num_seqs = _checks.as_int32("num_seqs", num_seqs)
         num_seqs = _int32(dims, "num_seqs", num_seqs, "1" if num_seqs.ndim else "")
         live = jnp.arange(dims["B"], dtype=jnp.int32) < num_seqs  # a [1] broadcasts as a scalar does
         q_counts = jnp.where(live, q_counts, 0)
@@ -476,7 +476,7 @@ def _query_and_pages(
 
 
 def _int32(dims: _checks.Dims, name: str, x: ArrayLike, letters: str) -> Array:
-    array = _checks.as_array(name, x)
+    array = _checks.as_int32(name, x)
     dims.match(name, array, letters, ("int32",))
     return array
 

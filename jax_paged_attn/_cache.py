@@ -51,7 +51,7 @@ def write_kv_pages(
     k, v = _checks.as_array("k", k), _checks.as_array("v", v)
     dims.match("k", k, "T K H", _checks.COMPUTE_DTYPES)
     dims.match("v", v, "T K H", (str(k.dtype),))
-    slot_mapping = _checks.as_array("slot_mapping", slot_mapping)
+    slot_mapping = _checks.as_int32("slot_mapping", slot_mapping)
     dims.match("slot_mapping", slot_mapping, "T", ("int32",))
     scales = (page_scale(dims, "k_scale", k_scale, k_pages), page_scale(dims, "v_scale", v_scale, v_pages))
     return _primitive.write(k_pages, v_pages, k, v, slot_mapping, *scales)
@@ -74,7 +74,7 @@ def copy_kv_pages(k_pages: ArrayLike, v_pages: ArrayLike, src: ArrayLike, dst: A
     """
     dims = _checks.Dims()
     k_pages, v_pages = _pools(dims, k_pages, v_pages)
-    src, dst = _checks.as_array("src", src), _checks.as_array("dst", dst)
+    src, dst = _checks.as_int32("src", src), _checks.as_int32("dst", dst)
     dims.match("src", src, "n", ("int32",))
     dims.match("dst", dst, "n", ("int32",))
 

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")
+INT32 = np.iinfo(np.int32)
 
 
 class Dims:
@@ -56,6 +57,55 @@ def as_array(name: str, x: ArrayLike) -> jax.Array:
         return jnp.asarray(x)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected an array, got {type(x).__name__}") from error
+
+
+def as_int32(name: str, x: ArrayLike) -> jax.Array:
+    """Page ids, slots, lengths and counts as an int32 JAX array, from integers of any width; nothing wraps.
+
+    Host values (NumPy, Python numbers, lists) outside int32 raise a ValueError that says which. Those of JAX arrays,
+    which may be traced, are clamped to int32: as an id that is one outside every pool, as a length one beyond every
+    table. An empty list has no dtype of its own, so it counts as integers. Bools and floats are refused.
+    """
+    if isinstance(x, jax.Array):
+        return _clamped_to_int32(name, x)
+    if hasattr(x, "__jax_array__"):
+        return _clamped_to_int32(name, as_array(name, x))
+    if isinstance(x, (list, tuple)) and any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x)):
+        # NumPy would wait for the values of these, or refuse them if they are traced.
+        return as_array(name, jax.tree.map(lambda leaf: as_int32(name, leaf), x))
+    try:
+        values = np.asarray(x)
+    except (TypeError, ValueError) as error:  # nested lists of unequal lengths, for one
+        raise TypeError(f"{name}: expected an array of int32, got {type(x).__name__}") from error
+    if values.size == 0 and not hasattr(x, "dtype"):
+        values = values.astype(np.int32)
+    beyond_64_bits = values.dtype == object and all(isinstance(value, int) for value in values.flat)
+    if not beyond_64_bits:
+        if not (jnp.issubdtype(values.dtype, np.number) or values.dtype == bool):
+            raise TypeError(f"{name}: expected an array of int32, got {type(x).__name__}")
+        _check_integer(name, values.dtype)
+    if beyond_64_bits or jnp.iinfo(values.dtype).bits >= INT32.bits:
+        outside = (values < INT32.min) | (values > INT32.max)
+        if outside.any():
+            where = tuple(int(i) for i in np.argwhere(outside)[0])
+            place = f" at {list(where)}" if where else ""
+            raise ValueError(f"{name}: expected values that fit in int32, got {values[where]}{place}")
+    return jnp.asarray(values.astype(np.int32))
+
+
+def _clamped_to_int32(name: str, x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.int32:
+        return x
+    _check_integer(name, x.dtype)
+    limits = jnp.iinfo(x.dtype)
+    if limits.max > INT32.max:
+        x = jnp.clip(x, max(int(limits.min), INT32.min), INT32.max)
+    return x.astype(jnp.int32)
+
+
+def _check_integer(name: str, dtype: np.dtype) -> None:
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"{name}: expected dtype int32, or another integer one, got {dtype}")
 
 
 def static_number(name: str, x: object) -> float:

@@ -108,8 +108,8 @@ def _own_pages(k_pages: ArrayLike, block_tables: ArrayLike, lengths: ArrayLike) 
 
     Their order stays: the last page, the only one that may be filled in part, comes last where a device has it.
     """
-    pages, tables = _checks.as_array("k_pages", k_pages), _checks.as_array("block_tables", block_tables)
-    lens = _checks.as_array("lengths", lengths)
+    pages, tables = _checks.as_array("k_pages", k_pages), _checks.as_int32("block_tables", block_tables)
+    lens = _checks.as_int32("lengths", lengths)
     dims = _checks.Dims()
     dims.match("k_pages", pages, "P S K H", (str(pages.dtype),))
     dims.match("block_tables", tables, "B M", ("int32",))

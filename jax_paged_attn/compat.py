@@ -266,7 +266,7 @@ def paged_attention(
         raise ValueError("attn_logits_soft_cap: expected None or a number that is not 0, got 0")
     static = static_parameters(1.0, None, cap, True, return_lse, implementation, batch_invariant)
     k_pages, v_pages = _checks.as_array("k_pages", k_pages), _checks.as_array("v_pages", v_pages)
-    block_tables = _checks.as_array("block_tables", block_tables)
+    block_tables = _checks.as_int32("block_tables", block_tables)
     if lengths is None:
         dims = _checks.Dims()
         dims.match("block_tables", block_tables, "B M", ("int32",))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -107,10 +108,10 @@ ARRAYS = [
     # Tables and lengths.
     Bad(ATTENTION, {"block_tables": _zeros((6,), jnp.int32)}, ValueError, "block_tables", "rank 2", r"\(6,\)"),
     Bad(ATTENTION, {"block_tables": _zeros((2, 3))}, ValueError, "block_tables", "int32", "float32"),
-    Bad(ATTENTION, {"block_tables": _zeros((2, 3), jnp.uint32)}, ValueError, "block_tables", "int32", "uint32"),
+    Bad(ATTENTION, {"block_tables": _zeros((2, 3), jnp.bool_)}, ValueError, "block_tables", "int32", "bool"),
     Bad(EVERY_DECODE, {"lengths": _zeros((3,), jnp.int32)}, ValueError, "lengths", "2", r"\(3,\)"),
     Bad(EVERY_DECODE, {"lengths": _zeros((2, 1), jnp.int32)}, ValueError, "lengths", "rank 1", r"\(2, 1\)"),
-    Bad(EVERY_DECODE, {"lengths": _zeros((2,), jnp.int16)}, ValueError, "lengths", "int32", "int16"),
+    Bad(EVERY_DECODE, {"lengths": _zeros((2,), jnp.float16)}, ValueError, "lengths", "int32", "float16"),
     Bad(EVERY_RAGGED, {"block_tables": _zeros((3, 3), jnp.int32)}, ValueError, "block_tables", "2", r"\(3, 3\)"),
     Bad(EVERY_RAGGED, {"kv_lens": _zeros((2,))}, ValueError, "kv_lens", "int32", "float32"),
     Bad(EVERY_RAGGED, {"kv_lens": _zeros((), jnp.int32)}, ValueError, "kv_lens", "rank 1", r"\(\)"),
@@ -191,6 +192,29 @@ KEYWORDS = [
 ]  # fmt: skip
 
 
+# Values that int32 cannot hold, which would wrap to others, and what holds no integers.
+IDS: dict[Callable[..., Any], tuple[str, ...]] = {
+    **dict.fromkeys(EVERY_DECODE, ("block_tables", "lengths")),
+    **dict.fromkeys(EVERY_RAGGED, ("block_tables", "kv_lens", "cu_q_lens", "num_seqs")),
+    jpa.write_kv_pages: ("slot_mapping",),
+    jpa.copy_kv_pages: ("src", "dst"),
+}
+
+
+def _ids_that_do_not_fit() -> Iterator[Bad]:
+    for function, names in IDS.items():
+        for name in names:
+            like = FUNCTIONS[function].get(name, _zeros((1,), jnp.int32))
+            ids = np.zeros(like.shape, np.int64)
+            ids.flat[-1] = 2**32
+            place = re.escape(str([size - 1 for size in ids.shape]))
+            yield Bad((function,), {name: ids}, ValueError, name, "fit in int32", rf"4294967296 at {place}")
+            yield Bad((function,), {name: (-ids).tolist()}, ValueError, name, "fit in int32", "-4294967296 at")
+            yield Bad((function,), {name: ids.astype(np.float64)}, ValueError, name, "int32", "float64")
+            yield Bad((function,), {name: ids > 0}, ValueError, name, "int32", "bool")
+            yield Bad((function,), {name: "text"}, TypeError, name, "array", "str")
+
+
 def _params(table: list[Bad]) -> list[Any]:
     """Each function with each of its bad calls, named by function, arguments and values."""
     params = []
@@ -204,7 +228,7 @@ def _params(table: list[Bad]) -> list[Any]:
 def _describe(value: Any) -> str:
     if isinstance(value, jax.Array):
         return f"{value.dtype}{list(value.shape)}".replace(" ", "")
-    return str(value)
+    return f"{value.dtype}-{value.flat[-1]}" if isinstance(value, np.ndarray) else str(value)
 
 
 # The places where a user may make the call; all trace, none needs a value of an array.
@@ -217,7 +241,7 @@ CONTEXTS: dict[str, Callable[[Callable[..., Any], dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize(("function", "bad"), _params(ARRAYS + KEYWORDS))
+@pytest.mark.parametrize(("function", "bad"), _params([*ARRAYS, *KEYWORDS, *_ids_that_do_not_fit()]))
 def test_bad_argument_raises(function: Callable[..., Any], bad: Bad, context: str) -> None:
     arguments = {**FUNCTIONS[function], **bad.changes}
     arrays = {name: x for name, x in arguments.items() if isinstance(x, jax.Array)}
@@ -231,6 +255,43 @@ def test_bad_argument_raises(function: Callable[..., Any], bad: Bad, context: st
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_the_calls_that_errors_are_made_of_are_good(function: Callable[..., Any], context: str) -> None:
     jax.block_until_ready(CONTEXTS[context](function, FUNCTIONS[function]))
+
+
+@pytest.mark.parametrize("function", IDS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+def test_integers_of_any_width_are_ids(function: Callable[..., Any], x64: bool) -> None:
+    """Lists, and arrays of the dtypes that `np.array` and `jnp.array` choose, with and without x64."""
+    good = FUNCTIONS[function]
+    names = [name for name in IDS[function] if name in good]
+    host = {name: np.asarray(good[name], np.int64) for name in names}
+    with jax.enable_x64(x64):
+        want = jax.tree.leaves(function(**good))
+        forms: list[Callable[[Any], Any]] = [
+            lambda x: x,
+            lambda x: x.tolist(),
+            lambda x: x.astype(np.uint8),
+            jnp.asarray,
+            lambda x: jnp.asarray(x, jnp.int16),
+            lambda x: jnp.asarray(x, jnp.uint32),
+        ]
+        for form in forms:
+            ids = {name: form(x) for name, x in host.items()}
+            for call in (function, jax.jit(function)):
+                for mine, theirs in zip(jax.tree.leaves(call(**{**good, **ids})), want, strict=True):
+                    np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, lambda f: f], ids=["jit", "eager"])
+def test_int64_ids_of_jax_arrays_are_clamped(transform: Callable[..., Any]) -> None:
+    """2³² is an id outside the pool, whose low half would be page 0; as a length it means all of the table."""
+    pages, q = jnp.ones((6, 4, 2, 8)), jnp.ones((2, 4, 8))
+    with jax.enable_x64(True):
+        tables = jnp.array([[1, 2**32], [2**32 + 3, 2]])
+        attend = transform(functools.partial(jpa.paged_attention, return_lse=True))
+        _, lse = attend(q, pages, pages, tables, jnp.array([2**32, -(2**40)]))
+        _, want = attend(q, pages, pages, jnp.array([[1, -1], [-1, 2]], jnp.int32), jnp.array([8, 0], jnp.int32))
+    np.testing.assert_array_equal(lse, want)
+    assert np.isfinite(lse[0]).all()
 
 
 def test_merging_empty_lists_raises() -> None:
