@@ -6,7 +6,6 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -334,12 +333,15 @@ def merge_attention_states(
 
     Returns:
       `(out, lse)`: `[..., N, H]` in the dtype of `outs`, and `[..., N]` float32. Rows empty in all parts give 0, −inf.
+      Parts with lse +inf outweigh all others: the result is their mean, with lse +inf, and no gradient goes through
+      their lses. A NaN lse makes its row NaN.
 
     Raises:
       ValueError: zero parts, or shapes that do not fit.
     """
     # The barrier keeps XLA from compiling the merge of a list otherwise than that of an array, with other bits.
-    out_parts, lse_parts = jax.lax.optimization_barrier((_stack("outs", outs), _stack("lses", lses)))
+    stacked = _stack("outs", outs), _checks.as_float32("lses", _stack("lses", lses))
+    out_parts, lse_parts = jax.lax.optimization_barrier(stacked)
     if out_parts.dtype not in [jnp.dtype(d) for d in _checks.COMPUTE_DTYPES]:
         raise ValueError(f"outs: expected dtype {' or '.join(_checks.COMPUTE_DTYPES)}, got {out_parts.dtype}")
     if lse_parts.dtype != jnp.float32:
@@ -351,15 +353,18 @@ def merge_attention_states(
     if out_parts.shape[0] == 0:
         raise ValueError("outs: expected at least one part (axis 0), got none")
 
-    top = jax.lax.stop_gradient(lse_parts.max(axis=0))
-    shift = jnp.where(jnp.isneginf(top), 0.0, top)
+    top = jax.lax.stop_gradient(lse_parts.max(axis=0, keepdims=True))
     alive = ~jnp.isneginf(lse_parts)
-    weights = jnp.where(alive, jnp.exp(jnp.where(alive, lse_parts - shift, 0.0)), 0.0)
-    total = weights.sum(axis=0)
-    divisor = jnp.where(total > 0, total, 1.0)
+    # Differences only of what is finite or NaN: inf − inf would be NaN, also in the gradient of a branch not taken.
+    infinite = jnp.isinf(lse_parts)
+    above = jnp.where(infinite, 0.0, lse_parts) - jnp.where(infinite | jnp.isneginf(top), 0.0, top)
+    weights = jnp.where(alive, jnp.exp(above), 0.0)
+    total = weights.sum(axis=0, keepdims=True)
+    nothing = total == 0  # false for NaN, which stays
+    divisor = jnp.where(nothing, 1.0, total)
     weighted = jnp.where(alive[..., None], out_parts.astype(jnp.float32), 0.0) * (weights / divisor)[..., None]
-    lse = jnp.where(total > 0, shift + jnp.log(divisor), -jnp.inf)
-    return weighted.sum(axis=0).astype(out_parts.dtype), lse
+    lse = jnp.where(nothing, -jnp.inf, top + jnp.log(divisor))
+    return weighted.sum(axis=0).astype(out_parts.dtype), lse[0]
 
 
 def _stack(name: str, parts: ArrayLike | SequenceOf[ArrayLike]) -> Array:
@@ -493,7 +498,7 @@ def _per_head(
     if sinks is None:
         sinks = jnp.zeros((0, dims["N"]), jnp.float32)
     else:
-        sinks = _checks.as_array("sinks", sinks)
+        sinks = _checks.as_float32("sinks", sinks)
         dims.match("sinks", sinks, "N", ("float32",))
         sinks = sinks[None]
     return sinks, page_scale(dims, "k_scale", k_scale, k_pages), page_scale(dims, "v_scale", v_scale, k_pages)
@@ -505,10 +510,9 @@ def page_scale(dims: _checks.Dims, name: str, scale: ArrayLike | None, pages: Ar
         if pages.dtype == jnp.int8:
             raise ValueError(f"{name}: required for int8 pages, got None")
         return jnp.zeros((0, dims["K"]), jnp.float32)
-    array = _checks.as_array(name, jnp.float32(scale) if isinstance(scale, (int, float)) else scale)
+    array = _checks.as_float32(name, scale)
     dims.match(name, array, "K" if array.ndim else "", ("float32",))
-    if isinstance(scale, (int, float, np.ndarray, np.generic)) and not np.all(np.asarray(scale) > 0):
-        raise ValueError(f"{name}: expected positive scales, got {scale}")
+    _checks.check_scales(name, scale, array)
     return jnp.broadcast_to(array, (dims["K"],))[None]
 
 

@@ -1,15 +1,18 @@
 """The paged cache: writing tokens, copying pages, and a pytree that holds the pools of all layers."""
 
 import dataclasses
+import operator
+from typing import Any, Literal, Protocol, TypedDict, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_paged_attn import _checks, _primitive, _reference
-from jax_paged_attn._attention import page_scale
+from jax_paged_attn._attention import page_scale, paged_attention, ragged_paged_attention
 
 _PAGE_DTYPES = (*_checks.COMPUTE_DTYPES, *_checks.QUANTIZED_DTYPES)
 
@@ -99,19 +102,67 @@ def _pools(dims: _checks.Dims, k_pages: ArrayLike, v_pages: ArrayLike) -> tuple[
     return k_pages, v_pages
 
 
+class _PagesOf(Protocol):
+    """What `create` asks of an allocator; a `PageAllocator` has both."""
+
+    @property
+    def num_pages(self) -> int: ...
+
+    @property
+    def page_size(self) -> int: ...
+
+
+class _Scales(TypedDict):
+    k_scale: Array | None
+    v_scale: Array | None
+
+
+class _AnyNumber(int):
+    """The number of layers of a prefix tree: equal to every number, so that it is a prefix of every cache.
+
+    Trees as a whole stay equal only to their like: a prefix tree has a leaf, or None, where a cache has a tuple.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, int)
+
+    def __ne__(self, other: object) -> bool:
+        return not isinstance(other, int)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __repr__(self) -> str:
+        return "any"
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedKVCache:
     """The pools of all layers of a model: a pytree without tables, made to be donated to the step that updates it.
 
-    One array a layer (`k_pages` is a tuple of L arrays `[P, S, K, H]`), or, with `create(..., stacked=True)`, one flat
-    pool `[L·P, S, K, H]` in a tuple of one, in which layer l has the pages from l·P: what a `lax.scan` over layers
+    One array per layer (`k_pages` is a tuple of L arrays `[P, S, K, H]`), or, with `create(..., stacked=True)`, one
+    flat pool `[L·P, S, K, H]` in a tuple of one, in which layer l has the pages from l·P: what a `lax.scan` over layers
     carries without copying, while pools as `xs` and `ys` of a scan are copied whole.
+
+    A write is in place if every read of the pool comes after it or is known to come before it. In a scan, and where the
+    tokens of layer l + 1 are computed from the attention of layer l, that holds. In unrolled code whose writes do not
+    depend on attention it does not: XLA may run the write of layer l + 1 before layer l attends, and copies the flat
+    pool to be safe. There write all layers first, then attend::
+
+        for l in range(L):
+            cache = cache.write(l, k[l], v[l], slots)
+        outs = [cache.attend(l, q[l], block_tables, lengths) for l in range(L)]
+
+    or use one array per layer, which the writes of other layers do not touch.
+
+    A cache of shardings, of axes or of None is a prefix tree of any cache: `jax.jit(..., out_shardings=PagedKVCache(s,
+    s))`, `jax.vmap(..., in_axes=(PagedKVCache(None, None), 0))`.
 
     Attributes:
       k_pages: tuple of pools.
       v_pages: tuple of pools.
-      k_scale: float32, scalar or `[K]`, or None; the same for all layers.
+      k_scale: float32, scalar or `[K]` for all layers, or `[L, K]`, a row per layer; or None.
       v_scale: likewise.
       num_layers: L.
     """
@@ -123,39 +174,68 @@ class PagedKVCache:
     num_layers: int = dataclasses.field(default=0, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        if self.num_layers == 0:
+        if not isinstance(self.k_pages, (tuple, list)):
+            object.__setattr__(self, "num_layers", _AnyNumber())
+        elif self.num_layers == 0:
             object.__setattr__(self, "num_layers", len(self.k_pages))
 
     @classmethod
     def create(
         cls,
         num_layers: int,
-        num_pages: int,
-        page_size: int,
-        num_kv_heads: int,
-        head_dim: int,
+        num_pages: int | None = None,
+        page_size: int | None = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         *,
         k_scale: ArrayLike | None = None,
         v_scale: ArrayLike | None = None,
         stacked: bool = False,
+        allocator: _PagesOf | None = None,
     ) -> "PagedKVCache":
-        """A cache of zeros: `num_pages` pages of `page_size` tokens a layer.
+        """A cache of zeros: `num_pages` pages of `page_size` tokens per layer.
+
+        Args:
+          num_layers: L.
+          num_pages: P; may be left out where an allocator is given.
+          page_size: S; likewise.
+          num_kv_heads: K.
+          head_dim: H.
+          dtype: float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8.
+          k_scale: positive, finite float32: scalar, `[K]`, or `[L, K]` with a row per layer: key = stored × k_scale.
+            Default 1, required for int8.
+          v_scale: likewise for values.
+          stacked: one flat pool for all layers.
+          allocator: the `PageAllocator` whose pages these are: it says how many there are, and of which size.
 
         Raises:
-          ValueError: a size below 1, or a dtype that pages cannot have.
+          ValueError: a size below 1, or one that is not the allocator's; a dtype that pages cannot have; a scale of
+            another shape, zero, negative or not finite; an int8 cache without both scales; a pool of more than 2³¹ − 1
+            slots, which are int32.
+          TypeError: a size that is missing or no integer, or no allocator.
         """
-        sizes = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
-        names = ("num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim")
-        for name, size in zip(names, sizes, strict=True):
-            _checks.static_count(name, size)
-        if jnp.dtype(dtype) not in [jnp.dtype(d) for d in _PAGE_DTYPES]:
-            raise ValueError(f"dtype: expected {' or '.join(_PAGE_DTYPES)}, got {jnp.dtype(dtype)}")
-        pools = 1 if stacked else num_layers
-        shape = (num_layers * num_pages // pools, page_size, num_kv_heads, head_dim)
-        k_pages, v_pages = (tuple(jnp.zeros(shape, dtype) for _ in range(pools)) for _ in "kv")
-        k_scale, v_scale = (None if s is None else jnp.asarray(s, jnp.float32) for s in (k_scale, v_scale))
-        return cls(k_pages, v_pages, k_scale, v_scale, num_layers)
+        if allocator is not None:
+            num_pages = _size_of("num_pages", num_pages, allocator)
+            page_size = _size_of("page_size", page_size, allocator)
+        sizes = {
+            "num_layers": num_layers,
+            "num_pages": num_pages,
+            "page_size": page_size,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+        }
+        layers, pages, tokens, heads, dim = (_checks.static_count(name, size) for name, size in sizes.items())
+        page_dtype = _page_dtype(dtype)
+        pools = 1 if _checks.static_bool("stacked", stacked) else layers
+        shape = (layers * pages // pools, tokens, heads, dim)
+        if shape[0] * tokens > _checks.INT32.max:
+            counted = "num_layers * num_pages * page_size" if stacked else "num_pages * page_size"
+            raise ValueError(f"{counted}: expected at most 2**31 - 1 (slots are int32), got {shape[0] * tokens}")
+        k_scale = _stored_scale("k_scale", k_scale, layers, heads, page_dtype)
+        v_scale = _stored_scale("v_scale", v_scale, layers, heads, page_dtype)
+        k_pages, v_pages = (tuple(jnp.zeros(shape, page_dtype) for _ in range(pools)) for _ in "kv")
+        return cls(k_pages, v_pages, k_scale, v_scale, layers)
 
     @property
     def stacked(self) -> bool:
@@ -172,52 +252,238 @@ class PagedKVCache:
         """S, the tokens of one page."""
         return self.k_pages[0].shape[1]
 
-    def layer(self, index: int | Array, block_tables: Array) -> tuple[Array, Array, Array]:
-        """`(k_pages, v_pages, block_tables)` to give to attention in layer `index`.
+    @overload
+    def attend(
+        self,
+        layer: int | Array,
+        q: ArrayLike,
+        block_tables: ArrayLike,
+        lengths: ArrayLike,
+        *,
+        return_lse: Literal[False] = False,
+        **keywords: Any,
+    ) -> Array: ...
+
+    @overload
+    def attend(
+        self,
+        layer: int | Array,
+        q: ArrayLike,
+        block_tables: ArrayLike,
+        lengths: ArrayLike,
+        *,
+        return_lse: Literal[True],
+        **keywords: Any,
+    ) -> tuple[Array, Array]: ...
+
+    def attend(
+        self, layer: int | Array, q: ArrayLike, block_tables: ArrayLike, lengths: ArrayLike, **keywords: Any
+    ) -> Array | tuple[Array, Array]:
+        """`paged_attention` over the pages of a layer, with the cache's own scales.
 
         Args:
-          index: 0 ≤ index < L; may be traced if the cache is stacked.
+          layer: 0 ≤ layer < L; may be traced if the cache is stacked, and a traced one outside sees no key.
+          q: `[B, N, H]`.
+          block_tables: `[B, M]` int32, ids in [0, P).
+          lengths: `[B]` int32.
+          **keywords: those of `paged_attention`, without `k_scale` and `v_scale`.
+
+        Raises:
+          ValueError: a layer outside [0, L), or as `paged_attention`.
+          TypeError: `k_scale` or `v_scale`, which the cache has, or as `paged_attention`.
+        """
+        pools_and_tables = self._layer("layer", layer, block_tables)
+        return paged_attention(q, *pools_and_tables, lengths, **self._with_scales(layer, keywords))
+
+    @overload
+    def attend_ragged(
+        self,
+        layer: int | Array,
+        q: ArrayLike,
+        kv_lens: ArrayLike,
+        block_tables: ArrayLike,
+        cu_q_lens: ArrayLike,
+        num_seqs: ArrayLike | None = None,
+        *,
+        return_lse: Literal[False] = False,
+        **keywords: Any,
+    ) -> Array: ...
+
+    @overload
+    def attend_ragged(
+        self,
+        layer: int | Array,
+        q: ArrayLike,
+        kv_lens: ArrayLike,
+        block_tables: ArrayLike,
+        cu_q_lens: ArrayLike,
+        num_seqs: ArrayLike | None = None,
+        *,
+        return_lse: Literal[True],
+        **keywords: Any,
+    ) -> tuple[Array, Array]: ...
+
+    def attend_ragged(
+        self,
+        layer: int | Array,
+        q: ArrayLike,
+        kv_lens: ArrayLike,
+        block_tables: ArrayLike,
+        cu_q_lens: ArrayLike,
+        num_seqs: ArrayLike | None = None,
+        **keywords: Any,
+    ) -> Array | tuple[Array, Array]:
+        """`ragged_paged_attention` over the pages of a layer, with the cache's own scales.
+
+        Args:
+          layer: as in `attend`.
+          q: `[T, N, H]`.
+          kv_lens: `[B]` int32.
+          block_tables: `[B, M]` int32, ids in [0, P).
+          cu_q_lens: `[B + 1]` int32.
+          num_seqs: int32, scalar or `[1]`; None is all.
+          **keywords: those of `ragged_paged_attention`, without `k_scale` and `v_scale`.
+
+        Raises:
+          ValueError, TypeError: as `attend` and `ragged_paged_attention`.
+        """
+        k_pages, v_pages, tables = self._layer("layer", layer, block_tables)
+        keywords = self._with_scales(layer, keywords)
+        return ragged_paged_attention(q, k_pages, v_pages, kv_lens, tables, cu_q_lens, num_seqs, **keywords)
+
+    def layer(self, index: int | Array, block_tables: ArrayLike) -> tuple[Array, Array, Array]:
+        """`(k_pages, v_pages, block_tables)` to give to attention in layer `index`, together with `scales(index)`.
+
+        Args:
+          index: 0 ≤ index < L; may be traced if the cache is stacked. A traced one outside makes all ids −1.
           block_tables: `[B, M]` int32, ids in [0, P); in a stacked cache they come back offset to the layer's pages,
             ids outside [0, P) as −1.
-        """
-        if not self.stacked:
-            return self.k_pages[self._static(index)], self.v_pages[self._static(index)], block_tables
-        return self.k_pages[0], self.v_pages[0], self._offset(block_tables, index, self.num_pages)
 
-    def write(self, index: int | Array, k: Array, v: Array, slot_mapping: Array) -> "PagedKVCache":
-        """The cache after `write_kv_pages` of `k`, `v` `[T, K, H]` at `slot_mapping [T]` in layer `index`."""
-        pool = 0 if self.stacked else self._static(index)
+        Raises:
+          ValueError: a layer outside [0, L), or ids that are no integers.
+          TypeError: a layer that is no integer, or a traced one where the cache has one array per layer.
+        """
+        return self._layer("index", index, block_tables)
+
+    def scales(self, index: int | Array) -> _Scales:
+        """The keywords `k_scale` and `v_scale` of layer `index`, each None, scalar or `[K]`. `attend` needs no such."""
+        layer = self._number("index", index)
+        return {"k_scale": _row("k_scale", self.k_scale, layer), "v_scale": _row("v_scale", self.v_scale, layer)}
+
+    def write(self, index: int | Array, k: ArrayLike, v: ArrayLike, slot_mapping: ArrayLike) -> "PagedKVCache":
+        """The cache after `write_kv_pages` of `k`, `v` `[T, K, H]` at `slot_mapping [T]` in layer `index`.
+
+        Raises:
+          ValueError, TypeError: as `layer` and `write_kv_pages`. A traced layer outside [0, L) writes nothing.
+        """
+        layer = self._number("index", index)
+        pool = layer if isinstance(layer, int) and not self.stacked else 0
         if self.stacked:
-            slot_mapping = self._offset(slot_mapping, index, self.num_pages * self.page_size)
-        k_new, v_new = write_kv_pages(
-            self.k_pages[pool], self.v_pages[pool], k, v, slot_mapping, k_scale=self.k_scale, v_scale=self.v_scale
-        )
+            slot_mapping = _checks.as_int32("slot_mapping", slot_mapping)
+            slot_mapping = self._offset(slot_mapping, layer, self.num_pages * self.page_size)
+        k_new, v_new = write_kv_pages(self.k_pages[pool], self.v_pages[pool], k, v, slot_mapping, **self.scales(index))
         return dataclasses.replace(
             self, k_pages=_replaced(self.k_pages, pool, k_new), v_pages=_replaced(self.v_pages, pool, v_new)
         )
 
-    def copy(self, src: Array, dst: Array) -> "PagedKVCache":
+    def copy(self, src: ArrayLike, dst: ArrayLike) -> "PagedKVCache":
         """The cache after `copy_kv_pages` of pages `src [n]` to `dst [n]` in every layer."""
         if self.stacked:
             layers = jnp.arange(self.num_layers, dtype=jnp.int32)[:, None]
-            src, dst = (self._offset(ids, layers, self.num_pages).reshape(-1) for ids in (src, dst))
+            dims = _checks.Dims()
+            arrays = {"src": _checks.as_int32("src", src), "dst": _checks.as_int32("dst", dst)}
+            for name, ids in arrays.items():
+                dims.match(name, ids, "n", ("int32",))
+            src, dst = (self._offset(ids[None], layers, self.num_pages).reshape(-1) for ids in arrays.values())
         pools = [copy_kv_pages(k, v, src, dst) for k, v in zip(self.k_pages, self.v_pages, strict=True)]
         return dataclasses.replace(self, k_pages=tuple(k for k, _ in pools), v_pages=tuple(v for _, v in pools))
 
-    def _static(self, index: int | Array) -> int:
+    def _layer(self, name: str, index: int | Array, block_tables: ArrayLike) -> tuple[Array, Array, Array]:
+        layer = self._number(name, index)
+        tables = _checks.as_int32("block_tables", block_tables)
+        if isinstance(layer, int) and not self.stacked:
+            return self.k_pages[layer], self.v_pages[layer], tables
+        return self.k_pages[0], self.v_pages[0], self._offset(tables, layer, self.num_pages)
+
+    def _with_scales(self, layer: int | Array, keywords: dict[str, Any]) -> dict[str, Any]:
+        for name in ("k_scale", "v_scale"):
+            if name in keywords:
+                raise TypeError(f"{name}: expected none, since the cache has its own scales, got {keywords[name]}")
+        return {**keywords, **self.scales(layer)}
+
+    def _number(self, name: str, index: int | Array) -> int | Array:
+        """A concrete layer as an int in [0, L), a traced one as an int32 scalar."""
+        expected = f"{name}: expected a layer in [0, {self.num_layers})"
+        dtype = getattr(index, "dtype", None)
+        if dtype is not None and not (jnp.issubdtype(dtype, jnp.integer) and np.ndim(index) == 0):
+            raise TypeError(f"{expected}, got {dtype}{list(np.shape(index))}")
         if isinstance(index, Tracer):
-            raise TypeError(
-                "index: expected a static layer number, since the cache has one array a layer; got a tracer"
-            )
-        if not 0 <= int(index) < self.num_layers:
-            raise ValueError(f"index: expected a layer in [0, {self.num_layers}), got {int(index)}")
-        return int(index)
+            if not self.stacked:
+                raise TypeError(
+                    f"{name}: expected a static layer number, since the cache has one array per layer; got a tracer"
+                )
+            return _checks.as_int32(name, index)
+        try:
+            layer = operator.index(jax.device_get(index)) if not isinstance(index, bool) else None
+        except TypeError:
+            layer = None
+        if layer is None:
+            raise TypeError(f"{expected}, got {type(index).__name__} {index!r}")
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"{expected}, got {layer}")
+        return layer
 
     def _offset(self, ids: Array, layer: int | Array, per_layer: int) -> Array:
-        ids = jnp.asarray(ids, jnp.int32)
-        shift = jnp.asarray(layer, jnp.int32) * per_layer
-        return jnp.where((ids >= 0) & (ids < per_layer), ids + shift, -1)
+        """Ids of a layer as ids of the flat pool; −1 for those that the layer does not have, and in no layer."""
+        inside = (ids >= 0) & (ids < per_layer) & (layer >= 0) & (layer < self.num_layers)
+        return jnp.where(inside, ids + layer * per_layer, -1)
 
 
 def _replaced(pools: tuple[Array, ...], index: int, pool: Array) -> tuple[Array, ...]:
     return (*pools[:index], pool, *pools[index + 1 :])
+
+
+def _size_of(name: str, given: int | None, allocator: _PagesOf) -> int:
+    """`num_pages` or `page_size` of the allocator; ValueError if another one is given beside it."""
+    size = getattr(allocator, name, None)
+    if size is None:
+        raise TypeError(f"allocator: expected a PageAllocator, or what has num_pages and page_size, got {allocator!r}")
+    if given is not None and _checks.static_count(name, given) != size:
+        raise ValueError(f"{name}: expected {size}, that of the allocator, got {given}")
+    return size
+
+
+def _page_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
+    try:
+        page_dtype = jnp.dtype(dtype) if dtype is not None else None
+    except TypeError:
+        page_dtype = None
+    if page_dtype is None or str(page_dtype) not in _PAGE_DTYPES:
+        raise ValueError(f"dtype: expected {' or '.join(_PAGE_DTYPES)}, got {page_dtype or repr(dtype)}")
+    return page_dtype
+
+
+def _stored_scale(name: str, scale: ArrayLike | None, num_layers: int, kv_heads: int, dtype: np.dtype) -> Array | None:
+    """A scale as a cache keeps it, checked: float32, scalar, `[K]` or `[L, K]`; None where it is absent."""
+    if scale is None:
+        if dtype == jnp.int8:
+            raise ValueError(f"{name}: required for int8 pages, got None")
+        return None
+    array = _checks.as_float32(name, scale)
+    if array.dtype != jnp.float32:
+        raise ValueError(f"{name}: expected dtype float32, got {array.dtype}")
+    if array.shape not in ((), (kv_heads,), (num_layers, kv_heads)):
+        shapes = f"(), [K] = ({kv_heads},) or [L, K] = ({num_layers}, {kv_heads})"
+        raise ValueError(f"{name}: expected shape {shapes}, got shape {array.shape}")
+    _checks.check_scales(name, scale, array)
+    return array
+
+
+def _row(name: str, scale: Array | None, layer: int | Array) -> Array | None:
+    """The scale of one layer, where each has its own."""
+    if scale is None or np.ndim(scale) < 2:
+        return scale
+    _checks.check_scales(name, scale, scale)
+    row = jax.lax.dynamic_index_in_dim(scale, layer, keepdims=False)
+    _checks.note_good_scales(row)
+    return row

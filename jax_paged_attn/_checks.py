@@ -1,6 +1,7 @@
 """Checks of arguments: each error names the argument, what was expected, and what came."""
 
 import math
+import weakref
 from collections.abc import Sequence
 
 import jax
@@ -106,6 +107,64 @@ def _clamped_to_int32(name: str, x: jax.Array) -> jax.Array:
 def _check_integer(name: str, dtype: np.dtype) -> None:
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"{name}: expected dtype int32, or another integer one, got {dtype}")
+
+
+def as_float32(name: str, x: ArrayLike) -> jax.Array:
+    """`x` as a JAX array; float32 where it is a Python number, or float64, which x64 makes of lists and `np.array`."""
+    if isinstance(x, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected float32 numbers, got {type(x).__name__}")
+    array = as_array(name, _to_float32(name, x) if isinstance(x, (int, float)) else x)
+    return array.astype(jnp.float32) if array.dtype == jnp.float64 else array
+
+
+def _to_float32(name: str, x: ArrayLike) -> np.ndarray:
+    try:
+        with np.errstate(over="ignore"):  # too large is infinite
+            return np.asarray(x, np.float32)
+    except OverflowError as error:
+        raise ValueError(f"{name}: expected numbers that fit in float32, got {x}") from error
+
+
+# Scales that were found good, by identity: JAX arrays never change, and a weak reference tells whether it is the same.
+_good_scales: dict[int, weakref.ref[jax.Array]] = {}
+
+
+def check_scales(name: str, given: ArrayLike, scales: jax.Array) -> None:
+    """Raises ValueError unless all scales are positive and finite in float32.
+
+    Traced scales, and those on devices of other hosts, pass. Reading an array from a device makes the host wait for all
+    that the device still has to do, so each is read once in its life, not at each call. The transfer is explicit:
+    `jax.transfer_guard("disallow")` allows it.
+
+    Args:
+      name: what errors call them.
+      given: the user's argument; while JAX traces, host values can only be read here.
+      scales: the same as a JAX array.
+    """
+    if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(given)):
+        values = _to_float32(name, given)
+    elif isinstance(scales, Tracer) or scales.is_deleted() or not scales.is_fully_addressable or _known_good(scales):
+        return
+    else:
+        values = np.asarray(jax.device_get(scales))
+    bad = ~((values > 0) & np.isfinite(values))
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        place = f" at {list(where)}" if where else ""
+        raise ValueError(f"{name}: expected positive, finite scales, got {values[where]}{place}")
+    note_good_scales(scales)
+
+
+def _known_good(scales: jax.Array) -> bool:
+    reference = _good_scales.get(id(scales))
+    return reference is not None and reference() is scales
+
+
+def note_good_scales(scales: jax.Array) -> None:
+    """Spares `check_scales` from reading an array that was made of checked ones."""
+    if not isinstance(scales, Tracer):
+        key = id(scales)
+        _good_scales[key] = weakref.ref(scales, lambda _: _good_scales.pop(key, None))
 
 
 def static_number(name: str, x: object) -> float:

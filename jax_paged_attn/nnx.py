@@ -36,7 +36,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_paged_attn import StepArrays, ragged_paged_attention, write_kv_pages
+from jax_paged_attn import PagedKVCache, StepArrays, ragged_paged_attention, write_kv_pages
 
 __all__ = [
     "CacheVariable",
@@ -224,20 +224,20 @@ class PagedAttention(nnx.Module):
 
         Args:
           dtype: that of the queries, or float8_e4m3fn, float8_e5m2, int8.
-          k_scale, v_scale: positive f32, scalar or `[K]`: value = stored · scale. Required for int8.
+          k_scale, v_scale: positive, finite float32, scalar or `[K]`: value = stored · scale. Required for int8.
 
         Raises:
-          ValueError: no pages, no tokens a page, or an int8 cache without scales.
+          ValueError: no pages, no tokens per page, a dtype that pages cannot have, an int8 cache without scales, or
+            scales that are zero, negative or not finite.
+          TypeError: sizes that are no integers.
         """
-        if num_pages < 1 or page_size < 1:
-            raise ValueError(f"num_pages, page_size: expected at least 1, got {num_pages}, {page_size}")
-        if jnp.dtype(dtype) == jnp.int8 and (k_scale is None or v_scale is None):
-            raise ValueError("k_scale, v_scale: required for int8 pages, got None")
-        shape = (num_pages, page_size, self.num_kv_heads, self.head_dim)
-        self.k_pages = CacheVariable(jnp.zeros(shape, dtype))
-        self.v_pages = CacheVariable(jnp.zeros(shape, dtype))
-        self.k_scale = None if k_scale is None else nnx.Variable(jnp.asarray(k_scale, jnp.float32))
-        self.v_scale = None if v_scale is None else nnx.Variable(jnp.asarray(v_scale, jnp.float32))
+        cache = PagedKVCache.create(
+            1, num_pages, page_size, self.num_kv_heads, self.head_dim, dtype, k_scale=k_scale, v_scale=v_scale
+        )
+        self.k_pages, self.v_pages = CacheVariable(cache.k_pages[0]), CacheVariable(cache.v_pages[0])
+        k_scale, v_scale = cache.scales(0)["k_scale"], cache.scales(0)["v_scale"]
+        self.k_scale = None if k_scale is None else nnx.Variable(k_scale)
+        self.v_scale = None if v_scale is None else nnx.Variable(v_scale)
 
     def __call__(self, q: Array, k: Array, v: Array, step: StepMetadata | None = None) -> Array:
         """Attends causally, over the cache or, without a step, within each of a batch of whole sequences.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import mmap
 import os
@@ -378,14 +379,281 @@ def test_tuple_of_pools_wants_a_static_layer() -> None:
         tuples.layer(LAYERS, tables)
 
 
+ROWS = np.array([[0.5, 2.0], [0.25, 1.0], [3.0, 0.125]], np.float32)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("dtype", ["f32", "e4m3", "int8"])
+@pytest.mark.parametrize("scale", [None, 0.5, ROWS[0], ROWS], ids=["none", "scalar", "K", "LK"])
+def test_attend_uses_the_scales_that_write_used(stacked: bool, dtype: str, scale: Any) -> None:
+    """Decode and ragged calls of every layer equal plain calls over pools that were written with the layer's scale."""
+    if dtype == "int8" and scale is None:
+        return
+    scales = {"k_scale": scale, "v_scale": None if scale is None else scale + np.float32(0.5)}
+    cache = jpa.PagedKVCache.create(LAYERS, P, S, K, H, DTYPES[dtype], stacked=stacked, **scales)
+    k, v, q = np.random.default_rng(11).standard_normal((3, LAYERS, 5, K, H)).astype(np.float32)
+    slots, tables = np.array([0, 1, 2, 3, P * S], np.int32), np.array([[0, 1], [1, -1]], np.int32)
+    lengths, cu_q_lens = np.array([4, 1], np.int32), np.array([0, 3, 4], np.int32)
+    for layer in range(LAYERS):
+        cache = cache.write(layer, k[layer], v[layer], slots)
+    empty = np.zeros((P, S, K, H), DTYPES[dtype])
+    for layer in range(LAYERS):
+        own: dict[str, Any] = {n: s if s is None or np.ndim(s) < 2 else s[layer] for n, s in scales.items()}
+        pools = jpa.write_kv_pages(empty, empty, k[layer], v[layer], slots, **own)
+        want = jpa.paged_attention(q[layer, :2], *pools, tables, lengths, soft_cap=3.0, return_lse=True, **own)
+        got = cache.attend(layer, q[layer, :2], tables, lengths, soft_cap=3.0, return_lse=True)
+        ragged = (lengths, tables, cu_q_lens, np.int32(2))
+        want += jpa.ragged_paged_attention(q[layer], *pools, *ragged, return_lse=True, causal=False, **own)
+        got += cache.attend_ragged(layer, q[layer], *ragged, return_lse=True, causal=False)
+        for mine, theirs in zip(got, want, strict=True):
+            assert_same_bits(mine, np.asarray(theirs))
+
+
+def test_scales_per_layer_go_with_the_layers_of_a_scan() -> None:
+    tuples, flat = (
+        jpa.PagedKVCache.create(LAYERS, P, S, K, H, jnp.int8, stacked=stacked, k_scale=ROWS, v_scale=2 * ROWS)
+        for stacked in (False, True)
+    )
+    k, v, q = np.random.default_rng(12).standard_normal((3, LAYERS, 2, K, H)).astype(np.float32)
+    slots, tables, lengths = np.array([1, 9], np.int32), np.array([[0], [3]], np.int32), np.array([2, 1], np.int32)
+
+    @jax.jit
+    def over_layers(cache: jpa.PagedKVCache) -> Any:
+        def step(cache: jpa.PagedKVCache, xs: Any) -> Any:
+            layer, q, k, v = xs
+            cache = cache.write(layer, k, v, slots)
+            return cache, cache.attend(layer, q, tables, lengths)
+
+        return jax.lax.scan(step, cache, (jnp.arange(LAYERS), q, k, v))
+
+    flat, outs = over_layers(flat)
+    for layer in range(LAYERS):
+        tuples = tuples.write(layer, k[layer], v[layer], slots)
+        np.testing.assert_allclose(outs[layer], tuples.attend(layer, q[layer], tables, lengths), rtol=1e-6)
+    assert_same_bits(flat.k_pages[0], np.concatenate(tuples.k_pages))
+
+
+# A layer whose first slot, in int32 arithmetic, is slot 1 of layer 0.
+WRAPPING = (pow(P * S, -1, 2**32) + 2**31) % 2**32 - 2**31
+
+
+@pytest.mark.parametrize("layer", [-1, LAYERS, 2**31 - 1, -(2**31), WRAPPING])
+def test_a_traced_layer_outside_writes_nothing_and_sees_nothing(layer: int) -> None:
+    _, cache = _caches()
+    tokens, slots = jnp.ones((P * S, K, H)), jnp.arange(P * S, dtype=jnp.int32)
+    cache = cache.write(0, tokens, tokens, slots)
+    written = jax.jit(lambda layer: cache.write(layer, 2 * tokens, tokens, slots))(layer)
+    assert_same_bits(written.k_pages[0], np.asarray(cache.k_pages[0]))
+    tables, lengths = jnp.arange(P, dtype=jnp.int32)[None], jnp.full(1, P * S, jnp.int32)
+    out, lse = jax.jit(lambda layer: cache.attend(layer, tokens[:1], tables, lengths, return_lse=True))(layer)
+    assert not out.any()
+    assert np.isneginf(lse).all()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_bad_layers_are_refused_in_both_layouts(stacked: bool) -> None:
+    cache = _caches()[stacked]
+    tokens, slots = np.ones((1, K, H), np.float32), np.zeros(1, np.int32)
+    tables, lengths, cu_q_lens = np.zeros((1, 1), np.int32), np.ones(1, np.int32), np.array([0, 1], np.int32)
+    calls: dict[str, Callable[..., Any]] = {
+        "layer": lambda i, **scale: cache.attend(i, tokens, tables, lengths, **scale),
+        "layer ": lambda i, **scale: cache.attend_ragged(i, tokens, lengths, tables, cu_q_lens, **scale),
+        "index": lambda i: cache.layer(i, tables),
+        "index ": lambda i: cache.write(i, tokens, tokens, slots),
+        "index  ": lambda i: cache.scales(i),
+    }
+    for name, call in calls.items():
+        expected = rf"^{name.strip()}: expected a layer in \[0, {LAYERS}\), got"
+        for outside in (-1, LAYERS, np.int64(2**40), jnp.int32(LAYERS)):
+            with pytest.raises(ValueError, match=f"{expected} {int(outside)}"):
+                call(outside)
+        for nonsense in ("0", True, np.True_, jnp.array(True), 1.0, np.float32(0), jnp.float32(0), None, [0], slots):
+            with pytest.raises(TypeError, match=expected):
+                call(nonsense)
+        for good in (LAYERS - 1, np.int64(0), np.array(1), jnp.int32(1)):
+            call(good)
+    for table in ([[0.7]], np.array([[0.7]], np.float32), jnp.zeros((1, 1)), [[True]]):
+        with pytest.raises(ValueError, match=r"^block_tables: expected dtype int32"):
+            cache.layer(0, table)  # pyright: ignore[reportArgumentType]
+    for name in ("k_scale", "v_scale"):
+        with pytest.raises(TypeError, match=f"^{name}: expected none, since the cache has its own"):
+            calls["layer"](0, **{name: 1.0})
+
+
+def prefix(k_pages: Any, v_pages: Any, *scales: Any, **number: Any) -> Any:
+    """A cache of what is no pool."""
+    return jpa.PagedKVCache(k_pages, v_pages, *scales, **number)
+
+
+@pytest.mark.parametrize("scales", [{}, {"k_scale": 0.5, "v_scale": ROWS}], ids=["plain", "scaled"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_prefix_trees(stacked: bool, scales: dict[str, Any]) -> None:
+    cache = _caches(**scales)[stacked]
+    s = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for tree in (
+        prefix(s, s),
+        prefix(s, s, num_layers=LAYERS),
+        prefix(s, None),
+        prefix(None, None),
+        prefix(s, s, s, s),
+    ):
+        if tree.k_scale is not None and not scales:
+            continue
+        got = jax.jit(lambda cache: cache, in_shardings=(tree,), out_shardings=tree)(cache)
+        assert jax.tree.structure(got) == jax.tree.structure(cache)
+        assert (got.num_layers, got.stacked) == (LAYERS, stacked)
+    slots, tokens = jnp.array([[0], [4]], jnp.int32), jnp.ones((1, K, H))
+    tables, lengths = jnp.array([[0], [1]], jnp.int32), jnp.array([1, 2], jnp.int32)
+
+    def attend(cache: jpa.PagedKVCache, table: Any, length: Any) -> Any:
+        return cache.attend(1, tokens, table[None], length[None])[0]
+
+    written = cache.write(1, tokens, tokens, slots[0])
+    got = jax.vmap(attend, in_axes=(prefix(None, None), 0, 0))(written, tables, lengths)
+    np.testing.assert_allclose(got, written.attend(1, tokens.repeat(2, 0), tables, lengths))
+    write = jax.vmap(lambda slot: cache.write(1, tokens, tokens, slot), out_axes=prefix(0, 0))
+    assert write(slots).k_pages[0].shape == (2, *cache.k_pages[0].shape)
+    # A tree with a leaf for pools is no tree of a cache, however many layers that has.
+    for tree in (prefix(None, None), prefix(0, 0)):
+        assert jax.tree.structure(tree) != jax.tree.structure(cache)
+
+
+# ---- unrolled layers -------------------------------------------------------------------------------------------------
+
+
+def _write_first(cache: jpa.PagedKVCache, q: Any, k: Any) -> Any:
+    slots, tables, lengths = jnp.array([4], jnp.int32), jnp.array([[1]], jnp.int32), jnp.array([2], jnp.int32)
+    for layer in range(LAYERS):
+        cache = cache.write(layer, k[layer], k[layer], slots)
+    return cache, [cache.attend(layer, q[layer], tables, lengths) for layer in range(LAYERS)]
+
+
+def _one_after_the_other(cache: jpa.PagedKVCache, q: Any, k: Any) -> Any:
+    """As in a model: the tokens of a layer are computed from the attention of the one before."""
+    slots, tables, lengths = jnp.array([4], jnp.int32), jnp.array([[1]], jnp.int32), jnp.array([2], jnp.int32)
+    outs, tokens = [], k[0]
+    for layer in range(LAYERS):
+        cache = cache.write(layer, tokens, tokens, slots)
+        outs.append(cache.attend(layer, q[layer], tables, lengths))
+        tokens = k[layer] + outs[-1]
+    return cache, outs
+
+
+def _in_turn(cache: jpa.PagedKVCache, q: Any, k: Any) -> Any:
+    slots, tables, lengths = jnp.array([4], jnp.int32), jnp.array([[1]], jnp.int32), jnp.array([2], jnp.int32)
+    outs = []
+    for layer in range(LAYERS):
+        cache = cache.write(layer, k[layer], k[layer], slots)
+        outs.append(cache.attend(layer, q[layer], tables, lengths))
+    return cache, outs
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("layers", "stacked"),
+    [(_write_first, True), (_one_after_the_other, True), (_in_turn, False), (_write_first, False)],
+)
+def test_unrolled_layers_as_the_docstring_says_copy_no_pool(layers: Callable[..., Any], stacked: bool) -> None:
+    cache = _caches()[stacked]
+    q, k = jnp.ones((2, LAYERS, 1, K, H)) * jnp.arange(1.0, LAYERS + 1).reshape(1, -1, 1, 1, 1)
+    want = [np.asarray(x) for x in jax.tree.leaves(jax.jit(layers)(cache, q, k))]
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache)]
+    compiled = jax.jit(layers, donate_argnums=0).lower(cache, q, k).compile()
+    pool = rf"f32\[{cache.k_pages[0].shape[0]},{S},{K},{H}\]"
+    assert not re.findall(rf"= {pool}\S* (?:copy|copy-start)\(.*", compiled.as_text() or "")
+    got = compiled(cache, q, k)
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(got[0])] == pointers
+    for mine, theirs in zip(jax.tree.leaves(got), want, strict=True):
+        assert_same_bits(mine, theirs)
+
+
+# ---- create ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Pages:
+    num_pages: int
+    page_size: int
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_create_takes_the_pages_of_an_allocator(stacked: bool) -> None:
+    options: dict[str, Any] = {"num_kv_heads": K, "head_dim": H, "stacked": stacked}
+    for allocator in (jpa.PageAllocator(P, S), Pages(P, S)):
+        for sizes in ({}, {"num_pages": P}, {"num_pages": P, "page_size": np.int64(S)}):
+            cache = jpa.PagedKVCache.create(2, **sizes, **options, allocator=allocator)
+            assert (cache.num_layers, cache.num_pages, cache.page_size) == (2, P, S)
+        for name, good in (("num_pages", P), ("page_size", S)):
+            message = f"^{name}: expected {good}, that of the allocator, got {good + 1}"
+            with pytest.raises(ValueError, match=message):
+                jpa.PagedKVCache.create(2, **{name: good + 1}, **options, allocator=allocator)
+    with pytest.raises(TypeError, match=r"^allocator: expected a PageAllocator, or what has"):
+        jpa.PagedKVCache.create(2, allocator="pages", **options)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"^num_pages: expected a number, got NoneType"):
+        jpa.PagedKVCache.create(2, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
     [
-        ({"num_pages": 0}, "num_pages: expected an integer >= 1, got 0"),
-        ({"dtype": jnp.int32}, "dtype: expected .* got int32"),
+        ({"num_pages": 0}, ValueError, "num_pages: expected an integer >= 1, got 0"),
+        ({"num_layers": True}, TypeError, "num_layers: expected a number, got bool"),
+        ({"page_size": "16"}, TypeError, "page_size: expected a number, got str"),
+        ({"head_dim": 0.5}, TypeError, "head_dim: expected an integer, got 0.5"),
+        ({"dtype": jnp.int32}, ValueError, "dtype: expected .* got int32"),
+        ({"dtype": "bf16"}, ValueError, "dtype: expected .* got 'bf16'"),
+        ({"dtype": None}, ValueError, "dtype: expected .* got None"),
+        ({"stacked": "no"}, TypeError, "stacked: expected a bool, got str"),
+        ({"num_pages": 2**29, "page_size": 4}, ValueError, r"num_pages \* page_size: expected at most 2\*\*31 - 1"),
+        (
+            {"num_layers": 2, "num_pages": 2**28, "page_size": 4, "stacked": True},
+            ValueError,
+            r"num_layers \* num_pages \* page_size: expected at most 2\*\*31 - 1 .*, got 2147483648",
+        ),
     ],
 )
-def test_cache_rejects_bad_sizes(change: dict[str, Any], message: str) -> None:
+def test_cache_rejects_bad_sizes(change: dict[str, Any], error: type[Exception], message: str) -> None:
     sizes = {"num_layers": 1, "num_pages": P, "page_size": S, "num_kv_heads": K, "head_dim": H}
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with pytest.raises(error, match=f"^{message}"):
         jpa.PagedKVCache.create(**{**sizes, **change})
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (0.0, ValueError, "expected positive, finite scales, got 0.0"),
+        (-1, ValueError, "expected positive, finite scales, got -1.0"),
+        (np.nan, ValueError, "expected positive, finite scales, got nan"),
+        (np.array([[1.0, 1.0], [1.0, np.inf], [1.0, 1.0]]), ValueError, r"expected positive.* got inf at \[1, 1\]"),
+        (jnp.array([1.0, 0.0]), ValueError, r"expected positive.* got 0.0 at \[1\]"),
+        (np.ones(3), ValueError, r"expected shape .*\[L, K\] = \(3, 2\), got shape \(3,\)"),
+        (np.ones((2, 3)), ValueError, r"expected shape .*got shape \(2, 3\)"),
+        (np.ones(2, np.float16), ValueError, "expected dtype float32, got float16"),
+        (True, TypeError, "expected float32 numbers, got bool"),
+        ("1", TypeError, "expected an array, got str"),
+        (None, ValueError, "required for int8 pages, got None"),
+    ],
+)
+def test_cache_rejects_bad_scales(scale: Any, error: type[Exception], message: str) -> None:
+    for name, other in (("k_scale", "v_scale"), ("v_scale", "k_scale")):
+        with pytest.raises(error, match=f"^{name}: {message}"):
+            jpa.PagedKVCache.create(LAYERS, P, S, K, H, jnp.int8, **{name: scale, other: 0.5})
+
+
+def test_one_scale_of_two_is_enough_for_fp8() -> None:
+    cache = jpa.PagedKVCache.create(1, P, S, K, H, jnp.float8_e4m3fn, k_scale=0.5)
+    ones = jnp.ones((1, K, H))
+    cache = cache.write(0, ones, ones, jnp.zeros(1, jnp.int32))
+    assert float(cache.k_pages[0][0, 0, 0, 0]) == 2
+    assert float(cache.v_pages[0][0, 0, 0, 0]) == 1
+    tables, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
+    out, lse = cache.attend(0, ones, tables, lengths, scale=1.0, return_lse=True)
+    np.testing.assert_array_equal(out, ones)
+    np.testing.assert_allclose(lse, H)
+
+
+def test_create_runs_under_jit_and_eval_shape() -> None:
+    def create(scale: Any) -> jpa.PagedKVCache:
+        return jpa.PagedKVCache.create(LAYERS, P, S, K, H, jnp.int8, k_scale=scale, v_scale=scale, stacked=True)
+
+    assert jax.jit(create)(ROWS).k_scale.shape == ROWS.shape
+    assert jax.eval_shape(create, ROWS).num_pages == P

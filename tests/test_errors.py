@@ -126,8 +126,8 @@ ARRAYS = [
     Bad(TAKE_SCALES, {"k_scale": _zeros((4,))}, ValueError, "k_scale", "2", r"\(4,\)"),
     Bad(TAKE_SCALES, {"v_scale": _zeros((1, 2))}, ValueError, "v_scale", "rank 1", r"\(1, 2\)"),
     Bad(TAKE_SCALES, {"v_scale": _zeros((2,), jnp.float16)}, ValueError, "v_scale", "float32", "float16"),
-    Bad(TAKE_SCALES, _int8(v_scale=_zeros(())), ValueError, "k_scale", "required.*int8", "None"),
-    Bad(TAKE_SCALES, _int8(k_scale=_zeros(())), ValueError, "v_scale", "required.*int8", "None"),
+    Bad(TAKE_SCALES, _int8(v_scale=jnp.ones(())), ValueError, "k_scale", "required.*int8", "None"),
+    Bad(TAKE_SCALES, _int8(k_scale=jnp.ones(())), ValueError, "v_scale", "required.*int8", "None"),
     # Writing, copying, merging.
     Bad(WRITES, {"k": _zeros((5, 16))}, ValueError, "k", "rank 3", r"\(5, 16\)"),
     Bad(WRITES, {"k": _zeros((5, 3, 8))}, ValueError, "k", "2", r"\(5, 3, 8\)"),
@@ -183,9 +183,16 @@ KEYWORDS = [
         },
         ValueError, "implementation", "for 'fused' expected a head dim of 64 or 80 .* or 256", "8",
     ),
-    # Host numbers can be looked at; traced scales cannot.
+    # Host numbers can be looked at; for arrays of JAX see below.
     Bad(TAKE_SCALES, {"k_scale": 0.0}, ValueError, "k_scale", "positive", "0"),
     Bad(TAKE_SCALES, {"v_scale": np.array([1, -1], np.float32)}, ValueError, "v_scale", "positive", "-1"),
+    Bad(TAKE_SCALES, {"k_scale": float("inf")}, ValueError, "k_scale", "positive, finite", "inf"),
+    Bad(TAKE_SCALES, {"v_scale": 1e-60}, ValueError, "v_scale", "positive", "0.0"),
+    Bad(TAKE_SCALES, {"v_scale": 1e60}, ValueError, "v_scale", "finite", "inf"),
+    Bad(TAKE_SCALES, {"v_scale": [0.5, float("nan")]}, ValueError, "v_scale", "finite", r"nan at \[1\]"),
+    Bad(TAKE_SCALES, {"k_scale": True}, TypeError, "k_scale", "numbers", "bool"),
+    Bad(TAKE_SCALES, {"k_scale": "0.5"}, TypeError, "k_scale", "array", "str"),
+    Bad(ATTENTION, {"sinks": True}, TypeError, "sinks", "numbers", "bool"),
     Bad(ATTENTION, {"q": "text"}, TypeError, "q", "array", "str"),
     Bad(ATTENTION, {"block_tables": None}, TypeError, "block_tables", "array", "NoneType"),
     Bad((*WRITES,), {"slot_mapping": None}, TypeError, "slot_mapping", "array", "NoneType"),
@@ -255,6 +262,42 @@ def test_bad_argument_raises(function: Callable[..., Any], bad: Bad, context: st
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_the_calls_that_errors_are_made_of_are_good(function: Callable[..., Any], context: str) -> None:
     jax.block_until_ready(CONTEXTS[context](function, FUNCTIONS[function]))
+
+
+@pytest.mark.parametrize("function", TAKE_SCALES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])
+def test_scales_of_jax_arrays_are_checked_where_concrete(function: Callable[..., Any], value: float) -> None:
+    scale = jnp.array([1.0, value], jnp.float32)
+    for call in (function, jax.jit(lambda k_scale=scale, **arrays: function(k_scale=scale, **arrays))):
+        with pytest.raises(ValueError, match=r"^k_scale: expected positive, finite scales, got \S+ at \[1\]"):
+            call(**FUNCTIONS[function], k_scale=scale)
+    jax.jit(function)(**FUNCTIONS[function], k_scale=scale)  # a tracer passes
+
+
+def test_scales_are_read_from_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read waits for the device, so a loop of eager calls must not repeat it."""
+    reads, device_get = [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: reads.append(x) or device_get(x))
+    scale = jnp.full(2, 0.5)
+    for _ in range(3):
+        with jax.transfer_guard("disallow"):
+            jpa.write_kv_pages(**WRITE, k_scale=scale, v_scale=scale)
+    assert len(reads) == 1
+    cache = jpa.PagedKVCache.create(3, 6, 4, 2, 8, k_scale=np.full((3, 2), 0.5, np.float32))
+    for layer in (0, 1, 2, 0):
+        cache = cache.write(layer, WRITE["k"], WRITE["v"], WRITE["slot_mapping"])
+    assert len([x for x in reads if isinstance(x, jax.Array)]) == 1
+
+
+@pytest.mark.parametrize("function", ATTENTION, ids=lambda f: f.__name__)
+def test_float64_of_x64_is_as_good_as_float32(function: Callable[..., Any]) -> None:
+    sinks, scale = [0.0, 1.0, 2.0, 3.0], [0.5, 2.0]
+    want = function(**FUNCTIONS[function], sinks=jnp.asarray(sinks), k_scale=jnp.asarray(scale))
+    with jax.enable_x64(True):
+        for form in (lambda x: x, np.array, jnp.array):
+            got = function(**FUNCTIONS[function], sinks=form(sinks), k_scale=form(scale))
+            assert got.dtype == jnp.float32
+            np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("function", IDS, ids=lambda f: f.__name__)

@@ -181,7 +181,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="low_freq_factor"):
         Llama3RopeScaling(8.0, 4.0, 4.0, 64)
     layer = make_layer()
-    with pytest.raises(ValueError, match="k_scale, v_scale"):
+    with pytest.raises(ValueError, match="k_scale: required for int8"):
         layer.init_cache(4, PAGE_SIZE, jnp.int8)
     with pytest.raises(ValueError, match="num_pages"):
         layer.init_cache(0, PAGE_SIZE, jnp.float32)
