@@ -1,6 +1,7 @@
 """`python -m jax_paged_attn`: what is installed, which engines run here, what each takes, and why the others do not.
 
 `python -m jax_paged_attn --cmakedir`: where CMake's find_package(jax_paged_attn) finds the engines' C++ API.
+`python -m jax_paged_attn --version`: the version alone.
 """
 
 import argparse
@@ -47,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m jax_paged_attn", description="Prints what is installed and which engines run here."
     )
+    parser.add_argument("--version", action="version", version=f"jax_paged_attn {__version__}")
     parser.add_argument("--cmakedir", action="store_true", help="print the folder of the CMake package instead")
     sys.stdout.write(f"{cmake_directory() if parser.parse_args().cmakedir else report()}\n")
 

@@ -175,9 +175,13 @@ def static_number(name: str, x: object) -> float:
         x = x.item()
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
-    if not math.isfinite(x):
+    try:
+        number = float(x)
+    except OverflowError as error:
+        raise ValueError(f"{name}: expected a number that a float holds, got an integer of many digits") from error
+    if not math.isfinite(number):
         raise ValueError(f"{name}: expected a finite number, got {x}")
-    return float(x)
+    return number
 
 
 def static_positive(name: str, x: object) -> float:

@@ -12,6 +12,8 @@ from jax_paged_attn import _engines, _primitive
 
 # JAX says "gpu" for either vendor where it means the kind of device; lowering rules go by the vendor's platform.
 _PLATFORM_ALIASES = {"gpu": "cuda"}
+# Those that JAX lowers for by itself; a plugin's is known where it is installed.
+_PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
 
 
 def explain(
@@ -28,7 +30,8 @@ def explain(
     Args:
       fn: `paged_attention`, `ragged_paged_attention`, or any function that calls them.
       *args: arrays or `jax.ShapeDtypeStruct`s (in pytrees too).
-      platform: "cpu", "cuda", "tpu", …; None is the platform of `device`, or JAX's default backend.
+      platform: "cpu", "cuda", "gpu" (which is "cuda"), "rocm", "tpu", or that of an installed plugin; None is that of
+        `device`, or JAX's default backend.
       device: a `jax.Device` whose platform is meant.
       **kwargs: keywords of `fn`; those that are not arrays stay static.
 
@@ -38,12 +41,11 @@ def explain(
 
     Raises:
       ValueError: the function has no attention call, a named implementation does not run on the platform, or no
-        engine that promises `batch_invariant` does, or both `platform` and `device` are given.
+        engine that promises `batch_invariant` does, a platform that JAX does not know, or both `platform` and `device`
+        are given.
+      TypeError: a platform that is no string, or a device that is no `jax.Device`.
     """
-    if platform is not None and device is not None:
-        raise ValueError("platform: expected None where a device is given, got both")
-    name = platform or (device.platform if device is not None else jax.default_backend())
-    lowered_for: str = _PLATFORM_ALIASES.get(name, name)
+    lowered_for = _platform(platform, device)
 
     jaxpr = trace(fn, args, kwargs)[0].jaxpr
     calls = tuple(
@@ -55,6 +57,21 @@ def explain(
     engines = list(dict.fromkeys(one.engine for one in calls))
     rejected = {name: reason for name, reason in rejected.items() if name not in engines}
     return dataclasses.replace(calls[0], engine=", ".join(engines), rejected=rejected, calls=calls)
+
+
+def _platform(platform: str | None, device: Any) -> str:
+    """What lowering rules call the platform that is meant."""
+    if platform is not None and device is not None:
+        raise ValueError("platform: expected None where a device is given, got both")
+    if device is not None and not isinstance(device, jax.Device):
+        raise TypeError(f"device: expected a jax.Device, got {type(device).__name__} {device!r}")
+    if platform is not None and not isinstance(platform, str):
+        raise TypeError(f"platform: expected a name or None, got {type(platform).__name__}")
+    default = jax.default_backend() if device is None else device.platform
+    name = default if platform is None else platform
+    if name not in (*_PLATFORMS, default):
+        raise ValueError(f"platform: expected one of {', '.join(_PLATFORMS)} or None, got {name!r}")
+    return _PLATFORM_ALIASES.get(name, name)
 
 
 def trace(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ClosedJaxpr, list[Any]]:

@@ -66,6 +66,7 @@ def context_parallel_attention(
         or as `paged_attention`.
       TypeError: as `paged_attention`.
     """
+    return_lse = _checks.static_bool("return_lse", return_lse)
     part = _part(axis_name)
     if sinks is not None:
         sinks = _checks.as_array("sinks", sinks)

@@ -22,6 +22,8 @@ from jax.typing import ArrayLike
 from jax_paged_attn import _checks, _primitive
 from jax_paged_attn._attention import paged, ragged, static_parameters
 
+__all__ = ["DEFAULT_MASK_VALUE", "paged_attention", "ragged_paged_attention"]
+
 # What both kernels have as default.
 DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
 

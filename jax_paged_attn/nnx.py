@@ -36,7 +36,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_paged_attn import PagedKVCache, StepArrays, ragged_paged_attention, write_kv_pages
+from jax_paged_attn import PagedKVCache, StepArrays, _checks, ragged_paged_attention, write_kv_pages
 
 __all__ = [
     "CacheVariable",
@@ -124,12 +124,11 @@ def rope_frequencies(head_dim: int, theta: float = 10000.0, scaling: Llama3RopeS
     """Rotary frequencies in radians a token (RoFormer, Su et al. 2021), float32 `[head_dim / 2]`.
 
     Raises:
-      ValueError: `head_dim` is odd or `theta` is not positive.
+      ValueError: `head_dim` is odd or `theta` is not positive and finite.
     """
     if head_dim % 2:
         raise ValueError(f"head_dim: expected an even number for rotary embeddings, got {head_dim}")
-    if theta <= 0:
-        raise ValueError(f"theta: expected a positive number, got {theta}")
+    theta = _checks.static_positive("theta", theta)
     frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is not None:
         wavelengths_in_context = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
@@ -168,8 +167,9 @@ class PagedAttention(nnx.Module):
       sinks: whether each head has a learnt sink logit, an `nnx.Param` `[N]` float32, initially 0.
 
     Raises:
-      ValueError: N is no multiple of K, a window below 1, a cap that is not positive, or what `rope_frequencies`
-        refuses.
+      ValueError: a size below 1, N is no multiple of K, a window below 1, a cap that is not positive, a number that is
+        not finite, or what `rope_frequencies` refuses.
+      TypeError: a size or window that is no integer, or what is no number or no bool.
     """
 
     def __init__(
@@ -187,12 +187,18 @@ class PagedAttention(nnx.Module):
         implementation: str | None = None,
         batch_invariant: bool = False,
     ):
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
+            _checks.static_count(name, count)
+        if num_heads % num_kv_heads:
             raise ValueError(f"num_heads: expected a multiple of num_kv_heads = {num_kv_heads}, got {num_heads}")
-        if sliding_window is not None and sliding_window < 1:
-            raise ValueError(f"sliding_window: expected at least 1, got {sliding_window}")
-        if soft_cap is not None and soft_cap <= 0:
-            raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")
+        if scale is not None:
+            _checks.static_number("scale", scale)
+        if sliding_window is not None:
+            _checks.static_count("sliding_window", sliding_window)
+        if soft_cap is not None:
+            _checks.static_positive("soft_cap", soft_cap)
+        _checks.static_bool("sinks", sinks)
+        _checks.static_bool("batch_invariant", batch_invariant)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
