@@ -87,6 +87,9 @@ def paged_attention(
     Letters: B sequences, N query heads, K key/value heads (N % K == 0), H head dim, P pages in the pool, S tokens a
     page, M pages a sequence may have.
 
+    Ids and lengths may be integers of any width. Those that int32 cannot hold raise where they are lists or NumPy
+    arrays, and are clamped to int32, which masks them, where they are JAX arrays.
+
     Args:
       q: `[B, N, H]` bfloat16, float16 or float32.
       k_pages: `[P, S, K, H]`, dtype as q, or float8_e4m3fn, float8_e5m2, int8.
@@ -99,7 +102,7 @@ def paged_attention(
       soft_cap: c > 0: scores become c·tanh(scores / c), after the scale, before the mask (Gemma 2).
       sinks: `[N]` float32, one more logit a head in the softmax's denominator, without a value, neither scaled nor
         capped (gpt-oss). In split work give them to one part only.
-      k_scale: positive float32, scalar or `[K]`: key = stored × k_scale. Default 1, required for int8.
+      k_scale: positive, finite float32, scalar or `[K]`: key = stored × k_scale. Default 1, required for int8.
       v_scale: likewise for values.
       return_lse: return the log-sum-exp of the scores too.
       implementation: the engine that must run: "cpu", "fused", "cublaslt" or "reference"; None picks the best for the

@@ -36,9 +36,9 @@ def write_kv_pages(
       v_pages: as `k_pages`.
       k: `[T, K, H]` float32, bfloat16 or float16; converted to the dtype of the pages.
       v: as `k`.
-      slot_mapping: `[T]` int32: page·S + offset in the page. Slots outside [0, P·S) are skipped (pad with −1); of equal
-        slots the last token wins.
-      k_scale: positive float32, scalar or `[K]`, default 1, required for int8 pages: stored = round(k / k_scale), to
+      slot_mapping: `[T]` int32 (or integers that fit): page·S + offset in the page. Slots outside [0, P·S) are skipped
+        (pad with −1); of equal slots the last token wins.
+      k_scale: positive, finite float32, scalar or `[K]`, default 1, required for int8: stored = round(k / k_scale), to
         nearest even, saturated to ±448 (e4m3), ±57344 (e5m2) or ±127 (int8). NaN stays NaN in fp8, becomes 0 in int8.
       v_scale: likewise for `v`.
 
@@ -66,7 +66,7 @@ def copy_kv_pages(k_pages: ArrayLike, v_pages: ArrayLike, src: ArrayLike, dst: A
     Args:
       k_pages: `[P, S, K, H]` of any dtype that caches have.
       v_pages: as `k_pages`.
-      src: `[n]` int32 page ids, read as they were before the call.
+      src: `[n]` int32 page ids (or integers that fit), read as they were before the call.
       dst: `[n]` int32 page ids; of equal ones the last wins. A pair with an id outside [0, P) is skipped.
 
     Returns:

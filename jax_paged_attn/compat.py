@@ -239,7 +239,7 @@ def paged_attention(
       interpret, debug: likewise of no use.
       mask_value: a number of at most −1e6. A masked key has no weight at all here, whatever it is.
       attn_logits_soft_cap: c ≠ 0: scores become c·tanh(scores / c).
-      k_scale: positive float32, scalar or `[K]`: key = stored × k_scale. None is 1. That kernel has none.
+      k_scale: positive, finite float32, scalar or `[K]`: key = stored × k_scale. None is 1. That kernel has none.
       v_scale: likewise for values.
       sinks, return_lse, implementation, batch_invariant: as in `jax_paged_attn.paged_attention`; that kernel has none
         of them.
