@@ -19,6 +19,7 @@ from jax_paged_attn._attention import (
 )
 from jax_paged_attn._cache import PagedKVCache, copy_kv_pages, write_kv_pages
 from jax_paged_attn._cost import Cost, cost_analysis
+from jax_paged_attn._debug import debug
 from jax_paged_attn._engines import Explanation
 from jax_paged_attn._explain import explain
 from jax_paged_attn._parallel import context_parallel_attention
@@ -40,6 +41,7 @@ __all__ = [
     "context_parallel_attention",
     "copy_kv_pages",
     "cost_analysis",
+    "debug",
     "explain",
     "merge_attention_states",
     "paged_attention",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _checks, _primitive, _reference
+from jax_paged_attn import _checks, _debug, _primitive, _reference
 from jax_paged_attn._layouts import LAYOUTS
 
 Attend = Callable[..., tuple[Array, Array]]
@@ -423,12 +423,14 @@ def paged(
     q, k_pages, v_pages = _query_and_pages(dims, "B N H", q, k_pages, v_pages, layout)
     block_tables = _int32(dims, "block_tables", block_tables, "B M")
     lengths = _int32(dims, "lengths", lengths, "B")
+    per_head = _per_head(dims, q, k_pages, sinks, k_scale, v_scale)
+    _debug.check_attention(q, k_pages, v_pages, block_tables, lengths, per_head, static, layout=layout)
     return _attend(
         attend,
         {**static, "decode": True, "layout": layout},
         (q, k_pages, v_pages, block_tables, lengths),
         (jnp.arange(dims["B"], dtype=jnp.int32), jnp.ones(dims["B"], jnp.int32)),
-        _per_head(dims, q, k_pages, sinks, k_scale, v_scale),
+        per_head,
     )
 
 
@@ -462,12 +464,15 @@ def ragged(
         num_seqs = _int32(dims, "num_seqs", num_seqs, "1" if num_seqs.ndim else "")
         live = jnp.arange(dims["B"], dtype=jnp.int32) < num_seqs  # a [1] broadcasts as a scalar does
         q_counts = jnp.where(live, q_counts, 0)
+    per_head = _per_head(dims, q, k_pages, sinks, k_scale, v_scale)
+    rows: Any = {"cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "layout": layout, "tables_name": tables_name}
+    _debug.check_attention(q, k_pages, v_pages, block_tables, kv_lens, per_head, static, **rows)
     return _attend(
         attend,
         {**static, "decode": False, "layout": layout},
         (q, k_pages, v_pages, block_tables, kv_lens),
         (ends[:-1], q_counts),
-        _per_head(dims, q, k_pages, sinks, k_scale, v_scale),
+        per_head,
     )
 
 

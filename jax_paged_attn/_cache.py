@@ -11,7 +11,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _checks, _primitive, _reference
+from jax_paged_attn import _checks, _debug, _primitive, _reference
 from jax_paged_attn._attention import page_scale, paged_attention, ragged_paged_attention
 
 _PAGE_DTYPES = (*_checks.COMPUTE_DTYPES, *_checks.QUANTIZED_DTYPES)
@@ -57,6 +57,7 @@ def write_kv_pages(
     slot_mapping = _checks.as_int32("slot_mapping", slot_mapping)
     dims.match("slot_mapping", slot_mapping, "T", ("int32",))
     scales = (page_scale(dims, "k_scale", k_scale, k_pages), page_scale(dims, "v_scale", v_scale, v_pages))
+    _debug.check_write(k_pages, k, v, slot_mapping, *scales)
     return _primitive.write(k_pages, v_pages, k, v, slot_mapping, *scales)
 
 
@@ -80,6 +81,7 @@ def copy_kv_pages(k_pages: ArrayLike, v_pages: ArrayLike, src: ArrayLike, dst: A
     src, dst = _checks.as_int32("src", src), _checks.as_int32("dst", dst)
     dims.match("src", src, "n", ("int32",))
     dims.match("dst", dst, "n", ("int32",))
+    _debug.check_copy(dims["P"], src, dst)
 
     num_pages = dims["P"]
     if num_pages == 0:
@@ -380,6 +382,7 @@ class PagedKVCache:
         pool = layer if isinstance(layer, int) and not self.stacked else 0
         if self.stacked:
             slot_mapping = _checks.as_int32("slot_mapping", slot_mapping)
+            _debug.check_slots(slot_mapping, self.num_pages * self.page_size)
             slot_mapping = self._offset(slot_mapping, layer, self.num_pages * self.page_size)
         k_new, v_new = write_kv_pages(self.k_pages[pool], self.v_pages[pool], k, v, slot_mapping, **self.scales(index))
         return dataclasses.replace(
@@ -394,6 +397,7 @@ class PagedKVCache:
             arrays = {"src": _checks.as_int32("src", src), "dst": _checks.as_int32("dst", dst)}
             for name, ids in arrays.items():
                 dims.match(name, ids, "n", ("int32",))
+            _debug.check_copy(self.num_pages, arrays["src"], arrays["dst"])
             src, dst = (self._offset(ids[None], layers, self.num_pages).reshape(-1) for ids in arrays.values())
         pools = [copy_kv_pages(k, v, src, dst) for k, v in zip(self.k_pages, self.v_pages, strict=True)]
         return dataclasses.replace(self, k_pages=tuple(k for k, _ in pools), v_pages=tuple(v for _, v in pools))
@@ -435,6 +439,8 @@ class PagedKVCache:
 
     def _offset(self, ids: Array, layer: int | Array, per_layer: int) -> Array:
         """Ids of a layer as ids of the flat pool; −1 for those that the layer does not have, and in no layer."""
+        if jnp.ndim(layer) == 0:
+            _debug.check_layer(layer, self.num_layers)
         inside = (ids >= 0) & (ids < per_layer) & (layer >= 0) & (layer < self.num_layers)
         return jnp.where(inside, ids + layer * per_layer, -1)
 

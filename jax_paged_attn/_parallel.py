@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _checks
-from jax_paged_attn._attention import merge_attention_states, paged_attention, ragged_paged_attention
+from jax_paged_attn import _checks, _debug
+from jax_paged_attn._attention import merge_attention_states, page_scale, paged_attention, ragged_paged_attention
 
 # A sink that adds nothing to any sum of exponentials, yet is a number.
 _NO_SINK = float(jnp.finfo(jnp.float32).min)
@@ -76,15 +76,22 @@ def context_parallel_attention(
             raise ValueError(f"num_seqs: expected None without cu_q_lens, got {num_seqs}")
         if causal is not True:
             raise ValueError(f"causal: expected True without cu_q_lens, got {causal}")
-        tables: Any = block_tables
+        tables, own_lengths = block_tables, lengths
         if options.get("sliding_window") is None:
-            tables, lengths = _own_pages(k_pages, block_tables, lengths)
-        out, lse = paged_attention(q, k_pages, v_pages, tables, lengths, sinks=sinks, return_lse=True, **options)
+            tables, own_lengths = _own_pages(k_pages, block_tables, lengths)
+        with _debug.paused():  # to which a page of another device is an error
+            out, lse = paged_attention(
+                q, k_pages, v_pages, tables, own_lengths, sinks=sinks, return_lse=True, **options
+            )
     else:
         ragged = (lengths, block_tables, cu_q_lens, num_seqs)
-        out, lse = ragged_paged_attention(
-            q, k_pages, v_pages, *ragged, causal=causal, sinks=sinks, return_lse=True, **options
-        )
+        with _debug.paused():
+            out, lse = ragged_paged_attention(
+                q, k_pages, v_pages, *ragged, causal=causal, sinks=sinks, return_lse=True, **options
+            )
+    if _debug.active():
+        where = (block_tables, lengths, cu_q_lens, num_seqs)
+        _check_values(q, k_pages, v_pages, *where, {**options, "sinks": sinks, "causal": causal})
 
     # As one array the two need one collective.
     state = jnp.concatenate([out.astype(jnp.float32), lse[..., None]], axis=-1)
@@ -102,6 +109,28 @@ def _part(axis_name: str | tuple[str, ...]) -> Array:
         return jax.lax.axis_index(axis_name)
     except NameError as error:
         raise ValueError(f"axis_name: expected an axis of the enclosing shard_map, got {axis_name!r}") from error
+
+
+def _check_values(
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: ArrayLike,
+    lengths: ArrayLike,
+    cu_q_lens: ArrayLike | None,
+    num_seqs: ArrayLike | None,
+    options: dict[str, Any],
+) -> None:
+    """The checks of `debug`, with tables in which pages of other devices are missing."""
+    q, pages, v_pages, block_tables, lengths = map(jnp.asarray, (q, k_pages, v_pages, block_tables, lengths))
+    dims = _checks.Dims()
+    dims.match("k_pages", pages, "P S K H", (str(pages.dtype),))
+    k_scale, v_scale = (page_scale(dims, name, options.get(name), pages) for name in ("k_scale", "v_scale"))
+    sinks = jnp.zeros(0) if options["sinks"] is None else options["sinks"]
+    static = {"causal": options["causal"], "sliding_window": options.get("sliding_window") or 0}
+    rows: Any = {} if cu_q_lens is None else {"cu_q_lens": jnp.asarray(cu_q_lens), "num_seqs": num_seqs}
+    operands = (q, pages, v_pages, block_tables, lengths)
+    _debug.check_attention(*operands, (sinks, k_scale, v_scale), static, **rows, foreign_pages=True)
 
 
 def _own_pages(k_pages: ArrayLike, block_tables: ArrayLike, lengths: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
