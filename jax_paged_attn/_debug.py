@@ -139,6 +139,7 @@ def _observe_attention(
     layout: str,
     window: int,
 ) -> dict[str, Array]:
+    block_tables, lengths, cu_q_lens = map(_whole, (block_tables, lengths, cu_q_lens))
     q_counts = cu_q_lens[1:] - cu_q_lens[:-1]
     first_used = _first_used(jnp, lengths, q_counts, window)
     num_pages, page_size = k_pages.shape[LAYOUTS[layout].page_axis], LAYOUTS[layout].page_size(k_pages)

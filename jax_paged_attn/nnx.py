@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_paged_attn import PagedKVCache, StepArrays, _checks, ragged_paged_attention, write_kv_pages
@@ -342,6 +344,9 @@ def _attend_within(
 class PagedSelfAttention(nnx.Module):
     """Grouped-query self-attention with projections, rotary embeddings and a paged cache.
 
+    Tensor parallel where weights and pages are sharded by head, on meshes with Auto and with Explicit axes: the kernels
+    of `q_proj`, `k_proj` and `v_proj` by column, that of `o_proj` by row, the pages by axis 2. See docs/sharding.md.
+
     Args:
       hidden_size: D, size of the tokens' vectors.
       num_heads, num_kv_heads, head_dim: N, K, H.
@@ -380,9 +385,50 @@ class PagedSelfAttention(nnx.Module):
 
     def __call__(self, x: Array, step: StepMetadata | None = None) -> Array:
         """`[T, D]` tokens of a step, or `[..., T, D]` whole sequences without one; returns as `x`."""
+        x = _on_mesh_of(self.q_proj.kernel[...], x)
+        q, k, v = (self._heads(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        out = self.attention(q, k, v, step)
+        return _project(self.o_proj, out.reshape(*out.shape[:-2], -1), _explicit(x, jax.typeof(x).sharding.spec))
 
-        def heads(projected: Array) -> Array:
-            return projected.reshape(*projected.shape[:-1], -1, self.attention.head_dim)
+    def _heads(self, projection: nnx.Linear, x: Array) -> Array:
+        """`[..., T, heads, H]`; on a mesh with explicit axes all tokens of a sequence, by head as the weights are."""
+        columns = _names(jax.typeof(projection.kernel[...]).sharding.spec[1])
+        rows = [
+            tuple(axis for axis in _names(entry) if axis not in columns) for entry in jax.typeof(x).sharding.spec[:-1]
+        ]
+        projected = _project(projection, x, _explicit(x, (*rows, columns)))
+        shape = (*x.shape[:-1], projected.shape[-1] // self.attention.head_dim, self.attention.head_dim)
+        heads = _splitting(columns, jax.typeof(x).sharding.mesh.shape, self.attention.num_kv_heads, shape[-2])
+        return jax.lax.reshape(projected, shape, out_sharding=_explicit(x, (*rows[:-1], None, heads, None)))
 
-        out = self.attention(heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x)), step)
-        return self.o_proj(out.reshape(*out.shape[:-2], -1))
+
+def _project(projection: nnx.Linear, x: Array, sharding: NamedSharding | None) -> Array:
+    return projection(x) if sharding is None else projection(x, out_sharding=sharding)
+
+
+def _on_mesh_of(weights: Array, x: Array) -> Array:
+    """`x`, on all devices of the mesh with explicit axes that only the weights name; its gradient needs to know."""
+    mesh = jax.typeof(weights).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types or not jax.typeof(x).sharding.mesh.empty:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def _explicit(x: Array, spec: Sequence[Any]) -> NamedSharding | None:
+    """The sharding by `spec` on the mesh of `x`, if that has explicit axes; None where XLA is to find one."""
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return None
+    return NamedSharding(mesh, PartitionSpec(*(_names(entry) or None for entry in spec)))
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a `PartitionSpec`."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
+def _splitting(axes: tuple[str, ...], sizes: Mapping[str, int], kv_heads: int, heads: int) -> tuple[str, ...]:
+    """The longest prefix of mesh axes that splits heads between key/value heads, or beyond each of these its group."""
+    ways = [math.prod(sizes[axis] for axis in axes[:n]) for n in range(len(axes) + 1)]
+    fits = [kv_heads % way == 0 or (kv_heads in ways and heads % way == 0) for way in ways]
+    return axes[: max(n for n, fit in enumerate(fits) if fit)]

@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Array, Case, build
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_transforms import OURS
 
 import jax_paged_attn as jpa
 from jax_paged_attn import compat
+from jax_paged_attn.nnx import CacheVariable, PagedSelfAttention, StepMetadata
 
 DECODE = Case(
     "sharded", (1,) * 8, (1, 8, 17, 32, 0, 9, 31, 5), "paged_attention", num_heads=16, num_kv_heads=8, head_dim=16,
@@ -262,6 +264,94 @@ def test_a_mesh_that_no_array_names() -> None:
     want = jax.jit(problem.attend)(*problem.operands)
     with jax.set_mesh(mesh_of(x=2, y=4)):
         assert_same(jax.jit(lambda *xs: problem.attend(*xs))(*problem.operands), want)
+
+
+LAYER_SPLITS = {"heads": ({"x": 8}, "x", "x", 8), "more shards than heads": ({"x": 2, "y": 4}, ("x", "y"), "x", 2)}
+
+
+@pytest.mark.parametrize("with_step", [True, False], ids=["step", "no step"])
+@pytest.mark.parametrize("split", LAYER_SPLITS)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_layer_is_partitioned_by_head(kind: AxisType, split: str, with_step: bool) -> None:
+    """Values and gradients of `PagedSelfAttention`, by sums alone; tokens are on no mesh."""
+    sizes, heads, kv_heads, num_kv_heads = LAYER_SPLITS[split]
+    mesh = mesh_of(kind, **sizes)
+    layer = PagedSelfAttention(64, 16, num_kv_heads, 16, use_bias=True, rngs=nnx.Rngs(0))
+    layer.init_cache(num_pages=16, page_size=8, dtype=jnp.float32)
+    step = StepMetadata.whole_sequences(num_seqs=2, length=20, page_size=8) if with_step else None
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(40, 64) if with_step else (2, 20, 64)), jnp.float32)
+    graphdef, cache, weights = nnx.split(layer, CacheVariable, ...)
+
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def run(weights: Any, x: Any, cache: Any) -> Any:
+        layer = nnx.merge(graphdef, cache, weights, copy=True)
+        y = layer(x, step)
+        return (y**2).sum(), (y, nnx.state(layer, CacheVariable))
+
+    def place(path: Any, value: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        by_head = kv_heads if any(part in name for part in ("k_proj", "v_proj", "pages")) else heads
+        if "o_proj" in name:
+            spec = P() if "bias" in name else P(by_head)
+        else:
+            spec = P(
+                *[None] * {"kernel": 1, "bias": 0, "_pages": 2}[re.findall("kernel|bias|_pages", name)[0]], by_head
+            )
+        return jax.device_put(value, NamedSharding(mesh, spec))
+
+    placed = jax.tree_util.tree_map_with_path(place, weights), x, jax.tree_util.tree_map_with_path(place, cache)
+    compiled = jax.jit(run).lower(*placed).compile()
+    got, want = jax.tree.leaves(compiled(*placed)), jax.tree.leaves(jax.jit(run)(weights, x, cache))
+    for mine, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(np.asarray(mine), np.asarray(theirs), rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+    assert set(collectives(compiled)) == {"all-reduce"}
+
+
+@pytest.mark.parametrize("with_step", [True, False], ids=["step", "no step"])
+def test_a_layer_of_fewer_heads_than_shards_of_one_axis(with_step: bool) -> None:
+    """Right, though queries are gathered; also where tokens are split."""
+    mesh = mesh_of(AxisType.Explicit, x=8)
+    layer = PagedSelfAttention(64, 16, 2, 16, rngs=nnx.Rngs(0))
+    layer.init_cache(num_pages=16, page_size=8, dtype=jnp.float32)
+    step = StepMetadata.whole_sequences(num_seqs=2, length=20, page_size=8) if with_step else None
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(40, 64) if with_step else (2, 40, 64)), jnp.float32)
+    graphdef, state = nnx.split(layer)
+    run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, step))
+    specs = {"q_proj": P(None, "x"), "o_proj": P("x")}
+
+    def place(path: Any, value: Any) -> Any:
+        names = [spec for name, spec in specs.items() if name in jax.tree_util.keystr(path)]
+        return jax.device_put(value, NamedSharding(mesh, names[0] if names else P()))
+
+    rows = jax.device_put(x, NamedSharding(mesh, P("x") if with_step else P(None, "x")))
+    placed = jax.tree_util.tree_map_with_path(place, state)
+    for tokens in (x, rows):
+        y = run(placed, tokens)
+        assert y.sharding.is_equivalent_to(NamedSharding(mesh, jax.typeof(tokens).sharding.spec), y.ndim)
+        np.testing.assert_allclose(y, run(state, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_values_are_checked_where_they_are(kind: AxisType) -> None:
+    """`debug` over sharded arrays, eager and jitted, with shards of heads and with sequences split."""
+    problem, mesh = Problem.of(DECODE), mesh_of(kind, x=2, y=4)
+    operands = list(finite(problem.operands))
+    where = problem.operands[-2:]
+    assert [x.ndim for x in where] == [2, 1]
+    wrong = [*operands[:-1], where[1] + np.array([0, 0, 0, 99, 0, 0, 0, 0], np.int32)]
+    specs = problem.specs(rows="x", kv_heads="y", heads="y")
+    with within(mesh), jpa.debug():
+        attend = jax.jit(problem.attend)
+        for values, fine in ((operands, True), (wrong, False)):
+            placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(values, specs, strict=True)]
+            for call in (problem.attend, attend):
+                try:
+                    jax.block_until_ready(call(*placed))
+                    said = ""
+                except (ValueError, jax.errors.JaxRuntimeError) as error:
+                    said = str(error)
+                assert ("lengths: expected 0 to 32 tokens" in said) != fine
+                assert ("got 131 in row 3" in said) != fine
 
 
 # ---- Inside shard_map ------------------------------------------------------------------------------------------------
