@@ -20,9 +20,11 @@ from jax_paged_attn._attention import (
 from jax_paged_attn._cache import PagedKVCache, copy_kv_pages, write_kv_pages
 from jax_paged_attn._cost import Cost, cost_analysis
 from jax_paged_attn._debug import debug
+from jax_paged_attn._donation import check_in_place
 from jax_paged_attn._engines import Explanation
 from jax_paged_attn._explain import explain
 from jax_paged_attn._parallel import context_parallel_attention
+from jax_paged_attn._warnings import PagedAttentionWarning
 
 __version__ = "0.1.0"
 
@@ -35,9 +37,11 @@ __all__ = [
     "OutOfPages",
     "PageAllocator",
     "PageAllocatorError",
+    "PagedAttentionWarning",
     "PagedKVCache",
     "Sequence",
     "StepArrays",
+    "check_in_place",
     "context_parallel_attention",
     "copy_kv_pages",
     "cost_analysis",

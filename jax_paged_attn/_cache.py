@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from jax_paged_attn import _checks, _debug, _primitive, _reference
 from jax_paged_attn._attention import page_scale, paged_attention, ragged_paged_attention
+from jax_paged_attn._donation import warn_of_eager_update
 
 _PAGE_DTYPES = (*_checks.COMPUTE_DTYPES, *_checks.QUANTIZED_DTYPES)
 
@@ -57,6 +58,7 @@ def write_kv_pages(
     slot_mapping = _checks.as_int32("slot_mapping", slot_mapping)
     dims.match("slot_mapping", slot_mapping, "T", ("int32",))
     scales = (page_scale(dims, "k_scale", k_scale, k_pages), page_scale(dims, "v_scale", v_scale, v_pages))
+    warn_of_eager_update("write_kv_pages", k_pages)
     _debug.check_write(k_pages, k, v, slot_mapping, *scales)
     return _primitive.write(k_pages, v_pages, k, v, slot_mapping, *scales)
 
@@ -81,6 +83,7 @@ def copy_kv_pages(k_pages: ArrayLike, v_pages: ArrayLike, src: ArrayLike, dst: A
     src, dst = _checks.as_int32("src", src), _checks.as_int32("dst", dst)
     dims.match("src", src, "n", ("int32",))
     dims.match("dst", dst, "n", ("int32",))
+    warn_of_eager_update("copy_kv_pages", k_pages)
     _debug.check_copy(dims["P"], src, dst)
 
     num_pages = dims["P"]

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from jax_paged_attn import _ffi
+from jax_paged_attn._warnings import warn_once
 
 _log = logging.getLogger("jax_paged_attn")
 
@@ -98,6 +99,7 @@ ENGINES = (
     Engine("cublaslt", platform="cuda"),
     Engine("reference", platform=None),
 )
+_CUDA_ENGINES = [engine for engine in ENGINES if engine.platform == "cuda"]
 _BY_NAME = {engine.name: engine for engine in ENGINES}
 _PROMISING = f"an engine that promises it ({_either([engine.name for engine in ENGINES if engine.batch_invariant])})"
 
@@ -171,3 +173,12 @@ def choose(call: Call, platform: str, implementation: str | None) -> Explanation
         raise ValueError(f"batch_invariant: expected {_PROMISING}, got True where none runs: {rejected}")
     _log.debug("%s on %s: %s (rejected: %s)", call, platform, chosen, rejected)
     return Explanation(chosen, rejected)
+
+
+def choose_to_run(call: Call, platform: str, implementation: str | None) -> str:
+    """The name of the engine that `choose` finds; warns once per cause if none but the reference runs on CUDA."""
+    choice = choose(call, platform, implementation)
+    if platform == "cuda" and choice.engine == "reference" and implementation is None:
+        reasons = "; ".join(f"{engine.name}: {choice.rejected[engine.name]}" for engine in _CUDA_ENGINES)
+        warn_once(reasons, f"paged attention runs on CUDA as plain JAX, which is slow, since no engine can ({reasons})")
+    return choice.engine

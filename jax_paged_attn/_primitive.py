@@ -270,7 +270,7 @@ def _attention_lowering(platform: str | None) -> Callable[..., Any]:
         q, k_pages, *_ = ctx.avals_in
         here = platform or _platform_of(ctx)
         call = describe(q, k_pages, *(parameters[name] for name in ("decode", "batch_invariant", "layout")))
-        engine = _engines.choose(call, here, parameters["implementation"]).engine
+        engine = _engines.choose_to_run(call, here, parameters["implementation"])
         attend = _reference_attention if engine == "reference" else _ffi.ATTENTION[engine]
 
         def impl(*operands: Array, implementation: str | None, **static: Any) -> Sequence[Array]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_paged_attn as jpa
-from jax_paged_attn import _debug, compat
+from jax_paged_attn import _debug, _donation, _engines, _warnings, compat
 
 Arguments = dict[str, Any]
 
@@ -209,17 +210,18 @@ def mapped(arguments: Arguments) -> Any:
     names = ["block_tables", "kv_lens"]
     copies = [jnp.stack([ragged()[name], arguments[name], ragged()[name]]) for name in names]
     rest = {name: x for name, x in arguments.items() if name not in names}
-    return jax.vmap(lambda *x: jpa.ragged_paged_attention(**rest, **dict(zip(names, x, strict=True))))(*copies)
+    attend: Any = jpa.ragged_paged_attention
+    return jax.vmap(lambda *x: attend(**rest, **dict(zip(names, x, strict=True))))(*copies)
 
 
 def scanned(arguments: Arguments) -> Any:
     tables = jnp.stack([ragged()["block_tables"], arguments["block_tables"]])
-    rest = {name: x for name, x in arguments.items() if name != "block_tables"}
-    return jax.lax.scan(
-        lambda q, tables: (q + jpa.ragged_paged_attention(**{**rest, "q": q, "block_tables": tables}), None),
-        arguments["q"],
-        tables,
-    )
+
+    def layer(q: Any, tables: Any) -> Any:
+        changes: Arguments = {"q": q, "block_tables": tables}
+        return q + jpa.ragged_paged_attention(**arguments | changes), None
+
+    return jax.lax.scan(layer, arguments["q"], tables)
 
 
 def in_shard_map(arguments: Arguments) -> Any:
@@ -321,9 +323,10 @@ def step_of(arguments: Arguments) -> Any:
 
     def layer(pools: Any, _: Any) -> Any:
         token = jnp.ones((4, 2, 16))
-        pools = jpa.write_kv_pages(*pools, token, token, jnp.arange(4, dtype=jnp.int32))
-        pools = jpa.copy_kv_pages(*pools, arguments["lengths"], arguments["lengths"])
-        return pools, jpa.paged_attention(arguments["q"], *pools, arguments["block_tables"], arguments["lengths"])
+        k_pages, v_pages = jpa.write_kv_pages(pools[0], pools[1], token, token, jnp.arange(4, dtype=jnp.int32))
+        k_pages, v_pages = jpa.copy_kv_pages(k_pages, v_pages, arguments["lengths"], arguments["lengths"])
+        changes: Arguments = {"k_pages": k_pages, "v_pages": v_pages}
+        return (k_pages, v_pages), jpa.paged_attention(**arguments | changes)
 
     return jax.lax.scan(layer, (arguments["k_pages"], arguments["v_pages"]), length=2)
 
@@ -383,3 +386,87 @@ jpa.copy_kv_pages(pages, pages, ids, ids)
     environment = {**os.environ, "JPA_DEBUG": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1] == "ValueError: dst: expected pages of their own, got 0 in rows 0 and 1"
+
+
+# ---- Warnings of what is slow ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_warnings, "_told", set())
+
+
+def lower_for_cuda(dtype: Any, **keywords: Any) -> None:
+    pages = jax.ShapeDtypeStruct((8, 4, 2, 64), dtype)
+    operands = (jax.ShapeDtypeStruct((3, 4, 64), dtype), pages, pages, *(jnp.zeros(s, jnp.int32) for s in ((3, 2), 3)))
+    attend = jax.jit(lambda *operands: jpa.paged_attention(*operands, **keywords))
+    attend.trace(*operands).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.usefixtures("untold")
+def test_plain_jax_on_cuda_is_told_once_per_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(engine: Any, platform: str) -> str | None:
+        return "no module" if engine.platform == "cuda" else "runs on cpu" if engine.platform else None
+
+    monkeypatch.setattr(_engines.Engine, "missing", missing)
+    lower_for_cuda(jnp.float32, implementation="reference")  # who asks for it knows
+    jpa.explain(lambda arguments: jpa.paged_attention(**arguments), decode(), platform="cuda")
+    with pytest.warns(jpa.PagedAttentionWarning, match=r"plain JAX.*\(fused: no module; cublaslt: no module\)"):
+        lower_for_cuda(jnp.float32)
+    lower_for_cuda(jnp.bfloat16)
+    monkeypatch.setattr(_engines.Engine, "missing", lambda *_: "another reason")
+    monkeypatch.setattr(_engines.ENGINES[-1].__class__, "missing", lambda e, _: e.platform and "another reason")
+    with pytest.warns(jpa.PagedAttentionWarning, match="fused: another reason"):
+        lower_for_cuda(jnp.float32)
+
+
+@pytest.mark.usefixtures("untold")
+def test_a_large_pool_written_outside_of_jit_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages, slots = np.zeros((8, 4, 2, 16), np.float32), np.arange(4, dtype=np.int32)
+    write(pages, slots)
+    monkeypatch.setattr(_donation, "_LARGE", pages.nbytes)
+    jax.jit(write)(pages, slots)
+    with pytest.warns(
+        jpa.PagedAttentionWarning, match="^write_kv_pages: outside of jax.jit it copies both pools"
+    ) as told:
+        write(pages, slots)
+    assert [warning.filename for warning in told] == [__file__]
+    write(pages, slots)
+    with pytest.warns(jpa.PagedAttentionWarning, match="^copy_kv_pages: outside"):
+        jpa.copy_kv_pages(pages, pages, slots, slots)
+
+
+def test_a_compiled_step_tells_whether_it_copies() -> None:
+    cache = jpa.PagedKVCache.create(2, 8, 4, 2, 16, jnp.float32)
+    ones, slots = jnp.ones((4, 2, 16)), jnp.arange(4, dtype=jnp.int32)
+
+    def step(cache: jpa.PagedKVCache) -> Any:
+        return cache.write(0, ones, ones, slots).write(1, ones, ones, slots)
+
+    def reads_old_pages(cache: jpa.PagedKVCache) -> Any:
+        new, seen = step(cache), []
+        for pools in (new, cache):
+            changes: Arguments = {"k_pages": pools.k_pages[0], "v_pages": pools.v_pages[0]}
+            seen.append(jpa.paged_attention(**decode() | changes))
+        return new, seen
+
+    def compiled(step: Any, **options: Any) -> Any:
+        return jax.jit(step, **options).lower(cache).compile()
+
+    jpa.check_in_place(compiled(step, donate_argnums=0), cache)
+    half = lambda cache: jax.tree.map(lambda x: x.astype(jnp.bfloat16), step(cache))  # noqa: E731
+    for wrong in (compiled(step), compiled(half, donate_argnums=0)):
+        with pytest.warns(jpa.PagedAttentionWarning, match="expected results to reuse 16384 bytes of pools, got 0"):
+            jpa.check_in_place(wrong, jax.eval_shape(lambda: cache))
+    with pytest.warns(jpa.PagedAttentionWarning, match=r"got [1-9] of f32\[8,4,2,16\]: .* old pages are used"):
+        jpa.check_in_place(compiled(reads_old_pages, donate_argnums=0), cache)
+    with pytest.raises(ValueError, match="cache: expected arrays of four axes"):
+        jpa.check_in_place(compiled(step), slots)
+
+
+def test_the_examples_of_the_documentation_run() -> None:
+    page = Path(__file__).parent.parent / "docs" / "debugging.md"
+    examples: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(code, examples)
+    assert "lengths: expected 0 to 32 tokens (2 pages of 16), got 33 in row 1" in examples["said"]
