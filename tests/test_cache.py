@@ -245,7 +245,7 @@ def test_write_beyond_2_to_the_31_elements() -> None:
     tokens = np.random.default_rng(0).standard_normal((4, 1, 128), np.float32)
     pool = jax.device_put(zeros, may_alias=True)
     scales = {"k_scale": np.float32(0.02), "v_scale": np.float32(0.01)}
-    new_pools = jpa.write_kv_pages(pool, pool, tokens, tokens, pages * 16 + 5, **scales)
+    new_pools = jax.jit(jpa.write_kv_pages)(pool, pool, tokens, tokens, pages * 16 + 5, **scales)
     for new, scale in zip(new_pools, scales.values(), strict=True):
         want = np.zeros((4, *shape[1:]), np.int8)
         want[:, 5] = oracle.store(tokens[:, None], np.full(1, scale), np.int8)[:, 0]

@@ -279,7 +279,7 @@ def test_context_parallel_has_pages_of_other_devices() -> None:
         return jax.jit(jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P()))(*operands)
 
     rows = ["cu_q_lens", "num_seqs"]
-    for names, right, keywords in ((rows, ragged, {}), ([], decode, {}), ([], decode, {"sliding_window": 9})):
+    for names, right, keywords in ((rows, ragged, {"sliding_window": 9}), ([], decode, {})):
         lengths = "kv_lens" if names else "lengths"
         with jpa.debug():
             assert complaint(lambda: call(names, right(block_tables={(0, 0): -1}), **keywords)) == ""  # noqa: B023
