@@ -94,10 +94,17 @@ class Llama(nnx.Module):
         dtype: DTypeLike | None = None,
         scales: Sequence[tuple[ArrayLike, ArrayLike]] | None = None,
     ) -> None:
-        """Gives every layer a cache of pages in `dtype`, by default that of the computation; scales: (k, v) a layer."""
+        """Gives every layer a cache of pages in `dtype`, by default that of the computation; scales: (k, v) per layer.
+
+        Raises:
+          ValueError: as many scales as layers are expected; see also `PagedAttention.init_cache`.
+        """
+        if scales is not None and len(scales) != len(self.layers):
+            raise ValueError(f"scales: expected one pair for each of {len(self.layers)} layers, got {len(scales)}")
+        dtype = self.dtype if dtype is None else dtype
         for index, layer in enumerate(self.layers):
             k_scale, v_scale = (None, None) if scales is None else scales[index]
-            layer.self_attn.init_cache(num_pages, page_size, dtype or self.dtype, k_scale=k_scale, v_scale=v_scale)
+            layer.self_attn.init_cache(num_pages, page_size, dtype, k_scale=k_scale, v_scale=v_scale)
 
     def int8_scales(self, tokens: Array) -> list[tuple[Array, Array]]:
         """Scales (k, v) of each layer, `[K]`, such that the largest key and value over `tokens [T]` become 127.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,58 +23,15 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from llama import Llama
+from request import Generation, Request, checked_request, integer
 
 from jax_paged_attn import Explanation, OutOfPages, PageAllocator, explain
 from jax_paged_attn.nnx import CacheVariable, StepMetadata
 
+__all__ = ["Engine", "Generation", "Request"]
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is asked for.
-
-    Attributes:
-      prompt: token ids, at least one.
-      max_new_tokens: at most this many are generated.
-      stop_tokens: ids that end the generation; they are not part of the output.
-      temperature: 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature).
-      top_p: draw from the likeliest tokens only that together have this probability.
-      seed: of the draws; the same request gives the same tokens, whatever else is served.
-      on_token: called with each new token.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    stop_tokens: Collection[int] = ()
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    on_token: Callable[[int], None] | None = None
-
-
-@dataclasses.dataclass(eq=False)
-class Generation:
-    """A request and how far it is.
-
-    Attributes:
-      tokens: the prompt, then what was generated.
-      finish_reason: "length", "stop" or "cancelled"; None while there is more to come.
-      preemptions: how often its pages were taken away.
-    """
-
-    request: Request
-    tokens: list[int]
-    finish_reason: str | None = None
-    preemptions: int = 0
-    _sequence: int = -1  # the allocator's id, while admitted
-    _computed: int = 0  # leading tokens that are in the cache
-
-    @property
-    def output(self) -> list[int]:
-        return self.tokens[len(self.request.prompt) :]
-
-    @property
-    def _pending(self) -> int:
-        return len(self.tokens) - self._computed
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+_SMALLEST_FLOAT32 = float(np.finfo(np.float32).tiny)  # of those that are not denormal, which XLA may take for 0
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +57,10 @@ class Engine:
 
     Attributes:
       steps, tokens, preemptions, peak_pages: counted since the engine was made; tokens are generated ones.
-      traces: how often the step was traced: once a bucket.
+      traces: how often the step was traced: once per bucket.
+
+    Raises:
+      ValueError, TypeError: a bad argument; the message names it, what was expected and what came.
     """
 
     def __init__(
@@ -115,17 +75,17 @@ class Engine:
         cache_dtype: DTypeLike | None = None,
         scales: Sequence[tuple[ArrayLike, ArrayLike]] | None = None,
     ):
-        if max_seqs < 1:
-            raise ValueError(f"max_seqs: expected at least 1, got {max_seqs}")
-        if not buckets or min(buckets) < 1 or max(buckets) < max_seqs:
-            raise ValueError(f"buckets: expected sizes with a largest of at least max_seqs = {max_seqs}, got {buckets}")
-        self.max_len = max_len or model.config.max_position_embeddings
+        num_pages = integer("num_pages", num_pages, least=1)
+        page_size = integer("page_size", page_size, least=1)
+        self._max_seqs = integer("max_seqs", max_seqs, least=1)
+        self._buckets = _checked_buckets(buckets, self._max_seqs)
+        context = model.config.max_position_embeddings
+        self.max_len = integer("max_len", context if max_len is None else max_len, least=1)
         self.steps = self.tokens = self.preemptions = self.peak_pages = self.traces = 0
         self._allocator = PageAllocator(num_pages, page_size, share="written")
-        self._max_seqs = max_seqs
         self._table_width = math.ceil(self.max_len / page_size)
-        self._buckets = sorted(buckets)
         self._vocab_size = model.config.vocab_size
+        self._is_stepping = False
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []  # in the order of admission
 
@@ -160,19 +120,10 @@ class Engine:
         """Queues a request.
 
         Raises:
-          ValueError: it could never be served: an empty prompt, ids outside the vocabulary, or more tokens than
-            `max_len` or the whole pool hold.
+          ValueError, TypeError: it could never be served: a field is malformed, see `Request`, or prompt and output
+            need more tokens than `max_len` or the whole pool hold. The message names the field.
         """
-        if not request.prompt:
-            raise ValueError("prompt: expected at least one token, got none")
-        if not all(0 <= token < self._vocab_size for token in request.prompt):
-            raise ValueError(f"prompt: expected token ids in [0, {self._vocab_size})")
-        if request.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {request.max_new_tokens}")
-        if request.temperature < 0 or not 0 < request.top_p <= 1:
-            raise ValueError(
-                f"temperature, top_p: expected at least 0 and in (0, 1], got {request.temperature}, {request.top_p}"
-            )
+        request = checked_request(request, self._vocab_size)
         length = len(request.prompt) + request.max_new_tokens
         room = min(self.max_len, self._allocator.num_pages * self._allocator.page_size)
         if length > room:
@@ -185,12 +136,19 @@ class Engine:
         return generation
 
     def cancel(self, generation: Generation) -> None:
-        """Stops a generation and frees its pages; does nothing if it has finished."""
-        if generation in self._waiting:
-            self._waiting.remove(generation)
-            generation.finish_reason = "cancelled"
-        elif generation in self._running:
-            self._finish(generation, "cancelled")
+        """Stops a generation and frees its pages; does nothing if it has finished.
+
+        Raises:
+          TypeError: it is no `Generation`.
+          ValueError: it is another engine's.
+        """
+        if not isinstance(generation, Generation):
+            raise TypeError(f"generation: expected a Generation, got {type(generation).__name__}")
+        if generation.finish_reason is not None:
+            return
+        if generation not in self._waiting and generation not in self._running:
+            raise ValueError("generation: expected one that this engine's submit() returned, got another engine's")
+        self._finish(generation, "cancelled")
 
     def run(self) -> None:
         """Steps until every request has finished."""
@@ -205,16 +163,35 @@ class Engine:
     # ---- one step
 
     def step(self) -> None:
-        """Runs the model once over as many tokens as fit, and hands out the tokens that it gives."""
-        scheduled = self._schedule()
-        if not scheduled:
-            return
+        """Runs the model once over as many tokens as fit, and hands out the tokens that it gives.
+
+        An `on_token` that raises an `Exception` ends its own request. `KeyboardInterrupt` and `SystemExit` pass
+        through; tokens that were not handed out by then are computed again in the next step.
+
+        Raises:
+          RuntimeError: called by an `on_token`.
+        """
+        if self._is_stepping:
+            raise RuntimeError("step: expected no call from on_token, whose step has not ended")
+        self._is_stepping = True
+        try:
+            scheduled = self._schedule()
+            if scheduled:
+                self._hand_out(scheduled, self._compute(scheduled))
+        finally:
+            self._is_stepping = False
+
+    def _compute(self, scheduled: list[tuple[Generation, int]]) -> list[int]:
+        """Runs the model over the scheduled tokens; the token that follows those of each sequence."""
         total = sum(count for _, count in scheduled)
         bucket = next(size for size in self._buckets if size >= total)
         next_tokens, self._cache = self._forward(self._cache, self._weights, *self._inputs(scheduled, bucket))
         self.steps += 1
         self.peak_pages = max(self.peak_pages, self.pages_in_use)
-        for (generation, count), token in zip(scheduled, np.asarray(next_tokens).tolist(), strict=False):
+        return np.asarray(next_tokens)[: len(scheduled)].tolist()
+
+    def _hand_out(self, scheduled: list[tuple[Generation, int]], next_tokens: list[int]) -> None:
+        for (generation, count), token in zip(scheduled, next_tokens, strict=True):
             if generation.finish_reason is None:  # another one's on_token may have cancelled it
                 self._advance(generation, count, token)
 
@@ -283,11 +260,24 @@ class Engine:
         self.tokens += 1
         if len(generation.output) == request.max_new_tokens:
             self._finish(generation, "length")
-        if request.on_token is not None:
-            request.on_token(next_token)
+        self._call_back(generation, next_token)
+
+    def _call_back(self, generation: Generation, token: int) -> None:
+        """Calls `on_token`, whose exceptions are its own request's end and nobody else's."""
+        if generation.request.on_token is None:
+            return
+        try:
+            generation.request.on_token(token)
+        except Exception as error:
+            generation.error = error
+            self._finish(generation, "error")
 
     def _finish(self, generation: Generation, reason: str) -> None:
-        self._release(generation)
+        """Frees what the generation holds, if it still waits or runs, and says why it ended."""
+        if generation in self._running:
+            self._release(generation)
+        elif generation in self._waiting:
+            self._waiting.remove(generation)
         generation.finish_reason = reason
 
     def _release(self, generation: Generation) -> None:
@@ -319,7 +309,7 @@ class Engine:
             slots[begin:end] = self._allocator.slots(generation._sequence, first, last)
             kv_lens[row] = last
             cu_q_lens[row + 1 :] = end
-            temperature[row] = generation.request.temperature
+            temperature[row] = min(generation.request.temperature, _LARGEST_FLOAT32)
             top_p[row] = generation.request.top_p
             seed[row] = generation.request.seed
         step = StepMetadata(positions, slots, tables, kv_lens, cu_q_lens, np.array(len(scheduled), np.int32))
@@ -336,20 +326,38 @@ class Engine:
         return next_tokens, nnx.state(model, CacheVariable)
 
 
+def _checked_buckets(buckets: Sequence[int], max_seqs: int) -> list[int]:
+    """The sizes in ascending order, each once."""
+    if not isinstance(buckets, Sequence) or isinstance(buckets, str | bytes) or not buckets:
+        raise TypeError(f"buckets: expected a sequence of at least one number of tokens, got {buckets!r}")
+    sizes = sorted({integer(f"buckets[{index}]", size, least=1) for index, size in enumerate(buckets)})
+    if sizes[-1] < max_seqs:
+        raise ValueError(f"buckets: expected a largest of at least max_seqs = {max_seqs}, got {buckets}")
+    return sizes
+
+
 def _sample(logits: Array, lengths: Array | np.ndarray, sampling: _Sampling) -> Array:
     """int32 `[B]` from float32 logits `[B, vocab]`; a draw depends on the request's seed and length alone."""
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     temperature = jnp.asarray(sampling.temperature)
 
     def draw() -> Array:
-        scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
-        descending = jnp.sort(scaled, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = before < jnp.asarray(sampling.top_p)[:, None]
-        least = jnp.min(descending, axis=-1, initial=jnp.inf, where=kept)
+        # The largest becomes 0, so that no temperature divides it to infinity: exp(inf − inf) is NaN.
+        scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
+        scaled /= jnp.maximum(temperature, _SMALLEST_FLOAT32)[:, None]
         keys = jax.vmap(lambda seed, length: jax.random.fold_in(jax.random.key(seed), length))(sampling.seed, lengths)
-        drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(scaled >= least[:, None], scaled, -jnp.inf))
+        drawn = jax.vmap(jax.random.categorical)(keys, _nucleus(scaled, jnp.asarray(sampling.top_p)))
         return jnp.where(temperature > 0, drawn.astype(jnp.int32), greedy)
 
     return jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
+
+
+def _nucleus(logits: Array, top_p: Array) -> Array:
+    """`logits [B, vocab]` with −inf but for the likeliest that together have probability `top_p [B]`, at least one."""
+    descending = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # A top_p of 0, which the smallest become in float32, keeps the best; the rounded sum may pass 1 before the end.
+    kept = (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    least = jnp.min(descending, axis=-1, initial=jnp.inf, where=kept.at[:, 0].set(True))
+    return jnp.where(logits >= least[:, None], logits, -jnp.inf)

@@ -1,6 +1,8 @@
 """Continuous batching: what a request gives does not depend on what is served beside it."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from llama import Llama, LlamaConfig
-from serving import Engine, Generation, Request
+from serving import Engine, Generation, Request, _nucleus, _sample, _Sampling
 
 CONFIG = LlamaConfig(
     vocab_size=97,
@@ -169,27 +171,283 @@ def test_stop_tokens_end_the_output(small_pool: Engine):
     assert stopped.output == free.output[: free.output.index(free.output[4])]
 
 
-BAD_REQUESTS = [
-    (Request([], 1), "prompt"),
-    (Request([97], 1), "token ids"),
-    (Request([1], 0), "max_new_tokens"),
-    (Request([1], 96), "at most 96 tokens"),
-    (Request([1], 1, temperature=-1.0), "temperature"),
-    (Request([1], 1, top_p=0.0), "top_p"),
+# ---- one bad request never stops another
+
+INF, NAN = float("inf"), float("nan")
+MALFORMED = [
+    ("request", None),
+    ("request", {"prompt": [1], "max_new_tokens": 1}),
+    ("prompt", []),
+    ("prompt", None),
+    ("prompt", 1),
+    ("prompt", "ab"),
+    ("prompt", b"ab"),
+    ("prompt", {1: 2}),
+    ("prompt", {1, 2}),
+    ("prompt", [1.5, 2.0]),
+    ("prompt", [1, True]),
+    ("prompt", [1, None]),
+    ("prompt", [[1, 2]]),
+    ("prompt", [97]),
+    ("prompt", [1, -1]),
+    ("prompt", [2**63]),
+    ("prompt", np.array([[1, 2]])),
+    ("prompt", np.array(1)),
+    ("prompt", np.array([1.0, 2.0])),
+    ("prompt", np.array([True, False])),
+    ("prompt", np.array([], np.int32)),
+    ("prompt", np.array([1, 97], np.uint64)),
+    ("prompt", jnp.array([1.0])),
+    ("max_new_tokens", 0),
+    ("max_new_tokens", -1),
+    ("max_new_tokens", 3.5),
+    ("max_new_tokens", "3"),
+    ("max_new_tokens", True),
+    ("max_new_tokens", None),
+    ("max_new_tokens", 10**30),
+    ("stop_tokens", 2),
+    ("stop_tokens", None),
+    ("stop_tokens", "ab"),
+    ("stop_tokens", {1: 2}),
+    ("stop_tokens", [97]),
+    ("stop_tokens", [-1]),
+    ("stop_tokens", {1.5}),
+    ("stop_tokens", [True]),
+    ("stop_tokens", np.array([[1]])),
+    ("temperature", NAN),
+    ("temperature", INF),
+    ("temperature", -1.0),
+    ("temperature", 10**400),
+    ("temperature", None),
+    ("temperature", "0.5"),
+    ("temperature", True),
+    ("temperature", [0.5]),
+    ("top_p", NAN),
+    ("top_p", 0.0),
+    ("top_p", -0.5),
+    ("top_p", 1.5),
+    ("top_p", None),
+    ("top_p", np.ones(1)),
+    ("seed", -1),
+    ("seed", 2**32),
+    ("seed", None),
+    ("seed", 1.5),
+    ("seed", True),
+    ("seed", np.float32(1)),
+    ("on_token", 3),
+    ("on_token", "print"),
 ]
 
 
-@pytest.mark.parametrize(("bad", "message"), BAD_REQUESTS)
-def test_bad_requests_are_refused(small_pool: Engine, bad: Request, message: str):
-    with pytest.raises(ValueError, match=message):
-        small_pool.submit(bad)
+def test_malformed_requests_are_refused_beside_good_ones(small_pool: Engine):
+    requests = [dataclasses.replace(r, prompt=r.prompt[:10], max_new_tokens=9) for r in random_requests(6, seed=8)]
+    expected = [serve(small_pool, [request])[0].output for request in requests]
+    generations = [small_pool.submit(request) for request in requests]
+    for field, value in MALFORMED:
+        bad = value if field == "request" else dataclasses.replace(requests[0], **{field: value})
+        with pytest.raises((ValueError, TypeError), match=rf"^(prompt, )?{field}\b.*expected .*, got ") as refusal:
+            small_pool.submit(bad)
+        assert "\n" not in str(refusal.value)
+        small_pool.step()
+    small_pool.run()
+    assert [generation.output for generation in generations] == expected
+    assert small_pool.pages_in_use == 0
+
+
+def test_too_long_requests_are_refused(model: Llama, small_pool: Engine):
+    with pytest.raises(ValueError, match="at most 96 tokens"):
+        small_pool.submit(Request([1], 96))
+    with pytest.raises(ValueError, match="at most 8 tokens"):
+        make_engine(model, num_pages=2).submit(Request([1] * 5, 4))
     assert not small_pool.has_work
 
 
-def test_bad_engines_are_refused(model: Llama):
-    with pytest.raises(ValueError, match="buckets"):
-        Engine(model, num_pages=4, max_seqs=8, buckets=(4,))
-    with pytest.raises(ValueError, match="max_seqs"):
-        Engine(model, num_pages=4, max_seqs=0)
-    with pytest.raises(ValueError, match="at most 8 tokens"):
-        make_engine(model, num_pages=2).submit(Request([1] * 5, 4))
+@pytest.mark.parametrize(
+    "prompt",
+    [(3, 1, 4), range(3, 6), np.array([3, 1, 4]), np.array([3, 1], np.uint8), jnp.array([3, 1, 4]), [np.int64(3)]],
+    ids=lambda prompt: type(prompt).__name__,
+)
+def test_numbers_of_numpy_and_jax_are_taken(small_pool: Engine, prompt):
+    plain = Request([int(token) for token in prompt], 6, stop_tokens=[5], temperature=0.5, top_p=0.5, seed=7)
+    numbers: dict[str, Any] = {
+        "max_new_tokens": np.int32(6),
+        "stop_tokens": np.array([5]),
+        "temperature": np.float32(0.5),
+        "top_p": jnp.float32(0.5),
+        "seed": np.uint32(7),
+    }
+    one, other = serve(small_pool, [plain, Request(prompt, **numbers)])
+    assert one.output == other.output
+    assert other.request == one.request
+
+
+def test_a_request_is_a_copy(small_pool: Engine):
+    prompt, stop_tokens = [9, 8], set(range(97))
+    generation = small_pool.submit(Request(prompt, 5, stop_tokens=stop_tokens))
+    prompt += [1, 2, 3]
+    stop_tokens.clear()
+    small_pool.run()
+    assert (generation.output, generation.finish_reason) == ([], "stop")
+
+
+class Refusal(Exception):
+    pass
+
+
+def test_an_on_token_that_raises_ends_its_own_request(small_pool: Engine):
+    requests = random_requests(3, seed=9)
+    expected = [serve(small_pool, [request])[0].output for request in requests]
+    seen: list[int] = []
+
+    def fail(token: int) -> None:
+        seen.append(token)
+        if len(seen) == 3:
+            raise Refusal(token)
+
+    def fail_at_the_end(token: int) -> None:
+        if last.finish_reason is not None:
+            raise Refusal(token)
+
+    failing = small_pool.submit(Request([1, 2], 9, on_token=fail))
+    last = small_pool.submit(Request([1, 2], 4, on_token=fail_at_the_end))
+    generations = serve(small_pool, requests)
+    assert [generation.output for generation in generations] == expected
+    assert failing.output == seen == last.output[:3]
+    for generation, length in ((failing, 3), (last, 4)):
+        assert generation.finish_reason == "error"
+        assert isinstance(generation.error, Refusal)
+        assert len(generation.output) == length
+    assert all(generation.error is None for generation in generations)
+    assert small_pool.pages_in_use == 0
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_interrupts_pass_through_and_nothing_is_lost(small_pool: Engine, kind: type[BaseException]):
+    requests = [dataclasses.replace(r, prompt=r.prompt[:10], max_new_tokens=8) for r in random_requests(5, seed=10)]
+    expected = [serve(small_pool, [request])[0].output for request in requests]
+    seen: list[list[int]] = [[] for _ in requests]
+
+    def interrupt(index: int, token: int) -> None:
+        seen[index].append(token)
+        if index == 1 and len(seen[index]) in (1, 4):
+            raise kind
+
+    generations = [
+        small_pool.submit(dataclasses.replace(request, on_token=functools.partial(interrupt, index)))
+        for index, request in enumerate(requests)
+    ]
+    interrupts = 0
+    while small_pool.has_work:
+        try:
+            small_pool.run()
+        except kind:
+            interrupts += 1
+    assert interrupts == 2
+    assert [generation.output for generation in generations] == expected == seen
+    assert small_pool.pages_in_use == 0
+
+
+def test_an_on_token_may_cancel_and_submit_but_not_step(small_pool: Engine):
+    expected = serve(small_pool, [Request([5], 6)])[0].output
+    later: list[Generation] = []
+
+    def meddle(token: int) -> None:
+        small_pool.cancel(victim)  # of the same step, whose token of this step is dropped
+        small_pool.cancel(waiting)
+        later.append(small_pool.submit(Request([5], 6)))
+        if len(later) == 2:
+            small_pool.cancel(meddler)
+            raise Refusal
+
+    meddler = small_pool.submit(Request([5], 6, on_token=meddle))
+    victim = small_pool.submit(Request([6], 6))
+    stepping = small_pool.submit(Request([7], 6, on_token=lambda token: small_pool.step()))
+    bystander = small_pool.submit(Request([5], 6))
+    others = [small_pool.submit(Request([5], 6)) for _ in range(2)]
+    waiting = small_pool.submit(Request([5], 6))  # there are 6 rows
+    small_pool.run()
+    assert (meddler.finish_reason, meddler.output) == ("error", expected[:2])
+    assert isinstance(meddler.error, Refusal)
+    assert (victim.finish_reason, victim.output) == ("cancelled", [])
+    assert (waiting.finish_reason, waiting.output) == ("cancelled", [])
+    assert (stepping.finish_reason, len(stepping.output)) == ("error", 1)
+    assert isinstance(stepping.error, RuntimeError)
+    assert [generation.output for generation in (bystander, *others, *later)] == [expected] * 5
+    assert small_pool.pages_in_use == 0
+
+
+# ---- sampling
+
+
+LOGITS = np.linspace(-3.0, 3.0, 8, dtype=np.float32)[[4, 1, 6, 2, 5, 7, 0, 3]][None]  # the best is 5
+
+
+def sample(temperature: float, top_p: float, seeds: int = 64) -> list[int]:
+    rows = (seeds, LOGITS.shape[1])
+    options = (np.full(seeds, temperature, np.float32), np.full(seeds, top_p, np.float32))
+    sampling = _Sampling(*options, np.arange(seeds, dtype=np.uint32))
+    return np.asarray(_sample(jnp.broadcast_to(LOGITS, rows), np.full(seeds, 3, np.int32), sampling)).tolist()
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 1e-38, 1e-46])
+def test_the_smallest_top_p_keeps_the_best_token(top_p: float):
+    assert sample(1.0, top_p) == [5] * 64
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-38, 1e-42])
+def test_the_smallest_temperature_is_greedy(temperature: float):
+    assert sample(temperature, 1.0) == [5] * 64
+
+
+def test_the_largest_temperature_is_uniform(small_pool: Engine):
+    assert set(sample(float(np.finfo(np.float32).max), 1.0, seeds=256)) == set(range(8))
+    hottest = serve(small_pool, [Request([1, 2], 30, temperature=1e300)])[0]
+    assert len(set(hottest.output)) > 15
+
+
+def test_a_top_p_of_one_keeps_every_token():
+    # In float32 the sum of 4096 probabilities passes 1 before the last of them.
+    logits = jnp.sin(jnp.arange(4096.0))[None]
+    np.testing.assert_array_equal(_nucleus(logits, jnp.ones(1)), logits)
+    half = np.asarray(_nucleus(logits, jnp.full(1, 0.5)))[0]
+    probabilities = np.asarray(jax.nn.softmax(logits[0]))
+    assert 0.5 <= probabilities[np.isfinite(half)].sum() < 0.502
+
+
+# ---- the engine's arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_seqs": 0}, "max_seqs: expected an integer of at least 1, got 0"),
+        ({"max_seqs": True}, "max_seqs: expected an integer, got True"),
+        ({"max_seqs": 2.0}, "max_seqs: expected an integer, got 2.0"),
+        ({"max_len": 0}, "max_len: expected an integer of at least 1, got 0"),
+        ({"max_len": -5}, "max_len"),
+        ({"page_size": 0}, "page_size"),
+        ({"page_size": True}, "page_size"),
+        ({"num_pages": 0}, "num_pages"),
+        ({"num_pages": None}, "num_pages"),
+        ({"buckets": (4,)}, "buckets: expected a largest of at least max_seqs = 8"),
+        ({"buckets": ()}, "buckets"),
+        ({"buckets": None}, "buckets"),
+        ({"buckets": 64}, "buckets"),
+        ({"buckets": "88"}, "buckets"),
+        ({"buckets": (0, 8)}, r"buckets\[0\]: expected an integer of at least 1, got 0"),
+        ({"buckets": (8, 64.0)}, r"buckets\[1\]: expected an integer, got 64.0"),
+        ({"scales": [(1.0, 1.0)]}, "scales: expected one pair for each of 2 layers, got 1"),
+    ],
+)
+def test_bad_engines_are_refused(model: Llama, options: dict[str, Any], message: str):
+    with pytest.raises((ValueError, TypeError), match=message):
+        Engine(model, **{"num_pages": 4, "max_seqs": 8, **options})
+
+
+def test_only_its_own_generations_can_be_cancelled(model: Llama, small_pool: Engine):
+    other = make_engine(model, num_pages=4).submit(Request([1], 2))
+    with pytest.raises(ValueError, match="another engine's"):
+        small_pool.cancel(other)
+    with pytest.raises(TypeError, match="expected a Generation, got int"):
+        small_pool.cancel(0)  # pyright: ignore[reportArgumentType]
+    assert other.finish_reason is None
