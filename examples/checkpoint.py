@@ -7,34 +7,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax.numpy as jnp
-import tokenizers
 from flax import nnx
+from hf_files import CheckpointError, Fields, read_json, read_tensors
 from jax import Array
 from jax.typing import DTypeLike
 from llama import Llama, LlamaConfig
-from safetensors import safe_open
 from safetensors.flax import save_file
+from tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 
 from jax_paged_attn.nnx import Llama3RopeScaling
 
+__all__ = [
+    "ByteTokenizer",
+    "Checkpoint",
+    "CheckpointError",
+    "FileTokenizer",
+    "Tokenizer",
+    "config_from_hf",
+    "config_to_hf",
+    "load",
+    "save",
+]
 
-class CheckpointError(ValueError):
-    """A folder that holds no checkpoint that this model can run; the message names the file and what was expected."""
-
-
-class Tokenizer(Protocol):
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with what a text begins with."""
-        ...
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text without special tokens; U+FFFD where a character is incomplete."""
-        ...
+_DTYPES = ("float32", "float16", "bfloat16")
+# Of `transformers.LlamaConfig`, for files that leave the field out.
+_DEFAULT_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,32 +44,6 @@ class Checkpoint:
 
     model: Llama
     tokenizer: Tokenizer
-
-
-class ByteTokenizer:
-    """UTF-8 bytes; a text begins with byte `bos`, which `decode` leaves out."""
-
-    def __init__(self, bos: int):
-        self._bos = bos
-
-    def encode(self, text: str) -> list[int]:
-        return [self._bos, *text.encode()]
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(t for t in tokens if t != self._bos).decode(errors="replace")
-
-
-class FileTokenizer:
-    """A tokenizer.json, run by the `tokenizers` library."""
-
-    def __init__(self, path: Path):
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
 def load(folder: Path, *, dtype: DTypeLike | None = None, implementation: str | None = None) -> Checkpoint:
@@ -80,37 +55,54 @@ def load(folder: Path, *, dtype: DTypeLike | None = None, implementation: str | 
       implementation: engine of every attention; None for the best one.
 
     Raises:
-      CheckpointError: a file is missing or is not a Llama's.
+      CheckpointError: a file is missing, is damaged, or is not a Llama's; the message is one line that names it.
     """
-    data = _read_json(folder / "config.json")
-    config = config_from_hf(data, folder / "config.json")
-    if (folder / "generation_config.json").exists():  # instruction-tuned models end their turns with tokens named here
-        more = _token_ids(_read_json(folder / "generation_config.json").get("eos_token_id"))
-        config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more))))
-    dtype = jnp.dtype(dtype or data.get("dtype") or data.get("torch_dtype") or "float32")
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a folder, got {'a file' if folder.exists() else 'none'}")
+    source = folder / "config.json"
+    data = read_json(source)
+    config = config_from_hf(data, source)
+    generation_file = folder / "generation_config.json"
+    if generation_file.exists():
+        config = _with_stop_tokens_of(Fields(read_json(generation_file), generation_file), config, data)
+    if dtype is None:
+        dtype = _dtype(Fields(data, source))
 
     def build() -> Llama:
         return Llama(config, dtype=dtype, param_dtype=dtype, implementation=implementation, rngs=nnx.Rngs(0))
 
     model = nnx.eval_shape(build)
-    weights = nnx.state(model, nnx.Param)
-    by_name = {_hf_name(path): (path, variable) for path, variable in nnx.to_flat_state(weights)}
+    _load_weights(model, folder, jnp.dtype(dtype))
+    return Checkpoint(model, _tokenizer(folder, config))
+
+
+def _load_weights(model: Llama, folder: Path, dtype: jnp.dtype) -> None:
+    """Puts the folder's tensors in the place of the model's abstract weights."""
+    by_name = {_hf_name(path): (path, variable) for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    missing = dict.fromkeys(by_name)
     loaded: dict[tuple[Any, ...], Any] = {}
-    for name, tensor in _tensors(folder):
+    for file, name, tensor in read_tensors(folder):
         if name not in by_name:
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
                 continue  # what older files repeat
-            raise CheckpointError(f"{folder}: unexpected tensor {name!r}")
-        path, variable = by_name.pop(name)
+            raise CheckpointError(f"{file}: unexpected tensor {name!r}")
+        if name not in missing:
+            raise CheckpointError(f"{file}: {name!r}: expected in one file, got it in a second one")
+        del missing[name]
+        path, variable = by_name[name]
         if path[-1] == "kernel":
             tensor = tensor.T
         if tensor.shape != variable.shape:
-            raise CheckpointError(f"{folder}: {name!r}: expected shape {variable.shape}, got {tensor.shape}")
+            raise CheckpointError(f"{file}: {name!r}: expected shape {variable.shape}, got {tensor.shape}")
+        if tensor.dtype.name not in _DTYPES:
+            raise CheckpointError(f"{file}: {name!r}: expected {' or '.join(_DTYPES)}, got {tensor.dtype}")
         loaded[path] = variable.replace(tensor.astype(dtype))
-    if by_name:
-        raise CheckpointError(f"{folder}: missing tensors: {', '.join(sorted(by_name))}")
+    if missing:
+        first = ", ".join(sorted(missing)[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(f"{folder}: missing tensors: {first}{more}")
     nnx.update(model, nnx.from_flat_state(loaded))
-    return Checkpoint(model, _tokenizer(folder, config))
 
 
 def save(model: Llama, folder: Path, *, dtype: DTypeLike = jnp.bfloat16) -> None:
@@ -126,37 +118,48 @@ def save(model: Llama, folder: Path, *, dtype: DTypeLike = jnp.bfloat16) -> None
 
 
 def config_from_hf(data: dict[str, Any], source: Path) -> LlamaConfig:
-    """The config of a Hugging Face config.json, old (`rope_scaling`) or new (`rope_parameters`)."""
-    expected = {"model_type": "llama", "hidden_act": "silu"}
-    for key, value in expected.items():
-        if data.get(key, value) != value:
-            raise CheckpointError(f"{source}: {key}: expected {value!r}, got {data[key]!r}")
-    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise CheckpointError(f"{source}: rope type: expected 'default' or 'llama3', got {kind!r}")
-    try:
-        heads = data["num_attention_heads"]
-        return LlamaConfig(
-            vocab_size=data["vocab_size"],
-            hidden_size=data["hidden_size"],
-            intermediate_size=data["intermediate_size"],
-            num_hidden_layers=data["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=data.get("num_key_value_heads") or heads,
-            head_dim=data.get("head_dim") or data["hidden_size"] // heads,
-            max_position_embeddings=data["max_position_embeddings"],
-            rms_norm_eps=data.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta", data.get("rope_theta", 10000.0))),
-            rope_scaling=_rope_scaling(rope) if kind == "llama3" else None,
-            attention_bias=data.get("attention_bias", False),
-            mlp_bias=data.get("mlp_bias", False),
-            tie_word_embeddings=data.get("tie_word_embeddings", False),
-            bos_token_id=data.get("bos_token_id"),
-            eos_token_ids=_token_ids(data.get("eos_token_id")),
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{source}: missing {error.args[0]!r}") from error
+    """The config of a Hugging Face config.json, old (`rope_scaling`) or new (`rope_parameters`).
+
+    A field that is missing or null has the default of `transformers.LlamaConfig`. Only for the ids of tokens the two
+    differ, as there: null means that there is none.
+
+    Raises:
+      CheckpointError: a field has a value that no Llama has.
+    """
+    fields = Fields(data, source)
+    fields.choice("model_type", ("llama",), "llama")
+    fields.choice("hidden_act", ("silu",), "silu")
+    vocab_size = fields.integer("vocab_size")
+    hidden_size = fields.integer("hidden_size")
+    heads = fields.integer("num_attention_heads")
+    kv_heads = fields.integer("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads = {heads}")
+    head_dim = fields.integer("head_dim", None)
+    if head_dim is None and hidden_size % heads:
+        raise fields.error("hidden_size", f"a multiple of num_attention_heads = {heads}, as there is no head_dim")
+    head_dim = head_dim or hidden_size // heads
+    if head_dim % 2:
+        raise CheckpointError(f"{source}: head_dim: expected an even number, got {head_dim}")
+    rope = fields.section("rope_scaling" if data.get("rope_parameters") is None else "rope_parameters")
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_hidden_layers=fields.integer("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=fields.integer("max_position_embeddings", 2048),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rope_theta=rope.number("rope_theta", fields.number("rope_theta", 10000.0)),
+        rope_scaling=_rope_scaling(rope),
+        attention_bias=fields.boolean("attention_bias", False),
+        mlp_bias=fields.boolean("mlp_bias", False),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        bos_token_id=next(iter(_token_ids(fields, "bos_token_id", vocab_size)), None),
+        eos_token_ids=_token_ids(fields, "eos_token_id", vocab_size),
+    )
 
 
 def config_to_hf(config: LlamaConfig, dtype: jnp.dtype) -> dict[str, Any]:
@@ -175,14 +178,35 @@ def config_to_hf(config: LlamaConfig, dtype: jnp.dtype) -> dict[str, Any]:
     }
 
 
-def _rope_scaling(rope: dict[str, Any]) -> Llama3RopeScaling:
-    return Llama3RopeScaling(**{field.name: rope[field.name] for field in dataclasses.fields(Llama3RopeScaling)})
+def _rope_scaling(rope: Fields) -> Llama3RopeScaling | None:
+    """Checks the kind of rotary embeddings; None for the plain one."""
+    kind = rope.choice("rope_type" if "rope_type" in rope else "type", ("default", "llama3"), "default")
+    if kind == "default":
+        return None
+    original = rope.integer("original_max_position_embeddings")
+    factors = {name: rope.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+    if factors["low_freq_factor"] >= factors["high_freq_factor"]:
+        raise rope.error("low_freq_factor", f"less than high_freq_factor = {factors['high_freq_factor']}")
+    return Llama3RopeScaling(**factors, original_max_position_embeddings=original)
 
 
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+def _with_stop_tokens_of(generation: Fields, config: LlamaConfig, data: dict[str, Any]) -> LlamaConfig:
+    """Adds the end tokens of generation_config.json, where instruction-tuned models name those of their turns."""
+    named = generation.token_ids("eos_token_id", config.vocab_size)
+    if named and "eos_token_id" not in data:  # a default counts where neither file names any
+        return dataclasses.replace(config, eos_token_ids=named)
+    return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *named))))
+
+
+def _token_ids(fields: Fields, name: str, vocab_size: int) -> tuple[int, ...]:
+    if name in fields:
+        return fields.token_ids(name, vocab_size)
+    return tuple(token for token in (_DEFAULT_TOKENS[name],) if token < vocab_size)
+
+
+def _dtype(fields: Fields) -> str:
+    """The dtype that config.json names, under its new or its old name."""
+    return fields.choice("dtype", _DTYPES, fields.choice("torch_dtype", _DTYPES, "float32"))
 
 
 def _hf_name(path: tuple[Any, ...]) -> str:
@@ -192,30 +216,9 @@ def _hf_name(path: tuple[Any, ...]) -> str:
     return ".".join([*prefix, *map(str, modules), "bias" if leaf == "bias" else "weight"])
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Array]]:
-    """Every tensor of the folder, one in memory at a time."""
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    for name in names:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: not found")
-        with safe_open(folder / name, framework="flax") as file:
-            for key in file.keys():  # noqa: SIM118 (the file is no dict)
-                yield key, file.get_tensor(key)
-
-
 def _tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer:
-    if (folder / "tokenizer.json").is_file():
+    if (folder / "tokenizer.json").exists():
         return FileTokenizer(folder / "tokenizer.json")
     if config.vocab_size == 256 and config.bos_token_id is not None:
         return ByteTokenizer(config.bos_token_id)
     raise CheckpointError(f"{folder / 'tokenizer.json'}: not found, and the vocabulary is not bytes")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: not found") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error

@@ -13,16 +13,21 @@ import functools
 import math
 from pathlib import Path
 
-import checkpoint
-import corpus
+import command_line
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
-from llama import Llama
 
-from jax_paged_attn.nnx import CacheVariable, StepMetadata
+try:
+    import checkpoint
+    import corpus
+    from flax import nnx
+    from llama import Llama
+
+    from jax_paged_attn.nnx import CacheVariable, StepMetadata
+except ModuleNotFoundError as error:
+    command_line.fail_without(error)
 
 
 def windows(stream: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -48,8 +53,16 @@ def bits_per_byte(
       paged: whether attention goes through the paged cache.
       context: length of the windows; by default the model's.
       batch: windows at a time.
+
+    Raises:
+      ValueError: fewer than 2 bytes, a context below 2, or no windows at a time.
     """
-    context = context or model.config.max_position_embeddings
+    context = model.config.max_position_embeddings if context is None else context
+    if len(stream) < 2 or context < 2 or batch < 1:
+        raise ValueError(
+            "stream, context, batch: expected at least 2 bytes, 2 bytes and 1 window, "
+            f"got {len(stream)}, {context} and {batch}"
+        )
     inputs, targets, weights = windows(stream, context)
     bits = 0.0
     step = None
@@ -114,10 +127,10 @@ def main() -> None:
         model = checkpoint.load(arguments.model, dtype="float32").model
         if model.config.vocab_size != 256:
             raise checkpoint.CheckpointError(f"{arguments.model}: expected a vocabulary of 256 bytes")
-    except checkpoint.CheckpointError as error:
-        parser.error(str(error))
+        heldout = corpus.token_stream(corpus.heldout_documents())
+    except (OSError, ValueError) as error:
+        command_line.fail(error)
 
-    heldout = corpus.token_stream(corpus.heldout_documents())
     training = corpus.token_stream(corpus.training_and_validation_documents()[0])
     print(f"held-out text of {len(heldout):,} bytes; bits a byte:")
     print(f"  paged cache   {bits_per_byte(model, heldout, paged=True):.4f}")

@@ -9,18 +9,24 @@ import math
 import time
 from pathlib import Path
 
+import command_line
 import jax
 import jax.numpy as jnp
-from checkpoint import ByteTokenizer, CheckpointError, Tokenizer, load
-from rich.console import Console, Group
-from rich.live import Live
-from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
-from rich.text import Text
-from serving import Engine, Generation, Request
 
 import jax_paged_attn
+
+try:
+    from checkpoint import ByteTokenizer, Tokenizer, load
+    from request import Generation, Request
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.panel import Panel
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Table
+    from rich.text import Text
+    from serving import Engine
+except ModuleNotFoundError as error:
+    command_line.fail_without(error)
 
 DOCUMENTATION_PROMPTS = (
     'The "with" statement is used to wrap the execution of a block with ',
@@ -49,9 +55,24 @@ class Stream:
     generation: Generation
     printed: bool = False
 
+    def __post_init__(self):
+        self._restart()
+
     @property
     def text(self) -> str:
-        return self.tokenizer.decode(self.generation.output).rstrip("\ufffd")
+        """What may be shown: whole characters, none of which is taken back. The tokens since last time are added."""
+        output = self.generation.output
+        if output[: len(self._taken)] != self._taken:
+            self._restart()  # with the same prompt, but another output
+        for token in output[len(self._taken) :]:
+            self._taken.append(token)
+            self._text += self._stream.add(token)
+        return self._text + self._stream.rest() if self.generation.finish_reason else self._text
+
+    def _restart(self) -> None:
+        self._stream = self.tokenizer.stream(self.tokenizer.encode(self.prompt))
+        self._taken: list[int] = []
+        self._text = ""
 
     @property
     def title(self) -> str:
@@ -136,47 +157,48 @@ def summary(engine: Engine, streams: list[Stream], seconds: float) -> Group:
     return Group(table, *map(Text, lines))
 
 
-def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Serves several prompts together over one paged key/value cache.")
-    positive = functools.partial(_number, int, 1)
+    positive = functools.partial(command_line.number, int, 1)
     parser.add_argument(
         "--model",
         type=Path,
         default=Path(__file__).parent / "checkpoint",
         help="folder of a Llama in Hugging Face's layout; by default the small byte-level one of this repository",
     )
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated; by default a few examples")
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=240, metavar="N", help="a request, default %(default)s"
+        "--prompt",
+        type=command_line.text,
+        action="append",
+        metavar="TEXT",
+        help="may be repeated; by default a few examples",
     )
     parser.add_argument(
-        "--page-size", type=positive, default=16, metavar="N", help="tokens a page, default %(default)s"
+        "--max-new-tokens", type=positive, default=240, metavar="N", help="per request, default %(default)s"
+    )
+    parser.add_argument(
+        "--page-size", type=positive, default=16, metavar="N", help="tokens per page, default %(default)s"
     )
     parser.add_argument("--num-pages", type=positive, metavar="N", help="by default enough for all requests at once")
     parser.add_argument(
-        "--max-seqs", type=positive, default=8, metavar="N", help="requests a step, default %(default)s"
+        "--max-seqs", type=positive, default=8, metavar="N", help="requests per step, default %(default)s"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="by default f32 on CPUs, elsewhere the checkpoint's")
     parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="by default as --dtype")
     parser.add_argument(
-        "--temperature", type=functools.partial(_number, float, 0), default=0.7, help="0 is greedy, default %(default)s"
+        "--temperature",
+        type=functools.partial(command_line.number, float, 0),
+        default=0.7,
+        help="0 is greedy, default %(default)s",
     )
-    parser.add_argument("--top-p", type=functools.partial(_number, float, 0), default=0.9, help="default %(default)s")
-    parser.add_argument("--seed", type=functools.partial(_number, int, 0), default=3, help="default %(default)s")
+    share = functools.partial(command_line.number, float, 0, most=1)
+    parser.add_argument("--top-p", type=share, default=0.9, help="default %(default)s")
+    seed = functools.partial(command_line.number, int, 0, most=2**32 - 1)
+    parser.add_argument("--seed", type=seed, default=3, help="of the first prompt, default %(default)s")
     arguments = parser.parse_args()
     if arguments.cache_dtype in DTYPES and arguments.dtype not in (None, arguments.cache_dtype):
         parser.error(f"--cache-dtype {arguments.cache_dtype}: expected --dtype to be the same, or an 8-bit cache")
-    return parser, arguments
-
-
-def _number(kind: type, least: float, text: str) -> float:
-    try:
-        value = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-    if not (value >= least and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"expected at least {least}, got {text}")
-    return value
+    return arguments
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Engine, list[Stream]]:
@@ -210,21 +232,21 @@ def prepare(arguments: argparse.Namespace) -> tuple[Engine, list[Stream]]:
             stop_tokens=model.config.eos_token_ids,
             temperature=arguments.temperature,
             top_p=arguments.top_p,
-            seed=arguments.seed + index,
+            seed=(arguments.seed + index) % 2**32,
         )
         streams.append(Stream(text, tokenizer, engine.submit(request)))
     return engine, streams
 
 
 def main() -> None:
-    parser, arguments = parse_arguments()
+    arguments = parse_arguments()
     console = Console(highlight=False)
     try:
         with console.status("loading and compiling"):
             engine, streams = prepare(arguments)
             engine.warm_up()
-    except (CheckpointError, ValueError) as error:
-        parser.error(str(error))
+    except ValueError as error:
+        command_line.fail(error)
     seconds = Display(console, engine, streams).run()
     console.print(summary(engine, streams, seconds))
 

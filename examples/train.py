@@ -15,16 +15,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-import corpus
+import command_line
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from evaluate import bits_per_byte
-from flax import nnx
 from jax import Array
-from llama import Llama, LlamaConfig
+
+try:
+    import checkpoint
+    import corpus
+    import optax
+    from evaluate import bits_per_byte
+    from flax import nnx
+    from llama import Llama, LlamaConfig
+except ModuleNotFoundError as error:
+    command_line.fail_without(error)
 
 MODEL = LlamaConfig(
     vocab_size=256,
@@ -145,8 +150,14 @@ def _train_step(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the byte-level example checkpoint.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "checkpoint", help="folder to write")
-    parser.add_argument("--steps", type=int, default=TrainConfig.steps)
+    steps = functools.partial(command_line.number, int, 1)
+    parser.add_argument("--steps", type=steps, default=TrainConfig.steps, metavar="N", help="default %(default)s")
     arguments = parser.parse_args()
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)  # now, and not after an hour
+        corpus.heldout_documents()
+    except (OSError, ValueError) as error:
+        command_line.fail(error)
 
     started = time.perf_counter()
     model, validation_bits = train(MODEL, TrainConfig(steps=arguments.steps))

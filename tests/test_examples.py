@@ -2,12 +2,18 @@
 
 import dataclasses
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import checkpoint
 import corpus
+import evaluate
 import generate
 import jax
 import jax.numpy as jnp
@@ -92,48 +98,193 @@ def test_shards_and_tokenizer_file(tmp_path: Path):
     assert loaded.tokenizer.decode([1, 2]) == "paged attention"
 
 
-def test_the_byte_tokenizer_round_trips():
-    tokenizer = checkpoint.ByteTokenizer(bos=0)
-    tokens = tokenizer.encode("naïve →")
-    assert tokens[0] == 0
-    assert tokenizer.decode(tokens) == "naïve →"
-    assert tokenizer.decode(tokens[:4]) == "na\ufffd"
+def folder_with(path: Path, **changes: object) -> Path:
+    """A checkpoint whose config.json has these fields changed, or left out where the value is `...`."""
+    checkpoint.save(small_model(), path)
+    config = {**json.loads((path / "config.json").read_text()), **changes}
+    (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    return path
 
 
-def test_broken_checkpoints_are_named(tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"config\.json: not found"):
-        checkpoint.load(tmp_path)
-    checkpoint.save(small_model(), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
-    def write_config(**changes: object) -> None:
-        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
 
-    write_config(model_type="mistral")
-    with pytest.raises(CheckpointError, match="model_type: expected 'llama', got 'mistral'"):
-        checkpoint.load(tmp_path)
-    write_config(rope_scaling={"rope_type": "yarn", "factor": 2.0})
-    with pytest.raises(CheckpointError, match="rope type"):
-        checkpoint.load(tmp_path)
-    write_config(num_hidden_layers=3)
-    with pytest.raises(CheckpointError, match=r"missing tensors: model\.layers\.2\.input_layernorm\.weight"):
-        checkpoint.load(tmp_path)
-    write_config(num_hidden_layers=1)
-    with pytest.raises(CheckpointError, match=r"unexpected tensor 'model\.layers\.1\."):
-        checkpoint.load(tmp_path)
-    write_config(intermediate_size=40)
-    with pytest.raises(CheckpointError, match=r"expected shape \(.*40.*\), got"):
-        checkpoint.load(tmp_path)
-    write_config(bos_token_id=None)
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not found"):
-        checkpoint.load(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not JSON"):
-        checkpoint.load(tmp_path)
-    write_config()
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: not found"):
-        checkpoint.load(tmp_path)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral"}, "model_type: expected 'llama', got 'mistral'"),
+        ({"hidden_act": 3}, "hidden_act: expected 'silu', got 3"),
+        ({"vocab_size": ...}, "vocab_size: expected an integer of at least 1, got no such field"),
+        ({"vocab_size": "256"}, "vocab_size: expected an integer of at least 1, got '256'"),
+        ({"hidden_size": 0}, "hidden_size: expected an integer of at least 1, got 0"),
+        ({"hidden_size": None}, "hidden_size: expected an integer of at least 1, got null"),
+        ({"hidden_size": 10**30}, "hidden_size: expected an integer"),
+        ({"hidden_size": 30, "head_dim": None}, "hidden_size: expected a multiple of num_attention_heads = 4"),
+        ({"intermediate_size": [48]}, r"intermediate_size: expected an integer of at least 1, got \[48\]"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers: expected an integer of at least 1, got 2.5"),
+        ({"num_attention_heads": True}, "num_attention_heads: expected an integer of at least 1, got true"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads: expected an integer of at least 1, got 0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of num_attention_heads = 4, got 3"),
+        ({"head_dim": 0}, "head_dim: expected an integer of at least 1, got 0"),
+        ({"head_dim": 7}, "head_dim: expected an even number, got 7"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings: expected an integer of at least 1, got 0"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: expected a positive number, got '1e-5'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a positive number, got NaN"),
+        ({"rope_theta": 0}, "rope_theta: expected a positive number, got 0"),
+        ({"rope_theta": -1.0}, "rope_theta: expected a positive number, got -1.0"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters: rope_theta: expected a positive number, got 0"),
+        ({"rope_scaling": "llama3"}, "rope_scaling: expected an object, got 'llama3'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn"}},
+            "rope_scaling: rope_type: expected 'default' or 'llama3', got 'yarn'",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: type: expected 'default' or 'llama3', got 'linear'"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling: original_max_position_embeddings: expected"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "factor": 0}}, "rope_scaling: factor: expected a positive number, got 0"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 4}}, "low_freq_factor: expected less than"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: expected true or false, got 'false'"),
+        ({"attention_bias": 0}, "attention_bias: expected true or false, got 0"),
+        ({"eos_token_id": 256}, r"eos_token_id: expected token ids in \[0, 256\), got 256"),
+        ({"eos_token_id": ["2"]}, "eos_token_id: expected token ids"),
+        ({"bos_token_id": -1}, "bos_token_id: expected token ids"),
+        ({"torch_dtype": "int8"}, "torch_dtype: expected 'float32' or 'float16' or 'bfloat16', got 'int8'"),
+        ({"torch_dtype": 16}, "torch_dtype: expected"),
+        ({"num_hidden_layers": 3}, r"missing tensors: model\.layers\.2\.input_layernorm\.weight, .* and 6 more"),
+        ({"num_hidden_layers": 1}, r"model\.safetensors: unexpected tensor 'model\.layers\.1\."),
+        ({"intermediate_size": 40}, r"model\.safetensors: 'model.*': expected shape \(.*40.*\), got"),
+        ({"bos_token_id": None}, r"tokenizer\.json: not found"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_fields_are_named(tmp_path: Path, changes: dict[str, object], message: str):
+    with pytest.raises(CheckpointError, match=message) as error:
+        checkpoint.load(folder_with(tmp_path, **changes))
+    assert str(error.value).startswith(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("absent", [..., None], ids=["missing", "null"])
+def test_fields_left_out_have_the_defaults_of_transformers(absent: object):
+    sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    optional = dict.fromkeys(
+        [
+            *("model_type", "hidden_act", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
+            *("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "attention_bias", "mlp_bias"),
+            "tie_word_embeddings",
+        ]
+    )
+    data = {**sizes, "num_attention_heads": 4, **(optional if absent is None else {})}
+    assert checkpoint.config_from_hf(data, Path("config.json")) == LlamaConfig(
+        **sizes,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (..., ..., (2,)),  # the default of transformers.LlamaConfig
+        (..., None, (2,)),
+        (None, ..., ()),  # said to be none
+        (..., 5, (5,)),
+        (None, [5, 6], (5, 6)),
+        (7, [5, 7], (7, 5)),
+        ([7, 8], ..., (7, 8)),
+    ],
+)
+def test_stop_tokens_are_those_of_both_files(tmp_path: Path, config: object, generation: object, expected: object):
+    folder_with(tmp_path, eos_token_id=config)
+    data = {} if generation is ... else {"eos_token_id": generation}
+    (tmp_path / "generation_config.json").write_text(json.dumps(data))
+    assert checkpoint.load(tmp_path).model.config.eos_token_ids == expected
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 4039712\n"
+
+
+def int8_weights(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].astype(jnp.int8)}, folder / "model.safetensors")
+
+
+def write(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def cut(name: str, size: int) -> Callable[[Path], object]:
+    return lambda folder: os.truncate(folder / name, size)
+
+
+def index_of(*shards: object) -> Callable[[Path], object]:
+    weight_map = {str(index): shard for index, shard in enumerate(shards)}
+    return write("model.safetensors.index.json", json.dumps({"weight_map": weight_map}).encode())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, ": expected a folder, got none"),
+        (lambda folder: (shutil.rmtree(folder), folder.write_text("")), ": expected a folder, got a file"),
+        (lambda folder: (folder / "config.json").unlink(), r"config\.json: not found"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors: not found"),
+        (write("config.json", b"{"), r"config\.json: not JSON"),
+        (write("config.json", b"\xff\xfe{}"), r"config\.json: not JSON"),
+        (write("config.json", b"[1]"), r"config\.json: expected a JSON object, got \[1\]"),
+        (write("config.json", LFS_POINTER), r"config\.json: .* git-lfs pointer"),
+        (write("model.safetensors", LFS_POINTER), r"model\.safetensors: .* git-lfs pointer to it: run `git lfs pull`"),
+        (write("model.safetensors", b""), r"model\.safetensors: expected a whole safetensors file"),
+        (write("model.safetensors", b"<!DOCTYPE html>"), r"model\.safetensors: expected a whole safetensors file"),
+        (cut("model.safetensors", 20), r"model\.safetensors: expected a whole safetensors file"),
+        (cut("model.safetensors", 40_000), r"model\.safetensors: expected a whole safetensors file"),
+        (int8_weights, r"up_proj\.weight': expected float32 or float16 or bfloat16, got int8"),
+        (
+            index_of("absent.safetensors"),
+            r"absent\.safetensors: not found, though .*\.index\.json names it",
+        ),
+        (index_of(), "weight_map: expected file names by tensor, got {}"),
+        (index_of("model.safetensors", 3), "weight_map: expected file names by tensor, got {"),
+        (write("model.safetensors.index.json", b"{}"), "weight_map: expected file names by tensor, got null"),
+        (
+            lambda folder: (
+                shutil.copy(folder / "model.safetensors", folder / "again.safetensors"),
+                index_of("model.safetensors", "again.safetensors")(folder),
+            ),
+            "expected in one file, got it in a second one",
+        ),
+        (write("tokenizer.json", b"{}"), r"tokenizer\.json: expected a tokenizer's JSON"),
+        (write("tokenizer.json", b"not JSON"), r"tokenizer\.json: expected a tokenizer's JSON"),
+        (write("tokenizer.json", LFS_POINTER), r"tokenizer\.json: .* git-lfs pointer"),
+        (lambda folder: (folder / "tokenizer.json").mkdir(), r"tokenizer\.json: .* Is a directory"),
+    ],
+)
+def test_damaged_folders_end_generate_with_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], object],
+    message: str,
+):
+    folder = folder_with(tmp_path / "model")
+    damage(folder)
+    with pytest.raises(SystemExit) as exit_info:
+        run_generate(monkeypatch, f"--model={folder}")
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"generate\.py: error: {re.escape(str(folder))}.*{message}.*\n", error)
 
 
 @pytest.mark.parametrize("config", [SCALED, TIED], ids=["untied", "tied"])
@@ -261,12 +412,17 @@ def test_generate_with_other_caches(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model=/nowhere"], "config.json: not found"),
         (["--num-pages=2"], "expected at most 32 tokens together"),
         (["--max-new-tokens=0"], "expected at least 1, got 0"),
         (["--temperature=hot"], "expected a number, got 'hot'"),
+        (["--temperature=nan"], "expected at least 0, got nan"),
+        (["--top-p=0"], "top_p: expected a number in (0, 1], got 0.0"),
+        (["--top-p=1.5"], "expected at most 1, got 1.5"),
+        (["--seed=-1"], "expected at least 0, got -1"),
+        (["--seed=4294967296"], "expected at most 4294967295, got 4294967296"),
+        (["--prompt=\udcff"], "expected UTF-8 text"),
         (["--cache-dtype=bf16", "--dtype=f32"], "--cache-dtype bf16: expected --dtype to be the same"),
-        (["--prompt=" + "x" * 600], "prompt"),
+        (["--prompt=" + "x" * 600], "prompt, max_new_tokens: expected at most 512 tokens together"),
     ],
 )
 def test_generate_refuses_bad_input(
@@ -276,3 +432,90 @@ def test_generate_refuses_bad_input(
         run_generate(monkeypatch, *arguments)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_largest_seed_serves_several_prompts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    run_generate(monkeypatch, "--seed=4294967295", "--prompt=The", "--prompt=A", "--max-new-tokens=2")
+    assert capsys.readouterr().out.count("2 tokens, length") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps=0"], "argument --steps: expected at least 1, got 0"),
+        (["--steps=-3"], "argument --steps: expected at least 1, got -3"),
+        (["--steps=2", "--out={file}"], "File exists"),
+        (["--steps=2", "--out={file}/sub"], "Not a directory"),
+    ],
+)
+def test_train_refuses_bad_input_at_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["train.py", *(text.format(file=tmp_path / "file") for text in arguments)])
+    monkeypatch.setattr(train, "train", None)
+    with pytest.raises(SystemExit) as exit_info:
+        train.main()
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_refuses_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", f"--model={tmp_path}"])
+    with pytest.raises(SystemExit) as exit_info:
+        evaluate.main()
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == f"evaluate.py: error: {tmp_path}/config.json: not found\n"
+    stream = np.zeros(10, np.uint8)
+    for bad in ({"stream": stream[:1]}, {"context": 0}, {"context": 1}, {"batch": 0}):
+        with pytest.raises(ValueError, match="stream, context, batch: expected"):
+            bits_per_byte(small_model(), **{"stream": stream, "paged": False, **bad})
+
+
+MISSING_PACKAGES = """
+import contextlib, io, runpy, sys
+
+sys.path.insert(0, sys.argv[1])
+import jax_paged_attn
+before = set(sys.modules)
+for script, package in [pair.split(":") for pair in sys.argv[2:]]:
+    sys.modules[package] = None
+    sys.argv[0] = script
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):
+        runpy.run_path(f"{sys.argv[1]}/{script}", run_name="__main__")
+    print(script, package, err.getvalue().splitlines())
+    del sys.modules[package]
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] not in ("flax", "jax", "jaxlib", "numpy"):  # which cannot be imported twice
+            del sys.modules[name]
+"""
+
+
+def test_a_missing_package_is_named():
+    scripts = {
+        "generate.py": ("flax", "rich", "safetensors", "tokenizers"),
+        "evaluate.py": ("flax", "safetensors"),
+        "train.py": ("optax",),
+    }
+    pairs = [(script, package) for script, packages in scripts.items() for package in packages]
+    arguments = [f"{script}:{package}" for script, package in pairs]
+    command = [sys.executable, "-c", MISSING_PACKAGES, str(EXAMPLES), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
+        f"{script} {package} "
+        + repr(
+            [
+                f"{script}: error: needs the package '{package}', which is not installed: "
+                'pip install "jax-paged-attn[examples]"'
+            ]
+        )
+        for script, package in pairs
+    ]

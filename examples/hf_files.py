@@ -1,0 +1,160 @@
+"""Files in Hugging Face's layout, read with checks: what is wrong with one is a `CheckpointError` of one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jax import Array
+from safetensors import SafetensorError, safe_open
+
+_LARGEST_INTEGER = 2**31 - 1
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_REQUIRED: Any = object()
+
+
+class CheckpointError(ValueError):
+    """A folder that holds no checkpoint that this model can run; the message names the file and what was expected."""
+
+
+def check_file(path: Path) -> None:
+    """Raises `CheckpointError` if there is no such file, or if it is what git-lfs left in its place."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not found") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected a file that can be read, got: {error.strerror}") from None
+    if start == _LFS_POINTER:
+        raise CheckpointError(f"{path}: expected the file itself, got a git-lfs pointer to it: run `git lfs pull`")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      CheckpointError: the file is missing or holds something else.
+    """
+    check_file(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {one_line(error)}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {_shown(data)}")
+    return data
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[Path, str, Array]]:
+    """File, name and value of every tensor of the folder, one in memory at a time.
+
+    Raises:
+      CheckpointError: a file is missing, is cut off, or is something else.
+    """
+    for path in _tensor_files(folder):
+        check_file(path)
+        try:
+            with safe_open(path, framework="flax") as file:
+                for key in file.keys():  # noqa: SIM118 (the file is no dict)
+                    yield path, key, file.get_tensor(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: expected a whole safetensors file, got: {one_line(error)}") from error
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{index}: weight_map: expected file names by tensor, got {_shown(shards)}")
+    files = [folder / name for name in sorted(set(shards.values()))]
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: not found, though {index.name} names it")
+    return files
+
+
+class Fields:
+    """The fields of one JSON object, each checked as it is read. A field that is null is as good as absent.
+
+    Args:
+      data: the object.
+      source: where it stands, for messages.
+    """
+
+    def __init__(self, data: dict[str, Any], source: Path | str):
+        self._data = data
+        self._source = source
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._data
+
+    def error(self, name: str, expected: str) -> CheckpointError:
+        got = _shown(self._data[name]) if name in self._data else "no such field"
+        return CheckpointError(f"{self._source}: {name}: expected {expected}, got {got}")
+
+    def integer(self, name: str, default: Any = _REQUIRED) -> Any:
+        """At least 1. Without a default the field has to be there."""
+        return self._read(name, default, "an integer of at least 1", _is_positive_integer)
+
+    def number(self, name: str, default: Any = _REQUIRED) -> float:
+        """Positive and finite."""
+        return float(self._read(name, default, "a positive number", _is_positive_number))
+
+    def boolean(self, name: str, default: bool) -> bool:
+        return self._read(name, default, "true or false", lambda value: isinstance(value, bool))
+
+    def choice(self, name: str, choices: tuple[str, ...], default: str) -> str:
+        """One of a few strings."""
+        expected = " or ".join(map(repr, choices))
+        return self._read(name, default, expected, lambda value: isinstance(value, str) and value in choices)
+
+    def section(self, name: str) -> Fields:
+        """The object in the field; an empty one if there is none."""
+        data = self._read(name, {}, "an object", lambda value: isinstance(value, dict))
+        return Fields(data, f"{self._source}: {name}")
+
+    def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
+        """One id or a list of them."""
+
+        def is_token(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
+
+        value = self._read(
+            name,
+            [],
+            f"token ids in [0, {vocab_size})",
+            lambda value: all(map(is_token, value)) if isinstance(value, list) else is_token(value),
+        )
+        return tuple(value) if isinstance(value, list) else (value,)
+
+    def _read(self, name: str, default: Any, expected: str, is_right: Any) -> Any:
+        value = self._data.get(name)
+        if value is None and default is not _REQUIRED:
+            return default
+        if not is_right(value):
+            raise self.error(name, expected)
+        return value
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message, however many lines it has."""
+    return " ".join(str(error).split())
+
+
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _LARGEST_INTEGER
+
+
+def _is_positive_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
