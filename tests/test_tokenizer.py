@@ -116,12 +116,12 @@ def test_the_stream_continues_the_prompt(by_name: dict[str, Any], name: str, tex
 )
 def test_characters_come_once_and_whole(by_name: dict[str, Any], name: str, data: bytes, shown: list[str]):
     tokenizer = by_name[name]
-    token_of = {"bytes": lambda byte: byte, "sentencepiece": lambda byte: 1 + byte}.get(name)
-    if token_of is None:
-        from_alphabet = dict.fromkeys(range(256), tokenizer._vocabulary.alphabet)
-        characters = {byte: character for character, byte in from_alphabet[0].items()}
-        token_of = lambda byte: tokenizer._tokenizer.token_to_id(characters[byte])  # noqa: E731
-    pieces = streamed(tokenizer, tokenizer.encode("the"), [token_of(byte) for byte in data])
+    if name == "byte_level":
+        characters = {byte: character for character, byte in tokenizer._vocabulary.alphabet.items()}
+        tokens = [tokenizer._tokenizer.token_to_id(characters[byte]) for byte in data]
+    else:
+        tokens = [byte + (name == "sentencepiece") for byte in data]  # whose token 0 is <unk>
+    pieces = streamed(tokenizer, tokenizer.encode("the"), tokens)
     assert "".join(pieces) == "".join(shown)
     if REPLACEMENT not in shown:  # nothing is held back that is whole
         assert [piece for piece in pieces[:-1] if piece] == shown
