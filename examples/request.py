@@ -57,16 +57,13 @@ class Generation:
     finish_reason: str | None = None
     error: Exception | None = None
     preemptions: int = 0
-    _prompt_len: int = dataclasses.field(init=False)
     _sequence: int = -1  # the allocator's id, while admitted
+    _slots: int = 0  # leading tokens that have slots in its pages
     _computed: int = 0  # leading tokens that are in the cache
-
-    def __post_init__(self):
-        self._prompt_len = len(self.tokens)
 
     @property
     def output(self) -> list[int]:
-        return self.tokens[self._prompt_len :]
+        return self.tokens[len(self.request.prompt) :]
 
     @property
     def _pending(self) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,7 @@ class Engine:
         self._is_stepping = False
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []  # in the order of admission
+        self._undelivered: deque[tuple[Generation, int]] = deque()  # computed tokens, not yet handed out
 
         model.init_cache(num_pages, page_size, cache_dtype, scales)
         self._graphdef, self._cache, self._weights = nnx.split(model, CacheVariable, ...)
@@ -166,7 +167,7 @@ class Engine:
         """Runs the model once over as many tokens as fit, and hands out the tokens that it gives.
 
         An `on_token` that raises an `Exception` ends its own request. `KeyboardInterrupt` and `SystemExit` pass
-        through; tokens that were not handed out by then are computed again in the next step.
+        through; the next step then begins with the tokens that were not handed out.
 
         Raises:
           RuntimeError: called by an `on_token`.
@@ -175,62 +176,55 @@ class Engine:
             raise RuntimeError("step: expected no call from on_token, whose step has not ended")
         self._is_stepping = True
         try:
+            self._hand_out()
             scheduled = self._schedule()
             if scheduled:
-                self._hand_out(scheduled, self._compute(scheduled))
+                self._compute(scheduled)
+                self._hand_out()
         finally:
             self._is_stepping = False
 
-    def _compute(self, scheduled: list[tuple[Generation, int]]) -> list[int]:
-        """Runs the model over the scheduled tokens; the token that follows those of each sequence."""
-        total = sum(count for _, count in scheduled)
-        bucket = next(size for size in self._buckets if size >= total)
-        next_tokens, self._cache = self._forward(self._cache, self._weights, *self._inputs(scheduled, bucket))
-        self.steps += 1
-        self.peak_pages = max(self.peak_pages, self.pages_in_use)
-        return np.asarray(next_tokens)[: len(scheduled)].tolist()
-
-    def _hand_out(self, scheduled: list[tuple[Generation, int]], next_tokens: list[int]) -> None:
-        for (generation, count), token in zip(scheduled, next_tokens, strict=True):
-            if generation.finish_reason is None:  # another one's on_token may have cancelled it
-                self._advance(generation, count, token)
-
     def _schedule(self) -> list[tuple[Generation, int]]:
         """The requests of this step and how many tokens of each, generating ones first. Their pages are theirs."""
-        scheduled: list[tuple[Generation, int]] = []
-        preempted = False
-        for generation in list(self._running):
-            if generation._pending != 1:
-                continue
-            while generation in self._running and not self._has_slot(generation):
-                self._preempt(self._running[-1])
-                preempted = True
-            if generation in self._running:
-                scheduled.append((generation, 1))
+        generating, preempted = self._append([g for g in self._running if g._pending == 1])
 
         # A step that took pages away admits nobody: they are for those who ran short.
         while not preempted and self._waiting and len(self._running) < self._max_seqs:
             if not self._admit(self._waiting[0]):
                 break
             self._running.append(self._waiting.popleft())
+        scheduled = [(generation, 1) for generation in generating]
         budget = self._buckets[-1] - len(scheduled)
-        generating = {generation for generation, _ in scheduled}
-        for generation in self._running:
-            count = min(budget, generation._pending)
-            if generation not in generating and count > 0:
-                scheduled.append((generation, count))
-                budget -= count
+        if len(scheduled) < len(self._running):
+            taken = set(generating)
+            for generation in self._running:
+                count = min(budget, generation._pending)
+                if generation not in taken and count > 0:
+                    scheduled.append((generation, count))
+                    budget -= count
         return scheduled
 
-    def _has_slot(self, generation: Generation) -> bool:
-        """Makes sure that every token of the generation has a slot; False if no page is left."""
-        known = self._allocator.length(generation._sequence)
-        try:
-            # Whole pages alone are shared, so there is never a page to copy.
-            self._allocator.append(generation._sequence, generation.tokens[known:])
-        except OutOfPages:
-            return False
-        return True
+    def _append(self, generating: list[Generation]) -> tuple[list[Generation], bool]:
+        """Gives every token of these a slot. While pages run out, the one admitted last gives up its own.
+
+        Returns:
+          Those that kept their pages, and whether any request was preempted.
+        """
+        preempted = False
+        while True:
+            new = [g for g in generating if g._slots < len(g.tokens)]
+            try:
+                # Whole pages alone are shared, so there is never a page to copy.
+                self._allocator.append_batch([g._sequence for g in new], [g.tokens[g._slots :] for g in new])
+            except OutOfPages:
+                last = self._running[-1]
+                self._preempt(last)
+                preempted = True
+                generating = [generation for generation in generating if generation is not last]
+            else:
+                for generation in new:
+                    generation._slots = len(generation.tokens)
+                return generating, preempted
 
     def _admit(self, generation: Generation) -> bool:
         try:
@@ -238,6 +232,7 @@ class Engine:
         except OutOfPages:
             return False
         generation._sequence, generation._computed = sequence.id, sequence.cached_len
+        generation._slots = len(generation.tokens)
         return True
 
     def _preempt(self, generation: Generation) -> None:
@@ -246,28 +241,42 @@ class Engine:
         self.preemptions += 1
         self._waiting.appendleft(generation)
 
-    def _advance(self, generation: Generation, count: int, next_token: int) -> None:
-        """Takes note that `count` tokens were computed and, if these were all, of the token that follows them."""
-        generation._computed += count
-        self._allocator.mark_written(generation._sequence, generation._computed)
-        if generation._pending:
-            return
+    def _compute(self, scheduled: list[tuple[Generation, int]]) -> None:
+        """Runs the model over the scheduled tokens, and keeps the tokens that follow for `_hand_out`."""
+        total = sum(count for _, count in scheduled)
+        bucket = next(size for size in self._buckets if size >= total)
+        next_tokens, self._cache = self._forward(self._cache, self._weights, *self._inputs(scheduled, bucket))
+        self.steps += 1
+        self.peak_pages = max(self.peak_pages, self.pages_in_use)
+        for (generation, count), token in zip(scheduled, np.asarray(next_tokens).tolist(), strict=False):
+            generation._computed += count
+            if not generation._pending:
+                self._undelivered.append((generation, token))
+        self._allocator.mark_written_batch([g._sequence for g, _ in scheduled], [g._computed for g, _ in scheduled])
+
+    def _hand_out(self) -> None:
+        """Gives their tokens to the generations; what an interrupt leaves stays for the next call."""
+        while self._undelivered:
+            generation, token = self._undelivered.popleft()
+            if generation.finish_reason is None:  # another one's on_token may have cancelled it
+                self._advance(generation, token)
+
+    def _advance(self, generation: Generation, token: int) -> None:
         request = generation.request
-        if next_token in request.stop_tokens:
+        if token in request.stop_tokens:
             self._finish(generation, "stop")
             return
-        generation.tokens.append(next_token)
+        generation.tokens.append(token)
         self.tokens += 1
-        if len(generation.output) == request.max_new_tokens:
+        if len(generation.tokens) == len(request.prompt) + request.max_new_tokens:
             self._finish(generation, "length")
-        self._call_back(generation, next_token)
+        if request.on_token is not None:
+            self._call_back(generation, request.on_token, token)
 
-    def _call_back(self, generation: Generation, token: int) -> None:
-        """Calls `on_token`, whose exceptions are its own request's end and nobody else's."""
-        if generation.request.on_token is None:
-            return
+    def _call_back(self, generation: Generation, on_token: Callable[[int], object], token: int) -> None:
+        """An exception of `on_token` is its own request's end and nobody else's."""
         try:
-            generation.request.on_token(token)
+            on_token(token)
         except Exception as error:
             generation.error = error
             self._finish(generation, "error")
@@ -283,37 +292,23 @@ class Engine:
     def _release(self, generation: Generation) -> None:
         self._running.remove(generation)
         self._allocator.free(generation._sequence)
-        generation._sequence, generation._computed = -1, 0
+        generation._sequence, generation._slots, generation._computed = -1, 0, 0
 
     def _inputs(
         self, scheduled: list[tuple[Generation, int]], bucket: int
     ) -> tuple[np.ndarray, StepMetadata, _Sampling]:
         """The step's arrays: T = `bucket` tokens, B = `max_seqs` sequences, of which `len(scheduled)` are live."""
-        rows = self._max_seqs
+        generations, counts = [g for g, _ in scheduled], [count for _, count in scheduled]
+        arrays = self._allocator.step(
+            [generation._sequence for generation in generations],
+            counts,
+            num_tokens=bucket,
+            max_seqs=self._max_seqs,
+            max_pages=self._table_width,
+        )
         tokens = np.zeros(bucket, np.int32)
-        positions = np.zeros(bucket, np.int32)
-        slots = np.full(bucket, -1, np.int32)
-        tables = np.full((rows, self._table_width), -1, np.int32)
-        kv_lens = np.zeros(rows, np.int32)
-        cu_q_lens = np.zeros(rows + 1, np.int32)
-        temperature, top_p = np.zeros(rows, np.float32), np.ones(rows, np.float32)
-        seed = np.zeros(rows, np.uint32)
-
-        tables[: len(scheduled)] = self._allocator.block_tables([g._sequence for g, _ in scheduled], self._table_width)
-        end = 0
-        for row, (generation, count) in enumerate(scheduled):
-            first, last = generation._computed, generation._computed + count
-            begin, end = end, end + count
-            tokens[begin:end] = generation.tokens[first:last]
-            positions[begin:end] = np.arange(first, last)
-            slots[begin:end] = self._allocator.slots(generation._sequence, first, last)
-            kv_lens[row] = last
-            cu_q_lens[row + 1 :] = end
-            temperature[row] = min(generation.request.temperature, _LARGEST_FLOAT32)
-            top_p[row] = generation.request.top_p
-            seed[row] = generation.request.seed
-        step = StepMetadata(positions, slots, tables, kv_lens, cu_q_lens, np.array(len(scheduled), np.int32))
-        return tokens, step, _Sampling(temperature, top_p, seed)
+        tokens[: sum(counts)] = [t for g, n in scheduled for t in g.tokens[g._computed : g._computed + n]]
+        return tokens, StepMetadata.from_arrays(arrays), _sampling(generations, self._max_seqs)
 
     def _model_step(
         self, cache: nnx.State, weights: nnx.State, tokens: Array, step: StepMetadata, sampling: _Sampling
@@ -324,6 +319,17 @@ class Engine:
         last_rows = jnp.maximum(step.cu_q_lens[1:] - 1, 0)
         next_tokens = _sample(model.logits(hidden[last_rows]), step.kv_lens, sampling)
         return next_tokens, nnx.state(model, CacheVariable)
+
+
+def _sampling(generations: list[Generation], rows: int) -> _Sampling:
+    """What the requests ask for, padded with greedy ones to the number of rows."""
+    live = len(generations)
+    temperature, top_p = np.zeros(rows, np.float32), np.ones(rows, np.float32)
+    seed = np.zeros(rows, np.uint32)
+    temperature[:live] = [min(g.request.temperature, _LARGEST_FLOAT32) for g in generations]
+    top_p[:live] = [g.request.top_p for g in generations]
+    seed[:live] = [g.request.seed for g in generations]
+    return _Sampling(temperature, top_p, seed)
 
 
 def _checked_buckets(buckets: Sequence[int], max_seqs: int) -> list[int]:

@@ -100,6 +100,19 @@ def test_nothing_is_traced_or_moved_after_warm_up(model: Llama):
     assert pointers(engine) == before
 
 
+def test_a_step_costs_three_calls_of_the_allocator(small_pool: Engine, monkeypatch: pytest.MonkeyPatch):
+    allocator, calls = small_pool._allocator, []
+    generations = [small_pool.submit(Request([token, token], 9)) for token in range(6)]
+    small_pool.step()
+    for name in ("allocate", "append", "append_batch", "mark_written", "mark_written_batch", "step", "free", "slots"):
+        method = getattr(allocator, name)
+        monkeypatch.setattr(allocator, name, lambda *a, n=name, m=method, **k: (calls.append(n), m(*a, **k))[1])
+    small_pool.step()
+    assert calls == ["append_batch", "step", "mark_written_batch"]
+    small_pool.run()
+    assert all(len(generation.output) == 9 for generation in generations)
+
+
 def test_sampling_depends_on_the_seed_alone(small_pool: Engine):
     request = Request([5, 6, 7], 20, temperature=1.0, seed=11)
     others = random_requests(5, seed=5, temperature=1.0)

@@ -35,6 +35,10 @@ def random_request(draw: np.random.Generator, stems: list[list[int]], earlier: l
     return Request(prompt, int(draw.integers(1, 25)))
 
 
+class Failure(Exception):
+    """What an `on_token` raises."""
+
+
 class Soak:
     """An engine under load, and what is known of it from outside."""
 
@@ -49,13 +53,15 @@ class Soak:
         return sorted(pages.unsafe_buffer_pointer() for pages in jax.tree.leaves(self.engine._cache))
 
     def submit(self, request: Request) -> None:
-        cancel_at = int(self.draw.integers(1, 25)) if self.draw.random() < 0.1 else None
+        cancel_at, fail_at = (int(self.draw.integers(1, 25)) if self.draw.random() < 0.1 else None for _ in range(2))
         generation: Generation
 
         def take(token: int) -> None:
-            """Cancels a request of the step that is being handed out: this one, or another one."""
+            """Cancels a request of the step that is being handed out: this one, or another one; or fails."""
             if len(generation.output) == cancel_at:
                 self.engine.cancel(self.active[self.draw.integers(len(self.active))])
+            if len(generation.output) == fail_at:
+                raise Failure
 
         generation = self.engine.submit(Request(request.prompt, request.max_new_tokens, on_token=take))
         self.active.append(generation)
@@ -99,8 +105,11 @@ def test_soak() -> None:
 
     assert len(done) == REQUESTS
     cancelled = [generation for generation in done if generation.finish_reason == "cancelled"]
+    failed = [generation for generation in done if generation.finish_reason == "error"]
     preempted = [generation for generation in done if generation.preemptions]
     assert len(cancelled) > REQUESTS / 10
+    assert len(failed) > REQUESTS / 100
+    assert all(isinstance(generation.error, Failure) for generation in failed)
     assert len(preempted) > REQUESTS / 100
     assert any(generation.preemptions for generation in cancelled)
 
@@ -108,7 +117,7 @@ def test_soak() -> None:
     ties = 0
     for generation in done:
         request = generation.request
-        assert generation.finish_reason in ("length", "cancelled")
+        assert generation.finish_reason in ("length", "cancelled", "error")
         if generation.finish_reason == "length":
             assert len(generation.output) == request.max_new_tokens
         want = alone.submit(Request(request.prompt, max(len(generation.output), 1)))
@@ -121,5 +130,5 @@ def test_soak() -> None:
             ties += 1
     print(
         f"\n{REQUESTS} requests in {took:.0f} s, {engine.steps} steps, {engine.tokens} tokens: {len(cancelled)} "
-        f"cancelled, {len(preempted)} preempted; answers as alone but for {ties} near-ties"
+        f"cancelled, {len(failed)} failed, {len(preempted)} preempted; answers as alone but for {ties} near-ties"
     )
