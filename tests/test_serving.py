@@ -392,7 +392,7 @@ def test_an_on_token_may_cancel_and_submit_but_not_step(small_pool: Engine):
 # ---- sampling
 
 
-LOGITS = np.linspace(-3.0, 3.0, 8, dtype=np.float32)[[4, 1, 6, 2, 5, 7, 0, 3]][None]  # the best is 5
+LOGITS = np.linspace(-30.0, 30.0, 8, dtype=np.float32)[[4, 1, 6, 2, 5, 7, 0, 3]][None]  # the best is 5
 
 
 def sample(temperature: float, top_p: float, seeds: int = 64) -> list[int]:
@@ -419,12 +419,11 @@ def test_the_largest_temperature_is_uniform(small_pool: Engine):
 
 
 def test_a_top_p_of_one_keeps_every_token():
-    # In float32 the sum of 4096 probabilities passes 1 before the last of them.
-    logits = jnp.sin(jnp.arange(4096.0))[None]
+    logits = 10 * jnp.sin(jnp.arange(4096.0))[None]  # in float32 the 2688 likeliest have a sum of 1
     np.testing.assert_array_equal(_nucleus(logits, jnp.ones(1)), logits)
     half = np.asarray(_nucleus(logits, jnp.full(1, 0.5)))[0]
     probabilities = np.asarray(jax.nn.softmax(logits[0]))
-    assert 0.5 <= probabilities[np.isfinite(half)].sum() < 0.502
+    assert 0.4999 <= probabilities[np.isfinite(half)].sum() < 0.51
 
 
 # ---- the engine's arguments
