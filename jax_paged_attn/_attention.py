@@ -1,5 +1,6 @@
 """The public attention functions: what they mean, their checks, and the way into the primitive."""
 
+import functools
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _checks, _debug, _primitive, _reference
+from jax_paged_attn import _checks, _debug, _modes, _primitive, _reference
 from jax_paged_attn._layouts import LAYOUTS
 
 Attend = Callable[..., tuple[Array, Array]]
@@ -356,6 +357,11 @@ def merge_attention_states(
     if out_parts.shape[0] == 0:
         raise ValueError("outs: expected at least one part (axis 0), got none")
 
+    return _merged(out_parts, lse_parts)
+
+
+@_modes.compiled
+def _merged(out_parts: Array, lse_parts: Array) -> tuple[Array, Array]:
     top = jax.lax.stop_gradient(lse_parts.max(axis=0, keepdims=True))
     alive = ~jnp.isneginf(lse_parts)
     # Differences only of what is finite or NaN: inf − inf would be NaN, also in the gradient of a branch not taken.
@@ -429,7 +435,7 @@ def paged(
         attend,
         {**static, "decode": True, "layout": layout},
         (q, k_pages, v_pages, block_tables, lengths),
-        (jnp.arange(dims["B"], dtype=jnp.int32), jnp.ones(dims["B"], jnp.int32)),
+        _one_row_each(dims["B"]),
         per_head,
     )
 
@@ -457,13 +463,9 @@ def ragged(
     block_tables = _int32(dims, tables_name, block_tables, "B M")
     cu_q_lens = _int32(dims, "cu_q_lens", cu_q_lens, "B+1")
 
-    ends = jax.lax.cummax(jnp.clip(cu_q_lens, 0, dims["T"]))
-    q_counts = ends[1:] - ends[:-1]
     if num_seqs is not None:
         num_seqs = _checks.as_int32("num_seqs", num_seqs)
         num_seqs = _int32(dims, "num_seqs", num_seqs, "1" if num_seqs.ndim else "")
-        live = jnp.arange(dims["B"], dtype=jnp.int32) < num_seqs  # a [1] broadcasts as a scalar does
-        q_counts = jnp.where(live, q_counts, 0)
     per_head = _per_head(dims, q, k_pages, sinks, k_scale, v_scale)
     rows: Any = {"cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "layout": layout, "tables_name": tables_name}
     _debug.check_attention(q, k_pages, v_pages, block_tables, kv_lens, per_head, static, **rows)
@@ -471,9 +473,26 @@ def ragged(
         attend,
         {**static, "decode": False, "layout": layout},
         (q, k_pages, v_pages, block_tables, kv_lens),
-        (ends[:-1], q_counts),
+        _rows_of_each(cu_q_lens, num_seqs, dims["T"]),
         per_head,
     )
+
+
+@functools.partial(_modes.compiled, static_argnums=0)
+def _one_row_each(num_seqs: int) -> tuple[Array, Array]:
+    """The first rows and the row counts of sequences with one row each."""
+    return jnp.arange(num_seqs, dtype=jnp.int32), jnp.ones(num_seqs, jnp.int32)
+
+
+@functools.partial(_modes.compiled, static_argnums=2)
+def _rows_of_each(cu_q_lens: Array, num_seqs: Array | None, num_rows: int) -> tuple[Array, Array]:
+    """The first rows and the row counts of ragged sequences; dead ones have no row."""
+    ends = jax.lax.cummax(jnp.clip(cu_q_lens, 0, num_rows))
+    counts = ends[1:] - ends[:-1]
+    if num_seqs is not None:
+        live = jnp.arange(counts.shape[0], dtype=jnp.int32) < num_seqs  # a [1] broadcasts as a scalar does
+        counts = jnp.where(live, counts, 0)
+    return ends[:-1], counts
 
 
 def _query_and_pages(
@@ -504,7 +523,7 @@ def _per_head(
 ) -> tuple[Array, Array, Array]:
     """`sinks`, `k_scale`, `v_scale` as the primitive takes them: `[1, heads]`, or `[0, heads]` where absent."""
     if sinks is None:
-        sinks = jnp.zeros((0, dims["N"]), jnp.float32)
+        sinks = _modes.zeros((0, dims["N"]), jnp.float32)
     else:
         sinks = _checks.as_float32("sinks", sinks)
         dims.match("sinks", sinks, "N", ("float32",))
@@ -517,7 +536,7 @@ def page_scale(dims: _checks.Dims, name: str, scale: ArrayLike | None, pages: Ar
     if scale is None:
         if pages.dtype == jnp.int8:
             raise ValueError(f"{name}: required for int8 pages, got None")
-        return jnp.zeros((0, dims["K"]), jnp.float32)
+        return _modes.zeros((0, dims["K"]), jnp.float32)
     array = _checks.as_float32(name, scale)
     dims.match(name, array, "K" if array.ndim else "", ("float32",))
     _checks.check_scales(name, scale, array)
@@ -543,4 +562,7 @@ def _run_reference(
     *operands: Array, implementation: str | None, batch_invariant: bool, **parameters: Any
 ) -> tuple[Array, Array]:
     del implementation, batch_invariant  # the reference functions offer no choice
-    return _reference.attention(*operands, **parameters)
+    return _checked_reference(*operands, **parameters)
+
+
+_checked_reference = _modes.allowing_rows_without_keys(_reference.attention, "paged_attention_reference")

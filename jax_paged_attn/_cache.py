@@ -1,6 +1,7 @@
 """The paged cache: writing tokens, copying pages, and a pytree that holds the pools of all layers."""
 
 import dataclasses
+import functools
 import operator
 from typing import Any, Literal, Protocol, TypedDict, overload
 
@@ -11,7 +12,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _checks, _debug, _primitive, _reference
+from jax_paged_attn import _checks, _debug, _modes, _primitive, _reference
 from jax_paged_attn._attention import page_scale, paged_attention, ragged_paged_attention
 from jax_paged_attn._donation import warn_of_eager_update
 
@@ -86,7 +87,12 @@ def copy_kv_pages(k_pages: ArrayLike, v_pages: ArrayLike, src: ArrayLike, dst: A
     warn_of_eager_update("copy_kv_pages", k_pages)
     _debug.check_copy(dims["P"], src, dst)
 
-    num_pages = dims["P"]
+    return _copied(k_pages, v_pages, src, dst)
+
+
+@_modes.compiled
+def _copied(k_pages: Array, v_pages: Array, src: Array, dst: Array) -> tuple[Array, Array]:
+    num_pages = k_pages.shape[0]
     if num_pages == 0:
         return k_pages, v_pages
     readable = (src >= 0) & (src < num_pages)
@@ -239,7 +245,7 @@ class PagedKVCache:
             raise ValueError(f"{counted}: expected at most 2**31 - 1 (slots are int32), got {shape[0] * tokens}")
         k_scale = _stored_scale("k_scale", k_scale, layers, heads, page_dtype)
         v_scale = _stored_scale("v_scale", v_scale, layers, heads, page_dtype)
-        k_pages, v_pages = (tuple(jnp.zeros(shape, page_dtype) for _ in range(pools)) for _ in "kv")
+        k_pages, v_pages = (tuple(_modes.zeros(shape, jnp.dtype(page_dtype)) for _ in range(pools)) for _ in "kv")
         return cls(k_pages, v_pages, k_scale, v_scale, layers)
 
     @property
@@ -444,8 +450,15 @@ class PagedKVCache:
         """Ids of a layer as ids of the flat pool; −1 for those that the layer does not have, and in no layer."""
         if jnp.ndim(layer) == 0:
             _debug.check_layer(layer, self.num_layers)
-        inside = (ids >= 0) & (ids < per_layer) & (layer >= 0) & (layer < self.num_layers)
-        return jnp.where(inside, ids + layer * per_layer, -1)
+        # A number of the host's goes to the device by an explicit transfer, which `jax.transfer_guard` lets pass.
+        number = jax.device_put(np.int32(layer)) if isinstance(layer, int) else layer
+        return _shifted(ids, number, per_layer, self.num_layers)
+
+
+@functools.partial(_modes.compiled, static_argnums=(2, 3))
+def _shifted(ids: Array, layer: Array, per_layer: int, num_layers: int) -> Array:
+    inside = (ids >= 0) & (ids < per_layer) & (layer >= 0) & (layer < num_layers)
+    return jnp.where(inside, ids + layer * per_layer, -1)
 
 
 def _replaced(pools: tuple[Array, ...], index: int, pool: Array) -> tuple[Array, ...]:

@@ -80,12 +80,13 @@ def tangent(
         if q_dots is not None:
             score_dot += _einsum("rkgh,skh->rkgs", _take(q_dots, block.rows), block.keys)
         if k_dot is not None:
-            dots = _tokens(k_dot, block.pages[0]) * block.k_scale[:, None]
+            dots = _tokens(k_dot, block.pages[0]) * block.k_scale[None, :, None]
             score_dot += _einsum("rkgh,skh->rkgs", _take(q, block.rows), dots)
         weight_dot = block.probs * block.slope * score_dot * scale
         step = _einsum("rkgs,skh->rkgh", weight_dot, block.values)
         if v_dot is not None:
-            step += _einsum("rkgs,skh->rkgh", block.probs, _tokens(v_dot, block.pages[1]) * block.v_scale[:, None])
+            dots = _tokens(v_dot, block.pages[1]) * block.v_scale[None, :, None]
+            step += _einsum("rkgs,skh->rkgh", block.probs, dots)
         return (
             weighted.at[block.rows].add(step, mode="drop"),
             total.at[block.rows].add(weight_dot.sum(axis=-1), mode="drop"),
@@ -123,10 +124,10 @@ def cotangent(
         if q_bar is not None:
             q_bar = q_bar.at[block.rows].add(_einsum("rkgs,skh->rkgh", score_bar, block.keys), mode="drop")
         if k_bar is not None:
-            k_step = _einsum("rkgs,rkgh->skh", score_bar, _take(q, block.rows)) * block.k_scale[:, None]
+            k_step = _einsum("rkgs,rkgh->skh", score_bar, _take(q, block.rows)) * block.k_scale[None, :, None]
             k_bar = _add_pages(k_bar, block.pages[0], k_step)
         if v_bar is not None:
-            v_step = _einsum("rkgs,rkgh->skh", block.probs, bars) * block.v_scale[:, None]
+            v_step = _einsum("rkgs,rkgh->skh", block.probs, bars) * block.v_scale[None, :, None]
             v_bar = _add_pages(v_bar, block.pages[1], v_step)
         return q_bar, k_bar, v_bar
 
@@ -193,8 +194,8 @@ def _for_each_block(
             visible &= key_ids[None, :] > position - sliding_window
 
         keep = valid[:, None, None]
-        keys = jnp.where(keep, _tokens(saved.k_pages, pages[0]) * k_scales[seq][:, None], 0.0)
-        values = jnp.where(keep, _tokens(saved.v_pages, pages[1]) * v_scales[seq][:, None], 0.0)
+        keys = jnp.where(keep, _tokens(saved.k_pages, pages[0]) * k_scales[seq][None, :, None], 0.0)
+        values = jnp.where(keep, _tokens(saved.v_pages, pages[1]) * v_scales[seq][None, :, None], 0.0)
         scores = _einsum("rkgh,skh->rkgs", _take(q, rows), keys) * scale
         slope = jnp.ones((), jnp.float32)
         if soft_cap:

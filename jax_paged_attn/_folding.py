@@ -6,10 +6,13 @@ repeated.
 """
 
 import enum
+import functools
 from collections.abc import Collection, Sequence
 
 import jax.numpy as jnp
 from jax import Array
+
+from jax_paged_attn import _modes
 
 
 class Axis(enum.Enum):
@@ -51,6 +54,18 @@ def fold(
       The folded operands, and the size V of the mapped axis.
     """
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    return _folded(tuple(operands), size, tuple(axes), tuple(dims), frozenset(mapped), page_axis), size
+
+
+@functools.partial(_modes.compiled, static_argnums=(1, 2, 3, 4, 5))
+def _folded(
+    operands: tuple[Array, ...],
+    size: int,
+    axes: tuple[Axis, ...],
+    dims: tuple[int | None, ...],
+    mapped: frozenset[Axis],
+    page_axis: int,
+) -> list[Array]:
     together = set(mapped) | {a for a, d in zip(axes, dims, strict=True) if d is not None and a in _TIED}
     shapes = [_without(d, x.shape) for x, d in zip(operands, dims, strict=True)]
     pages = {axis: shape[page_axis] for axis, shape in zip(axes, shapes, strict=True) if axis in POOLS}
@@ -81,7 +96,7 @@ def fold(
             shift = jnp.expand_dims(copies * in_use, tuple(range(1, stacked.ndim)))
             stacked = jnp.where((stacked >= 0) & (stacked < in_use), stacked + shift, -1)
         folded.append(_merge(stacked, page_axis if axis in POOLS else 0))
-    return folded, size
+    return folded
 
 
 def unfold(

@@ -1,5 +1,6 @@
 """Context parallelism: the keys of long sequences spread over devices, merged through their log-sum-exps."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _checks, _debug
+from jax_paged_attn import _checks, _debug, _modes
 from jax_paged_attn._attention import merge_attention_states, page_scale, paged_attention, ragged_paged_attention
 
 # A sink that adds nothing to any sum of exponentials, yet is a number.
@@ -70,7 +71,7 @@ def context_parallel_attention(
     part = _part(axis_name)
     if sinks is not None:
         sinks = _checks.as_array("sinks", sinks)
-        sinks = jnp.where(part == 0, sinks, jnp.asarray(_NO_SINK, sinks.dtype))
+        sinks = _sinks_of_first(part, sinks)
     if cu_q_lens is None:
         if num_seqs is not None:
             raise ValueError(f"num_seqs: expected None without cu_q_lens, got {num_seqs}")
@@ -144,8 +145,19 @@ def _own_pages(k_pages: ArrayLike, block_tables: ArrayLike, lengths: ArrayLike) 
     dims.match("k_pages", pages, "P S K H", (str(pages.dtype),))
     dims.match("block_tables", tables, "B M", ("int32",))
     dims.match("lengths", lens, "B", ("int32",))
-    places = jnp.arange(dims["M"], dtype=jnp.int32)
-    tokens = jnp.clip(lens[:, None] - places * dims["S"], 0, dims["S"])
-    missing = (tables < 0) | (tables >= dims["P"]) | (tokens == 0)
+    return _own_first(tables, lens, dims["P"], dims["S"])
+
+
+@functools.partial(_modes.compiled, static_argnums=(2, 3))
+def _own_first(tables: Array, lengths: Array, num_pages: int, page_size: int) -> tuple[Array, Array]:
+    places = jnp.arange(tables.shape[1], dtype=jnp.int32)
+    tokens = jnp.clip(lengths[:, None] - places[None, :] * page_size, 0, page_size)
+    missing = (tables < 0) | (tables >= num_pages) | (tokens == 0)
     _, own_first = jax.lax.sort((missing.astype(jnp.int32), tables), dimension=1, is_stable=True, num_keys=1)
     return own_first, jnp.where(missing, 0, tokens).sum(axis=1, dtype=jnp.int32)
+
+
+@_modes.compiled
+def _sinks_of_first(part: Array, sinks: Array) -> Array:
+    """The sinks on the first device, what stands for none on the others."""
+    return jnp.where(part == 0, sinks, jnp.asarray(_NO_SINK, sinks.dtype))

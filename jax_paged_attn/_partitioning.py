@@ -145,7 +145,9 @@ def partitioned(run: Callable[..., Sequence[Array]], rule: Rule) -> Callable[...
         return tuple(map(_Split.choose(mesh, rule, operands, ()).sharding, rule.results))
 
     notation, keywords = rule.shardy()
-    call = custom_partitioning(on_arrays)
+    # As a jitted function it may close over arrays, into which `ensure_compile_time_eval` turns constants, and which
+    # `custom_partitioning` itself refuses.
+    call = custom_partitioning(jax.jit(on_arrays))
     # JAX's decoding of shardings fails for those that split an axis of the mesh; `_mesh_axes` reads any.
     call.def_partition(partition, infer, decode_shardings=False, sharding_rule=notation, **keywords)
     return call
@@ -157,9 +159,10 @@ def no_mesh() -> Any:
 
 
 def _call_that_needs_devices() -> ClosedJaxpr:
-    nothing = custom_partitioning(lambda: ())
-    nothing.def_partition(None, sharding_rule="->")
-    return jax.make_jaxpr(nothing)()
+    identity = custom_partitioning(lambda x: x)
+    identity.def_partition(None, sharding_rule="->")
+    # Without an operand, an import under `ensure_compile_time_eval` would evaluate the call and leave it out.
+    return jax.make_jaxpr(identity)(jax.ShapeDtypeStruct((), np.float32))
 
 
 # JAX tells lowering rules the devices only if it finds `custom_partitioning` in the jaxpr, which it searches with all

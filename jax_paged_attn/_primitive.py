@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_paged_attn import _checks, _differentiation, _engines, _ffi, _partitioning, _reference
+from jax_paged_attn import _checks, _differentiation, _engines, _ffi, _modes, _partitioning, _reference
 from jax_paged_attn._folding import Axis, fold, unfold
 from jax_paged_attn._layouts import LAYOUTS
 
@@ -49,6 +49,9 @@ _AXES = (
 # Where q, k_pages, v_pages and sinks stand among them: what can be differentiated.
 _DIFFERENTIABLE = (0, 1, 2, 7)
 _ANY_DTYPE = (*_checks.COMPUTE_DTYPES, *_checks.QUANTIZED_DTYPES)
+
+# The parameters that derivatives share with attention.
+_STATIC = ("scale", "soft_cap", "sliding_window", "causal", "decode", "layout")
 
 # The axes of a primitive's operands and of its results.
 _Axes = tuple[tuple[Axis, ...], tuple[Axis, ...]]
@@ -292,6 +295,7 @@ def _platform_of(ctx: mlir.LoweringRuleContext) -> str:
     return platforms[0]
 
 
+@functools.partial(jax.jit, static_argnames=("wrt", *_STATIC))
 def _tangent_impl(*operands: Array, wrt: tuple[bool, ...], **static: Any) -> Sequence[Array]:
     dots = iter(operands[: sum(wrt)])
     saved = _differentiation.Saved(*operands[sum(wrt) :])
@@ -299,6 +303,7 @@ def _tangent_impl(*operands: Array, wrt: tuple[bool, ...], **static: Any) -> Seq
     return _differentiation.tangent(q_dot, k_dot, v_dot, sinks_dot, saved, **static)
 
 
+@functools.partial(jax.jit, static_argnames=("wrt", *_STATIC))
 def _cotangent_impl(
     out_bar: Array,
     lse_bar: Array,
@@ -342,6 +347,15 @@ def _reject_fp8(name: str, pages: Any) -> None:
         )
 
 
+def _instantiated(tangent: Any) -> Any:
+    return _zeros_of(tangent.aval) if isinstance(tangent, ad.Zero) else tangent
+
+
+@functools.partial(_modes.compiled, static_argnums=0)
+def _zeros_of(aval: ShapedArray) -> Any:
+    return ad.instantiate_zeros(ad.Zero(aval))
+
+
 def _zero_tangents(results: Sequence[Array]) -> list[Any]:
     return [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
 
@@ -369,7 +383,7 @@ def _attention_jvp(
 
 def _tangent_transpose(bars: Sequence[Any], *operands: Any, wrt: tuple[bool, ...], **parameters: Any) -> list[Any]:
     residuals = operands[sum(wrt) :]
-    grads = cotangent_p.bind(*map(ad.instantiate_zeros, bars), *residuals, wrt=wrt, **parameters)
+    grads = cotangent_p.bind(*map(_instantiated, bars), *residuals, wrt=wrt, **parameters)
     return [*grads, *[None] * len(residuals)]
 
 
@@ -383,15 +397,15 @@ def _write_jvp(primals: Sequence[Array], tangents: Sequence[Any], **parameters: 
     if primals[0].dtype == jnp.int8 or not any(map(_has_tangent, tangents[:4])):
         return results, _zero_tangents(results)
     # The write is linear in pools and tokens: its tangent is the same write of the tangents.
-    return results, write_p.bind(*map(ad.instantiate_zeros, tangents[:4]), *primals[4:], **parameters)
+    return results, write_p.bind(*map(_instantiated, tangents[:4]), *primals[4:], **parameters)
 
 
 def _write_transpose(bars: Sequence[Any], *operands: Any, **parameters: Any) -> list[Any]:
-    pool_bars = list(map(ad.instantiate_zeros, bars))
+    pool_bars = list(map(_instantiated, bars))
     k, v = (x.aval if ad.is_undefined_primal(x) else x for x in operands[2:4])
     slots, scales = operands[4], operands[5:]
     # What a token overwrote has no influence: its slot of the pools' cotangent becomes zero.
-    nothing = [jnp.zeros(x.shape, x.dtype) for x in (k, v)]
+    nothing = [_modes.zeros(x.shape, x.dtype) for x in (k, v)]
     kept = write_p.bind(*pool_bars, *_vary_like(pool_bars[0], nothing), *operands[4:], **parameters)
     tokens = [
         _shard_like(_reference.read_tokens(bar, slots, scale).astype(x.dtype), x)
@@ -433,25 +447,13 @@ def _second_order(impl: Callable[..., Sequence[Array]]) -> Callable[..., Any]:
     return jvp
 
 
-@functools.lru_cache(maxsize=256)
-def _compiled(primitive: Primitive, parameters: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    return jax.jit(functools.partial(primitive.bind, **dict(parameters)))
-
-
-def _run_eagerly(primitive: Primitive) -> Callable[..., Any]:
-    def run(*operands: Array, **parameters: Any) -> Any:
-        return _compiled(primitive, tuple(sorted(parameters.items())))(*operands)
-
-    return run
-
-
 for _primitive, _abstract, _axes_of in (
     (attention_p, _attention_abstract, _attention_axes),
     (tangent_p, _tangent_abstract, _tangent_axes),
     (cotangent_p, _cotangent_abstract, _cotangent_axes),
     (write_p, _write_abstract, _write_axes),
 ):
-    _primitive.def_impl(_run_eagerly(_primitive))
+    _primitive.def_impl(functools.partial(xla.apply_primitive, _primitive))
     _primitive.def_abstract_eval(_abstract)
     batching.primitive_batchers[_primitive] = _batcher(_primitive, _axes_of)
 
@@ -463,6 +465,10 @@ for _platform in ("cpu", "cuda"):
     mlir.register_lowering(attention_p, _attention_lowering(_platform), platform=_platform)
     if _ffi.has(_platform):
         mlir.register_lowering(write_p, _lowering(_ffi.write, _write_axes), platform=_platform)
+
+attention_p.def_impl(
+    _modes.allowing_rows_without_keys(functools.partial(xla.apply_primitive, attention_p), "paged_attention")
+)
 
 ad.primitive_jvps[attention_p] = _attention_jvp
 ad.primitive_jvps[tangent_p] = _second_order(_tangent_impl)

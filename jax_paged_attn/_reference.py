@@ -41,6 +41,9 @@ def attention(
     num_rows, num_heads, head_dim = q.shape
     num_seqs = block_tables.shape[0]
     kv_heads = k_pages.shape[2]
+    nothing = (jnp.zeros(q.shape, jnp.float32), jnp.full((num_rows, num_heads), -jnp.inf, jnp.float32))
+    if num_seqs == 0:  # under `jax.disable_jit` JAX refuses loops of zero steps
+        return nothing[0].astype(q.dtype), nothing[1]
     per_sequence = (
         block_tables,
         kv_lens,
@@ -89,7 +92,6 @@ def attention(
             jnp.where(mine[:, None], lse.reshape(num_rows, num_heads), state[1]),
         ), None
 
-    nothing = (jnp.zeros(q.shape, jnp.float32), jnp.full((num_rows, num_heads), -jnp.inf, jnp.float32))
     (out, lse), _ = jax.lax.scan(step, nothing, per_sequence)
     return out.astype(q.dtype), lse
 
@@ -112,12 +114,13 @@ def _gather(pages: Array, other_pages: int, table: Array, kv_len: Array, scale: 
     if num_pages == 0:
         return jnp.zeros((valid.shape[0], kv_heads, head_dim), jnp.float32), valid
     tokens = pages[jnp.where(in_pool, table, 0) % num_pages].reshape(-1, kv_heads, head_dim)
-    return jnp.where(valid[:, None, None], tokens.astype(jnp.float32) * scale[:, None], 0.0), valid
+    return jnp.where(valid[:, None, None], tokens.astype(jnp.float32) * scale[None, :, None], 0.0), valid
 
 
 def _softmax_average(scores: Array, visible: Array, sink: Array, values: Array) -> tuple[Array, Array]:
     """Softmax of `scores [T, K, G, S]` over the visible keys and the sink `[K, G]`, applied to `values [S, K, H]`."""
     top = jnp.max(scores, axis=-1, initial=-jnp.inf, where=visible)
+    sink = sink[None]
     top = jax.lax.stop_gradient(jnp.maximum(top, sink))
     shift = jnp.where(jnp.isfinite(top), top, 0.0)
     weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - shift[..., None], 0.0)), 0.0)

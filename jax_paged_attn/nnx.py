@@ -26,6 +26,7 @@ The pages are `CacheVariable`s, so a step can take them apart from the weights a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,7 +39,7 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_paged_attn import PagedKVCache, StepArrays, _checks, ragged_paged_attention, write_kv_pages
+from jax_paged_attn import PagedKVCache, StepArrays, _checks, _modes, ragged_paged_attention, write_kv_pages
 
 __all__ = [
     "CacheVariable",
@@ -151,10 +152,27 @@ def apply_rope(x: Array, positions: IntArray, frequencies: ArrayLike) -> Array:
     Returns:
       As `x`, in its dtype; the rotation is computed in float32.
     """
-    angles = jnp.asarray(positions, jnp.float32)[..., None, None] * jnp.asarray(frequencies, jnp.float32)
+    return _rotated(x, jnp.asarray(positions), jnp.asarray(frequencies, jnp.float32))
+
+
+@_modes.compiled
+def _rotated(x: Array, positions: Array, frequencies: Array) -> Array:
+    per_pair = frequencies.reshape(*[1] * (x.ndim - 1), -1)
+    angles = (
+        positions.astype(jnp.float32).reshape(*[1] * (x.ndim - 2 - positions.ndim), *positions.shape, 1, 1) * per_pair
+    )
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+@functools.partial(_modes.compiled, static_argnums=(3, 4))
+def _rotated_heads(
+    q: Array, k: Array, positions: Array, theta: float, scaling: Llama3RopeScaling | None
+) -> tuple[Array, Array]:
+    """Queries and keys, rotated; the frequencies are constants of the compiled function."""
+    frequencies = jnp.asarray(rope_frequencies(q.shape[-1], theta, scaling))
+    return _rotated(q, positions, frequencies), _rotated(k, positions, frequencies)
 
 
 class PagedAttention(nnx.Module):
@@ -211,7 +229,7 @@ class PagedAttention(nnx.Module):
         self.soft_cap = soft_cap
         self.implementation = implementation
         self.batch_invariant = batch_invariant
-        self.sinks = nnx.data(nnx.Param(jnp.zeros(num_heads, jnp.float32)) if sinks else None)
+        self.sinks = nnx.data(nnx.Param(_modes.zeros((num_heads,), jnp.float32)) if sinks else None)
         self.k_pages: CacheVariable | None = nnx.data(None)
         self.v_pages: CacheVariable | None = nnx.data(None)
         self.k_scale: nnx.Variable | None = nnx.data(None)
@@ -262,8 +280,7 @@ class PagedAttention(nnx.Module):
         """
         positions = jnp.arange(q.shape[-3], dtype=jnp.int32) if step is None else step.positions
         if self.rope_theta is not None:
-            frequencies = rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
-            q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
+            q, k = _rotated_heads(q, k, jnp.asarray(positions), self.rope_theta, self.rope_scaling)
         options: dict[str, Any] = {
             "scale": self.scale,
             "sliding_window": self.sliding_window,
@@ -297,6 +314,7 @@ class PagedAttention(nnx.Module):
         )
 
 
+@functools.partial(_modes.compiled, static_argnames=("scale", "sliding_window", "soft_cap"))
 def _attend_within(
     q: Array,
     k: Array,
@@ -320,7 +338,7 @@ def _attend_within(
     for start in range(0, length, block):
         stop = min(start + block, length)
         first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
-        distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)
+        distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
         visible = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
 
         scores = jnp.einsum(
@@ -332,7 +350,7 @@ def _attend_within(
         scores *= head_dim**-0.5 if scale is None else scale
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
-        scores = jnp.where(visible, scores, -jnp.inf)
+        scores = jnp.where(visible.reshape(*[1] * (scores.ndim - 2), *visible.shape), scores, -jnp.inf)
         if sinks is not None:
             sink = jnp.broadcast_to(sinks.reshape(kv_heads, -1, 1, 1), (*scores.shape[:-1], 1))
             scores = jnp.concatenate([scores, sink], axis=-1)
