@@ -407,7 +407,7 @@ def test_the_smallest_top_p_keeps_the_best_token(top_p: float):
     assert sample(1.0, top_p) == [5] * 64
 
 
-@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-38, 1e-42])
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1.2e-38, 1e-38, 1e-42])
 def test_the_smallest_temperature_is_greedy(temperature: float):
     assert sample(temperature, 1.0) == [5] * 64
 

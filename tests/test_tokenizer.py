@@ -53,22 +53,19 @@ def byte_level() -> tokenizers.Tokenizer:
     return with_bos(tokenizer)
 
 
-def words() -> tokenizers.Tokenizer:
-    """As of BERT: the decoder rewrites spaces that it gave before."""
-    vocab = {
-        token: index for index, token in enumerate(["[UNK]", "don", "do", "n", "'", "t", "##t", "it", REPLACEMENT])
-    }
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(cleanup=True)
-    return with_bos(tokenizer)
+def rewriting() -> tokenizers.Tokenizer:
+    """Its decoder replaces what it gave before, once the next token is there."""
+    vocab = {token: index for index, token in enumerate(["[UNK]", "a", "b", "x"])}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "c")])
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
 def by_name(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("tokenizers")
     found: dict[str, Any] = {"bytes": ByteTokenizer(bos=0)}
-    for make in (sentencepiece, byte_level, words):
+    for make in (sentencepiece, byte_level, rewriting):
         make().save(str(folder / make.__name__))
         found[make.__name__] = FileTokenizer(folder / make.__name__)
     return found
@@ -143,10 +140,25 @@ def test_special_and_unknown_tokens_have_no_text(by_name: dict[str, Any]):
 
 
 def test_a_decoder_that_rewrites_takes_nothing_back(by_name: dict[str, Any]):
-    tokenizer = by_name["words"]
-    tokens = tokenizer._tokenizer.encode("don ' t it", add_special_tokens=False).ids
-    pieces = streamed(tokenizer, tokens[:1], tokens[1:])
-    assert "".join("".join(pieces).split()) == "'tit"
+    tokenizer = by_name["rewriting"]
+    assert tokenizer.decode([1, 2, 3, 3]) == "cxx"
+    assert streamed(tokenizer, [], [1, 2, 3, 3]) == ["a", "", "bx", "x", ""]
+
+
+def test_a_word_after_bytes_at_the_start_keeps_its_space(by_name: dict[str, Any]):
+    tokenizer = by_name["sentencepiece"]
+    bos, paris = (tokenizer._tokenizer.token_to_id(token) for token in ("<s>", "▁Paris"))
+    tokens = [*(1 + byte for byte in "😀".encode()), paris]
+    assert "".join(streamed(tokenizer, [bos], tokens)) == tokenizer.decode([bos, *tokens]) == "😀 Paris"
+
+
+def test_an_output_that_ends_with_a_replacement_character_shows_it(by_name: dict[str, Any]):
+    tokenizer = by_name["byte_level"]
+    generation: Any = SimpleNamespace(output=tokenizer.encode(REPLACEMENT)[1:], finish_reason=None)
+    stream = Stream("P", tokenizer, generation)
+    assert stream.text == ""
+    generation.finish_reason = "length"
+    assert stream.text == REPLACEMENT
 
 
 def test_a_stream_takes_what_came_since_the_last_look(by_name: dict[str, Any]):
