@@ -172,6 +172,7 @@ def quantize(values: Array, dtype: jnp.dtype) -> Array:
     return values.astype(dtype)
 
 
+@jax.jit
 def read_tokens(pages: Array, slots: Array, scale: Array) -> Array:
     """What stands in the slot of each token, `[T, K, H]` float32, divided by its scale; 0 if the token is not there.
 

@@ -509,11 +509,9 @@ def test_fused_prefill_whatever_scores_do(name: str, head_dim: int, page_size: i
     positions[tables] = np.arange(tables.shape[1] * page_size).reshape(1, -1, page_size)
     k_pages = k_pages.at[..., 0].set(jnp.asarray(SCORES[name](positions)[..., None], k_pages.dtype))
     q = (q * 0.05).at[..., 0].set(1.0)
+    scales = {} if page_dtype == BF16 else {"k_scale": jnp.float32(1.0), "v_scale": jnp.float32(1.0)}
     for sign in (1.0, -1.0):
-        # 8-bit pages have their scores negated by the scale of the keys.
-        by_scale = page_dtype != BF16
-        scales = {"k_scale": jnp.float32(sign), "v_scale": jnp.float32(1.0)} if by_scale else {}
-        operands = (q if by_scale else sign * q, k_pages, v_pages, *rest)
+        operands = (sign * q, k_pages, v_pages, *rest)
         fused, cublaslt = (
             jax.jit(
                 functools.partial(

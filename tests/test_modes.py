@@ -284,6 +284,9 @@ TRANSFORMATIONS: dict[str, Callable[[Call], tuple[Callable[..., Any], tuple[Any,
 }
 
 
+DERIVATIVES = ("jvp", "grad", "jvp of grad")
+
+
 @functools.cache
 def made(call: str, transformation: str) -> tuple[Callable[..., Any], tuple[Any, ...], Any]:
     """The function, its operands on the device, and what it gives without a mode; shared by all modes."""
@@ -362,6 +365,9 @@ def combinations() -> Iterator[Any]:
 @pytest.mark.parametrize(("name", "transformation", "mode"), [*combinations()])
 def test_same_values(name: str, transformation: str, mode: str) -> None:
     function, operands, want = made(name, transformation)
+    if mode == "transfer guard" and transformation in DERIVATIVES:
+        # Outside of `jit` JAX's own backward pass makes zeros on the host: where a slice is transposed, for example.
+        function = jax.jit(function)
     got = jax.device_get(MODES[mode](function, operands))
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
