@@ -55,7 +55,7 @@ stubs: $(VENV)/test.stamp $(VENV)/dev.stamp
 # is no CUDA toolkit, NVIDIA's packages bring nvcc and headers for the build. CUDA=OFF leaves the CUDA module out.
 CUDA ?= ON
 CUDA_ARCHITECTURES ?= 80;89;90a;100;120;120-virtual
-# What ptxas compiles; it says nothing of PTX.
+# The architectures that ptxas compiles; it says nothing of PTX.
 MACHINE_CODE = $(if $(filter ON,$(CUDA)),$(filter-out %-virtual,$(subst ;, ,$(CUDA_ARCHITECTURES))))
 # What to build: the checkout, or an sdist.
 FROM ?= .

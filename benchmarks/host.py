@@ -1,4 +1,4 @@
-"""What the allocator costs the host per decode step: its batched calls beside its calls per sequence.
+"""The host time of the allocator per decode step: its batched calls beside its calls per sequence.
 
 `python -m benchmarks.host` from the repository's root prints a table. A step gives each sequence of some 1000 tokens a
 slot for one more, makes the arrays of the step, and marks what was computed. The calls per sequence fill the arrays as

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _DTYPES = ("float32", "float16", "bfloat16")
-# Of `transformers.LlamaConfig`, for files that leave the field out.
+# Defaults of `transformers.LlamaConfig`, for files that leave the field out.
 _DEFAULT_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 
 

@@ -1,4 +1,4 @@
-"""What the command lines of the examples have in common: checked arguments, and errors of one line."""
+"""The common part of the examples' command lines: checked arguments, and errors of one line."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Stream:
 
     @property
     def text(self) -> str:
-        """What may be shown: whole characters, none of which is taken back. The tokens since last time are added."""
+        """The text to show: whole characters, none of which is taken back. The tokens since last time are added."""
         output = self.generation.output
         if output[: len(self._taken)] != self._taken:
             self._restart()  # with the same prompt, but another output

@@ -1,4 +1,4 @@
-"""What may be asked of the engine, checked once where it comes in, and how far a request is."""
+"""Requests to the engine, checked once where they come in, and how far each one is."""
 
 from __future__ import annotations
 

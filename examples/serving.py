@@ -322,7 +322,7 @@ class Engine:
 
 
 def _sampling(generations: list[Generation], rows: int) -> _Sampling:
-    """What the requests ask for, padded with greedy ones to the number of rows."""
+    """The sampling that requests ask for, padded with greedy rows."""
     live = len(generations)
     temperature, top_p = np.zeros(rows, np.float32), np.ones(rows, np.float32)
     seed = np.zeros(rows, np.uint32)

@@ -215,7 +215,7 @@ class _FileStream:
         self._held = []
 
     def _text_of(self, tokens: Sequence[int]) -> str:
-        """What tokens add to the text so far; elsewhere than at its start, they keep a first space."""
+        """The text that tokens add to what there is; elsewhere than at its start, they keep a first space."""
         anchor = () if self._is_at_start else self._vocabulary.anchor
         return self._decode([*anchor, *tokens])[len(self._decode(anchor)) :]
 

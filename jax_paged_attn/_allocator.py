@@ -602,7 +602,7 @@ class PageAllocator:
         return rows, items
 
     def _is_whole(self, i: int, page: int) -> bool:
-        """Whether some sequence has all tokens of a page that is the i-th of its owners."""
+        """True if some sequence has all tokens of a page that is the i-th of its owners."""
         return bool((self._rows.length[self._rows.tables[:, i] == page] >= (i + 1) * self._page_size).any())
 
     def _pages_for(self, length: int) -> int:
@@ -667,7 +667,7 @@ class PageAllocator:
                 self._clear(row)
 
     def _clear(self, row: int) -> None:
-        """What a mark means for pages besides `_publish`: they stay findable, or lie in front of the window."""
+        """The rest of a mark, after `_publish`: pages stay findable, or lie in front of the window."""
         r = self._rows
         if self._share == "allocated":
             last = min(int(r.written[row]) // self._page_size, int(r.published[row]))

@@ -1,4 +1,4 @@
-"""What the allocator gives back and raises."""
+"""Results and errors of the allocator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class PageAllocatorError(Exception):
-    """What a `PageAllocator` refuses to do; the allocator is unchanged."""
+    """A `PageAllocator` refused a call; it is unchanged."""
 
 
 class OutOfPages(PageAllocatorError):
@@ -74,7 +74,7 @@ class StepArrays:
 
 @dataclass(frozen=True)
 class AllocatorStats:
-    """What a `PageAllocator` holds now, and what it has counted since it was made.
+    """The pages that a `PageAllocator` holds now, and its counts since it was made.
 
     Attributes:
       pages_in_use: pages with at least one owner.

@@ -114,7 +114,7 @@ def _pools(dims: _checks.Dims, k_pages: ArrayLike, v_pages: ArrayLike) -> tuple[
 
 
 class _PagesOf(Protocol):
-    """What `create` asks of an allocator; a `PageAllocator` has both."""
+    """The sizes that `create` asks of an allocator; a `PageAllocator` has both."""
 
     @property
     def num_pages(self) -> int: ...

@@ -59,7 +59,7 @@ def debug() -> Iterator[None]:
 
 
 def active() -> bool:
-    """Whether calls are to be checked."""
+    """True if calls are to be checked."""
     return _state.active
 
 
@@ -408,7 +408,7 @@ def _on_host(report: Callable[[dict[str, np.ndarray]], None], seen: dict[str, An
 
 
 def _finite(x: Array) -> Array:
-    """Whether all numbers of `x[i]`, or of `x[i, j]` of four axes, are finite."""
+    """True where all numbers of `x[i]`, or of `x[i, j]` of four axes, are finite."""
     axes = (2, 3) if x.ndim == 4 else (1, 2)
     return jnp.isfinite(x.astype(jnp.float32)).all(axis=axes)
 

@@ -1,4 +1,4 @@
-"""Whether a cache is updated in place: said where it can be known, which is outside of `jit` and after compilation."""
+"""Warnings of caches that are not updated in place, where that can be known: outside of `jit`, and once compiled."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from jax_paged_attn._warnings import PagedAttentionWarning, warn_once
 # Copies of smaller pools go unnoticed.
 _LARGE = 64 << 20
 
-# What XLA calls the dtypes of pages.
+# XLA's names of the dtypes of pages.
 _XLA_NAMES = {
     "float32": "f32",
     "bfloat16": "bf16",

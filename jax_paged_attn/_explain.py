@@ -60,7 +60,7 @@ def explain(
 
 
 def _platform(platform: str | None, device: Any) -> str:
-    """What lowering rules call the platform that is meant."""
+    """The platform that is meant, by the name that lowering rules use."""
     if platform is not None and device is not None:
         raise ValueError("platform: expected None where a device is given, got both")
     if device is not None and not isinstance(device, jax.Device):

@@ -1,4 +1,4 @@
-"""What JAX's modes ask of calls outside of `jit`.
+"""Calls outside of `jit` under JAX's modes.
 
 Under `jax.transfer_guard("disallow")` nothing may come from the host unasked, and each scalar of an eager operation
 does: helpers of the public functions are compiled. Under `jax.debug_infs` JAX refuses every infinity that an operation

@@ -334,7 +334,7 @@ MODES: dict[str, Callable[..., Any]] = {
 }
 
 
-# What JAX compiles under these it does not compile again; every other mode is part of the key of its caches.
+# Under these JAX compiles nothing again; every other mode is part of the key of its caches.
 SHARING = ("debug_nans", "debug_infs", "checks", "transfer guard")
 
 

@@ -350,10 +350,9 @@ __device__ inline void CopyTile(const DecodeArgs& args, const Job& job, uint32_t
   constexpr int kCopies = kTileKeys * Rows::kChunks,
                 kEach = (kCopies + Traits::kCopyThreads - 1) / Traits::kCopyThreads;
   uint32_t thread = threadIdx.x - Traits::kProductThreads;
-  // By shifts places are found at once. Found by divisions they would be kept from tile to tile, for which these warps
-  // lack the registers.
-  if constexpr ((Rows::kChunks & (Rows::kChunks - 1)) != 0)
-    thread = device::Opaque(thread);
+  // By shifts places are found at once. Found by divisions they would be kept from tile to tile, for which
+  // these warps lack the registers.
+  if constexpr ((Rows::kChunks & (Rows::kChunks - 1)) != 0) thread = device::Opaque(thread);
   const char* const k_pages = static_cast<const char*>(args.params.k_pages);
   const char* const v_pages = static_cast<const char*>(args.params.v_pages);
   const auto place_of = [&](int i) {
