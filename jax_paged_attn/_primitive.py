@@ -295,7 +295,6 @@ def _platform_of(ctx: mlir.LoweringRuleContext) -> str:
     return platforms[0]
 
 
-@functools.partial(jax.jit, static_argnames=("wrt", *_STATIC))
 def _tangent_impl(*operands: Array, wrt: tuple[bool, ...], **static: Any) -> Sequence[Array]:
     dots = iter(operands[: sum(wrt)])
     saved = _differentiation.Saved(*operands[sum(wrt) :])
@@ -303,7 +302,6 @@ def _tangent_impl(*operands: Array, wrt: tuple[bool, ...], **static: Any) -> Seq
     return _differentiation.tangent(q_dot, k_dot, v_dot, sinks_dot, saved, **static)
 
 
-@functools.partial(jax.jit, static_argnames=("wrt", *_STATIC))
 def _cotangent_impl(
     out_bar: Array,
     lse_bar: Array,
@@ -431,6 +429,9 @@ def _vary_like(like: Array, arrays: Sequence[Array]) -> tuple[Array, ...]:
 
 def _second_order(impl: Callable[..., Sequence[Array]]) -> Callable[..., Any]:
     """Derivatives of derivatives go through the plain JAX code; forward over reverse, since its loops are dynamic."""
+    # Compiled for calls outside of `jit`. Inlined in others: XLA of JAX 0.11.2 crashes at a call of such loops in a
+    # `shard_map`.
+    impl = jax.jit(impl, static_argnames=("wrt", *_STATIC), inline=True)
 
     def jvp(primals: Sequence[Array], tangents: Sequence[Any], **parameters: Any) -> tuple[Any, Any]:
         held = [i for i, t in enumerate(tangents) if _has_tangent(t)]
