@@ -89,7 +89,7 @@ class RowMover {
     const int stage = index % kStages;
     const int tokens = static_cast<int>(min(int64_t{args_.tokens_per_stage}, end_ - token));
     const uint32_t bytes = static_cast<uint32_t>(tokens * args_.row_bytes);
-    device::ArriveExpecting(&ring_.loaded[stage], bytes);
+    device::ArriveAndExpectBytes(&ring_.loaded[stage], bytes);
     device::BulkLoad(ring_.stages[stage], values_ + token * args_.row_bytes, bytes, &ring_.loaded[stage]);
   }
 

@@ -64,10 +64,10 @@ __device__ inline void LoadKeys(uint32_t keys, int i, uint32_t (&fragment)[4]) {
   const uint32_t lane = LaneId();
   if constexpr (ByteWidth(dtype) == 2) {
     const uint32_t first = Rows::Chunk(Rows::FirstChunk(keys, lane / 16 * 8 + lane % 8), lane / 8 % 2);
-    LoadMatrices(Rows::Chunk(first, 2 * i), fragment);
+    Ldmatrix(Rows::Chunk(first, 2 * i), fragment);
   } else {
     uint32_t words[2];
-    LoadMatrices(Rows::Chunk(Rows::FirstChunk(keys, lane % 16), i), words);
+    Ldmatrix(Rows::Chunk(Rows::FirstChunk(keys, lane % 16), i), words);
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       fragment[2 * t] = PairOfBytes<dtype, 0, 1>(words[t]);
@@ -83,11 +83,11 @@ __device__ inline void LoadValues(uint32_t values, int i, uint32_t (&fragment)[4
   const uint32_t lane = LaneId();
   if constexpr (ByteWidth(dtype) == 2) {
     const uint32_t first = Rows::Chunk(Rows::FirstChunk(values, lane % 16), lane / 16);
-    LoadMatricesTransposed(Rows::Chunk(first, 2 * i), fragment);
+    LdmatrixTransposed(Rows::Chunk(first, 2 * i), fragment);
   } else {
     // Pairs of columns change places with keys: a word has two columns of two keys.
     uint32_t words[2];
-    LoadMatricesTransposed(Rows::Chunk(Rows::FirstChunk(values, lane % 16), i), words);
+    LdmatrixTransposed(Rows::Chunk(Rows::FirstChunk(values, lane % 16), i), words);
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       fragment[t] = PairOfBytes<dtype, 0, 2>(words[t]);
@@ -97,7 +97,7 @@ __device__ inline void LoadValues(uint32_t values, int i, uint32_t (&fragment)[4
 }
 
 // Which columns a lane has in a row of two neighbouring blocks of eight (i even) of P V's result.
-template <bool bytes>
+template <bool is_8bit>
 struct FragmentLayout;
 
 // Two columns from Column(i) on, and two from Column(i) + 8 on.
@@ -139,7 +139,7 @@ class QueryScale {
 };
 
 // 16 queries as first operand of Q K^T, two rows a lane.
-template <DType q_dtype, bool bytes, int head_dim>
+template <DType q_dtype, bool is_8bit, int head_dim>
 struct QueryFragments {
   uint32_t fragments[head_dim / 16][4];
 
@@ -147,7 +147,7 @@ struct QueryFragments {
   // divided by. All lanes of a row come here.
   __device__ int LoadRow(int r, const uint16_t* query) {
     const int lane = static_cast<int>(LaneId() % 4);
-    if constexpr (!bytes) {
+    if constexpr (!is_8bit) {
 #pragma unroll
       for (int i = 0; i < head_dim / 16; ++i) {
         const auto* pairs = reinterpret_cast<const uint32_t*>(query + 16 * i + 2 * lane);

@@ -50,19 +50,19 @@ __device__ inline void FenceAcquire() { asm volatile("fence.acq_rel.gpu;" ::: "m
 // ---- asynchronous copies ----------------------------------------------------------------------------------
 
 // 16 bytes from global to shared memory, past the L1 cache; zeros, and no access, if not `exists`.
-__device__ inline void CopyAsync16(uint32_t to, const void* from, bool exists) {
+__device__ inline void CpAsync16(uint32_t to, const void* from, bool exists) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(exists ? 16 : 0)
                : "memory");
 }
 
 // The same, if it is known to exist.
-__device__ inline void CopyAsync16(uint32_t to, const void* from) {
+__device__ inline void CpAsync16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
 // Until all copies that the thread has started are there.
-__device__ inline void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ inline void WaitForCpAsync() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // ---- barriers ---------------------------------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ __device__ inline void Arrive(Barrier* barrier) {
 }
 
 // Arrives once all copies that the thread has started are there.
-__device__ inline void ArriveAfterCopies(Barrier* barrier) {
+__device__ inline void ArriveAfterCpAsync(Barrier* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
 
@@ -104,18 +104,18 @@ __device__ inline void WaitForPhase(Barrier* barrier, uint32_t parity) {
 
 // Of some warps of a block: a barrier by number, 0 being __syncthreads'.
 template <int number, int threads>
-__device__ inline void SyncSomeThreads() {
+__device__ inline void NamedBarrierSync() {
   asm volatile("bar.sync %0, %1;" ::"n"(number), "n"(threads) : "memory");
 }
 
 template <int threads>
-__device__ inline void SyncSomeThreads(int number) {
+__device__ inline void NamedBarrierSync(int number) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(threads) : "memory");
 }
 
 // Arrives at such a barrier, and goes on.
 template <int threads>
-__device__ inline void ArriveAtSomeThreads(int number) {
+__device__ inline void NamedBarrierArrive(int number) {
   asm volatile("bar.arrive %0, %1;" ::"r"(number), "n"(threads) : "memory");
 }
 
@@ -139,7 +139,7 @@ __device__ inline void FenceBarrierInit() {
 }
 
 // Arrives; the phase does not end before so many bytes have come by bulk copies besides.
-__device__ inline void ArriveExpecting(Barrier* barrier, uint32_t bytes) {
+__device__ inline void ArriveAndExpectBytes(Barrier* barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(
                    SharedAddress(barrier)),
@@ -166,7 +166,7 @@ struct TensorPlace {
 
 // A box of a tensor from global to shared memory; what of it lies outside the tensor becomes zeros. The
 // barrier counts the whole box's bytes.
-__device__ inline void TensorLoad(void* to, const void* map, const TensorPlace& place, Barrier* barrier) {
+__device__ inline void TmaLoad(void* to, const void* map, const TensorPlace& place, Barrier* barrier) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
@@ -228,13 +228,13 @@ __device__ inline void WaitForBulkStores() {
 
 // 8 x 8 matrices of 16-bit elements, four or two; eight lanes each, from lane 0 on, give the addresses of
 // one's rows. A lane gets two neighbours of row lane / 4, from column 2 (lane % 4) on.
-__device__ inline void LoadMatrices(uint32_t row, uint32_t (&to)[4]) {
+__device__ inline void Ldmatrix(uint32_t row, uint32_t (&to)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(row)
                : "memory");
 }
-__device__ inline void LoadMatrices(uint32_t row, uint32_t (&to)[2]) {
+__device__ inline void Ldmatrix(uint32_t row, uint32_t (&to)[2]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                : "=r"(to[0]), "=r"(to[1])
                : "r"(row)
@@ -242,13 +242,13 @@ __device__ inline void LoadMatrices(uint32_t row, uint32_t (&to)[2]) {
 }
 
 // The same, transposed: a lane gets two neighbours of column lane / 4, from row 2 (lane % 4) on.
-__device__ inline void LoadMatricesTransposed(uint32_t row, uint32_t (&to)[4]) {
+__device__ inline void LdmatrixTransposed(uint32_t row, uint32_t (&to)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(row)
                : "memory");
 }
-__device__ inline void LoadMatricesTransposed(uint32_t row, uint32_t (&to)[2]) {
+__device__ inline void LdmatrixTransposed(uint32_t row, uint32_t (&to)[2]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                : "=r"(to[0]), "=r"(to[1])
                : "r"(row)
@@ -256,14 +256,14 @@ __device__ inline void LoadMatricesTransposed(uint32_t row, uint32_t (&to)[2]) {
 }
 
 // d += a b, with a [16, 16] and b [16, 8] of the last argument's type and d [16, 8] f32.
-__device__ inline void MultiplyAdd(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
+__device__ inline void MmaM16N8K16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-__device__ inline void MultiplyAdd(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+__device__ inline void MmaM16N8K16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                    __nv_bfloat16) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "

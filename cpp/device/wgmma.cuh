@@ -52,14 +52,14 @@ __device__ inline uint64_t Advance(uint64_t descriptor, int bytes) { return desc
 // ---- order ------------------------------------------------------------------------------------------------
 
 // Before products of registers that others have written.
-__device__ inline void FenceProductRegisters() {
+__device__ inline void WgmmaFence() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
 
 // Ends the warpgroup's current group of products.
-__device__ inline void CommitProducts() {
+__device__ inline void WgmmaCommit() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
@@ -67,7 +67,7 @@ __device__ inline void CommitProducts() {
 
 // Until all groups but the latest `groups` are done; `results` are among theirs.
 template <int groups, int count>
-__device__ inline void WaitForProducts(float (&results)[count]) {
+__device__ inline void WgmmaWait(float (&results)[count]) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(groups) : "memory");
   // The compiler must not read results ahead of the wait.
@@ -106,17 +106,15 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
 #define JPA_NAMES_64 JPA_NAMES_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 // Of n columns in `count` = n / 2 registers; a0 to a5 are the numbers of the operands that follow them.
-#define JPA_DEFINE_PRODUCTS(n, count, a0, a1, a2, a3, a4, a5)                                       \
-  template <typename T>                                                                             \
-  __device__ inline void MultiplyKeys(float (&d)[count], uint64_t a, uint64_t b, bool accumulate) { \
-    JPA_IF_BF16(T, JPA_MULTIPLY_KEYS(n, count, "bf16", a0, a1, a2),                                 \
-                JPA_MULTIPLY_KEYS(n, count, "f16", a0, a1, a2))                                     \
-  }                                                                                                 \
-  template <typename T>                                                                             \
-  __device__ inline void MultiplyValues(float (&d)[count], const uint32_t (&a)[4], uint64_t b,      \
-                                        bool accumulate) {                                          \
-    JPA_IF_BF16(T, JPA_MULTIPLY_VALUES(n, count, "bf16", a0, a1, a2, a3, a4, a5),                   \
-                JPA_MULTIPLY_VALUES(n, count, "f16", a0, a1, a2, a3, a4, a5))                       \
+#define JPA_DEFINE_WGMMA(n, count, a0, a1, a2, a3, a4, a5)                                                 \
+  template <typename T>                                                                                    \
+  __device__ inline void WgmmaSS(float (&d)[count], uint64_t a, uint64_t b, bool accumulate) {             \
+    JPA_IF_BF16(T, JPA_WGMMA_SS(n, count, "bf16", a0, a1, a2), JPA_WGMMA_SS(n, count, "f16", a0, a1, a2))  \
+  }                                                                                                        \
+  template <typename T>                                                                                    \
+  __device__ inline void WgmmaRS(float (&d)[count], const uint32_t (&a)[4], uint64_t b, bool accumulate) { \
+    JPA_IF_BF16(T, JPA_WGMMA_RS(n, count, "bf16", a0, a1, a2, a3, a4, a5),                                 \
+                JPA_WGMMA_RS(n, count, "f16", a0, a1, a2, a3, a4, a5))                                     \
   }
 #define JPA_IF_BF16(T, bf16, f16)                   \
   if constexpr (std::is_same_v<T, __nv_bfloat16>) { \
@@ -125,12 +123,12 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
     static_assert(std::is_same_v<T, __half>);       \
     f16;                                            \
   }
-#define JPA_MULTIPLY_KEYS(n, count, type, a0, a1, a2)                                                     \
+#define JPA_WGMMA_SS(n, count, type, a0, a1, a2)                                                          \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n      \
                "k16.f32." type "." type " {" JPA_NAMES_##count "}, %" #a0 ", %" #a1 ", p, 1, 1, 0, 0;\n}" \
                : JPA_ACCUMULATORS_##count(d)                                                              \
                : "l"(a), "l"(b), "r"(accumulate ? 1 : 0))
-#define JPA_MULTIPLY_VALUES(n, count, type, a0, a1, a2, a3, a4, a5)                                      \
+#define JPA_WGMMA_RS(n, count, type, a0, a1, a2, a3, a4, a5)                                             \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n     \
                "k16.f32." type "." type " {" JPA_NAMES_##count "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 \
                                                                "}, %" #a4 ", p, 1, 1, 1;\n}"             \
@@ -138,15 +136,15 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate ? 1 : 0))
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-JPA_DEFINE_PRODUCTS(64, 32, 32, 33, 34, 35, 36, 37)
-JPA_DEFINE_PRODUCTS(96, 48, 48, 49, 50, 51, 52, 53)
-JPA_DEFINE_PRODUCTS(128, 64, 64, 65, 66, 67, 68, 69)
+JPA_DEFINE_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
+JPA_DEFINE_WGMMA(96, 48, 48, 49, 50, 51, 52, 53)
+JPA_DEFINE_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
 #else
 // Of other architectures' passes, which launch no kernel with products.
 template <typename T, int count>
-__device__ inline void MultiplyKeys(float (&)[count], uint64_t, uint64_t, bool) {}
+__device__ inline void WgmmaSS(float (&)[count], uint64_t, uint64_t, bool) {}
 template <typename T, int count>
-__device__ inline void MultiplyValues(float (&)[count], const uint32_t (&)[4], uint64_t, bool) {}
+__device__ inline void WgmmaRS(float (&)[count], const uint32_t (&)[4], uint64_t, bool) {}
 #endif
 
 #undef JPA_ACCUMULATORS_8
@@ -156,9 +154,9 @@ __device__ inline void MultiplyValues(float (&)[count], const uint32_t (&)[4], u
 #undef JPA_NAMES_32
 #undef JPA_NAMES_48
 #undef JPA_NAMES_64
-#undef JPA_DEFINE_PRODUCTS
+#undef JPA_DEFINE_WGMMA
 #undef JPA_IF_BF16
-#undef JPA_MULTIPLY_KEYS
-#undef JPA_MULTIPLY_VALUES
+#undef JPA_WGMMA_SS
+#undef JPA_WGMMA_RS
 
 }  // namespace jpa::device

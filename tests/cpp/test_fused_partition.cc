@@ -111,37 +111,37 @@ struct Part {
 
 // Walks all shares as the kernel does.
 std::map<Unit, std::vector<Part>> Walk(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
-  std::map<Unit, std::vector<Part>> parts;
-  const Deal deal = MakeDeal(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
+  std::map<Unit, std::vector<Part>> splits;
+  const HeadQueues queues = MakeHeadQueues(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
   for (int64_t cta = 0; cta < num_ctas; ++cta) {
-    const HeadRange heads = HeadsOfLane(batch.facts, deal, static_cast<int32_t>(cta % deal.num_lanes));
+    const HeadRange heads = HeadsOfQueue(batch.facts, queues, static_cast<int32_t>(cta % queues.num_queues));
     HeadTiles of_head;
     for (int32_t i = 0; i < batch.size(); ++i) of_head.Add(batch.facts, batch(i));
-    const int64_t total = batch.num_tiles() * heads.size(), per = TilesPerShare(of_head, heads, deal);
+    const int64_t total = batch.num_tiles() * heads.size(), per = TilesPerCta(of_head, heads, queues);
     CHECK(of_head.total == batch.num_tiles(), "%d tiles of %d", static_cast<int>(of_head.total),
           static_cast<int>(batch.num_tiles()));
-    const int64_t first = cta / deal.num_lanes * per;
-    if (cta / deal.num_lanes >= deal.shares.divisor() || first >= total) continue;
+    const int64_t first = cta / queues.num_queues * per;
+    if (cta / queues.num_queues >= queues.ctas.divisor() || first >= total) continue;
     const auto tiles_of = [&](int32_t index) { return NumTiles(batch.facts, heads, batch(index)); };
     int64_t offset = first;
     int32_t index = 0;
     for (; offset >= tiles_of(index); ++index) offset -= tiles_of(index);
     const Batch& sequences = batch;
-    ShareCursor<const Batch> share(batch.facts, heads, batch.size(), sequences, index, offset, per,
-                                   batch_invariant);
+    CtaRangeCursor<const Batch> range(batch.facts, heads, batch.size(), sequences, index, offset, per,
+                                      batch_invariant);
     int64_t walked = 0;
-    Part part{};
-    for (; !share.done(); share.Next(), ++walked) {
-      const auto& at = share.at();
-      if (share.StartsPart()) part = {cta, at.tile(), at.tile(), false, false, 0, 0};
-      CHECK(at.tile() == part.end, "tile %d after %d", at.tile(), part.end);
-      ++part.end;
-      if (share.EndsPart()) {
-        part.has_start = share.HasStart();
-        part.has_end = share.HasEnd();
-        part.before = share.PartsBefore();
-        part.index = share.PartIndex();
-        parts[{at.index(), at.head(), at.row_tile()}].push_back(part);
+    Part split{};
+    for (; !range.done(); range.Next(), ++walked) {
+      const auto& at = range.at();
+      if (range.StartsSplit()) split = {cta, at.tile(), at.tile(), false, false, 0, 0};
+      CHECK(at.tile() == split.end, "tile %d after %d", at.tile(), split.end);
+      ++split.end;
+      if (range.EndsSplit()) {
+        split.has_start = range.HoldsStart();
+        split.has_end = range.HoldsEnd();
+        split.before = range.SplitsBefore();
+        split.index = range.SplitIndex();
+        splits[{at.index(), at.head(), at.row_tile()}].push_back(split);
       }
     }
     if (!batch_invariant) {
@@ -149,49 +149,50 @@ std::map<Unit, std::vector<Part>> Walk(const Batch& batch, int64_t num_ctas, boo
             static_cast<int>(walked), static_cast<int>(per));
     }
   }
-  return parts;
+  return splits;
 }
 
 void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
-  const auto parts = Walk(batch, num_ctas, batch_invariant);
-  int64_t units = 0, tiles_seen = 0;
+  const auto splits = Walk(batch, num_ctas, batch_invariant);
+  int64_t row_blocks = 0, tiles_seen = 0;
   for (int32_t i = 0; i < batch.size(); ++i) {
     const Sequence sequence = batch(i);
     for (int32_t t = 0; t < NumRowTiles(batch.facts, sequence); ++t) {
       const TileRange tiles = VisibleTiles(batch.facts, sequence, t);
       if (tiles.size() == 0) continue;
       for (int32_t head = 0; head < batch.facts.num_kv_heads; ++head) {
-        ++units;
-        const auto found = parts.find({i, head, t});
-        CHECK(found != parts.end(), "unit %d %d %d is in no share", i, head, t);
-        if (found == parts.end()) continue;
+        ++row_blocks;
+        const auto found = splits.find({i, head, t});
+        CHECK(found != splits.end(), "unit %d %d %d is in no share", i, head, t);
+        if (found == splits.end()) continue;
         int32_t next = tiles.begin, index = 0;
-        for (const Part& part : found->second) {
-          CHECK(part.begin == next, "part from %d, expected %d", part.begin, next);
-          CHECK(part.has_start == (next == tiles.begin) && part.has_end == (part.end == tiles.end),
+        for (const Part& split : found->second) {
+          CHECK(split.begin == next, "part from %d, expected %d", split.begin, next);
+          CHECK(split.has_start == (next == tiles.begin) && split.has_end == (split.end == tiles.end),
                 "flags of part %d", index);
           if (batch_invariant) {
-            CHECK(part.index == index, "part %d calls itself %d", index, part.index);
-            const int32_t size = std::min(SplitTiles(sequence, tiles), tiles.end - part.begin);
-            CHECK(part.end - part.begin == size, "%d tiles of %d", part.end - part.begin, size);
+            CHECK(split.index == index, "part %d calls itself %d", index, split.index);
+            const int32_t size = std::min(SplitTiles(sequence, tiles), tiles.end - split.begin);
+            CHECK(split.end - split.begin == size, "%d tiles of %d", split.end - split.begin, size);
           } else {
-            const Deal deal = MakeDeal(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
-            CHECK(part.cta == found->second[0].cta + index * deal.num_lanes,
+            const HeadQueues queues =
+                MakeHeadQueues(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
+            CHECK(split.cta == found->second[0].cta + index * queues.num_queues,
                   "parts of a unit are in neighbouring shares");
-            CHECK(part.before == index, "%d parts before", part.before);
+            CHECK(split.before == index, "%d parts before", split.before);
           }
-          tiles_seen += part.end - part.begin;
-          next = part.end;
+          tiles_seen += split.end - split.begin;
+          next = split.end;
           ++index;
         }
         CHECK(next == tiles.end, "ends at %d of %d", next, tiles.end);
         if (batch_invariant)
-          CHECK(index == NumSplits(sequence, tiles) && index <= kMaxParts, "%d parts", index);
+          CHECK(index == NumSplits(sequence, tiles) && index <= kMaxSplits, "%d parts", index);
       }
     }
   }
-  CHECK(units == static_cast<int64_t>(parts.size()), "%d units, %d in shares", static_cast<int>(units),
-        static_cast<int>(parts.size()));
+  CHECK(row_blocks == static_cast<int64_t>(splits.size()), "%d units, %d in shares",
+        static_cast<int>(row_blocks), static_cast<int>(splits.size()));
   const int64_t total = batch.num_tiles() * batch.facts.num_kv_heads;
   CHECK(tiles_seen == total, "%d tiles of %d", static_cast<int>(tiles_seen), static_cast<int>(total));
 }
@@ -226,8 +227,8 @@ void EqualUnitsStayWhole() {
   for (int32_t i = 0; i < 64; ++i) batch.raw.push_back({i == 40 ? 0 : 4096, i, 1});
   for (const int32_t length : {4096, 4095, 4033}) {
     batch.raw[5].kv_len = length;  // as many tiles
-    for (const auto& [unit, parts] : Walk(batch, 264, false))
-      CHECK(parts.size() == 1, "%d parts", static_cast<int>(parts.size()));
+    for (const auto& [row_block, splits] : Walk(batch, 264, false))
+      CHECK(splits.size() == 1, "%d parts", static_cast<int>(splits.size()));
     Check(batch, 264, false);
   }
   batch.raw[5].kv_len = 1000;
@@ -253,12 +254,12 @@ void DecodeLeavesMultiprocessorsToPrefill() {
     int32_t before = kEighths;
     for (int64_t prefill = 0; prefill < int64_t{1} << 40; prefill = prefill * 2 + 1) {
       const int32_t eighths = EighthsForDecode(decode, prefill, costs);
-      const double part =
+      const double split =
           static_cast<double>(decode) * costs.decode /
           (static_cast<double>(decode) * costs.decode + static_cast<double>(prefill) * costs.prefill);
-      CHECK(eighths >= 1 && eighths <= before && eighths >= part * kEighths - 1e-6 &&
-                eighths <= part * kEighths + 1 + 1e-6,
-            "%d eighths for %g of the work", eighths, part);
+      CHECK(eighths >= 1 && eighths <= before && eighths >= split * kEighths - 1e-6 &&
+                eighths <= split * kEighths + 1 + 1e-6,
+            "%d eighths for %g of the work", eighths, split);
       before = eighths;
     }
   }

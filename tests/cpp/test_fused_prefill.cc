@@ -27,13 +27,14 @@ void ItemsTakeEachTileOnce() {
   Random random(1);
   for (int repeat = 0; repeat < 2000; ++repeat) {
     const int32_t num_heads = 1 + random.Below(9), row_tiles = 1 + random.Below(40);
-    const int32_t parts = 1 + random.Below(kMaxPrefillParts), heads_per_section = 1 + random.Below(num_heads);
+    const int32_t splits = 1 + random.Below(kMaxPrefillSplits),
+                  heads_per_section = 1 + random.Below(num_heads);
     std::map<std::tuple<int32_t, int32_t, int32_t>, int> taken;
     int32_t last_row_tile = INT32_MAX, last_section = -1;
-    for (int32_t i = 0; i < num_heads * row_tiles * parts; ++i) {
-      const ItemPlace place = PlaceOf(i, row_tiles, parts, num_heads, heads_per_section);
-      ++taken[{place.head, place.row_tile, place.part}];
-      CHECK(place.unit == i / parts, "item %d: unit %d", i, place.unit);
+    for (int32_t i = 0; i < num_heads * row_tiles * splits; ++i) {
+      const WorkTilePlace place = PlaceOf(i, row_tiles, splits, num_heads, heads_per_section);
+      ++taken[{place.head, place.row_tile, place.split}];
+      CHECK(place.row_block == i / splits, "item %d: unit %d", i, place.row_block);
       // Longest first within a section.
       const int32_t section = place.head / heads_per_section;
       if (section != last_section) last_row_tile = INT32_MAX;
@@ -42,13 +43,13 @@ void ItemsTakeEachTileOnce() {
       last_section = section;
       last_row_tile = place.row_tile;
     }
-    CHECK(static_cast<int32_t>(taken.size()) == num_heads * row_tiles * parts, "%d items of %d",
-          static_cast<int>(taken.size()), num_heads * row_tiles * parts);
+    CHECK(static_cast<int32_t>(taken.size()) == num_heads * row_tiles * splits, "%d items of %d",
+          static_cast<int>(taken.size()), num_heads * row_tiles * splits);
     for (const auto& [place, count] : taken) {
-      const auto [head, row_tile, part] = place;
-      CHECK(head >= 0 && head < num_heads && row_tile >= 0 && row_tile < row_tiles && part >= 0 &&
-                part < parts && count == 1,
-            "head %d, row tile %d, part %d: %d times", head, row_tile, part, count);
+      const auto [head, row_tile, split] = place;
+      CHECK(head >= 0 && head < num_heads && row_tile >= 0 && row_tile < row_tiles && split >= 0 &&
+                split < splits && count == 1,
+            "head %d, row tile %d, part %d: %d times", head, row_tile, split, count);
     }
   }
 }
@@ -57,18 +58,18 @@ void PartsMakeUpUnits() {
   Random random(2);
   for (int repeat = 0; repeat < 2000; ++repeat) {
     const int32_t begin = random.Below(100), size = random.Below(300),
-                  parts = 1 + random.Below(kMaxPrefillParts);
-    const TileRange unit = {begin, begin + size};
+                  splits = 1 + random.Below(kMaxPrefillSplits);
+    const TileRange row_block = {begin, begin + size};
     int32_t next = begin, most = 0;
-    for (int32_t part = 0; part < parts; ++part) {
-      const TileRange tiles = TilesOfPart(unit, part, parts);
-      CHECK(tiles.begin == next && tiles.end >= tiles.begin, "part %d of %d starts at %d, not %d", part,
-            parts, tiles.begin, next);
+    for (int32_t split = 0; split < splits; ++split) {
+      const TileRange tiles = TilesOfSplit(row_block, split, splits);
+      CHECK(tiles.begin == next && tiles.end >= tiles.begin, "part %d of %d starts at %d, not %d", split,
+            splits, tiles.begin, next);
       next = tiles.end;
       most = std::max(most, tiles.size());
     }
-    CHECK(next == unit.end, "the last of %d parts ends at %d, not %d", parts, next, unit.end);
-    CHECK(most <= CeilDiv(size, parts), "%d of %d tiles in one of %d parts", most, size, parts);
+    CHECK(next == row_block.end, "the last of %d parts ends at %d, not %d", splits, next, row_block.end);
+    CHECK(most <= CeilDiv(size, splits), "%d of %d tiles in one of %d parts", most, size, splits);
   }
 }
 
@@ -84,7 +85,7 @@ void TilesHaveTheKeysThatRowsSee() {
     const TileShape shape = {random.Below(2) == 0 ? 128 : 192, 32 * (1 + random.Below(4))};
     const int32_t count = 1 + random.Below(150), kv_len = random.Below(1501);
     const Sequence sequence = MakeSequence(facts, kv_len, 0, count);
-    const int32_t group = facts.group.divisor(), tiles = NumUnitsPerHead(facts, shape, sequence);
+    const int32_t group = facts.group.divisor(), tiles = RowTilesPerHead(facts, shape, sequence);
     CHECK(tiles == CeilDiv(count * group, shape.rows), "%d row tiles", tiles);
     int32_t longest = 0;
     for (int32_t t = 0; t < tiles; ++t) {
@@ -98,7 +99,7 @@ void TilesHaveTheKeysThatRowsSee() {
         first = std::min(first, begin);
         last = std::max(last, end - 1);
       }
-      const TileRange range = TilesOfUnit(facts, shape, sequence, t);
+      const TileRange range = TilesOfRowTile(facts, shape, sequence, t);
       longest = std::max(longest, range.size());
       if (last < 0) {
         CHECK(range.size() == 0, "row tile %d sees no key and has %d tiles", t, range.size());
@@ -109,8 +110,8 @@ void TilesHaveTheKeysThatRowsSee() {
       }
     }
     if (tiles == 0 || facts.sliding_window > 0) continue;
-    CHECK(LongestUnit(facts, shape, sequence) == longest, "longest unit: %d of %d",
-          LongestUnit(facts, shape, sequence), longest);
+    CHECK(LongestRowTile(facts, shape, sequence) == longest, "longest unit: %d of %d",
+          LongestRowTile(facts, shape, sequence), longest);
   }
 }
 
@@ -127,10 +128,10 @@ void OrdersTakeEachTileOnce() {
     const int32_t begin = random.Below(50), row_tile = random.Below(100);
     const TileRange tiles = {begin, begin + random.Below(70)};
     const int16_t period = static_cast<int16_t>(1 << random.Below(5));
-    const Sharing sharing = {random.Below(4) == 0 ? int16_t{0} : period,
-                             period > 1 ? period : static_cast<int16_t>(1 + random.Below(64))};
+    const TileSharing sharing = {random.Below(4) == 0 ? int16_t{0} : period,
+                                 period > 1 ? period : static_cast<int16_t>(1 + random.Below(64))};
     const TileOrder order = OrderOf(sharing, tiles, row_tile);
-    CHECK(order.shares() == (sharing.period > 0), "period %d", sharing.period);
+    CHECK(order.shares_tiles() == (sharing.period > 0), "period %d", sharing.period);
     std::map<int32_t, int> taken;
     for (int32_t step = tiles.end - 1; step >= tiles.begin; --step) {
       const int32_t tile = order.TileAt(tiles, step);
@@ -160,11 +161,11 @@ void ImagesAreOfTilesTakenOften() {
   facts.capacity = 1 << 20;
   facts.num_kv_heads = 8;
   const TileShape shape = {128, 128};
-  const auto check = [&](int32_t rows, int32_t keys, int32_t parts, bool converts, int period, int orders) {
-    const Sharing sharing =
-        SharingOf(facts, shape, MakeSequence(facts, keys, 0, rows), parts, 132, 512, converts);
+  const auto check = [&](int32_t rows, int32_t keys, int32_t splits, bool converts, int period, int orders) {
+    const TileSharing sharing =
+        TileSharingOf(facts, shape, MakeSequence(facts, keys, 0, rows), splits, 132, 512, converts);
     CHECK(sharing.period == period && (period == 0 || sharing.orders == orders),
-          "%d rows of %d keys, %d parts, converts %d: period %d, %d orders", rows, keys, parts, converts,
+          "%d rows of %d keys, %d parts, converts %d: period %d, %d orders", rows, keys, splits, converts,
           sharing.period, sharing.orders);
   };
   // Several rounds of the items of a section: all heads, four, one.
@@ -191,13 +192,14 @@ void ImagesAreOfTilesTakenOften() {
   facts.group = FastDivisor(1);
   check(4096, 4096, 1, false, 0, 0);  // a tile is seen by fewer row tiles
 
-  const auto images = [&](int32_t keys, int16_t period, int32_t most) {
-    const Sharing sharing = {period, period};
-    return NumImages(facts, shape, MakeSequence(facts, keys, 0, 4096), sharing, most);
+  const auto tile_cache = [&](int32_t keys, int16_t period, int32_t most) {
+    const TileSharing sharing = {period, period};
+    return NumCachedTiles(facts, shape, MakeSequence(facts, keys, 0, 4096), sharing, most);
   };
-  CHECK(images(4097, 8, 1 << 20) == 8 * 33, "a prompt: %d", images(4097, 8, 1 << 20));
-  CHECK(images(4097, 0, 1 << 20) == 0, "together: %d", images(4097, 0, 1 << 20));
-  CHECK(images(1 << 20, 8, 1000) == 1000, "more than there is room for: %d", images(1 << 20, 8, 1000));
+  CHECK(tile_cache(4097, 8, 1 << 20) == 8 * 33, "a prompt: %d", tile_cache(4097, 8, 1 << 20));
+  CHECK(tile_cache(4097, 0, 1 << 20) == 0, "together: %d", tile_cache(4097, 0, 1 << 20));
+  CHECK(tile_cache(1 << 20, 8, 1000) == 1000, "more than there is room for: %d",
+        tile_cache(1 << 20, 8, 1000));
 }
 
 void FewUnitsAreCut() {

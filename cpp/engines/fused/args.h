@@ -19,7 +19,7 @@ inline constexpr int kMaxCtas = 384;
 struct Partials {
   float* out;     // [.., H], not divided by the sum yet
   float2* stats;  // [..]: maximum, in units of log 2, and sum
-  int32_t slot_rows;
+  int32_t rows_each;
 };
 
 struct DecodeArgs {
@@ -27,11 +27,11 @@ struct DecodeArgs {
   AttentionParams params;
   CallFacts facts;
   Partials partials;
-  uint32_t* done;  // [kMaxCtas], not batch-invariant: see HandOn in decode/kernel.cuh
+  uint32_t* partial_ready;  // [kMaxCtas], not batch-invariant: see HandOn in decode/kernel.cuh
   // By the eighths of the multiprocessors that decode takes, less one: how many these are, and how their CTAs
   // are dealt. If no prefill runs beside it, it takes the last.
   int32_t sms[kEighths];
-  Deal deals[kEighths];
+  HeadQueues head_queues[kEighths];
   int32_t num_ctas;  // on all multiprocessors, the same number on each
   TileCosts costs;
   FastDivisor page_size;

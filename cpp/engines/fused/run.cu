@@ -22,7 +22,7 @@ constexpr int kPrefillCapability = 90;  // that the prefill kernels are compiled
 constexpr int kPrefillCapability = 0;
 #endif
 constexpr int64_t kAlign = 256;
-constexpr int64_t kBytesOfElement = 2;  // where prefill multiplies, whatever pages have
+constexpr int64_t kBytesPerElement = 2;  // where prefill multiplies, whatever pages have
 constexpr float kLog2E = 1.4426950408889634f;
 
 int64_t RoundUp(int64_t bytes) { return CeilDiv(bytes, kAlign) * kAlign; }
@@ -41,16 +41,16 @@ DecodeKernelInfo KernelFor(const AttentionProblem& problem) {
   });
 }
 
-template <bool by_boxes>
+template <Loader loader>
 PrefillKernelInfo PrefillKernelFor(const AttentionProblem& problem) {
   return ForHeadDim<64, 96, 128, 192, 256>(problem.head_dim, [&](auto head_dim) {
-    return PrefillKernelOf<head_dim(), by_boxes>(problem.q_dtype, problem.kv_dtype);
+    return PrefillKernelOf<head_dim(), loader>(problem.q_dtype, problem.kv_dtype);
   });
 }
 
 // Where each array lies in the workspace.
 struct Layout {
-  int64_t slot_rows;
+  int64_t rows_each;
   int64_t num_states;
   // Bytes from the start; the sums of values come first.
   int64_t stats;
@@ -63,49 +63,50 @@ struct PrefillLayout {
   int64_t stats;
   int64_t arrivals;
   int64_t plan;
-  int64_t lines;
-  int64_t image_states;
-  int64_t images;
+  int64_t planned;
+  int64_t cache_states;
+  int64_t tile_cache;
   int64_t bytes;
 };
 
 static_assert(sizeof(PlannedSequence) == kWorkspaceBytesPerSequence);
 
 // Images of tiles that scratch memory may have at most. Pages that come in boxes need none.
-int64_t MostImages(const AttentionProblem& problem, const Options& options) {
-  const int64_t bytes = PrefillKernelFor<false>(problem).image_bytes;
-  if (kPrefillCapability == 0 || options.decode || FitsBoxes(problem) || bytes == 0) return 0;
+int64_t MaxCachedTiles(const AttentionProblem& problem, const Options& options) {
+  const int64_t bytes = PrefillKernelFor<Loader::kCpAsync>(problem).cached_tile_bytes;
+  if (kPrefillCapability == 0 || options.decode || FitsTma(problem) || bytes == 0) return 0;
   return options.workspace_limit / 2 / bytes;
 }
 
 // Of these, as many as tiles of the call can have one.
-int64_t ImagesOf(const AttentionProblem& problem, const Options& options) {
-  const int64_t most = MostImages(problem, options);
+int64_t CachedTilesOf(const AttentionProblem& problem, const Options& options) {
+  const int64_t most = MaxCachedTiles(problem, options);
   if (most == 0) return 0;
-  const TileShape shape = PrefillKernelFor<false>(problem).shape;
+  const TileShape shape = PrefillKernelFor<Loader::kCpAsync>(problem).shape;
   const int64_t group = problem.num_q_heads / problem.num_kv_heads;
-  if (CeilDiv(problem.num_rows * group, shape.rows) < kLeastRowTilesOfImages) return 0;
+  if (CeilDiv(problem.num_rows * group, shape.rows) < kMinRowTilesForCache) return 0;
   const int64_t of_sequence = CeilDiv(problem.max_pages * problem.page_size, shape.keys);
   return std::min(most, problem.num_seqs * of_sequence * problem.num_kv_heads);
 }
 
-int64_t ImageStateBytes(const PrefillKernelInfo& kernel, int64_t num_images) {
-  return RoundUp(num_images * kernel.image_shares * static_cast<int64_t>(sizeof(uint32_t)));
+int64_t CacheStateBytes(const PrefillKernelInfo& kernel, int64_t num_cached_tiles) {
+  return RoundUp(num_cached_tiles * kernel.cache_slices * static_cast<int64_t>(sizeof(uint32_t)));
 }
 
-PrefillLayout LayOutPrefill(const AttentionProblem& problem, const Options& options, int64_t num_images) {
+PrefillLayout LayOutPrefill(const AttentionProblem& problem, const Options& options,
+                            int64_t num_cached_tiles) {
   if (options.decode) return {};
   constexpr int64_t kRows = 192;  // of a tile of any prefill kernel, at most
-  const int64_t num_states = options.batch_invariant ? 0 : kMaxSlots * kRows;
+  const int64_t num_states = options.batch_invariant ? 0 : kMaxPartials * kRows;
   PrefillLayout layout{};
   layout.stats = RoundUp(num_states * problem.head_dim * static_cast<int64_t>(sizeof(float)));
   layout.arrivals = layout.stats + RoundUp(num_states * static_cast<int64_t>(sizeof(float2)));
-  layout.plan = layout.arrivals + RoundUp(kMaxSlots * static_cast<int64_t>(sizeof(uint32_t)));
-  layout.lines = layout.plan + RoundUp(static_cast<int64_t>(sizeof(PrefillPlan)));
-  layout.image_states = layout.lines + RoundUp(problem.num_seqs * kWorkspaceBytesPerSequence);
-  const PrefillKernelInfo kernel = PrefillKernelFor<false>(problem);
-  layout.images = layout.image_states + ImageStateBytes(kernel, num_images);
-  layout.bytes = layout.images + num_images * kernel.image_bytes;
+  layout.plan = layout.arrivals + RoundUp(kMaxPartials * static_cast<int64_t>(sizeof(uint32_t)));
+  layout.planned = layout.plan + RoundUp(static_cast<int64_t>(sizeof(PrefillPlan)));
+  layout.cache_states = layout.planned + RoundUp(problem.num_seqs * kWorkspaceBytesPerSequence);
+  const PrefillKernelInfo kernel = PrefillKernelFor<Loader::kCpAsync>(problem);
+  layout.tile_cache = layout.cache_states + CacheStateBytes(kernel, num_cached_tiles);
+  layout.bytes = layout.tile_cache + num_cached_tiles * kernel.cached_tile_bytes;
   return layout;
 }
 
@@ -114,29 +115,29 @@ int64_t MaxSplitRows(const AttentionProblem& problem, bool decode) {
   return decode ? problem.num_rows : std::min(problem.num_rows, kMaxSplitRows * problem.num_seqs);
 }
 
-Layout LayOut(const AttentionProblem& problem, const Options& options, int64_t num_images) {
+Layout LayOut(const AttentionProblem& problem, const Options& options, int64_t num_cached_tiles) {
   Layout layout{};
   const int64_t group = problem.num_q_heads / problem.num_kv_heads;
-  layout.slot_rows = options.decode ? std::min<int64_t>(group, kTileRows) : kTileRows;
+  layout.rows_each = options.decode ? std::min<int64_t>(group, kTileRows) : kTileRows;
   layout.num_states = options.batch_invariant
-                          ? MaxSplitRows(problem, options.decode) * problem.num_q_heads * kMaxParts
-                          : 2 * kMaxCtas * layout.slot_rows;
+                          ? MaxSplitRows(problem, options.decode) * problem.num_q_heads * kMaxSplits
+                          : 2 * kMaxCtas * layout.rows_each;
   layout.stats = RoundUp(layout.num_states * problem.head_dim * static_cast<int64_t>(sizeof(float)));
   layout.prefill = layout.stats + RoundUp(layout.num_states * static_cast<int64_t>(sizeof(float2)));
   // XLA aligns less than 256 bytes on some devices.
-  layout.bytes = layout.prefill + LayOutPrefill(problem, options, num_images).bytes + kAlign;
+  layout.bytes = layout.prefill + LayOutPrefill(problem, options, num_cached_tiles).bytes + kAlign;
   return layout;
 }
 
 // Of the images that the call asks for, as many as there is room for: a program that was kept may have the
 // workspace of its time. `room` is in bytes.
-int64_t ImagesThatFit(const AttentionProblem& problem, const Options& options, int64_t room) {
-  int64_t images = ImagesOf(problem, options);
-  if (images == 0) return 0;
-  const PrefillKernelInfo kernel = PrefillKernelFor<false>(problem);
-  images = std::min(images, room / kernel.image_bytes);
-  while (ImageStateBytes(kernel, images) + images * kernel.image_bytes > room) --images;
-  return images;
+int64_t CachedTilesThatFit(const AttentionProblem& problem, const Options& options, int64_t room) {
+  int64_t tile_cache = CachedTilesOf(problem, options);
+  if (tile_cache == 0) return 0;
+  const PrefillKernelInfo kernel = PrefillKernelFor<Loader::kCpAsync>(problem);
+  tile_cache = std::min(tile_cache, room / kernel.cached_tile_bytes);
+  while (CacheStateBytes(kernel, tile_cache) + tile_cache * kernel.cached_tile_bytes > room) --tile_cache;
+  return tile_cache;
 }
 
 Status CudaStatus(cudaError_t error, const char* what) {
@@ -165,14 +166,14 @@ Status LaunchKernel(const Launch& launch, int shared_bytes, bool overlaps, const
 // Zeros that are there when this returns, whatever streams kernels run on later.
 Status MakeFlags(std::unique_ptr<uint32_t, FreeOnDevice>* flags) {
   constexpr char kWhat[] = "memory of the CTAs' flags";
-  constexpr size_t kBytes = kMaxCtas * sizeof(uint32_t);
+  constexpr size_t kIs8Bit = kMaxCtas * sizeof(uint32_t);
   uint32_t* memory = nullptr;
-  if (Status s = CudaStatus(cudaMalloc(&memory, kBytes), kWhat); !s.ok()) return s;
+  if (Status s = CudaStatus(cudaMalloc(&memory, kIs8Bit), kWhat); !s.ok()) return s;
   flags->reset(memory);
   cudaStream_t stream = nullptr;
   if (Status s = CudaStatus(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), kWhat); !s.ok())
     return s;
-  const cudaError_t filled = cudaMemsetAsync(memory, 0, kBytes, stream);
+  const cudaError_t filled = cudaMemsetAsync(memory, 0, kIs8Bit, stream);
   const cudaError_t done = cudaStreamSynchronize(stream);
   cudaStreamDestroy(stream);
   return CudaStatus(filled != cudaSuccess ? filled : done, kWhat);
@@ -187,7 +188,7 @@ Status PreparePrefill(const PrefillKernelInfo& info, int num_sms, PrefillDevice*
     return s;
   if (capability != kPrefillCapability) return Status::Ok();
   *prefill = {info.kernel,     num_sms,         info.threads,     info.shared_bytes,
-              info.shape.rows, info.shape.keys, info.image_shares};
+              info.shape.rows, info.shape.keys, info.cache_slices};
   return CudaStatus(
       cudaFuncSetAttribute(info.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, info.shared_bytes),
       "shared memory of the prefill kernel");
@@ -218,10 +219,10 @@ PoolRows PoolRowsOf(const AttentionProblem& problem, const void* pages, int64_t 
 // The kernel that sequences with many rows go to, or null: then they go to that of decode.
 const PrefillDevice* ChoosePrefill(const AttentionProblem& problem, const AttentionParams& params,
                                    const Device& device, bool* by_boxes) {
-  *by_boxes = device.prefill_by_boxes.kernel != nullptr &&
+  *by_boxes = device.prefill_by_tma.kernel != nullptr &&
               TensorMapExists(problem, problem.num_k_pages, params.k_pages, params.k_strides) &&
               TensorMapExists(problem, problem.num_v_pages, params.v_pages, params.v_strides);
-  const PrefillDevice& prefill = *by_boxes ? device.prefill_by_boxes : device.prefill_by_rows;
+  const PrefillDevice& prefill = *by_boxes ? device.prefill_by_tma : device.prefill_by_cp_async;
   const bool finds_pages = *by_boxes || (RowsHaveNumbers(problem, problem.num_k_pages, params.k_strides) &&
                                          RowsHaveNumbers(problem, problem.num_v_pages, params.v_strides));
   return prefill.kernel != nullptr && finds_pages ? &prefill : nullptr;
@@ -236,26 +237,27 @@ TileCosts CostsOfTiles(const AttentionProblem& problem) {
 
 // `workspace` is the start of prefill's.
 Status MakePrefillArgs(const DecodeArgs& call, const Options& options, const PrefillDevice& prefill,
-                       bool by_boxes, int64_t num_images, char* workspace, PrefillArgs* args) {
-  const PrefillLayout layout = LayOutPrefill(call.problem, options, num_images);
+                       bool by_boxes, int64_t num_cached_tiles, char* workspace, PrefillArgs* args) {
+  const PrefillLayout layout = LayOutPrefill(call.problem, options, num_cached_tiles);
   args->call = call;
   args->call.partials = {reinterpret_cast<float*>(workspace),
                          reinterpret_cast<float2*>(workspace + layout.stats), prefill.tile_rows};
   args->arrivals = reinterpret_cast<uint32_t*>(workspace + layout.arrivals);
   args->plan = reinterpret_cast<PrefillPlan*>(workspace + layout.plan);
-  args->lines = reinterpret_cast<PlannedSequence*>(workspace + layout.lines);
+  args->planned = reinterpret_cast<PlannedSequence*>(workspace + layout.planned);
   args->shape = {prefill.tile_rows, prefill.tile_keys};
   args->num_ctas = prefill.num_ctas;
-  args->images = {workspace + layout.images, reinterpret_cast<uint32_t*>(workspace + layout.image_states),
-                  static_cast<int32_t>(num_images), prefill.image_shares};
-  args->bytes_per_token = static_cast<int32_t>(2 * call.problem.head_dim * kBytesOfElement);
+  args->tile_cache = {workspace + layout.tile_cache,
+                      reinterpret_cast<uint32_t*>(workspace + layout.cache_states),
+                      static_cast<int32_t>(num_cached_tiles), prefill.cache_slices};
+  args->bytes_per_token = static_cast<int32_t>(2 * call.problem.head_dim * kBytesPerElement);
   if (!by_boxes) {
     const AttentionParams& params = call.params;
     args->k_rows = PoolRowsOf(call.problem, params.k_pages, call.problem.num_k_pages, params.k_strides);
     args->v_rows = PoolRowsOf(call.problem, params.v_pages, call.problem.num_v_pages, params.v_strides);
     return Status::Ok();
   }
-  const int32_t box_rows = BoxRows(call.problem.page_size, prefill.tile_keys);
+  const int32_t box_rows = TmaBoxRows(call.problem.page_size, prefill.tile_keys);
   while (1 << args->box_rows_log2 < box_rows) ++args->box_rows_log2;
   const AttentionParams& params = call.params;
   if (Status s = MakeTensorMap(call.problem, call.problem.num_k_pages, params.k_pages, params.k_strides,
@@ -270,17 +272,17 @@ Status MakePrefillArgs(const DecodeArgs& call, const Options& options, const Pre
 }  // namespace
 
 int64_t WorkspaceBytes(const AttentionProblem& problem, const Options& options) {
-  return LayOut(problem, options, ImagesOf(problem, options)).bytes;
+  return LayOut(problem, options, CachedTilesOf(problem, options)).bytes;
 }
 
 int64_t WorkspaceBound(const AttentionProblem& problem, const Options& options) {
   AttentionProblem one = problem;
   one.num_rows = one.num_seqs = 1;
-  return LayOut(one, options, MostImages(problem, options)).bytes;
+  return LayOut(one, options, MaxCachedTiles(problem, options)).bytes;
 }
 
 int64_t WorkspaceBytesPerRow(const AttentionProblem& problem) {
-  return problem.num_q_heads * kMaxParts *
+  return problem.num_q_heads * kMaxSplits *
          (problem.head_dim * static_cast<int64_t>(sizeof(float)) + static_cast<int64_t>(sizeof(float2)));
 }
 
@@ -310,11 +312,14 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
   device->num_sms = std::min(num_sms, kMaxCtas / device->ctas_per_sm);
   device->shared_bytes = info.shared_bytes(capability);
   device->overlaps = capability >= 90;
-  if (Status s = PreparePrefill(PrefillKernelFor<true>(problem), num_sms, &device->prefill_by_boxes); !s.ok())
+  if (Status s = PreparePrefill(PrefillKernelFor<Loader::kTma>(problem), num_sms, &device->prefill_by_tma);
+      !s.ok())
     return s;
-  if (Status s = PreparePrefill(PrefillKernelFor<false>(problem), num_sms, &device->prefill_by_rows); !s.ok())
+  if (Status s =
+          PreparePrefill(PrefillKernelFor<Loader::kCpAsync>(problem), num_sms, &device->prefill_by_cp_async);
+      !s.ok())
     return s;
-  if (Status s = MakeFlags(&device->done); !s.ok()) return s;
+  if (Status s = MakeFlags(&device->partial_ready); !s.ok()) return s;
   return CudaStatus(
       cudaFuncSetAttribute(info.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device->shared_bytes),
       "shared memory of the decode kernel");
@@ -352,13 +357,14 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
                 static_cast<int32_t>(std::min(params.sliding_window, kMost)),
                 params.causal};
   args.partials = {reinterpret_cast<float*>(workspace), reinterpret_cast<float2*>(workspace + layout.stats),
-                   static_cast<int32_t>(layout.slot_rows)};
-  args.done = device.done.get();
+                   static_cast<int32_t>(layout.rows_each)};
+  args.partial_ready = device.partial_ready.get();
   args.num_ctas = device.num_sms * device.ctas_per_sm;
   for (int eighths = 1; eighths <= kEighths; ++eighths) {
     const int sms = std::max(device.num_sms * eighths / kEighths, 1);
     args.sms[eighths - 1] = sms;
-    args.deals[eighths - 1] = MakeDeal(static_cast<int32_t>(problem.num_kv_heads), sms * device.ctas_per_sm);
+    args.head_queues[eighths - 1] =
+        MakeHeadQueues(static_cast<int32_t>(problem.num_kv_heads), sms * device.ctas_per_sm);
   }
   args.costs = CostsOfTiles(problem);
   args.page_size = divisor(problem.page_size);
@@ -383,7 +389,7 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   if (prefill != nullptr) {
     args.facts.decode_rows = decode_rows;
     if (Status s = MakePrefillArgs(args, options, *prefill, by_boxes,
-                                   ImagesThatFit(problem, options, workspace_bytes - layout.bytes),
+                                   CachedTilesThatFit(problem, options, workspace_bytes - layout.bytes),
                                    workspace + layout.prefill, &prefill_args);
         !s.ok()) {
       return s;

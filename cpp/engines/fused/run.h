@@ -15,8 +15,8 @@ namespace jpa::fused {
 struct Options {
   bool decode;           // every sequence has one query row at most
   bool batch_invariant;  // a sequence gets the same bits alone and in any batch
-  // In bytes, of scratch memory: half of it may have images of tiles (prefill/images.cuh), which make prompts
-  // over pages of other sizes than multiples of 8, or of 8 bits, faster.
+  // In bytes, of scratch memory: half of it may have images of tiles (prefill/tile_cache.cuh), which make
+  // prompts over pages of other sizes than multiples of 8, or of 8 bits, faster.
   int64_t workspace_limit = 0;
 };
 
@@ -40,7 +40,7 @@ struct PrefillDevice {
   int shared_bytes = 0;
   int tile_rows = 0;
   int tile_keys = 0;
-  int image_shares = 0;
+  int cache_slices = 0;
 };
 
 // What the calls of one call site need on a device. They must follow each other, as those of a stream do.
@@ -51,9 +51,9 @@ struct Device {
   int shared_bytes;  // of each
   bool overlaps;     // kernels of a stream may start before the one in front has ended
   const void* kernel;
-  std::unique_ptr<uint32_t, FreeOnDevice> done;  // on the device: zeros, but while a call runs
-  PrefillDevice prefill_by_boxes;                // for pages that the tensor memory accelerator can load
-  PrefillDevice prefill_by_rows;                 // for any
+  std::unique_ptr<uint32_t, FreeOnDevice> partial_ready;  // on the device: zeros, but while a call runs
+  PrefillDevice prefill_by_tma;       // for pages that the tensor memory accelerator can load
+  PrefillDevice prefill_by_cp_async;  // for any
 };
 
 // Finds the kernel for the call's dtypes and head dim, and makes it ready on the current device.

@@ -28,9 +28,9 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
       const int32_t packed = token * group + head - kv_head * group;
       const int32_t splits = NumSplits(sequence, VisibleTiles(args.facts, sequence, packed / kTileRows));
       if (splits <= 1) continue;
-      const int64_t first = PartOfRow(args, index, sequence.row, token, head);
+      const int64_t first = PartialOfRow(args, index, sequence.row, token, head);
       const auto where_of = [&] { return QueryHead{index, kv_head, int64_t{sequence.row} + token, head}; };
-      WriteMergedParts<q_dtype, kMaxParts - 1>(args, splits, {first, first + 1, 1}, where_of);
+      WriteMergedSplits<q_dtype, kMaxSplits - 1>(args, splits, {first, first + 1, 1}, where_of);
     }
   }
 }

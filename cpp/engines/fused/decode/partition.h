@@ -89,8 +89,8 @@ JPA_HOST_DEVICE inline int32_t RowsOfTile(const CallFacts& call, const Sequence&
 
 // What some packed rows of a sequence, [first, last] or as many of them as there are, see together, in tiles
 // of `tile_keys`.
-JPA_HOST_DEVICE inline TileRange TilesSeen(const CallFacts& call, const Sequence& sequence, int32_t first,
-                                           int32_t last, int32_t tile_keys) {
+JPA_HOST_DEVICE inline TileRange VisibleKeyTiles(const CallFacts& call, const Sequence& sequence,
+                                                 int32_t first, int32_t last, int32_t tile_keys) {
   const int32_t first_position = sequence.position + call.group.Quotient(first);
   const int32_t last_position = sequence.position + Smaller(call.group.Quotient(last), sequence.num_rows - 1);
   if (sequence.kv_len == 0 || last_position < 0) return {0, 0};
@@ -104,7 +104,7 @@ JPA_HOST_DEVICE inline TileRange TilesSeen(const CallFacts& call, const Sequence
 JPA_HOST_DEVICE inline TileRange VisibleTiles(const CallFacts& call, const Sequence& sequence,
                                               int32_t row_tile) {
   if (IsPrefill(call, sequence)) return {0, 0};
-  return TilesSeen(call, sequence, row_tile * kTileRows, (row_tile + 1) * kTileRows - 1, kTileKeys);
+  return VisibleKeyTiles(call, sequence, row_tile * kTileRows, (row_tile + 1) * kTileRows - 1, kTileKeys);
 }
 
 // Tiles of one key/value head of a sequence.
@@ -117,16 +117,16 @@ JPA_HOST_DEVICE inline int64_t TilesPerHead(const CallFacts& call, const Sequenc
 
 // How CTAs are dealt. CTA c has share c / num_lanes of lane c % num_lanes; those beyond the last share have
 // none.
-struct Deal {
-  int32_t num_lanes;
-  int32_t heads_per_lane;
-  FastDivisor shares;  // of a lane
+struct HeadQueues {
+  int32_t num_queues;
+  int32_t heads_per_queue;
+  FastDivisor ctas;  // of a lane
 };
 
-inline Deal MakeDeal(int32_t num_kv_heads, int32_t num_ctas) {
-  const int32_t heads_per_lane = static_cast<int32_t>(CeilDiv(num_kv_heads, num_ctas));
-  const int32_t num_lanes = static_cast<int32_t>(CeilDiv(num_kv_heads, heads_per_lane));
-  return {num_lanes, heads_per_lane, FastDivisor(num_ctas / num_lanes)};
+inline HeadQueues MakeHeadQueues(int32_t num_kv_heads, int32_t num_ctas) {
+  const int32_t heads_per_queue = static_cast<int32_t>(CeilDiv(num_kv_heads, num_ctas));
+  const int32_t num_queues = static_cast<int32_t>(CeilDiv(num_kv_heads, heads_per_queue));
+  return {num_queues, heads_per_queue, FastDivisor(num_ctas / num_queues)};
 }
 
 // Heads [begin, end).
@@ -137,8 +137,8 @@ struct HeadRange {
   JPA_HOST_DEVICE int32_t size() const { return end - begin; }
 };
 
-JPA_HOST_DEVICE inline HeadRange HeadsOfLane(const CallFacts& call, const Deal& deal, int32_t lane) {
-  return {lane * deal.heads_per_lane, Smaller((lane + 1) * deal.heads_per_lane, call.num_kv_heads)};
+JPA_HOST_DEVICE inline HeadRange HeadsOfQueue(const CallFacts& call, const HeadQueues& queues, int32_t lane) {
+  return {lane * queues.heads_per_queue, Smaller((lane + 1) * queues.heads_per_queue, call.num_kv_heads)};
 }
 
 JPA_HOST_DEVICE inline int64_t NumTiles(const CallFacts& call, const HeadRange& heads,
@@ -170,22 +170,22 @@ struct HeadTiles {
 };
 
 // Tiles of each share of a lane; the last shares may be smaller or empty.
-JPA_HOST_DEVICE inline int64_t TilesPerShare(const HeadTiles& of_head, const HeadRange& heads,
-                                             const Deal& deal) {
-  const int32_t shares = deal.shares.divisor();
+JPA_HOST_DEVICE inline int64_t TilesPerCta(const HeadTiles& of_head, const HeadRange& heads,
+                                           const HeadQueues& queues) {
+  const int32_t ctas = queues.ctas.divisor();
   const int64_t total = of_head.total * heads.size();
-  if (total <= shares) return 1;
+  if (total <= ctas) return 1;
   // On the device a division of 64 bits takes many times as long.
-  const bool small = total < INT32_MAX - shares;
+  const bool small = total < INT32_MAX - ctas;
   const int64_t per =
-      small ? deal.shares.Quotient(static_cast<int32_t>(total) + shares - 1) : CeilDiv(total, shares);
+      small ? queues.ctas.Quotient(static_cast<int32_t>(total) + ctas - 1) : CeilDiv(total, ctas);
   // Where all units are alike, whole ones: some CTAs less take nothing away, as memory sets the pace, while
   // partial results cost time at the end.
   if (!small || of_head.fewest != of_head.most) return per;
-  const int64_t whole =
+  const int64_t is_whole =
       static_cast<int64_t>((static_cast<uint32_t>(per) + static_cast<uint32_t>(of_head.most) - 1) /
                            static_cast<uint32_t>(of_head.most) * static_cast<uint32_t>(of_head.most));
-  return whole - per <= per / 16 ? whole : per;
+  return is_whole - per <= per / 16 ? is_whole : per;
 }
 
 // ---- beside prefill ---------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ JPA_HOST_DEVICE inline int32_t EighthsForDecode(int64_t decode_tiles, int64_t pr
 
 // ---- results that do not depend on the batch --------------------------------------------------------------
 
-inline constexpr int kMaxParts = 16;
+inline constexpr int kMaxSplits = 16;
 // Sequences with more query rows are not split: they have tiles enough, and their partial results would need
 // memory.
 inline constexpr int kMaxSplitRows = 8;
@@ -229,7 +229,7 @@ inline constexpr int kMinSplitTiles = 16;
 // Tiles of each part of a unit but the last one.
 JPA_HOST_DEVICE inline int32_t SplitTiles(const Sequence& sequence, const TileRange& tiles) {
   if (sequence.num_rows > kMaxSplitRows) return tiles.size() > 0 ? tiles.size() : 1;
-  const int32_t splits = Smaller(kMaxParts, static_cast<int32_t>(CeilDiv(tiles.size(), kMinSplitTiles)));
+  const int32_t splits = Smaller(kMaxSplits, static_cast<int32_t>(CeilDiv(tiles.size(), kMinSplitTiles)));
   return static_cast<int32_t>(CeilDiv(tiles.size(), Larger(splits, 1)));
 }
 
@@ -309,34 +309,34 @@ class TileCursor {
 // The tiles of one CTA, one after the other, and the parts of units that they make: from where the CTA starts
 // a unit, or SplitTiles cuts it, to where the next part or the share's end is.
 template <typename Sequences>
-class ShareCursor {
+class CtaRangeCursor {
  public:
   // From tile `offset` of sequence `index` on, the first tile of the share of `per` tiles.
-  JPA_HOST_DEVICE ShareCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs,
-                              Sequences& sequences, int32_t index, int64_t offset, int64_t per,
-                              bool batch_invariant)
+  JPA_HOST_DEVICE CtaRangeCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs,
+                                 Sequences& sequences, int32_t index, int64_t offset, int64_t per,
+                                 bool batch_invariant)
       : cursor_(call, heads, num_seqs, sequences, index, offset),
         per_(static_cast<int32_t>(per < INT32_MAX ? per : INT32_MAX)),
         left_(per),
         batch_invariant_(batch_invariant) {
     if (!batch_invariant) {
-      StartPart(cursor_.tile(), 0);
+      StartSplit(cursor_.tile(), 0);
       return;
     }
-    const int32_t split = SplitTiles(cursor_.sequence(), cursor_.tiles());
-    const int32_t done = cursor_.tile() - cursor_.tiles().begin, part = done / split;
-    StartPart(cursor_.tiles().begin + part * split, part);
+    const int32_t tiles_per_split = SplitTiles(cursor_.sequence(), cursor_.tiles());
+    const int32_t split = (cursor_.tile() - cursor_.tiles().begin) / tiles_per_split;
+    StartSplit(cursor_.tiles().begin + split * tiles_per_split, split);
     // The part that the share starts in the middle of belongs to whoever has its start.
-    while (!done_ && cursor_.tile() != part_begin_) Next();
+    while (!done_ && cursor_.tile() != split_begin_) Next();
   }
 
   JPA_HOST_DEVICE void Next() {
-    const bool part_ends = EndsPart(), unit_ends = HasEnd();
+    const bool split_ends = EndsSplit(), row_block_ends = HoldsEnd();
     --left_;
-    if ((left_ <= 0 && (part_ends || !batch_invariant_)) || !cursor_.Next()) {
+    if ((left_ <= 0 && (split_ends || !batch_invariant_)) || !cursor_.Next()) {
       done_ = true;
-    } else if (part_ends) {
-      StartPart(cursor_.tile(), unit_ends ? 0 : part_ + 1);
+    } else if (split_ends) {
+      StartSplit(cursor_.tile(), row_block_ends ? 0 : split_ + 1);
     }
   }
 
@@ -344,30 +344,30 @@ class ShareCursor {
   JPA_HOST_DEVICE const TileCursor<Sequences>& at() const { return cursor_; }
 
   // Whether the tile is the first or the last one of its part.
-  JPA_HOST_DEVICE bool StartsPart() const { return cursor_.tile() == part_begin_; }
-  JPA_HOST_DEVICE bool EndsPart() const { return cursor_.tile() == part_end_ - 1; }
+  JPA_HOST_DEVICE bool StartsSplit() const { return cursor_.tile() == split_begin_; }
+  JPA_HOST_DEVICE bool EndsSplit() const { return cursor_.tile() == split_end_ - 1; }
 
   // Of the part: whether it starts and ends with the unit; these hold at its last tile.
-  JPA_HOST_DEVICE bool HasStart() const { return part_begin_ == cursor_.tiles().begin; }
-  JPA_HOST_DEVICE bool HasEnd() const { return cursor_.tile() == cursor_.tiles().end - 1; }
+  JPA_HOST_DEVICE bool HoldsStart() const { return split_begin_ == cursor_.tiles().begin; }
+  JPA_HOST_DEVICE bool HoldsEnd() const { return cursor_.tile() == cursor_.tiles().end - 1; }
 
   // How many shares before this one have parts of the unit.
-  JPA_HOST_DEVICE int32_t PartsBefore() const {
-    const uint32_t before = static_cast<uint32_t>(part_begin_ - cursor_.tiles().begin);
+  JPA_HOST_DEVICE int32_t SplitsBefore() const {
+    const uint32_t before = static_cast<uint32_t>(split_begin_ - cursor_.tiles().begin);
     return static_cast<int32_t>((before + static_cast<uint32_t>(per_) - 1) / static_cast<uint32_t>(per_));
   }
   // Which of the unit's parts it is, where units are cut by SplitTiles.
-  JPA_HOST_DEVICE int32_t PartIndex() const { return part_; }
+  JPA_HOST_DEVICE int32_t SplitIndex() const { return split_; }
 
  private:
-  JPA_HOST_DEVICE void StartPart(int32_t tile, int32_t part) {
-    part_ = part;
-    part_begin_ = tile;
-    part_end_ = cursor_.tiles().end;
+  JPA_HOST_DEVICE void StartSplit(int32_t tile, int32_t split) {
+    split_ = split;
+    split_begin_ = tile;
+    split_end_ = cursor_.tiles().end;
     if (batch_invariant_) {
-      part_end_ = Smaller(part_end_, tile + SplitTiles(cursor_.sequence(), cursor_.tiles()));
-    } else if (left_ < part_end_ - tile) {
-      part_end_ = tile + static_cast<int32_t>(left_);
+      split_end_ = Smaller(split_end_, tile + SplitTiles(cursor_.sequence(), cursor_.tiles()));
+    } else if (left_ < split_end_ - tile) {
+      split_end_ = tile + static_cast<int32_t>(left_);
     }
   }
 
@@ -376,7 +376,7 @@ class ShareCursor {
   int64_t left_;  // tiles of the share from this one on
   bool batch_invariant_;
   bool done_ = false;
-  int32_t part_, part_begin_, part_end_;
+  int32_t split_, split_begin_, split_end_;
 };
 
 }  // namespace jpa::fused

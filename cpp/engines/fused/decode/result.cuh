@@ -57,7 +57,7 @@ __device__ inline void WriteResult(const DecodeArgs& args, int64_t row, int32_t 
 }
 
 // The packed rows of a unit, and what of their sequence says what they see.
-struct UnitRows {
+struct RowBlock {
   int32_t seq;
   int32_t head;      // key/value head
   int32_t first;     // packed row
@@ -76,15 +76,15 @@ struct QueryHead {
 };
 
 // Whose a unit's packed row is, counted from the unit's first.
-__device__ inline QueryHead QueryHeadOf(const DecodeArgs& args, const UnitRows& unit, int row) {
+__device__ inline QueryHead QueryHeadOf(const DecodeArgs& args, const RowBlock& row_block, int row) {
   const FastDivisor& group = args.facts.group;
-  const int packed = unit.first + row, token = group.Quotient(packed);
-  return {unit.seq, unit.head, int64_t{unit.row} + token,
-          unit.head * group.divisor() + packed - token * group.divisor()};
+  const int packed = row_block.first + row, token = group.Quotient(packed);
+  return {row_block.seq, row_block.head, int64_t{row_block.row} + token,
+          row_block.head * group.divisor() + packed - token * group.divisor()};
 }
 
 // The indices of a row's parts in scratch memory: from the second one on they are evenly spaced.
-struct PartIndices {
+struct PartialIndices {
   int64_t first;
   int64_t second;
   int32_t step;
@@ -92,43 +92,43 @@ struct PartIndices {
 
 // Parts whose columns a lane has in flight together, beside the first one: as many as a warp has lanes, where
 // registers allow it.
-inline constexpr int kMostPartsAtOnce = 32;
+inline constexpr int kMaxSplitsAtOnce = 32;
 
 // By one warp: merges four columns a lane of the parts of a row, in the order of their keys. Adds to the
 // state, which is the same for all lanes: each of them works out the weight of one part for the others.
-template <int kPartsAtOnce>
-__device__ inline float4 MergeParts(const DecodeArgs& args, int32_t num_parts, const PartIndices& parts,
-                                    int column, device::SoftmaxState* state) {
+template <int kSplitsAtOnce>
+__device__ inline float4 MergeSplits(const DecodeArgs& args, int32_t num_splits, const PartialIndices& splits,
+                                     int column, device::SoftmaxState* state) {
   const int lane = static_cast<int>(threadIdx.x % 32), head_dim = static_cast<int>(args.problem.head_dim);
   const auto load = [](const float* columns) { return __ldcg(reinterpret_cast<const float4*>(columns)); };
   const float* const out = args.partials.out + column;
-  const float2 stats_of_first = __ldcg(args.partials.stats + parts.first);
-  float4 sum = load(out + parts.first * head_dim);
+  const float2 stats_of_first = __ldcg(args.partials.stats + splits.first);
+  float4 sum = load(out + splits.first * head_dim);
   *state = {stats_of_first.x, stats_of_first.y};
-  const float2* next_stats = args.partials.stats + parts.second + lane * parts.step;
-  const float* next = out + parts.second * head_dim;
-  const int32_t stride = parts.step * head_dim;
+  const float2* next_stats = args.partials.stats + splits.second + lane * splits.step;
+  const float* next = out + splits.second * head_dim;
+  const int32_t stride = splits.step * head_dim;
 #pragma unroll 1
-  for (int32_t left = num_parts - 1; left > 0; left -= kPartsAtOnce) {
+  for (int32_t left = num_splits - 1; left > 0; left -= kSplitsAtOnce) {
     float2 stats = {-INFINITY, 0.0f};
-    float4 values[kPartsAtOnce];
-    if (lane < min(left, kPartsAtOnce)) stats = __ldcg(next_stats);
+    float4 values[kSplitsAtOnce];
+    if (lane < min(left, kSplitsAtOnce)) stats = __ldcg(next_stats);
 #pragma unroll
-    for (int j = 0; j < kPartsAtOnce; ++j) {
+    for (int j = 0; j < kSplitsAtOnce; ++j) {
       values[j] = {0, 0, 0, 0};
       if (j < left) values[j] = load(next + j * stride);
     }
-    next_stats += kPartsAtOnce * parts.step;
-    next += kPartsAtOnce * stride;
+    next_stats += kSplitsAtOnce * splits.step;
+    next += kSplitsAtOnce * stride;
     const float factor = state->Raise(device::ReduceRow<32>(stats.x, device::Max()));
     const float weight = device::Exp2(stats.x - state->origin());
     state->sum += device::ReduceRow<32>(stats.y * weight, device::Sum());
     sum = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
 #pragma unroll
-    for (int j = 0; j < kPartsAtOnce; ++j) {
-      const float of_part = __shfl_sync(~0u, weight, j);
-      sum = {sum.x + values[j].x * of_part, sum.y + values[j].y * of_part, sum.z + values[j].z * of_part,
-             sum.w + values[j].w * of_part};
+    for (int j = 0; j < kSplitsAtOnce; ++j) {
+      const float of_split = __shfl_sync(~0u, weight, j);
+      sum = {sum.x + values[j].x * of_split, sum.y + values[j].y * of_split, sum.z + values[j].z * of_split,
+             sum.w + values[j].w * of_split};
     }
   }
   return sum;
@@ -136,9 +136,9 @@ __device__ inline float4 MergeParts(const DecodeArgs& args, int32_t num_parts, c
 
 // By one warp: merges the parts of a row and writes the result. `where_of` says whose it is; it is asked
 // last, since columns in flight take most registers.
-template <DType q_dtype, int parts_at_once = kMostPartsAtOnce, typename WhereOf>
-__device__ inline void WriteMergedParts(const DecodeArgs& args, int32_t num_parts, const PartIndices& parts,
-                                        const WhereOf& where_of) {
+template <DType q_dtype, int splits_at_once = kMaxSplitsAtOnce, typename WhereOf>
+__device__ inline void WriteMergedSplits(const DecodeArgs& args, int32_t num_splits,
+                                         const PartialIndices& splits, const WhereOf& where_of) {
   const int head_dim = static_cast<int>(args.problem.head_dim);
 #pragma unroll 1
   for (int first = 0; first < head_dim; first += 4 * 32) {
@@ -146,7 +146,7 @@ __device__ inline void WriteMergedParts(const DecodeArgs& args, int32_t num_part
     device::SoftmaxState state;
     // Lanes without columns help with the weights.
     const float4 sum =
-        MergeParts<parts_at_once>(args, num_parts, parts, column < head_dim ? column : 0, &state);
+        MergeSplits<splits_at_once>(args, num_splits, splits, column < head_dim ? column : 0, &state);
     const QueryHead where = where_of();
     const float factor = FactorOfResult(args, where.seq, where.kv_head, where.head, &state);
     if (column < head_dim) WriteResult<q_dtype>(args, where.row, where.head, column, sum, factor, state);
@@ -165,11 +165,11 @@ __device__ inline void WriteNoKeys(const DecodeArgs& args, int64_t row, int32_t 
 
 // Batch-invariant: the index, in partials, of the first part of a query row and head. `row` is the sequence's
 // first row in q and `token` counts from there.
-__device__ inline int64_t PartOfRow(const DecodeArgs& args, int32_t seq, int32_t row, int32_t token,
-                                    int32_t head) {
+__device__ inline int64_t PartialOfRow(const DecodeArgs& args, int32_t seq, int32_t row, int32_t token,
+                                       int32_t head) {
   const int64_t place =
       args.split_rows_by_sequence ? int64_t{seq} * kMaxSplitRows + token : int64_t{row} + token;
-  return (place * args.problem.num_q_heads + head) * kMaxParts;
+  return (place * args.problem.num_q_heads + head) * kMaxSplits;
 }
 
 }  // namespace jpa::fused

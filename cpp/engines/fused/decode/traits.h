@@ -23,18 +23,18 @@ struct DecodeTraits {
   static constexpr DType kQ = q_dtype_;
   static constexpr DType kKV = kv_dtype_;
   static constexpr int kHeadDim = head_dim_;
-  static constexpr bool kBytes = ByteWidth(kv_dtype_) == 1;
+  static constexpr bool kIs8Bit = ByteWidth(kv_dtype_) == 1;
   // Of both products: pages' own type; 8-bit pages are exact in f16 and not all in bf16.
-  static constexpr DType kMath = kBytes ? DType::kF16 : kv_dtype_;
+  static constexpr DType kMath = kIs8Bit ? DType::kF16 : kv_dtype_;
 
-  static constexpr int kProductThreads = 32 * kTileWarps;
+  static constexpr int kConsumerThreads = 32 * kTileWarps;
   // One warp could not issue copies as fast as memory answers them (2.4 us a tile on an H100, of which two
   // CTAs need one in 2.8): so there are as many as for products.
-  static constexpr int kCopyThreads = kProductThreads;
-  static constexpr int kThreads = kProductThreads + kCopyThreads;
+  static constexpr int kProducerThreads = kConsumerThreads;
+  static constexpr int kThreads = kConsumerThreads + kProducerThreads;
   // Of a thread, where two CTAs share a multiprocessor's 65,536 registers. Products need more than the rest.
-  static constexpr int kCopyRegisters = 80;
-  static constexpr int kProductRegisters = 176;
+  static constexpr int kProducerRegisters = 80;
+  static constexpr int kConsumerRegisters = 176;
 
   static constexpr int kRowBytes = kHeadDim * static_cast<int>(ByteWidth(kKV));
   using Rows = device::SwizzledRows<kRowBytes>;
@@ -46,12 +46,14 @@ struct DecodeTraits {
   static constexpr int kStageBytes =
       ((2 * kTileBytes > kExchangeBytes ? 2 * kTileBytes : kExchangeBytes) + 1023) / 1024 * 1024;
 
-  static constexpr int kJobBytes = 1152;   // at least what a tile in flight needs beside its keys and values
+  static constexpr int kDescriptorBytes =
+      1152;                                // at least what a tile in flight needs beside its keys and values
   static constexpr int kMiscBytes = 2048;  // and what a CTA needs
 
   // Stages that a CTA has room for.
   static constexpr int RoomFor(int capability, int ctas) {
-    return (SharedMemoryPerSm(capability) / ctas - kReservedPerCta - kMiscBytes) / (kStageBytes + kJobBytes);
+    return (SharedMemoryPerSm(capability) / ctas - kReservedPerCta - kMiscBytes) /
+           (kStageBytes + kDescriptorBytes);
   }
   // Two CTAs share a multiprocessor if each has room for three stages, and if registers can be shared out
   // unevenly, which sm_90a can; up to head dim 128 they are then enough.
@@ -63,7 +65,7 @@ struct DecodeTraits {
   // to 0.8 % slower than two. Tiles of bytes hold a stage as long and are there in half the time: three
   // stages of 18 KB were 1 to 3.5 % faster than two, and four no faster.
   static constexpr int Stages(int capability) {
-    constexpr int kBytesInFlight = (kBytes ? 108 : 72) * 1024;
+    constexpr int kBytesInFlight = (kIs8Bit ? 108 : 72) * 1024;
     const int ctas = CtasPerSm(capability), room = RoomFor(capability, ctas);
     const int stages = (kBytesInFlight + ctas * kStageBytes - 1) / (ctas * kStageBytes) + (ctas == 1 ? 1 : 0);
     return room < 2 || stages > room ? room : stages < 2 ? 2 : stages;

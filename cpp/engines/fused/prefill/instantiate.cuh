@@ -6,34 +6,32 @@
 
 namespace jpa::fused {
 
-template <DType q_dtype, Source source, int head_dim>
+template <DType q_dtype, Loader loader, bool is_8bit, int head_dim>
 PrefillKernelInfo PrefillInfoOf() {
-  using Traits = PrefillTraits<q_dtype, source, head_dim>;
+  using Traits = PrefillTraits<q_dtype, loader, is_8bit, head_dim>;
   return {reinterpret_cast<const void*>(&PrefillKernel<Traits>),
           Traits::kThreads,
           PrefillSharedBytes<Traits>(),
           {Traits::kRows, Traits::kKeys},
-          Traits::kRowWise ? 2 * Traits::kTileBytes : 0,
-          Traits::kRowWise ? 2 * Traits::kTileWarps : 0};
+          Traits::kUsesCpAsync ? 2 * Traits::kTileBytes : 0,
+          Traits::kUsesCpAsync ? 2 * Traits::kTileWarps : 0};
 }
 
-template <DType q_dtype, int head_dim, bool by_boxes>
+template <DType q_dtype, Loader loader, int head_dim>
 PrefillKernelInfo PrefillInfoOfPages(DType kv_dtype) {
-  if constexpr (by_boxes) {
-    return kv_dtype == q_dtype ? PrefillInfoOf<q_dtype, Source::kBoxes, head_dim>() : PrefillKernelInfo{};
-  } else {
-    if (ByteWidth(kv_dtype) == 1) return PrefillInfoOf<q_dtype, Source::kBytes, head_dim>();
-    return kv_dtype == q_dtype ? PrefillInfoOf<q_dtype, Source::kRows, head_dim>() : PrefillKernelInfo{};
+  if constexpr (loader == Loader::kCpAsync) {
+    if (ByteWidth(kv_dtype) == 1) return PrefillInfoOf<q_dtype, loader, true, head_dim>();
   }
+  return kv_dtype == q_dtype ? PrefillInfoOf<q_dtype, loader, false, head_dim>() : PrefillKernelInfo{};
 }
 
-template <int head_dim, bool by_boxes>
+template <int head_dim, Loader loader>
 PrefillKernelInfo PrefillKernelOf(DType q_dtype, DType kv_dtype) {
   switch (q_dtype) {
     case DType::kBF16:
-      return PrefillInfoOfPages<DType::kBF16, head_dim, by_boxes>(kv_dtype);
+      return PrefillInfoOfPages<DType::kBF16, loader, head_dim>(kv_dtype);
     case DType::kF16:
-      return PrefillInfoOfPages<DType::kF16, head_dim, by_boxes>(kv_dtype);
+      return PrefillInfoOfPages<DType::kF16, loader, head_dim>(kv_dtype);
     default:
       return {};
   }

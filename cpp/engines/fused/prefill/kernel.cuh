@@ -4,20 +4,20 @@
 //
 // queries.cuh: one warp takes items from the queue of schedule.h; it and others load their queries.
 //
-// boxes.cuh, rows.cuh: the other loading warps look up an item's pages and bring tiles of keys and values
-// into stages. What came row by row is kept for other items (images.cuh).
+// tma_loads.cuh, cp_async_loads.cuh: the other loading warps look up an item's pages and bring tiles of keys
+// and values into stages. What came row by row is kept for other items (tile_cache.cuh).
 //
-// products.cuh: scores, softmax, and sums of values. Results of whole units are written out. Parts leave
+// consumer.cuh: scores, softmax, and sums of values. Results of whole units are written out. Parts leave
 // their states in scratch memory, and whoever is the last one of a unit merges them.
 #pragma once
 
 #include "device/ptx.cuh"
 #include "engines/fused/prefill/args.h"
-#include "engines/fused/prefill/boxes.cuh"
-#include "engines/fused/prefill/products.cuh"
+#include "engines/fused/prefill/consumer.cuh"
+#include "engines/fused/prefill/cp_async_loads.cuh"
 #include "engines/fused/prefill/queries.cuh"
-#include "engines/fused/prefill/rows.cuh"
-#include "engines/fused/prefill/shared.cuh"
+#include "engines/fused/prefill/shared_memory.cuh"
+#include "engines/fused/prefill/tma_loads.cuh"
 
 namespace jpa::fused {
 
@@ -36,20 +36,20 @@ __device__ inline void Load(const PrefillArgs& args, PrefillShared<Traits>& shar
   const int warp = thread / 32;
   const bool keys = warp < Traits::kTileWarps;
   const int warp_of_them = warp % Traits::kTileWarps;
-  if constexpr (Traits::kSource == Source::kRows) {
+  if constexpr (Traits::kUsesCpAsync && !Traits::kIs8Bit) {
     // The same code for both: it shares the instruction cache with the products.
-    RowLoader<Traits>(args, shared, keys, warp_of_them).Load();
-  } else if constexpr (Traits::kSource == Source::kBytes) {
+    CpAsyncLoader<Traits>(args, shared, keys, warp_of_them).Load();
+  } else if constexpr (Traits::kUsesCpAsync) {
     // Here fewer registers matter more.
     if (keys) {
-      RowLoader<Traits>(args, shared, true, warp_of_them).Load();
+      CpAsyncLoader<Traits>(args, shared, true, warp_of_them).Load();
     } else {
-      RowLoader<Traits>(args, shared, false, warp_of_them).Load();
+      CpAsyncLoader<Traits>(args, shared, false, warp_of_them).Load();
     }
   } else if (keys) {
-    LoadTilesByBoxes<Traits, true>(args, shared);
+    LoadTilesByTma<Traits, true>(args, shared);
   } else {
-    LoadTilesByBoxes<Traits, false>(args, shared);
+    LoadTilesByTma<Traits, false>(args, shared);
   }
 }
 
@@ -61,43 +61,43 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   using Shared = PrefillShared<Traits>;
   extern __shared__ __align__(1024) char memory[];  // blocks are swizzled by addresses modulo 1024
   auto& shared = *reinterpret_cast<Shared*>(memory);
-  constexpr int kProductWarps = Traits::kProductThreads / 32;
+  constexpr int kConsumerWarps = Traits::kConsumerThreads / 32;
   // What is empty again whoever has read it says: of items and queries' exponents every thread, of tiles lane
   // 0 of each warp. That a lane says so for others is an order which racecheck cannot follow.
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Shared::kItems; ++i) {
-      device::InitBarrier(&shared.item_full[i], 1);
-      device::InitBarrier(&shared.item_empty[i], Traits::kThreads);
+    for (int i = 0; i < Shared::kWorkTiles; ++i) {
+      device::InitBarrier(&shared.work_tile_full[i], 1);
+      device::InitBarrier(&shared.work_tile_empty[i], Traits::kThreads);
     }
-    device::InitBarrier(&shared.item_ends, 1);
+    device::InitBarrier(&shared.work_tile_ending, 1);
     for (int i = 0; i < Traits::kQueryTiles; ++i) {
       device::InitBarrier(&shared.queries_full[i], 32 * Traits::kQueryWarps);
-      device::InitBarrier(&shared.queries_empty[i], Traits::kProductThreads);
+      device::InitBarrier(&shared.queries_empty[i], Traits::kConsumerThreads);
     }
     // For boxes who asks for them, for rows every thread.
-    constexpr int kFullArrivals = Traits::kRowWise ? 32 * Traits::kTileWarps : 1;
+    constexpr int kFullArrivals = Traits::kUsesCpAsync ? 32 * Traits::kTileWarps : 1;
     for (int i = 0; i < Traits::kStages; ++i) {
       device::InitBarrier(&shared.keys_full[i], kFullArrivals);
-      device::InitBarrier(&shared.keys_empty[i], kProductWarps);
+      device::InitBarrier(&shared.keys_empty[i], kConsumerWarps);
       device::InitBarrier(&shared.values_full[i], kFullArrivals);
-      device::InitBarrier(&shared.values_empty[i], kProductWarps);
+      device::InitBarrier(&shared.values_empty[i], kConsumerWarps);
     }
     device::FenceBarrierInit();
   }
   __syncthreads();
 
-  if (threadIdx.x >= Traits::kProductThreads) {
-    Load<Traits>(args, shared, static_cast<int>(threadIdx.x) - Traits::kProductThreads);
+  if (threadIdx.x >= Traits::kConsumerThreads) {
+    Load<Traits>(args, shared, static_cast<int>(threadIdx.x) - Traits::kConsumerThreads);
   } else {
-    device::GrowRegisters<Traits::kProductRegisters>();
-    ProductRows<Traits> rows(args, shared);
-    for (Turn<Shared::kItems> turn;; turn.Next()) {
-      device::WaitForPhase(&shared.item_full[turn.index()], turn.parity());
-      const Item& item = shared.items[turn.index()];
-      if (!item.exists) break;
-      rows.Attend(item);
-      rows.End(item);
-      ReleaseItem(shared, turn);
+    device::GrowRegisters<Traits::kConsumerRegisters>();
+    ConsumerWarpgroup<Traits> rows(args, shared);
+    for (PipelineState<Shared::kWorkTiles> state;; state.Next()) {
+      device::WaitForPhase(&shared.work_tile_full[state.index()], state.parity());
+      const WorkTile& work_tile = shared.work_tiles[state.index()];
+      if (!work_tile.exists) break;
+      rows.Attend(work_tile);
+      rows.Epilogue(work_tile);
+      ReleaseWorkTile(shared, state);
     }
   }
   // Decode runs beside this kernel; whoever comes next waits for this one alone.

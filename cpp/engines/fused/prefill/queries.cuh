@@ -8,62 +8,63 @@
 #include "device/packed.cuh"
 #include "engines/fused/decode/sequences.cuh"
 #include "engines/fused/prefill/args.h"
-#include "engines/fused/prefill/copies.cuh"
-#include "engines/fused/prefill/shared.cuh"
+#include "engines/fused/prefill/row_copies.cuh"
+#include "engines/fused/prefill/shared_memory.cuh"
 
 namespace jpa::fused {
 
 // By one warp: leaves what item `number` is.
 template <typename Traits>
-__device__ inline void MakeItem(const PrefillArgs& args, int32_t number, Item* item) {
+__device__ inline void MakeWorkTile(const PrefillArgs& args, int32_t number, WorkTile* work_tile) {
   const int lane = static_cast<int>(device::LaneId());
-  const int32_t num_lines = args.plan->num_sequences;
-  if (number >= args.plan->num_items) {
-    if (lane == 0) item->exists = 0;
+  const int32_t num_planned = args.plan->num_sequences;
+  if (number >= args.plan->num_work_tiles) {
+    if (lane == 0) work_tile->exists = 0;
     return;
   }
   // The last line that starts at `number` or before it is among [begin, begin + size).
   int32_t begin = 0;
-  for (int32_t size = num_lines; size > 1;) {
+  for (int32_t size = num_planned; size > 1;) {
     const int32_t step = (size + 31) / 32, probe = begin + lane * step;
-    const bool starts = lane * step < size && args.lines[probe].first_item <= number;
+    const bool starts = lane * step < size && args.planned[probe].first_work_tile <= number;
     const int32_t last = __popc(__ballot_sync(~0u, starts)) - 1;
     begin += last * step;
     size = min(step, size - last * step);
   }
   if (lane != 0) return;
-  const PlannedSequence line = args.lines[begin];
+  const PlannedSequence planned = args.planned[begin];
   const CallFacts& facts = args.call.facts;
-  const Sequence sequence = RawSequence(args.call, line.seq).Clipped(facts);
-  item->exists = 1;
-  item->seq = line.seq;
-  item->row = sequence.row;
-  item->position = sequence.position;
-  item->kv_len = sequence.kv_len;
-  item->parts = line.parts;
+  const Sequence sequence = RawSequence(args.call, planned.seq).Clipped(facts);
+  work_tile->exists = 1;
+  work_tile->seq = planned.seq;
+  work_tile->row = sequence.row;
+  work_tile->position = sequence.position;
+  work_tile->kv_len = sequence.kv_len;
+  work_tile->splits = planned.splits;
   const TileShape shape = {Traits::kRows, Traits::kKeys};
-  const ItemPlace place =
-      PlaceOf(number - line.first_item, NumUnitsPerHead(facts, shape, sequence), line.parts,
+  const WorkTilePlace place =
+      PlaceOf(number - planned.first_work_tile, RowTilesPerHead(facts, shape, sequence), planned.splits,
               facts.num_kv_heads, HeadsPerSection(facts.num_kv_heads, sequence.kv_len, args.bytes_per_token));
-  item->head = place.head;
-  item->part = place.part;
-  item->slot = line.first_slot + place.unit * line.parts;
-  item->first = place.row_tile * Traits::kRows;
-  item->num_rows = min(Traits::kRows, sequence.num_rows * facts.group.divisor() - item->first);
-  item->tiles = TilesOfPart(TilesOfUnit(facts, shape, sequence, place.row_tile), place.part, line.parts);
-  if constexpr (Traits::kRowWise) {
-    item->order = OrderOf(line.sharing, item->tiles, place.row_tile);
-    item->first_image = args.images.count;
-    if (line.sharing.period == 0) return;
-    const int64_t first_image =
-        line.first_image + int64_t{place.head} * CeilDiv(sequence.kv_len, Traits::kKeys);
-    item->first_image = static_cast<int32_t>(min(first_image, int64_t{args.images.count}));
+  work_tile->head = place.head;
+  work_tile->split = place.split;
+  work_tile->partial = planned.first_partial + place.row_block * planned.splits;
+  work_tile->first = place.row_tile * Traits::kRows;
+  work_tile->num_rows = min(Traits::kRows, sequence.num_rows * facts.group.divisor() - work_tile->first);
+  work_tile->tiles =
+      TilesOfSplit(TilesOfRowTile(facts, shape, sequence, place.row_tile), place.split, planned.splits);
+  if constexpr (Traits::kUsesCpAsync) {
+    work_tile->order = OrderOf(planned.sharing, work_tile->tiles, place.row_tile);
+    work_tile->cache_index = args.tile_cache.count;
+    if (planned.sharing.period == 0) return;
+    const int64_t cache_index =
+        planned.cache_index + int64_t{place.head} * CeilDiv(sequence.kv_len, Traits::kKeys);
+    work_tile->cache_index = static_cast<int32_t>(min(cache_index, int64_t{args.tile_cache.count}));
   }
 }
 
 // The number of an item's packed row among the rows of q, of H elements each.
-__device__ inline uint32_t QueryNumber(const PrefillArgs& args, const Item& item, int row) {
-  const QueryHead where = QueryHeadOf(args.call, item, row);
+__device__ inline uint32_t QueryNumber(const PrefillArgs& args, const WorkTile& work_tile, int row) {
+  const QueryHead where = QueryHeadOf(args.call, work_tile, row);
   return static_cast<uint32_t>(where.row) * static_cast<uint32_t>(args.call.problem.num_q_heads) + where.head;
 }
 
@@ -71,22 +72,22 @@ __device__ inline uint32_t QueryNumber(const PrefillArgs& args, const Item& item
 template <typename Traits>
 class QueryRows {
  public:
-  __device__ QueryRows(const PrefillArgs& args, const Item& item, int warp, char* queries)
-      : args_(args), item_(item), warp_(warp), queries_(queries) {}
+  __device__ QueryRows(const PrefillArgs& args, const WorkTile& work_tile, int warp, char* queries)
+      : args_(args), work_tile_(work_tile), warp_(warp), queries_(queries) {}
 
   // Copies rows to their places.
   __device__ void Load() const {
     const char* const start = Groups::Start(args_.call.params.q);
     ForEach32([&](int first) {
       const int row = first + static_cast<int>(device::LaneId());
-      const bool exists = row < item_.num_rows;
+      const bool exists = row < work_tile_.num_rows;
       const uint32_t place = device::SharedAddress(queries_) + LanePlace(first);
-      const uint32_t rows[] = {QueryNumber(args_, item_, exists ? row : 0)};
+      const uint32_t rows[] = {QueryNumber(args_, work_tile_, exists ? row : 0)};
       const uint32_t missing[] = {__ballot_sync(~0u, !exists)};
       Groups::Copy(start, rows, missing,
                    [&](int i, int chunk) { return device::SwizzledFrom(place, kStrides, i, chunk); });
     });
-    device::WaitForCopies();
+    device::WaitForCpAsync();
   }
 
   // For 8-bit pages: makes f16 of rows in their places. Its range is smaller than bf16's, so each row is
@@ -164,7 +165,7 @@ class QueryRows {
   }
 
   const PrefillArgs& args_;
-  const Item& item_;
+  const WorkTile& work_tile_;
   const int warp_;
   char* const queries_;
 };
@@ -175,28 +176,28 @@ __device__ inline void ScheduleAndLoadQueries(const PrefillArgs& args, PrefillSh
                                               int thread) {
   const int lane = thread % 32;
   const bool schedules = thread < 32;
-  Turn<PrefillShared<Traits>::kItems> turn;
-  for (;; turn.Next()) {
+  PipelineState<PrefillShared<Traits>::kWorkTiles> state;
+  for (;; state.Next()) {
     if (schedules) {
       int32_t number = 0;
-      if (lane == 0) number = atomicAdd(&args.plan->next_item, 1);
-      device::WaitForPhase(&shared.item_empty[turn.index()], turn.parity() ^ 1);
-      MakeItem<Traits>(args, __shfl_sync(~0u, number, 0), &shared.items[turn.index()]);
+      if (lane == 0) number = atomicAdd(&args.plan->next_work_tile, 1);
+      device::WaitForPhase(&shared.work_tile_empty[state.index()], state.parity() ^ 1);
+      MakeWorkTile<Traits>(args, __shfl_sync(~0u, number, 0), &shared.work_tiles[state.index()]);
       __syncwarp();
-      if (lane == 0) device::Arrive(&shared.item_full[turn.index()]);
+      if (lane == 0) device::Arrive(&shared.work_tile_full[state.index()]);
     }
-    device::WaitForPhase(&shared.item_full[turn.index()], turn.parity());
-    const Item& item = shared.items[turn.index()];
-    if (!item.exists) return;
-    const Turn<Traits::kQueryTiles> tile(turn);
+    device::WaitForPhase(&shared.work_tile_full[state.index()], state.parity());
+    const WorkTile& work_tile = shared.work_tiles[state.index()];
+    if (!work_tile.exists) return;
+    const PipelineState<Traits::kQueryTiles> tile(state);
     device::WaitForPhase(&shared.queries_empty[tile.index()], tile.parity() ^ 1);
-    const QueryRows<Traits> rows(args, item, thread / 32, shared.queries[tile.index()]);
+    const QueryRows<Traits> rows(args, work_tile, thread / 32, shared.queries[tile.index()]);
     rows.Load();
-    if constexpr (Traits::kBytes) rows.MakeHalves(shared.exponents[tile.index()]);
+    if constexpr (Traits::kIs8Bit) rows.MakeHalves(shared.exponents[tile.index()]);
     device::FenceSharedForAsync();
     device::Arrive(&shared.queries_full[tile.index()]);
-    ReleaseItem(shared, turn);
-    if (schedules) device::WaitForPhase(&shared.item_ends, Turn<1>(turn).parity());
+    ReleaseWorkTile(shared, state);
+    if (schedules) device::WaitForPhase(&shared.work_tile_ending, PipelineState<1>(state).parity());
   }
 }
 

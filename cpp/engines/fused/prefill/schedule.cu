@@ -9,7 +9,7 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kClasses = 64;
-constexpr int kCandidates = kMaxPrefillParts;
+constexpr int kCandidates = kMaxPrefillSplits;
 static_assert(kCandidates <= kWarps, "a warp each");
 
 // Sequences are sorted by classes of their longest unit, longest first; a class spans a factor of 2^(1/3).
@@ -18,14 +18,14 @@ __device__ int ClassOf(int32_t tiles) {
 }
 
 struct Shared {
-  Sequence lines[kThreads];  // of the first ones
+  Sequence sequences[kThreads];  // of the first ones
   int32_t class_counts[kClasses];
   int32_t class_next[kClasses];
   int32_t longest;
   int64_t tiles[kCandidates];  // as estimated, if the longest unit is cut into one part more than the index
-  int32_t warp_items[kWarps], warp_slots[kWarps], warp_images[kWarps];
-  int32_t part_tiles;                           // no part has more
-  int32_t first_item, first_slot, first_image;  // of the lines not yet written
+  int32_t warp_work_tiles[kWarps], warp_partials[kWarps], warp_cached[kWarps];
+  int32_t split_tiles;                                  // no part has more
+  int32_t first_work_tile, first_partial, cache_index;  // of the lines not yet written
 };
 
 // Adds up over the block's threads in front of each; `total` is of all.
@@ -58,34 +58,35 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
   const auto sequence_of = [&](int seq) {
     return seq < kThreads ? own : RawSequence(args.call, seq).Clipped(facts);
   };
-  const auto sequence_of_line = [&](int line) {
-    return line < kThreads ? shared.lines[line] : RawSequence(args.call, args.lines[line].seq).Clipped(facts);
+  const auto planned_sequence = [&](int index) {
+    return index < kThreads ? shared.sequences[index]
+                            : RawSequence(args.call, args.planned[index].seq).Clipped(facts);
   };
   if (thread < kClasses) shared.class_counts[thread] = 0;
-  if (thread == 0) shared.longest = shared.first_item = shared.first_slot = shared.first_image = 0;
-  for (int i = thread; i < kMaxSlots; i += kThreads) args.arrivals[i] = 0;
+  if (thread == 0) shared.longest = shared.first_work_tile = shared.first_partial = shared.cache_index = 0;
+  for (int i = thread; i < kMaxPartials; i += kThreads) args.arrivals[i] = 0;
   __syncthreads();
 
   // Sort. Equal ones come in any order: it changes no result.
   for (int seq = thread; seq < num_seqs; seq += kThreads) {
     const Sequence sequence = sequence_of(seq);
     if (!IsPrefill(facts, sequence)) continue;
-    const int32_t tiles = LongestUnit(facts, args.shape, sequence);
+    const int32_t tiles = LongestRowTile(facts, args.shape, sequence);
     atomicAdd(&shared.class_counts[ClassOf(tiles)], 1);
     atomicMax(&shared.longest, tiles);
   }
   __syncthreads();
-  int32_t num_lines;
-  const int32_t lines_before =
-      SumBefore(thread < kClasses ? shared.class_counts[thread] : 0, shared.warp_items, &num_lines);
-  if (thread < kClasses) shared.class_next[thread] = lines_before;
+  int32_t num_planned;
+  const int32_t planned_before =
+      SumBefore(thread < kClasses ? shared.class_counts[thread] : 0, shared.warp_work_tiles, &num_planned);
+  if (thread < kClasses) shared.class_next[thread] = planned_before;
   __syncthreads();
   for (int seq = thread; seq < num_seqs; seq += kThreads) {
     const Sequence sequence = sequence_of(seq);
     if (!IsPrefill(facts, sequence)) continue;
-    const int line = atomicAdd(&shared.class_next[ClassOf(LongestUnit(facts, args.shape, sequence))], 1);
-    args.lines[line].seq = seq;
-    if (line < kThreads) shared.lines[line] = sequence;
+    const int index = atomicAdd(&shared.class_next[ClassOf(LongestRowTile(facts, args.shape, sequence))], 1);
+    args.planned[index].seq = seq;
+    if (index < kThreads) shared.sequences[index] = sequence;
   }
   __syncthreads();
 
@@ -93,19 +94,19 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
   const int32_t longest = max(shared.longest, 1);
   if (warp < kCandidates) {
     const int32_t most = static_cast<int32_t>(CeilDiv(longest, warp + 1));
-    int32_t items = 0, slots = 0;
-    for (int i = lane; i < num_lines; i += 32) {
-      const Sequence sequence = sequence_of_line(i);
-      const int32_t units = NumUnitsPerHead(facts, args.shape, sequence) * facts.num_kv_heads;
-      const int32_t parts = PartsOf(LongestUnit(facts, args.shape, sequence), most);
-      items += units * parts;
-      if (parts > 1) slots += units * parts;
+    int32_t work_tiles = 0, partials = 0;
+    for (int i = lane; i < num_planned; i += 32) {
+      const Sequence sequence = planned_sequence(i);
+      const int32_t row_blocks = RowTilesPerHead(facts, args.shape, sequence) * facts.num_kv_heads;
+      const int32_t splits = SplitsOf(LongestRowTile(facts, args.shape, sequence), most);
+      work_tiles += row_blocks * splits;
+      if (splits > 1) partials += row_blocks * splits;
     }
-    items = __reduce_add_sync(~0u, items);
-    slots = __reduce_add_sync(~0u, slots);
+    work_tiles = __reduce_add_sync(~0u, work_tiles);
+    partials = __reduce_add_sync(~0u, partials);
     if (lane == 0) {
       shared.tiles[warp] =
-          slots > kMaxSlots ? INT64_MAX : EstimatedTiles(items, longest, warp + 1, args.num_ctas);
+          partials > kMaxPartials ? INT64_MAX : EstimatedTiles(work_tiles, longest, warp + 1, args.num_ctas);
     }
   }
   __syncthreads();
@@ -114,44 +115,47 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
     for (int i = 1; i < kCandidates && !args.call.batch_invariant; ++i) {
       if (shared.tiles[i] < shared.tiles[best]) best = i;
     }
-    shared.part_tiles = static_cast<int32_t>(CeilDiv(longest, best + 1));
+    shared.split_tiles = static_cast<int32_t>(CeilDiv(longest, best + 1));
   }
   __syncthreads();
 
   // Number the items.
-  for (int first = 0; first < num_lines; first += kThreads) {
-    const int line = first + thread;
-    int32_t items = 0, slots = 0, images = 0, parts = 1;
-    Sharing sharing{};
-    if (line < num_lines) {
-      const Sequence sequence = sequence_of_line(line);
-      parts = PartsOf(LongestUnit(facts, args.shape, sequence), shared.part_tiles);
-      items = NumUnitsPerHead(facts, args.shape, sequence) * facts.num_kv_heads * parts;
-      slots = parts > 1 ? items : 0;
-      sharing = SharingOf(facts, args.shape, sequence, parts, args.num_ctas, args.bytes_per_token, converts);
-      images = NumImages(facts, args.shape, sequence, sharing, args.images.count);
+  for (int first = 0; first < num_planned; first += kThreads) {
+    const int index = first + thread;
+    int32_t work_tiles = 0, partials = 0, cached = 0, splits = 1;
+    TileSharing sharing{};
+    if (index < num_planned) {
+      const Sequence sequence = planned_sequence(index);
+      splits = SplitsOf(LongestRowTile(facts, args.shape, sequence), shared.split_tiles);
+      work_tiles = RowTilesPerHead(facts, args.shape, sequence) * facts.num_kv_heads * splits;
+      partials = splits > 1 ? work_tiles : 0;
+      sharing =
+          TileSharingOf(facts, args.shape, sequence, splits, args.num_ctas, args.bytes_per_token, converts);
+      cached = NumCachedTiles(facts, args.shape, sequence, sharing, args.tile_cache.count);
     }
-    int32_t all_items, all_slots, all_images;
-    const int32_t items_before = SumBefore(items, shared.warp_items, &all_items);
-    const int32_t slots_before = SumBefore(slots, shared.warp_slots, &all_slots);
-    const int32_t images_before = SumBefore(images, shared.warp_images, &all_images);
-    if (line < num_lines) {
-      args.lines[line].first_item = shared.first_item + items_before;
-      args.lines[line].parts = parts;
-      args.lines[line].first_slot = shared.first_slot + slots_before;
-      args.lines[line].sharing = sharing;
-      args.lines[line].first_image = images > 0 ? shared.first_image + images_before : args.images.count;
+    int32_t all_work_tiles, all_partials, all_cached;
+    const int32_t work_tiles_before = SumBefore(work_tiles, shared.warp_work_tiles, &all_work_tiles);
+    const int32_t partials_before = SumBefore(partials, shared.warp_partials, &all_partials);
+    const int32_t cached_before = SumBefore(cached, shared.warp_cached, &all_cached);
+    if (index < num_planned) {
+      args.planned[index].first_work_tile = shared.first_work_tile + work_tiles_before;
+      args.planned[index].splits = splits;
+      args.planned[index].first_partial = shared.first_partial + partials_before;
+      args.planned[index].sharing = sharing;
+      args.planned[index].cache_index =
+          cached > 0 ? shared.cache_index + cached_before : args.tile_cache.count;
     }
     __syncthreads();
     if (thread == 0) {
-      shared.first_item += all_items;
-      shared.first_slot += all_slots;
-      shared.first_image = min(shared.first_image + all_images, args.images.count);
+      shared.first_work_tile += all_work_tiles;
+      shared.first_partial += all_partials;
+      shared.cache_index = min(shared.cache_index + all_cached, args.tile_cache.count);
     }
     __syncthreads();
   }
-  for (int i = thread; i < shared.first_image * args.images.shares; i += kThreads) args.images.states[i] = 0;
-  if (thread == 0) *args.plan = {num_lines, shared.first_item, 0};
+  for (int i = thread; i < shared.cache_index * args.tile_cache.slices; i += kThreads)
+    args.tile_cache.states[i] = 0;
+  if (thread == 0) *args.plan = {num_planned, shared.first_work_tile, 0};
 }
 
 }  // namespace

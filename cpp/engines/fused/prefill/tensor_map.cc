@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kBlockColumns = 64;
 constexpr int64_t kBlockRows = 8;
 // Of the accelerator (CUDA driver API, cuTensorMapEncodeTiled).
-constexpr int64_t kMostBoxRows = 128;
+constexpr int64_t kMaxBoxRows = 128;
 constexpr int64_t kAlign = 16;  // bytes
 constexpr int64_t kStrideEnd = int64_t{1} << 40;
 
@@ -30,11 +30,11 @@ Encode FindEncode() {
 
 }  // namespace
 
-int32_t BoxRows(int64_t page_size, int32_t tile_keys) {
-  return static_cast<int32_t>(std::gcd(std::gcd(page_size, int64_t{tile_keys}), kMostBoxRows));
+int32_t TmaBoxRows(int64_t page_size, int32_t tile_keys) {
+  return static_cast<int32_t>(std::gcd(std::gcd(page_size, int64_t{tile_keys}), kMaxBoxRows));
 }
 
-bool FitsBoxes(const AttentionProblem& problem) {
+bool FitsTma(const AttentionProblem& problem) {
   return ByteWidth(problem.kv_dtype) == 2 && problem.page_size % kBlockRows == 0;
 }
 
@@ -44,7 +44,7 @@ bool TensorMapExists(const AttentionProblem& problem, int64_t num_pages, const v
   const auto fits = [&](int64_t stride) {
     return stride * width % kAlign == 0 && stride * width < kStrideEnd;
   };
-  return FitsBoxes(problem) && num_pages > 0 && reinterpret_cast<uintptr_t>(pool) % kAlign == 0 &&
+  return FitsTma(problem) && num_pages > 0 && reinterpret_cast<uintptr_t>(pool) % kAlign == 0 &&
          fits(strides.page) && fits(strides.token) && fits(strides.head) &&
          (problem.head_dim % kBlockColumns != 0 || strides.head % kBlockColumns == 0);
 }

@@ -13,11 +13,11 @@ namespace jpa::fused {
 
 // Tokens of a box: the most, a power of two, that neither reach from one page into the next nor from one tile
 // of `tile_keys` into the next.
-int32_t BoxRows(int64_t page_size, int32_t tile_keys);
+int32_t TmaBoxRows(int64_t page_size, int32_t tile_keys);
 
 // Whether pages of such sizes can come in boxes: boxes of eight tokens at least, since that is after
 // how many the order of 16-byte chunks in shared memory repeats.
-bool FitsBoxes(const AttentionProblem& problem);
+bool FitsTma(const AttentionProblem& problem);
 
 // And whether the accelerator can load them from that pool.
 bool TensorMapExists(const AttentionProblem& problem, int64_t num_pages, const void* pool,

@@ -1,9 +1,9 @@
 // Keys and values of an item row by row, for pages that boxes do not fit: two warps each, half of a tile's
 // rows a warp.
 //
-// Where somebody has made an image of a tile it is taken (images.cuh). Otherwise 16-bit rows are copied to
-// their place in a stage, and 8-bit rows to memory of the lane's own, where one tile is on its way
-// as soon as the one before has become f16 and gone to a stage.
+// Where somebody has made an image of a tile it is taken (tile_cache.cuh). Otherwise 16-bit rows are copied
+// to their place in a stage, and 8-bit rows to memory of the lane's own, where one tile is on its way as soon
+// as the one before has become f16 and gone to a stage.
 #pragma once
 
 #include <algorithm>
@@ -12,9 +12,9 @@
 #include "core/problem.h"
 #include "device/fragment.cuh"
 #include "engines/fused/prefill/args.h"
-#include "engines/fused/prefill/copies.cuh"
-#include "engines/fused/prefill/images.cuh"
-#include "engines/fused/prefill/shared.cuh"
+#include "engines/fused/prefill/row_copies.cuh"
+#include "engines/fused/prefill/shared_memory.cuh"
+#include "engines/fused/prefill/tile_cache.cuh"
 
 namespace jpa::fused {
 
@@ -29,19 +29,19 @@ class TileRows {
   __device__ TileRows(const PrefillArgs& args, bool keys, int warp)
       : args_(args), warp_(warp), pool_(keys ? args.k_rows : args.v_rows) {}
 
-  __device__ void Start(const Item& item) {
+  __device__ void Start(const WorkTile& work_tile) {
     const DecodeArgs& call = args_.call;
-    table_ = device::Opaque(call.params.block_tables + item.seq * call.problem.max_pages);
-    head_ = Groups::Start(pool_.start + int64_t{item.head} * pool_.head * kRowBytes);
+    table_ = device::Opaque(call.params.block_tables + work_tile.seq * call.problem.max_pages);
+    head_ = Groups::Start(pool_.start + int64_t{work_tile.head} * pool_.head * kRowBytes);
   }
 
   // Asks the block table for the pages of a tile of the item. What it says is used in LookAt.
-  __device__ void Ask(const Item& item, int32_t tile) {
+  __device__ void Ask(const WorkTile& work_tile, int32_t tile) {
     key_ = tile * Traits::kKeys + FirstRow(0) + static_cast<int32_t>(device::LaneId());
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       ids_[word] = kNoPage;
-      if (key_ + 32 * word < item.kv_len) Ask(word);
+      if (key_ + 32 * word < work_tile.kv_len) Ask(word);
     }
   }
   // And for those of the tile before the one that was asked for last, in fewer instructions.
@@ -104,9 +104,9 @@ class TileRows {
 
  private:
   static constexpr uint32_t kNoPage = ~0u;
-  static constexpr int kRowBytes = Traits::kHeadDim * (Traits::kBytes ? 1 : 2);
+  static constexpr int kRowBytes = Traits::kHeadDim * (Traits::kIs8Bit ? 1 : 2);
   // 64 bytes at once are as fast as more, 32 are not; 8-bit rows take more time to convert than to copy.
-  using Groups = RowGroups<kRowBytes, Traits::kBytes ? 8 : 4>;
+  using Groups = RowGroups<kRowBytes, Traits::kIs8Bit ? 8 : 4>;
   static constexpr int kGroup = Groups::kGroup, kChunksOfLane = Groups::kChunksOfLane;
   static constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kKeys>();
 
@@ -117,7 +117,7 @@ class TileRows {
   // Of a key in a page: as if pages followed one another as the table has them, but for the page's own place.
   // Modulo 2^32.
   __device__ uint32_t RowOf(int word, uint32_t page) const {
-    return (key_ + 32 * word) * pool_.token - columns_[word] * pool_.tokens_of_page + page * pool_.page;
+    return (key_ + 32 * word) * pool_.token - columns_[word] * pool_.page_tokens + page * pool_.page;
   }
   // In the tile.
   __device__ int FirstRow(int word) const { return warp_ * kRows + 32 * word; }
@@ -189,125 +189,125 @@ class TileRows {
 
 // Keys or values of all items, by one of the warps that have them.
 template <typename Traits>
-class RowLoader {
+class CpAsyncLoader {
  public:
   using Shared = PrefillShared<Traits>;
   using Rows = TileRows<Traits>;
-  using Images = ImageShares<Traits>;
+  using CacheSlice = TileCacheSlice<Traits>;
 
-  __device__ RowLoader(const PrefillArgs& args, Shared& shared, bool keys, int warp)
+  __device__ CpAsyncLoader(const PrefillArgs& args, Shared& shared, bool keys, int warp)
       : shared_(shared),
         keys_(keys),
         warp_(warp),
-        stages_((keys ? shared.keys[0] : shared.values[0]) + warp * Images::kBytes),
+        stages_((keys ? shared.keys[0] : shared.values[0]) + warp * CacheSlice::kSliceBytes),
         raw_(shared.raw[keys ? 0 : 1]),
         full_(keys ? shared.keys_full : shared.values_full),
         empty_(keys ? shared.keys_empty : shared.values_empty),
         rows_(args, keys, warp),
-        images_(args.images, keys, warp) {}
+        cache_(args.tile_cache, keys, warp) {}
 
   __device__ void Load() {
-    for (Turn<Shared::kItems> turn;; turn.Next()) {
-      device::WaitForPhase(&shared_.item_full[turn.index()], turn.parity());
-      const Item& item = shared_.items[turn.index()];
-      if (!item.exists) break;
-      images_.Start(item);
-      if (item.order.shares() || kAsksAlways) {
-        LoadItem<true>(item);
+    for (PipelineState<Shared::kWorkTiles> state;; state.Next()) {
+      device::WaitForPhase(&shared_.work_tile_full[state.index()], state.parity());
+      const WorkTile& work_tile = shared_.work_tiles[state.index()];
+      if (!work_tile.exists) break;
+      cache_.Start(work_tile);
+      if (work_tile.order.shares_tiles() || kAsksAlways) {
+        LoadWorkTile<true>(work_tile);
       } else {
-        images_.Publish();
-        LoadItem<false>(item);
+        cache_.Publish();
+        LoadWorkTile<false>(work_tile);
       }
-      ReleaseItem(shared_, turn);
+      ReleaseWorkTile(shared_, state);
     }
-    images_.Publish();
+    cache_.Publish();
   }
 
  private:
   // There are not enough registers for the code of both cases, and 8-bit rows take their time anyway.
-  static constexpr bool kAsksAlways = Traits::kBytes;
+  static constexpr bool kAsksAlways = Traits::kIs8Bit;
 
-  template <bool with_images>
-  __device__ static int32_t TileAt(const Item& item, int32_t step) {
-    return with_images ? item.order.TileAt(item.tiles, step) : step;
+  template <bool uses_cache>
+  __device__ static int32_t TileAt(const WorkTile& work_tile, int32_t step) {
+    return uses_cache ? work_tile.order.TileAt(work_tile.tiles, step) : step;
   }
 
   // Without images in fewer instructions: where all tiles are copied each of them counts.
-  template <bool with_images>
-  __device__ void LoadItem(const Item& item) {
-    int32_t left = item.tiles.size();
-    if (left <= kTilesAhead) AskForNextItem();
-    rows_.Start(item);
+  template <bool uses_cache>
+  __device__ void LoadWorkTile(const WorkTile& work_tile) {
+    int32_t left = work_tile.tiles.size();
+    if (left <= kTilesAhead) RequestNextWorkTile();
+    rows_.Start(work_tile);
     if (left > 0) {
-      const int32_t step = item.tiles.end - 1;
-      rows_.Ask(item, TileAt<with_images>(item, step));
-      if constexpr (with_images) images_.Ask(item, step);
-      Take<with_images>();
+      const int32_t step = work_tile.tiles.end - 1;
+      rows_.Ask(work_tile, TileAt<uses_cache>(work_tile, step));
+      if constexpr (uses_cache) cache_.Ask(work_tile, step);
+      Take<uses_cache>();
     }
     for (--left; left >= 0; --left, stage_.Next()) {
-      const int32_t step = item.tiles.begin + left, tile = TileAt<with_images>(item, step);
-      if (left > 0) AskFor<with_images>(item, step - 1);
+      const int32_t step = work_tile.tiles.begin + left, tile = TileAt<uses_cache>(work_tile, step);
+      if (left > 0) AskFor<uses_cache>(work_tile, step - 1);
       device::WaitForPhase(&empty_[stage_.index()], stage_.parity() ^ 1);
-      if constexpr (with_images) images_.Publish();
-      Tell<with_images>(tile);
+      if constexpr (uses_cache) cache_.Publish();
+      Tell<uses_cache>(tile);
       char* const to = stages_ + stage_.index() * Traits::kTileBytes;
-      const bool copies = !with_images || !has_image_;
+      const bool copies = !uses_cache || !is_cached_;
       if (copies) {
-        if constexpr (!Traits::kBytes) rows_.Copy(device::SharedAddress(to));
-        if (with_images && !rows_.any_missing()) images_.Claim(tile);
+        if constexpr (!Traits::kIs8Bit) rows_.Copy(device::SharedAddress(to));
+        if (uses_cache && !rows_.any_missing()) cache_.Claim(tile);
       } else {
-        images_.Load(tile, to, &full_[stage_.index()]);
+        cache_.Load(tile, to, &full_[stage_.index()]);
       }
       const auto finish = [&] {
-        device::WaitForCopies();
-        if constexpr (Traits::kBytes) rows_.Convert(raw_, to);
+        device::WaitForCpAsync();
+        if constexpr (Traits::kIs8Bit) rows_.Convert(raw_, to);
         device::FenceSharedForAsync();
         device::Arrive(&full_[stage_.index()]);
-        if constexpr (with_images) images_.Store(to);
+        if constexpr (uses_cache) cache_.Store(to);
       };
       // The fence waits for whatever is on its way: the next copies of 8-bit rows come after it.
-      if (Traits::kBytes && copies) finish();
-      if (left > 0) Take<with_images>();
-      if (!Traits::kBytes && copies) finish();
-      if (left == kTilesAhead) AskForNextItem();
+      if (Traits::kIs8Bit && copies) finish();
+      if (left > 0) Take<uses_cache>();
+      if (!Traits::kIs8Bit && copies) finish();
+      if (left == kTilesAhead) RequestNextWorkTile();
     }
   }
 
-  __device__ void AskForNextItem() {
-    if (keys_ && warp_ == 0 && device::LaneId() == 0) device::Arrive(&shared_.item_ends);
+  __device__ void RequestNextWorkTile() {
+    if (keys_ && warp_ == 0 && device::LaneId() == 0) device::Arrive(&shared_.work_tile_ending);
   }
 
   // For what has to be known of the step's tile.
-  template <bool with_images>
-  __device__ void AskFor(const Item& item, int32_t step) {
-    if constexpr (with_images) {
-      if (images_.IsThere()) return;
-      rows_.Ask(item, TileAt<true>(item, step));
-      images_.Ask(item, step);
+  template <bool uses_cache>
+  __device__ void AskFor(const WorkTile& work_tile, int32_t step) {
+    if constexpr (uses_cache) {
+      if (cache_.IsCached()) return;
+      rows_.Ask(work_tile, TileAt<true>(work_tile, step));
+      cache_.Ask(work_tile, step);
     } else {
       rows_.AskBefore();
     }
   }
   // Turns to that tile.
-  template <bool with_images>
+  template <bool uses_cache>
   __device__ void Take() {
-    if constexpr (with_images) {
-      has_image_ = images_.Take();
-      if (has_image_) return;
+    if constexpr (uses_cache) {
+      is_cached_ = cache_.Take();
+      if (is_cached_) return;
     }
     rows_.LookAt();
     // On its way to f16, a tile is copied when the one before has left.
-    if constexpr (Traits::kBytes) rows_.CopyRaw(device::SharedAddress(raw_));
+    if constexpr (Traits::kIs8Bit) rows_.CopyRaw(device::SharedAddress(raw_));
   }
   // Tells products of the tile. Images have all rows.
-  template <bool with_images>
+  template <bool uses_cache>
   __device__ void Tell(int32_t tile) {
     if (!keys_ || device::LaneId() != 0) return;
     LoadedTile<Traits>& loaded = shared_.tiles[stage_.index()];
     if (warp_ == 0) loaded.number = tile;
 #pragma unroll
     for (int word = 0; word < Rows::kWords; ++word) {
-      loaded.missing.words[warp_ * Rows::kWords + word] = with_images && has_image_ ? 0 : rows_.missing(word);
+      loaded.missing.words[warp_ * Rows::kWords + word] = uses_cache && is_cached_ ? 0 : rows_.missing(word);
     }
   }
 
@@ -319,9 +319,9 @@ class RowLoader {
   device::Barrier* const full_;
   device::Barrier* const empty_;
   Rows rows_;
-  Images images_;
-  Turn<Traits::kStages> stage_;
-  bool has_image_ = false;  // the tile turned to
+  CacheSlice cache_;
+  PipelineState<Traits::kStages> stage_;
+  bool is_cached_ = false;  // the tile turned to
 };
 
 }  // namespace jpa::fused

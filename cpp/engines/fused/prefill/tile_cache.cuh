@@ -10,61 +10,61 @@
 #include <cstdint>
 
 #include "engines/fused/prefill/args.h"
-#include "engines/fused/prefill/shared.cuh"
+#include "engines/fused/prefill/shared_memory.cuh"
 
 namespace jpa::fused {
 
 // A warp's share of the images of keys, or of values, along the tiles of an item.
 template <typename Traits>
-class ImageShares {
+class TileCacheSlice {
  public:
   enum State : uint32_t { kNone, kClaimed, kReady };
-  static constexpr int kShares = 2 * Traits::kTileWarps;  // of an image
-  static constexpr uint32_t kBytes = Traits::kTileBytes / Traits::kTileWarps;
+  static constexpr int kSlices = 2 * Traits::kTileWarps;  // of an image
+  static constexpr uint32_t kSliceBytes = Traits::kTileBytes / Traits::kTileWarps;
   static_assert(Traits::kWholeBlocks, "a warp's rows are one piece");
 
-  __device__ ImageShares(const TileImages& images, bool keys, int warp)
-      : images_(images), first_share_((keys ? 0 : Traits::kTileWarps) + warp) {}
+  __device__ TileCacheSlice(const TileCache& tile_cache, bool keys, int warp)
+      : cache_(tile_cache), first_slice_((keys ? 0 : Traits::kTileWarps) + warp) {}
 
-  __device__ void Start(const Item& item) {
-    first_image_ = item.first_image;
-    there_ = 0;
+  __device__ void Start(const WorkTile& work_tile) {
+    first_index_ = work_tile.cache_index;
+    cached_ = 0;
   }
   // Whether some tile of the item may have one.
-  __device__ bool MayBeThere() const { return first_image_ < images_.count; }
+  __device__ bool MayBeCached() const { return first_index_ < cache_.count; }
 
   // Whether the next tile is known to have an image.
-  __device__ bool IsThere() const { return (there_ & 1) != 0; }
+  __device__ bool IsCached() const { return (cached_ & 1) != 0; }
   // If not: asks for its image, that of the step's tile, and for those of the steps that follow, a lane each.
   // What this says is used in Take.
-  __device__ void Ask(const Item& item, int32_t step) {
+  __device__ void Ask(const WorkTile& work_tile, int32_t step) {
     const int32_t lane_step = step - static_cast<int32_t>(device::LaneId());
     state_ = kNone;
-    if (!MayBeThere() || lane_step < item.tiles.begin) return;
-    const int32_t share = Share(item.order.TileAt(item.tiles, lane_step));
-    if (share < images_.count * kShares) state_ = device::LoadRelaxed(images_.states + share);
+    if (!MayBeCached() || lane_step < work_tile.tiles.begin) return;
+    const int32_t slice = Slice(work_tile.order.TileAt(work_tile.tiles, lane_step));
+    if (slice < cache_.count * kSlices) state_ = device::LoadRelaxed(cache_.states + slice);
   }
   // Turns to the next tile. Whether it has an image.
   __device__ bool Take() {
-    if (!IsThere()) {
-      there_ = __ballot_sync(~0u, state_ == kReady);
-      if (there_ != 0) {
+    if (!IsCached()) {
+      cached_ = __ballot_sync(~0u, state_ == kReady);
+      if (cached_ != 0) {
         // What lanes know of images, lane 0 and its copies know as well.
         device::FenceAcquire();
         __syncwarp();
         device::FenceGlobalForAsync();
       }
     }
-    const bool is_there = IsThere();
-    there_ >>= 1;
-    return is_there;
+    const bool is_cached = IsCached();
+    cached_ >>= 1;
+    return is_cached;
   }
 
   // Brings the tile's image to the warp's rows of a stage. Every lane arrives.
   __device__ void Load(int32_t tile, char* rows, device::Barrier* full) const {
     if (device::LaneId() == 0) {
-      device::ArriveExpecting(full, kBytes);
-      device::BulkLoad(rows, images_.bytes + int64_t{Share(tile)} * kBytes, kBytes, full);
+      device::ArriveAndExpectBytes(full, kSliceBytes);
+      device::BulkLoad(rows, cache_.bytes + int64_t{Slice(tile)} * kSliceBytes, kSliceBytes, full);
     } else {
       device::Arrive(full);
     }
@@ -72,41 +72,41 @@ class ImageShares {
 
   // Whoever is the first to claim a tile's image makes it. What this says is used in Store.
   __device__ void Claim(int32_t tile) {
-    const int32_t share = Share(tile);
-    if (device::LaneId() != 0 || share >= images_.count * kShares) return;
-    making_ = share;
-    claim_ = atomicCAS(images_.states + share, kNone, kClaimed);
+    const int32_t slice = Slice(tile);
+    if (device::LaneId() != 0 || slice >= cache_.count * kSlices) return;
+    storing_ = slice;
+    claim_ = atomicCAS(cache_.states + slice, kNone, kClaimed);
   }
   // If it is this warp: makes the image of its rows in a stage, which every lane has fenced. They stay there
   // until Publish.
   __device__ void Store(const char* rows) {
     __syncwarp();
-    if (making_ < 0) return;
+    if (storing_ < 0) return;
     if (claim_ != kNone) {
-      making_ = -1;
+      storing_ = -1;
       return;
     }
-    device::BulkStore(images_.bytes + int64_t{making_} * kBytes, rows, kBytes);
+    device::BulkStore(cache_.bytes + int64_t{storing_} * kSliceBytes, rows, kSliceBytes);
     device::CommitBulkStores();
   }
   // After Store, if it made one: others may take the image.
   __device__ void Publish() {
-    if (making_ < 0) return;
+    if (storing_ < 0) return;
     device::WaitForBulkStores();
-    device::StoreRelease(images_.states + making_, kReady);
-    making_ = -1;
+    device::StoreRelease(cache_.states + storing_, kReady);
+    storing_ = -1;
   }
 
  private:
-  __device__ int32_t Share(int32_t tile) const { return (first_image_ + tile) * kShares + first_share_; }
+  __device__ int32_t Slice(int32_t tile) const { return (first_index_ + tile) * kSlices + first_slice_; }
 
-  const TileImages& images_;
-  const int first_share_;
-  int32_t first_image_ = 0;  // of the item's head
-  uint32_t there_ = 0;       // a bit for the next tile, and for each that follows
+  const TileCache& cache_;
+  const int first_slice_;
+  int32_t first_index_ = 0;  // of the item's head
+  uint32_t cached_ = 0;      // a bit for the next tile, and for each that follows
   uint32_t state_ = kNone;
   // By lane 0: a share that it claims, or makes and has not published yet; and what the claim has found.
-  int32_t making_ = -1;
+  int32_t storing_ = -1;
   uint32_t claim_ = kClaimed;
 };
 

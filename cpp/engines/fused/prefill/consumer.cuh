@@ -18,13 +18,13 @@
 #include "device/wgmma.cuh"
 #include "engines/fused/decode/result.cuh"
 #include "engines/fused/prefill/args.h"
-#include "engines/fused/prefill/shared.cuh"
+#include "engines/fused/prefill/shared_memory.cuh"
 
 namespace jpa::fused {
 
 // A warpgroup's 64 rows of an item; a thread has two of them, of each some columns.
 template <typename Traits>
-class ProductRows {
+class ConsumerWarpgroup {
  public:
   static constexpr int kKeys = Traits::kKeys;
   static constexpr int kBlocks = Traits::kBlocks, kFirstBlocks = Traits::kFirstBlocks;
@@ -33,26 +33,26 @@ class ProductRows {
   using Math = device::TypeOf<Traits::kMath>;
   using Shared = PrefillShared<Traits>;
 
-  __device__ ProductRows(const PrefillArgs& args, Shared& shared)
+  __device__ ConsumerWarpgroup(const PrefillArgs& args, Shared& shared)
       : args_(args),
         shared_(shared),
         // The same in all lanes, which the compiler then knows.
         warpgroup_(__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0)) {
     // The first turn is warpgroup 0's: as if the last one had had the one before.
-    if (warpgroup_ == Traits::kProductWarpgroups - 1) PassTurn();
+    if (warpgroup_ == Traits::kConsumerWarpgroups - 1) PassPingPong();
   }
 
   // All of an item's tiles.
-  __device__ void Attend(const Item& item) {
-    Start(item);
+  __device__ void Attend(const WorkTile& work_tile) {
+    Start(work_tile);
     device::WaitForPhase(&shared_.queries_full[queries_.index()], queries_.parity());
-    if constexpr (Traits::kBytes) {
+    if constexpr (Traits::kIs8Bit) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         factors_[r] = ldexpf(factors_[r], shared_.exponents[queries_.index()][Row(r)]);
       }
     }
-    if (item.tiles.size() == 0) {
+    if (work_tile.tiles.size() == 0) {
 #pragma unroll
       for (auto& block : out_) {
 #pragma unroll
@@ -62,48 +62,48 @@ class ProductRows {
       return;
     }
     float scores[kKeys / 2];
-    int32_t left = item.tiles.size();
+    int32_t left = work_tile.tiles.size();
     device::WaitForPhase(&shared_.keys_full[keys_.index()], keys_.parity());
-    device::FenceProductRegisters();
-    IssueScores(scores);
-    device::CommitProducts();
+    device::WgmmaFence();
+    IssueQK(scores);
+    device::WgmmaCommit();
     const LoadedTile<Traits> first = LookAtTile();
-    const bool first_hides_some = HidesSome(first);
-    device::WaitForProducts<0>(scores);
+    const bool first_needs_mask = NeedsMask(first);
+    device::WgmmaWait<0>(scores);
     ReleaseKeys();
     if (left == 1) ReleaseQueries();
     float factors[2] = {1.0f, 1.0f};  // of nothing
-    ScaleAndHide(first_hides_some, first, scores);
+    ScaleAndMask(first_needs_mask, first, scores);
     ToExponents<0, kBlocks>(scores, factors);
     Exponentiate<0, kBlocks>(scores);
     Pack<0, kBlocks>(scores);
-    if constexpr (!Traits::kRowWise) ZeroTail(item, first.OfLane0().number);
+    if constexpr (!Traits::kUsesCpAsync) ZeroTail(work_tile, first.OfLane0().number);
     bool accumulates = false;
     while (--left > 0) {
-      const Turn<Traits::kStages> values = keys_.Before();
+      const PipelineState<Traits::kStages> values = keys_.Before();
       device::WaitForPhase(&shared_.keys_full[keys_.index()], keys_.parity());
-      WaitForTurn();
-      device::FenceProductRegisters();
-      IssueScores(scores);
-      device::CommitProducts();
+      WaitForPingPong();
+      device::WgmmaFence();
+      IssueQK(scores);
+      device::WgmmaCommit();
       device::WaitForPhase(&shared_.values_full[values.index()], values.parity());
-      device::FenceProductRegisters();
-      IssueValues(values, accumulates);
-      device::CommitProducts();
-      PassTurn();
+      device::WgmmaFence();
+      IssuePV(values, accumulates);
+      device::WgmmaCommit();
+      PassPingPong();
       const LoadedTile<Traits> tile = LookAtTile();
-      const bool hides_some = HidesSome(tile);
-      device::WaitForProducts<1>(scores);
+      const bool needs_mask = NeedsMask(tile);
+      device::WgmmaWait<1>(scores);
       ReleaseKeys();
       if (left == 1) ReleaseQueries();
       float factors[2] = {1.0f, 1.0f};
-      ScaleAndHide(hides_some, tile, scores);
+      ScaleAndMask(needs_mask, tile, scores);
       bool raised = ToExponents<0, kFirstBlocks>(scores, factors);
       Exponentiate<0, kFirstBlocks>(scores);
       if (ToExponents<kFirstBlocks, kBlocks>(scores, factors)) raised = true;
       Exponentiate<kFirstBlocks, kBlocksBeforeValues>(scores);
       device::ComputeBeforeNext(states_[0].sum, states_[1].sum);
-      WaitForValues();
+      WaitForPV();
       ReleaseValues(values);
       if (raised) Rescale(factors);
       Pack<0, kBlocksBeforeValues>(scores);
@@ -111,33 +111,33 @@ class ProductRows {
       Pack<kBlocksBeforeValues, kBlocks>(scores);
       accumulates = true;
     }
-    const Turn<Traits::kStages> values = keys_.Before();
+    const PipelineState<Traits::kStages> values = keys_.Before();
     device::WaitForPhase(&shared_.values_full[values.index()], values.parity());
-    device::FenceProductRegisters();
-    IssueValues(values, accumulates);
-    device::CommitProducts();
-    WaitForValues();
+    device::WgmmaFence();
+    IssuePV(values, accumulates);
+    device::WgmmaCommit();
+    WaitForPV();
     ReleaseValues(values);
   }
 
   // Results, or a part's state; and where that was the last one of its unit, what the parts make.
-  __device__ void End(const Item& item) {
+  __device__ void Epilogue(const WorkTile& work_tile) {
 #pragma unroll
     for (auto& state : states_) {
       state.sum += __shfl_xor_sync(~0u, state.sum, 1);
       state.sum += __shfl_xor_sync(~0u, state.sum, 2);
     }
-    if (item.parts == 1) {
-      WriteResults(item);
+    if (work_tile.splits == 1) {
+      WriteResults(work_tile);
     } else {
-      WriteState(item);
-      MergeIfLast(item);
+      WriteState(work_tile);
+      MergeSplitsIfLast(work_tile);
     }
   }
 
  private:
-  static constexpr int kAllBarrier = 1;    // of all threads that multiply
-  static constexpr int kTurnBarriers = 2;  // a warpgroup each: it is its turn to issue products
+  static constexpr int kAllBarrier = 1;        // of all threads that multiply
+  static constexpr int kPingPongBarriers = 2;  // a warpgroup each: it is its turn to issue products
 
   __device__ int Row(int r) const {
     return static_cast<int>(threadIdx.x) / 32 * 16 + static_cast<int>(device::LaneId()) / 4 + 8 * r;
@@ -149,41 +149,43 @@ class ProductRows {
     return &out_[block / kOfOne][block % kOfOne * 4];
   }
 
-  __device__ void Start(const Item& item) {
+  __device__ void Start(const WorkTile& work_tile) {
     const DecodeArgs& call = args_.call;
-    far_ = INT32_MIN;
-    all_see_begin_ = 0;
-    all_see_end_ = item.kv_len;
+    rescale_bits_ = INT32_MIN;
+    all_visible_begin_ = 0;
+    all_visible_end_ = work_tile.kv_len;
     const float factor = call.score_factor * ScaleOf(call.params.k_scale, call.seqs_per_k_scale,
-                                                     call.facts.num_kv_heads, item.seq, item.head);
+                                                     call.facts.num_kv_heads, work_tile.seq, work_tile.head);
     scales_ = args_.call.params.soft_cap > 0.0f || factor <= 0.0f;
 #pragma unroll
     for (float& of_rows : factors_) of_rows = factor;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       states_[r] = device::SoftmaxState();
-      const int position = item.position + call.facts.group.Quotient(item.first + Row(r));
-      see_begin_[r] = call.facts.sliding_window > 0 && position >= 0
-                          ? max(position - call.facts.sliding_window + 1, 0)
-                          : 0;
-      see_end_[r] = position < 0 ? 0 : call.params.causal ? min(position + 1, item.kv_len) : item.kv_len;
-      all_see_begin_ = max(all_see_begin_, see_begin_[r]);
-      all_see_end_ = min(all_see_end_, see_end_[r]);
+      const int position = work_tile.position + call.facts.group.Quotient(work_tile.first + Row(r));
+      visible_begin_[r] = call.facts.sliding_window > 0 && position >= 0
+                              ? max(position - call.facts.sliding_window + 1, 0)
+                              : 0;
+      visible_end_[r] = position < 0         ? 0
+                        : call.params.causal ? min(position + 1, work_tile.kv_len)
+                                             : work_tile.kv_len;
+      all_visible_begin_ = max(all_visible_begin_, visible_begin_[r]);
+      all_visible_end_ = min(all_visible_end_, visible_end_[r]);
     }
     // What all rows of the warp see: then a warp masks by itself.
 #pragma unroll
     for (int lanes = 4; lanes < 32; lanes *= 2) {
-      all_see_begin_ = max(all_see_begin_, __shfl_xor_sync(~0u, all_see_begin_, lanes));
-      all_see_end_ = min(all_see_end_, __shfl_xor_sync(~0u, all_see_end_, lanes));
+      all_visible_begin_ = max(all_visible_begin_, __shfl_xor_sync(~0u, all_visible_begin_, lanes));
+      all_visible_end_ = min(all_visible_end_, __shfl_xor_sync(~0u, all_visible_end_, lanes));
     }
   }
 
   // ---- turns and stages
 
-  __device__ void WaitForTurn() { device::SyncSomeThreads<256>(kTurnBarriers + warpgroup_); }
-  __device__ void PassTurn() {
-    const int next = warpgroup_ == Traits::kProductWarpgroups - 1 ? 0 : warpgroup_ + 1;
-    device::ArriveAtSomeThreads<256>(kTurnBarriers + next);
+  __device__ void WaitForPingPong() { device::NamedBarrierSync<256>(kPingPongBarriers + warpgroup_); }
+  __device__ void PassPingPong() {
+    const int next = warpgroup_ == Traits::kConsumerWarpgroups - 1 ? 0 : warpgroup_ + 1;
+    device::NamedBarrierArrive<256>(kPingPongBarriers + next);
   }
 
   // The tile of the stage's keys, known to lane 0 alone, which releases the stage. Looked up while products
@@ -197,7 +199,7 @@ class ProductRows {
     if (device::LaneId() == 0) device::Arrive(&shared_.keys_empty[keys_.index()]);
     keys_.Next();
   }
-  __device__ void ReleaseValues(const Turn<Traits::kStages>& values) {
+  __device__ void ReleaseValues(const PipelineState<Traits::kStages>& values) {
     if (device::LaneId() == 0) device::Arrive(&shared_.values_empty[values.index()]);
   }
   __device__ void ReleaseQueries() {
@@ -207,7 +209,7 @@ class ProductRows {
 
   // ---- products
 
-  __device__ void IssueScores(float (&scores)[kKeys / 2]) {
+  __device__ void IssueQK(float (&scores)[kKeys / 2]) {
     constexpr device::BlockStrides kOfQueries = StridesOf<Traits, Traits::kRows>(), kOfKeys = kStrides;
     const uint32_t rows = warpgroup_ * (64 / device::kBlockRows) * kOfQueries.rows;
     const uint64_t queries =
@@ -217,63 +219,63 @@ class ProductRows {
 #pragma unroll
     for (int i = 0; i < Traits::kHeadDim / 16; ++i) {
       const int block = i / 4, bytes = i % 4 * 32;
-      device::MultiplyKeys<Math>(scores, device::Advance(queries, block * kOfQueries.columns + bytes),
-                                 device::Advance(keys, block * kOfKeys.columns + bytes), i > 0);
+      device::WgmmaSS<Math>(scores, device::Advance(queries, block * kOfQueries.columns + bytes),
+                            device::Advance(keys, block * kOfKeys.columns + bytes), i > 0);
     }
   }
 
-  __device__ void IssueValues(const Turn<Traits::kStages>& turn, bool accumulates) {
+  __device__ void IssuePV(const PipelineState<Traits::kStages>& state, bool accumulates) {
     const uint64_t values =
-        device::MatrixDescriptor(device::SharedAddress(shared_.values[turn.index()]), kStrides);
+        device::MatrixDescriptor(device::SharedAddress(shared_.values[state.index()]), kStrides);
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
       for (int block = 0; block < Traits::kOutBlocks; ++block) {
         const int column = block * Traits::kOutWidth;
         const int bytes = column / 64 * kStrides.columns + column % 64 * 2 + 2 * i * kStrides.rows;
-        device::MultiplyValues<Math>(out_[block], probabilities_[i], device::Advance(values, bytes),
-                                     accumulates || i > 0);
+        device::WgmmaRS<Math>(out_[block], probabilities_[i], device::Advance(values, bytes),
+                              accumulates || i > 0);
       }
     }
   }
 
-  __device__ void WaitForValues() {
+  __device__ void WaitForPV() {
 #pragma unroll
-    for (auto& block : out_) device::WaitForProducts<0>(block);
+    for (auto& block : out_) device::WgmmaWait<0>(block);
   }
 
   // A box's values past the sequence's end may be anything, and 0 * NaN is NaN.
-  __device__ void ZeroTail(const Item& item, int32_t tile) {
-    const int end = item.kv_len - tile * kKeys;
+  __device__ void ZeroTail(const WorkTile& work_tile, int32_t tile) {
+    const int end = work_tile.kv_len - tile * kKeys;
     if (end >= kKeys) return;
-    const Turn<Traits::kStages> turn = keys_.Before();  // keys have left
-    device::WaitForPhase(&shared_.values_full[turn.index()], turn.parity());
+    const PipelineState<Traits::kStages> state = keys_.Before();  // keys have left
+    device::WaitForPhase(&shared_.values_full[state.index()], state.parity());
     constexpr int kChunks = Traits::kColumnBlocks * 8;
-    char* const values = shared_.values[turn.index()];
+    char* const values = shared_.values[state.index()];
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < (kKeys - end) * kChunks; i += Traits::kProductThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < (kKeys - end) * kChunks; i += Traits::kConsumerThreads) {
       const int key = end + i / kChunks, chunk = i % kChunks;
       *reinterpret_cast<uint4*>(values + device::SwizzledChunk(kStrides, key, chunk)) = {0, 0, 0, 0};
     }
     device::FenceSharedForAsync();
-    device::SyncSomeThreads<kAllBarrier, Traits::kProductThreads>();
+    device::NamedBarrierSync<kAllBarrier, Traits::kConsumerThreads>();
   }
 
   // ---- softmax
 
-  __device__ float Factor(int r) const { return factors_[Traits::kBytes ? r : 0]; }
+  __device__ float Factor(int r) const { return factors_[Traits::kIs8Bit ? r : 0]; }
 
   // Whether some row of the warp does not see some key of a tile.
-  __device__ bool HidesSome(const LoadedTile<Traits>& tile) const {
+  __device__ bool NeedsMask(const LoadedTile<Traits>& tile) const {
     const int32_t first = tile.number * kKeys;
-    const bool hides = tile.missing.any() || first < all_see_begin_ || first + kKeys > all_see_end_;
-    return __any_sync(~0u, device::LaneId() == 0 && hides);
+    const bool masks = tile.missing.any() || first < all_visible_begin_ || first + kKeys > all_visible_end_;
+    return __any_sync(~0u, device::LaneId() == 0 && masks);
   }
   // What is done to scores ahead of ToExponents, if anything.
-  __device__ void ScaleAndHide(bool hides_some, const LoadedTile<Traits>& tile,
+  __device__ void ScaleAndMask(bool needs_mask, const LoadedTile<Traits>& tile,
                                float (&scores)[kKeys / 2]) const {
     if (scales_) Scale(scores);
-    if (hides_some) Hide(tile.OfLane0(), scores);
+    if (needs_mask) Mask(tile.OfLane0(), scores);
   }
 
   // Scores of blocks [begin, end) become exponents. If some maximum rises for it, returns true: `factors` are
@@ -293,14 +295,14 @@ class ProductRows {
         largest[r] = device::Largest(largest[r], __float_as_int(scores[i]), __float_as_int(scores[i + 1]));
       }
     }
-    if (!__any_sync(~0u, max(largest[0], largest[1]) > far_)) return false;
+    if (!__any_sync(~0u, max(largest[0], largest[1]) > rescale_bits_)) return false;
     Raise<begin, end>(scores, factors);
     return true;
   }
 
   template <int begin, int end>
   __device__ void Raise(float (&scores)[kKeys / 2], float (&factors)[2]) {
-    far_ = __float_as_int(device::SoftmaxState::kSlack);
+    rescale_bits_ = __float_as_int(device::SoftmaxState::kSlack);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float maximum = -INFINITY;
@@ -319,7 +321,7 @@ class ProductRows {
         for (int j = i; j < i + 2; ++j) scores[j] = i < 8 * begin ? scores[j] * factor : scores[j] - lower;
       }
       // A row's first score is far, whatever it is.
-      if (states_[r].maximum == -INFINITY) far_ = INT32_MIN;
+      if (states_[r].maximum == -INFINITY) rescale_bits_ = INT32_MIN;
     }
   }
 
@@ -344,26 +346,26 @@ class ProductRows {
   }
 
   // Scores of keys that a row does not see become -inf. Few tiles hide any, and most of these for one reason.
-  __device__ void Hide(const LoadedTile<Traits>& tile, float (&scores)[kKeys / 2]) const {
+  __device__ void Mask(const LoadedTile<Traits>& tile, float (&scores)[kKeys / 2]) const {
     const int first = tile.number * kKeys, own = first + Column(0);
-    if (first + kKeys > all_see_end_) {
-      HideIf(scores, [&](int column, int r) { return column >= see_end_[r] - own; });
+    if (first + kKeys > all_visible_end_) {
+      MaskIf(scores, [&](int column, int r) { return column >= visible_end_[r] - own; });
     }
-    if (first < all_see_begin_) {
-      HideIf(scores, [&](int column, int r) { return column < see_begin_[r] - own; });
+    if (first < all_visible_begin_) {
+      MaskIf(scores, [&](int column, int r) { return column < visible_begin_[r] - own; });
     }
     if (tile.missing.any()) {
-      HideIf(scores, [&](int column, int) {
+      MaskIf(scores, [&](int column, int) {
         return tile.missing.Has(column / 8 * 8, column % 8 + Column(0), args_.box_rows_log2);
       });
     }
   }
   // Columns are counted from the lane's first one.
-  template <typename Hides>
-  __device__ static void HideIf(float (&scores)[kKeys / 2], const Hides& hides) {
+  template <typename Masks>
+  __device__ static void MaskIf(float (&scores)[kKeys / 2], const Masks& masks) {
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) {
-      if (hides(i / 4 * 8 + i % 2, i / 2 % 2)) scores[i] = -INFINITY;
+      if (masks(i / 4 * 8 + i % 2, i / 2 % 2)) scores[i] = -INFINITY;
     }
   }
 
@@ -390,15 +392,15 @@ class ProductRows {
 
   // ---- ends
 
-  __device__ void WriteResults(const Item& item) {
+  __device__ void WriteResults(const WorkTile& work_tile) {
     using T = device::TypeOf<Traits::kQ>;
     const DecodeArgs& call = args_.call;
     const int lane = static_cast<int>(device::LaneId() % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = Row(r);
-      const bool exists = row < item.num_rows;
-      const QueryHead where = QueryHeadOf(args_.call, item, exists ? row : 0);
+      const bool exists = row < work_tile.num_rows;
+      const QueryHead where = QueryHeadOf(args_.call, work_tile, exists ? row : 0);
       const float factor = FactorOfResult(call, where.seq, where.kv_head, where.head, &states_[r]);
       const int64_t index = where.row * call.problem.num_q_heads + where.head;
       auto* const out = static_cast<T*>(call.params.out) + index * Traits::kHeadDim;
@@ -420,12 +422,12 @@ class ProductRows {
     }
   }
 
-  __device__ void WriteState(const Item& item) {
+  __device__ void WriteState(const WorkTile& work_tile) {
     const Partials& partials = args_.call.partials;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int64_t index = int64_t{item.slot + item.part} * Traits::kRows + Row(r);
-      if (Row(r) >= item.num_rows) continue;
+      const int64_t index = int64_t{work_tile.partial + work_tile.split} * Traits::kRows + Row(r);
+      if (Row(r) >= work_tile.num_rows) continue;
       if (device::LaneId() % 4 == 0) partials.stats[index] = {states_[r].maximum, states_[r].sum};
 #pragma unroll
       for (int block = 0; block < Traits::kHeadDim / 8; ++block) {
@@ -436,43 +438,43 @@ class ProductRows {
     }
   }
 
-  __device__ void MergeIfLast(const Item& item) {
+  __device__ void MergeSplitsIfLast(const WorkTile& work_tile) {
     __threadfence();
-    device::SyncSomeThreads<kAllBarrier, Traits::kProductThreads>();
+    device::NamedBarrierSync<kAllBarrier, Traits::kConsumerThreads>();
     if (threadIdx.x == 0) {
-      const uint32_t before = atomicAdd(args_.arrivals + item.slot, 1u);
-      shared_.is_last_part = before + 1 == static_cast<uint32_t>(item.parts);
+      const uint32_t before = atomicAdd(args_.arrivals + work_tile.partial, 1u);
+      shared_.is_last_split = before + 1 == static_cast<uint32_t>(work_tile.splits);
       __threadfence();
     }
-    device::SyncSomeThreads<kAllBarrier, Traits::kProductThreads>();
-    if (!shared_.is_last_part) return;
-    constexpr int kPartsAtOnce = 8;  // columns of more do not fit beside what the warps keep in registers
+    device::NamedBarrierSync<kAllBarrier, Traits::kConsumerThreads>();
+    if (!shared_.is_last_split) return;
+    constexpr int kSplitsAtOnce = 8;  // columns of more do not fit beside what the warps keep in registers
 #pragma unroll 1
-    for (int row = static_cast<int>(threadIdx.x) / 32; row < item.num_rows;
-         row += Traits::kProductThreads / 32) {
-      const int64_t first = int64_t{item.slot} * Traits::kRows + row;
-      const PartIndices parts = {first, first + Traits::kRows, Traits::kRows};
-      WriteMergedParts<Traits::kQ, kPartsAtOnce>(args_.call, item.parts, parts,
-                                                 [&] { return QueryHeadOf(args_.call, item, row); });
+    for (int row = static_cast<int>(threadIdx.x) / 32; row < work_tile.num_rows;
+         row += Traits::kConsumerThreads / 32) {
+      const int64_t first = int64_t{work_tile.partial} * Traits::kRows + row;
+      const PartialIndices splits = {first, first + Traits::kRows, Traits::kRows};
+      WriteMergedSplits<Traits::kQ, kSplitsAtOnce>(args_.call, work_tile.splits, splits,
+                                                   [&] { return QueryHeadOf(args_.call, work_tile, row); });
     }
   }
 
   const PrefillArgs& args_;
   Shared& shared_;
   const int warpgroup_;
-  Turn<Traits::kQueryTiles> queries_;
-  Turn<Traits::kStages> keys_;
+  PipelineState<Traits::kQueryTiles> queries_;
+  PipelineState<Traits::kStages> keys_;
 
   float out_[Traits::kOutBlocks][Traits::kOutWidth / 2];
   uint32_t probabilities_[kBlocks][4];
   device::SoftmaxState states_[2];  // sums of the lane's own keys
   // From products to scores in units of log 2: of each row, or of both.
-  float factors_[Traits::kBytes ? 2 : 1];
-  bool scales_;       // there is a soft cap, or the factor is not positive and would turn -inf around
-  int32_t far_;       // exponents are far above their origin if their bits are more than that
-  int see_begin_[2];  // keys
-  int see_end_[2];
-  int all_see_begin_, all_see_end_;  // what every row of the warp sees
+  float factors_[Traits::kIs8Bit ? 2 : 1];
+  bool scales_;           // there is a soft cap, or the factor is not positive and would turn -inf around
+  int32_t rescale_bits_;  // exponents are far above their origin if their bits are more than that
+  int visible_begin_[2];  // keys
+  int visible_end_[2];
+  int all_visible_begin_, all_visible_end_;  // what every row of the warp sees
 };
 
 }  // namespace jpa::fused

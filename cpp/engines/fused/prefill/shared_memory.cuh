@@ -12,20 +12,20 @@
 namespace jpa::fused {
 
 // What everybody needs to know of an item.
-struct Item : UnitRows {
+struct WorkTile : RowBlock {
   int32_t exists;       // 0 behind the last one
   TileRange tiles;      // of the part
   TileOrder order;      // where they come row by row
-  int32_t parts;        // of the unit
-  int32_t slot;         // of the unit's first part
-  int32_t first_image;  // of the head's tiles; from the number of images on there are none
-  int32_t part;
+  int32_t splits;       // of the unit
+  int32_t partial;      // of the unit's first part
+  int32_t cache_index;  // of the head's tiles; from the number of images on there are none
+  int32_t split;
 };
 
 // Keys of a tile that have no page: a bit for each box, or for each key where rows come one by one.
 template <typename Traits>
 struct MissingKeys {
-  static constexpr int kWords = Traits::kRowWise ? Traits::kKeys / 32 : 1;
+  static constexpr int kWords = Traits::kUsesCpAsync ? Traits::kKeys / 32 : 1;
 
   uint32_t words[kWords];
 
@@ -38,7 +38,7 @@ struct MissingKeys {
   // Of key `first + offset`, `first` being a multiple of 8 that is known when this is compiled, and the
   // offset less than 8.
   __device__ bool Has(int first, int offset, int box_rows_log2) const {
-    if constexpr (Traits::kRowWise) return (words[first / 32] >> (first % 32 + offset) & 1) != 0;
+    if constexpr (Traits::kUsesCpAsync) return (words[first / 32] >> (first % 32 + offset) & 1) != 0;
     return (words[0] >> (first >> box_rows_log2) & 1) != 0;
   }
 };
@@ -62,18 +62,18 @@ struct LoadedTile {
 
 template <typename Traits>
 struct PrefillShared {
-  static constexpr int kItems = 4;  // short ones take less time than it takes to make the next
+  static constexpr int kWorkTiles = 4;  // short ones take less time than it takes to make the next
 
   alignas(1024) char queries[Traits::kQueryTiles][Traits::kQueryBytes];
   alignas(1024) char keys[Traits::kStages][Traits::kTileBytes];
   alignas(1024) char values[Traits::kStages][Traits::kTileBytes];
-  alignas(16) char raw[2][Traits::kRawBytes > 0 ? Traits::kRawBytes : 16];     // 8-bit keys, and values
-  LoadedTile<Traits> tiles[Traits::kStages];                                   // whose keys those are
-  int16_t exponents[Traits::kQueryTiles][Traits::kBytes ? Traits::kRows : 1];  // of 2, a factor of a query
-  Item items[kItems];
-  int32_t is_last_part;
-  device::Barrier item_full[kItems], item_empty[kItems];
-  device::Barrier item_ends;  // the last tiles of an item are on their way
+  alignas(16) char raw[2][Traits::kRawBytes > 0 ? Traits::kRawBytes : 16];      // 8-bit keys, and values
+  LoadedTile<Traits> tiles[Traits::kStages];                                    // whose keys those are
+  int16_t exponents[Traits::kQueryTiles][Traits::kIs8Bit ? Traits::kRows : 1];  // of 2, a factor of a query
+  WorkTile work_tiles[kWorkTiles];
+  int32_t is_last_split;
+  device::Barrier work_tile_full[kWorkTiles], work_tile_empty[kWorkTiles];
+  device::Barrier work_tile_ending;  // the last tiles of an item are on their way
   device::Barrier queries_full[Traits::kQueryTiles], queries_empty[Traits::kQueryTiles];
   device::Barrier keys_full[Traits::kStages], keys_empty[Traits::kStages];
   device::Barrier values_full[Traits::kStages], values_empty[Traits::kStages];
@@ -93,21 +93,21 @@ __device__ constexpr device::BlockStrides StridesOf() {
 
 // A place in a ring, with the parity of its barriers' phase.
 template <int size>
-class Turn {
+class PipelineState {
  public:
-  Turn() = default;
+  PipelineState() = default;
   // As many turns on in another ring.
   template <int other>
-  __device__ explicit Turn(const Turn<other>& turn) : count_(turn.count()) {}
+  __device__ explicit PipelineState(const PipelineState<other>& state) : count_(state.count()) {}
 
   __device__ unsigned count() const { return count_; }
   __device__ int index() const { return static_cast<int>(count_ % size); }
   __device__ uint32_t parity() const { return count_ / size & 1; }
   __device__ void Next() { ++count_; }
-  __device__ Turn Before() const {
-    Turn turn;
-    turn.count_ = count_ - 1;
-    return turn;
+  __device__ PipelineState Before() const {
+    PipelineState state;
+    state.count_ = count_ - 1;
+    return state;
   }
 
  private:
@@ -117,10 +117,10 @@ class Turn {
 
 // By every thread that has read an item. Lanes go on together: the compiler then needs fewer registers.
 template <typename Traits>
-__device__ inline void ReleaseItem(PrefillShared<Traits>& shared,
-                                   const Turn<PrefillShared<Traits>::kItems>& turn) {
+__device__ inline void ReleaseWorkTile(PrefillShared<Traits>& shared,
+                                       const PipelineState<PrefillShared<Traits>::kWorkTiles>& state) {
   __syncwarp();
-  device::Arrive(&shared.item_empty[turn.index()]);
+  device::Arrive(&shared.work_tile_empty[state.index()]);
 }
 
 }  // namespace jpa::fused

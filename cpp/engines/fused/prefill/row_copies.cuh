@@ -59,9 +59,9 @@ struct RowGroups {
         for (int j = 0; j < kChunksOfLane; ++j) {
           const uint32_t place = place_of(32 * word + i, j * kGroup);
           if constexpr (some_missing) {
-            device::CopyAsync16(place, from + j * kGroup * 16, exists);
+            device::CpAsync16(place, from + j * kGroup * 16, exists);
           } else {
-            device::CopyAsync16(place, from + j * kGroup * 16);
+            device::CpAsync16(place, from + j * kGroup * 16);
           }
         }
       }
