@@ -9,7 +9,7 @@ set(JPA_INCLUDE_DIR jax_paged_attn/include)
 # jpa_install_library(SET TARGET NAME HEADER...): TARGET becomes jax_paged_attn::NAME, in a file of the set's targets.
 function(jpa_install_library set target name)
   set_target_properties(${target} PROPERTIES EXPORT_NAME ${name})
-  target_compile_features(${target} PUBLIC cxx_std_17)
+  target_compile_features(${target} PUBLIC cxx_std_20)
   target_include_directories(${target} INTERFACE $<INSTALL_INTERFACE:${JPA_INCLUDE_DIR}>)
   install(TARGETS ${target} EXPORT ${set} ARCHIVE DESTINATION jax_paged_attn/lib)
   foreach(header IN LISTS ARGN)
@@ -19,7 +19,8 @@ function(jpa_install_library set target name)
 endfunction()
 
 jpa_install_library(cpu-targets jpa_core core
-  core/convert.h core/parallel_for.h core/params.h core/problem.h core/status.h core/task_runner.h core/workspace.h)
+  core/constants.h core/convert.h core/host_device.h core/integer_math.h core/parallel_for.h core/params.h core/problem.h core/status.h core/task_runner.h
+  core/visibility.h core/workspace.h)
 jpa_install_library(cpu-targets jpa_cpu cpu engines/cpu/isa.h engines/cpu/kernels.h engines/cpu/run.h)
 jpa_install_library(cpu-targets jpa_cache cache cache/write.h)
 install(EXPORT cpu-targets NAMESPACE jax_paged_attn:: DESTINATION ${JPA_PACKAGE_DIR})
@@ -28,7 +29,7 @@ if(JPA_HAVE_CUDA)
   # Whoever links them brings the CUDA runtime, static or shared.
   jpa_install_library(cuda-targets jpa_fused fused engines/fused/run.h)
   jpa_install_library(cuda-targets jpa_cublaslt cublaslt
-    engines/cublaslt/gemm.h engines/cublaslt/library.h engines/cublaslt/plan.h engines/cublaslt/run.h)
+    device/cuda_status.h device/launch.h engines/cublaslt/gemm.h engines/cublaslt/library.h engines/cublaslt/plan.h engines/cublaslt/run.h)
   jpa_install_library(cuda-targets jpa_cache_cuda cache_cuda cache/write_cuda.h)
   install(EXPORT cuda-targets NAMESPACE jax_paged_attn:: DESTINATION ${JPA_PACKAGE_DIR})
 endif()

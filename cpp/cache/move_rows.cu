@@ -1,10 +1,12 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cache/cuda_error.h"
 #include "cache/move_rows.h"
 #include "cache/slots.cuh"
+#include "core/integer_math.h"
 #include "device/compiled_for.h"
+#include "device/cuda_status.h"
+#include "device/launch.h"
 #include "device/ptx.cuh"
 
 namespace jpa::cache {
@@ -158,17 +160,20 @@ bool AreRowsMovable(const WriteProblem& problem, const WriteParams& params) {
          IsAligned(params.k_pages) && IsAligned(params.v_pages);
 }
 
-Status CanMoveRows(int device, bool* can) {
+Status CanMoveRows(int device_index, bool* can) {
   int capability = 0;
-  if (cudaError_t e = device::CompiledFor(reinterpret_cast<const void*>(&MoveRowsKernel), &capability);
-      e != cudaSuccess) {
-    return CudaError("cudaFuncGetAttributes", e);
+  if (Status s =
+          device::CudaStatus(device::CompiledFor(reinterpret_cast<const void*>(&MoveRowsKernel), &capability),
+                             kCaller, "cudaFuncGetAttributes");
+      !s.ok()) {
+    return s;
   }
   int most_shared_bytes = 0;
-  if (cudaError_t e =
-          cudaDeviceGetAttribute(&most_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-      e != cudaSuccess) {
-    return CudaError("cudaDeviceGetAttribute", e);
+  if (Status s = device::CudaStatus(
+          cudaDeviceGetAttribute(&most_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_index),
+          kCaller, "cudaDeviceGetAttribute");
+      !s.ok()) {
+    return s;
   }
   *can = capability >= 90 && most_shared_bytes >= kSharedBytes;
   return Status::Ok();
@@ -177,29 +182,30 @@ Status CanMoveRows(int device, bool* can) {
 Status LaunchMoveRows(const WriteProblem& problem, const WriteParams& params, int num_sms,
                       cudaStream_t stream) {
   // As many CTAs as run at a time, each with neighbouring tokens.
-  const int64_t tokens_per_cta = (problem.num_tokens + num_sms - 1) / num_sms;
-  const int64_t num_ctas = (problem.num_tokens + tokens_per_cta - 1) / tokens_per_cta;
+  const int64_t tokens_per_cta = CeilDiv(problem.num_tokens, num_sms);
+  const int64_t num_ctas = CeilDiv(problem.num_tokens, tokens_per_cta);
   const int32_t row_bytes = static_cast<int32_t>(problem.num_kv_heads * problem.head_dim) *
                             static_cast<int32_t>(ByteWidth(problem.new_dtype));
   const int32_t tokens_per_stage = std::min(kStageBytes / row_bytes, kTile);
-  MoveArgs args = {
-      {static_cast<const char*>(params.k), static_cast<const char*>(params.v)},
-      {static_cast<char*>(params.k_pages), static_cast<char*>(params.v_pages)},
-      {params.slot_mapping, problem.num_pages * problem.page_size, static_cast<int32_t>(problem.num_tokens)},
-      row_bytes,
-      static_cast<int32_t>(tokens_per_cta),
-      tokens_per_stage,
-      kTile / tokens_per_stage * tokens_per_stage};
-  if (cudaError_t e =
-          cudaFuncSetAttribute(MoveRowsKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-      e != cudaSuccess) {
-    return CudaError("cudaFuncSetAttribute", e);
+  const MoveArgs args = {.values = {static_cast<const char*>(params.k), static_cast<const char*>(params.v)},
+                         .pages = {static_cast<char*>(params.k_pages), static_cast<char*>(params.v_pages)},
+                         .mapping = {.slots = params.slot_mapping,
+                                     .num_slots = problem.num_pages * problem.page_size,
+                                     .num_tokens = static_cast<int32_t>(problem.num_tokens)},
+                         .row_bytes = row_bytes,
+                         .tokens_per_cta = static_cast<int32_t>(tokens_per_cta),
+                         .tokens_per_stage = tokens_per_stage,
+                         .tokens_per_tile = kTile / tokens_per_stage * tokens_per_stage};
+  if (Status s = device::CudaStatus(
+          cudaFuncSetAttribute(MoveRowsKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+          kCaller, "cudaFuncSetAttribute");
+      !s.ok()) {
+    return s;
   }
-  void* kernel_args[] = {&args};
-  const cudaError_t error =
-      cudaLaunchKernel(reinterpret_cast<const void*>(&MoveRowsKernel), dim3(static_cast<uint32_t>(num_ctas)),
-                       dim3(kThreadsPerSm), kernel_args, kSharedBytes, stream);
-  return error == cudaSuccess ? Status::Ok() : CudaError("launch", error);
+  return device::Launch(
+      kCaller, "row-moving", &MoveRowsKernel,
+      {.grid = dim3(static_cast<unsigned>(num_ctas)), .threads = kThreadsPerSm, .shared_bytes = kSharedBytes},
+      stream, args);
 }
 
 }  // namespace jpa::cache

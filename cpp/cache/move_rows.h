@@ -11,11 +11,13 @@
 
 namespace jpa::cache {
 
+inline constexpr char kCaller[] = "write_kv_pages";  // in errors
+
 // Whether the call is one for LaunchMoveRows: enough tokens of dense, aligned rows that need no conversion.
 bool AreRowsMovable(const WriteProblem& problem, const WriteParams& params);
 
-// Whether the current device, number `device`, has the machine code and the shared memory for it.
-Status CanMoveRows(int device, bool* can);
+// Whether the current device, number `device_index`, has the machine code and the shared memory for it.
+Status CanMoveRows(int device_index, bool* can);
 
 // Needs both. As LaunchWrite of write_cuda.h.
 Status LaunchMoveRows(const WriteProblem& problem, const WriteParams& params, int num_sms,

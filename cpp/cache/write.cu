@@ -12,12 +12,14 @@
 #include <string>
 #include <type_traits>
 
-#include "cache/cuda_error.h"
 #include "cache/move_rows.h"
 #include "cache/slots.cuh"
 #include "cache/write_cuda.h"
 #include "core/fast_division.h"
+#include "core/integer_math.h"
 #include "device/convert.cuh"
+#include "device/cuda_status.h"
+#include "device/launch.h"
 #include "device/packed.cuh"
 #include "device/ptx.cuh"
 
@@ -238,15 +240,18 @@ Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaS
         std::to_string(problem.num_tokens) + " of " +
         std::to_string(problem.num_kv_heads * problem.head_dim));
   }
-  int device = 0, num_sms = 0;
-  if (cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return CudaError("cudaGetDevice", e);
-  if (cudaError_t e = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
-      e != cudaSuccess) {
-    return CudaError("cudaDeviceGetAttribute", e);
+  int device_index = 0, num_sms = 0;
+  if (Status s = device::CudaStatus(cudaGetDevice(&device_index), kCaller, "cudaGetDevice"); !s.ok())
+    return s;
+  if (Status s =
+          device::CudaStatus(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device_index),
+                             kCaller, "cudaDeviceGetAttribute");
+      !s.ok()) {
+    return s;
   }
   if (AreRowsMovable(problem, params)) {
     bool can = false;
-    if (Status s = CanMoveRows(device, &can); !s.ok()) return s;
+    if (Status s = CanMoveRows(device_index, &can); !s.ok()) return s;
     if (can) return LaunchMoveRows(problem, params, num_sms, stream);
   }
   // A CTA a token while that is possible, else as many CTAs as run at a time. An empty call launches too: a
@@ -254,8 +259,8 @@ Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaS
   const int64_t most_small = int64_t{num_sms} * (kThreadsPerSm / kFewestThreads);
   const bool small = problem.num_tokens <= most_small;
   const int64_t most_ctas = small ? most_small : num_sms;
-  const int64_t tokens_per_cta = std::max<int64_t>((problem.num_tokens + most_ctas - 1) / most_ctas, 1);
-  const int64_t num_ctas = std::max<int64_t>((problem.num_tokens + tokens_per_cta - 1) / tokens_per_cta, 1);
+  const int64_t tokens_per_cta = std::max<int64_t>(CeilDiv(problem.num_tokens, most_ctas), 1);
+  const int64_t num_ctas = std::max<int64_t>(CeilDiv(problem.num_tokens, tokens_per_cta), 1);
 
   // Rows and heads are dense, so each starts as aligned as the pools if heads divide into vectors.
   const int64_t widest = 16 / ByteWidth(problem.new_dtype);
@@ -276,13 +281,12 @@ Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaS
       static_cast<int32_t>(row_length),
       divisor(problem.head_dim),
       divisor(problem.page_size),
-      divisor((row_length + part_length - 1) / part_length)};
+      divisor(CeilDiv(row_length, part_length))};
   const Kernel kernel = ChooseKernel(problem.new_dtype, problem.kv_dtype, vectors);
-  void* kernel_args[] = {&args};
-  const cudaError_t error =
-      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<uint32_t>(num_ctas)),
-                       dim3(small ? kFewestThreads : kThreadsPerSm), kernel_args, 0, stream);
-  return error == cudaSuccess ? Status::Ok() : CudaError("launch", error);
+  return device::Launch(
+      kCaller, "write", kernel,
+      {.grid = dim3(static_cast<unsigned>(num_ctas)), .threads = small ? kFewestThreads : kThreadsPerSm},
+      stream, args);
 }
 
 }  // namespace jpa::cache

@@ -3,13 +3,13 @@
 
 #include <cmath>
 
+#include "core/constants.h"
 #include "device/exp2.cuh"
 #include "device/ptx.cuh"
 
 namespace jpa::device {
 
-inline constexpr float kLog2E = 1.4426950408889634f;
-inline constexpr float kLn2 = 0.6931471805599453f;
+using jpa::kLog2E;
 
 struct SoftmaxState {
   // Probabilities of up to 2^8 are as exact as those of up to 1, in f16 and in bf16.
@@ -61,7 +61,9 @@ struct SoftmaxState {
   // Of all values: 1 / sum, 0 for a row that saw no key.
   __device__ float Normaliser() const { return sum == 0.0f ? 0.0f : Reciprocal(sum); }
   // log of the sum of exp, natural; -inf for a row that saw no key.
-  __device__ float LogSumExp() const { return sum == 0.0f ? -INFINITY : (maximum + Log2(sum)) * kLn2; }
+  __device__ float LogSumExp() const {
+    return sum == 0.0f ? -INFINITY : (maximum + Log2(sum)) * static_cast<float>(kLn2);
+  }
 };
 
 }  // namespace jpa::device

@@ -10,6 +10,7 @@
 #include <string_view>
 #include <utility>
 
+#include "device/cuda_status.h"
 #include "engines/cublaslt/run.h"
 #include "engines/fused/run.h"
 #include "ffi/guard.h"
@@ -75,9 +76,8 @@ class AttentionState {
   Status Get(const AttentionProblem& problem, const AttentionCudaAttributes& attributes,
              const OnDevice** found) {
     int device = 0;
-    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) {
-      return Status::Internal(std::string("attention: no current CUDA device: ") + cudaGetErrorString(error));
-    }
+    if (Status s = device::CudaStatus(cudaGetDevice(&device), "attention", "no current CUDA device"); !s.ok())
+      return s;
     const std::lock_guard<std::mutex> lock(mutex_);
     std::unique_ptr<OnDevice>& here = devices_[device];
     if (here == nullptr) {

@@ -9,8 +9,6 @@
 namespace jpa::test {
 namespace {
 
-using cpu::KeyRange;
-
 bool Sees(int64_t kv_len, int64_t position, int64_t key, bool causal, int64_t window) {
   return position >= 0 && key < kv_len && (!causal || key <= position) &&
          (window == 0 || key > position - window);
@@ -24,7 +22,10 @@ void VisibleKeysAreTheUnionOfRows() {
     const int64_t last = kv_len - 1 - static_cast<int64_t>(random() % 4);
     const bool causal = random() % 2 == 0;
     const int64_t window = static_cast<int64_t>(random() % 3) * static_cast<int64_t>(random() % 20);
-    const KeyRange keys = cpu::VisibleKeys(kv_len, last - num_rows + 1, last, causal, window);
+    const KeyRange keys = KeysSeenBy(static_cast<int32_t>(last - num_rows + 1), static_cast<int32_t>(last),
+                                     {.kv_len = static_cast<int32_t>(kv_len),
+                                      .causal = causal,
+                                      .sliding_window = static_cast<int32_t>(window)});
     for (int64_t key = 0; key < kv_len; ++key) {
       bool seen = false;
       for (int64_t row = 0; row < num_rows; ++row)
@@ -35,16 +36,17 @@ void VisibleKeysAreTheUnionOfRows() {
             static_cast<int>(num_rows), static_cast<int>(last), causal, static_cast<int>(window),
             static_cast<int>(key));
     }
-    CHECK(keys.begin >= 0 && keys.end <= std::max(kv_len, keys.begin), "[%d, %d)",
-          static_cast<int>(keys.begin), static_cast<int>(keys.end));
+    CHECK(keys.begin >= 0 && keys.end <= std::max(static_cast<int32_t>(kv_len), keys.begin), "[%d, %d)",
+          keys.begin, keys.end);
   }
 }
 
 void SplitsCoverEachKeyOnce() {
   std::mt19937 random(2);
   for (int repeat = 0; repeat < 3000; ++repeat) {
-    const int64_t begin = static_cast<int64_t>(random() % 5000);
-    const KeyRange keys = {begin, begin + static_cast<int64_t>(random() % (repeat % 2 == 0 ? 3000 : 300000))};
+    const auto begin = static_cast<int32_t>(random() % 5000);
+    const KeyRange keys = {.begin = begin,
+                           .end = begin + static_cast<int32_t>(random() % (repeat % 2 == 0 ? 3000 : 300000))};
     const int64_t num_splits = cpu::NumSplits(keys);
     CHECK(num_splits >= 1 && num_splits <= kMaxSplits, "%d splits", static_cast<int>(num_splits));
     int64_t next = keys.begin;

@@ -23,6 +23,7 @@ inline constexpr int64_t kMaxThickRows = 96;
 // query row p / group and query head h * group + p % group, so that rows of a group share the keys they load.
 struct Tile {
   int64_t seq;
+  int64_t kv_len;
   int64_t q_start;     // query row 0 of the sequence is row q_start of q
   int64_t q_position;  // and stands at this position
   int64_t row_begin;   // packed rows [row_begin, row_end)

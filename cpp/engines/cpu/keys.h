@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "core/visibility.h"
 #include "engines/cpu/kernels.h"
 
 namespace jpa::cpu::JPA_ISA {
@@ -75,18 +76,18 @@ class KeyWalker {
   int64_t end_;
 };
 
-// The positions that a query row sees are [first, last].
-struct Sight {
+// The positions that a query row sees, [first, last], for comparison with vectors of positions.
+struct SeenPositions {
   int32_t first;
   int32_t last;
 };
 
-inline Sight SightOf(const AttentionParams& params, int64_t position) {
-  if (position < 0) return {0, -1};
-  // Positions are below 2^31: lengths are int32.
-  const int64_t first = params.sliding_window > 0 ? position - params.sliding_window + 1 : 0;
-  const int64_t last = params.causal ? position : INT32_MAX;
-  return {static_cast<int32_t>(first < 0 ? 0 : first), static_cast<int32_t>(last)};
+inline SeenPositions PositionsSeenBy(const AttentionProblem& problem, const AttentionParams& params,
+                                     const Tile& tile, int64_t packed_row) {
+  const int64_t row = packed_row / (problem.num_q_heads / problem.num_kv_heads);
+  const KeyRange keys = KeysSeenBy(static_cast<int32_t>(tile.q_position + row),
+                                   VisibilityOf(params, static_cast<int32_t>(tile.kv_len)));
+  return {.first = keys.begin, .last = keys.end - 1};
 }
 
 }  // namespace jpa::cpu::JPA_ISA

@@ -10,7 +10,9 @@
 #include <new>
 #include <vector>
 
+#include "core/integer_math.h"
 #include "core/parallel_for.h"
+#include "core/visibility.h"
 #include "engines/cpu/partition.h"
 
 namespace jpa::cpu {
@@ -31,9 +33,12 @@ Sequence SequenceAt(const AttentionProblem& problem, const AttentionParams& para
   const int64_t kv_len = std::clamp<int64_t>(params.kv_lens[seq], 0, capacity);
   const int64_t count = std::max<int64_t>(params.q_counts[seq], 0);
   const int64_t start = params.q_starts[seq];
-  return {
-      seq,   start, kv_len - count, std::max<int64_t>(-start, 0), std::min(count, problem.num_rows - start),
-      kv_len};
+  return {.seq = seq,
+          .q_start = start,
+          .q_position = kv_len - count,
+          .row_begin = std::max<int64_t>(-start, 0),
+          .row_end = std::min(count, problem.num_rows - start),
+          .kv_len = kv_len};
 }
 
 // A tile and, if its keys are split, where it is counted: the last split to finish merges all.
@@ -52,18 +57,31 @@ struct Plan {
 void AddTile(const AttentionProblem& problem, const AttentionParams& params, const Sequence& sequence,
              int64_t row_begin, int64_t row_end, int64_t head_begin, int64_t head_end, Plan* plan) {
   const int64_t group = problem.num_q_heads / problem.num_kv_heads;
-  const KeyRange keys =
-      VisibleKeys(sequence.kv_len, sequence.q_position + row_begin / group,
-                  sequence.q_position + (row_end - 1) / group, params.causal, params.sliding_window);
+  const auto position_of = [&](int64_t packed_row) {
+    return static_cast<int32_t>(sequence.q_position + packed_row / group);
+  };
+  const KeyRange keys = KeysSeenBy(position_of(row_begin), position_of(row_end - 1),
+                                   VisibilityOf(params, static_cast<int32_t>(sequence.kv_len)));
   const bool lone_row = params.q_counts[sequence.seq] == 1;
   const int64_t num_splits = lone_row ? NumSplits(keys) : 1;
   const int64_t merge = num_splits > 1 ? plan->num_merges++ : -1;
   for (int64_t split = 0; split < num_splits; ++split) {
     const KeyRange part = SplitKeys(keys, num_splits, split);
-    const Tile tile = {sequence.seq, sequence.q_start, sequence.q_position, row_begin, row_end,
-                       head_begin,   head_end,         part.begin,          part.end,  split,
-                       num_splits};
-    plan->units.push_back({tile, part.size() * (row_end - row_begin) * (head_end - head_begin), merge});
+    const Tile tile = {.seq = sequence.seq,
+                       .kv_len = sequence.kv_len,
+                       .q_start = sequence.q_start,
+                       .q_position = sequence.q_position,
+                       .row_begin = row_begin,
+                       .row_end = row_end,
+                       .head_begin = head_begin,
+                       .head_end = head_end,
+                       .key_begin = part.begin,
+                       .key_end = part.end,
+                       .split = split,
+                       .num_splits = num_splits};
+    plan->units.push_back({.tile = tile,
+                           .cost = part.size() * (row_end - row_begin) * (head_end - head_begin),
+                           .merge = merge});
   }
 }
 
@@ -72,16 +90,15 @@ void AddTile(const AttentionProblem& problem, const AttentionParams& params, con
 int64_t HeadsPerThinTile(const AttentionProblem& problem, int64_t rows, int64_t num_tiles, int num_threads) {
   constexpr int64_t kUnitsPerThread = 4;
   const int64_t blocks = (kUnitsPerThread * num_threads + num_tiles - 1) / std::max<int64_t>(num_tiles, 1);
-  const int64_t heads = (problem.num_kv_heads + blocks - 1) / blocks;
+  const int64_t heads = CeilDiv(problem.num_kv_heads, blocks);
   return std::clamp<int64_t>(heads, 1, std::max<int64_t>(kMaxThinStates / rows, 1));
 }
 
 // Many rows are cut evenly: a last tile of few rows would use the vectors badly.
 int64_t RowsPerThickTile(int64_t rows) {
   constexpr int64_t kAlign = 16;
-  const int64_t tiles = (rows + kMaxThickRows - 1) / kMaxThickRows;
-  const int64_t even = (rows + tiles - 1) / tiles;
-  return (even + kAlign - 1) / kAlign * kAlign;
+  const int64_t tiles = CeilDiv(rows, kMaxThickRows);
+  return RoundUp(CeilDiv(rows, tiles), kAlign);
 }
 
 Plan MakePlan(const AttentionProblem& problem, const AttentionParams& params, int num_threads) {
@@ -91,7 +108,7 @@ Plan MakePlan(const AttentionProblem& problem, const AttentionParams& params, in
     const Sequence sequence = SequenceAt(problem, params, seq);
     if (sequence.row_begin >= sequence.row_end) continue;
     const bool lone_row = params.q_counts[seq] == 1;
-    num_tiles += lone_row ? NumSplits({0, sequence.kv_len}) : 1;
+    num_tiles += lone_row ? NumSplits({.begin = 0, .end = static_cast<int32_t>(sequence.kv_len)}) : 1;
   }
 
   Plan plan;

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/constants.h"
 #include "core/convert.h"
 
 #if defined(JPA_ISA_AVX512) || defined(JPA_ISA_AVX2)
@@ -33,7 +34,6 @@ struct E5M2 {
 };
 
 constexpr float kInfinity = __builtin_inff();
-constexpr float kLog2E = 1.44269504088896340736f;
 
 // ---- Vectors ----------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@
 #endif
 #pragma once
 
+#include "core/integer_math.h"
 #include "core/workspace.h"
 #include "engines/cpu/kernels.h"
 #include "engines/cpu/simd.h"
@@ -67,10 +68,9 @@ inline void Finish(const AttentionProblem& problem, const AttentionParams& param
     factor *= params.v_scale[x * problem.num_kv_heads + kv_head];
   }
   const int64_t index = row * problem.num_q_heads + q_head;
-  const double ln2 = 0.693147180559945309417;
   params.lse[index] =
       empty ? -kInfinity
-            : static_cast<float>(static_cast<double>(m) * ln2 + __builtin_log(static_cast<double>(l)));
+            : static_cast<float>(static_cast<double>(m) * kLn2 + __builtin_log(static_cast<double>(l)));
 
   const int64_t offset = index * problem.head_dim;
   switch (problem.q_dtype) {
@@ -161,7 +161,7 @@ class Scratch {
  private:
   void* Take(int64_t bytes) {
     void* piece = next_;
-    next_ += (bytes + 63) / 64 * 64;
+    next_ += RoundUp(bytes, 64);
     return piece;
   }
 

@@ -27,7 +27,7 @@ constexpr int kMaxPanelVecs = 3;
 // Keys taken at a time.
 constexpr int kThickKeys = kMaxBlockKeys;
 constexpr int kMaxPanelRows = kMaxPanelVecs * kLanes;
-constexpr int kMaxPanels = (kMaxThickRows + kMaxPanelRows - 1) / kMaxPanelRows;
+constexpr int kMaxPanels = CeilDiv<int>(kMaxThickRows, kMaxPanelRows);
 
 // Some rows of a tile. All arrays have kVecs * kLanes columns; columns beyond the last row hold a row of
 // zeros that sees every key.
@@ -39,7 +39,7 @@ struct Panel {
   float* o;           // [H rounded up to 4, columns]
   float* m;           // [columns]
   float* l;           // [columns]
-  int32_t* first;     // [columns], see Sight
+  int32_t* first;     // [columns], see SeenPositions
   int32_t* last;      // [columns]
   int32_t max_first;  // over the rows
   int32_t min_last;   // over the rows
@@ -187,9 +187,7 @@ inline void Convert(const AttentionProblem& problem, const AttentionParams& para
 }
 
 // The stride of converted keys: not a multiple of the 4 KB that share a set of the first-level cache.
-inline int64_t ConvertedStride(const AttentionProblem& problem) {
-  return (problem.head_dim + 15) / 16 * 16 + 16;
-}
+inline int64_t ConvertedStride(const AttentionProblem& problem) { return RoundUp(problem.head_dim, 16) + 16; }
 
 // Lays out rows [row_begin, row_begin + num_rows) of the tile; `row` is scratch for one query.
 inline Panel MakePanel(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile,
@@ -197,13 +195,13 @@ inline Panel MakePanel(const AttentionProblem& problem, const AttentionParams& p
   const int64_t head = tile.head_begin;
   const int64_t head_dim = problem.head_dim;
   const int64_t group = problem.num_q_heads / problem.num_kv_heads;
-  const int64_t num_vecs = (num_rows + kLanes - 1) / kLanes;
+  const int64_t num_vecs = CeilDiv(num_rows, kLanes);
   const int64_t columns = num_vecs * kLanes;
   Panel panel = {};
   panel.num_rows = num_rows;
   panel.num_vecs = static_cast<int>(num_vecs);
   panel.q = scratch->Floats(head_dim * columns);
-  panel.o = scratch->Floats((head_dim + 3) / 4 * 4 * columns);
+  panel.o = scratch->Floats(RoundUp(head_dim, 4) * columns);
   panel.m = scratch->Floats(columns);
   panel.l = scratch->Floats(columns);
   panel.first = scratch->Ints(columns);
@@ -217,18 +215,18 @@ inline Panel MakePanel(const AttentionProblem& problem, const AttentionParams& p
     LoadQuery(problem, params, tile.q_start + packed_row / group, head * group + packed_row % group, factor,
               row);
     for (int64_t d = 0; d < head_dim; ++d) panel.q[d * columns + r] = row[d];
-    const Sight sight = SightOf(params, tile.q_position + packed_row / group);
-    panel.first[r] = sight.first;
-    panel.last[r] = sight.last;
-    if (sight.first > panel.max_first) panel.max_first = sight.first;
-    if (sight.last < panel.min_last) panel.min_last = sight.last;
+    const SeenPositions seen = PositionsSeenBy(problem, params, tile, packed_row);
+    panel.first[r] = seen.first;
+    panel.last[r] = seen.last;
+    if (seen.first > panel.max_first) panel.max_first = seen.first;
+    if (seen.last < panel.min_last) panel.min_last = seen.last;
   }
   for (int64_t r = num_rows; r < columns; ++r) {
     for (int64_t d = 0; d < head_dim; ++d) panel.q[d * columns + r] = 0.0f;
     panel.first[r] = 0;
     panel.last[r] = INT32_MAX;
   }
-  for (int64_t i = 0; i < (head_dim + 3) / 4 * 4 * columns; i += kLanes) Store(panel.o + i, Zero());
+  for (int64_t i = 0; i < RoundUp(head_dim, 4) * columns; i += kLanes) Store(panel.o + i, Zero());
   for (int64_t c = 0; c < columns; c += kLanes) {
     Store(panel.m + c, Splat(-kInfinity));
     Store(panel.l + c, Zero());

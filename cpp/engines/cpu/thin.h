@@ -125,19 +125,19 @@ inline void AddAllValues(const float* p, const float* alpha, const T* const* v, 
 
 // Turns a row's scores of `block` into weights and moves its state (m, lanes of l) along. Returns by how much
 // the row's o must shrink.
-inline float Softmax(const KeyBlock& block, Sight sight, float cap_factor, float* scores, float* m,
+inline float Softmax(const KeyBlock& block, SeenPositions seen, float cap_factor, float* scores, float* m,
                      float* l) {
   const int count = block.count;
-  const int padded = (count + kLanes - 1) / kLanes * kLanes;
+  const int padded = RoundUp<int>(count, kLanes);
   if (cap_factor != 0.0f) {
     for (int j = 0; j < padded; j += kLanes) {
       Store(scores + j, Tanh(Load(scores + j)) * Splat(cap_factor));
     }
   }
   for (int j = count; j < padded; ++j) scores[j] = -kInfinity;
-  if (block.position[0] < sight.first || block.position[count - 1] > sight.last) {
+  if (block.position[0] < seen.first || block.position[count - 1] > seen.last) {
     for (int j = 0; j < count; ++j) {
-      if (block.position[j] < sight.first || block.position[j] > sight.last) scores[j] = -kInfinity;
+      if (block.position[j] < seen.first || block.position[j] > seen.last) scores[j] = -kInfinity;
     }
   }
   Vec largest = Splat(*m);
@@ -165,13 +165,13 @@ struct ThinStates {
 
 template <int kRows, typename T>
 inline void AttendRows(const KeyBlock& block, const RowPointers<T>& pointers, const RowPointers<T>& next,
-                       const Sight* sights, float cap_factor, int64_t state, int64_t head_dim, int64_t stride,
-                       const ThinStates& states) {
+                       const SeenPositions* seen, float cap_factor, int64_t state, int64_t head_dim,
+                       int64_t stride, const ThinStates& states) {
   alignas(64) float scores[kRows * kThinKeys];
   float alpha[kRows];
   Scores<kRows>(states.q + state * stride, stride, pointers.k, next.k, block.count, head_dim, scores);
   for (int r = 0; r < kRows; ++r) {
-    alpha[r] = Softmax(block, sights[r], cap_factor, scores + r * kThinKeys, states.m + state + r,
+    alpha[r] = Softmax(block, seen[r], cap_factor, scores + r * kThinKeys, states.m + state + r,
                        states.l + (state + r) * kLanes);
   }
   AddAllValues<kRows>(scores, alpha, pointers.v, next.v, block.count, head_dim, states.o + state * stride,
@@ -180,18 +180,18 @@ inline void AttendRows(const KeyBlock& block, const RowPointers<T>& pointers, co
 
 template <typename T>
 inline void AttendRows(int64_t num_rows, const KeyBlock& block, const RowPointers<T>& pointers,
-                       const RowPointers<T>& next, const Sight* sights, float cap_factor, int64_t state,
+                       const RowPointers<T>& next, const SeenPositions* seen, float cap_factor, int64_t state,
                        int64_t head_dim, int64_t stride, const ThinStates& states) {
   switch (num_rows) {
     case 1:
-      return AttendRows<1>(block, pointers, next, sights, cap_factor, state, head_dim, stride, states);
+      return AttendRows<1>(block, pointers, next, seen, cap_factor, state, head_dim, stride, states);
     case 2:
-      return AttendRows<2>(block, pointers, next, sights, cap_factor, state, head_dim, stride, states);
+      return AttendRows<2>(block, pointers, next, seen, cap_factor, state, head_dim, stride, states);
 #if defined(JPA_ISA_AVX512)
     case 3:
-      return AttendRows<3>(block, pointers, next, sights, cap_factor, state, head_dim, stride, states);
+      return AttendRows<3>(block, pointers, next, seen, cap_factor, state, head_dim, stride, states);
     case 4:
-      return AttendRows<4>(block, pointers, next, sights, cap_factor, state, head_dim, stride, states);
+      return AttendRows<4>(block, pointers, next, seen, cap_factor, state, head_dim, stride, states);
 #endif
   }
 }
@@ -207,7 +207,7 @@ template <typename T>
 void AttendThin(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile,
                 void* memory) {
   const int64_t head_dim = problem.head_dim;
-  const int64_t stride = (head_dim + kLanes - 1) / kLanes * kLanes;
+  const int64_t stride = RoundUp(head_dim, kLanes);
   const int64_t group = problem.num_q_heads / problem.num_kv_heads;
   const int64_t rows = tile.row_end - tile.row_begin;
   const int64_t num_states = rows * (tile.head_end - tile.head_begin);
@@ -215,9 +215,9 @@ void AttendThin(const AttentionProblem& problem, const AttentionParams& params, 
   Scratch scratch(memory);
   const ThinStates states = {scratch.Floats(num_states * stride), scratch.Floats(num_states * stride),
                              scratch.Floats(num_states), scratch.Floats(num_states * kLanes)};
-  Sight sights[kMaxThinRows];
+  SeenPositions seen[kMaxThinRows];
   for (int64_t r = 0; r < rows; ++r) {
-    sights[r] = SightOf(params, tile.q_position + (tile.row_begin + r) / group);
+    seen[r] = PositionsSeenBy(problem, params, tile, tile.row_begin + r);
   }
   for (int64_t head = tile.head_begin, state = 0; head < tile.head_end; ++head) {
     const float factor = LogitScaleOf(problem, params, tile.seq, head).q_factor;
@@ -256,8 +256,7 @@ void AttendThin(const AttentionProblem& problem, const AttentionParams& params, 
         const int64_t num_rows = rows - r < kMaxBlockRows ? rows - r : kMaxBlockRows;
         // The first rows prefetch; to the others their own keys are as good, which are there already.
         const RowPointers<T>& prefetched = r == 0 ? *next : *now;
-        AttendRows(num_rows, *block, *now, prefetched, sights + r, cap_factor, state, head_dim, stride,
-                   states);
+        AttendRows(num_rows, *block, *now, prefetched, seen + r, cap_factor, state, head_dim, stride, states);
         r += num_rows;
         state += num_rows;
       }
@@ -276,7 +275,7 @@ void AttendThin(const AttentionProblem& problem, const AttentionParams& params, 
 
 // Bytes of scratch for the largest tile.
 inline int64_t ThinScratchBytes(const AttentionProblem& problem) {
-  const int64_t stride = (problem.head_dim + kLanes - 1) / kLanes * kLanes;
+  const int64_t stride = RoundUp(problem.head_dim, kLanes);
   return kMaxThinStates * (2 * stride + 1 + kLanes) * static_cast<int64_t>(sizeof(float)) + 4 * 64;
 }
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/integer_math.h"
+#include "core/visibility.h"
 #include "engines/cublaslt/kernels.h"
 
 namespace jpa::cublaslt {
@@ -42,22 +44,21 @@ __device__ inline LiveRows LiveRowsOf(const Call& call, int64_t seq) {
 __device__ inline Tile MakeTile(const Call& call, int64_t seq, int64_t first) {
   const LiveRows rows = LiveRowsOf(call, seq);
   const int64_t capacity = call.problem.max_pages * call.problem.page_size;
-  const int64_t kv_len = min(max(static_cast<int64_t>(call.params.kv_lens[seq]), int64_t{0}), capacity);
+  const auto kv_len =
+      static_cast<int32_t>(min(max(static_cast<int64_t>(call.params.kv_lens[seq]), int64_t{0}), capacity));
   const int64_t row = rows.begin + first;
   const int64_t num_rows = max(min(call.plan.rows_per_tile, rows.end - row), int64_t{0});
-  const int64_t position = kv_len - QueryCount(call, seq) + row;
-  const int64_t last = position + num_rows - 1;
-  // Rows before position 0 see no key.
-  int64_t begin = 0, end = 0;
-  if (num_rows > 0 && last >= 0) {
-    end = call.params.causal ? min(kv_len, last + 1) : kv_len;
-    if (call.params.sliding_window > 0)
-      begin = min(max(position - call.params.sliding_window + 1, int64_t{0}), end);
-  }
-  return {static_cast<int32_t>(seq),      static_cast<int32_t>(rows.start + row),
-          static_cast<int32_t>(num_rows), static_cast<int32_t>(position),
-          static_cast<int32_t>(begin),    static_cast<int32_t>(end),
-          static_cast<int32_t>(kv_len)};
+  const auto position = static_cast<int32_t>(kv_len - QueryCount(call, seq) + row);
+  const auto last = static_cast<int32_t>(position + num_rows - 1);
+  KeyRange seen = {.begin = 0, .end = 0};
+  if (num_rows > 0) seen = KeysSeenBy(position, last, VisibilityOf(call.params, kv_len));
+  return {.seq = static_cast<int32_t>(seq),
+          .row = static_cast<int32_t>(rows.start + row),
+          .num_rows = static_cast<int32_t>(num_rows),
+          .position = position,
+          .begin = seen.begin,
+          .end = seen.end,
+          .kv_len = kv_len};
 }
 
 // Gathered units that share keys, the tiles of one sequence, are neighbours; in place it is those that share
@@ -105,20 +106,20 @@ __device__ inline Tile LastTileOf(const Call& call, const Group& group, const Un
 }
 
 // Keys [begin, end) of all blocks that some row of the tile sees; the other blocks are never read.
-struct KeyRange {
+struct LiveKeys {
   int64_t begin;
   int64_t end;
 
   __device__ bool Contains(int64_t key) const { return key >= begin && key < end; }
 };
 
-__device__ inline KeyRange LiveBlocks(const Call& call, int64_t begin, int64_t end) {
+__device__ inline LiveKeys LiveBlocks(const Call& call, int64_t begin, int64_t end) {
   const int64_t keys = call.plan.block_keys;
-  if (begin >= end) return {0, 0};
-  return {begin / keys * keys, (end + keys - 1) / keys * keys};
+  if (begin >= end) return {.begin = 0, .end = 0};
+  return {.begin = begin / keys * keys, .end = RoundUp(end, keys)};
 }
 
-__device__ inline KeyRange LiveBlocks(const Call& call, const Tile& tile) {
+__device__ inline LiveKeys LiveBlocks(const Call& call, const Tile& tile) {
   return LiveBlocks(call, tile.begin, tile.end);
 }
 

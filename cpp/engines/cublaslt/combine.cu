@@ -4,11 +4,11 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/integer_math.h"
 #include "device/convert.cuh"
 #include "device/packed.cuh"
 #include "device/ptx.cuh"
 #include "engines/cublaslt/call.cuh"
-#include "engines/cublaslt/launch.cuh"
 
 namespace jpa::cublaslt {
 namespace {
@@ -221,8 +221,10 @@ Status LaunchCombine(const Call& call, const Group& group, cudaStream_t stream) 
   const Choice choice = Choose(call.problem.q_dtype, call.plan.blocks(), rows);
   const int threads = ThreadsOf(choice.warps_per_row);
   const int64_t rows_per_block = threads / (32 * choice.warps_per_row);
-  const auto blocks = static_cast<unsigned>((rows + rows_per_block - 1) / rows_per_block);
-  return Launch("combine", choice.kernel, dim3(blocks), threads, call.early, stream, call, group);
+  const auto blocks = static_cast<unsigned>(CeilDiv(rows, rows_per_block));
+  return device::Launch(kCaller, "combine", choice.kernel,
+                        {.grid = dim3(blocks), .threads = threads, .overlap = call.overlap}, stream, call,
+                        group);
 }
 
 }  // namespace jpa::cublaslt

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cub/block/block_scan.cuh>
 
+#include "core/integer_math.h"
 #include "engines/cublaslt/call.cuh"
 
 namespace jpa::cublaslt {
@@ -21,7 +22,7 @@ __device__ void CutTiles(const Call& call) {
   for (int64_t base = 0; base < num_seqs; base += kCutThreads) {
     const int64_t seq = base + threadIdx.x;
     const int64_t rows = seq < num_seqs ? LiveRowsOf(call, seq).size() : 0;
-    const auto tiles = static_cast<int32_t>((rows + call.plan.rows_per_tile - 1) / call.plan.rows_per_tile);
+    const auto tiles = static_cast<int32_t>(CeilDiv(rows, call.plan.rows_per_tile));
     int32_t before, sum;
     Scan(storage).ExclusiveSum(tiles, before, sum);
     if (seq < num_seqs) starts[seq] = total + before;
@@ -73,8 +74,9 @@ Status LaunchCut(const Call& call, cudaStream_t stream) {
   const int64_t bytes = call.problem.num_rows * call.problem.num_q_heads * call.problem.head_dim *
                         ByteWidth(call.problem.q_dtype);
   const int64_t blocks = 1 + std::min(bytes / kBytesPerBlock + 1, kMaxBlocks);
-  CutKernel<<<static_cast<unsigned>(blocks), kCutThreads, 0, stream>>>(call, bytes);
-  return LaunchStatus("cut");
+  return device::Launch(kCaller, "cut", &CutKernel,
+                        {.grid = dim3(static_cast<unsigned>(blocks)), .threads = kCutThreads}, stream, call,
+                        bytes);
 }
 
 }  // namespace jpa::cublaslt

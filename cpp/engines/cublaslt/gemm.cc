@@ -5,6 +5,9 @@
 #include <mutex>
 #include <string>
 
+#include "device/cuda_status.h"
+#include "engines/cublaslt/kernels.h"
+
 namespace jpa::cublaslt {
 namespace {
 
@@ -19,25 +22,19 @@ cudaDataType_t TypeOf(DType dtype) {
   }
 }
 
-Status ToStatus(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return Status::Ok();
-  return Status::Internal(std::string("implementation 'cublaslt': ") + what + ": " +
-                          cudaGetErrorString(error));
-}
-
 // One a device for the life of the process: it belongs to the device's context, which XLA keeps as long.
 Status HandleOfCurrentDevice(const Library& library, cublasLtHandle_t* handle) {
   static std::mutex mutex;
   static std::map<int, cublasLtHandle_t>* handles = new std::map<int, cublasLtHandle_t>;
   int device = 0;
-  if (Status s = ToStatus(cudaGetDevice(&device), "no current device"); !s.ok()) return s;
+  if (Status s = device::CudaStatus(cudaGetDevice(&device), kCaller, "no current device"); !s.ok()) return s;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = handles->find(device);
   if (found != handles->end()) {
     *handle = found->second;
     return Status::Ok();
   }
-  if (Status s = cublaslt::ToStatus(library, library.Create(handle), "cublasLtCreate"); !s.ok()) return s;
+  if (Status s = ToStatus(library, library.Create(handle), "cublasLtCreate"); !s.ok()) return s;
   handles->emplace(device, *handle);
   return Status::Ok();
 }
@@ -202,13 +199,13 @@ Status Products::Make(const AttentionProblem& problem, const Plan& plan,
     return s;
   }
   int device = 0, major = 0;
-  if (Status s = ToStatus(cudaGetDevice(&device), "no current device"); !s.ok()) return s;
-  if (Status s = ToStatus(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-                          "compute capability");
+  if (Status s = device::CudaStatus(cudaGetDevice(&device), kCaller, "no current device"); !s.ok()) return s;
+  if (Status s = device::CudaStatus(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+                                    kCaller, "compute capability");
       !s.ok()) {
     return s;
   }
-  made->early_launches = major >= 9;
+  made->overlap = major >= 9 ? device::Overlap::kWithPrevious : device::Overlap::kNone;
   *products = std::move(made);
   return Status::Ok();
 }

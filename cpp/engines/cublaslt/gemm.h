@@ -8,6 +8,7 @@
 
 #include "core/problem.h"
 #include "core/status.h"
+#include "device/launch.h"
 #include "engines/cublaslt/library.h"
 #include "engines/cublaslt/plan.h"
 
@@ -61,9 +62,10 @@ class Products {
   // stream.
   static Status Make(const AttentionProblem& problem, const Plan& plan, std::unique_ptr<Products>* products);
 
-  Product scores;               // Q K^T of every unit and block
-  Product outputs;              // P V likewise
-  bool early_launches = false;  // whether the device knows programmatic dependent launches
+  Product scores;   // Q K^T of every unit and block
+  Product outputs;  // P V likewise
+  // What the device allows kernels of a stream.
+  device::Overlap overlap = device::Overlap::kNone;
 };
 
 }  // namespace jpa::cublaslt

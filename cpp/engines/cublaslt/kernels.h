@@ -6,18 +6,21 @@
 #include "core/params.h"
 #include "core/problem.h"
 #include "core/status.h"
+#include "device/launch.h"
 #include "engines/cublaslt/plan.h"
 
 namespace jpa::cublaslt {
+
+inline constexpr char kCaller[] = "implementation 'cublaslt'";  // in errors
 
 // All that a kernel may want to know, passed by value.
 struct Call {
   AttentionProblem problem;
   AttentionParams params;
   Plan plan;
-  char* workspace;  // [plan.workspace_bytes], aligned to 256 bytes
-  int64_t group;    // G
-  bool early;       // kernels may be launched before those in front of them are done
+  char* workspace;          // [plan.workspace_bytes], aligned to 256 bytes
+  int64_t group;            // G
+  device::Overlap overlap;  // of all kernels but the first two
 };
 
 // Which units and which stretch of keys are in the workspace.
@@ -41,8 +44,5 @@ Status LaunchSoftmax(const Call& call, const Group& group, int64_t chunk, cudaSt
 
 // Sums up partial results; after the last stretch writes out and lse.
 Status LaunchCombine(const Call& call, const Group& group, cudaStream_t stream);
-
-// What the last launch on the calling thread left behind.
-Status LaunchStatus(const char* kernel);
 
 }  // namespace jpa::cublaslt

@@ -5,11 +5,11 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/integer_math.h"
 #include "device/convert.cuh"
 #include "device/packed.cuh"
 #include "device/ptx.cuh"
 #include "engines/cublaslt/call.cuh"
-#include "engines/cublaslt/launch.cuh"
 
 namespace jpa::cublaslt {
 namespace {
@@ -58,7 +58,7 @@ __device__ void PackQueries(const Call& call, const Group& group) {
   const Plan& plan = call.plan;
   const auto vectors = static_cast<int>(plan.head_dim / kWidth), queries = static_cast<int>(call.group);
   const auto unit_vectors = static_cast<int>(plan.unit_rows) * vectors;
-  const int strips = (unit_vectors + 32 * kVectors - 1) / (32 * kVectors);
+  const int strips = CeilDiv<int>(unit_vectors, 32 * kVectors);
   for (int64_t i = WarpIndex(); i < plan.units * strips; i += NumWarps()) {
     const int64_t u = i / strips;
     const int begin = static_cast<int>(i % strips) * 32 * kVectors + Lane();
@@ -100,7 +100,7 @@ __device__ void FillPointers(const Call& call, const Group& group) {
   for (int64_t i = ThreadIndex(); i < plan.units * blocks; i += NumThreads()) {
     const int64_t u = i / blocks, block = i % blocks;
     Unit unit = MakeUnit(call, group, u);
-    const KeyRange live_keys = LiveBlocks(call, unit.tile);
+    const LiveKeys live_keys = LiveBlocks(call, unit.tile);
     unit.live_begin = static_cast<int32_t>(live_keys.begin);
     unit.live_end = static_cast<int32_t>(live_keys.end);
     if (block == 0) At<Unit>(call, plan.unit_records)[u] = unit;
@@ -283,11 +283,14 @@ Status LaunchPack(const Call& call, const Group& group, cudaStream_t stream) {
   const int64_t copied = plan.in_place ? plan.units / call.problem.num_kv_heads * plan.block_keys * 32 : 0;
   const int64_t threads =
       std::max(std::max(moved * plan.head_dim / kWidth, copied), plan.units * plan.blocks());
-  const int64_t blocks = std::min((threads + kThreads - 1) / kThreads, kMaxBlocks);
+  const int64_t blocks = std::min(CeilDiv(threads, kThreads), kMaxBlocks);
   // Kernels in front of the first one are not this engine's: it waits for them in the ordinary way.
   const bool first = group.first && group.first_unit == 0;
-  return Launch("pack", Choose(call.problem), dim3(static_cast<unsigned>(blocks)), kThreads,
-                call.early && !first, stream, call, group);
+  return device::Launch(kCaller, "pack", Choose(call.problem),
+                        {.grid = dim3(static_cast<unsigned>(blocks)),
+                         .threads = kThreads,
+                         .overlap = first ? device::Overlap::kNone : call.overlap},
+                        stream, call, group);
 }
 
 }  // namespace jpa::cublaslt

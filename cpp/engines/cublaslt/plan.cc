@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/integer_math.h"
+
 namespace jpa::cublaslt {
 namespace {
 
@@ -24,9 +26,6 @@ constexpr int64_t kKeyStep = 64;
 constexpr int64_t kMinGatheredBlockKeys = 256;
 constexpr int64_t kMaxGatheredBlockKeys = 4096;
 constexpr int64_t kProductTile = 128;  // rows and columns that one thread block of a product makes, roughly
-
-constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 
 // A power of two near the mean number of rows of a sequence, so that few rows of tiles are empty.
 int64_t RowsPerTile(const AttentionProblem& problem, int64_t group) {

@@ -1,18 +1,15 @@
 #include "engines/cublaslt/run.h"
 
-#include <algorithm>
 #include <cstdint>
 #include <string>
 
+#include "core/integer_math.h"
 #include "engines/cublaslt/kernels.h"
 
 namespace jpa::cublaslt {
 namespace {
 
 constexpr uintptr_t kAlign = 256;
-
-// A window beyond this sees as much; sums with it stay far from overflow.
-constexpr int64_t kWidestWindow = int64_t{1} << 40;
 
 Status RunChunk(const Call& call, const Group& group, int64_t chunk, const Products& products,
                 cudaStream_t stream) {
@@ -40,13 +37,6 @@ Status RunGroup(const Call& call, const Group& group, const Products& products, 
 
 }  // namespace
 
-Status LaunchStatus(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return Status::Ok();
-  return Status::Internal(std::string("implementation 'cublaslt': launch of kernel ") + kernel + ": " +
-                          cudaGetErrorString(error));
-}
-
 Status RunAttention(const AttentionProblem& problem, const AttentionParams& params, const Plan& plan,
                     const Products& products, int64_t workspace_bytes, cudaStream_t stream) {
   if (workspace_bytes < plan.workspace_bytes) {
@@ -54,22 +44,24 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
                                    " bytes, got " + std::to_string(workspace_bytes));
   }
   if (problem.num_rows == 0) return Status::Ok();
-  const uintptr_t start = reinterpret_cast<uintptr_t>(params.workspace);
-  Call call = {problem,
-               params,
-               plan,
-               reinterpret_cast<char*>((start + kAlign - 1) / kAlign * kAlign),
-               problem.num_q_heads / problem.num_kv_heads,
-               products.early_launches};
-  call.params.sliding_window = std::min(params.sliding_window, kWidestWindow);
+  const Call call = {.problem = problem,
+                     .params = params,
+                     .plan = plan,
+                     .workspace = reinterpret_cast<char*>(
+                         RoundUp<uintptr_t>(reinterpret_cast<uintptr_t>(params.workspace), kAlign)),
+                     .group = problem.num_q_heads / problem.num_kv_heads,
+                     .overlap = products.overlap};
 
   if (!plan.decode) {
     if (Status s = LaunchCut(call, stream); !s.ok()) return s;
   }
   for (int64_t units = 0; units < plan.groups; ++units) {
     for (int64_t keys = 0; keys < plan.stretches; ++keys) {
-      const Group group = {units * plan.units, plan.chunks_of(units), keys * plan.stretch_keys(), keys == 0,
-                           keys == plan.stretches - 1};
+      const Group group = {.first_unit = units * plan.units,
+                           .chunks = plan.chunks_of(units),
+                           .first_key = keys * plan.stretch_keys(),
+                           .first = keys == 0,
+                           .last = keys == plan.stretches - 1};
       if (Status s = RunGroup(call, group, products, stream); !s.ok()) return s;
     }
   }

@@ -4,13 +4,14 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/constants.h"
+#include "core/integer_math.h"
 #include "device/convert.cuh"
 #include "device/exp2.cuh"
 #include "device/packed.cuh"
 #include "device/ptx.cuh"
 #include "device/reduce.cuh"
 #include "engines/cublaslt/call.cuh"
-#include "engines/cublaslt/launch.cuh"
 
 namespace jpa::cublaslt {
 namespace {
@@ -21,7 +22,6 @@ using device::Unpacked;
 
 constexpr int kWidth = 4;    // neighbouring scores of a thread
 constexpr int kVectors = 4;  // times that many
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr unsigned kAllKnown = (1u << kWidth) - 1;
 
 // A range of keys counted from the first of a segment, and within it; 32 bits are enough in there.
@@ -35,14 +35,6 @@ struct SegmentRange {
 
   __device__ bool Contains(int key) const { return key >= begin && key < end; }
 };
-
-// What one query row sees.
-__device__ KeyRange VisibleKeys(const AttentionParams& params, const Tile& tile, int row) {
-  const int64_t position = static_cast<int64_t>(tile.position) + row;
-  if (position < 0) return {0, 0};
-  const int64_t begin = params.sliding_window > 0 ? max(position - params.sliding_window + 1, int64_t{0}) : 0;
-  return {begin, params.causal ? min(static_cast<int64_t>(tile.kv_len), position + 1) : tile.kv_len};
-}
 
 // Of a product of query and key: the scale of 8-bit keys was left out of it.
 __device__ float ScaleOf(const Call& call, const Unit& unit) {
@@ -106,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
   // Most vectors are seen whole; only at the ends of what a row sees, and of what is known, keys are told
   // apart.
-  const KeyRange keys = VisibleKeys(call.params, unit.tile, row);
+  const KeyRange keys = KeysSeenBy(unit.tile.position + row, VisibilityOf(call.params, unit.tile.kv_len));
   const SegmentRange seen(keys.begin, keys.end, first, segment_keys);
   float maximum = -INFINITY;
 #pragma unroll
@@ -181,10 +173,12 @@ Choice Choose(DType dtype, int64_t segment_keys) {
 
 Status LaunchSoftmax(const Call& call, const Group& group, int64_t chunk, cudaStream_t stream) {
   const Choice choice = Choose(call.problem.q_dtype, call.plan.segment_keys());
-  const int64_t row_blocks = (call.plan.unit_rows + choice.rows - 1) / choice.rows;
+  const int64_t row_blocks = CeilDiv(call.plan.unit_rows, choice.rows);
   const dim3 grid(static_cast<unsigned>(call.plan.chunk_units), static_cast<unsigned>(row_blocks),
                   static_cast<unsigned>(call.plan.segments));
-  return Launch("softmax", choice.kernel, grid, kThreads, call.early, stream, call, group, chunk);
+  return device::Launch(kCaller, "softmax", choice.kernel,
+                        {.grid = grid, .threads = kThreads, .overlap = call.overlap}, stream, call, group,
+                        chunk);
 }
 
 }  // namespace jpa::cublaslt
