@@ -5,7 +5,7 @@ JAX ?= jax
 
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find cpp -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.txt')
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find cpp -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.in')
 CXX_FILES = $(shell git ls-files 'cpp/*.cc' 'cpp/*.h' 'cpp/*.cu' 'cpp/*.cuh' 'tests/cpp/*.cc' 'tests/cpp/*.h' 'examples/downstream/*.cc')
 
 .PHONY: generate test fuzz soak train bench lint format stubs sanitize wheel sdist gpu-test clean

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from jax_paged_attn import _ffi
+from jax_paged_attn._head_dims import FUSED_HEAD_DIMS
 from jax_paged_attn._warnings import warn_once
 
 _log = logging.getLogger("jax_paged_attn")
@@ -93,7 +94,7 @@ ENGINES = (
         "fused",
         platform="cuda",
         q_dtypes=("bfloat16", "float16"),
-        head_dims=(64, 80, 96, 128, 192, 256),
+        head_dims=FUSED_HEAD_DIMS,
         batch_invariant=True,
     ),
     Engine("cublaslt", platform="cuda"),

@@ -9,6 +9,7 @@
 #include "engines/fused/decode/combine.h"
 #include "engines/fused/decode/kernels.h"
 #include "engines/fused/decode/traits.h"
+#include "engines/fused/head_dims.h"
 #include "engines/fused/prefill/kernels.h"
 #include "engines/fused/prefill/tensor_map.h"
 #include "engines/fused/run.h"
@@ -29,21 +30,21 @@ int64_t RoundUp(int64_t bytes) { return CeilDiv(bytes, kAlign) * kAlign; }
 
 // What `use` makes of the head dim as a constant, if it is one of those listed; otherwise nothing.
 template <int... head_dims, typename Use>
-auto ForHeadDim(int64_t head_dim, const Use& use) {
+auto ForHeadDim(std::integer_sequence<int, head_dims...>, int64_t head_dim, const Use& use) {
   std::common_type_t<decltype(use(std::integral_constant<int, head_dims>()))...> made{};
   ((head_dim == head_dims ? void(made = use(std::integral_constant<int, head_dims>())) : void()), ...);
   return made;
 }
 
 DecodeKernelInfo KernelFor(const AttentionProblem& problem) {
-  return ForHeadDim<64, 80, 96, 128, 192, 256>(problem.head_dim, [&](auto head_dim) {
+  return ForHeadDim(DecodeHeadDims(), problem.head_dim, [&](auto head_dim) {
     return DecodeKernelOf<head_dim()>(problem.q_dtype, problem.kv_dtype);
   });
 }
 
 template <Loader loader>
 PrefillKernelInfo PrefillKernelFor(const AttentionProblem& problem) {
-  return ForHeadDim<64, 96, 128, 192, 256>(problem.head_dim, [&](auto head_dim) {
+  return ForHeadDim(PrefillHeadDims(), problem.head_dim, [&](auto head_dim) {
     return PrefillKernelOf<head_dim(), loader>(problem.q_dtype, problem.kv_dtype);
   });
 }

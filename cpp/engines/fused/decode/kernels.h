@@ -1,5 +1,5 @@
-// The decode kernels that there are: one for each dtype of q, dtype of pages and head dim of the table in
-// jax_paged_attn/_engines.py.
+// The decode kernels that there are: one for each dtype of q, dtype of pages and head dim of
+// DecodeHeadDims.
 #pragma once
 
 #include "core/problem.h"
@@ -14,15 +14,9 @@ struct DecodeKernelInfo {
   int (*shared_bytes)(int capability) = nullptr;
 };
 
-// Each in a file of its own, instantiations/head_dim_*.cu: they compile side by side.
+// Each in a file of its own, which cmake/fused_kernels.cmake makes from instantiation.cu.in: they compile
+// side by side.
 template <int head_dim>
 DecodeKernelInfo DecodeKernelOf(DType q_dtype, DType kv_dtype);
-
-extern template DecodeKernelInfo DecodeKernelOf<64>(DType, DType);
-extern template DecodeKernelInfo DecodeKernelOf<80>(DType, DType);
-extern template DecodeKernelInfo DecodeKernelOf<96>(DType, DType);
-extern template DecodeKernelInfo DecodeKernelOf<128>(DType, DType);
-extern template DecodeKernelInfo DecodeKernelOf<192>(DType, DType);
-extern template DecodeKernelInfo DecodeKernelOf<256>(DType, DType);
 
 }  // namespace jpa::fused

@@ -18,21 +18,10 @@ struct PrefillKernelInfo {
   int cache_slices = 0;
 };
 
-// Those of a head dim that load keys and values by boxes, or row by row. Each in a file of its own,
-// instantiations/head_dim_*.cu: they compile side by side.
+// The kernels of a head dim and a loader. Each pair has a file of its own, which cmake/fused_kernels.cmake makes from
+// instantiation.cu.in: they compile side by side.
 template <int head_dim, Loader loader>
 PrefillKernelInfo PrefillKernelOf(DType q_dtype, DType kv_dtype);
-
-extern template PrefillKernelInfo PrefillKernelOf<64, Loader::kTma>(DType, DType);
-extern template PrefillKernelInfo PrefillKernelOf<64, Loader::kCpAsync>(DType, DType);
-extern template PrefillKernelInfo PrefillKernelOf<96, Loader::kTma>(DType, DType);
-extern template PrefillKernelInfo PrefillKernelOf<96, Loader::kCpAsync>(DType, DType);
-extern template PrefillKernelInfo PrefillKernelOf<128, Loader::kTma>(DType, DType);
-extern template PrefillKernelInfo PrefillKernelOf<128, Loader::kCpAsync>(DType, DType);
-extern template PrefillKernelInfo PrefillKernelOf<192, Loader::kTma>(DType, DType);
-extern template PrefillKernelInfo PrefillKernelOf<192, Loader::kCpAsync>(DType, DType);
-extern template PrefillKernelInfo PrefillKernelOf<256, Loader::kTma>(DType, DType);
-extern template PrefillKernelInfo PrefillKernelOf<256, Loader::kCpAsync>(DType, DType);
 
 Launch ScheduleLaunch();
 

@@ -1,3 +1,0 @@
-#include "engines/fused/decode/instantiate.cuh"
-
-template jpa::fused::DecodeKernelInfo jpa::fused::DecodeKernelOf<64>(DType, DType);
