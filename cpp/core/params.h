@@ -14,16 +14,19 @@ struct PageStrides {
   int64_t head;
 };
 
-// Of a pool of `num_pages` pages without gaps.
+// The strides of a pool of `num_pages` pages without gaps.
 constexpr PageStrides StridesOf(PageLayout layout, int64_t num_pages, int64_t page_size, int64_t num_kv_heads,
                                 int64_t head_dim) {
   switch (layout) {
     case PageLayout::kSplit:
-      return {page_size * num_kv_heads * head_dim, num_kv_heads * head_dim, head_dim};
+      return {
+          .page = page_size * num_kv_heads * head_dim, .token = num_kv_heads * head_dim, .head = head_dim};
     case PageLayout::kInterleaved:
-      return {2 * page_size * num_kv_heads * head_dim, 2 * num_kv_heads * head_dim, 2 * head_dim};
+      return {.page = 2 * page_size * num_kv_heads * head_dim,
+              .token = 2 * num_kv_heads * head_dim,
+              .head = 2 * head_dim};
     case PageLayout::kHeadMajor:
-      return {page_size * head_dim, head_dim, num_pages * page_size * head_dim};
+      return {.page = page_size * head_dim, .token = head_dim, .head = num_pages * page_size * head_dim};
   }
   return {};
 }

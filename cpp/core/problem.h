@@ -36,11 +36,11 @@ struct AttentionProblem {
   int64_t num_q_heads;   // N, a multiple of K
   int64_t num_kv_heads;  // K
   int64_t head_dim;      // H
-  int64_t page_size;     // S, tokens a page
+  int64_t page_size;     // S, tokens per page
   int64_t num_k_pages;   // Pk
   int64_t num_v_pages;   // Pv; where Pk != Pv the smaller pool is repeated
   int64_t num_seqs;      // B
-  int64_t max_pages;     // M, table entries a sequence
+  int64_t max_pages;     // M, table entries per sequence
   int64_t num_sinks;     // X of sinks: 0 (none) or a divisor of B; sequence b uses row b / (B / X)
   int64_t num_k_scales;  // X of k_scale, likewise
   int64_t num_v_scales;  // X of v_scale, likewise

@@ -5,7 +5,7 @@
 
 namespace jpa {
 
-// A sequence with one query row is cut into at most this many ranges of keys.
+// The keys of a sequence with one query row are split into at most this many ranges.
 inline constexpr int64_t kMaxSplits = 16;
 
 // [B, N, kMaxSplits] states of H unnormalised outputs, a maximum and a sum, in f32. A target's formula never

@@ -30,14 +30,15 @@ struct Choice {
 
 Choice Choose() {
   const char* wish = std::getenv("JPA_CPU_ISA");
-  if (wish == nullptr || *wish == '\0') return {AvailableKernels().front(), {}};
+  if (wish == nullptr || *wish == '\0') return {.kernels = AvailableKernels().front(), .error = {}};
   std::string names;
   for (const Kernels* kernels : AvailableKernels()) {
-    if (std::string(wish) == kernels->name) return {kernels, {}};
+    if (std::string(wish) == kernels->name) return {.kernels = kernels, .error = {}};
     names += names.empty() ? "" : ", ";
     names += kernels->name;
   }
-  return {nullptr, "JPA_CPU_ISA: expected one of " + names + " on this machine, got '" + wish + "'"};
+  return {.kernels = nullptr,
+          .error = "JPA_CPU_ISA: expected one of " + names + " on this machine, got '" + wish + "'"};
 }
 
 }  // namespace

@@ -4,23 +4,23 @@
 #endif
 #pragma once
 
+#include "engines/cpu/decode.h"
 #include "engines/cpu/kernels.h"
-#include "engines/cpu/thick.h"
-#include "engines/cpu/thin.h"
+#include "engines/cpu/prefill.h"
 
 namespace jpa::cpu::JPA_ISA {
 
 template <typename T>
-void AttendTyped(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile,
+void AttendTyped(const AttentionProblem& problem, const AttentionParams& params, const WorkTile& tile,
                  void* scratch) {
-  if (tile.row_end - tile.row_begin <= kMaxThinRows) {
-    AttendThin<T>(problem, params, tile, scratch);
+  if (tile.row_end - tile.row_begin <= kMaxDecodeRows) {
+    AttendDecode<T>(problem, params, tile, scratch);
   } else {
-    AttendThick<T>(problem, params, tile, scratch);
+    AttendPrefill<T>(problem, params, tile, scratch);
   }
 }
 
-inline void Attend(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile,
+inline void Attend(const AttentionProblem& problem, const AttentionParams& params, const WorkTile& tile,
                    void* scratch) {
   switch (problem.kv_dtype) {
     case DType::kF32:
@@ -39,16 +39,17 @@ inline void Attend(const AttentionProblem& problem, const AttentionParams& param
 }
 
 inline int64_t ScratchBytes(const AttentionProblem& problem) {
-  const int64_t thin = ThinScratchBytes(problem);
-  const int64_t thick = ThickScratchBytes(problem);
-  return thin > thick ? thin : thick;
+  const int64_t decode = DecodeScratchBytes(problem);
+  const int64_t prefill = PrefillScratchBytes(problem);
+  return decode > prefill ? decode : prefill;
 }
 
 #define JPA_STRING_(x) #x
 #define JPA_STRING(x) JPA_STRING_(x)
 
 const Kernels& GetKernels() {
-  static constexpr Kernels kKernels = {JPA_STRING(JPA_ISA), ScratchBytes, Attend, MergeSplits};
+  static constexpr Kernels kKernels = {
+      .name = JPA_STRING(JPA_ISA), .scratch_bytes = ScratchBytes, .attend = Attend, .merge = MergeSplits};
   return kKernels;
 }
 

@@ -1,7 +1,7 @@
 // The kernels as run.cc sees them: one table of functions for each instruction set.
 //
-// kernels_*.cc compile the same headers (simd.h, keys.h, thin.h, thick.h) for different instruction sets. All
-// that they define sits in a namespace named after the set, and they use no library templates: were two
+// kernels_*.cc compile the same headers (simd.h, keys.h, decode.h, prefill.h) for different instruction sets.
+// All that they define sits in a namespace named after the set, and they use no library templates: were two
 // copies of an inline function to carry one name, the linker could hand AVX-512 code to a machine without it.
 #pragma once
 
@@ -12,16 +12,16 @@
 
 namespace jpa::cpu {
 
-// Tiles with at most this many packed rows take the thin kernel, all others the thick one.
-inline constexpr int64_t kMaxThinRows = 16;
-// The most packed rows times key/value heads in a tile of the thin kernel.
-inline constexpr int64_t kMaxThinStates = 256;
-// The most packed rows in a tile of the thick kernel, which takes one key/value head at a time.
-inline constexpr int64_t kMaxThickRows = 96;
+// Work tiles with at most this many packed rows take the decode kernel, all others the prefill kernel.
+inline constexpr int64_t kMaxDecodeRows = 16;
+// The most packed rows times key/value heads in a tile of the decode kernel.
+inline constexpr int64_t kMaxDecodeStates = 256;
+// The most packed rows in a tile of the prefill kernel, which takes one key/value head at a time.
+inline constexpr int64_t kMaxPrefillRows = 96;
 
-// What one call of a kernel works on. A sequence's queries are packed: packed row p of key/value head h is
+// The work of one call of a kernel. A sequence's queries are packed: packed row p of key/value head h is
 // query row p / group and query head h * group + p % group, so that rows of a group share the keys they load.
-struct Tile {
+struct WorkTile {
   int64_t seq;
   int64_t kv_len;
   int64_t q_start;     // query row 0 of the sequence is row q_start of q
@@ -32,23 +32,23 @@ struct Tile {
   int64_t head_end;
   int64_t key_begin;  // keys [key_begin, key_end), those that some row of the tile sees
   int64_t key_end;
-  int64_t split;  // index of this range of keys
+  int64_t split;  // index of this range of keys among `num_splits`
   int64_t num_splits;
 };
 
 struct Kernels {
   const char* name;
 
-  // What `attend` and `merge` need, in bytes, at 64-byte alignment.
+  // Scratch that `attend` and `merge` need, in bytes, at 64-byte alignment.
   int64_t (*scratch_bytes)(const AttentionProblem& problem);
 
   // Attends a tile. With one split the result goes to out and lse, otherwise a partial state to the
   // workspace.
-  void (*attend)(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile,
+  void (*attend)(const AttentionProblem& problem, const AttentionParams& params, const WorkTile& tile,
                  void* scratch);
 
   // Merges the partial states of a tile's rows and heads in split order, into out and lse.
-  void (*merge)(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile,
+  void (*merge)(const AttentionProblem& problem, const AttentionParams& params, const WorkTile& tile,
                 void* scratch);
 };
 

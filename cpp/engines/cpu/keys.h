@@ -23,7 +23,7 @@ struct KeyBlock {
 
 class KeyWalker {
  public:
-  KeyWalker(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile)
+  KeyWalker(const AttentionProblem& problem, const AttentionParams& params, const WorkTile& tile)
       : problem_(problem),
         params_(params),
         pages_(params.block_tables + tile.seq * problem.max_pages),
@@ -83,7 +83,7 @@ struct SeenPositions {
 };
 
 inline SeenPositions PositionsSeenBy(const AttentionProblem& problem, const AttentionParams& params,
-                                     const Tile& tile, int64_t packed_row) {
+                                     const WorkTile& tile, int64_t packed_row) {
   const int64_t row = packed_row / (problem.num_q_heads / problem.num_kv_heads);
   const KeyRange keys = KeysSeenBy(static_cast<int32_t>(tile.q_position + row),
                                    VisibilityOf(params, static_cast<int32_t>(tile.kv_len)));

@@ -13,7 +13,7 @@
 #include "core/integer_math.h"
 #include "core/parallel_for.h"
 #include "core/visibility.h"
-#include "engines/cpu/partition.h"
+#include "engines/cpu/splits.h"
 
 namespace jpa::cpu {
 namespace {
@@ -41,19 +41,19 @@ Sequence SequenceAt(const AttentionProblem& problem, const AttentionParams& para
           .kv_len = kv_len};
 }
 
-// A tile and, if its keys are split, where it is counted: the last split to finish merges all.
-struct Unit {
-  Tile tile;
+// A work tile and, if its keys are split, where it is counted: the last split to finish merges all.
+struct Task {
+  WorkTile tile;
   int64_t cost;
-  int64_t merge;  // index of a counter, or -1
+  int64_t merge;  // index of the counter of finished splits; -1: not split
 };
 
 struct Plan {
-  std::vector<Unit> units;
+  std::vector<Task> tasks;
   int64_t num_merges = 0;
 };
 
-// Adds the units of packed rows [row_begin, row_end) and key/value heads [head_begin, head_end).
+// Adds the tasks of packed rows [row_begin, row_end) and key/value heads [head_begin, head_end).
 void AddTile(const AttentionProblem& problem, const AttentionParams& params, const Sequence& sequence,
              int64_t row_begin, int64_t row_end, int64_t head_begin, int64_t head_end, Plan* plan) {
   const int64_t group = problem.num_q_heads / problem.num_kv_heads;
@@ -66,38 +66,39 @@ void AddTile(const AttentionProblem& problem, const AttentionParams& params, con
   const int64_t num_splits = lone_row ? NumSplits(keys) : 1;
   const int64_t merge = num_splits > 1 ? plan->num_merges++ : -1;
   for (int64_t split = 0; split < num_splits; ++split) {
-    const KeyRange part = SplitKeys(keys, num_splits, split);
-    const Tile tile = {.seq = sequence.seq,
-                       .kv_len = sequence.kv_len,
-                       .q_start = sequence.q_start,
-                       .q_position = sequence.q_position,
-                       .row_begin = row_begin,
-                       .row_end = row_end,
-                       .head_begin = head_begin,
-                       .head_end = head_end,
-                       .key_begin = part.begin,
-                       .key_end = part.end,
-                       .split = split,
-                       .num_splits = num_splits};
-    plan->units.push_back({.tile = tile,
-                           .cost = part.size() * (row_end - row_begin) * (head_end - head_begin),
+    const KeyRange split_keys = SplitKeys(keys, num_splits, split);
+    const WorkTile tile = {.seq = sequence.seq,
+                           .kv_len = sequence.kv_len,
+                           .q_start = sequence.q_start,
+                           .q_position = sequence.q_position,
+                           .row_begin = row_begin,
+                           .row_end = row_end,
+                           .head_begin = head_begin,
+                           .head_end = head_end,
+                           .key_begin = split_keys.begin,
+                           .key_end = split_keys.end,
+                           .split = split,
+                           .num_splits = num_splits};
+    plan->tasks.push_back({.tile = tile,
+                           .cost = split_keys.size() * (row_end - row_begin) * (head_end - head_begin),
                            .merge = merge});
   }
 }
 
 // Few rows take several heads at a time, so that neighbouring heads are read together; yet no more than
-// leaves every thread a few units. (A head's bits do not depend on the heads beside it.)
-int64_t HeadsPerThinTile(const AttentionProblem& problem, int64_t rows, int64_t num_tiles, int num_threads) {
-  constexpr int64_t kUnitsPerThread = 4;
-  const int64_t blocks = (kUnitsPerThread * num_threads + num_tiles - 1) / std::max<int64_t>(num_tiles, 1);
+// leaves every thread a few tasks. (A head's bits do not depend on the heads beside it.)
+int64_t HeadsPerDecodeTile(const AttentionProblem& problem, int64_t rows, int64_t num_tiles,
+                           int num_threads) {
+  constexpr int64_t kTasksPerThread = 4;
+  const int64_t blocks = (kTasksPerThread * num_threads + num_tiles - 1) / std::max<int64_t>(num_tiles, 1);
   const int64_t heads = CeilDiv(problem.num_kv_heads, blocks);
-  return std::clamp<int64_t>(heads, 1, std::max<int64_t>(kMaxThinStates / rows, 1));
+  return std::clamp<int64_t>(heads, 1, std::max<int64_t>(kMaxDecodeStates / rows, 1));
 }
 
 // Many rows are cut evenly: a last tile of few rows would use the vectors badly.
-int64_t RowsPerThickTile(int64_t rows) {
+int64_t RowsPerPrefillTile(int64_t rows) {
   constexpr int64_t kAlign = 16;
-  const int64_t tiles = CeilDiv(rows, kMaxThickRows);
+  const int64_t tiles = CeilDiv(rows, kMaxPrefillRows);
   return RoundUp(CeilDiv(rows, tiles), kAlign);
 }
 
@@ -117,9 +118,9 @@ Plan MakePlan(const AttentionProblem& problem, const AttentionParams& params, in
     if (sequence.row_begin >= sequence.row_end) continue;
     const int64_t begin = sequence.row_begin * group;
     const int64_t end = sequence.row_end * group;
-    const bool thin = end - begin <= kMaxThinRows;
-    const int64_t rows = thin ? end - begin : RowsPerThickTile(end - begin);
-    const int64_t heads = thin ? HeadsPerThinTile(problem, rows, num_tiles, num_threads) : 1;
+    const bool decode = end - begin <= kMaxDecodeRows;
+    const int64_t rows = decode ? end - begin : RowsPerPrefillTile(end - begin);
+    const int64_t heads = decode ? HeadsPerDecodeTile(problem, rows, num_tiles, num_threads) : 1;
     for (int64_t row = begin; row < end; row += rows) {
       for (int64_t head = 0; head < problem.num_kv_heads; head += heads) {
         AddTile(problem, params, sequence, row, std::min(row + rows, end), head,
@@ -127,9 +128,9 @@ Plan MakePlan(const AttentionProblem& problem, const AttentionParams& params, in
       }
     }
   }
-  // Heavy units first, so that the last ones to run are light.
-  std::stable_sort(plan.units.begin(), plan.units.end(),
-                   [](const Unit& a, const Unit& b) { return a.cost > b.cost; });
+  // Heavy tasks first, so that the last ones to run are light.
+  std::stable_sort(plan.tasks.begin(), plan.tasks.end(),
+                   [](const Task& a, const Task& b) { return a.cost > b.cost; });
   return plan;
 }
 
@@ -176,15 +177,15 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   std::vector<std::atomic<int64_t>> finished(static_cast<size_t>(plan.num_merges));
   const int64_t scratch_bytes = kernels.scratch_bytes(problem);
 
-  return ParallelFor(runner, static_cast<int64_t>(plan.units.size()), [&](int64_t i) {
-    const Unit& unit = plan.units[static_cast<size_t>(i)];
+  return ParallelFor(runner, static_cast<int64_t>(plan.tasks.size()), [&](int64_t i) {
+    const Task& task = plan.tasks[static_cast<size_t>(i)];
     void* scratch = ThreadScratch(scratch_bytes);
-    kernels.attend(problem, params, unit.tile, scratch);
-    if (unit.merge < 0) return;
+    kernels.attend(problem, params, task.tile, scratch);
+    if (task.merge < 0) return;
     // Acquire what the other splits stored, release what this one did.
-    std::atomic<int64_t>& count = finished[static_cast<size_t>(unit.merge)];
-    if (count.fetch_add(1, std::memory_order_acq_rel) + 1 == unit.tile.num_splits) {
-      kernels.merge(problem, params, unit.tile, scratch);
+    std::atomic<int64_t>& count = finished[static_cast<size_t>(task.merge)];
+    if (count.fetch_add(1, std::memory_order_acq_rel) + 1 == task.tile.num_splits) {
+      kernels.merge(problem, params, task.tile, scratch);
     }
   });
 }

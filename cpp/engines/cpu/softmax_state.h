@@ -28,11 +28,11 @@ inline LogitScale LogitScaleOf(const AttentionProblem& problem, const AttentionP
     const int64_t x = seq / (problem.num_seqs / problem.num_k_scales);
     scale *= params.k_scale[x * problem.num_kv_heads + kv_head];
   }
-  if (params.soft_cap == 0.0f) return {scale * kLog2E, 0.0f};
-  return {scale / params.soft_cap, params.soft_cap * kLog2E};
+  if (params.soft_cap == 0.0f) return {.q_factor = scale * kLog2E, .cap_factor = 0.0f};
+  return {.q_factor = scale / params.soft_cap, .cap_factor = params.soft_cap * kLog2E};
 }
 
-// What to subtract from logits whose maximum is m: -inf - -inf is NaN, so a state without keys subtracts 0.
+// The number that logits with maximum m are counted from: -inf - -inf is NaN, so without keys it is 0.
 inline float SafeMax(float m) { return m == -kInfinity ? 0.0f : m; }
 
 inline float* PartialState(const AttentionProblem& problem, const AttentionParams& params, int64_t seq,
@@ -83,9 +83,10 @@ inline void Finish(const AttentionProblem& problem, const AttentionParams& param
   }
 }
 
-// Ends the state of a tile's row: a whole sequence's to the results, a part's to the workspace.
-inline void FinishTileRow(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile,
-                          int64_t packed_row, int64_t kv_head, const float* o, float m, float l) {
+// Ends the state of a tile's row: to the results if its keys are not split, else to the workspace.
+inline void FinishTileRow(const AttentionProblem& problem, const AttentionParams& params,
+                          const WorkTile& tile, int64_t packed_row, int64_t kv_head, const float* o, float m,
+                          float l) {
   const int64_t group = problem.num_q_heads / problem.num_kv_heads;
   const int64_t q_head = kv_head * group + packed_row % group;
   if (tile.num_splits == 1) {
@@ -99,7 +100,7 @@ inline void FinishTileRow(const AttentionProblem& problem, const AttentionParams
 }
 
 // Merges the states of all splits in index order. `scratch` holds head_dim floats rounded up to kLanes.
-inline void MergeSplits(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile,
+inline void MergeSplits(const AttentionProblem& problem, const AttentionParams& params, const WorkTile& tile,
                         void* scratch) {
   float* o = static_cast<float*>(scratch);
   const int64_t head_dim = problem.head_dim;
@@ -109,8 +110,8 @@ inline void MergeSplits(const AttentionProblem& problem, const AttentionParams& 
       const int64_t q_head = kv_head * group + packed_row % group;
       float m = -kInfinity;
       for (int64_t split = 0; split < tile.num_splits; ++split) {
-        const float part = PartialState(problem, params, tile.seq, q_head, split)[head_dim];
-        m = part > m ? part : m;
+        const float split_m = PartialState(problem, params, tile.seq, q_head, split)[head_dim];
+        m = split_m > m ? split_m : m;
       }
       float l = 0.0f;
       for (int64_t d = 0; d < head_dim; d += kLanes) Store(o + d, Zero());

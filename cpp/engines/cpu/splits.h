@@ -12,13 +12,13 @@ namespace jpa::cpu {
 
 inline constexpr int64_t kMinSplitKeys = 1024;
 
-// Into how many ranges the visible keys of a lone query row are cut. A function of these keys alone: neither
+// How many splits the visible keys of a lone query row get. A function of these keys alone: neither
 // the number of threads nor the rest of the batch changes a result's bits.
 inline int64_t NumSplits(KeyRange keys) {
   return std::clamp<int64_t>(CeilDiv(keys.size(), kMinSplitKeys), 1, kMaxSplits);
 }
 
-// Range `index` of `num_splits`. Cuts stand at multiples of 64 keys from the first; the last ranges may be
+// Split `index` of `num_splits`. Cuts stand at multiples of 64 keys from the first; the last splits may be
 // empty.
 inline KeyRange SplitKeys(KeyRange keys, int64_t num_splits, int64_t index) {
   constexpr int64_t kAlign = 64;

@@ -1,5 +1,5 @@
-// Attention for few rows a key (decode): keys and values are converted in registers as they are read from the
-// pages, once for every kMaxBlockRows rows, and lanes run along the head dimension.
+// Attention for few query rows per key (decode): keys and values are converted in registers as they are read
+// from the pages, once for every kMaxBlockRows rows, and lanes run along the head dimension.
 //
 // A tile's keys are taken a few at a time, and for each such block all its heads in turn, the next head's
 // rows being prefetched meanwhile. Tokens are adjacent in memory across heads, so this order stays within few
@@ -26,13 +26,13 @@ constexpr int kBlockVecs = 4;
 
 // Keys taken at a time. Measured: with more, memory pages are left and found again too often; with fewer, the
 // steps between the two products weigh more.
-constexpr int kThinKeys = 16;
+constexpr int kDecodeKeys = 16;
 
 // The rows of one key/value head in a block, in elements of T.
 template <typename T>
 struct RowPointers {
-  const T* k[kThinKeys];
-  const T* v[kThinKeys];
+  const T* k[kDecodeKeys];
+  const T* v[kDecodeKeys];
 };
 
 // Pointers beyond the last key repeat it.
@@ -46,7 +46,7 @@ inline void FindRows(const AttentionParams& params, const KeyBlock& block, int64
     rows->k[j] = k + block.k_offset[j];
     rows->v[j] = v + block.v_offset[j];
   }
-  for (; j < kThinKeys; ++j) {
+  for (; j < kDecodeKeys; ++j) {
     rows->k[j] = rows->k[j - 1];
     rows->v[j] = rows->v[j - 1];
   }
@@ -79,7 +79,7 @@ inline void Scores(const float* q, int64_t q_stride, const T* const* k, const T*
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      ReduceSum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * kThinKeys + j);
+      ReduceSum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * kDecodeKeys + j);
     }
   }
 }
@@ -101,7 +101,7 @@ inline void AddValues(const float* p, const float* alpha, const T* const* v, con
       x[i] = kPartial ? LoadPartial(from, partial) : Load(from);
     }
     for (int r = 0; r < kRows; ++r) {
-      const Vec weight = Splat(p[r * kThinKeys + j]);
+      const Vec weight = Splat(p[r * kDecodeKeys + j]);
       for (int i = 0; i < kVecs; ++i) sum[r][i] = MulAdd(weight, x[i], sum[r][i]);
     }
   }
@@ -156,7 +156,7 @@ inline float Softmax(const KeyBlock& block, SeenPositions seen, float cap_factor
 }
 
 // The states of a tile's rows, head after head.
-struct ThinStates {
+struct DecodeStates {
   float* q;  // [heads, rows, padded head dim], scaled
   float* o;  // [heads, rows, padded head dim]
   float* m;  // [heads, rows]
@@ -166,12 +166,12 @@ struct ThinStates {
 template <int kRows, typename T>
 inline void AttendRows(const KeyBlock& block, const RowPointers<T>& pointers, const RowPointers<T>& next,
                        const SeenPositions* seen, float cap_factor, int64_t state, int64_t head_dim,
-                       int64_t stride, const ThinStates& states) {
-  alignas(64) float scores[kRows * kThinKeys];
+                       int64_t stride, const DecodeStates& states) {
+  alignas(64) float scores[kRows * kDecodeKeys];
   float alpha[kRows];
   Scores<kRows>(states.q + state * stride, stride, pointers.k, next.k, block.count, head_dim, scores);
   for (int r = 0; r < kRows; ++r) {
-    alpha[r] = Softmax(block, seen[r], cap_factor, scores + r * kThinKeys, states.m + state + r,
+    alpha[r] = Softmax(block, seen[r], cap_factor, scores + r * kDecodeKeys, states.m + state + r,
                        states.l + (state + r) * kLanes);
   }
   AddAllValues<kRows>(scores, alpha, pointers.v, next.v, block.count, head_dim, states.o + state * stride,
@@ -181,7 +181,7 @@ inline void AttendRows(const KeyBlock& block, const RowPointers<T>& pointers, co
 template <typename T>
 inline void AttendRows(int64_t num_rows, const KeyBlock& block, const RowPointers<T>& pointers,
                        const RowPointers<T>& next, const SeenPositions* seen, float cap_factor, int64_t state,
-                       int64_t head_dim, int64_t stride, const ThinStates& states) {
+                       int64_t head_dim, int64_t stride, const DecodeStates& states) {
   switch (num_rows) {
     case 1:
       return AttendRows<1>(block, pointers, next, seen, cap_factor, state, head_dim, stride, states);
@@ -204,8 +204,8 @@ inline void Swap(T** a, T** b) {
 }
 
 template <typename T>
-void AttendThin(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile,
-                void* memory) {
+void AttendDecode(const AttentionProblem& problem, const AttentionParams& params, const WorkTile& tile,
+                  void* memory) {
   const int64_t head_dim = problem.head_dim;
   const int64_t stride = RoundUp(head_dim, kLanes);
   const int64_t group = problem.num_q_heads / problem.num_kv_heads;
@@ -213,9 +213,11 @@ void AttendThin(const AttentionProblem& problem, const AttentionParams& params, 
   const int64_t num_states = rows * (tile.head_end - tile.head_begin);
 
   Scratch scratch(memory);
-  const ThinStates states = {scratch.Floats(num_states * stride), scratch.Floats(num_states * stride),
-                             scratch.Floats(num_states), scratch.Floats(num_states * kLanes)};
-  SeenPositions seen[kMaxThinRows];
+  const DecodeStates states = {.q = scratch.Floats(num_states * stride),
+                               .o = scratch.Floats(num_states * stride),
+                               .m = scratch.Floats(num_states),
+                               .l = scratch.Floats(num_states * kLanes)};
+  SeenPositions seen[kMaxDecodeRows];
   for (int64_t r = 0; r < rows; ++r) {
     seen[r] = PositionsSeenBy(problem, params, tile, tile.row_begin + r);
   }
@@ -231,8 +233,8 @@ void AttendThin(const AttentionProblem& problem, const AttentionParams& params, 
     }
   }
 
-  // What is prefetched meanwhile: the rows of the next head in the block, or of the first one in the next
-  // block.
+  // Meanwhile the next rows are prefetched: those of the next head in the block, or of the first one in the
+  // next block.
   KeyWalker walker(problem, params, tile);
   KeyBlock blocks[2];
   KeyBlock* block = &blocks[0];
@@ -240,10 +242,10 @@ void AttendThin(const AttentionProblem& problem, const AttentionParams& params, 
   RowPointers<T> pointers[2];
   RowPointers<T>* now = &pointers[0];
   RowPointers<T>* next = &pointers[1];
-  bool more = walker.Next(kThinKeys, block);
+  bool more = walker.Next(kDecodeKeys, block);
   if (more) FindRows(params, *block, tile.head_begin, now);
   while (more) {
-    more = walker.Next(kThinKeys, next_block);
+    more = walker.Next(kDecodeKeys, next_block);
     int64_t state = 0;
     for (int64_t head = tile.head_begin; head < tile.head_end; ++head) {
       if (head + 1 < tile.head_end) {
@@ -274,9 +276,9 @@ void AttendThin(const AttentionProblem& problem, const AttentionParams& params, 
 }
 
 // Bytes of scratch for the largest tile.
-inline int64_t ThinScratchBytes(const AttentionProblem& problem) {
+inline int64_t DecodeScratchBytes(const AttentionProblem& problem) {
   const int64_t stride = RoundUp(problem.head_dim, kLanes);
-  return kMaxThinStates * (2 * stride + 1 + kLanes) * static_cast<int64_t>(sizeof(float)) + 4 * 64;
+  return kMaxDecodeStates * (2 * stride + 1 + kLanes) * static_cast<int64_t>(sizeof(float)) + 4 * 64;
 }
 
 }  // namespace jpa::cpu::JPA_ISA

@@ -1,5 +1,5 @@
-// Attention for many rows a key (prefill): lanes run along the query rows, so that scores, maxima and sums
-// need no horizontal step and neither keys nor weights are ever transposed.
+// Attention for many query rows per key (prefill): lanes run along the query rows, so that scores, maxima and
+// sums need no horizontal step and neither keys nor weights are ever transposed.
 //
 // A tile's queries are transposed once, Qt [H, rows]. Then for 64 keys at a time, converted to f32 in
 // scratch:
@@ -25,9 +25,9 @@ constexpr int kMaxPanelVecs = 6;
 constexpr int kMaxPanelVecs = 3;
 #endif
 // Keys taken at a time.
-constexpr int kThickKeys = kMaxBlockKeys;
+constexpr int kPrefillKeys = kMaxBlockKeys;
 constexpr int kMaxPanelRows = kMaxPanelVecs * kLanes;
-constexpr int kMaxPanels = CeilDiv<int>(kMaxThickRows, kMaxPanelRows);
+constexpr int kMaxPanels = CeilDiv<int>(kMaxPrefillRows, kMaxPanelRows);
 
 // Some rows of a tile. All arrays have kVecs * kLanes columns; columns beyond the last row hold a row of
 // zeros that sees every key.
@@ -129,7 +129,7 @@ inline void PanelValues(const float* weights, const float* alpha, const float* v
 
 // One block of keys, converted.
 struct ConvertedKeys {
-  float* k;  // [kThickKeys, stride]; rows and columns beyond the keys and H are 0 up to multiples of 4
+  float* k;  // [kPrefillKeys, stride]; rows and columns beyond the keys and H are 0 up to multiples of 4
   float* v;
   int64_t stride;
 };
@@ -190,7 +190,7 @@ inline void Convert(const AttentionProblem& problem, const AttentionParams& para
 inline int64_t ConvertedStride(const AttentionProblem& problem) { return RoundUp(problem.head_dim, 16) + 16; }
 
 // Lays out rows [row_begin, row_begin + num_rows) of the tile; `row` is scratch for one query.
-inline Panel MakePanel(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile,
+inline Panel MakePanel(const AttentionProblem& problem, const AttentionParams& params, const WorkTile& tile,
                        int64_t row_begin, int64_t num_rows, Scratch* scratch, float* row) {
   const int64_t head = tile.head_begin;
   const int64_t head_dim = problem.head_dim;
@@ -235,17 +235,18 @@ inline Panel MakePanel(const AttentionProblem& problem, const AttentionParams& p
 }
 
 template <typename T>
-void AttendThick(const AttentionProblem& problem, const AttentionParams& params, const Tile& tile,
-                 void* memory) {
+void AttendPrefill(const AttentionProblem& problem, const AttentionParams& params, const WorkTile& tile,
+                   void* memory) {
   const int64_t head = tile.head_begin;
   const int64_t head_dim = problem.head_dim;
   const float cap_factor = LogitScaleOf(problem, params, tile.seq, head).cap_factor;
 
   Scratch scratch(memory);
   const int64_t stride = ConvertedStride(problem);
-  const ConvertedKeys keys = {scratch.Floats(kThickKeys * stride), scratch.Floats(kThickKeys * stride),
-                              stride};
-  float* scores = scratch.Floats(kThickKeys * kMaxPanelRows);
+  const ConvertedKeys keys = {.k = scratch.Floats(kPrefillKeys * stride),
+                              .v = scratch.Floats(kPrefillKeys * stride),
+                              .stride = stride};
+  float* scores = scratch.Floats(kPrefillKeys * kMaxPanelRows);
   float* row = scratch.Floats(stride);
   Panel panels[kMaxPanels];
   int num_panels = 0;
@@ -257,7 +258,7 @@ void AttendThick(const AttentionProblem& problem, const AttentionParams& params,
 
   KeyWalker walker(problem, params, tile);
   KeyBlock block;
-  while (walker.Next(kThickKeys, &block)) {
+  while (walker.Next(kPrefillKeys, &block)) {
     Convert<T>(problem, params, block, head, keys);
     for (int i = 0; i < num_panels; ++i) {
       Panel& panel = panels[i];
@@ -278,11 +279,11 @@ void AttendThick(const AttentionProblem& problem, const AttentionParams& params,
 }
 
 // Bytes of scratch for the largest tile.
-inline int64_t ThickScratchBytes(const AttentionProblem& problem) {
+inline int64_t PrefillScratchBytes(const AttentionProblem& problem) {
   const int64_t stride = ConvertedStride(problem);
   const int64_t columns = kMaxPanels * kMaxPanelRows;
   const int64_t floats =
-      2 * kThickKeys * stride + kThickKeys * kMaxPanelRows + stride + columns * (2 * stride + 4);
+      2 * kPrefillKeys * stride + kPrefillKeys * kMaxPanelRows + stride + columns * (2 * stride + 4);
   return floats * static_cast<int64_t>(sizeof(float)) + (4 + 6 * kMaxPanels) * 64;
 }
 

@@ -4,7 +4,7 @@
 #include <random>
 
 #include "check.h"
-#include "engines/cpu/partition.h"
+#include "engines/cpu/splits.h"
 
 namespace jpa::test {
 namespace {
