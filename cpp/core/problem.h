@@ -30,20 +30,20 @@ enum class PageLayout : uint8_t {
 };
 
 struct AttentionProblem {
-  DType q_dtype;         // of q and out: f32, bf16 or f16
-  DType kv_dtype;        // of both pools
-  int64_t num_rows;      // T, query rows of all sequences
-  int64_t num_q_heads;   // N, a multiple of K
-  int64_t num_kv_heads;  // K
-  int64_t head_dim;      // H
-  int64_t page_size;     // S, tokens per page
-  int64_t num_k_pages;   // Pk
-  int64_t num_v_pages;   // Pv; where Pk != Pv the smaller pool is repeated
-  int64_t num_seqs;      // B
-  int64_t max_pages;     // M, table entries per sequence
-  int64_t num_sinks;     // X of sinks: 0 (none) or a divisor of B; sequence b uses row b / (B / X)
-  int64_t num_k_scales;  // X of k_scale, likewise
-  int64_t num_v_scales;  // X of v_scale, likewise
+  DType q_dtype;             // of q and out: f32, bf16 or f16
+  DType kv_dtype;            // of both pools
+  int64_t num_rows;          // T, query rows of all sequences
+  int64_t num_q_heads;       // N, a multiple of K
+  int64_t num_kv_heads;      // K
+  int64_t head_dim;          // H
+  int64_t page_size;         // S, tokens per page
+  int64_t num_k_pages = 0;   // Pk
+  int64_t num_v_pages = 0;   // Pv; where Pk != Pv the smaller pool is repeated
+  int64_t num_seqs;          // B
+  int64_t max_pages;         // M, table entries per sequence
+  int64_t num_sinks = 0;     // X of sinks: 0 (none) or a divisor of B; sequence b uses row b / (B / X)
+  int64_t num_k_scales = 0;  // X of k_scale, likewise
+  int64_t num_v_scales = 0;  // X of v_scale, likewise
   PageLayout layout = PageLayout::kSplit;
 };
 

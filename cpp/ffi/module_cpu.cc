@@ -10,6 +10,7 @@
 #include "core/workspace.h"
 #include "engines/cpu/isa.h"
 #include "ffi/handler_cpu.h"
+#include "ffi/module_targets.h"
 
 namespace nb = nanobind;
 
@@ -17,9 +18,9 @@ namespace {
 
 nb::dict Registrations() {
   nb::dict targets;
-  targets["jax_paged_attn.attention.v1"] = nb::capsule(jpa::AttentionV1CpuHandler());
-  targets["jax_paged_attn.attention.v2"] = nb::capsule(jpa::AttentionV2CpuHandler());
-  targets["jax_paged_attn.write.v1"] = nb::capsule(jpa::WriteCpuHandler());
+  targets[jpa::kAttentionV1] = nb::capsule(jpa::AttentionV1CpuHandler());
+  targets[jpa::kAttentionV2] = nb::capsule(jpa::AttentionV2CpuHandler());
+  targets[jpa::kWriteV1] = nb::capsule(jpa::WriteCpuHandler());
   return targets;
 }
 
@@ -50,6 +51,7 @@ NB_MODULE(_cpu, m) {
   m.doc() = "The CPU engine of jax_paged_attn: XLA FFI handlers and facts about the build.";
   m.def("registrations", &Registrations, nb::sig("def registrations() -> dict[str, object]"),
         "Handlers by the name of their FFI target, for platform \"cpu\".");
+  jpa::DefineTargets(m, jpa::Platform::kCpu);
   m.def("attention_workspace_bytes", &jpa::AttentionWorkspaceBytes, nb::arg("num_seqs"),
         nb::arg("num_q_heads"), nb::arg("head_dim"), "Size of the workspace result of the attention target.");
   m.def("isa", &Isa,

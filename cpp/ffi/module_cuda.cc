@@ -13,6 +13,7 @@
 #include "engines/fused/run.h"
 #include "ffi/handler_cuda.h"
 #include "ffi/handler_write_cuda.h"
+#include "ffi/module_targets.h"
 
 namespace nb = nanobind;
 
@@ -28,9 +29,9 @@ nb::dict Stages(const jpa::AttentionCudaHandlers& attention) {
 
 nb::dict Registrations() {
   nb::dict targets;
-  targets["jax_paged_attn.attention.v1"] = Stages(jpa::AttentionV1CudaHandlers());
-  targets["jax_paged_attn.attention.v2"] = Stages(jpa::AttentionV2CudaHandlers());
-  targets["jax_paged_attn.write.v1"] = nb::capsule(jpa::WriteCudaHandler());
+  targets[jpa::kAttentionV1] = Stages(jpa::AttentionV1CudaHandlers());
+  targets[jpa::kAttentionV2] = Stages(jpa::AttentionV2CudaHandlers());
+  targets[jpa::kWriteV1] = nb::capsule(jpa::WriteCudaHandler());
   return targets;
 }
 
@@ -60,29 +61,20 @@ jpa::PageLayout LayoutOf(const std::string& name) {
   return layout;
 }
 
-jpa::AttentionProblem Problem(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_rows,
-                              int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t page_size,
-                              int64_t num_seqs, int64_t max_pages) {
-  jpa::AttentionProblem problem{};
-  problem.q_dtype = DTypeOf(q_dtype);
-  problem.kv_dtype = DTypeOf(kv_dtype);
-  problem.num_rows = num_rows;
-  problem.num_q_heads = num_q_heads;
-  problem.num_kv_heads = num_kv_heads;
-  problem.head_dim = head_dim;
-  problem.page_size = page_size;
-  problem.num_seqs = num_seqs;
-  problem.max_pages = max_pages;
-  return problem;
-}
-
 nb::dict AttentionPlan(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_rows,
                        int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t page_size,
                        int64_t num_seqs, int64_t max_pages, bool decode, int64_t workspace_limit,
                        const std::string& layout) {
-  jpa::AttentionProblem problem = Problem(q_dtype, kv_dtype, num_rows, num_q_heads, num_kv_heads, head_dim,
-                                          page_size, num_seqs, max_pages);
-  problem.layout = LayoutOf(layout);
+  const jpa::AttentionProblem problem = {.q_dtype = DTypeOf(q_dtype),
+                                         .kv_dtype = DTypeOf(kv_dtype),
+                                         .num_rows = num_rows,
+                                         .num_q_heads = num_q_heads,
+                                         .num_kv_heads = num_kv_heads,
+                                         .head_dim = head_dim,
+                                         .page_size = page_size,
+                                         .num_seqs = num_seqs,
+                                         .max_pages = max_pages,
+                                         .layout = LayoutOf(layout)};
   const jpa::cublaslt::Plan plan = jpa::cublaslt::MakePlan(problem, decode, workspace_limit);
   nb::dict result;
   result["workspace_bytes"] = plan.workspace_bytes;
@@ -100,11 +92,26 @@ nb::dict AttentionPlan(const std::string& q_dtype, const std::string& kv_dtype, 
   return result;
 }
 
+// A call of any number of rows, sequences and pages.
+jpa::AttentionProblem ProblemOfOneRow(const std::string& q_dtype, const std::string& kv_dtype,
+                                      int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim,
+                                      int64_t page_size) {
+  return {.q_dtype = DTypeOf(q_dtype),
+          .kv_dtype = DTypeOf(kv_dtype),
+          .num_rows = 1,
+          .num_q_heads = num_q_heads,
+          .num_kv_heads = num_kv_heads,
+          .head_dim = head_dim,
+          .page_size = page_size,
+          .num_seqs = 1,
+          .max_pages = 1};
+}
+
 int64_t WorkspaceBound(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_q_heads,
                        int64_t num_kv_heads, int64_t head_dim, int64_t page_size, int64_t workspace_limit,
                        const std::string& layout) {
   jpa::AttentionProblem problem =
-      Problem(q_dtype, kv_dtype, 1, num_q_heads, num_kv_heads, head_dim, page_size, 1, 1);
+      ProblemOfOneRow(q_dtype, kv_dtype, num_q_heads, num_kv_heads, head_dim, page_size);
   problem.layout = LayoutOf(layout);
   return jpa::cublaslt::WorkspaceBound(problem, workspace_limit);
 }
@@ -113,22 +120,30 @@ int64_t FusedWorkspaceBytes(const std::string& q_dtype, const std::string& kv_dt
                             int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t page_size,
                             int64_t num_seqs, int64_t max_pages, bool decode, bool batch_invariant,
                             int64_t workspace_limit) {
-  return jpa::fused::WorkspaceBytes(Problem(q_dtype, kv_dtype, num_rows, num_q_heads, num_kv_heads, head_dim,
-                                            page_size, num_seqs, max_pages),
-                                    {decode, batch_invariant, workspace_limit});
+  const jpa::AttentionProblem problem = {.q_dtype = DTypeOf(q_dtype),
+                                         .kv_dtype = DTypeOf(kv_dtype),
+                                         .num_rows = num_rows,
+                                         .num_q_heads = num_q_heads,
+                                         .num_kv_heads = num_kv_heads,
+                                         .head_dim = head_dim,
+                                         .page_size = page_size,
+                                         .num_seqs = num_seqs,
+                                         .max_pages = max_pages};
+  return jpa::fused::WorkspaceBytes(
+      problem, {.decode = decode, .batch_invariant = batch_invariant, .workspace_limit = workspace_limit});
 }
 
 int64_t FusedWorkspaceBound(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_q_heads,
                             int64_t num_kv_heads, int64_t head_dim, int64_t page_size, bool decode,
                             bool batch_invariant, int64_t workspace_limit) {
   return jpa::fused::WorkspaceBound(
-      Problem(q_dtype, kv_dtype, 1, num_q_heads, num_kv_heads, head_dim, page_size, 1, 1),
-      {decode, batch_invariant, workspace_limit});
+      ProblemOfOneRow(q_dtype, kv_dtype, num_q_heads, num_kv_heads, head_dim, page_size),
+      {.decode = decode, .batch_invariant = batch_invariant, .workspace_limit = workspace_limit});
 }
 
 int64_t FusedWorkspaceBytesPerRow(int64_t num_q_heads, int64_t head_dim) {
   return jpa::fused::WorkspaceBytesPerRow(
-      Problem("bfloat16", "bfloat16", 1, num_q_heads, 1, head_dim, 1, 1, 1));
+      ProblemOfOneRow("bfloat16", "bfloat16", num_q_heads, num_q_heads, head_dim, 1));
 }
 
 nb::dict BuildInfo() {
@@ -148,6 +163,7 @@ NB_MODULE(_cuda, m) {
         "Handlers, or those of each stage, by the name of their FFI target, for platform \"CUDA\".");
   m.def("state_types", &Types, nb::sig("def state_types() -> dict[str, dict[str, object]]"),
         "Registrations of the types of state, by name.");
+  jpa::DefineTargets(m, jpa::Platform::kCuda);
   m.def("attention_plan", &AttentionPlan, nb::arg("q_dtype"), nb::arg("kv_dtype"), nb::arg("num_rows"),
         nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"),
         nb::arg("num_seqs"), nb::arg("max_pages"), nb::arg("decode"), nb::arg("workspace_limit"),

@@ -1,5 +1,6 @@
-// From XLA's buffers to Problem and Params. Whatever a caller passes is checked here, so that the engines
-// need not: a malformed call becomes a status that names the argument, what was expected and what came.
+// From XLA's buffers to Problem and Params, by name. Whatever a caller passes is checked here, so that the
+// engines need not: a malformed call becomes a status that names the argument, what was expected and what
+// came.
 #pragma once
 
 #include <cmath>
@@ -12,20 +13,10 @@
 #include "core/params.h"
 #include "core/problem.h"
 #include "core/status.h"
+#include "ffi/bind.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jpa {
-
-namespace ffi = ::xla::ffi;
-
-// A buffer with the name that errors call it by.
-struct NamedBuffer {
-  const char* name;
-  ffi::AnyBuffer buffer;
-
-  int64_t dim(size_t axis) const { return buffer.dimensions()[axis]; }
-  size_t rank() const { return buffer.dimensions().size(); }
-};
 
 inline std::string ShapeOf(const ffi::AnyBuffer& buffer) {
   std::string text = "[";
@@ -60,17 +51,20 @@ inline const char* NameOf(ffi::DataType dtype) {
 }
 
 inline Status Mismatch(const NamedBuffer& argument, const std::string& expected) {
-  return Status::InvalidArgument(std::string(argument.name) + ": expected " + expected + ", got " +
-                                 NameOf(argument.buffer.element_type()) + ShapeOf(argument.buffer));
+  return Status::InvalidArgument(std::string(argument.spec->name) + ": expected " + expected + ", got " +
+                                 NameOf(argument.dtype()) + ShapeOf(argument.buffer));
 }
 
-inline Status ExpectRank(const NamedBuffer& argument, size_t rank, const char* shape) {
-  return argument.rank() == rank ? Status::Ok() : Mismatch(argument, std::string("shape ") + shape);
+inline Status ExpectRank(const NamedBuffer& argument, const char* shape) {
+  return argument.rank() == argument.spec->rank ? Status::Ok()
+                                                : Mismatch(argument, std::string("shape ") + shape);
 }
+
+inline Status ExpectRank(const NamedBuffer& argument) { return ExpectRank(argument, argument.spec->shape); }
 
 // Both dtype and shape, where all sizes are known.
 inline Status Expect(const NamedBuffer& argument, ffi::DataType dtype, const std::vector<int64_t>& shape) {
-  bool same = argument.buffer.element_type() == dtype && argument.rank() == shape.size();
+  bool same = argument.dtype() == dtype && argument.rank() == shape.size();
   std::string text = "[";
   for (size_t axis = 0; axis < shape.size(); ++axis) {
     same = same && argument.dim(axis) == shape[axis];
@@ -79,10 +73,26 @@ inline Status Expect(const NamedBuffer& argument, ffi::DataType dtype, const std
   return same ? Status::Ok() : Mismatch(argument, std::string(NameOf(dtype)) + text + "]");
 }
 
+// The same for a tensor whose dtype the table fixes.
+inline Status Expect(const NamedBuffer& argument, const std::vector<int64_t>& shape) {
+  switch (argument.spec->dtype) {
+    case ElementType::kF32:
+      return Expect(argument, ffi::DataType::F32, shape);
+    case ElementType::kS32:
+      return Expect(argument, ffi::DataType::S32, shape);
+    case ElementType::kU8:
+      return Expect(argument, ffi::DataType::U8, shape);
+    case ElementType::kFloat:
+    case ElementType::kPages:
+      break;
+  }
+  return Status::Internal(std::string(argument.spec->name) + ": its dtype depends on the call");
+}
+
 // [X, columns] in f32, where X is 0 or divides `period`.
 inline Status ExpectRepeated(const NamedBuffer& argument, int64_t columns, int64_t period,
                              const char* letter) {
-  const bool fits = argument.buffer.element_type() == ffi::DataType::F32 && argument.rank() == 2 &&
+  const bool fits = argument.dtype() == ffi::DataType::F32 && argument.rank() == 2 &&
                     argument.dim(1) == columns && (argument.dim(0) == 0 || period % argument.dim(0) == 0);
   if (fits) return Status::Ok();
   return Mismatch(argument, "float32[X, " + std::to_string(columns) + "] where X is 0 or divides " + letter +
@@ -115,7 +125,7 @@ inline bool ParseDType(ffi::DataType dtype, DType* parsed) {
 }
 
 inline Status ParseFloating(const NamedBuffer& argument, DType* dtype) {
-  if (ParseDType(argument.buffer.element_type(), dtype) && ByteWidth(*dtype) > 1) return Status::Ok();
+  if (ParseDType(argument.dtype(), dtype) && ByteWidth(*dtype) > 1) return Status::Ok();
   return Mismatch(argument, "float32, bfloat16 or float16");
 }
 
@@ -129,16 +139,16 @@ struct PoolShape {
 constexpr PoolShape ShapeOfPool(PageLayout layout) {
   switch (layout) {
     case PageLayout::kSplit:
-      return {"[P, S, K, H]", 0, 1, 2, 1};
+      return {.text = "[P, S, K, H]", .pages = 0, .page_size = 1, .heads = 2, .heads_per_kv_head = 1};
     case PageLayout::kInterleaved:
-      return {"[P, S, 2K, H]", 0, 1, 2, 2};
+      return {.text = "[P, S, 2K, H]", .pages = 0, .page_size = 1, .heads = 2, .heads_per_kv_head = 2};
     case PageLayout::kHeadMajor:
-      return {"[K, P, S, H]", 1, 2, 0, 1};
+      return {.text = "[K, P, S, H]", .pages = 1, .page_size = 2, .heads = 0, .heads_per_kv_head = 1};
   }
   return {};
 }
 
-// What both pools have in common.
+// The facts that both pools share.
 struct Pools {
   DType dtype;
   int64_t num_k_pages, num_v_pages, page_size, num_kv_heads, head_dim;
@@ -147,8 +157,8 @@ struct Pools {
 inline Status ParsePages(const NamedBuffer& k_pages, const NamedBuffer& v_pages, PageLayout layout,
                          Pools* pools) {
   const PoolShape shape = ShapeOfPool(layout);
-  if (Status s = ExpectRank(k_pages, 4, shape.text); !s.ok()) return s;
-  if (!ParseDType(k_pages.buffer.element_type(), &pools->dtype)) {
+  if (Status s = ExpectRank(k_pages, shape.text); !s.ok()) return s;
+  if (!ParseDType(k_pages.dtype(), &pools->dtype)) {
     return Mismatch(k_pages, "float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8");
   }
   pools->num_k_pages = k_pages.dim(shape.pages);
@@ -160,76 +170,15 @@ inline Status ParsePages(const NamedBuffer& k_pages, const NamedBuffer& v_pages,
   }
   if (heads % shape.heads_per_kv_head != 0) return Mismatch(k_pages, std::string("shape ") + shape.text);
   pools->num_kv_heads = heads / shape.heads_per_kv_head;
-  if (Status s = ExpectRank(v_pages, 4, shape.text); !s.ok()) return s;
+  if (Status s = ExpectRank(v_pages, shape.text); !s.ok()) return s;
   pools->num_v_pages = v_pages.dim(shape.pages);
   std::vector<int64_t> expected(k_pages.buffer.dimensions().begin(), k_pages.buffer.dimensions().end());
   expected[shape.pages] = pools->num_v_pages;
-  return Expect(v_pages, k_pages.buffer.element_type(), expected);
+  return Expect(v_pages, k_pages.dtype(), expected);
 }
 
-template <typename T>
-T* DataOrNull(const NamedBuffer& argument) {
-  return argument.dim(0) == 0 ? nullptr : static_cast<T*>(argument.buffer.untyped_data());
-}
-
-struct AttentionBuffers {
-  NamedBuffer q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale;
-  NamedBuffer out, lse, workspace;
-};
-
-struct AttentionAttributes {
-  float scale;
-  float soft_cap;
-  int64_t sliding_window;
-  bool causal;
-  bool decode;  // sequence b has row b of q alone: q_starts and q_counts are empty
-  std::string_view layout;
-};
-
-inline Status ParseAttention(const AttentionBuffers& buffers, const AttentionAttributes& attributes,
-                             AttentionProblem* problem, AttentionParams* params) {
-  const auto& [q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale, out,
-               lse, workspace] = buffers;
-
-  DType q_dtype{};
-  PageLayout layout{};
-  Pools pools{};
-  if (Status s = ParseLayout(attributes.layout, &layout); !s.ok()) return s;
-  if (Status s = ExpectRank(q, 3, "[T, N, H]"); !s.ok()) return s;
-  if (Status s = ParseFloating(q, &q_dtype); !s.ok()) return s;
-  if (Status s = ParsePages(k_pages, v_pages, layout, &pools); !s.ok()) return s;
-  if (pools.dtype != q_dtype && ByteWidth(pools.dtype) > 1) {
-    return Mismatch(
-        k_pages, std::string("the dtype of q, ") + NameOf(q.buffer.element_type()) + ", or an 8-bit dtype");
-  }
-  const int64_t num_rows = q.dim(0), num_q_heads = q.dim(1), head_dim = q.dim(2);
-  const int64_t num_kv_heads = pools.num_kv_heads;
-  if (head_dim != pools.head_dim) {
-    return Mismatch(k_pages, "the head dimension of q, " + std::to_string(head_dim));
-  }
-  if (num_q_heads < 1 || num_q_heads % num_kv_heads != 0) {
-    return Mismatch(q, "N a positive multiple of K = " + std::to_string(num_kv_heads));
-  }
-  if (Status s = ExpectRank(block_tables, 2, "[B, M]"); !s.ok()) return s;
-  const int64_t num_seqs = block_tables.dim(0), max_pages = block_tables.dim(1);
-  if (Status s = Expect(block_tables, ffi::DataType::S32, {num_seqs, max_pages}); !s.ok()) return s;
-  if (Status s = Expect(kv_lens, ffi::DataType::S32, {num_seqs}); !s.ok()) return s;
-  for (const NamedBuffer& vector : {q_starts, q_counts}) {
-    if (Status s = Expect(vector, ffi::DataType::S32, {attributes.decode ? 0 : num_seqs}); !s.ok()) return s;
-  }
-  if (attributes.decode && num_rows != num_seqs) {
-    return Mismatch(q, "one row for each of the " + std::to_string(num_seqs) + " sequences");
-  }
-  if (Status s = ExpectRepeated(sinks, num_q_heads, num_seqs, "B"); !s.ok()) return s;
-  for (const NamedBuffer& scale : {k_scale, v_scale}) {
-    if (Status s = ExpectRepeated(scale, num_kv_heads, num_seqs, "B"); !s.ok()) return s;
-  }
-  if (Status s = Expect(out, q.buffer.element_type(), {num_rows, num_q_heads, head_dim}); !s.ok()) return s;
-  if (Status s = Expect(lse, ffi::DataType::F32, {num_rows, num_q_heads}); !s.ok()) return s;
-  // How much workspace it takes is the engine's to say.
-  if (workspace.buffer.element_type() != ffi::DataType::U8 || workspace.rank() != 1) {
-    return Mismatch(workspace, "uint8[W]");
-  }
+// The numbers of a call that XLA hands over as attributes.
+inline Status CheckAttributes(const AttentionAttributes& attributes) {
   if (!std::isfinite(attributes.scale)) {
     return Status::InvalidArgument("scale: expected a finite number, got " +
                                    std::to_string(attributes.scale));
@@ -242,90 +191,150 @@ inline Status ParseAttention(const AttentionBuffers& buffers, const AttentionAtt
     return Status::InvalidArgument("sliding_window: expected a number >= 0 (0: none), got " +
                                    std::to_string(attributes.sliding_window));
   }
-
-  const auto strides_of = [&](int64_t num_pages) {
-    return StridesOf(layout, num_pages, pools.page_size, num_kv_heads, head_dim);
-  };
-  // Bytes in front of the first value; a pool without pages has no memory to point into.
-  const bool behind_key = layout == PageLayout::kInterleaved && pools.num_v_pages > 0;
-  const int64_t first_value = behind_key ? head_dim * ByteWidth(pools.dtype) : 0;
-  *problem = {q_dtype,   pools.dtype,     num_rows,          num_q_heads,       num_kv_heads,
-              head_dim,  pools.page_size, pools.num_k_pages, pools.num_v_pages, num_seqs,
-              max_pages, sinks.dim(0),    k_scale.dim(0),    v_scale.dim(0),    layout};
-  *params = {q.buffer.untyped_data(),
-             k_pages.buffer.untyped_data(),
-             static_cast<const char*>(v_pages.buffer.untyped_data()) + first_value,
-             static_cast<const int32_t*>(block_tables.buffer.untyped_data()),
-             static_cast<const int32_t*>(kv_lens.buffer.untyped_data()),
-             attributes.decode ? nullptr : static_cast<const int32_t*>(q_starts.buffer.untyped_data()),
-             attributes.decode ? nullptr : static_cast<const int32_t*>(q_counts.buffer.untyped_data()),
-             DataOrNull<const float>(sinks),
-             DataOrNull<const float>(k_scale),
-             DataOrNull<const float>(v_scale),
-             out.buffer.untyped_data(),
-             static_cast<float*>(lse.buffer.untyped_data()),
-             static_cast<float*>(workspace.buffer.untyped_data()),
-             strides_of(pools.num_k_pages),
-             strides_of(pools.num_v_pages),
-             attributes.scale,
-             attributes.soft_cap,
-             attributes.sliding_window,
-             attributes.causal};
   return Status::Ok();
 }
 
-struct WriteBuffers {
-  NamedBuffer k_pages, v_pages, k, v, slot_mapping, k_scale, v_scale;
-  NamedBuffer k_pages_out, v_pages_out;  // the first two again
-};
+// Dtypes and shapes of all tensors against each other.
+inline Status ParseAttentionProblem(const AttentionTensors& tensors, const AttentionAttributes& attributes,
+                                    AttentionProblem* problem) {
+  const NamedBuffer &q = tensors["q"], &k_pages = tensors["k_pages"], &block_tables = tensors["block_tables"];
+  DType q_dtype{};
+  PageLayout layout{};
+  Pools pools{};
+  if (Status s = ParseLayout(attributes.layout, &layout); !s.ok()) return s;
+  if (Status s = ExpectRank(q); !s.ok()) return s;
+  if (Status s = ParseFloating(q, &q_dtype); !s.ok()) return s;
+  if (Status s = ParsePages(k_pages, tensors["v_pages"], layout, &pools); !s.ok()) return s;
+  if (pools.dtype != q_dtype && ByteWidth(pools.dtype) > 1) {
+    return Mismatch(k_pages, std::string("the dtype of q, ") + NameOf(q.dtype()) + ", or an 8-bit dtype");
+  }
+  const int64_t num_rows = q.dim(0), num_q_heads = q.dim(1), head_dim = q.dim(2);
+  const int64_t num_kv_heads = pools.num_kv_heads;
+  if (head_dim != pools.head_dim) {
+    return Mismatch(k_pages, "the head dimension of q, " + std::to_string(head_dim));
+  }
+  if (num_q_heads < 1 || num_q_heads % num_kv_heads != 0) {
+    return Mismatch(q, "N a positive multiple of K = " + std::to_string(num_kv_heads));
+  }
+  if (Status s = ExpectRank(block_tables); !s.ok()) return s;
+  const int64_t num_seqs = block_tables.dim(0), max_pages = block_tables.dim(1);
+  if (Status s = Expect(block_tables, {num_seqs, max_pages}); !s.ok()) return s;
+  if (Status s = Expect(tensors["kv_lens"], {num_seqs}); !s.ok()) return s;
+  const int64_t num_ranges = attributes.decode ? 0 : num_seqs;
+  if (Status s = Expect(tensors["q_starts"], {num_ranges}); !s.ok()) return s;
+  if (Status s = Expect(tensors["q_counts"], {num_ranges}); !s.ok()) return s;
+  if (attributes.decode && num_rows != num_seqs) {
+    return Mismatch(q, "one row for each of the " + std::to_string(num_seqs) + " sequences");
+  }
+  if (Status s = ExpectRepeated(tensors["sinks"], num_q_heads, num_seqs, "B"); !s.ok()) return s;
+  if (Status s = ExpectRepeated(tensors["k_scale"], num_kv_heads, num_seqs, "B"); !s.ok()) return s;
+  if (Status s = ExpectRepeated(tensors["v_scale"], num_kv_heads, num_seqs, "B"); !s.ok()) return s;
+  if (Status s = Expect(tensors["out"], q.dtype(), {num_rows, num_q_heads, head_dim}); !s.ok()) return s;
+  if (Status s = Expect(tensors["lse"], {num_rows, num_q_heads}); !s.ok()) return s;
+  // The engine says how much workspace it takes.
+  const NamedBuffer& workspace = tensors["workspace"];
+  if (workspace.dtype() != ffi::DataType::U8 || workspace.rank() != 1) return Mismatch(workspace, "uint8[W]");
 
-inline Status ParseWrite(const WriteBuffers& buffers, WriteProblem* problem, WriteParams* params) {
-  const auto& [k_pages, v_pages, k, v, slot_mapping, k_scale, v_scale, k_pages_out, v_pages_out] = buffers;
+  *problem = {.q_dtype = q_dtype,
+              .kv_dtype = pools.dtype,
+              .num_rows = num_rows,
+              .num_q_heads = num_q_heads,
+              .num_kv_heads = num_kv_heads,
+              .head_dim = head_dim,
+              .page_size = pools.page_size,
+              .num_k_pages = pools.num_k_pages,
+              .num_v_pages = pools.num_v_pages,
+              .num_seqs = num_seqs,
+              .max_pages = max_pages,
+              .num_sinks = tensors["sinks"].dim(0),
+              .num_k_scales = tensors["k_scale"].dim(0),
+              .num_v_scales = tensors["v_scale"].dim(0),
+              .layout = layout};
+  return Status::Ok();
+}
 
+inline Status ParseAttention(const AttentionTensors& tensors, const AttentionAttributes& attributes,
+                             AttentionProblem* problem, AttentionParams* params) {
+  if (Status s = ParseAttentionProblem(tensors, attributes, problem); !s.ok()) return s;
+  if (Status s = CheckAttributes(attributes); !s.ok()) return s;
+
+  const auto strides_of = [&](int64_t num_pages) {
+    return StridesOf(problem->layout, num_pages, problem->page_size, problem->num_kv_heads,
+                     problem->head_dim);
+  };
+  // Bytes in front of the first value; a pool without pages has no memory to point into.
+  const bool behind_key = problem->layout == PageLayout::kInterleaved && problem->num_v_pages > 0;
+  const int64_t first_value = behind_key ? problem->head_dim * ByteWidth(problem->kv_dtype) : 0;
+  *params = {.q = tensors["q"].data<const void>(),
+             .k_pages = tensors["k_pages"].data<const void>(),
+             .v_pages = tensors["v_pages"].data<const char>() + first_value,
+             .block_tables = tensors["block_tables"].data<const int32_t>(),
+             .kv_lens = tensors["kv_lens"].data<const int32_t>(),
+             .q_starts = attributes.decode ? nullptr : tensors["q_starts"].data<const int32_t>(),
+             .q_counts = attributes.decode ? nullptr : tensors["q_counts"].data<const int32_t>(),
+             .sinks = tensors["sinks"].data_or_null<const float>(),
+             .k_scale = tensors["k_scale"].data_or_null<const float>(),
+             .v_scale = tensors["v_scale"].data_or_null<const float>(),
+             .out = tensors["out"].data<void>(),
+             .lse = tensors["lse"].data<float>(),
+             .workspace = tensors["workspace"].data<float>(),
+             .k_strides = strides_of(problem->num_k_pages),
+             .v_strides = strides_of(problem->num_v_pages),
+             .scale = attributes.scale,
+             .soft_cap = attributes.soft_cap,
+             .sliding_window = attributes.sliding_window,
+             .causal = attributes.causal};
+  return Status::Ok();
+}
+
+inline Status ParseWrite(const WriteTensors& tensors, WriteProblem* problem, WriteParams* params) {
+  const NamedBuffer &k_pages = tensors["k_pages"], &v_pages = tensors["v_pages"], &k = tensors["k"];
+  const NamedBuffer &k_result = tensors["k_pages (result)"], &v_result = tensors["v_pages (result)"];
   DType new_dtype{};
   Pools pools{};
   if (Status s = ParsePages(k_pages, v_pages, PageLayout::kSplit, &pools); !s.ok()) return s;
-  const auto [kv_dtype, num_pages, num_v_pages, page_size, num_kv_heads, head_dim] = pools;
-  if (num_v_pages != num_pages)
+  const int64_t num_pages = pools.num_k_pages;
+  if (pools.num_v_pages != num_pages)
     return Mismatch(v_pages, "as many pages as k_pages, " + std::to_string(num_pages));
   if (Status s = ParseFloating(k, &new_dtype); !s.ok()) return s;
-  if (Status s = ExpectRank(k, 3, "[T, K, H]"); !s.ok()) return s;
+  if (Status s = ExpectRank(k); !s.ok()) return s;
   const int64_t num_tokens = k.dim(0);
-  for (const NamedBuffer& rows : {k, v}) {
-    if (Status s = Expect(rows, k.buffer.element_type(), {num_tokens, num_kv_heads, head_dim}); !s.ok())
-      return s;
-  }
-  if (Status s = Expect(slot_mapping, ffi::DataType::S32, {num_tokens}); !s.ok()) return s;
-  for (const NamedBuffer& scale : {k_scale, v_scale}) {
-    if (Status s = ExpectRepeated(scale, num_kv_heads, num_tokens, "T"); !s.ok()) return s;
-  }
-  for (const NamedBuffer& pages : {k_pages_out, v_pages_out}) {
-    if (Status s =
-            Expect(pages, k_pages.buffer.element_type(), {num_pages, page_size, num_kv_heads, head_dim});
-        !s.ok()) {
-      return s;
-    }
-  }
+  const std::vector<int64_t> rows = {num_tokens, pools.num_kv_heads, pools.head_dim};
+  if (Status s = Expect(k, k.dtype(), rows); !s.ok()) return s;
+  if (Status s = Expect(tensors["v"], k.dtype(), rows); !s.ok()) return s;
+  if (Status s = Expect(tensors["slot_mapping"], {num_tokens}); !s.ok()) return s;
+  if (Status s = ExpectRepeated(tensors["k_scale"], pools.num_kv_heads, num_tokens, "T"); !s.ok()) return s;
+  if (Status s = ExpectRepeated(tensors["v_scale"], pools.num_kv_heads, num_tokens, "T"); !s.ok()) return s;
+  const std::vector<int64_t> pool = {num_pages, pools.page_size, pools.num_kv_heads, pools.head_dim};
+  if (Status s = Expect(k_result, k_pages.dtype(), pool); !s.ok()) return s;
+  if (Status s = Expect(v_result, k_pages.dtype(), pool); !s.ok()) return s;
   // The call is made with both pools aliased; anything else would return pages with only the new tokens in
   // them.
-  if (k_pages_out.buffer.untyped_data() != k_pages.buffer.untyped_data() ||
-      v_pages_out.buffer.untyped_data() != v_pages.buffer.untyped_data()) {
+  if (k_result.data<void>() != k_pages.data<void>() || v_result.data<void>() != v_pages.data<void>()) {
     return Status::InvalidArgument(
         "k_pages, v_pages: expected results aliased to these operands, got others");
   }
 
-  const PageStrides strides = StridesOf(PageLayout::kSplit, num_pages, page_size, num_kv_heads, head_dim);
-  *problem = {new_dtype, kv_dtype,  num_tokens,     num_kv_heads,  head_dim,
-              page_size, num_pages, k_scale.dim(0), v_scale.dim(0)};
-  *params = {k.buffer.untyped_data(),
-             v.buffer.untyped_data(),
-             static_cast<const int32_t*>(slot_mapping.buffer.untyped_data()),
-             DataOrNull<const float>(k_scale),
-             DataOrNull<const float>(v_scale),
-             k_pages_out.buffer.untyped_data(),
-             v_pages_out.buffer.untyped_data(),
-             strides,
-             strides};
+  const PageStrides strides =
+      StridesOf(PageLayout::kSplit, num_pages, pools.page_size, pools.num_kv_heads, pools.head_dim);
+  *problem = {.new_dtype = new_dtype,
+              .kv_dtype = pools.dtype,
+              .num_tokens = num_tokens,
+              .num_kv_heads = pools.num_kv_heads,
+              .head_dim = pools.head_dim,
+              .page_size = pools.page_size,
+              .num_pages = num_pages,
+              .num_k_scales = tensors["k_scale"].dim(0),
+              .num_v_scales = tensors["v_scale"].dim(0)};
+  *params = {.k = k.data<const void>(),
+             .v = tensors["v"].data<const void>(),
+             .slot_mapping = tensors["slot_mapping"].data<const int32_t>(),
+             .k_scale = tensors["k_scale"].data_or_null<const float>(),
+             .v_scale = tensors["v_scale"].data_or_null<const float>(),
+             .k_pages = k_result.data<void>(),
+             .v_pages = v_result.data<void>(),
+             .k_strides = strides,
+             .v_strides = strides};
   return Status::Ok();
 }
 

@@ -1,0 +1,117 @@
+// The FFI targets as data: operands, results and attributes of each, in their order.
+//
+// The handlers of both platforms bind from these tables and read tensors by name, errors quote the names, and
+// the Python modules offer them as `targets()`, which a test compares with the calls of
+// jax_paged_attn/_ffi.py. A target never changes under one name.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+namespace jpa {
+
+inline constexpr char kAttentionV1[] = "jax_paged_attn.attention.v1";
+inline constexpr char kAttentionV2[] = "jax_paged_attn.attention.v2";  // v1 with an attribute for the layout
+inline constexpr char kWriteV1[] = "jax_paged_attn.write.v1";
+
+enum class ElementType : uint8_t {
+  kFloat,  // float32, bfloat16 or float16
+  kPages,  // one of these, float8_e4m3fn, float8_e5m2 or int8
+  kF32,
+  kS32,
+  kU8,
+};
+
+// Letters as in core/problem.h.
+struct TensorSpec {
+  const char* name;
+  ElementType dtype;
+  size_t rank;
+  const char* shape;
+};
+
+// The tensors of a target: operands, then results.
+template <size_t operands, size_t results>
+struct TensorTable {
+  static constexpr size_t kNumOperands = operands;
+  static constexpr size_t kNumResults = results;
+
+  const char* function;  // as errors call it
+  std::array<TensorSpec, operands + results> tensors;
+};
+
+inline constexpr TensorTable<10, 3> kAttentionTensors = {
+    .function = "attention",
+    .tensors = {{
+        {.name = "q", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, N, H]"},
+        {.name = "k_pages", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
+        {.name = "v_pages", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
+        {.name = "block_tables", .dtype = ElementType::kS32, .rank = 2, .shape = "[B, M]"},
+        {.name = "kv_lens", .dtype = ElementType::kS32, .rank = 1, .shape = "[B]"},
+        {.name = "q_starts", .dtype = ElementType::kS32, .rank = 1, .shape = "[B]"},
+        {.name = "q_counts", .dtype = ElementType::kS32, .rank = 1, .shape = "[B]"},
+        {.name = "sinks", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, N]"},
+        {.name = "k_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
+        {.name = "v_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
+        {.name = "out", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, N, H]"},
+        {.name = "lse", .dtype = ElementType::kF32, .rank = 2, .shape = "[T, N]"},
+        {.name = "workspace", .dtype = ElementType::kU8, .rank = 1, .shape = "[W]"},
+    }}};
+
+inline constexpr TensorTable<7, 2> kWriteTensors = {
+    .function = "write",
+    .tensors = {{
+        {.name = "k_pages", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
+        {.name = "v_pages", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
+        {.name = "k", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, K, H]"},
+        {.name = "v", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, K, H]"},
+        {.name = "slot_mapping", .dtype = ElementType::kS32, .rank = 1, .shape = "[T]"},
+        {.name = "k_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
+        {.name = "v_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
+        // Aliased to the first two operands.
+        {.name = "k_pages (result)", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
+        {.name = "v_pages (result)", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
+    }}};
+
+enum class Platform : uint8_t { kCpu, kCuda };
+
+// A version of the attention target on a platform.
+struct AttentionTarget {
+  Platform platform;
+  int version;
+};
+
+struct AttributeSpec {
+  const char* name;
+  bool on_cpu = true;
+  int since = 1;  // version of the target
+
+  constexpr bool BelongsTo(const AttentionTarget& target) const {
+    return target.version >= since && (on_cpu || target.platform == Platform::kCuda);
+  }
+};
+
+inline constexpr auto kAttentionAttributes = std::to_array<AttributeSpec>({
+    {.name = "scale"},
+    {.name = "soft_cap"},
+    {.name = "sliding_window"},
+    {.name = "causal"},
+    {.name = "decode", .on_cpu = false},
+    {.name = "batch_invariant", .on_cpu = false},
+    {.name = "engine", .on_cpu = false},
+    {.name = "workspace_limit", .on_cpu = false},
+    {.name = "layout", .since = 2},
+});
+
+// The index of an entry by its name; does not compile where there is none.
+template <typename Entries>
+consteval size_t IndexOf(const Entries& entries, std::string_view name) {
+  for (size_t i = 0; i < entries.size(); ++i) {
+    if (name == entries[i].name) return i;
+  }
+  throw "no entry of this name";
+}
+
+}  // namespace jpa
