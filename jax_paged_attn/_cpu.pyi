@@ -7,6 +7,11 @@ The CPU engine of jax_paged_attn: XLA FFI handlers and facts about the build.
 def registrations() -> dict[str, object]:
     """Handlers by the name of their FFI target, for platform "cpu"."""
 
+def targets() -> dict[str, dict[str, list[str]]]:
+    """
+    Names of the `operands`, `results` and `attributes` of each FFI target, in order.
+    """
+
 def attention_workspace_bytes(num_seqs: int, num_q_heads: int, head_dim: int) -> int:
     """Size of the workspace result of the attention target."""
 

@@ -12,6 +12,11 @@ def registrations() -> dict[str, object | dict[str, object]]:
 def state_types() -> dict[str, dict[str, object]]:
     """Registrations of the types of state, by name."""
 
+def targets() -> dict[str, dict[str, list[str]]]:
+    """
+    Names of the `operands`, `results` and `attributes` of each FFI target, in order.
+    """
+
 def attention_plan(q_dtype: str, kv_dtype: str, num_rows: int, num_q_heads: int, num_kv_heads: int, head_dim: int, page_size: int, num_seqs: int, max_pages: int, decode: bool, workspace_limit: int, layout: str = 'split') -> dict[str, int]:
     """
     How "cublaslt" would run a call of these sizes: `workspace_bytes`, `launches`, and sizes of its parts.

@@ -10,7 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,35 @@ ATTENTION_TARGET = "jax_paged_attn.attention.v1"
 ATTENTION_LAYOUT_TARGET = "jax_paged_attn.attention.v2"
 WRITE_TARGET = "jax_paged_attn.write.v1"
 
-# How many ranges the keys of a sequence are cut into at most; kMaxSplits in cpp/core/workspace.h.
+# Splits that the keys of a sequence have at most; kMaxSplits in cpp/core/workspace.h.
 _MAX_SPLITS = 16
+
+
+class AttentionOperands(NamedTuple):
+    """Operands of the attention targets, in the order of kAttentionTensors in cpp/ffi/targets.h."""
+
+    q: Array
+    k_pages: Array
+    v_pages: Array
+    block_tables: Array
+    kv_lens: Array
+    q_starts: Array
+    q_counts: Array
+    sinks: Array
+    k_scale: Array
+    v_scale: Array
+
+
+class WriteOperands(NamedTuple):
+    """Operands of the write target, in the order of kWriteTensors in cpp/ffi/targets.h."""
+
+    k_pages: Array
+    v_pages: Array
+    k: Array
+    v: Array
+    slot_mapping: Array
+    k_scale: Array
+    v_scale: Array
 
 
 def _load(platform: str) -> ModuleType | None:
@@ -84,7 +111,7 @@ def missing(platform: str) -> str | None:
 
 
 def describe() -> list[str]:
-    """A line a compiled module: how it was built and what it uses here."""
+    """A line per compiled module: how it was built and what it uses here."""
     lines = []
     for platform, name in _MODULES.items():
         if not has(platform):
@@ -137,15 +164,12 @@ def cublaslt_workspace_bytes(
     """
     del batch_invariant  # which it does not promise
     module = compiled("cuda")
-    dtypes = (str(q.dtype), str(k_pages.dtype))
-    num_rows, num_q_heads, head_dim = q.shape
-    page_size, num_kv_heads = LAYOUTS[layout].page_size(k_pages), LAYOUTS[layout].kv_heads(k_pages)
-    num_seqs, max_pages = block_tables.shape
-    if all(isinstance(size, int) for size in (num_rows, num_seqs, max_pages)):
-        sizes = (num_rows, num_q_heads, num_kv_heads, head_dim, page_size, num_seqs, max_pages)
-        return module.attention_plan(*dtypes, *sizes, decode, workspace_limit, layout)["workspace_bytes"]
-    bound = module.workspace_bound(*dtypes, num_q_heads, num_kv_heads, head_dim, page_size, workspace_limit, layout)
-    return (num_rows + num_seqs) * module.WORKSPACE_BYTES_PER_ROW + bound
+    fixed, variable = _sizes(q, k_pages, block_tables, layout)
+    options = {"workspace_limit": workspace_limit, "layout": layout}
+    if _are_known(variable):
+        return module.attention_plan(**fixed, **variable, **options, decode=decode)["workspace_bytes"]
+    rows_and_seqs = variable["num_rows"] + variable["num_seqs"]
+    return rows_and_seqs * module.WORKSPACE_BYTES_PER_ROW + module.workspace_bound(**fixed, **options)
 
 
 def fused_workspace_bytes(
@@ -165,20 +189,39 @@ def fused_workspace_bytes(
     copied row by row, copies have up to half of the limit.
     """
     module = compiled("cuda")
-    dtypes = (str(q.dtype), str(k_pages.dtype))
+    fixed, variable = _sizes(q, k_pages, block_tables, layout)
+    options = {"decode": decode, "batch_invariant": batch_invariant, "workspace_limit": workspace_limit}
+    if _are_known(variable):
+        return module.fused_workspace_bytes(**fixed, **variable, **options)
+    workspace = module.fused_workspace_bound(**fixed, **options)
+    if not decode:
+        workspace += variable["num_seqs"] * module.FUSED_WORKSPACE_BYTES_PER_SEQUENCE
+    if batch_invariant:
+        per_row = module.fused_workspace_bytes_per_row(num_q_heads=fixed["num_q_heads"], head_dim=fixed["head_dim"])
+        workspace += variable["num_rows"] * per_row
+    return workspace
+
+
+def _sizes(q: Array, k_pages: Array, block_tables: Array, layout: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A call's dtypes and sizes by the keywords of `_cuda`: those that are always known, and those that may not be."""
     num_rows, num_q_heads, head_dim = q.shape
-    heads = (num_q_heads, LAYOUTS[layout].kv_heads(k_pages), head_dim)
-    page_size, (num_seqs, max_pages) = LAYOUTS[layout].page_size(k_pages), block_tables.shape
-    options = (decode, batch_invariant, workspace_limit)
-    if all(isinstance(size, int) for size in (num_rows, num_seqs, max_pages)):
-        return module.fused_workspace_bytes(*dtypes, num_rows, *heads, page_size, num_seqs, max_pages, *options)
-    bound = module.fused_workspace_bound(*dtypes, *heads, page_size, *options)
-    of_sequences = 0 if decode else num_seqs * module.FUSED_WORKSPACE_BYTES_PER_SEQUENCE
-    of_rows = num_rows * module.fused_workspace_bytes_per_row(num_q_heads, head_dim) if batch_invariant else 0
-    return of_rows + of_sequences + bound
+    num_seqs, max_pages = block_tables.shape
+    fixed = {
+        "q_dtype": str(q.dtype),
+        "kv_dtype": str(k_pages.dtype),
+        "num_q_heads": num_q_heads,
+        "num_kv_heads": LAYOUTS[layout].kv_heads(k_pages),
+        "head_dim": head_dim,
+        "page_size": LAYOUTS[layout].page_size(k_pages),
+    }
+    return fixed, {"num_rows": num_rows, "num_seqs": num_seqs, "max_pages": max_pages}
 
 
-# How much scratch memory the engines for CUDA need.
+def _are_known(sizes: Mapping[str, Any]) -> bool:
+    return all(isinstance(size, int) for size in sizes.values())
+
+
+# The function of each CUDA engine that says how much scratch memory a call needs.
 _CUDA_WORKSPACES: dict[str, Callable[..., Any]] = {
     "fused": fused_workspace_bytes,
     "cublaslt": cublaslt_workspace_bytes,
@@ -194,9 +237,10 @@ def attention_cpu(*operands: Array, decode: bool, batch_invariant: bool, **param
       `out [T, N, H]` in q's dtype and `lse [T, N]` f32.
     """
     del decode, batch_invariant
-    q, block_tables = operands[0], operands[3]
-    workspace = attention_workspace_bytes(block_tables.shape[0], *q.shape[1:])
-    return _attention(operands, workspace, **parameters)
+    named = AttentionOperands(*operands)
+    _, num_q_heads, head_dim = named.q.shape
+    workspace = attention_workspace_bytes(named.block_tables.shape[0], num_q_heads, head_dim)
+    return _attention(named, workspace, **parameters)
 
 
 def attention_cuda(
@@ -208,9 +252,15 @@ def attention_cuda(
       `out [T, N, H]` in q's dtype and `lse [T, N]` f32.
     """
     limit = workspace_limit_cuda()
-    q, k_pages, _, block_tables, *_ = operands
+    named = AttentionOperands(*operands)
     workspace = _CUDA_WORKSPACES[engine](
-        q, k_pages, block_tables, decode=decode, batch_invariant=batch_invariant, workspace_limit=limit, layout=layout
+        named.q,
+        named.k_pages,
+        named.block_tables,
+        decode=decode,
+        batch_invariant=batch_invariant,
+        workspace_limit=limit,
+        layout=layout,
     )
     attributes = {
         "decode": bool(decode),
@@ -221,12 +271,12 @@ def attention_cuda(
     if decode:
         # The rows are known then: XLA would make both arrays anew in each call.
         none = jnp.zeros(0, jnp.int32)
-        operands = (*operands[:5], none, none, *operands[7:])
-    return _attention(operands, workspace, attributes, layout=layout, **parameters)
+        named = named._replace(q_starts=none, q_counts=none)
+    return _attention(named, workspace, attributes, layout=layout, **parameters)
 
 
 def _attention(
-    operands: tuple[Array, ...],
+    operands: AttentionOperands,
     workspace_bytes: Any,
     attributes: Mapping[str, Any] | None = None,
     *,
@@ -237,7 +287,7 @@ def _attention(
     layout: str,
 ) -> tuple[Array, Array]:
     """Calls the attention target; `attributes` are those that one platform has beyond the common ones."""
-    q = operands[0]
+    q = operands.q
     results = (
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct(q.shape[:2], jnp.float32),
@@ -275,11 +325,14 @@ def write(
         (jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype), jax.ShapeDtypeStruct(v_pages.shape, v_pages.dtype)),
         input_output_aliases={0: 0, 1: 1},
     )
-    k_pages, v_pages = call(k_pages, v_pages, k, v, slot_mapping, k_scale, v_scale)
+    operands = WriteOperands(
+        k_pages=k_pages, v_pages=v_pages, k=k, v=v, slot_mapping=slot_mapping, k_scale=k_scale, v_scale=v_scale
+    )
+    k_pages, v_pages = call(*operands)
     return k_pages, v_pages
 
 
-# The call of each engine that has a compiled one.
+# The attention call of each compiled engine.
 ATTENTION: dict[str, Callable[..., tuple[Array, Array]]] = {
     "cpu": attention_cpu,
     **{name: functools.partial(attention_cuda, engine=name) for name in _CUDA_WORKSPACES},

@@ -27,26 +27,24 @@ class StandIn(ModuleType):
     WORKSPACE_BYTES_PER_ROW = 32
     FUSED_WORKSPACE_BYTES_PER_SEQUENCE = PER_SEQUENCE
 
-    def fused_workspace_bytes(self, *sizes: Any) -> int:
-        (_, _, rows, heads, kv_heads, head_dim, page_size, seqs, _, decode, batch_invariant, limit) = sizes
-        assert (heads, kv_heads, head_dim, page_size, limit) == (8, 2, 64, 16, 256 << 20)
-        more = rows if decode else min(rows, 8 * seqs)
-        of_rows = more * self.fused_workspace_bytes_per_row(heads, head_dim) * batch_invariant
-        return CONSTANT + of_rows + (0 if decode else seqs * PER_SEQUENCE)
+    def fused_workspace_bytes(
+        self, *, num_rows: int, num_seqs: int, decode: bool, batch_invariant: bool, **fixed: Any
+    ) -> int:
+        known = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64, "page_size": 16, "workspace_limit": 256 << 20}
+        assert {name: fixed[name] for name in known} == known
+        more = num_rows if decode else min(num_rows, 8 * num_seqs)
+        return CONSTANT + more * PER_ROW * batch_invariant + (0 if decode else num_seqs * PER_SEQUENCE)
 
-    def fused_workspace_bound(self, *sizes: Any) -> int:
-        (_, _, heads, _, head_dim, page_size, decode, batch_invariant, limit) = sizes
-        assert (page_size, limit) == (16, 256 << 20)
-        one = (1, heads, 2, head_dim, page_size, 1, 1)
-        return self.fused_workspace_bytes("", "", *one, decode, batch_invariant, limit)
+    def fused_workspace_bound(self, **fixed: Any) -> int:
+        return self.fused_workspace_bytes(**fixed, num_rows=1, num_seqs=1, max_pages=1)
 
-    def fused_workspace_bytes_per_row(self, heads: int, head_dim: int) -> int:
+    def fused_workspace_bytes_per_row(self, *, num_q_heads: int, head_dim: int) -> int:
         return PER_ROW
 
-    def attention_plan(self, *sizes: Any) -> dict[str, int]:
+    def attention_plan(self, **sizes: Any) -> dict[str, int]:
         return {"workspace_bytes": 77}
 
-    def workspace_bound(self, *sizes: Any) -> int:
+    def workspace_bound(self, **fixed: Any) -> int:
         return 88
 
 
@@ -94,7 +92,7 @@ def test_attributes_of_the_call(args: tuple[Any, ...], batch_invariant: bool) ->
 @pytest.mark.parametrize("layout", ["interleaved", "head_major"])
 def test_layouts_have_a_target_of_their_own(monkeypatch: pytest.MonkeyPatch, layout: str, cuda_engine: str) -> None:
     asked = []
-    monkeypatch.setattr(StandIn, "attention_plan", lambda _, *sizes: asked.append(sizes) or {"workspace_bytes": 77})
+    monkeypatch.setattr(StandIn, "attention_plan", lambda _, **sizes: asked.append(sizes) or {"workspace_bytes": 77})
     q, pages, _, *rest = specs(3) if layout == "head_major" else specs(3, 40)
     pool = (2, 99, 16, 64) if layout == "head_major" else (99, 16, 4, 64)
     pages = jax.ShapeDtypeStruct(pool, pages.dtype)
@@ -115,7 +113,11 @@ def test_layouts_have_a_target_of_their_own(monkeypatch: pytest.MonkeyPatch, lay
     expected = {"head_major": CONSTANT, "interleaved": CONSTANT + 3 * PER_SEQUENCE}[layout]
     assert workspace_bytes(text) == (77 if cuda_engine == "cublaslt" else expected)
     rows = 3 if layout == "head_major" else 40
-    sizes = ("bfloat16", "bfloat16", rows, 8, 2, 64, 16, 3, 7, layout == "head_major", 256 << 20, layout)
+    sizes = {
+        **{"q_dtype": "bfloat16", "kv_dtype": "bfloat16", "num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64},
+        **{"page_size": 16, "num_rows": rows, "num_seqs": 3, "max_pages": 7, "decode": layout == "head_major"},
+        **{"workspace_limit": 256 << 20, "layout": layout},
+    }
     assert asked == ([sizes] if cuda_engine == "cublaslt" else [])
 
 

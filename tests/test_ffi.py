@@ -25,6 +25,27 @@ def test_workspace_formula_is_the_compiled_one() -> None:
                 assert _ffi.attention_workspace_bytes(seqs, heads, dim) == compiled(seqs, heads, dim)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_operands_and_attributes_are_those_of_the_compiled_targets(platform: str) -> None:
+    if not _ffi.has(platform):
+        pytest.skip(_ffi.missing(platform) or "")
+    import malformed
+
+    targets = _ffi.compiled(platform).targets()
+    assert set(targets) == {_ffi.ATTENTION_TARGET, _ffi.ATTENTION_LAYOUT_TARGET, _ffi.WRITE_TARGET}
+    engine = {"cpu": "cpu", "cuda": "fused"}[platform]
+    for layout, target in (("split", _ffi.ATTENTION_TARGET), ("head_major", _ffi.ATTENTION_LAYOUT_TARGET)):
+        call = malformed.attention(engine, layout=layout)
+        assert call.target == target
+        assert targets[target]["operands"] == list(_ffi.AttentionOperands._fields)
+        assert targets[target]["results"] == list(malformed.ATTENTION_RESULTS)
+        assert set(targets[target]["attributes"]) == set(call.attributes)
+    write = targets[_ffi.WRITE_TARGET]
+    assert write["operands"] == list(_ffi.WriteOperands._fields)
+    assert [name.removesuffix(" (result)") for name in write["results"]] == list(malformed.WRITE_RESULTS)
+    assert write["attributes"] == []
+
+
 def test_malformed_attention_is_an_error_that_names_the_argument(engine: str) -> None:
     if engine == "reference":
         pytest.skip("has no target")
