@@ -1,4 +1,4 @@
-// The work list of prefill: every tile that a row of a unit sees is in exactly one item.
+// The work list of prefill: every tile that a row of a row block sees is in exactly one work tile.
 #include <algorithm>
 #include <cstdint>
 #include <map>
@@ -34,22 +34,22 @@ void ItemsTakeEachTileOnce() {
     for (int32_t i = 0; i < num_heads * row_tiles * splits; ++i) {
       const WorkTilePlace place = PlaceOf(i, row_tiles, splits, num_heads, heads_per_section);
       ++taken[{place.head, place.row_tile, place.split}];
-      CHECK(place.row_block == i / splits, "item %d: unit %d", i, place.row_block);
+      CHECK(place.row_block == i / splits, "work tile %d: row block %d", i, place.row_block);
       // Longest first within a section.
       const int32_t section = place.head / heads_per_section;
       if (section != last_section) last_row_tile = INT32_MAX;
       CHECK(section >= last_section && place.row_tile <= last_row_tile,
-            "item %d of a section is out of order", i);
+            "work tile %d of a section is out of order", i);
       last_section = section;
       last_row_tile = place.row_tile;
     }
-    CHECK(static_cast<int32_t>(taken.size()) == num_heads * row_tiles * splits, "%d items of %d",
+    CHECK(static_cast<int32_t>(taken.size()) == num_heads * row_tiles * splits, "%d work tiles of %d",
           static_cast<int>(taken.size()), num_heads * row_tiles * splits);
     for (const auto& [place, count] : taken) {
       const auto [head, row_tile, split] = place;
       CHECK(head >= 0 && head < num_heads && row_tile >= 0 && row_tile < row_tiles && split >= 0 &&
                 split < splits && count == 1,
-            "head %d, row tile %d, part %d: %d times", head, row_tile, split, count);
+            "head %d, row tile %d, split %d: %d times", head, row_tile, split, count);
     }
   }
 }
@@ -63,13 +63,13 @@ void PartsMakeUpUnits() {
     int32_t next = begin, most = 0;
     for (int32_t split = 0; split < splits; ++split) {
       const TileRange tiles = TilesOfSplit(row_block, split, splits);
-      CHECK(tiles.begin == next && tiles.end >= tiles.begin, "part %d of %d starts at %d, not %d", split,
+      CHECK(tiles.begin == next && tiles.end >= tiles.begin, "split %d of %d starts at %d, not %d", split,
             splits, tiles.begin, next);
       next = tiles.end;
       most = std::max(most, tiles.size());
     }
-    CHECK(next == row_block.end, "the last of %d parts ends at %d, not %d", splits, next, row_block.end);
-    CHECK(most <= CeilDiv(size, splits), "%d of %d tiles in one of %d parts", most, size, splits);
+    CHECK(next == row_block.end, "the last of %d splits ends at %d, not %d", splits, next, row_block.end);
+    CHECK(most <= CeilDiv(size, splits), "%d of %d tiles in one of %d splits", most, size, splits);
   }
 }
 
@@ -110,7 +110,7 @@ void TilesHaveTheKeysThatRowsSee() {
       }
     }
     if (tiles == 0 || facts.sliding_window > 0) continue;
-    CHECK(LongestRowTile(facts, shape, sequence) == longest, "longest unit: %d of %d",
+    CHECK(LongestRowTile(facts, shape, sequence) == longest, "longest row tile: %d of %d",
           LongestRowTile(facts, shape, sequence), longest);
   }
 }
@@ -165,16 +165,16 @@ void ImagesAreOfTilesTakenOften() {
     const TileSharing sharing =
         TileSharingOf(facts, shape, MakeSequence(facts, keys, 0, rows), splits, 132, 512, converts);
     CHECK(sharing.period == period && (period == 0 || sharing.orders == orders),
-          "%d rows of %d keys, %d parts, converts %d: period %d, %d orders", rows, keys, splits, converts,
+          "%d rows of %d keys, %d splits, converts %d: period %d, %d orders", rows, keys, splits, converts,
           sharing.period, sharing.orders);
   };
-  // Several rounds of the items of a section: all heads, four, one.
+  // Several rounds of the work tiles of a section: all heads, four, one.
   check(4096, 4096, 1, false, 1, 8);
   check(16384, 16384, 1, false, 1, 16);
   check(32768, 65536, 1, false, 1, 64);
   // All at once.
   check(2048, 32768, 1, false, 16, 16);
-  check(2048, 8192, 1, false, 8, 8);  // but for a few units, four rounds
+  check(2048, 8192, 1, false, 8, 8);  // but for a few row blocks, four rounds
   check(512, 32768, 1, true, 16, 16);
   check(512, 32768, 1, false, 16, 16);
   check(256, 32768, 2, true, 8, 8);
@@ -203,7 +203,7 @@ void ImagesAreOfTilesTakenOften() {
 }
 
 void FewUnitsAreCut() {
-  // 64 units of 256 tiles for 132 CTAs: two parts fill one wave.
+  // 64 row blocks of 256 tiles for 132 CTAs: two splits fill one wave.
   CHECK(EstimatedTiles(128, 256, 2, 132) < EstimatedTiles(64, 256, 1, 132), "cut in two");
   CHECK(EstimatedTiles(128, 256, 2, 132) < EstimatedTiles(192, 256, 3, 132), "cut in three");
   // Four tiles are not worth it.

@@ -1,11 +1,13 @@
-// Batch-invariant mode: merges the parts of units. A warp has a query head, for each query row of a sequence.
+// Batch-invariant calls: merges the KV splits of row blocks. A warp has a query head, for each query row of a
+// sequence.
 #include <algorithm>
 #include <cstdint>
 
 #include "device/ptx.cuh"
+#include "engines/fused/common/merge_splits.cuh"
+#include "engines/fused/common/sequences.cuh"
 #include "engines/fused/decode/combine.h"
-#include "engines/fused/decode/result.cuh"
-#include "engines/fused/decode/sequences.cuh"
+#include "engines/fused/decode/partials.cuh"
 
 namespace jpa::fused {
 namespace {
@@ -15,35 +17,44 @@ constexpr int kWarps = kThreads / 32;
 
 template <DType q_dtype>
 __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ DecodeArgs args) {
+  const CallArgs& call = args.call;
   const int head = static_cast<int>(blockIdx.y) * kWarps + static_cast<int>(threadIdx.x / 32);
-  const int group = args.facts.group.divisor();
-  const int kv_head = args.facts.group.Quotient(head);
+  const int group = call.facts.group.divisor();
+  const int kv_head = call.facts.group.Quotient(head);
   device::WaitForPreviousKernel();
-  if (head >= args.problem.num_q_heads) return;
-  for (int64_t seq = blockIdx.x; seq < args.problem.num_seqs; seq += gridDim.x) {
+  if (head >= call.problem.num_q_heads) return;
+  for (int64_t seq = blockIdx.x; seq < call.problem.num_seqs; seq += gridDim.x) {
     const int32_t index = static_cast<int32_t>(seq);
-    const Sequence sequence = SequencesInMemory(args)(index);
+    const Sequence sequence = SequencesInMemory(call)(index);
     if (sequence.num_rows > kMaxSplitRows) continue;
     for (int32_t token = 0; token < sequence.num_rows; ++token) {
       const int32_t packed = token * group + head - kv_head * group;
-      const int32_t splits = NumSplits(sequence, VisibleTiles(args.facts, sequence, packed / kTileRows));
+      const int32_t splits = NumSplits(sequence, VisibleTiles(call.facts, sequence, packed / kTileRows));
       if (splits <= 1) continue;
       const int64_t first = PartialOfRow(args, index, sequence.row, token, head);
-      const auto where_of = [&] { return QueryHead{index, kv_head, int64_t{sequence.row} + token, head}; };
-      WriteMergedSplits<q_dtype, kMaxSplits - 1>(args, splits, {first, first + 1, 1}, where_of);
+      const auto where_of = [&] {
+        return QueryHead{
+            .seq = index, .kv_head = kv_head, .row = int64_t{sequence.row} + token, .head = head};
+      };
+      WriteMergedSplits<q_dtype, kMaxSplits - 1>(call, splits,
+                                                 {.first = first, .second = first + 1, .step = 1}, where_of);
     }
   }
 }
 
 }  // namespace
 
-Launch CombineLaunch(const DecodeArgs& args) {
+Status LaunchCombine(const DecodeArgs& args, device::Overlap overlap, cudaStream_t stream) {
   constexpr int64_t kMostBlocks = 65535;
-  return {args.problem.q_dtype == DType::kBF16 ? reinterpret_cast<const void*>(&CombineKernel<DType::kBF16>)
-                                               : reinterpret_cast<const void*>(&CombineKernel<DType::kF16>),
-          dim3(static_cast<unsigned>(std::min(args.problem.num_seqs, kMostBlocks)),
-               static_cast<unsigned>(CeilDiv(args.problem.num_q_heads, kWarps))),
-          kThreads};
+  const AttentionProblem& problem = args.call.problem;
+  const auto kernel =
+      problem.q_dtype == DType::kBF16 ? &CombineKernel<DType::kBF16> : &CombineKernel<DType::kF16>;
+  return device::Launch("implementation 'fused'", "combine", kernel,
+                        {.grid = dim3(static_cast<unsigned>(std::min(problem.num_seqs, kMostBlocks)),
+                                      static_cast<unsigned>(CeilDiv(problem.num_q_heads, kWarps))),
+                         .threads = kThreads,
+                         .overlap = overlap},
+                        stream, args);
 }
 
 }  // namespace jpa::fused

@@ -1,18 +1,14 @@
-// The second launch of the batch-invariant mode: partial results to results.
+// The second launch of batch-invariant calls: partial results to results.
 #pragma once
 
-#include <vector_types.h>
+#include <cuda_runtime_api.h>
 
-#include "engines/fused/args.h"
+#include "core/status.h"
+#include "device/launch.h"
+#include "engines/fused/decode/args.h"
 
 namespace jpa::fused {
 
-struct Launch {
-  const void* kernel;  // of DecodeArgs
-  dim3 grid;
-  int threads;
-};
-
-Launch CombineLaunch(const DecodeArgs& args);
+Status LaunchCombine(const DecodeArgs& args, device::Overlap overlap, cudaStream_t stream);
 
 }  // namespace jpa::fused

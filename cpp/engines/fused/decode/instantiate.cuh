@@ -9,8 +9,10 @@ namespace jpa::fused {
 template <DType q_dtype, DType kv_dtype, int head_dim>
 DecodeKernelInfo InfoOf() {
   using Traits = DecodeTraits<q_dtype, kv_dtype, head_dim>;
-  return {reinterpret_cast<const void*>(&DecodeKernel<Traits>), Traits::kThreads, &Traits::CtasPerSm,
-          &SharedBytes<Traits>};
+  return {.kernel = reinterpret_cast<const void*>(&DecodeKernel<Traits>),
+          .threads = Traits::kThreads,
+          .ctas_per_sm = &Traits::CtasPerSm,
+          .shared_bytes = &SharedBytes<Traits>};
 }
 
 template <DType q_dtype, int head_dim>

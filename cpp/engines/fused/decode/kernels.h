@@ -1,5 +1,4 @@
-// The decode kernels that there are: one for each dtype of q, dtype of pages and head dim of
-// DecodeHeadDims.
+// The decode kernels: one per dtype of q, dtype of pages and head dim of DecodeHeadDims.
 #pragma once
 
 #include "core/problem.h"
@@ -7,9 +6,9 @@
 namespace jpa::fused {
 
 struct DecodeKernelInfo {
-  const void* kernel = nullptr;  // of DecodeArgs; null: there is none
+  const void* kernel = nullptr;  // takes DecodeArgs; null: there is none
   int threads = 0;
-  // By the compute capability that the kernel was compiled for, 90 for 9.0.
+  // Both by the compute capability that the kernel was compiled for, 90 for 9.0.
   int (*ctas_per_sm)(int capability) = nullptr;
   int (*shared_bytes)(int capability) = nullptr;
 };

@@ -5,12 +5,12 @@
 
 #include <cstdint>
 
-#include "engines/fused/args.h"
+#include "engines/fused/common/call_args.h"
 #include "engines/fused/prefill/schedule.h"
 
 namespace jpa::fused {
 
-// A pool as rows of H elements, and where the row of a page's token and a head lies: in rows.
+// A pool as rows of H elements, and how far apart rows are, counted in rows.
 struct PoolRows {
   const char* start;
   uint32_t page;
@@ -20,11 +20,11 @@ struct PoolRows {
   uint32_t num_pages;    // of the pool
 };
 
-// Scratch memory for images of tiles (tile_cache.cuh): a tile's keys and values as shared memory has them, in
-// shares, one of each warp that copies rows.
+// The tile cache in global memory (tile_cache.cuh): a key tile's keys and values as shared memory has them,
+// in slices, one per warp that loads them.
 struct TileCache {
-  char* bytes;       // [count, shares], as many each as a warp's rows have in a stage
-  uint32_t* states;  // [count, shares]
+  char* bytes;       // [count, slices], each as large as a warp's rows in a stage
+  uint32_t* states;  // [count, slices]
   int32_t count;
   int32_t slices;
 };
@@ -32,17 +32,19 @@ struct TileCache {
 struct PrefillArgs {
   CUtensorMap k_map;  // see tensor_map.h
   CUtensorMap v_map;
-  DecodeArgs call;  // its partials are those of prefill: [kMaxSlots, rows of a tile]
+  CallArgs call;  // its partial results are [kMaxPartials], of a row tile each
   PrefillPlan* plan;
   PlannedSequence* planned;  // [B]
-  uint32_t* arrivals;        // [kMaxSlots], by the first slot of a unit: its parts that are done
+  uint32_t* arrivals;  // [kMaxPartials], by the first partial result of a row block: its splits that are done
   TileShape shape;
   int32_t num_ctas;
-  int32_t bytes_per_token;  // of a head's keys and values as they are multiplied
-  PoolRows k_rows;          // where keys and values come row by row
+  int32_t bytes_per_token;  // of a head's keys and values as MMAs take them
+  // For cp.async loads.
+  PoolRows k_rows;
   PoolRows v_rows;
   TileCache tile_cache;
-  int32_t k_blocks_per_head;  // where they come in boxes
+  // For TMA loads.
+  int32_t k_blocks_per_head;
   int32_t v_blocks_per_head;
   int32_t box_rows_log2;  // of the tokens that one box brings
 };

@@ -1,9 +1,9 @@
-// Keys and values of an item row by row, for pages that boxes do not fit: two warps each, half of a tile's
-// rows a warp.
+// cp.async loads: keys and values of a work tile row by row, for pages that TMA cannot load. Two warps load
+// keys and two load values, half of a key tile's rows per warp.
 //
-// Where somebody has made an image of a tile it is taken (tile_cache.cuh). Otherwise 16-bit rows are copied
-// to their place in a stage, and 8-bit rows to memory of the lane's own, where one tile is on its way as soon
-// as the one before has become f16 and gone to a stage.
+// A key tile that is in the tile cache is taken from there (tile_cache.cuh). Otherwise 16-bit rows are copied
+// to their place in a stage. 8-bit rows go to memory of the lane's own, where a tile is on its way as soon as
+// the one before has become f16 and gone to a stage.
 #pragma once
 
 #include <algorithm>
@@ -18,24 +18,24 @@
 
 namespace jpa::fused {
 
-// A warp's rows of a tile of keys, or of values.
+// A warp's rows of a key tile: keys, or values.
 template <typename Traits>
 class TileRows {
  public:
   static constexpr int kRows = Traits::kKeys / Traits::kTileWarps;
-  static constexpr int kWords = kRows / 32;  // a lane looks up a row of each
+  static constexpr int kWords = kRows / 32;  // a lane looks up one row of each
   static_assert(kRows % 32 == 0);
 
   __device__ TileRows(const PrefillArgs& args, bool keys, int warp)
       : args_(args), warp_(warp), pool_(keys ? args.k_rows : args.v_rows) {}
 
   __device__ void Start(const WorkTile& work_tile) {
-    const DecodeArgs& call = args_.call;
+    const CallArgs& call = args_.call;
     table_ = device::Opaque(call.params.block_tables + work_tile.seq * call.problem.max_pages);
     head_ = Groups::Start(pool_.start + int64_t{work_tile.head} * pool_.head * kRowBytes);
   }
 
-  // Asks the block table for the pages of a tile of the item. What it says is used in LookAt.
+  // Asks the block table for the pages of a key tile. The answer is used in LookAt.
   __device__ void Ask(const WorkTile& work_tile, int32_t tile) {
     key_ = tile * Traits::kKeys + FirstRow(0) + static_cast<int32_t>(device::LaneId());
 #pragma unroll
@@ -44,7 +44,7 @@ class TileRows {
       if (key_ + 32 * word < work_tile.kv_len) Ask(word);
     }
   }
-  // And for those of the tile before the one that was asked for last, in fewer instructions.
+  // Asks for those of the tile before the one that was asked for last, in fewer instructions.
   __device__ void AskBefore() {
     key_ -= Traits::kKeys;
 #pragma unroll
@@ -67,7 +67,7 @@ class TileRows {
       rows_[word] = RowOf(word, ids_[word] % pool_.num_pages);  // the smaller pool is repeated
     }
   }
-  // A bit for each row.
+  // A bit per row.
   __device__ uint32_t missing(int word) const { return missing_[word]; }
   __device__ bool any_missing() const {
     uint32_t all = 0;
@@ -90,7 +90,7 @@ class TileRows {
                  [&](int row, int chunk) { return first + row * kRowBytes + chunk * 16; });
   }
 
-  // Makes f16 of the 8-bit rows in `raw` that the lane has copied, in the warp's rows of a tile.
+  // Turns the 8-bit rows in `raw` that the lane has copied into f16, in the warp's rows of a stage.
   __device__ void Convert(const char* raw, char* to) const {
     switch (args_.call.problem.kv_dtype) {
       case DType::kE4M3FN:
@@ -105,7 +105,7 @@ class TileRows {
  private:
   static constexpr uint32_t kNoPage = ~0u;
   static constexpr int kRowBytes = Traits::kHeadDim * (Traits::kIs8Bit ? 1 : 2);
-  // 64 bytes at once are as fast as more, 32 are not; 8-bit rows take more time to convert than to copy.
+  // 64 bytes at once are as fast as more, and 32 are not. 8-bit rows take more time to convert than to copy.
   using Groups = RowGroups<kRowBytes, Traits::kIs8Bit ? 8 : 4>;
   static constexpr int kGroup = Groups::kGroup, kChunksOfLane = Groups::kChunksOfLane;
   static constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kKeys>();
@@ -114,12 +114,12 @@ class TileRows {
     columns_[word] = static_cast<uint32_t>(args_.call.page_size.Quotient(key_ + 32 * word));
     ids_[word] = static_cast<uint32_t>(table_[columns_[word]]);
   }
-  // Of a key in a page: as if pages followed one another as the table has them, but for the page's own place.
-  // Modulo 2^32.
+  // The row of a key in a page: as if pages followed one another as the block table has them, but for the
+  // page's own place. Modulo 2^32.
   __device__ uint32_t RowOf(int word, uint32_t page) const {
     return (key_ + 32 * word) * pool_.token - columns_[word] * pool_.page_tokens + page * pool_.page;
   }
-  // In the tile.
+  // The warp's first row of a word, in the key tile.
   __device__ int FirstRow(int word) const { return warp_ * kRows + 32 * word; }
   __device__ int RawPlace() const {
     return (FirstRow(0) + Groups::LaneRow()) * kRowBytes + Groups::LaneChunk() * 16;
@@ -130,9 +130,9 @@ class TileRows {
     // Chunks 2 n and 2 n + 1 of a row come from one, in either order: in every second block of columns the
     // second one comes first, so that it takes the banks which the block before does not.
     const auto swaps = [](int chunk) { return chunk / 4 % 2; };
-    // As many rows as hide the time that shared memory takes to answer, if there are registers for them:
-    // where a group's rows are done in one step, they are more than that.
-    constexpr int kChunksAtOnce = Traits::kTwoLoadWarpgroups ? 4 : 2;
+    // As many rows as hide the latency of shared memory, if there are registers for them; where a group's
+    // rows are done in one step, they are more than that.
+    constexpr int kChunksAtOnce = Traits::kTwoProducerWarpgroups ? 4 : 2;
     constexpr int kRowsAtOnce = std::clamp(kChunksAtOnce / kChunksOfLane, 1, kGroup / 2);
     const char* const from = raw + RawPlace();
     const uint32_t first = device::SwizzledChunk(kStrides, Groups::LaneRow(),
@@ -176,9 +176,10 @@ class TileRows {
   const PrefillArgs& args_;
   const int warp_;
   const PoolRows& pool_;
-  const int32_t* table_;  // of the item's sequence
-  const char* head_;      // of the item: its first row in the pool
-  // Of the tile asked for: the lane's first key, and of each word its column of the table and what this says.
+  const int32_t* table_;  // of the sequence
+  const char* head_;      // the head's first row in the pool
+  // Of the tile asked for: the lane's first key, and per word its column of the block table and the page id
+  // there.
   int32_t key_;
   uint32_t columns_[kWords] = {};
   uint32_t ids_[kWords];
@@ -187,7 +188,7 @@ class TileRows {
   uint32_t missing_[kWords];
 };
 
-// Keys or values of all items, by one of the warps that have them.
+// The keys, or the values, of all work tiles: one warp's rows.
 template <typename Traits>
 class CpAsyncLoader {
  public:
@@ -212,7 +213,7 @@ class CpAsyncLoader {
       const WorkTile& work_tile = shared_.work_tiles[state.index()];
       if (!work_tile.exists) break;
       cache_.Start(work_tile);
-      if (work_tile.order.shares_tiles() || kAsksAlways) {
+      if (work_tile.order.shares_tiles() || kAlwaysAsksCache) {
         LoadWorkTile<true>(work_tile);
       } else {
         cache_.Publish();
@@ -224,15 +225,15 @@ class CpAsyncLoader {
   }
 
  private:
-  // There are not enough registers for the code of both cases, and 8-bit rows take their time anyway.
-  static constexpr bool kAsksAlways = Traits::kIs8Bit;
+  // The code of both cases would need too many registers here, and 8-bit rows take their time anyway.
+  static constexpr bool kAlwaysAsksCache = Traits::kIs8Bit;
 
   template <bool uses_cache>
   __device__ static int32_t TileAt(const WorkTile& work_tile, int32_t step) {
     return uses_cache ? work_tile.order.TileAt(work_tile.tiles, step) : step;
   }
 
-  // Without images in fewer instructions: where all tiles are copied each of them counts.
+  // Without the cache in fewer instructions: where all tiles are loaded row by row each instruction counts.
   template <bool uses_cache>
   __device__ void LoadWorkTile(const WorkTile& work_tile) {
     int32_t left = work_tile.tiles.size();
@@ -265,7 +266,7 @@ class CpAsyncLoader {
         device::Arrive(&full_[stage_.index()]);
         if constexpr (uses_cache) cache_.Store(to);
       };
-      // The fence waits for whatever is on its way: the next copies of 8-bit rows come after it.
+      // The fence waits for whatever is on its way, so the next copies of 8-bit rows come after it.
       if (Traits::kIs8Bit && copies) finish();
       if (left > 0) Take<uses_cache>();
       if (!Traits::kIs8Bit && copies) finish();
@@ -277,7 +278,7 @@ class CpAsyncLoader {
     if (keys_ && warp_ == 0 && device::LaneId() == 0) device::Arrive(&shared_.work_tile_ending);
   }
 
-  // For what has to be known of the step's tile.
+  // Asks for what has to be known of the step's tile.
   template <bool uses_cache>
   __device__ void AskFor(const WorkTile& work_tile, int32_t step) {
     if constexpr (uses_cache) {
@@ -299,7 +300,7 @@ class CpAsyncLoader {
     // On its way to f16, a tile is copied when the one before has left.
     if constexpr (Traits::kIs8Bit) rows_.CopyRaw(device::SharedAddress(raw_));
   }
-  // Tells products of the tile. Images have all rows.
+  // Tells consumers of the tile. A cached tile has all rows.
   template <bool uses_cache>
   __device__ void Tell(int32_t tile) {
     if (!keys_ || device::LaneId() != 0) return;
@@ -314,7 +315,7 @@ class CpAsyncLoader {
   Shared& shared_;
   const bool keys_;
   const int warp_;
-  char* const stages_;  // of them, the warp's rows of the first one
+  char* const stages_;  // the warp's rows of the first stage
   char* const raw_;
   device::Barrier* const full_;
   device::Barrier* const empty_;

@@ -1,43 +1,45 @@
-// Attention for many query rows a key, by wgmma. The time is that of the products, so the kernel keeps them
-// running: what loads and what computes are different warps, and one warpgroup's softmax runs beside the
-// other's products (FlashAttention-3: Shah et al., 2024).
+// Attention for many query rows per key, by wgmma. The time is that of the MMAs, so the kernel keeps them
+// running: producers and consumers are different warps, and one consumer warpgroup's softmax runs beside the
+// other's MMAs (FlashAttention-3: Shah et al., 2024).
 //
-// queries.cuh: one warp takes items from the queue of schedule.h; it and others load their queries.
+// work_tiles.cuh: one producer warp takes work tiles from the queue of schedule.h; it and others load their
+// queries (queries.cuh).
 //
-// tma_loads.cuh, cp_async_loads.cuh: the other loading warps look up an item's pages and bring tiles of keys
-// and values into stages. What came row by row is kept for other items (tile_cache.cuh).
+// tma_loads.cuh, cp_async_loads.cuh: the other producer warps look up a work tile's pages and load its key
+// tiles into stages. What cp.async has loaded is kept for other work tiles (tile_cache.cuh).
 //
-// consumer.cuh: scores, softmax, and sums of values. Results of whole units are written out. Parts leave
-// their states in scratch memory, and whoever is the last one of a unit merges them.
+// consumer.cuh: scores, softmax (softmax.cuh) and sums of values. The epilogue (epilogue.cuh) writes results
+// of whole row blocks. KV splits leave their states in scratch memory, and the last one of a row block merges
+// them.
 #pragma once
 
 #include "device/ptx.cuh"
 #include "engines/fused/prefill/args.h"
 #include "engines/fused/prefill/consumer.cuh"
 #include "engines/fused/prefill/cp_async_loads.cuh"
-#include "engines/fused/prefill/queries.cuh"
 #include "engines/fused/prefill/shared_memory.cuh"
 #include "engines/fused/prefill/tma_loads.cuh"
+#include "engines/fused/prefill/work_tiles.cuh"
 
 namespace jpa::fused {
 
-// By the threads that load, counted from 0.
+// By the producers, counted from 0.
 template <typename Traits>
-__device__ inline void Load(const PrefillArgs& args, PrefillShared<Traits>& shared, int thread) {
+__device__ inline void Produce(const PrefillArgs& args, PrefillShared<Traits>& shared, int thread) {
   constexpr int kTileThreads = 2 * 32 * Traits::kTileWarps;
   // Registers are given to whole warpgroups.
-  if constexpr (!Traits::kTwoLoadWarpgroups) device::ShrinkRegisters<Traits::kTileRegisters>();
+  if constexpr (!Traits::kTwoProducerWarpgroups) device::ShrinkRegisters<Traits::kTileRegisters>();
   if (thread >= kTileThreads) {
-    if constexpr (Traits::kTwoLoadWarpgroups) device::ShrinkRegisters<Traits::kQueryRegisters>();
+    if constexpr (Traits::kTwoProducerWarpgroups) device::ShrinkRegisters<Traits::kQueryRegisters>();
     ScheduleAndLoadQueries<Traits>(args, shared, thread - kTileThreads);
     return;
   }
-  if constexpr (Traits::kTwoLoadWarpgroups) device::ShrinkRegisters<Traits::kTileRegisters>();
+  if constexpr (Traits::kTwoProducerWarpgroups) device::ShrinkRegisters<Traits::kTileRegisters>();
   const int warp = thread / 32;
   const bool keys = warp < Traits::kTileWarps;
   const int warp_of_them = warp % Traits::kTileWarps;
   if constexpr (Traits::kUsesCpAsync && !Traits::kIs8Bit) {
-    // The same code for both: it shares the instruction cache with the products.
+    // The same code for keys and values: it shares the instruction cache with the consumers.
     CpAsyncLoader<Traits>(args, shared, keys, warp_of_them).Load();
   } else if constexpr (Traits::kUsesCpAsync) {
     // Here fewer registers matter more.
@@ -62,8 +64,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ __align__(1024) char memory[];  // blocks are swizzled by addresses modulo 1024
   auto& shared = *reinterpret_cast<Shared*>(memory);
   constexpr int kConsumerWarps = Traits::kConsumerThreads / 32;
-  // What is empty again whoever has read it says: of items and queries' exponents every thread, of tiles lane
-  // 0 of each warp. That a lane says so for others is an order which racecheck cannot follow.
+  // Whoever has read a stage says that it is empty: every thread for work tiles and queries, lane 0 of each
+  // warp for key tiles. Racecheck cannot follow the order that a lane makes for others.
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shared::kWorkTiles; ++i) {
       device::InitBarrier(&shared.work_tile_full[i], 1);
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       device::InitBarrier(&shared.queries_full[i], 32 * Traits::kQueryWarps);
       device::InitBarrier(&shared.queries_empty[i], Traits::kConsumerThreads);
     }
-    // For boxes who asks for them, for rows every thread.
+    // TMA loads have one arrival, by the lane that asks for them; cp.async loads have one per thread.
     constexpr int kFullArrivals = Traits::kUsesCpAsync ? 32 * Traits::kTileWarps : 1;
     for (int i = 0; i < Traits::kStages; ++i) {
       device::InitBarrier(&shared.keys_full[i], kFullArrivals);
@@ -87,7 +89,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __syncthreads();
 
   if (threadIdx.x >= Traits::kConsumerThreads) {
-    Load<Traits>(args, shared, static_cast<int>(threadIdx.x) - Traits::kConsumerThreads);
+    Produce<Traits>(args, shared, static_cast<int>(threadIdx.x) - Traits::kConsumerThreads);
   } else {
     device::GrowRegisters<Traits::kConsumerRegisters>();
     ConsumerWarpgroup<Traits> rows(args, shared);

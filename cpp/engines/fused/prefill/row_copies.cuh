@@ -1,5 +1,5 @@
-// Copies of rows from global to shared memory by a warp. The instructions of the warps that copy are what the
-// others lose: so rows are numbers of 32 bits, and places follow from one another by constants.
+// Copies of rows from global to shared memory by a warp, by cp.async. Consumers lose every instruction that
+// producers take: so a row is a number of 32 bits, and places follow from one another by constants.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,9 @@
 namespace jpa::fused {
 
 // A group of lanes, as many as divide a row evenly, has as many rows as there are lanes in it, one after the
-// other. Lanes side by side have chunks of 16 bytes side by side. A row is told, and its address computed,
-// once for all chunks of a lane: so it takes fewer instructions the fewer lanes a group has.
+// other. Lanes side by side have chunks of 16 bytes side by side. A row's number is passed on, and its
+// address computed, once for all chunks of a lane: so the fewer lanes a group has the fewer instructions it
+// takes.
 template <int row_bytes, int most_lanes>
 struct RowGroups {
   static constexpr int kRowBytes = row_bytes;
@@ -19,7 +20,7 @@ struct RowGroups {
   static constexpr int kGroup = std::gcd(kChunks, most_lanes);
   static constexpr int kChunksOfLane = kChunks / kGroup;
 
-  // Of 32 rows: the first of the lane's group.
+  // The first row of the lane's group among 32.
   __device__ static int LaneRow() { return static_cast<int>(device::LaneId()) / kGroup * kGroup; }
   __device__ static int LaneChunk() { return static_cast<int>(device::LaneId()) % kGroup; }
 
@@ -28,7 +29,7 @@ struct RowGroups {
     return device::Opaque(static_cast<const char*>(rows) + LaneChunk() * 16);
   }
 
-  // Starts the copies of 32 rows a word, each lane's `rows`, from Start on; zeros for those that are
+  // Starts the copies of 32 rows per word, each lane's `rows`, from Start on; zeros for those that are
   // `missing`. Calls place_of(row, chunk), counted from the lane's first ones, for where to.
   template <int words, typename PlaceOf>
   __device__ static void Copy(const char* start, const uint32_t (&rows)[words],

@@ -1,6 +1,8 @@
 // Makes the plan of schedule.h, in one thread block.
+#include "core/problem.h"
+#include "device/launch.h"
 #include "device/ptx.cuh"
-#include "engines/fused/decode/sequences.cuh"
+#include "engines/fused/common/sequences.cuh"
 #include "engines/fused/prefill/kernels.h"
 
 namespace jpa::fused {
@@ -12,23 +14,46 @@ constexpr int kClasses = 64;
 constexpr int kCandidates = kMaxPrefillSplits;
 static_assert(kCandidates <= kWarps, "a warp each");
 
-// Sequences are sorted by classes of their longest unit, longest first; a class spans a factor of 2^(1/3).
+// Sequences are sorted by classes of their longest row tile, longest first; a class spans a factor of
+// 2^(1/3).
 __device__ int ClassOf(int32_t tiles) {
   return kClasses - 1 - min(kClasses - 1, static_cast<int>(3.0f * log2f(static_cast<float>(tiles + 1))));
 }
 
 struct Shared {
-  Sequence sequences[kThreads];  // of the first ones
+  Sequence sequences[kThreads];  // of the first planned ones
   int32_t class_counts[kClasses];
   int32_t class_next[kClasses];
   int32_t longest;
-  int64_t tiles[kCandidates];  // as estimated, if the longest unit is cut into one part more than the index
+  int64_t tiles[kCandidates];  // as estimated, if the longest row tile has one split more than the index
   int32_t warp_work_tiles[kWarps], warp_partials[kWarps], warp_cached[kWarps];
-  int32_t split_tiles;                                  // no part has more
-  int32_t first_work_tile, first_partial, cache_index;  // of the lines not yet written
+  int32_t split_tiles;                                  // no split has more
+  int32_t first_work_tile, first_partial, cache_index;  // of the planned sequences not yet written
 };
 
-// Adds up over the block's threads in front of each; `total` is of all.
+// Memory takes longer to answer than all else here: what is asked for again and again is kept.
+class Sequences {
+ public:
+  __device__ Sequences(const PrefillArgs& args, const Shared& shared) : args_(args), shared_(shared) {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < args.call.problem.num_seqs) own_ = Read(thread);
+  }
+
+  // For the thread whose number `seq` is modulo kThreads.
+  __device__ Sequence operator()(int seq) const { return seq < kThreads ? own_ : Read(seq); }
+  __device__ Sequence Planned(int index) const {
+    return index < kThreads ? shared_.sequences[index] : Read(args_.planned[index].seq);
+  }
+
+ private:
+  __device__ Sequence Read(int seq) const { return RawSequence(args_.call, seq).Clipped(args_.call.facts); }
+
+  const PrefillArgs& args_;
+  const Shared& shared_;
+  Sequence own_{};
+};
+
+// Adds up over the block's threads before each; `total` is of all.
 __device__ int32_t SumBefore(int32_t value, int32_t* of_warps, int32_t* total) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   int32_t sum = value;
@@ -45,31 +70,14 @@ __device__ int32_t SumBefore(int32_t value, int32_t* of_warps, int32_t* total) {
   return before;
 }
 
-__global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant__ PrefillArgs args) {
-  __shared__ Shared shared;
+// Plans the sequences that are not decoded, by classes; returns how many they are. Sequences of one class
+// come in any order, which changes no result.
+__device__ int32_t Sort(const PrefillArgs& args, const Sequences& sequences, Shared& shared) {
   const CallFacts& facts = args.call.facts;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int thread = static_cast<int>(threadIdx.x);
   const int num_seqs = static_cast<int>(args.call.problem.num_seqs);
-  const bool converts = ByteWidth(args.call.problem.kv_dtype) == 1;
-  device::LetNextKernelStart();
-  // Memory takes longer to answer than all else here: what is asked for again and again is kept.
-  Sequence own{};
-  if (thread < num_seqs) own = RawSequence(args.call, thread).Clipped(facts);
-  const auto sequence_of = [&](int seq) {
-    return seq < kThreads ? own : RawSequence(args.call, seq).Clipped(facts);
-  };
-  const auto planned_sequence = [&](int index) {
-    return index < kThreads ? shared.sequences[index]
-                            : RawSequence(args.call, args.planned[index].seq).Clipped(facts);
-  };
-  if (thread < kClasses) shared.class_counts[thread] = 0;
-  if (thread == 0) shared.longest = shared.first_work_tile = shared.first_partial = shared.cache_index = 0;
-  for (int i = thread; i < kMaxPartials; i += kThreads) args.arrivals[i] = 0;
-  __syncthreads();
-
-  // Sort. Equal ones come in any order: it changes no result.
   for (int seq = thread; seq < num_seqs; seq += kThreads) {
-    const Sequence sequence = sequence_of(seq);
+    const Sequence sequence = sequences(seq);
     if (!IsPrefill(facts, sequence)) continue;
     const int32_t tiles = LongestRowTile(facts, args.shape, sequence);
     atomicAdd(&shared.class_counts[ClassOf(tiles)], 1);
@@ -82,21 +90,27 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
   if (thread < kClasses) shared.class_next[thread] = planned_before;
   __syncthreads();
   for (int seq = thread; seq < num_seqs; seq += kThreads) {
-    const Sequence sequence = sequence_of(seq);
+    const Sequence sequence = sequences(seq);
     if (!IsPrefill(facts, sequence)) continue;
     const int index = atomicAdd(&shared.class_next[ClassOf(LongestRowTile(facts, args.shape, sequence))], 1);
     args.planned[index].seq = seq;
     if (index < kThreads) shared.sequences[index] = sequence;
   }
   __syncthreads();
+  return num_planned;
+}
 
-  // Choose the length of parts.
+// Chooses how many key tiles a split may have: a warp estimates each candidate.
+__device__ void ChooseSplits(const PrefillArgs& args, const Sequences& sequences, int32_t num_planned,
+                             Shared& shared) {
+  const CallFacts& facts = args.call.facts;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int32_t longest = max(shared.longest, 1);
   if (warp < kCandidates) {
     const int32_t most = static_cast<int32_t>(CeilDiv(longest, warp + 1));
     int32_t work_tiles = 0, partials = 0;
     for (int i = lane; i < num_planned; i += 32) {
-      const Sequence sequence = planned_sequence(i);
+      const Sequence sequence = sequences.Planned(i);
       const int32_t row_blocks = RowTilesPerHead(facts, args.shape, sequence) * facts.num_kv_heads;
       const int32_t splits = SplitsOf(LongestRowTile(facts, args.shape, sequence), most);
       work_tiles += row_blocks * splits;
@@ -118,14 +132,20 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
     shared.split_tiles = static_cast<int32_t>(CeilDiv(longest, best + 1));
   }
   __syncthreads();
+}
 
-  // Number the items.
+// Numbers the work tiles, their partial results and their places in the tile cache.
+__device__ void Number(const PrefillArgs& args, const Sequences& sequences, int32_t num_planned,
+                       Shared& shared) {
+  const CallFacts& facts = args.call.facts;
+  const int thread = static_cast<int>(threadIdx.x);
+  const bool converts = ByteWidth(args.call.problem.kv_dtype) == 1;
   for (int first = 0; first < num_planned; first += kThreads) {
     const int index = first + thread;
     int32_t work_tiles = 0, partials = 0, cached = 0, splits = 1;
     TileSharing sharing{};
     if (index < num_planned) {
-      const Sequence sequence = planned_sequence(index);
+      const Sequence sequence = sequences.Planned(index);
       splits = SplitsOf(LongestRowTile(facts, args.shape, sequence), shared.split_tiles);
       work_tiles = RowTilesPerHead(facts, args.shape, sequence) * facts.num_kv_heads * splits;
       partials = splits > 1 ? work_tiles : 0;
@@ -153,13 +173,33 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
     }
     __syncthreads();
   }
+}
+
+__global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant__ PrefillArgs args) {
+  __shared__ Shared shared;
+  const int thread = static_cast<int>(threadIdx.x);
+  device::LetNextKernelStart();
+  const Sequences sequences(args, shared);
+  if (thread < kClasses) shared.class_counts[thread] = 0;
+  if (thread == 0) shared.longest = shared.first_work_tile = shared.first_partial = shared.cache_index = 0;
+  for (int i = thread; i < kMaxPartials; i += kThreads) args.arrivals[i] = 0;
+  __syncthreads();
+  const int32_t num_planned = Sort(args, sequences, shared);
+  ChooseSplits(args, sequences, num_planned, shared);
+  Number(args, sequences, num_planned, shared);
   for (int i = thread; i < shared.cache_index * args.tile_cache.slices; i += kThreads)
     args.tile_cache.states[i] = 0;
-  if (thread == 0) *args.plan = {num_planned, shared.first_work_tile, 0};
+  if (thread == 0) {
+    *args.plan = {
+        .num_sequences = num_planned, .num_work_tiles = shared.first_work_tile, .next_work_tile = 0};
+  }
 }
 
 }  // namespace
 
-Launch ScheduleLaunch() { return {reinterpret_cast<const void*>(&ScheduleKernel), dim3(1), kThreads}; }
+Status LaunchSchedule(const PrefillArgs& args, cudaStream_t stream) {
+  return device::Launch("implementation 'fused'", "schedule", &ScheduleKernel,
+                        {.grid = dim3(1), .threads = kThreads}, stream, args);
+}
 
 }  // namespace jpa::fused

@@ -5,24 +5,24 @@
 
 #include "device/ptx.cuh"
 #include "device/wgmma.cuh"
-#include "engines/fused/decode/result.cuh"
+#include "engines/fused/common/result.cuh"
 #include "engines/fused/prefill/schedule.h"
 #include "engines/fused/prefill/traits.h"
 
 namespace jpa::fused {
 
-// What everybody needs to know of an item.
+// What all warps need to know of a work tile: a row block, and the key tiles of one KV split of it.
 struct WorkTile : RowBlock {
   int32_t exists;       // 0 behind the last one
-  TileRange tiles;      // of the part
-  TileOrder order;      // where they come row by row
-  int32_t splits;       // of the unit
-  int32_t partial;      // of the unit's first part
-  int32_t cache_index;  // of the head's tiles; from the number of images on there are none
+  TileRange tiles;      // of the split
+  TileOrder order;      // of cp.async loads
+  int32_t splits;       // of the row block
+  int32_t partial;      // of the row block's first split
+  int32_t cache_index;  // of the head's first key tile; from the cache's size on there is no place
   int32_t split;
 };
 
-// Keys of a tile that have no page: a bit for each box, or for each key where rows come one by one.
+// Keys of a key tile that have no page: a bit per box of TMA loads, or per key of cp.async loads.
 template <typename Traits>
 struct MissingKeys {
   static constexpr int kWords = Traits::kUsesCpAsync ? Traits::kKeys / 32 : 1;
@@ -35,7 +35,7 @@ struct MissingKeys {
     for (const uint32_t word : words) all |= word;
     return all != 0;
   }
-  // Of key `first + offset`, `first` being a multiple of 8 that is known when this is compiled, and the
+  // Asks for key `first + offset`, `first` being a multiple of 8 that is known when this is compiled, and the
   // offset less than 8.
   __device__ bool Has(int first, int offset, int box_rows_log2) const {
     if constexpr (Traits::kUsesCpAsync) return (words[first / 32] >> (first % 32 + offset) & 1) != 0;
@@ -43,7 +43,7 @@ struct MissingKeys {
   }
 };
 
-// What products are told of a tile.
+// What consumers are told of a key tile.
 template <typename Traits>
 struct LoadedTile {
   int32_t number;
@@ -62,28 +62,30 @@ struct LoadedTile {
 
 template <typename Traits>
 struct PrefillShared {
-  static constexpr int kWorkTiles = 4;  // short ones take less time than it takes to make the next
+  static constexpr int kWorkTiles = 4;  // short ones take less time than it takes to find the next
 
   alignas(1024) char queries[Traits::kQueryTiles][Traits::kQueryBytes];
   alignas(1024) char keys[Traits::kStages][Traits::kTileBytes];
   alignas(1024) char values[Traits::kStages][Traits::kTileBytes];
-  alignas(16) char raw[2][Traits::kRawBytes > 0 ? Traits::kRawBytes : 16];      // 8-bit keys, and values
-  LoadedTile<Traits> tiles[Traits::kStages];                                    // whose keys those are
-  int16_t exponents[Traits::kQueryTiles][Traits::kIs8Bit ? Traits::kRows : 1];  // of 2, a factor of a query
+  alignas(16) char raw[2][Traits::kRawBytes > 0 ? Traits::kRawBytes
+                                                : 16];  // 8-bit keys, and values, on their way to f16
+  LoadedTile<Traits> tiles[Traits::kStages];            // whose keys those are
+  int16_t exponents[Traits::kQueryTiles]
+                   [Traits::kIs8Bit ? Traits::kRows : 1];  // of 2: the factor of each query
   WorkTile work_tiles[kWorkTiles];
   int32_t is_last_split;
   device::Barrier work_tile_full[kWorkTiles], work_tile_empty[kWorkTiles];
-  device::Barrier work_tile_ending;  // the last tiles of an item are on their way
+  device::Barrier work_tile_ending;  // the last key tiles of a work tile are on their way
   device::Barrier queries_full[Traits::kQueryTiles], queries_empty[Traits::kQueryTiles];
   device::Barrier keys_full[Traits::kStages], keys_empty[Traits::kStages];
   device::Barrier values_full[Traits::kStages], values_empty[Traits::kStages];
 };
 
-// When so many tiles of an item are left the next item is asked for: they take about the time in which its
-// queries come.
+// When so many key tiles of a work tile are left the next work tile is requested: they take about the time in
+// which its queries come.
 inline constexpr int kTilesAhead = 4;
 
-// Where blocks lie in a matrix of `rows` rows.
+// How far apart the blocks of a matrix of `rows` rows lie.
 template <typename Traits, int rows>
 __device__ constexpr device::BlockStrides StridesOf() {
   return Traits::kWholeBlocks
@@ -91,12 +93,12 @@ __device__ constexpr device::BlockStrides StridesOf() {
              : device::BlockStrides{rows / device::kBlockRows * device::kBlockBytes, device::kBlockBytes};
 }
 
-// A place in a ring, with the parity of its barriers' phase.
+// A place in a ring of stages. Its parity is that of the phase of its barriers.
 template <int size>
 class PipelineState {
  public:
   PipelineState() = default;
-  // As many turns on in another ring.
+  // The place in another ring after as many steps.
   template <int other>
   __device__ explicit PipelineState(const PipelineState<other>& state) : count_(state.count()) {}
 
@@ -115,7 +117,7 @@ class PipelineState {
   unsigned count_ = 0;
 };
 
-// By every thread that has read an item. Lanes go on together: the compiler then needs fewer registers.
+// By every thread that has read a work tile. Lanes go on together: the compiler then needs fewer registers.
 template <typename Traits>
 __device__ inline void ReleaseWorkTile(PrefillShared<Traits>& shared,
                                        const PipelineState<PrefillShared<Traits>::kWorkTiles>& state) {

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kBlockColumns = 64;
 constexpr int64_t kBlockRows = 8;
-// Of the accelerator (CUDA driver API, cuTensorMapEncodeTiled).
+// Limits of TMA (CUDA driver API, cuTensorMapEncodeTiled).
 constexpr int64_t kMaxBoxRows = 128;
 constexpr int64_t kAlign = 16;  // bytes
 constexpr int64_t kStrideEnd = int64_t{1} << 40;

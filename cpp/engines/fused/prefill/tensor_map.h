@@ -1,4 +1,4 @@
-// Descriptions of page pools for the tensor memory accelerator.
+// Tensor maps: descriptions of page pools for TMA loads.
 #pragma once
 
 #include <cuda.h>
@@ -11,15 +11,15 @@
 
 namespace jpa::fused {
 
-// Tokens of a box: the most, a power of two, that neither reach from one page into the next nor from one tile
-// of `tile_keys` into the next.
+// Tokens of a box: the most, a power of two, that reach neither from one page into the next nor from one key
+// tile of `tile_keys` into the next.
 int32_t TmaBoxRows(int64_t page_size, int32_t tile_keys);
 
-// Whether pages of such sizes can come in boxes: boxes of eight tokens at least, since that is after
-// how many the order of 16-byte chunks in shared memory repeats.
+// Whether TMA can load pages of such sizes. Boxes have eight tokens at least, since the order of 16-byte
+// chunks in shared memory repeats after eight.
 bool FitsTma(const AttentionProblem& problem);
 
-// And whether the accelerator can load them from that pool.
+// And whether it can load them from that pool.
 bool TensorMapExists(const AttentionProblem& problem, int64_t num_pages, const void* pool,
                      const PageStrides& strides);
 

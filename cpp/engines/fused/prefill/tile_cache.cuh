@@ -1,10 +1,10 @@
-// Images of tiles: what rows became in shared memory, kept in scratch memory. The first warp that has copied
-// its rows of a tile stores them as they lie there. From then on whoever wants them takes them in one bulk
-// copy: without looking for pages, and as the f16 that 8-bit elements have become. A prompt's tiles are taken
-// once for each of its row tiles, so nearly all of them come like that.
+// The tile cache in global memory: key tiles as they lie in shared memory, ready for others. The first warp
+// that has loaded its rows of a tile stores them. From then on whoever wants them takes them in one bulk
+// copy: without looking for pages, and as the f16 that 8-bit elements have become. A prompt's key tiles are
+// taken once per row tile, so nearly all of them come like that.
 //
-// An image is an offer. Where there is none yet rows are copied, and nothing waits. So images change how long
-// a call takes, and no result.
+// The cache is an offer. A tile that is not in it is loaded row by row, and nothing waits. So the cache
+// changes how long a call takes, and no result.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +14,12 @@
 
 namespace jpa::fused {
 
-// A warp's share of the images of keys, or of values, along the tiles of an item.
+// A warp's slice of cached keys, or of cached values, along the key tiles of a work tile.
 template <typename Traits>
 class TileCacheSlice {
  public:
   enum State : uint32_t { kNone, kClaimed, kReady };
-  static constexpr int kSlices = 2 * Traits::kTileWarps;  // of an image
+  static constexpr int kSlices = 2 * Traits::kTileWarps;  // of a cached tile
   static constexpr uint32_t kSliceBytes = Traits::kTileBytes / Traits::kTileWarps;
   static_assert(Traits::kWholeBlocks, "a warp's rows are one piece");
 
@@ -30,13 +30,13 @@ class TileCacheSlice {
     first_index_ = work_tile.cache_index;
     cached_ = 0;
   }
-  // Whether some tile of the item may have one.
+  // Whether some tile of the work tile may be cached.
   __device__ bool MayBeCached() const { return first_index_ < cache_.count; }
 
-  // Whether the next tile is known to have an image.
+  // Whether the next tile is known to be cached.
   __device__ bool IsCached() const { return (cached_ & 1) != 0; }
-  // If not: asks for its image, that of the step's tile, and for those of the steps that follow, a lane each.
-  // What this says is used in Take.
+  // If not: asks for the state of the step's tile, and for those of the steps that follow, one per lane. The
+  // answer is used in Take.
   __device__ void Ask(const WorkTile& work_tile, int32_t step) {
     const int32_t lane_step = step - static_cast<int32_t>(device::LaneId());
     state_ = kNone;
@@ -44,12 +44,12 @@ class TileCacheSlice {
     const int32_t slice = Slice(work_tile.order.TileAt(work_tile.tiles, lane_step));
     if (slice < cache_.count * kSlices) state_ = device::LoadRelaxed(cache_.states + slice);
   }
-  // Turns to the next tile. Whether it has an image.
+  // Turns to the next tile; returns whether it is cached.
   __device__ bool Take() {
     if (!IsCached()) {
       cached_ = __ballot_sync(~0u, state_ == kReady);
       if (cached_ != 0) {
-        // What lanes know of images, lane 0 and its copies know as well.
+        // What lanes have read of states, lane 0 and its bulk copies have to see as well.
         device::FenceAcquire();
         __syncwarp();
         device::FenceGlobalForAsync();
@@ -60,7 +60,7 @@ class TileCacheSlice {
     return is_cached;
   }
 
-  // Brings the tile's image to the warp's rows of a stage. Every lane arrives.
+  // Brings the cached tile to the warp's rows of a stage. Every lane arrives.
   __device__ void Load(int32_t tile, char* rows, device::Barrier* full) const {
     if (device::LaneId() == 0) {
       device::ArriveAndExpectBytes(full, kSliceBytes);
@@ -70,15 +70,15 @@ class TileCacheSlice {
     }
   }
 
-  // Whoever is the first to claim a tile's image makes it. What this says is used in Store.
+  // The first warp that claims a tile stores it. The answer is used in Store.
   __device__ void Claim(int32_t tile) {
     const int32_t slice = Slice(tile);
     if (device::LaneId() != 0 || slice >= cache_.count * kSlices) return;
     storing_ = slice;
     claim_ = atomicCAS(cache_.states + slice, kNone, kClaimed);
   }
-  // If it is this warp: makes the image of its rows in a stage, which every lane has fenced. They stay there
-  // until Publish.
+  // If it is this warp: stores its rows of a stage, which every lane has fenced. They stay there until
+  // Publish.
   __device__ void Store(const char* rows) {
     __syncwarp();
     if (storing_ < 0) return;
@@ -89,7 +89,7 @@ class TileCacheSlice {
     device::BulkStore(cache_.bytes + int64_t{storing_} * kSliceBytes, rows, kSliceBytes);
     device::CommitBulkStores();
   }
-  // After Store, if it made one: others may take the image.
+  // After Store, if it stored: others may take the tile.
   __device__ void Publish() {
     if (storing_ < 0) return;
     device::WaitForBulkStores();
@@ -102,10 +102,10 @@ class TileCacheSlice {
 
   const TileCache& cache_;
   const int first_slice_;
-  int32_t first_index_ = 0;  // of the item's head
+  int32_t first_index_ = 0;  // of the head's first key tile
   uint32_t cached_ = 0;      // a bit for the next tile, and for each that follows
   uint32_t state_ = kNone;
-  // By lane 0: a share that it claims, or makes and has not published yet; and what the claim has found.
+  // By lane 0: a slice that it claims, or stores and has not published yet; and what the claim has found.
   int32_t storing_ = -1;
   uint32_t claim_ = kClaimed;
 };

@@ -1,5 +1,5 @@
-// Keys and values of an item, a warp each, by the tensor memory accelerator: a box of a page's tokens at a
-// time, from the item's last tile to its first.
+// TMA loads: one warp loads the keys of a work tile and one its values, a box of a page's tokens at a time,
+// from the last key tile to the first.
 #pragma once
 
 #include <cuda.h>
@@ -11,10 +11,10 @@
 
 namespace jpa::fused {
 
-// A lane has a box of a tile: some tokens of a page.
+// The box of a key tile that a lane has: some tokens of a page.
 template <typename Traits>
 struct TmaBox {
-  int32_t id;     // of the page, as the table has it; -1: none
+  int32_t id;     // of the page, as the block table has it; -1: none
   int32_t token;  // of the page, the box's first
 
   __device__ TmaBox() : id(-1), token(0) {}
@@ -28,20 +28,20 @@ struct TmaBox {
   }
 };
 
-// The page of a pool that an id of the table means; -1: none. Where one pool is smaller it is repeated.
-__device__ inline int32_t PageOf(const DecodeArgs& call, int32_t id, int64_t num_pages) {
+// The page of a pool that an id of the block table names; -1: none. The smaller of two pools is repeated.
+__device__ inline int32_t PageOf(const CallArgs& call, int32_t id, int64_t num_pages) {
   if (id < 0 || id >= call.num_pages) return -1;
   return id < num_pages ? id : id % static_cast<int32_t>(num_pages);
 }
 
-// From the tile that starts at shared memory's `stage` on.
+// Loads a key tile to the stage that starts at `stage`.
 template <typename Traits>
 __device__ inline void LoadTileByTma(const PrefillArgs& args, const CUtensorMap& map, int32_t blocks_per_head,
                                      int64_t num_pages, const TmaBox<Traits>& box, int32_t head, char* stage,
                                      device::Barrier* full) {
   const int32_t offset = static_cast<int32_t>(device::LaneId()) << args.box_rows_log2;
   if (offset >= Traits::kKeys) return;
-  // A box outside the pool becomes zeros.
+  // TMA makes zeros of a box outside the pool.
   const int32_t page = PageOf(args.call, box.id, num_pages);
   constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kKeys>();
   char* const to = stage + offset / device::kBlockRows * kStrides.rows;
@@ -56,7 +56,7 @@ __device__ inline void LoadTileByTma(const PrefillArgs& args, const CUtensorMap&
   }
 }
 
-// An item's keys, or values; they differ in what they pass on.
+// The keys, or the values, of all work tiles. Only the warp with the keys tells consumers of tiles.
 template <typename Traits, bool keys>
 __device__ inline void LoadTilesByTma(const PrefillArgs& args, PrefillShared<Traits>& shared) {
   const int lane = static_cast<int>(device::LaneId());

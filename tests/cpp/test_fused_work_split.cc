@@ -1,5 +1,5 @@
-// The fused engine's partition: tiles against the keys that rows see, and shares that take each tile exactly
-// once, with parts of units that fit together.
+// How the fused engine splits the work of decode: tiles against the keys that rows see, and ranges of CTAs
+// that take each tile exactly once, with KV splits of row blocks that fit together.
 #include <algorithm>
 #include <cstdint>
 #include <map>
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "check.h"
-#include "engines/fused/decode/partition.h"
+#include "engines/fused/decode/cta_range.h"
 
 namespace jpa::test {
 namespace {
@@ -28,7 +28,7 @@ struct Batch {
     return MakeSequence(facts, r.kv_len, r.q_start, r.q_count);
   }
   int32_t size() const { return static_cast<int32_t>(raw.size()); }
-  // Of a head.
+  // Per KV head.
   int64_t num_tiles() const {
     int64_t tiles = 0;
     for (int32_t i = 0; i < size(); ++i) tiles += TilesPerHead(facts, (*this)(i));
@@ -85,7 +85,7 @@ void TilesHaveTheKeysThatRowsSee() {
         }
         packed_rows += rows;
         if (last < 0) {
-          CHECK(tiles.size() == 0, "unit without keys has %d tiles", tiles.size());
+          CHECK(tiles.size() == 0, "row block without keys has %d tiles", tiles.size());
         } else {
           CHECK(tiles.begin == first / kTileKeys && tiles.end == last / kTileKeys + 1,
                 "[%d, %d) for keys %d to %d", tiles.begin, tiles.end, first, last);
@@ -100,18 +100,18 @@ void TilesHaveTheKeysThatRowsSee() {
   }
 }
 
-using Unit = std::tuple<int32_t, int32_t, int32_t>;  // sequence, head, row tile
+using RowBlockKey = std::tuple<int32_t, int32_t, int32_t>;  // sequence, head, row tile
 
-struct Part {
+struct Split {
   int64_t cta;
   int32_t begin, end;  // tiles
   bool has_start, has_end;
   int32_t before, index;
 };
 
-// Walks all shares as the kernel does.
-std::map<Unit, std::vector<Part>> Walk(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
-  std::map<Unit, std::vector<Part>> splits;
+// Walks the ranges of all CTAs as the kernel does.
+std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
+  std::map<RowBlockKey, std::vector<Split>> splits;
   const HeadQueues queues = MakeHeadQueues(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
   for (int64_t cta = 0; cta < num_ctas; ++cta) {
     const HeadRange heads = HeadsOfQueue(batch.facts, queues, static_cast<int32_t>(cta % queues.num_queues));
@@ -121,7 +121,7 @@ std::map<Unit, std::vector<Part>> Walk(const Batch& batch, int64_t num_ctas, boo
     CHECK(of_head.total == batch.num_tiles(), "%d tiles of %d", static_cast<int>(of_head.total),
           static_cast<int>(batch.num_tiles()));
     const int64_t first = cta / queues.num_queues * per;
-    if (cta / queues.num_queues >= queues.ctas.divisor() || first >= total) continue;
+    if (cta / queues.num_queues >= queues.ctas_per_queue.divisor() || first >= total) continue;
     const auto tiles_of = [&](int32_t index) { return NumTiles(batch.facts, heads, batch(index)); };
     int64_t offset = first;
     int32_t index = 0;
@@ -130,15 +130,15 @@ std::map<Unit, std::vector<Part>> Walk(const Batch& batch, int64_t num_ctas, boo
     CtaRangeCursor<const Batch> range(batch.facts, heads, batch.size(), sequences, index, offset, per,
                                       batch_invariant);
     int64_t walked = 0;
-    Part split{};
+    Split split{};
     for (; !range.done(); range.Next(), ++walked) {
       const auto& at = range.at();
       if (range.StartsSplit()) split = {cta, at.tile(), at.tile(), false, false, 0, 0};
       CHECK(at.tile() == split.end, "tile %d after %d", at.tile(), split.end);
       ++split.end;
       if (range.EndsSplit()) {
-        split.has_start = range.HoldsStart();
-        split.has_end = range.HoldsEnd();
+        split.has_start = range.HasRowBlockStart();
+        split.has_end = range.HasRowBlockEnd();
         split.before = range.SplitsBefore();
         split.index = range.SplitIndex();
         splits[{at.index(), at.head(), at.row_tile()}].push_back(split);
@@ -163,23 +163,23 @@ void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
       for (int32_t head = 0; head < batch.facts.num_kv_heads; ++head) {
         ++row_blocks;
         const auto found = splits.find({i, head, t});
-        CHECK(found != splits.end(), "unit %d %d %d is in no share", i, head, t);
+        CHECK(found != splits.end(), "row block %d %d %d is in no range", i, head, t);
         if (found == splits.end()) continue;
         int32_t next = tiles.begin, index = 0;
-        for (const Part& split : found->second) {
-          CHECK(split.begin == next, "part from %d, expected %d", split.begin, next);
+        for (const Split& split : found->second) {
+          CHECK(split.begin == next, "split from %d, expected %d", split.begin, next);
           CHECK(split.has_start == (next == tiles.begin) && split.has_end == (split.end == tiles.end),
-                "flags of part %d", index);
+                "flags of split %d", index);
           if (batch_invariant) {
-            CHECK(split.index == index, "part %d calls itself %d", index, split.index);
-            const int32_t size = std::min(SplitTiles(sequence, tiles), tiles.end - split.begin);
+            CHECK(split.index == index, "split %d calls itself %d", index, split.index);
+            const int32_t size = std::min(TilesPerSplit(sequence, tiles), tiles.end - split.begin);
             CHECK(split.end - split.begin == size, "%d tiles of %d", split.end - split.begin, size);
           } else {
             const HeadQueues queues =
                 MakeHeadQueues(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
             CHECK(split.cta == found->second[0].cta + index * queues.num_queues,
-                  "parts of a unit are in neighbouring shares");
-            CHECK(split.before == index, "%d parts before", split.before);
+                  "splits of a row block are in neighbouring CTAs");
+            CHECK(split.before == index, "%d splits before", split.before);
           }
           tiles_seen += split.end - split.begin;
           next = split.end;
@@ -187,17 +187,17 @@ void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
         }
         CHECK(next == tiles.end, "ends at %d of %d", next, tiles.end);
         if (batch_invariant)
-          CHECK(index == NumSplits(sequence, tiles) && index <= kMaxSplits, "%d parts", index);
+          CHECK(index == NumSplits(sequence, tiles) && index <= kMaxSplits, "%d splits", index);
       }
     }
   }
-  CHECK(row_blocks == static_cast<int64_t>(splits.size()), "%d units, %d in shares",
+  CHECK(row_blocks == static_cast<int64_t>(splits.size()), "%d row blocks, %d in ranges",
         static_cast<int>(row_blocks), static_cast<int>(splits.size()));
   const int64_t total = batch.num_tiles() * batch.facts.num_kv_heads;
   CHECK(tiles_seen == total, "%d tiles of %d", static_cast<int>(tiles_seen), static_cast<int>(total));
 }
 
-void SharesTakeEachTileOnce() {
+void RangesTakeEachTileOnce() {
   std::mt19937 random(2);
   for (int repeat = 0; repeat < 2000; ++repeat) {
     const Batch batch = RandomBatch(random);
@@ -228,7 +228,7 @@ void EqualUnitsStayWhole() {
   for (const int32_t length : {4096, 4095, 4033}) {
     batch.raw[5].kv_len = length;  // as many tiles
     for (const auto& [row_block, splits] : Walk(batch, 264, false))
-      CHECK(splits.size() == 1, "%d parts", static_cast<int>(splits.size()));
+      CHECK(splits.size() == 1, "%d splits", static_cast<int>(splits.size()));
     Check(batch, 264, false);
   }
   batch.raw[5].kv_len = 1000;
@@ -270,7 +270,7 @@ void DecodeLeavesMultiprocessorsToPrefill() {
 
 int main() {
   jpa::test::TilesHaveTheKeysThatRowsSee();
-  jpa::test::SharesTakeEachTileOnce();
+  jpa::test::RangesTakeEachTileOnce();
   jpa::test::OneUnitOverAllShares();
   jpa::test::EqualUnitsStayWhole();
   jpa::test::NumbersBeyondTheirRange();

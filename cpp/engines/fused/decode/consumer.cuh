@@ -1,0 +1,301 @@
+// Consumers: four warps share a key tile, by packed rows, and where there are too few of these, by keys. Each
+// computes S = Q K^T and O += P V by mma.sync with 16 packed rows, and between them the online softmax in
+// registers.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "device/convert.cuh"
+#include "device/exp2.cuh"
+#include "device/fragment.cuh"
+#include "device/ptx.cuh"
+#include "device/softmax_state.cuh"
+#include "engines/fused/decode/args.h"
+#include "engines/fused/decode/partials.cuh"
+#include "engines/fused/decode/shared_memory.cuh"
+
+namespace jpa::fused {
+
+// Adds some columns of another state's sums, and that state.
+__device__ inline void MergeColumns(const device::SoftmaxState& other, const float4& others,
+                                    device::SoftmaxState* state, float4* sum) {
+  float mine, theirs;
+  state->Merge(other, &mine, &theirs);
+  *sum = {sum->x * mine + others.x * theirs, sum->y * mine + others.y * theirs,
+          sum->z * mine + others.z * theirs, sum->w * mine + others.w * theirs};
+}
+
+// One consumer warp's packed rows of a KV split: 16 of them, and some of the keys of each tile. A lane has
+// two rows.
+template <typename Traits>
+class ConsumerWarp {
+ public:
+  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kOutputs = kHeadDim / 8;  // blocks of eight columns
+  static constexpr int kKeys = 16;               // of a step
+
+  // Loads the queries, and forgets the state of the row block before.
+  __device__ void Start(const DecodeArgs& args, const TileDescriptor& descriptor) {
+    // As many groups of 16 rows as there are rows for, then as many slices of the keys as leave no warp idle.
+    const int row_groups = descriptor.num_rows > 32 ? 4 : descriptor.num_rows > 16 ? 2 : 1;
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    first_row_ = warp % row_groups * 16;
+    num_key_slices_ = kConsumerWarps / row_groups;
+    key_slice_ = warp / row_groups;
+    all_visible_ = {.begin = 0, .end = INT32_MAX};
+    const CallArgs& call = args.call;
+    const float k_scale = ScaleOf(call.params.k_scale, call.seqs_per_k_scale, call.facts.num_kv_heads,
+                                  descriptor.seq, descriptor.head);
+    const float factor = call.score_factor * k_scale;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = Row(r);
+      visible_[r] = {.begin = 0, .end = 0};
+      const uint16_t* query = nullptr;
+      if (row < descriptor.num_rows) {
+        const QueryHead where = QueryHeadOf(call, descriptor, row);
+        const int position = descriptor.position + static_cast<int>(where.row - descriptor.row);
+        visible_[r] = KeysSeenBy(position, VisibilityOf(call.facts, descriptor.kv_len));
+        all_visible_.begin = max(all_visible_.begin, visible_[r].begin);
+        all_visible_.end = min(all_visible_.end, visible_[r].end);
+        query = static_cast<const uint16_t*>(call.params.q) +
+                (where.row * call.problem.num_q_heads + where.head) * kHeadDim;
+      }
+      const int exponent = queries_.LoadRow(r, query);
+      factors_[r] = ldexpf(factor, exponent);
+      states_[r] = device::SoftmaxState();
+    }
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) {
+      all_visible_.begin = max(all_visible_.begin, __shfl_xor_sync(~0u, all_visible_.begin, lanes));
+      all_visible_.end = min(all_visible_.end, __shfl_xor_sync(~0u, all_visible_.end, lanes));
+    }
+#pragma unroll
+    for (auto& block : outputs_) block[0] = block[1] = block[2] = block[3] = 0.0f;
+  }
+
+  // Attends to the warp's keys of a tile.
+  __device__ void Attend(const DecodeArgs& args, const TileDescriptor& descriptor, uint32_t stage) {
+    const bool all_visible = descriptor.key >= all_visible_.begin &&
+                             descriptor.key <= all_visible_.end - kTileKeys && descriptor.all_valid();
+#pragma unroll 1
+    for (int i = key_slice_; i < kTileKeys / kKeys; i += num_key_slices_) {
+      const int key = i * kKeys;
+      float scores[2][4];
+      Scores(stage + key * Traits::Rows::kStride, scores);
+      if (args.call.params.soft_cap > 0.0f) {
+        Scale(scores, args.call.params.soft_cap * device::kLog2E);
+      } else {
+        Scale(scores);
+      }
+      if (!all_visible) Mask(descriptor, key, scores);
+      Softmax(scores);
+      AddValues(stage + Traits::kTileBytes + key * Traits::Rows::kStride, scores);
+    }
+  }
+
+  // Ends a KV split: the warps bring their states together in the stage, which is no longer used. Every
+  // thread merges and writes some columns of some row: results of a whole row block, or a partial result to
+  // scratch memory. All consumer warps come here.
+  __device__ void Epilogue(const DecodeArgs& args, const TileDescriptor& descriptor, char* stage) {
+    auto& exchange = *reinterpret_cast<Exchange*>(stage);
+    // The first eight rows of each warp, then the others, if there are any.
+    const int passes = descriptor.num_rows > 8 ? 2 : 1;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (r == passes) break;
+      device::NamedBarrierSync<1, Traits::kConsumerThreads>();
+      Put(r, &exchange);
+      device::NamedBarrierSync<1, Traits::kConsumerThreads>();
+      const int row_groups = kConsumerWarps / num_key_slices_;
+#pragma unroll 1
+      for (int i = static_cast<int>(threadIdx.x); i < row_groups * 8 * kVectors;
+           i += Traits::kConsumerThreads) {
+        const int exchanged = i / kVectors, row = exchanged / 8 * 16 + r * 8 + exchanged % 8;
+        if (row < descriptor.num_rows) Write(args, descriptor, exchange, exchanged, row, i % kVectors * 4);
+      }
+    }
+    if (descriptor.continues) {
+      device::NamedBarrierSync<1, Traits::kConsumerThreads>();
+      if (threadIdx.x == 0) SignalPartial(args.partial_ready + descriptor.partial / 2);  // its own
+    }
+  }
+
+ private:
+  using Layout = device::FragmentLayout<Traits::kIs8Bit>;
+  static constexpr int kVectors = kHeadDim / 4;  // of a row
+
+  // Eight rows of each warp: first those of the first key slice, then those of the second one, and so on.
+  struct Exchange {
+    // With 16-bit pages half a warp stores four rows at a time; the padding puts them in different banks.
+    float values[kConsumerWarps * 8][kHeadDim + 8];
+    device::SoftmaxState states[kConsumerWarps * 8];
+  };
+  static_assert(sizeof(Exchange) <= Traits::kExchangeBytes, "traits.h has to know");
+
+  __device__ void Put(int r, Exchange* exchange) {
+    device::SoftmaxState& state = states_[r];
+    state.sum += __shfl_xor_sync(~0u, state.sum, 1);
+    state.sum += __shfl_xor_sync(~0u, state.sum, 2);
+    const int row = static_cast<int>(threadIdx.x) / 4;  // warps are in the order of key slices, then rows
+    if (threadIdx.x % 4 == 0) exchange->states[row] = state;
+#pragma unroll
+    for (int i = 0; i < kOutputs; i += 2) {
+      const float4 columns = Neighbours(i, r);
+      float* to = &exchange->values[row][Layout::Column(i)];
+      if constexpr (Layout::kNeighbours == 4) {
+        *reinterpret_cast<float4*>(to) = columns;
+      } else {
+        *reinterpret_cast<float2*>(to) = {columns.x, columns.y};
+        *reinterpret_cast<float2*>(to + 8) = {columns.z, columns.w};
+      }
+    }
+  }
+
+  // Writes four columns of a packed row, which is row `exchanged` of the first key slice.
+  __device__ void Write(const DecodeArgs& args, const TileDescriptor& descriptor, const Exchange& exchange,
+                        int exchanged, int row, int column) const {
+    const int rows_of_slice = kConsumerWarps * 8 / num_key_slices_;
+    device::SoftmaxState state;
+    float4 sum = {0, 0, 0, 0};
+#pragma unroll 4
+    for (int slice = 0; slice < num_key_slices_; ++slice, exchanged += rows_of_slice) {
+      const float4 values = *reinterpret_cast<const float4*>(&exchange.values[exchanged][column]);
+      MergeColumns(exchange.states[exchanged], values, &state, &sum);
+    }
+    const QueryHead where = QueryHeadOf(args.call, descriptor, row);
+    if (descriptor.is_whole) {
+      const float factor = FactorOfResult(args.call, where.seq, where.kv_head, where.head, &state);
+      WriteResult<Traits::kQ>(args.call, where.row, where.head, column, sum, factor, state);
+    } else {
+      const int32_t token = static_cast<int32_t>(where.row) - descriptor.row;
+      const int64_t index =
+          args.call.batch_invariant
+              ? PartialOfRow(args, descriptor.seq, descriptor.row, token, where.head) + descriptor.partial
+              : int64_t{descriptor.partial} * args.call.partials.rows_each + row;
+      *reinterpret_cast<float4*>(args.call.partials.out + index * kHeadDim + column) = sum;
+      if (column == 0) args.call.partials.stats[index] = {state.maximum, state.sum};
+    }
+  }
+
+  __device__ int Row(int r) const { return first_row_ + r * 8 + static_cast<int>(threadIdx.x % 32) / 4; }
+
+  __device__ void Scores(uint32_t keys, float (&scores)[2][4]) const {
+#pragma unroll
+    for (auto& block : scores) block[0] = block[1] = block[2] = block[3] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+      uint32_t fragment[4];
+      device::LoadKeys<Traits::kKV, typename Traits::Rows>(keys, i, fragment);
+      device::MmaM16N8K16(scores[0], queries_.fragments[i], fragment[0], fragment[1], Math());
+      device::MmaM16N8K16(scores[1], queries_.fragments[i], fragment[2], fragment[3], Math());
+    }
+  }
+
+  __device__ void Scale(float (&scores)[2][4]) const {
+#pragma unroll
+    for (auto& block : scores) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) block[j] *= factors_[j / 2];
+    }
+  }
+
+  // Also caps scores, at `cap` in units of log 2.
+  __device__ void Scale(float (&scores)[2][4], float cap) const {
+#pragma unroll
+    for (auto& block : scores) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        block[j] = cap - 2.0f * cap * device::Reciprocal(1.0f + device::Exp2(block[j] * factors_[j / 2]));
+      }
+    }
+  }
+
+  __device__ void Mask(const TileDescriptor& descriptor, int key, float (&scores)[2][4]) const {
+    const int lane_key = key + static_cast<int>(threadIdx.x % 4) * 2;
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int k = lane_key + 8 * t + j % 2, r = j / 2;
+        const bool seen = descriptor.key + k >= visible_[r].begin && descriptor.key + k < visible_[r].end &&
+                          (descriptor.valid[k / 32] >> (k % 32) & 1) != 0;
+        if (!seen) scores[t][j] = -INFINITY;
+      }
+    }
+  }
+
+  // Scores to probabilities, relative to the rows' maxima so far.
+  __device__ void Softmax(float (&scores)[2][4]) {
+    bool raises = false;
+    float maxima[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float maximum =
+          fmaxf(fmaxf(scores[0][2 * r], scores[0][2 * r + 1]), fmaxf(scores[1][2 * r], scores[1][2 * r + 1]));
+      maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
+      maxima[r] = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
+      raises |= maxima[r] > states_[r].maximum;
+    }
+    // After some tiles maxima rarely rise, and outputs need no factor.
+    if (__any_sync(~0u, raises)) {
+      float factors[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) factors[r] = states_[r].Raise(maxima[r]);
+#pragma unroll
+      for (auto& block : outputs_) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) block[j] *= factors[j / 2];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float origin = states_[r].origin();
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+#pragma unroll
+        for (int j = 2 * r; j < 2 * r + 2; ++j) {
+          scores[t][j] = device::Exp2(scores[t][j] - origin);
+          states_[r].sum += scores[t][j];
+        }
+      }
+    }
+  }
+
+  __device__ void AddValues(uint32_t values, const float (&probabilities)[2][4]) {
+    // The result of one MMA is laid out as the first operand of the next one.
+    uint32_t fragment[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      fragment[i] =
+          device::PackPair<Math>(probabilities[i / 2][i % 2 * 2], probabilities[i / 2][i % 2 * 2 + 1]);
+    }
+#pragma unroll
+    for (int i = 0; i < kOutputs / 2; ++i) {
+      uint32_t columns[4];
+      device::LoadValues<Traits::kKV, typename Traits::Rows>(values, i, columns);
+      device::MmaM16N8K16(outputs_[2 * i], fragment, columns[0], columns[1], Math());
+      device::MmaM16N8K16(outputs_[2 * i + 1], fragment, columns[2], columns[3], Math());
+    }
+  }
+
+  // Columns of output blocks i and i + 1, in their order (FragmentLayout).
+  __device__ float4 Neighbours(int i, int r) const {
+    return Layout::Neighbours(outputs_[i][2 * r], outputs_[i][2 * r + 1], outputs_[i + 1][2 * r],
+                              outputs_[i + 1][2 * r + 1]);
+  }
+
+  using Math = device::TypeOf<Traits::kMath>;
+
+  device::QueryFragments<Traits::kQ, Traits::kIs8Bit, kHeadDim> queries_;
+  device::SoftmaxState states_[2];  // sums of the lane's own keys
+  float outputs_[kOutputs][4];
+  float factors_[2];                // turn q . k into scores in units of log 2
+  KeyRange visible_[2];             // by each of the lane's rows
+  KeyRange all_visible_;            // by every row of the warp
+  int first_row_;                   // of the row block's packed rows
+  int key_slice_, num_key_slices_;  // of the keys of a tile
+};
+
+}  // namespace jpa::fused

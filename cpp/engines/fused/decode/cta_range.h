@@ -1,0 +1,153 @@
+// The walk of a CTA along its range of tiles (work_split.h), and the KV splits that it finds there.
+#pragma once
+
+#include <cstdint>
+
+#include "core/host_device.h"
+#include "engines/fused/decode/work_split.h"
+
+namespace jpa::fused {
+
+// Stands at a tile of a head queue, and steps to the next. `Sequences` is a callable from an index to the
+// sequence.
+template <typename Sequences>
+class TileCursor {
+ public:
+  // At tile `offset` of a sequence that has more tiles than that.
+  JPA_HOST_DEVICE TileCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs,
+                             Sequences& sequences, int32_t index, int64_t offset)
+      : call_(call),
+        heads_(heads),
+        num_seqs_(num_seqs),
+        sequences_(sequences),
+        index_(index),
+        sequence_(sequences(index)),
+        head_(heads.begin),
+        row_tile_(0) {
+    tiles_ = VisibleTiles(call, sequence_, 0);
+    tile_ = tiles_.begin;
+    for (; offset >= tiles_.size(); tile_ = tiles_.begin) {
+      offset -= tiles_.size();
+      NextRowBlock();
+    }
+    tile_ += static_cast<int32_t>(offset);
+  }
+
+  // To the next tile; false behind the last one.
+  JPA_HOST_DEVICE bool Next() {
+    // Row blocks without tiles are passed over.
+    for (++tile_; tile_ == tiles_.end; tile_ = tiles_.begin) {
+      if (!NextRowBlock()) return false;
+    }
+    return true;
+  }
+
+  JPA_HOST_DEVICE int32_t index() const { return index_; }
+  JPA_HOST_DEVICE const Sequence& sequence() const { return sequence_; }
+  JPA_HOST_DEVICE int32_t head() const { return head_; }
+  JPA_HOST_DEVICE int32_t row_tile() const { return row_tile_; }
+  JPA_HOST_DEVICE const TileRange& tiles() const { return tiles_; }  // of the row block
+  JPA_HOST_DEVICE int32_t tile() const { return tile_; }
+
+ private:
+  // False behind the last one.
+  JPA_HOST_DEVICE bool NextRowBlock() {
+    if (++row_tile_ >= NumRowTiles(call_, sequence_)) {
+      row_tile_ = 0;
+      if (++head_ == heads_.end) {
+        head_ = heads_.begin;
+        if (++index_ == num_seqs_) return false;
+        sequence_ = sequences_(index_);
+      }
+    }
+    tiles_ = VisibleTiles(call_, sequence_, row_tile_);
+    return true;
+  }
+
+  const CallFacts& call_;
+  const HeadRange heads_;
+  const int32_t num_seqs_;
+  Sequences& sequences_;
+  int32_t index_;
+  Sequence sequence_;
+  int32_t head_;
+  int32_t row_tile_;
+  TileRange tiles_;
+  int32_t tile_;
+};
+
+// The tiles of one CTA, one after the other, and the KV splits that they make: from where the CTA starts a
+// row block, or TilesPerSplit cuts it, to where the next split or the CTA's range ends.
+template <typename Sequences>
+class CtaRangeCursor {
+ public:
+  // From tile `offset` of sequence `index` on, the first one of a range of `per_cta` tiles.
+  JPA_HOST_DEVICE CtaRangeCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs,
+                                 Sequences& sequences, int32_t index, int64_t offset, int64_t per_cta,
+                                 bool batch_invariant)
+      : cursor_(call, heads, num_seqs, sequences, index, offset),
+        per_cta_(static_cast<int32_t>(per_cta < INT32_MAX ? per_cta : INT32_MAX)),
+        left_(per_cta),
+        batch_invariant_(batch_invariant) {
+    if (!batch_invariant) {
+      StartSplit(cursor_.tile(), 0);
+      return;
+    }
+    const int32_t tiles_per_split = TilesPerSplit(cursor_.sequence(), cursor_.tiles());
+    const int32_t split = (cursor_.tile() - cursor_.tiles().begin) / tiles_per_split;
+    StartSplit(cursor_.tiles().begin + split * tiles_per_split, split);
+    // A split that starts before the range belongs to the CTA that has its start.
+    while (!done_ && cursor_.tile() != split_begin_) Next();
+  }
+
+  JPA_HOST_DEVICE void Next() {
+    const bool split_ends = EndsSplit(), row_block_ends = HasRowBlockEnd();
+    --left_;
+    if ((left_ <= 0 && (split_ends || !batch_invariant_)) || !cursor_.Next()) {
+      done_ = true;
+    } else if (split_ends) {
+      StartSplit(cursor_.tile(), row_block_ends ? 0 : split_ + 1);
+    }
+  }
+
+  JPA_HOST_DEVICE bool done() const { return done_; }
+  JPA_HOST_DEVICE const TileCursor<Sequences>& at() const { return cursor_; }
+
+  // Whether the tile is the first or the last one of its split.
+  JPA_HOST_DEVICE bool StartsSplit() const { return cursor_.tile() == split_begin_; }
+  JPA_HOST_DEVICE bool EndsSplit() const { return cursor_.tile() == split_end_ - 1; }
+
+  // Whether the split has the first and the last tile of its row block. Both hold at the split's last tile.
+  JPA_HOST_DEVICE bool HasRowBlockStart() const { return split_begin_ == cursor_.tiles().begin; }
+  JPA_HOST_DEVICE bool HasRowBlockEnd() const { return cursor_.tile() == cursor_.tiles().end - 1; }
+
+  // How many CTAs before this one have a split of the row block.
+  JPA_HOST_DEVICE int32_t SplitsBefore() const {
+    const uint32_t before = static_cast<uint32_t>(split_begin_ - cursor_.tiles().begin);
+    return static_cast<int32_t>((before + static_cast<uint32_t>(per_cta_) - 1) /
+                                static_cast<uint32_t>(per_cta_));
+  }
+  // The split's number in its row block, in batch-invariant calls.
+  JPA_HOST_DEVICE int32_t SplitIndex() const { return split_; }
+
+ private:
+  JPA_HOST_DEVICE void StartSplit(int32_t tile, int32_t split) {
+    split_ = split;
+    split_begin_ = tile;
+    split_end_ = cursor_.tiles().end;
+    if (batch_invariant_) {
+      split_end_ = Smaller(split_end_, tile + TilesPerSplit(cursor_.sequence(), cursor_.tiles()));
+    } else if (left_ < split_end_ - tile) {
+      split_end_ = tile + static_cast<int32_t>(left_);
+    }
+  }
+
+  TileCursor<Sequences> cursor_;
+  int32_t per_cta_;
+  int64_t left_;  // tiles of the range from this one on
+  bool batch_invariant_;
+  bool done_ = false;
+  int32_t split_, split_begin_, split_end_;
+};
+
+}  // namespace jpa::fused

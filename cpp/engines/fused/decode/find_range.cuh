@@ -1,0 +1,117 @@
+// Which tiles a CTA has: every CTA works it out for itself, from the lengths alone (work_split.h).
+#pragma once
+
+#include <cstdint>
+
+#include "engines/fused/common/sequences.cuh"
+#include "engines/fused/decode/args.h"
+#include "engines/fused/decode/shared_memory.cuh"
+
+namespace jpa::fused {
+
+// A CTA's place among those that decode, and what follows from it. Where its range starts is in shared
+// memory.
+struct CtaRange {
+  int32_t cta;  // beyond the last one of the queues: it has no tiles
+  HeadQueues queues;
+  HeadRange heads;
+  int64_t tiles;
+};
+
+// All but the number of tiles.
+__device__ inline CtaRange RangeOfCta(const DecodeArgs& args, int64_t decode_tiles, int64_t prefill_tiles) {
+  int32_t cta = static_cast<int32_t>(blockIdx.x), eighths = kEighths;
+  if (args.may_share_sms()) {
+    // CTAs come round by round, one on each multiprocessor. So where decode has fewer multiprocessors, each
+    // of these has as many CTAs as before.
+    eighths = EighthsForDecode(decode_tiles, prefill_tiles, args.costs);
+    const int32_t all_sms = args.num_sms[kEighths - 1], sms = args.num_sms[eighths - 1];
+    const int32_t round = cta / all_sms, sm = cta - round * all_sms;
+    cta = sm < sms ? round * sms + sm : INT32_MAX;
+  }
+  const HeadQueues& queues = args.head_queues[eighths - 1];
+  return {.cta = cta,
+          .queues = queues,
+          .heads = HeadsOfQueue(args.call.facts, queues, cta % queues.num_queues),
+          .tiles = 0};
+}
+
+// The tiles that all sequences have for prefill; a thread adds up those of sequences [begin, end).
+template <typename Traits>
+__device__ inline int64_t SumPrefillTiles(const CallArgs& call, int begin, int end,
+                                          DecodeShared<Traits>& shared) {
+  int64_t tiles = 0;
+#pragma unroll 1
+  for (int i = begin; i < end; ++i)
+    tiles += PrefillTiles(call.facts, RawSequence(call, i).Clipped(call.facts));
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) tiles += __shfl_xor_sync(~0u, tiles, lanes);
+  if (threadIdx.x % 32 == 0) shared.warp_prefill[threadIdx.x / 32] = tiles;
+  __syncthreads();
+  tiles = 0;
+#pragma unroll
+  for (const int64_t of_warp : shared.warp_prefill) tiles += of_warp;
+  return tiles;
+}
+
+// Tells every thread which range the CTA has; leaves where it starts in shared memory. A thread adds up
+// neighbouring sequences, so that only the one that finds the start walks them again.
+template <typename Traits>
+__device__ inline CtaRange FindCtaRange(const DecodeArgs& args, DecodeShared<Traits>& shared) {
+  const CallArgs& call = args.call;
+  const int num_seqs = static_cast<int>(call.problem.num_seqs);
+  const int each = (num_seqs + Traits::kThreads - 1) / Traits::kThreads;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int begin = min(thread * each, num_seqs), end = min(begin + each, num_seqs);
+  HeadTiles mine;
+  RawSequence raw;  // of the thread's last sequence
+#pragma unroll 1
+  for (int i = begin; i < end; ++i) {
+    raw = RawSequence(call, i);
+    mine.Add(call.facts, raw.Clipped(call.facts));
+  }
+  const int64_t prefill = args.may_share_sms() ? SumPrefillTiles<Traits>(call, begin, end, shared) : 0;
+  int64_t before = mine.total;
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const int64_t other = __shfl_up_sync(~0u, before, lanes);
+    if (lane >= lanes) before += other;
+  }
+  const int32_t fewest = __reduce_min_sync(~0u, mine.fewest), most = __reduce_max_sync(~0u, mine.most);
+  if (lane == 31) shared.warp_tiles[warp] = {.total = before, .fewest = fewest, .most = most};
+  if (thread == 0) shared.range_seq = -1;
+  __syncthreads();
+  HeadTiles all;
+#pragma unroll
+  for (int w = 0; w < Traits::kThreads / 32; ++w) {
+    const HeadTiles tiles = shared.warp_tiles[w];
+    if (w < warp) before += tiles.total;
+    all.Add(tiles);
+  }
+  before -= mine.total;
+
+  CtaRange range = RangeOfCta(args, all.total, prefill);
+  range.tiles = TilesPerCta(all, range.heads, range.queues);
+  // From here on in tiles of all heads of the queue.
+  const int64_t heads = range.heads.size(), place = range.cta / range.queues.num_queues;
+  const int64_t first = place * range.tiles;
+  before *= heads;
+  const int64_t total = mine.total * heads;
+  if (place < range.queues.ctas_per_queue.divisor() && first >= before && first < before + total) {
+    // Backwards, from the sequence that is still at hand: where a thread has one, nothing is read again.
+    int i = end - 1;
+    int64_t start = before + total;
+#pragma unroll 1
+    for (; i > begin; raw = RawSequence(call, --i)) {
+      start -= NumTiles(call.facts, range.heads, raw.Clipped(call.facts));
+      if (first >= start) break;
+    }
+    shared.range_seq = i;
+    shared.range_offset = first - (i > begin ? start : before);
+    shared.raw_sequence = raw;
+  }
+  __syncthreads();
+  return range;
+}
+
+}  // namespace jpa::fused

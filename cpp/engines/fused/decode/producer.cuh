@@ -1,0 +1,168 @@
+// Producers: one warp walks the CTA's key tiles, looks up their pages and leaves a descriptor per tile in
+// shared memory; it and three others load the tiles' keys and values into stages by cp.async.
+#pragma once
+
+#include <cstdint>
+
+#include "device/ptx.cuh"
+#include "engines/fused/common/sequences.cuh"
+#include "engines/fused/decode/args.h"
+#include "engines/fused/decode/cta_range.h"
+#include "engines/fused/decode/find_range.cuh"
+#include "engines/fused/decode/shared_memory.cuh"
+
+namespace jpa::fused {
+
+// By one warp; a lane has two keys of a tile. Pages are looked up a tile ahead, so that their ids are there
+// when they are needed.
+class DescriptorMaker {
+ public:
+  __device__ DescriptorMaker(const DecodeArgs& args, const CtaRange& range, SequencesAhead& sequences,
+                             int32_t seq, int64_t offset)
+      : args_(args),
+        call_(args.call),
+        cta_(range.cta),
+        num_queues_(range.queues.num_queues),
+        range_(call_.facts, range.heads, static_cast<int32_t>(call_.problem.num_seqs), sequences, seq, offset,
+               range.tiles, call_.batch_invariant) {
+    LookUpPages();
+  }
+
+  // Leaves the descriptor of the next tile, or word that there is none.
+  template <typename Traits>
+  __device__ void Make(TileDescriptor* descriptor, SplitRowBlock* row_block) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    if (range_.done()) {
+      if (lane == 0) descriptor->exists = 0;
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kKeysPerLane; ++i) {
+      const int32_t key = Key(i), page = pages_[i];
+      const bool valid = page >= 0 && page < call_.num_pages;
+      const int32_t token = key - call_.page_size.Quotient(key) * call_.page_size.divisor();
+      descriptor->k_offsets[lane + 32 * i] =
+          valid ? Offset<Traits>(call_.params.k_strides, page, call_.problem.num_k_pages, token) : -1;
+      if (!args_.same_offsets) {
+        descriptor->v_offsets[lane + 32 * i] =
+            valid ? Offset<Traits>(call_.params.v_strides, page, call_.problem.num_v_pages, token) : -1;
+      }
+      const unsigned all = __ballot_sync(~0u, valid);
+      if (lane == 0) descriptor->valid[i] = all;
+    }
+    if (lane == 0) Describe(descriptor, row_block);
+    range_.Next();
+    LookUpPages();
+  }
+
+ private:
+  static constexpr int kKeysPerLane = kTileKeys / 32;
+
+  __device__ int32_t Key(int i) const {
+    return range_.at().tile() * kTileKeys + static_cast<int32_t>(threadIdx.x % 32) + 32 * i;
+  }
+
+  // Reads the block table for the lane's keys.
+  __device__ void LookUpPages() {
+    if (range_.done()) return;
+    const int32_t* table = call_.params.block_tables + range_.at().index() * call_.problem.max_pages;
+#pragma unroll
+    for (int i = 0; i < kKeysPerLane; ++i) {
+      pages_[i] = Key(i) < range_.at().sequence().kv_len ? table[call_.page_size.Quotient(Key(i))] : -1;
+    }
+  }
+
+  template <typename Traits>
+  __device__ int64_t Offset(const PageStrides& strides, int32_t page, int64_t num_pages,
+                            int32_t token) const {
+    // The smaller of two pools is repeated.
+    const uint32_t own =
+        page < num_pages ? page : static_cast<uint32_t>(page) % static_cast<uint32_t>(num_pages);
+    return (int64_t{own} * strides.page + token * strides.token + range_.at().head() * strides.head) *
+           ByteWidth(Traits::kKV);
+  }
+
+  __device__ void Describe(TileDescriptor* descriptor, SplitRowBlock* row_block) const {
+    const auto& at = range_.at();
+    descriptor->exists = 1;
+    descriptor->starts_split = range_.StartsSplit();
+    descriptor->ends_split = range_.EndsSplit();
+    descriptor->key = at.tile() * kTileKeys;
+    descriptor->seq = at.index();
+    descriptor->head = at.head();
+    descriptor->first = at.row_tile() * kTileRows;
+    descriptor->num_rows = RowsOfTile(call_.facts, at.sequence(), at.row_tile());
+    descriptor->row = at.sequence().row;
+    descriptor->position = at.sequence().position;
+    descriptor->kv_len = at.sequence().kv_len;
+    if (!range_.EndsSplit()) return;
+    descriptor->is_whole = range_.HasRowBlockStart() && range_.HasRowBlockEnd();
+    descriptor->continues = !call_.batch_invariant && !range_.HasRowBlockEnd();
+    descriptor->partial =
+        call_.batch_invariant ? range_.SplitIndex() : 2 * cta_ + (range_.HasRowBlockStart() ? 1 : 0);
+    if (!call_.batch_invariant && range_.HasRowBlockEnd() && !range_.HasRowBlockStart()) {
+      static_cast<RowBlock&>(*row_block) = *descriptor;
+      row_block->num_splits = range_.SplitsBefore();
+      row_block->first_cta = cta_ - row_block->num_splits * num_queues_;
+      row_block->cta_step = num_queues_;
+    }
+  }
+
+  const DecodeArgs& args_;
+  const CallArgs& call_;
+  const int32_t cta_;
+  const int32_t num_queues_;
+  CtaRangeCursor<SequencesAhead> range_;
+  int32_t pages_[kKeysPerLane];
+};
+
+// A 16-byte chunk of a key tile.
+struct ChunkPlace {
+  bool exists;
+  uint32_t key;    // of the tile
+  uint32_t chunk;  // of the row
+};
+
+// By all producers: starts the loads of a tile's keys and values into the stage at shared address `stage`.
+template <typename Traits>
+__device__ inline void LoadTile(const DecodeArgs& args, const TileDescriptor& descriptor, uint32_t stage) {
+  using Rows = typename Traits::Rows;
+  constexpr int kChunks = kTileKeys * Rows::kChunks,
+                kEach = (kChunks + Traits::kProducerThreads - 1) / Traits::kProducerThreads;
+  uint32_t thread = threadIdx.x - Traits::kConsumerThreads;
+  // Shifts find places at once. If divisions had to, the compiler would keep their results from tile to tile,
+  // and these warps lack the registers for that.
+  if constexpr ((Rows::kChunks & (Rows::kChunks - 1)) != 0) thread = device::Opaque(thread);
+  const char* const k_pages = static_cast<const char*>(args.call.params.k_pages);
+  const char* const v_pages = static_cast<const char*>(args.call.params.v_pages);
+  const auto place_of = [&](int i) {
+    const uint32_t number = i * Traits::kProducerThreads + thread;
+    return ChunkPlace{
+        .exists = number < kChunks, .key = number / Rows::kChunks, .chunk = number % Rows::kChunks};
+  };
+  if (args.same_offsets && descriptor.all_valid()) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const ChunkPlace place = place_of(i);
+      if (kChunks % Traits::kProducerThreads != 0 && !place.exists) break;
+      const uint32_t to = stage + Rows::Offset(place.key, place.chunk);
+      const int64_t offset = descriptor.k_offsets[place.key] + place.chunk * 16;
+      device::CpAsync16(to, k_pages + offset);
+      device::CpAsync16(to + Traits::kTileBytes, v_pages + offset);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < kEach; ++i) {
+    const ChunkPlace place = place_of(i);
+    if (!place.exists) break;
+    const uint32_t to = stage + Rows::Offset(place.key, place.chunk);
+    const int byte = place.chunk * 16;
+    const int64_t k_offset = descriptor.k_offsets[place.key];
+    const int64_t v_offset = args.same_offsets ? k_offset : descriptor.v_offsets[place.key];
+    device::CpAsync16(to, k_pages + (k_offset < 0 ? 0 : k_offset + byte), k_offset >= 0);
+    device::CpAsync16(to + Traits::kTileBytes, v_pages + (v_offset < 0 ? 0 : v_offset + byte), v_offset >= 0);
+  }
+}
+
+}  // namespace jpa::fused

@@ -1,0 +1,72 @@
+// What the warps of a decode CTA share.
+#pragma once
+
+#include <cstdint>
+
+#include "device/ptx.cuh"
+#include "engines/fused/common/result.cuh"
+#include "engines/fused/common/sequences.cuh"
+#include "engines/fused/decode/args.h"
+#include "engines/fused/decode/traits.h"
+
+namespace jpa::fused {
+
+#ifdef __CUDA_ARCH__
+inline constexpr int kCapability = __CUDA_ARCH__ / 10;
+#else
+inline constexpr int kCapability = 90;  // The host's pass compiles no kernel, but wants a number.
+#endif
+
+// What producers and consumers need to know of a key tile in flight.
+struct TileDescriptor : RowBlock {
+  int64_t k_offsets[kTileKeys];    // bytes into the pool, of each key's row; -1: there is no such key
+  int64_t v_offsets[kTileKeys];    // likewise, unless they are the same
+  uint32_t valid[kTileKeys / 32];  // a bit per key: whether it exists
+  int32_t exists;                  // 0 behind the last tile
+  int32_t starts_split;            // the tile is the first of a KV split
+  int32_t ends_split;              // it is the last one
+  int32_t is_whole;                // that split is all of the row block
+  int32_t continues;               // the next CTA of the queue goes on with the row block
+  int32_t partial;                 // index of the split's partial result; batch-invariant: of the split
+  int32_t key;                     // the first one
+
+  __device__ bool all_valid() const { return (valid[0] & valid[1]) == ~0u; }
+};
+
+// A row block whose last KV split is this CTA's, but not its first one: the CTA merges it.
+struct SplitRowBlock : RowBlock {
+  int32_t num_splits;  // of other CTAs; 0: there is no such row block
+  // The CTAs with these splits are first_cta, first_cta + cta_step, ...
+  int32_t first_cta;
+  int32_t cta_step;
+};
+
+template <typename Traits>
+struct DecodeShared {
+  static constexpr int kStages = Traits::Stages(kCapability);
+  static constexpr int kFilledRows = 256;
+
+  TileDescriptor descriptors[kStages];  // of each stage's tile
+  device::Barrier described[kStages];   // the descriptor is there
+  device::Barrier full[kStages];        // and so are its keys and values
+  device::Barrier empty[kStages];       // no consumer needs them any more
+  HeadTiles warp_tiles[Traits::kThreads / 32];
+  int64_t warp_prefill[Traits::kThreads / 32];
+  int64_t range_offset;  // of the range's first tile, in its sequence
+  int32_t range_seq;     // that sequence's index, -1 if the range is empty
+  RawSequence raw_sequence;
+  SplitRowBlock row_block;
+  int32_t row_owners[kFilledRows];
+};
+
+// Shared memory of a CTA: the stages, and behind them DecodeShared.
+template <typename Traits>
+int SharedBytes(int capability) {
+  static_assert(sizeof(DecodeShared<Traits>) <=
+                    DecodeShared<Traits>::kStages * Traits::kDescriptorBytes + Traits::kMiscBytes,
+                "traits.h has to know");
+  const int stages = Traits::Stages(capability);
+  return stages * (Traits::kStageBytes + Traits::kDescriptorBytes) + Traits::kMiscBytes;
+}
+
+}  // namespace jpa::fused

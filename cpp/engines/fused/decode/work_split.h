@@ -1,0 +1,181 @@
+// How the work of decode is cut and shared out among CTAs.
+//
+// A key tile is kTileKeys keys, from a multiple of kTileKeys on; a row block has those tiles that some row of
+// it sees.
+//
+// CTAs are dealt to head queues, one per KV head (or one per few heads, where there are more heads than
+// CTAs). Neighbouring CTAs have neighbouring queues, so a token's heads, neighbours in memory, are read at
+// about the same time. The tiles of a queue stand in one row: sequence after sequence, within it head after
+// head, row tile after row tile, key tile after key tile. CTA i of the queue has the range [i * per_cta, (i +
+// 1) * per_cta) of that row, whatever lies in it. So a CTA has at most two row blocks that other CTAs have a
+// KV split of (stream-K: Osama et al., PPoPP 2023).
+//
+// For results that do not depend on the rest of the batch, a row block may only be cut where a function of
+// the block alone says so (TilesPerSplit), and a CTA takes the KV splits that start in its range.
+#pragma once
+
+#include <cstdint>
+
+#include "core/fast_division.h"
+#include "core/host_device.h"
+#include "core/integer_math.h"
+#include "engines/fused/common/sequence.h"
+
+namespace jpa::fused {
+
+inline constexpr int kTileKeys = 64;
+inline constexpr int kTileRows = 64;
+
+JPA_HOST_DEVICE inline int32_t NumRowTiles(const CallFacts& call, const Sequence& sequence) {
+  if (IsPrefill(call, sequence)) return 0;
+  return static_cast<int32_t>(CeilDiv(int64_t{sequence.num_rows} * call.group.divisor(), kTileRows));
+}
+
+// Packed rows of a row tile.
+JPA_HOST_DEVICE inline int32_t RowsOfTile(const CallFacts& call, const Sequence& sequence, int32_t row_tile) {
+  return Smaller(kTileRows, sequence.num_rows * call.group.divisor() - row_tile * kTileRows);
+}
+
+// The key tiles that the rows of a row tile see.
+JPA_HOST_DEVICE inline TileRange VisibleTiles(const CallFacts& call, const Sequence& sequence,
+                                              int32_t row_tile) {
+  if (IsPrefill(call, sequence)) return {.begin = 0, .end = 0};
+  return VisibleKeyTiles(call, sequence, row_tile * kTileRows, (row_tile + 1) * kTileRows - 1, kTileKeys);
+}
+
+// Key tiles of all row tiles of a sequence, per KV head.
+JPA_HOST_DEVICE inline int64_t TilesPerHead(const CallFacts& call, const Sequence& sequence) {
+  int64_t tiles = 0;
+  JPA_KEEP_LOOP
+  for (int32_t i = 0; i < NumRowTiles(call, sequence); ++i) tiles += VisibleTiles(call, sequence, i).size();
+  return tiles;
+}
+
+// ---- head queues ------------------------------------------------------------------------------------------
+
+// CTA c is number c / num_queues of queue c % num_queues. CTAs beyond the last whole round have no work.
+struct HeadQueues {
+  int32_t num_queues;
+  int32_t heads_per_queue;
+  FastDivisor ctas_per_queue;
+};
+
+inline HeadQueues MakeHeadQueues(int32_t num_kv_heads, int32_t num_ctas) {
+  const int32_t heads_per_queue = static_cast<int32_t>(CeilDiv(num_kv_heads, num_ctas));
+  const int32_t num_queues = static_cast<int32_t>(CeilDiv(num_kv_heads, heads_per_queue));
+  return {.num_queues = num_queues,
+          .heads_per_queue = heads_per_queue,
+          .ctas_per_queue = FastDivisor(num_ctas / num_queues)};
+}
+
+// Heads [begin, end).
+struct HeadRange {
+  int32_t begin;
+  int32_t end;
+
+  JPA_HOST_DEVICE int32_t size() const { return end - begin; }
+};
+
+JPA_HOST_DEVICE inline HeadRange HeadsOfQueue(const CallFacts& call, const HeadQueues& queues,
+                                              int32_t queue) {
+  return {.begin = queue * queues.heads_per_queue,
+          .end = Smaller((queue + 1) * queues.heads_per_queue, call.num_kv_heads)};
+}
+
+JPA_HOST_DEVICE inline int64_t NumTiles(const CallFacts& call, const HeadRange& heads,
+                                        const Sequence& sequence) {
+  return heads.size() * TilesPerHead(call, sequence);
+}
+
+// Sums over sequences, per KV head, that decide how many tiles a CTA has.
+struct HeadTiles {
+  int64_t total = 0;
+  int32_t fewest = INT32_MAX;  // of a row block that has some
+  int32_t most = 0;
+
+  JPA_HOST_DEVICE void Add(const CallFacts& call, const Sequence& sequence) {
+    JPA_KEEP_LOOP
+    for (int32_t i = 0; i < NumRowTiles(call, sequence); ++i) {
+      const int32_t tiles = VisibleTiles(call, sequence, i).size();
+      if (tiles == 0) continue;
+      total += tiles;
+      fewest = Smaller(fewest, tiles);
+      most = Larger(most, tiles);
+    }
+  }
+  JPA_HOST_DEVICE void Add(const HeadTiles& other) {
+    total += other.total;
+    fewest = Smaller(fewest, other.fewest);
+    most = Larger(most, other.most);
+  }
+};
+
+// Tiles of each CTA of a queue; the last CTAs may have fewer or none.
+JPA_HOST_DEVICE inline int64_t TilesPerCta(const HeadTiles& of_head, const HeadRange& heads,
+                                           const HeadQueues& queues) {
+  const int32_t ctas = queues.ctas_per_queue.divisor();
+  const int64_t total = of_head.total * heads.size();
+  if (total <= ctas) return 1;
+  // A division of 64 bits takes many times as long on the device.
+  const bool small = total < INT32_MAX - ctas;
+  const int64_t per_cta =
+      small ? queues.ctas_per_queue.Quotient(static_cast<int32_t>(total) + ctas - 1) : CeilDiv(total, ctas);
+  // Where all row blocks are alike a CTA gets whole ones. A few idle CTAs cost nothing, since memory sets the
+  // pace, while partial results cost time at the end.
+  if (!small || of_head.fewest != of_head.most) return per_cta;
+  const int64_t whole =
+      static_cast<int64_t>((static_cast<uint32_t>(per_cta) + static_cast<uint32_t>(of_head.most) - 1) /
+                           static_cast<uint32_t>(of_head.most) * static_cast<uint32_t>(of_head.most));
+  return whole - per_cta <= per_cta / 16 ? whole : per_cta;
+}
+
+// ---- beside prefill ---------------------------------------------------------------------------------------
+
+// In a call that has sequences for both kernels, decode keeps to some of the multiprocessors and leaves the
+// others to prefill: as many eighths as its part of the work, since the estimate of the work is no finer.
+// Prefill gets the rest when decode is done.
+inline constexpr int kEighths = 8;
+
+// An estimate of the tiles of kTileRows rows and kTileKeys keys, per KV head, of a sequence that prefill has.
+JPA_HOST_DEVICE inline int64_t PrefillTiles(const CallFacts& call, const Sequence& sequence) {
+  if (!IsPrefill(call, sequence)) return 0;
+  int32_t keys = call.causal ? sequence.kv_len - sequence.num_rows / 2 : sequence.kv_len;
+  if (call.sliding_window > 0) keys = Smaller(keys, call.sliding_window);
+  return CeilDiv(int64_t{sequence.num_rows} * call.group.divisor(), kTileRows) *
+         CeilDiv(Larger(keys, 0), kTileKeys);
+}
+
+// How long a tile takes on one multiprocessor, in the same unit for both kernels.
+struct TileCosts {
+  int32_t decode;
+  int32_t prefill;
+};
+
+JPA_HOST_DEVICE inline int32_t EighthsForDecode(int64_t decode_tiles, int64_t prefill_tiles,
+                                                const TileCosts& costs) {
+  if (prefill_tiles == 0) return kEighths;
+  const int64_t decode = decode_tiles * costs.decode, all = decode + prefill_tiles * costs.prefill;
+  return Larger(1, static_cast<int32_t>(CeilDiv(decode * kEighths, all)));
+}
+
+// ---- KV splits of batch-invariant calls -------------------------------------------------------------------
+
+inline constexpr int kMaxSplits = 16;
+// Sequences with more query rows are not split: they have tiles enough, and their partial results would need
+// memory.
+inline constexpr int kMaxSplitRows = 8;
+// As few tiles per KV split as keep the cost of partial results small, see docs/engines/fused-decode.md.
+inline constexpr int kMinSplitTiles = 16;
+
+// Tiles of each KV split of a row block but the last one.
+JPA_HOST_DEVICE inline int32_t TilesPerSplit(const Sequence& sequence, const TileRange& tiles) {
+  if (sequence.num_rows > kMaxSplitRows) return tiles.size() > 0 ? tiles.size() : 1;
+  const int32_t splits = Smaller(kMaxSplits, static_cast<int32_t>(CeilDiv(tiles.size(), kMinSplitTiles)));
+  return static_cast<int32_t>(CeilDiv(tiles.size(), Larger(splits, 1)));
+}
+
+JPA_HOST_DEVICE inline int32_t NumSplits(const Sequence& sequence, const TileRange& tiles) {
+  return tiles.size() == 0 ? 0 : static_cast<int32_t>(CeilDiv(tiles.size(), TilesPerSplit(sequence, tiles)));
+}
+
+}  // namespace jpa::fused

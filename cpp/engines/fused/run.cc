@@ -1,0 +1,239 @@
+#include "engines/fused/run.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "core/constants.h"
+#include "core/integer_math.h"
+#include "device/launch.h"
+#include "engines/fused/decode/args.h"
+#include "engines/fused/decode/combine.h"
+#include "engines/fused/prefill/args.h"
+#include "engines/fused/prefill/kernels.h"
+#include "engines/fused/prefill/tensor_map.h"
+#include "engines/fused/workspace.h"
+
+namespace jpa::fused {
+namespace {
+
+constexpr char kCaller[] = "implementation 'fused'";
+constexpr int64_t kBytesPerElement = 2;  // as the prefill kernels' MMAs take it, whatever pages have
+constexpr int64_t kMost = INT32_MAX;
+
+FastDivisor DivisorOf(int64_t number) {
+  return FastDivisor(static_cast<int32_t>(std::max<int64_t>(number, 1)));
+}
+
+// ---- decode -----------------------------------------------------------------------------------------------
+
+// In nanoseconds on an H100. There a multiprocessor that decodes reads up to 38 GB/s, if others leave it as
+// much, and one that prefills makes some 5 TFLOP/s.
+TileCosts CostsOfTiles(const AttentionProblem& problem) {
+  const auto elements = static_cast<int32_t>(2 * kTileKeys * problem.head_dim);
+  return {.decode = elements * static_cast<int32_t>(ByteWidth(problem.kv_dtype)) / 38,
+          .prefill = 2 * kTileRows * elements / 5000};
+}
+
+CallArgs MakeCallArgs(const AttentionProblem& problem, const AttentionParams& params,
+                      const Options& options) {
+  const auto seqs_per = [&](int64_t rows) { return DivisorOf(rows > 0 ? problem.num_seqs / rows : 1); };
+  return {.problem = problem,
+          .params = params,
+          .facts = {.group = DivisorOf(problem.num_q_heads / problem.num_kv_heads),
+                    .num_kv_heads = static_cast<int32_t>(problem.num_kv_heads),
+                    .num_rows = static_cast<int32_t>(problem.num_rows),
+                    .capacity = static_cast<int32_t>(std::min(problem.max_pages * problem.page_size, kMost)),
+                    .sliding_window = static_cast<int32_t>(std::min(params.sliding_window, kMost)),
+                    .causal = params.causal},
+          .partials = {},
+          .page_size = DivisorOf(problem.page_size),
+          .seqs_per_sink = seqs_per(problem.num_sinks),
+          .seqs_per_k_scale = seqs_per(problem.num_k_scales),
+          .seqs_per_v_scale = seqs_per(problem.num_v_scales),
+          .score_factor = params.scale * kLog2E * (params.soft_cap > 0 ? 2.0f / params.soft_cap : 1.0f),
+          .num_pages = static_cast<int32_t>(std::max(problem.num_k_pages, problem.num_v_pages)),
+          .batch_invariant = options.batch_invariant};
+}
+
+DecodeArgs MakeDecodeArgs(const CallArgs& call, const Options& options, const Device& device,
+                          const WorkspaceLayout& layout, char* workspace) {
+  const AttentionProblem& problem = call.problem;
+  const PageStrides &k = call.params.k_strides, &v = call.params.v_strides;
+  DecodeArgs args{};
+  args.call = call;
+  args.call.partials = {.out = reinterpret_cast<float*>(workspace),
+                        .stats = reinterpret_cast<float2*>(workspace + layout.stats),
+                        .rows_each = static_cast<int32_t>(layout.rows_per_partial)};
+  args.partial_ready = device.partial_ready.get();
+  args.num_ctas = device.num_sms * device.ctas_per_sm;
+  for (int eighths = 1; eighths <= kEighths; ++eighths) {
+    const int sms = std::max(device.num_sms * eighths / kEighths, 1);
+    args.num_sms[eighths - 1] = sms;
+    args.head_queues[eighths - 1] =
+        MakeHeadQueues(static_cast<int32_t>(problem.num_kv_heads), sms * device.ctas_per_sm);
+  }
+  args.costs = CostsOfTiles(problem);
+  args.same_offsets = k.page == v.page && k.token == v.token && k.head == v.head &&
+                      problem.num_k_pages == problem.num_v_pages;
+  args.split_rows_by_sequence = !options.decode && problem.num_rows > kMaxSplitRows * problem.num_seqs;
+  return args;
+}
+
+// ---- prefill ----------------------------------------------------------------------------------------------
+
+// Whether 32 bits can number a pool's rows of H elements.
+bool RowsHaveNumbers(const AttentionProblem& problem, int64_t num_pages, const PageStrides& strides) {
+  const int64_t H = problem.head_dim;
+  const auto last = [](int64_t count) { return std::max<int64_t>(count, 1) - 1; };
+  return strides.page % H == 0 && strides.token % H == 0 && strides.head % H == 0 &&
+         (last(num_pages) * strides.page + last(problem.page_size) * strides.token +
+          last(problem.num_kv_heads) * strides.head) /
+                 H <=
+             UINT32_MAX;
+}
+
+PoolRows PoolRowsOf(const AttentionProblem& problem, const void* pages, int64_t num_pages,
+                    const PageStrides& strides) {
+  const auto rows = [&](int64_t stride) { return static_cast<uint32_t>(stride / problem.head_dim); };
+  return {.start = static_cast<const char*>(pages),
+          .page = rows(strides.page),
+          .token = rows(strides.token),
+          .head = rows(strides.head),
+          .page_tokens = rows(strides.token * problem.page_size),
+          .num_pages = static_cast<uint32_t>(num_pages)};
+}
+
+struct PrefillChoice {
+  const PrefillDevice* prefill;  // null: decode has the sequences with many rows too
+  Loader loader;
+};
+
+PrefillChoice ChoosePrefill(const AttentionProblem& problem, const AttentionParams& params,
+                            const Device& device) {
+  if (device.prefill_by_tma.kernel != nullptr &&
+      TensorMapExists(problem, problem.num_k_pages, params.k_pages, params.k_strides) &&
+      TensorMapExists(problem, problem.num_v_pages, params.v_pages, params.v_strides)) {
+    return {.prefill = &device.prefill_by_tma, .loader = Loader::kTma};
+  }
+  const bool finds_pages = device.prefill_by_cp_async.kernel != nullptr &&
+                           RowsHaveNumbers(problem, problem.num_k_pages, params.k_strides) &&
+                           RowsHaveNumbers(problem, problem.num_v_pages, params.v_strides);
+  return {.prefill = finds_pages ? &device.prefill_by_cp_async : nullptr, .loader = Loader::kCpAsync};
+}
+
+// What TMA loads need.
+Status MakeTensorMaps(const PrefillDevice& prefill, PrefillArgs* args) {
+  const AttentionProblem& problem = args->call.problem;
+  const AttentionParams& params = args->call.params;
+  const int32_t box_rows = TmaBoxRows(problem.page_size, prefill.tile_keys);
+  while (1 << args->box_rows_log2 < box_rows) ++args->box_rows_log2;
+  if (Status s = MakeTensorMap(problem, problem.num_k_pages, params.k_pages, params.k_strides, box_rows,
+                               &args->k_map, &args->k_blocks_per_head);
+      !s.ok()) {
+    return s;
+  }
+  return MakeTensorMap(problem, problem.num_v_pages, params.v_pages, params.v_strides, box_rows, &args->v_map,
+                       &args->v_blocks_per_head);
+}
+
+// `workspace` is the start of prefill's part, and `spare_bytes` what the tile cache may have beyond the
+// layout.
+Status MakePrefillArgs(const CallArgs& call, const Options& options, const PrefillChoice& choice,
+                       char* workspace, int64_t spare_bytes, PrefillArgs* args) {
+  const AttentionProblem& problem = call.problem;
+  const AttentionParams& params = call.params;
+  const PrefillDevice& prefill = *choice.prefill;
+  const int64_t num_cached_tiles = CachedTilesThatFit(problem, options, spare_bytes);
+  const PrefillLayout layout = LayOutPrefill(problem, options, num_cached_tiles);
+  args->call = call;
+  args->call.partials = {.out = reinterpret_cast<float*>(workspace),
+                         .stats = reinterpret_cast<float2*>(workspace + layout.stats),
+                         .rows_each = prefill.tile_rows};
+  args->arrivals = reinterpret_cast<uint32_t*>(workspace + layout.arrivals);
+  args->plan = reinterpret_cast<PrefillPlan*>(workspace + layout.plan);
+  args->planned = reinterpret_cast<PlannedSequence*>(workspace + layout.planned);
+  args->shape = {.rows = prefill.tile_rows, .keys = prefill.tile_keys};
+  args->num_ctas = prefill.num_ctas;
+  args->tile_cache = {.bytes = workspace + layout.tile_cache,
+                      .states = reinterpret_cast<uint32_t*>(workspace + layout.cache_states),
+                      .count = static_cast<int32_t>(num_cached_tiles),
+                      .slices = prefill.cache_slices};
+  args->bytes_per_token = static_cast<int32_t>(2 * problem.head_dim * kBytesPerElement);
+  if (choice.loader == Loader::kTma) return MakeTensorMaps(prefill, args);
+  args->k_rows = PoolRowsOf(problem, params.k_pages, problem.num_k_pages, params.k_strides);
+  args->v_rows = PoolRowsOf(problem, params.v_pages, problem.num_v_pages, params.v_strides);
+  return Status::Ok();
+}
+
+// ---- the call ---------------------------------------------------------------------------------------------
+
+Status Check(const AttentionProblem& problem, int64_t needed_bytes, int64_t workspace_bytes) {
+  if (workspace_bytes < needed_bytes) {
+    return Status::InvalidArgument("workspace: expected at least " + std::to_string(needed_bytes) +
+                                   " bytes, got " + std::to_string(workspace_bytes));
+  }
+  if (problem.num_rows * problem.num_q_heads > kMost || problem.num_seqs > kMost ||
+      problem.page_size > kMost || std::max(problem.num_k_pages, problem.num_v_pages) > kMost) {
+    return Status::InvalidArgument(
+        "q, k_pages: expected T * N, B, the page size and the number of pages below 2^31");
+  }
+  return Status::Ok();
+}
+
+}  // namespace
+
+Status RunAttention(const AttentionProblem& problem, const AttentionParams& params, const Options& options,
+                    const Device& device, int64_t workspace_bytes, cudaStream_t stream) {
+  const WorkspaceLayout layout = LayOut(problem, options, 0);
+  if (Status s = Check(problem, layout.bytes, workspace_bytes); !s.ok()) return s;
+  if (problem.num_rows == 0 || problem.num_q_heads == 0) return Status::Ok();
+
+  char* const workspace = reinterpret_cast<char*>(
+      RoundUp<uintptr_t>(reinterpret_cast<uintptr_t>(params.workspace), uintptr_t{kWorkspaceAlign}));
+  DecodeArgs args =
+      MakeDecodeArgs(MakeCallArgs(problem, params, options), options, device, layout, workspace);
+
+  // No sequence has more rows than q: where these are few, none is prefill's.
+  const int32_t decode_rows = std::max(kTileRows / args.call.facts.group.divisor(), 1);
+  PrefillChoice choice{};
+  if (!options.decode && problem.num_seqs > 0 && problem.num_rows > decode_rows)
+    choice = ChoosePrefill(problem, params, device);
+  const bool prefills = choice.prefill != nullptr;
+  PrefillArgs prefill_args{};
+  if (prefills) {
+    args.call.facts.decode_rows = decode_rows;
+    if (Status s = MakePrefillArgs(args.call, options, choice, workspace + layout.prefill,
+                                   workspace_bytes - layout.bytes, &prefill_args);
+        !s.ok()) {
+      return s;
+    }
+    if (Status s = LaunchSchedule(prefill_args, stream); !s.ok()) return s;
+  }
+  const auto grid = [](int ctas) { return dim3(static_cast<unsigned>(ctas)); };
+  using device::Overlap;
+  if (Status s = device::LaunchUntyped(kCaller, "decode", device.kernel,
+                                       {.grid = grid(args.num_ctas + (prefills ? 1 : 0)),
+                                        .threads = device.threads,
+                                        .shared_bytes = device.shared_bytes,
+                                        .overlap = prefills ? Overlap::kWithPrevious : Overlap::kNone},
+                                       stream, args);
+      !s.ok()) {
+    return s;
+  }
+  if (prefills) {
+    if (Status s = device::LaunchUntyped(kCaller, "prefill", choice.prefill->kernel,
+                                         {.grid = grid(choice.prefill->num_ctas),
+                                          .threads = choice.prefill->threads,
+                                          .shared_bytes = choice.prefill->shared_bytes,
+                                          .overlap = Overlap::kWithPrevious},
+                                         stream, prefill_args);
+        !s.ok()) {
+      return s;
+    }
+  }
+  if (!options.batch_invariant || problem.num_seqs == 0) return Status::Ok();
+  return LaunchCombine(args, device.overlaps && !prefills ? Overlap::kWithPrevious : Overlap::kNone, stream);
+}
+
+}  // namespace jpa::fused
