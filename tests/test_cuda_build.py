@@ -51,14 +51,14 @@ def test_plan_covers_the_call_within_its_bound(
     assert plan["workspace_bytes"] <= bound + (rows + num_seqs) * module.WORKSPACE_BYTES_PER_ROW
     assert plan["stretch_keys"] * plan["stretches"] >= max_pages * page_size
     # Every row has a place: of each sequence all tiles but one are full.
-    rows_per_tile = plan["unit_rows"] // group
+    rows_per_tile = plan["row_block_rows"] // group
     tiles = rows if decode else min(rows, rows // rows_per_tile + num_seqs)
-    assert plan["units"] * plan["groups"] >= tiles * kv_heads
-    assert plan["units"] % plan["chunk_units"] == 0
+    assert plan["row_blocks"] * plan["groups"] >= tiles * kv_heads
+    assert plan["row_blocks"] % plan["chunk_row_blocks"] == 0
     # Gathered keys: a slot a unit, or one for each sequence and head that the units of a group have.
-    heads = -(-(plan["units"] - 1) // max(tiles, 1)) + 1
-    assert plan["slots"] in (plan["units"], min(heads, kv_heads) * max(num_seqs, 1))
-    assert plan["slots"] <= plan["units"]
+    heads = -(-(plan["row_blocks"] - 1) // max(tiles, 1)) + 1
+    assert plan["gathered"] in (plan["row_blocks"], min(heads, kv_heads) * max(num_seqs, 1))
+    assert plan["gathered"] <= plan["row_blocks"]
 
 
 def test_launches_do_not_depend_on_the_batch_while_it_fits() -> None:

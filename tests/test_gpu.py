@@ -305,7 +305,7 @@ def test_cublaslt_in_groups_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         *("bfloat16", "bfloat16", q.shape[0], 8, 2, 64, 16, *tables.shape, False, _ffi.workspace_limit_cuda())
     )
     assert plan["groups"] > 1
-    assert plan["slots"] < plan["units"]
+    assert plan["gathered"] < plan["row_blocks"]
     attend = jax.jit(functools.partial(jpa.ragged_paged_attention, implementation="cublaslt", return_lse=True))
     expected = [bits(attend(*args)) for args in inputs]
     reference = jax.jit(functools.partial(jpa.ragged_paged_attention, implementation="reference", return_lse=True))

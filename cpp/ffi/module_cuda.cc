@@ -80,11 +80,11 @@ nb::dict AttentionPlan(const std::string& q_dtype, const std::string& kv_dtype, 
   result["workspace_bytes"] = plan.workspace_bytes;
   result["launches"] = plan.launches();
   result["in_place"] = plan.in_place;
-  result["unit_rows"] = plan.unit_rows;
-  result["units"] = plan.units;
+  result["row_block_rows"] = plan.row_block_rows;
+  result["row_blocks"] = plan.row_blocks;
   result["groups"] = plan.groups;
-  result["chunk_units"] = plan.chunk_units;
-  result["slots"] = plan.slots;
+  result["chunk_row_blocks"] = plan.chunk_row_blocks;
+  result["gathered"] = plan.gathered;
   result["block_keys"] = plan.block_keys;
   result["segment_keys"] = plan.segment_keys();
   result["stretch_keys"] = plan.stretch_keys();

@@ -13,6 +13,7 @@
 
 #include "check.h"
 #include "core/convert.h"
+#include "core/integer_math.h"
 #include "core/workspace.h"
 #include "engines/cpu/isa.h"
 #include "engines/cpu/run.h"
@@ -119,6 +120,39 @@ class Random {
   std::normal_distribution<float> normal_;
 };
 
+// Draws queries, tables, keys and values; whatever no sequence uses is garbage. Returns a length for the
+// first sequence that says as much as its own, or 0.
+int32_t FillArrays(Random& random, Case* c) {
+  const AttentionProblem& p = c->problem;
+  const int64_t row = p.num_kv_heads * p.head_dim;
+  const float garbage = p.kv_dtype == DType::kS8 ? 5.0f : std::numeric_limits<float>::quiet_NaN();
+  for (int64_t i = 0; i < p.num_k_pages * p.page_size * row; ++i) c->k.Set(i, garbage);
+  for (int64_t i = 0; i < p.num_v_pages * p.page_size * row; ++i) c->v.Set(i, garbage);
+  for (int64_t i = 0; i < p.num_rows * p.num_q_heads * p.head_dim; ++i) c->q.Set(i, random.Normal());
+  for (int32_t& entry : c->tables) {
+    entry = random.Of<int32_t>({-1, INT32_MAX, INT32_MIN, static_cast<int32_t>(p.num_k_pages)});
+  }
+  // A length beyond the table counts as all of it: then whole pages are in use.
+  const int32_t other_len = random.Of<int32_t>({0, 0, 0, INT32_MIN, -1, INT32_MAX});
+  int32_t next_page = 1;
+  for (int64_t seq = 0; seq < p.num_seqs; ++seq) {
+    const int64_t kv_len = c->kv_lens[static_cast<size_t>(seq)];
+    for (int64_t first = 0; first < kv_len; first += p.page_size) {
+      int32_t& entry = c->tables[static_cast<size_t>(seq * p.max_pages + first / p.page_size)];
+      if (random.Below(20) == 0) continue;  // a used entry that names no page
+      entry = next_page++;
+      const int64_t tokens =
+          seq == 0 && other_len == INT32_MAX ? p.page_size : std::min(p.page_size, kv_len - first);
+      const int64_t v_page = entry % p.num_v_pages;
+      for (int64_t i = 0; i < tokens * row; ++i) {
+        c->k.Set(entry * p.page_size * row + i, random.Normal());
+        c->v.Set(v_page * p.page_size * row + i, random.Normal());
+      }
+    }
+  }
+  return other_len;
+}
+
 // `max_len` decides whether lone rows are split.
 Case MakeCase(uint32_t seed, int64_t max_len) {
   Random random(seed);
@@ -140,7 +174,7 @@ Case MakeCase(uint32_t seed, int64_t max_len) {
     q_starts.push_back(static_cast<int32_t>(num_rows));
     q_counts.push_back(random.Of<int32_t>({0, 1, 1, 2, 5, 30}));
     num_rows += q_counts.back();
-    const int64_t pages = (kv_lens.back() + page_size - 1) / page_size;
+    const int64_t pages = CeilDiv(kv_lens.back(), page_size);
     max_pages = std::max(max_pages, pages);
     used_pages += pages;
   }
@@ -167,30 +201,18 @@ Case MakeCase(uint32_t seed, int64_t max_len) {
       std::vector<float>(static_cast<size_t>(AttentionWorkspaceBytes(num_seqs, num_q_heads, head_dim)) / 4)};
 
   const int64_t row = num_kv_heads * head_dim;
-  const float garbage = kv_dtype == DType::kS8 ? 5.0f : std::numeric_limits<float>::quiet_NaN();
-  for (int64_t i = 0; i < num_k_pages * page_size * row; ++i) c.k.Set(i, garbage);
-  for (int64_t i = 0; i < num_v_pages * page_size * row; ++i) c.v.Set(i, garbage);
-  for (int64_t i = 0; i < num_rows * num_q_heads * head_dim; ++i) c.q.Set(i, random.Normal());
-  for (int32_t& entry : c.tables) {
-    entry = random.Of<int32_t>({-1, INT32_MAX, INT32_MIN, static_cast<int32_t>(num_k_pages)});
-  }
-  // A length beyond the table counts as all of it: then whole pages are in use.
-  const int32_t other_len = random.Of<int32_t>({0, 0, 0, INT32_MIN, -1, INT32_MAX});
-  int32_t next_page = 1;
-  for (int64_t seq = 0; seq < num_seqs; ++seq) {
-    for (int64_t first = 0; first < kv_lens[static_cast<size_t>(seq)]; first += page_size) {
-      int32_t& entry = c.tables[static_cast<size_t>(seq * max_pages + first / page_size)];
-      if (random.Below(20) == 0) continue;  // a used entry that names no page
-      entry = next_page++;
-      const int64_t left = kv_lens[static_cast<size_t>(seq)] - first;
-      const int64_t tokens = seq == 0 && other_len == INT32_MAX ? page_size : std::min(page_size, left);
-      const int64_t v_page = entry % num_v_pages;
-      for (int64_t i = 0; i < tokens * row; ++i) {
-        c.k.Set(entry * page_size * row + i, random.Normal());
-        c.v.Set(v_page * page_size * row + i, random.Normal());
-      }
-    }
-  }
+  c.problem = {.q_dtype = q_dtype,
+               .kv_dtype = kv_dtype,
+               .num_rows = num_rows,
+               .num_q_heads = num_q_heads,
+               .num_kv_heads = num_kv_heads,
+               .head_dim = head_dim,
+               .page_size = page_size,
+               .num_k_pages = num_k_pages,
+               .num_v_pages = num_v_pages,
+               .num_seqs = num_seqs,
+               .max_pages = max_pages};
+  const int32_t other_len = FillArrays(random, &c);
   const int64_t num_sinks = random.Of<int64_t>({0, 1, num_seqs});
   const int64_t num_k_scales = random.Of<int64_t>({0, 1, num_seqs});
   const int64_t num_v_scales = random.Of<int64_t>({0, 1, num_seqs});
@@ -204,9 +226,10 @@ Case MakeCase(uint32_t seed, int64_t max_len) {
     c.q_starts[0] = random.Of<int32_t>({INT32_MIN, -3, INT32_MAX});
   }
 
-  const PageStrides strides = {page_size * row, row, head_dim};
-  c.problem = {q_dtype,     kv_dtype,    num_rows, num_q_heads, num_kv_heads, head_dim,     page_size,
-               num_k_pages, num_v_pages, num_seqs, max_pages,   num_sinks,    num_k_scales, num_v_scales};
+  const PageStrides strides = {.page = page_size * row, .token = row, .head = head_dim};
+  c.problem.num_sinks = num_sinks;
+  c.problem.num_k_scales = num_k_scales;
+  c.problem.num_v_scales = num_v_scales;
   c.params.k_strides = strides;
   c.params.v_strides = strides;
   c.params.scale = 1.0f / std::sqrt(static_cast<float>(head_dim)) * (kv_dtype == DType::kS8 ? 0.05f : 1.0f);

@@ -1,4 +1,4 @@
-// What kernels ask of a call: tiles, units, pages, and places in the workspace.
+// Questions that kernels ask of a call: row tiles, row blocks, pages, and places in the workspace.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ __device__ inline T* At(const Call& call, int64_t offset) {
 }
 
 __device__ inline void** PointersAt(const Call& call, PointerArray array) {
-  return At<void*>(call, call.plan.pointers) + array * call.plan.units * call.plan.blocks();
+  return At<void*>(call, call.plan.pointers) + array * call.plan.row_blocks * call.plan.key_blocks();
 }
 
 __device__ inline int32_t QueryCount(const Call& call, int64_t seq) {
@@ -37,17 +37,17 @@ struct LiveRows {
 __device__ inline LiveRows LiveRowsOf(const Call& call, int64_t seq) {
   const int64_t start = call.params.q_starts == nullptr ? seq : call.params.q_starts[seq];
   const int64_t count = QueryCount(call, seq);
-  return {start, max(-start, int64_t{0}), min(count, call.problem.num_rows - start)};
+  return {.start = start, .begin = max(-start, int64_t{0}), .end = min(count, call.problem.num_rows - start)};
 }
 
-// The tile of R rows that starts at live row `first` of the sequence.
-__device__ inline Tile MakeTile(const Call& call, int64_t seq, int64_t first) {
+// The row tile of R rows that starts at live row `first` of the sequence.
+__device__ inline RowTile MakeRowTile(const Call& call, int64_t seq, int64_t first) {
   const LiveRows rows = LiveRowsOf(call, seq);
   const int64_t capacity = call.problem.max_pages * call.problem.page_size;
   const auto kv_len =
       static_cast<int32_t>(min(max(static_cast<int64_t>(call.params.kv_lens[seq]), int64_t{0}), capacity));
   const int64_t row = rows.begin + first;
-  const int64_t num_rows = max(min(call.plan.rows_per_tile, rows.end - row), int64_t{0});
+  const int64_t num_rows = max(min(call.plan.tile_rows, rows.end - row), int64_t{0});
   const auto position = static_cast<int32_t>(kv_len - QueryCount(call, seq) + row);
   const auto last = static_cast<int32_t>(position + num_rows - 1);
   KeyRange seen = {.begin = 0, .end = 0};
@@ -61,51 +61,62 @@ __device__ inline Tile MakeTile(const Call& call, int64_t seq, int64_t first) {
           .kv_len = kv_len};
 }
 
-// Gathered units that share keys, the tiles of one sequence, are neighbours; in place it is those that share
-// a page.
+// Gathered row blocks that share keys, the row tiles of one sequence, are neighbours; in place it is those
+// that share a page.
 __device__ inline bool HeadsAreNeighbours(const Plan& plan) { return plan.decode || plan.in_place; }
 
-// What packing writes for a unit of a group (but for its live blocks), and other packing threads work out for
-// themselves. The last group may have units beyond the last one there is: dead ones.
-__device__ inline Unit MakeUnit(const Call& call, const Group& group, int64_t u) {
+// The record that packing writes for a row block of a group, but for its live key blocks. Other packing
+// threads compute it for themselves. The last group may have dead row blocks, beyond the last one that
+// exists.
+__device__ inline RowBlock MakeRowBlock(const Call& call, const Group& group, int64_t rb) {
   const Plan& plan = call.plan;
-  const int64_t index = group.first_unit + u;
-  const auto self = static_cast<int32_t>(u);
-  Unit unit = {Tile{}, static_cast<int32_t>(plan.num_tiles), 0, self, self, 0, 0};
-  if (index >= plan.num_tiles * call.problem.num_kv_heads) return unit;
-  const int64_t count = HeadsAreNeighbours(plan) ? call.problem.num_kv_heads : plan.num_tiles;
+  const int64_t index = group.first_row_block + rb;
+  const auto self = static_cast<int32_t>(rb);
+  RowBlock row_block = {.tile = RowTile{},
+                        .row_tile_index = static_cast<int32_t>(plan.num_row_tiles),
+                        .head = 0,
+                        .owner = self,
+                        .gather_index = self,
+                        .live_begin = 0,
+                        .live_end = 0};
+  if (index >= plan.num_row_tiles * call.problem.num_kv_heads) return row_block;
+  const int64_t count = HeadsAreNeighbours(plan) ? call.problem.num_kv_heads : plan.num_row_tiles;
   const int64_t high = index / count, low = index % count;
-  unit.tile_index = static_cast<int32_t>(HeadsAreNeighbours(plan) ? high : low);
-  unit.head = static_cast<int32_t>(HeadsAreNeighbours(plan) ? low : high);
-  unit.tile =
-      plan.decode ? MakeTile(call, unit.tile_index, 0) : At<const Tile>(call, plan.tiles)[unit.tile_index];
-  if (!HeadsAreNeighbours(plan) && unit.tile.num_rows > 0) {
-    const int64_t first = high * count + At<const int32_t>(call, plan.tile_starts)[unit.tile.seq];
-    unit.owner = static_cast<int32_t>(max(first - group.first_unit, int64_t{0}));
-    // A slot a unit, or a slot a sequence of each head that the group touches, whichever are fewer.
-    unit.slot = unit.owner;
-    if (plan.slots < plan.units) {
-      const int64_t first_head = group.first_unit / count;
-      unit.slot = static_cast<int32_t>((high - first_head) * call.problem.num_seqs + unit.tile.seq);
+  row_block.row_tile_index = static_cast<int32_t>(HeadsAreNeighbours(plan) ? high : low);
+  row_block.head = static_cast<int32_t>(HeadsAreNeighbours(plan) ? low : high);
+  row_block.tile = plan.decode ? MakeRowTile(call, row_block.row_tile_index, 0)
+                               : At<const RowTile>(call, plan.row_tiles)[row_block.row_tile_index];
+  if (!HeadsAreNeighbours(plan) && row_block.tile.num_rows > 0) {
+    const int64_t first = high * count + At<const int32_t>(call, plan.row_tile_starts)[row_block.tile.seq];
+    row_block.owner = static_cast<int32_t>(max(first - group.first_row_block, int64_t{0}));
+    // One copy of keys per row block, or one per sequence and head that the group touches, whichever are
+    // fewer.
+    row_block.gather_index = row_block.owner;
+    if (plan.gathered < plan.row_blocks) {
+      const int64_t first_head = group.first_row_block / count;
+      row_block.gather_index =
+          static_cast<int32_t>((high - first_head) * call.problem.num_seqs + row_block.tile.seq);
     }
   }
-  return unit;
+  return row_block;
 }
 
-__device__ inline const Unit& UnitAt(const Call& call, int64_t u) {
-  return At<const Unit>(call, call.plan.unit_records)[u];
+__device__ inline const RowBlock& RowBlockAt(const Call& call, int64_t rb) {
+  return At<const RowBlock>(call, call.plan.row_block_records)[rb];
 }
 
-// The tile of the group that sees the last keys among those that share the unit's.
-__device__ inline Tile LastTileOf(const Call& call, const Group& group, const Unit& unit) {
+// The row tile of the group that sees the last keys among those that share the row block's.
+__device__ inline RowTile LastRowTileOf(const Call& call, const Group& group, const RowBlock& row_block) {
   const Plan& plan = call.plan;
-  if (HeadsAreNeighbours(plan)) return unit.tile;
-  const int64_t last_tile = At<const int32_t>(call, plan.tile_starts)[unit.tile.seq + 1] - 1;
-  const int64_t last_of_group = group.first_unit + plan.units - 1 - unit.head * plan.num_tiles;
-  return At<const Tile>(call, plan.tiles)[min(last_tile, last_of_group)];
+  if (HeadsAreNeighbours(plan)) return row_block.tile;
+  const int64_t last_tile = At<const int32_t>(call, plan.row_tile_starts)[row_block.tile.seq + 1] - 1;
+  const int64_t last_of_group =
+      group.first_row_block + plan.row_blocks - 1 - row_block.head * plan.num_row_tiles;
+  return At<const RowTile>(call, plan.row_tiles)[min(last_tile, last_of_group)];
 }
 
-// Keys [begin, end) of all blocks that some row of the tile sees; the other blocks are never read.
+// Keys [begin, end) of all key blocks of which some row of the row tile sees a key; the others are never
+// read.
 struct LiveKeys {
   int64_t begin;
   int64_t end;
@@ -119,7 +130,7 @@ __device__ inline LiveKeys LiveBlocks(const Call& call, int64_t begin, int64_t e
   return {.begin = begin / keys * keys, .end = RoundUp(end, keys)};
 }
 
-__device__ inline LiveKeys LiveBlocks(const Call& call, const Tile& tile) {
+__device__ inline LiveKeys LiveBlocks(const Call& call, const RowTile& tile) {
   return LiveBlocks(call, tile.begin, tile.end);
 }
 
@@ -130,7 +141,7 @@ __device__ inline int64_t PageOf(const Call& call, int64_t seq, int64_t key) {
   return id >= 0 && id < max(call.problem.num_k_pages, call.problem.num_v_pages) ? id : -1;
 }
 
-// Of a scale or sink array [X, columns]: the row of a sequence.
+// The row of a scale or sink array [X, columns] that belongs to a sequence.
 __device__ inline int64_t RepeatedRow(const Call& call, int64_t num_rows, int64_t seq) {
   return seq / (call.problem.num_seqs / num_rows);
 }

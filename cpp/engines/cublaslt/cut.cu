@@ -1,4 +1,4 @@
-// Cuts the query rows of a ragged batch into tiles. The first thread block does so for all sequences; the
+// Cuts the query rows of a ragged batch into row tiles. The first thread block does so for all sequences; the
 // others fill the results meanwhile.
 #include <algorithm>
 #include <cmath>
@@ -13,16 +13,16 @@ namespace {
 
 constexpr int kCutThreads = 1024;
 
-__device__ void CutTiles(const Call& call) {
+__device__ void CutRowTiles(const Call& call) {
   using Scan = cub::BlockScan<int32_t, kCutThreads>;
   __shared__ typename Scan::TempStorage storage;
-  int32_t* starts = At<int32_t>(call, call.plan.tile_starts);
+  int32_t* starts = At<int32_t>(call, call.plan.row_tile_starts);
   const int64_t num_seqs = call.problem.num_seqs;
   int32_t total = 0;
   for (int64_t base = 0; base < num_seqs; base += kCutThreads) {
     const int64_t seq = base + threadIdx.x;
     const int64_t rows = seq < num_seqs ? LiveRowsOf(call, seq).size() : 0;
-    const auto tiles = static_cast<int32_t>(CeilDiv(rows, call.plan.rows_per_tile));
+    const auto tiles = static_cast<int32_t>(CeilDiv(rows, call.plan.tile_rows));
     int32_t before, sum;
     Scan(storage).ExclusiveSum(tiles, before, sum);
     if (seq < num_seqs) starts[seq] = total + before;
@@ -31,19 +31,20 @@ __device__ void CutTiles(const Call& call) {
   }
   if (threadIdx.x == 0) starts[num_seqs] = total;
 
-  Tile* tiles = At<Tile>(call, call.plan.tiles);
-  for (int64_t index = threadIdx.x; index < call.plan.num_tiles; index += kCutThreads) {
+  RowTile* tiles = At<RowTile>(call, call.plan.row_tiles);
+  for (int64_t index = threadIdx.x; index < call.plan.num_row_tiles; index += kCutThreads) {
     if (index >= total) {
-      tiles[index] = Tile{};
+      tiles[index] = RowTile{};
       continue;
     }
-    // The last sequence that starts at or before this tile: earlier ones with the same start have no tile.
+    // The last sequence that starts at or before this row tile: earlier ones with the same start have no
+    // tile.
     int64_t low = 0, high = num_seqs;
     while (low + 1 < high) {
       const int64_t middle = (low + high) / 2;
       (starts[middle] <= index ? low : high) = middle;
     }
-    tiles[index] = MakeTile(call, low, (index - starts[low]) * call.plan.rows_per_tile);
+    tiles[index] = MakeRowTile(call, low, (index - starts[low]) * call.plan.tile_rows);
   }
 }
 
@@ -60,7 +61,7 @@ __device__ void FillResults(const Call& call, int64_t bytes) {
 __global__ void __launch_bounds__(kCutThreads)
     CutKernel(const __grid_constant__ Call call, int64_t out_bytes) {
   if (blockIdx.x == 0) {
-    CutTiles(call);
+    CutRowTiles(call);
   } else {
     FillResults(call, out_bytes);
   }

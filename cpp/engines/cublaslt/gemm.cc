@@ -22,7 +22,8 @@ cudaDataType_t TypeOf(DType dtype) {
   }
 }
 
-// One a device for the life of the process: it belongs to the device's context, which XLA keeps as long.
+// One handle per device for the life of the process: it belongs to the device's context, which XLA keeps as
+// long.
 Status HandleOfCurrentDevice(const Library& library, cublasLtHandle_t* handle) {
   static std::mutex mutex;
   static std::map<int, cublasLtHandle_t>* handles = new std::map<int, cublasLtHandle_t>;
@@ -53,7 +54,8 @@ class RelaxedCapture {
 
 }  // namespace
 
-Status Product::MakeLayout(const Matrix& matrix, bool transposed, int64_t batch, Layout* layout) const {
+Status Product::MakeLayout(const Matrix& matrix, Transpose transpose, int64_t batch, Layout* layout) const {
+  const bool transposed = transpose == Transpose::kYes;
   cublasLtMatrixLayout_t made = nullptr;
   const auto rows = static_cast<uint64_t>(transposed ? matrix.cols : matrix.rows);
   const auto cols = static_cast<uint64_t>(transposed ? matrix.rows : matrix.cols);
@@ -78,7 +80,7 @@ Status Product::MakeLayout(const Matrix& matrix, bool transposed, int64_t batch,
   return Status::Ok();
 }
 
-Status Product::Init(const Library& library, cublasLtHandle_t handle, bool transpose_a, const Matrix& a,
+Status Product::Init(const Library& library, cublasLtHandle_t handle, Transpose transpose_a, const Matrix& a,
                      const Matrix& b, const Matrix& d, int64_t batch, const char* name) {
   library_ = &library;
   handle_ = handle;
@@ -95,18 +97,24 @@ Status Product::Init(const Library& library, cublasLtHandle_t handle, bool trans
     return s;
   }
   desc_ = std::unique_ptr<cublasLtMatmulDescOpaque_t, Deleter>(desc, Deleter{&library});
-  const cublasOperation_t op = transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+  const cublasOperation_t op = transpose_a == Transpose::kYes ? CUBLAS_OP_T : CUBLAS_OP_N;
   if (Status s = ToStatus(
           library, library.MatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSA, &op, sizeof op), name);
       !s.ok()) {
     return s;
   }
   if (Status s = MakeLayout(a, transpose_a, batch, &a_); !s.ok()) return s;
-  if (Status s = MakeLayout(b, false, batch, &b_); !s.ok()) return s;
-  if (Status s = MakeLayout(d, false, batch, &d_); !s.ok()) return s;
+  if (Status s = MakeLayout(b, Transpose::kNo, batch, &b_); !s.ok()) return s;
+  if (Status s = MakeLayout(d, Transpose::kNo, batch, &d_); !s.ok()) return s;
 
+  return ChooseAlgorithm(b.rows, d, batch);
+}
+
+// `inner`: the length of the sums.
+Status Product::ChooseAlgorithm(int64_t inner, const Matrix& d, int64_t batch) {
+  const Library& library = *library_;
   cublasLtMatmulPreference_t preference = nullptr;
-  if (Status s = ToStatus(library, library.MatmulPreferenceCreate(&preference), name); !s.ok()) return s;
+  if (Status s = ToStatus(library, library.MatmulPreferenceCreate(&preference), name_); !s.ok()) return s;
   const std::unique_ptr<cublasLtMatmulPreferenceOpaque_t, Deleter> owned(preference, Deleter{&library});
   // Pages start at any multiple of a head's bytes. No reduction over splits: results must not depend on their
   // order.
@@ -121,8 +129,8 @@ Status Product::Init(const Library& library, cublasLtHandle_t handle, bool trans
         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &alignment, sizeof alignment},
         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &alignment, sizeof alignment},
         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &alignment, sizeof alignment}}) {
-    if (Status s =
-            ToStatus(library, library.MatmulPreferenceSetAttribute(preference, attribute, value, size), name);
+    if (Status s = ToStatus(library, library.MatmulPreferenceSetAttribute(preference, attribute, value, size),
+                            name_);
         !s.ok()) {
       return s;
     }
@@ -130,12 +138,13 @@ Status Product::Init(const Library& library, cublasLtHandle_t handle, bool trans
   constexpr int kMaxResults = 2;
   std::array<cublasLtMatmulHeuristicResult_t, kMaxResults> results{};
   int found = 0;
-  const cublasStatus_t status = library.MatmulAlgoGetHeuristic(
-      handle, desc, a_.get(), b_.get(), d_.get(), d_.get(), preference, kMaxResults, results.data(), &found);
+  const cublasStatus_t status =
+      library.MatmulAlgoGetHeuristic(handle_, desc_.get(), a_.get(), b_.get(), d_.get(), d_.get(), preference,
+                                     kMaxResults, results.data(), &found);
   if (status != CUBLAS_STATUS_SUCCESS || found == 0) {
-    return Status::Internal(std::string("implementation 'cublaslt': cuBLASLt has no algorithm for ") + name +
+    return Status::Internal(std::string("implementation 'cublaslt': cuBLASLt has no algorithm for ") + name_ +
                             " of " + std::to_string(batch) + " matrices of " + std::to_string(d.rows) +
-                            " x " + std::to_string(d.cols) + " x " + std::to_string(b.rows) + ": " +
+                            " x " + std::to_string(d.cols) + " x " + std::to_string(inner) + ": " +
                             library.GetStatusString(status));
   }
   // The best by cuBLASLt's estimate; yet with few columns the second best, if that is the one without a
@@ -149,7 +158,7 @@ Status Product::Init(const Library& library, cublasLtHandle_t handle, bool trans
             library,
             library.MatmulAlgoConfigGetAttribute(&results[i].algo, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID,
                                                  &cluster, sizeof cluster, &written),
-            name);
+            name_);
         !s.ok()) {
       return s;
     }
@@ -180,21 +189,24 @@ Status Products::Make(const AttentionProblem& problem, const Plan& plan,
   if (Status s = HandleOfCurrentDevice(*library, &handle); !s.ok()) return s;
 
   const cudaDataType_t type = TypeOf(problem.q_dtype);
-  const int64_t keys = plan.block_keys, rows = plan.unit_rows, dim = plan.head_dim;
+  const int64_t keys = plan.block_keys, rows = plan.row_block_rows, dim = plan.head_dim;
   const int64_t token = plan.in_place ? plan.copies.token : dim;
   // Scores of one row stand beside each other over all blocks, and probabilities take the first bytes of
   // their place.
   const int64_t scores_row = plan.stretch_keys();
   const int64_t probabilities_row = scores_row * 4 / ByteWidth(problem.q_dtype);
   auto made = std::make_unique<Products>();
-  if (Status s = made->scores.Init(*library, handle, true, {type, keys, dim, token}, {type, dim, rows, dim},
-                                   {CUDA_R_32F, keys, rows, scores_row}, plan.batch(), "QK^T");
+  const Product::Matrix k = {.type = type, .rows = keys, .cols = dim, .stride = token};
+  const Product::Matrix q = {.type = type, .rows = dim, .cols = rows, .stride = dim};
+  const Product::Matrix scores = {.type = CUDA_R_32F, .rows = keys, .cols = rows, .stride = scores_row};
+  const Product::Matrix v = {.type = type, .rows = dim, .cols = keys, .stride = token};
+  const Product::Matrix p = {.type = type, .rows = keys, .cols = rows, .stride = probabilities_row};
+  const Product::Matrix partials = {.type = CUDA_R_32F, .rows = dim, .cols = rows, .stride = dim};
+  if (Status s = made->scores.Init(*library, handle, Transpose::kYes, k, q, scores, plan.batch(), "QK^T");
       !s.ok()) {
     return s;
   }
-  if (Status s = made->outputs.Init(*library, handle, false, {type, dim, keys, token},
-                                    {type, keys, rows, probabilities_row}, {CUDA_R_32F, dim, rows, dim},
-                                    plan.batch(), "PV");
+  if (Status s = made->outputs.Init(*library, handle, Transpose::kNo, v, p, partials, plan.batch(), "PV");
       !s.ok()) {
     return s;
   }

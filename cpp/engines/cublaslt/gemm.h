@@ -24,6 +24,8 @@ struct Deleter {
   }
 };
 
+enum class Transpose { kNo, kYes };
+
 // D[i] = op(A[i]) B[i] for all i of a batch whose matrices stand in arrays of pointers. Column-major as
 // cuBLASLt wants it, so every row-major matrix of ours is its own transpose here.
 class Product {
@@ -36,7 +38,7 @@ class Product {
   };
 
   Product() = default;
-  Status Init(const Library& library, cublasLtHandle_t handle, bool transpose_a, const Matrix& a,
+  Status Init(const Library& library, cublasLtHandle_t handle, Transpose transpose_a, const Matrix& a,
               const Matrix& b, const Matrix& d, int64_t batch, const char* name);
 
   Status Launch(const void* a_pointers, const void* b_pointers, void* d_pointers, void* workspace,
@@ -45,7 +47,8 @@ class Product {
  private:
   using Layout = std::unique_ptr<cublasLtMatrixLayoutOpaque_t, Deleter>;
 
-  Status MakeLayout(const Matrix& matrix, bool transposed, int64_t batch, Layout* layout) const;
+  Status MakeLayout(const Matrix& matrix, Transpose transpose, int64_t batch, Layout* layout) const;
+  Status ChooseAlgorithm(int64_t inner, const Matrix& d, int64_t batch);
 
   const Library* library_ = nullptr;
   cublasLtHandle_t handle_ = nullptr;
@@ -55,16 +58,16 @@ class Product {
   cublasLtMatmulAlgo_t algo_{};
 };
 
-// Of one plan on one device. Launching changes nothing in here, so that threads may share it.
+// Both products of one plan on one device. Launching changes nothing in here, so that threads may share it.
 class Products {
  public:
   // For the current device. Neither waits for the device nor disturbs a capture of the calling thread's
   // stream.
   static Status Make(const AttentionProblem& problem, const Plan& plan, std::unique_ptr<Products>* products);
 
-  Product scores;   // Q K^T of every unit and block
+  Product scores;   // Q K^T of every row block and key block
   Product outputs;  // P V likewise
-  // What the device allows kernels of a stream.
+  // How kernels of a stream may overlap on the device.
   device::Overlap overlap = device::Overlap::kNone;
 };
 

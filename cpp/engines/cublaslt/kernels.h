@@ -13,30 +13,30 @@ namespace jpa::cublaslt {
 
 inline constexpr char kCaller[] = "implementation 'cublaslt'";  // in errors
 
-// All that a kernel may want to know, passed by value.
+// All facts of a call, passed to kernels by value.
 struct Call {
   AttentionProblem problem;
   AttentionParams params;
   Plan plan;
   char* workspace;          // [plan.workspace_bytes], aligned to 256 bytes
-  int64_t group;            // G
+  int64_t group_size;       // G, query heads per key/value head
   device::Overlap overlap;  // of all kernels but the first two
 };
 
-// Which units and which stretch of keys are in the workspace.
+// The row blocks and the stretch of keys that are in the workspace.
 struct Group {
-  int64_t first_unit;
+  int64_t first_row_block;
   int64_t chunks;
   int64_t first_key;
-  bool first;  // of the stretches of these units
+  bool first;  // of the stretches of these row blocks
   bool last;
 };
 
-// Ragged only: cuts query rows into tiles, and writes 0 and -inf to all results, for rows that no sequence
-// claims.
+// Ragged only: cuts query rows into row tiles, and writes 0 and -inf to all results, for rows that no
+// sequence claims.
 Status LaunchCut(const Call& call, cudaStream_t stream);
 
-// Records of the units, queries, pointers, and all keys and values that are not used in place.
+// Records of the row blocks, queries, pointers, and all keys and values that are not used in place.
 Status LaunchPack(const Call& call, const Group& group, cudaStream_t stream);
 
 // Scores of a chunk to probabilities, in their place.

@@ -1,7 +1,7 @@
-// Prepares a group: describes its units, packs the query rows of each unit into one matrix, fills the arrays
-// of pointers, and brings together what cannot be used in place. That is all keys and values where pages are
-// gathered; in place it is the last page of each sequence, since 0 * NaN is NaN and nobody knows what stands
-// behind the last value.
+// Prepares a group: describes its row blocks, packs the query rows of each row block into one matrix, fills
+// the arrays of pointers, and brings together what cannot be used in place. That is all keys and values where
+// pages are gathered; in place it is the last page of each sequence, since 0 * NaN is NaN and nobody knows
+// what stands behind the last value.
 #include <algorithm>
 #include <cstdint>
 
@@ -51,29 +51,30 @@ __device__ Packed<T, kWidth> LoadRow(const From* row, int64_t d, int64_t head_di
   }
 }
 
-// A warp a strip of one unit's rows, so that units are looked up once a strip.
+// A warp per strip of one row block's rows, so that row blocks are looked up once per strip.
 template <typename T, bool kAligned>
 __device__ void PackQueries(const Call& call, const Group& group) {
   constexpr int kVectors = 4;  // that a lane has in flight
   const Plan& plan = call.plan;
-  const auto vectors = static_cast<int>(plan.head_dim / kWidth), queries = static_cast<int>(call.group);
-  const auto unit_vectors = static_cast<int>(plan.unit_rows) * vectors;
-  const int strips = CeilDiv<int>(unit_vectors, 32 * kVectors);
-  for (int64_t i = WarpIndex(); i < plan.units * strips; i += NumWarps()) {
-    const int64_t u = i / strips;
+  const auto vectors = static_cast<int>(plan.head_dim / kWidth), queries = static_cast<int>(call.group_size);
+  const auto row_block_vectors = static_cast<int>(plan.row_block_rows) * vectors;
+  const int strips = CeilDiv<int>(row_block_vectors, 32 * kVectors);
+  for (int64_t i = WarpIndex(); i < plan.row_blocks * strips; i += NumWarps()) {
+    const int64_t rb = i / strips;
     const int begin = static_cast<int>(i % strips) * 32 * kVectors + Lane();
-    const Unit unit = MakeUnit(call, group, u);
-    T* to = At<T>(call, plan.queries) + u * unit_vectors * kWidth;
+    const RowBlock row_block = MakeRowBlock(call, group, rb);
+    T* to = At<T>(call, plan.queries) + rb * row_block_vectors * kWidth;
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       const int vector = begin + 32 * j;
-      if (vector >= unit_vectors) break;
+      if (vector >= row_block_vectors) break;
       const int packed_row = vector / vectors, row = packed_row / queries;
       Packed<T, kWidth> values = {};
-      if (row < unit.tile.num_rows) {
-        const int64_t head = unit.head * call.group + (packed_row - row * queries);
-        const T* from = static_cast<const T*>(call.params.q) +
-                        ((unit.tile.row + row) * call.problem.num_q_heads + head) * call.problem.head_dim;
+      if (row < row_block.tile.num_rows) {
+        const int64_t head = row_block.head * call.group_size + (packed_row - row * queries);
+        const T* from =
+            static_cast<const T*>(call.params.q) +
+            ((row_block.tile.row + row) * call.problem.num_q_heads + head) * call.problem.head_dim;
         values =
             LoadRow<T, T, kAligned>(from, (vector - packed_row * vectors) * kWidth, call.problem.head_dim);
       }
@@ -96,73 +97,75 @@ __device__ void FillKnown(uint8_t* known, int64_t bytes, bool is_known) {
 template <typename T>
 __device__ void FillPointers(const Call& call, const Group& group) {
   const Plan& plan = call.plan;
-  const int64_t blocks = plan.blocks();
-  for (int64_t i = ThreadIndex(); i < plan.units * blocks; i += NumThreads()) {
-    const int64_t u = i / blocks, block = i % blocks;
-    Unit unit = MakeUnit(call, group, u);
-    const LiveKeys live_keys = LiveBlocks(call, unit.tile);
-    unit.live_begin = static_cast<int32_t>(live_keys.begin);
-    unit.live_end = static_cast<int32_t>(live_keys.end);
-    if (block == 0) At<Unit>(call, plan.unit_records)[u] = unit;
+  const int64_t blocks = plan.key_blocks();
+  for (int64_t i = ThreadIndex(); i < plan.row_blocks * blocks; i += NumThreads()) {
+    const int64_t rb = i / blocks, block = i % blocks;
+    RowBlock row_block = MakeRowBlock(call, group, rb);
+    const LiveKeys live_keys = LiveBlocks(call, row_block.tile);
+    row_block.live_begin = static_cast<int32_t>(live_keys.begin);
+    row_block.live_end = static_cast<int32_t>(live_keys.end);
+    if (block == 0) At<RowBlock>(call, plan.row_block_records)[rb] = row_block;
     const int64_t key = group.first_key + block * plan.block_keys;
     const bool live = live_keys.Contains(key);
 
     const T* keys = At<const T>(call, plan.zeros);
     const T* values = keys;
     if (live && !plan.in_place) {
-      const int64_t offset = (unit.slot * plan.stretch_keys() + block * plan.block_keys) * plan.head_dim;
+      const int64_t offset =
+          (row_block.gather_index * plan.stretch_keys() + block * plan.block_keys) * plan.head_dim;
       keys = At<const T>(call, plan.keys) + offset;
       values = At<const T>(call, plan.values) + offset;
     } else if (live) {
-      const int64_t page = PageOf(call, unit.tile.seq, key);
+      const int64_t page = PageOf(call, row_block.tile.seq, key);
       uint8_t* known =
-          At<uint8_t>(call, plan.known) + (u * plan.stretch_keys() + block * plan.block_keys) / 8;
+          At<uint8_t>(call, plan.known) + (rb * plan.stretch_keys() + block * plan.block_keys) / 8;
       FillKnown(known, plan.block_keys / 8, page >= 0);
       if (page >= 0) {
         const PageStrides &k = call.params.k_strides, &v = call.params.v_strides;
         keys = static_cast<const T*>(call.params.k_pages) + page % call.problem.num_k_pages * k.page +
-               unit.head * k.head;
+               row_block.head * k.head;
         values = static_cast<const T*>(call.params.v_pages) + page % call.problem.num_v_pages * v.page +
-                 unit.head * v.head;
-        if (unit.tile.kv_len < key + plan.block_keys) {
-          values = At<const T>(call, plan.values) + u / call.problem.num_kv_heads * plan.copies.page +
-                   unit.head * plan.copies.head;
+                 row_block.head * v.head;
+        if (row_block.tile.kv_len < key + plan.block_keys) {
+          values = At<const T>(call, plan.values) + rb / call.problem.num_kv_heads * plan.copies.page +
+                   row_block.head * plan.copies.head;
         }
       }
     }
     // Probabilities of a segment take the first bytes of its scores.
     float* scores =
-        At<float>(call, plan.scores) + u % plan.chunk_units * plan.unit_rows * plan.stretch_keys();
-    const int64_t segment = block / plan.blocks_per_segment * plan.segment_keys();
-    const int64_t in_segment = block % plan.blocks_per_segment * plan.block_keys;
+        At<float>(call, plan.scores) + rb % plan.chunk_row_blocks * plan.row_block_rows * plan.stretch_keys();
+    const int64_t segment = block / plan.key_blocks_per_segment * plan.segment_keys();
+    const int64_t in_segment = block % plan.key_blocks_per_segment * plan.block_keys;
     PointersAt(call, kKeys)[i] = const_cast<T*>(keys);
-    PointersAt(call, kQueries)[i] = At<T>(call, plan.queries) + u * plan.unit_rows * plan.head_dim;
+    PointersAt(call, kQueries)[i] = At<T>(call, plan.queries) + rb * plan.row_block_rows * plan.head_dim;
     PointersAt(call, kScores)[i] = scores + segment + in_segment;
     PointersAt(call, kValues)[i] = const_cast<T*>(values);
     PointersAt(call, kProbabilities)[i] = reinterpret_cast<T*>(scores + segment) + in_segment;
-    PointersAt(call, kPartials)[i] = At<float>(call, plan.partials) + i * plan.unit_rows * plan.head_dim;
+    PointersAt(call, kPartials)[i] = At<float>(call, plan.partials) + i * plan.row_block_rows * plan.head_dim;
   }
 }
 
 template <typename T>
 __device__ void FillZeros(const Call& call) {
-  const int64_t count = (call.plan.unit_records - call.plan.zeros) / static_cast<int64_t>(kWidth * sizeof(T));
+  const int64_t count =
+      (call.plan.row_block_records - call.plan.zeros) / static_cast<int64_t>(kWidth * sizeof(T));
   for (int64_t i = ThreadIndex(); i < count; i += NumThreads()) {
     StorePacked<kWidth>(At<T>(call, call.plan.zeros) + i * kWidth, {});
   }
 }
 
-// In place: the values of the last page of each sequence, zeros behind the last token. A warp a token, all
+// In place: the values of the last page of each sequence, zeros behind the last token. A warp per token, all
 // heads.
 template <typename T>
 __device__ void CopyLastPages(const Call& call, const Group& group) {
   const int64_t page_size = call.problem.page_size;
   const PageStrides &strides = call.params.v_strides, &copies = call.plan.copies;
   const int64_t head_dim = call.problem.head_dim, width = call.problem.num_kv_heads * head_dim;
-  const int64_t tiles = call.plan.units / call.problem.num_kv_heads;
+  const int64_t tiles = call.plan.row_blocks / call.problem.num_kv_heads;
   for (int64_t i = WarpIndex(); i < tiles * page_size; i += NumWarps()) {
     const int64_t t = i / page_size, offset = i % page_size;
-    const Tile tile = MakeUnit(call, group, t * call.problem.num_kv_heads).tile;
+    const RowTile tile = MakeRowBlock(call, group, t * call.problem.num_kv_heads).tile;
     const int64_t key = tile.kv_len / page_size * page_size;
     if (tile.kv_len == key || !LiveBlocks(call, tile).Contains(key)) continue;
     const int64_t page = PageOf(call, tile.seq, key);
@@ -179,35 +182,36 @@ __device__ void CopyLastPages(const Call& call, const Group& group) {
   }
 }
 
-// Keys and values of each unit that owns some, token after token; zeros for tokens that no tile sees. A warp
-// 32 tokens.
+// Keys and values of each row block that owns some, token after token; zeros for tokens that no row tile
+// sees. A warp per 32 tokens.
 template <typename T, typename KV, bool kAligned>
 __device__ void Gather(const Call& call, const Group& group) {
   const Plan& plan = call.plan;
   const PageStrides &k = call.params.k_strides, &v = call.params.v_strides;
   const int64_t strips = plan.stretch_keys() / 32;
   const int vectors = static_cast<int>(plan.head_dim / kWidth);
-  for (int64_t i = WarpIndex(); i < plan.units * strips; i += NumWarps()) {
-    const int64_t u = i / strips, strip = i % strips * 32;
-    const Unit unit = MakeUnit(call, group, u);
-    if (unit.tile.num_rows == 0 || unit.owner != u) continue;
-    const int64_t begin = unit.tile.begin, end = LastTileOf(call, group, unit).end;
+  for (int64_t i = WarpIndex(); i < plan.row_blocks * strips; i += NumWarps()) {
+    const int64_t rb = i / strips, strip = i % strips * 32;
+    const RowBlock row_block = MakeRowBlock(call, group, rb);
+    if (row_block.tile.num_rows == 0 || row_block.owner != rb) continue;
+    const int64_t begin = row_block.tile.begin, end = LastRowTileOf(call, group, row_block).end;
     if (!LiveBlocks(call, begin, end).Contains(group.first_key + strip)) continue;
 
     // Lane t looks up token t.
     const int64_t key = group.first_key + strip + Lane();
     int64_t k_offset = -1, v_offset = -1;
     if (key >= begin && key < end) {
-      const int64_t page = PageOf(call, unit.tile.seq, key);
+      const int64_t page = PageOf(call, row_block.tile.seq, key);
       if (page >= 0) {
         const int64_t token = key % call.problem.page_size;
-        k_offset = page % call.problem.num_k_pages * k.page + token * k.token + unit.head * k.head;
-        v_offset = page % call.problem.num_v_pages * v.page + token * v.token + unit.head * v.head;
+        k_offset = page % call.problem.num_k_pages * k.page + token * k.token + row_block.head * k.head;
+        v_offset = page % call.problem.num_v_pages * v.page + token * v.token + row_block.head * v.head;
       }
     }
     const unsigned known = __ballot_sync(~0u, k_offset >= 0);
-    if (Lane() == 0) At<uint32_t>(call, plan.known)[(unit.slot * plan.stretch_keys() + strip) / 32] = known;
-    const int64_t to = (unit.slot * plan.stretch_keys() + strip) * plan.head_dim;
+    if (Lane() == 0)
+      At<uint32_t>(call, plan.known)[(row_block.gather_index * plan.stretch_keys() + strip) / 32] = known;
+    const int64_t to = (row_block.gather_index * plan.stretch_keys() + strip) * plan.head_dim;
 #pragma unroll 4
     for (int j = 0; j < vectors; ++j) {
       const int vector = 32 * j + Lane();
@@ -231,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     PackKernel(const __grid_constant__ Call call, const __grid_constant__ Group group) {
   device::WaitForPreviousKernel();
   FillPointers<T>(call, group);
-  if (group.first && group.first_unit == 0) FillZeros<T>(call);
+  if (group.first && group.first_row_block == 0) FillZeros<T>(call);
   if (group.first) PackQueries<T, kAligned>(call, group);
   if (!call.plan.in_place) {
     Gather<T, KV, kAligned>(call, group);
@@ -278,14 +282,16 @@ Kernel Choose(const AttentionProblem& problem) {
 
 Status LaunchPack(const Call& call, const Group& group, cudaStream_t stream) {
   const Plan& plan = call.plan;
-  const int64_t moved = plan.units * (plan.in_place ? plan.unit_rows : plan.unit_rows + plan.stretch_keys());
-  // A warp a token of each last page.
-  const int64_t copied = plan.in_place ? plan.units / call.problem.num_kv_heads * plan.block_keys * 32 : 0;
+  const int64_t moved =
+      plan.row_blocks * (plan.in_place ? plan.row_block_rows : plan.row_block_rows + plan.stretch_keys());
+  // A warp per token of each last page.
+  const int64_t copied =
+      plan.in_place ? plan.row_blocks / call.problem.num_kv_heads * plan.block_keys * 32 : 0;
   const int64_t threads =
-      std::max(std::max(moved * plan.head_dim / kWidth, copied), plan.units * plan.blocks());
+      std::max(std::max(moved * plan.head_dim / kWidth, copied), plan.row_blocks * plan.key_blocks());
   const int64_t blocks = std::min(CeilDiv(threads, kThreads), kMaxBlocks);
   // Kernels in front of the first one are not this engine's: it waits for them in the ordinary way.
-  const bool first = group.first && group.first_unit == 0;
+  const bool first = group.first && group.first_row_block == 0;
   return device::Launch(kCaller, "pack", Choose(call.problem),
                         {.grid = dim3(static_cast<unsigned>(blocks)),
                          .threads = kThreads,

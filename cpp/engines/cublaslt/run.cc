@@ -49,19 +49,19 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
                      .plan = plan,
                      .workspace = reinterpret_cast<char*>(
                          RoundUp<uintptr_t>(reinterpret_cast<uintptr_t>(params.workspace), kAlign)),
-                     .group = problem.num_q_heads / problem.num_kv_heads,
+                     .group_size = problem.num_q_heads / problem.num_kv_heads,
                      .overlap = products.overlap};
 
   if (!plan.decode) {
     if (Status s = LaunchCut(call, stream); !s.ok()) return s;
   }
-  for (int64_t units = 0; units < plan.groups; ++units) {
-    for (int64_t keys = 0; keys < plan.stretches; ++keys) {
-      const Group group = {.first_unit = units * plan.units,
-                           .chunks = plan.chunks_of(units),
-                           .first_key = keys * plan.stretch_keys(),
-                           .first = keys == 0,
-                           .last = keys == plan.stretches - 1};
+  for (int64_t g = 0; g < plan.groups; ++g) {
+    for (int64_t stretch = 0; stretch < plan.stretches; ++stretch) {
+      const Group group = {.first_row_block = g * plan.row_blocks,
+                           .chunks = plan.chunks_of(g),
+                           .first_key = stretch * plan.stretch_keys(),
+                           .first = stretch == 0,
+                           .last = stretch == plan.stretches - 1};
       if (Status s = RunGroup(call, group, products, stream); !s.ok()) return s;
     }
   }
