@@ -183,43 +183,42 @@ Case MakeCase(uint32_t seed, int64_t max_len) {
   const int64_t num_k_pages = used_pages + 2;
   const int64_t num_v_pages = random.Below(4) == 0 ? std::max<int64_t>(num_k_pages / 2, 1) : num_k_pages;
 
-  Case c = {
-      {},
-      {},
-      Array(q_dtype, num_rows * num_q_heads * head_dim),
-      Array(kv_dtype, num_k_pages * page_size * num_kv_heads * head_dim),
-      Array(kv_dtype, num_v_pages * page_size * num_kv_heads * head_dim),
-      Array(q_dtype, num_rows * num_q_heads * head_dim),
-      std::vector<int32_t>(static_cast<size_t>(num_seqs * max_pages)),
-      kv_lens,
-      q_starts,
-      q_counts,
-      {},
-      {},
-      {},
-      std::vector<float>(static_cast<size_t>(num_rows * num_q_heads), 7.0f),
-      std::vector<float>(static_cast<size_t>(AttentionWorkspaceBytes(num_seqs, num_q_heads, head_dim)) / 4)};
-
+  const int64_t num_results = num_rows * num_q_heads;
   const int64_t row = num_kv_heads * head_dim;
-  c.problem = {.q_dtype = q_dtype,
-               .kv_dtype = kv_dtype,
-               .num_rows = num_rows,
-               .num_q_heads = num_q_heads,
-               .num_kv_heads = num_kv_heads,
-               .head_dim = head_dim,
-               .page_size = page_size,
-               .num_k_pages = num_k_pages,
-               .num_v_pages = num_v_pages,
-               .num_seqs = num_seqs,
-               .max_pages = max_pages};
+  const int64_t workspace_bytes = AttentionWorkspaceBytes(num_seqs, num_q_heads, head_dim);
+  Case c = {.problem = {.q_dtype = q_dtype,
+                        .kv_dtype = kv_dtype,
+                        .num_rows = num_rows,
+                        .num_q_heads = num_q_heads,
+                        .num_kv_heads = num_kv_heads,
+                        .head_dim = head_dim,
+                        .page_size = page_size,
+                        .num_k_pages = num_k_pages,
+                        .num_v_pages = num_v_pages,
+                        .num_seqs = num_seqs,
+                        .max_pages = max_pages},
+            .params = {},
+            .q = Array(q_dtype, num_results * head_dim),
+            .k = Array(kv_dtype, num_k_pages * page_size * row),
+            .v = Array(kv_dtype, num_v_pages * page_size * row),
+            .out = Array(q_dtype, num_results * head_dim),
+            .tables = std::vector<int32_t>(static_cast<size_t>(num_seqs * max_pages)),
+            .kv_lens = kv_lens,
+            .q_starts = q_starts,
+            .q_counts = q_counts,
+            .sinks = {},
+            .k_scale = {},
+            .v_scale = {},
+            .lse = std::vector<float>(static_cast<size_t>(num_results), 7.0f),
+            .workspace = std::vector<float>(static_cast<size_t>(workspace_bytes) / sizeof(float))};
   const int32_t other_len = FillArrays(random, &c);
-  const int64_t num_sinks = random.Of<int64_t>({0, 1, num_seqs});
-  const int64_t num_k_scales = random.Of<int64_t>({0, 1, num_seqs});
-  const int64_t num_v_scales = random.Of<int64_t>({0, 1, num_seqs});
-  for (int64_t i = 0; i < num_sinks * num_q_heads; ++i) c.sinks.push_back(random.Normal());
-  for (int64_t i = 0; i < num_k_scales * num_kv_heads; ++i)
+  c.problem.num_sinks = random.Of<int64_t>({0, 1, num_seqs});
+  c.problem.num_k_scales = random.Of<int64_t>({0, 1, num_seqs});
+  c.problem.num_v_scales = random.Of<int64_t>({0, 1, num_seqs});
+  for (int64_t i = 0; i < c.problem.num_sinks * num_q_heads; ++i) c.sinks.push_back(random.Normal());
+  for (int64_t i = 0; i < c.problem.num_k_scales * num_kv_heads; ++i)
     c.k_scale.push_back(0.25f + std::fabs(random.Normal()));
-  for (int64_t i = 0; i < num_v_scales * num_kv_heads; ++i)
+  for (int64_t i = 0; i < c.problem.num_v_scales * num_kv_heads; ++i)
     c.v_scale.push_back(0.25f + std::fabs(random.Normal()));
   if (other_len != 0) c.kv_lens[0] = other_len;
   if (random.Below(6) == 0) {  // rows of the first sequence that stick out of q, which nothing may touch
@@ -227,9 +226,6 @@ Case MakeCase(uint32_t seed, int64_t max_len) {
   }
 
   const PageStrides strides = {.page = page_size * row, .token = row, .head = head_dim};
-  c.problem.num_sinks = num_sinks;
-  c.problem.num_k_scales = num_k_scales;
-  c.problem.num_v_scales = num_v_scales;
   c.params.k_strides = strides;
   c.params.v_strides = strides;
   c.params.scale = 1.0f / std::sqrt(static_cast<float>(head_dim)) * (kv_dtype == DType::kS8 ? 0.05f : 1.0f);
