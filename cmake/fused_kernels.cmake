@@ -1,4 +1,4 @@
-# What follows from JPA_FUSED_DECODE_HEAD_DIMS and JPA_FUSED_PREFILL_HEAD_DIMS:
+# Makes everything that follows from JPA_FUSED_DECODE_HEAD_DIMS and JPA_FUSED_PREFILL_HEAD_DIMS:
 #
 # - JPA_FUSED_INSTANTIATIONS: one source file per kernel, so that they compile side by side
 # - engines/fused/head_dims.h in JPA_GENERATED, from which cpp/engines/fused chooses a kernel

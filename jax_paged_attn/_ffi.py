@@ -20,7 +20,7 @@ from jax import Array
 from jax_paged_attn._layouts import LAYOUTS
 
 _MODULES = {"cpu": "jax_paged_attn._cpu", "cuda": "jax_paged_attn._cuda"}
-# What XLA calls the platforms that JAX lowers for.
+# XLA's names of the platforms that JAX lowers for.
 _XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 
 ATTENTION_TARGET = "jax_paged_attn.attention.v1"
@@ -89,7 +89,7 @@ _loaded = {platform: _load(platform) for platform in _MODULES}
 
 
 def has(platform: str) -> bool:
-    """Whether this installation has a compiled module for the platform ("cpu" or "cuda")."""
+    """True if this installation has a compiled module for the platform ("cpu" or "cuda")."""
     return _loaded.get(platform) is not None
 
 
@@ -162,7 +162,7 @@ def cublaslt_workspace_bytes(
     The handler makes its plan by the same function, so for known sizes no byte is left over. Of symbolic sizes the
     plan cannot be known, but it keeps to the limit and what rows and sequences add.
     """
-    del batch_invariant  # which it does not promise
+    del batch_invariant  # which it does not guarantee
     module = compiled("cuda")
     fixed, variable = _sizes(q, k_pages, block_tables, layout)
     options = {"workspace_limit": workspace_limit, "layout": layout}
@@ -184,9 +184,9 @@ def fused_workspace_bytes(
 ) -> Any:
     """Size of the workspace of "fused", exact for known sizes and enough for symbolic ones.
 
-    It has room for the most CTAs that a grid may have, on any device, and does not go with rows; that of a
-    batch-invariant call does. Each sequence of a call with prompts adds a few bytes, and where their pages have to be
-    copied row by row, copies have up to half of the limit.
+    It has room for the most CTAs that a grid may have, on any device, and does not grow with rows, except in a
+    batch-invariant call. Each sequence of a call with prompts adds a few bytes. Where TMA cannot load their pages, the
+    tile cache may take up to half of the limit.
     """
     module = compiled("cuda")
     fixed, variable = _sizes(q, k_pages, block_tables, layout)

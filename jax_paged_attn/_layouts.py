@@ -1,4 +1,4 @@
-"""Where keys and values stand in their pools, by the name that the primitives and the FFI target know a layout by."""
+"""Layouts: where keys and values stand in their pools, by the names that the primitives and the FFI targets use."""
 
 import dataclasses
 
@@ -12,12 +12,12 @@ class Layout:
     """One way to store pools; engines read each in place, plain JAX code through `split`.
 
     Attributes:
-      shape: of a pool, in letters.
-      pools: what the arguments that are the two pools are called.
-      page_axis: which axis counts pages.
-      token_axis: which one the tokens of a page.
-      head_axis: which one the heads.
-      interleaved: whether one array is both pools: key head k is head 2k of it, value head k head 2k + 1.
+      shape: the shape of a pool, in letters.
+      pools: the names of the arguments that hold keys and values.
+      page_axis: the axis that counts pages.
+      token_axis: the axis that counts the tokens of a page.
+      head_axis: the axis that counts heads.
+      interleaved: True if one array holds both pools: key head k is its head 2k, value head k its head 2k + 1.
     """
 
     shape: str
@@ -28,11 +28,11 @@ class Layout:
     interleaved: bool = False
 
     def page_size(self, pool: Array) -> int:
-        """S, of a pool or its abstract value."""
+        """S, the tokens per page, of a pool or its abstract value."""
         return pool.shape[self.token_axis]
 
     def kv_heads(self, pool: Array) -> int:
-        """K, likewise."""
+        """K, the key/value heads, of a pool or its abstract value."""
         return pool.shape[self.head_axis] // (2 if self.interleaved else 1)
 
     def split(self, pool: Array, which: int) -> Array:

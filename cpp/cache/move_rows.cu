@@ -12,11 +12,11 @@
 namespace jpa::cache {
 namespace {
 
-// Where this kernel is known to be faster: of 4096 tokens of 2 KiB a pool it moves 8 tokens a stage in 14.1
-// us, the other one in 16.6. Of 64 the other one takes 2.6, with a CTA a token.
+// Where this kernel is known to be faster: 4096 tokens of 2 KiB per pool take 14.1 us, 8 tokens per stage,
+// and 16.6 us in the other one. For 64 tokens the other one takes 2.6 us, with a CTA per token.
 constexpr int64_t kFewestTokens = 4096;
 
-// Of 2, 4 and 8 tokens of 2 KiB a stage, with as many stages as fit, 8 were the fastest.
+// Measured: 2, 4 and 8 tokens of 2 KiB per stage, with as many stages as fit. 8 were the fastest.
 constexpr int kStageBytes = 16 << 10;
 constexpr int kStages = 5;  // of keys, and as many of values: what shared memory has beside the table
 // A stage is filled again so many stages after its stores began, so that nothing waits for the latest.
@@ -39,7 +39,7 @@ struct MoveStorage {
   };
   Ring rings[2];
   LastTokens::Storage last_tokens;
-  int32_t targets[kTile];
+  int32_t targets[kTileTokens];
 };
 
 constexpr int kSharedBytes = sizeof(MoveStorage);
@@ -65,7 +65,8 @@ class RowMover {
     for (int stage = 0; stage < kStages; ++stage) Load(stage);
   }
 
-  // Stores the next `count` tokens, all of a tile or what is left; targets[i] is the slot of the i-th or -1.
+  // Stores the next `count` tokens, a whole token tile or the rest; targets[i] is the slot of the i-th
+  // or -1.
   __device__ void Store(int count, const int32_t* targets) {
     for (int first = 0; first < count; first += args_.tokens_per_stage, ++next_) {
       const int stage = next_ % kStages;
@@ -84,7 +85,7 @@ class RowMover {
  private:
   static constexpr uint32_t kAllLanes = 0xffffffffu;
 
-  // What stage index % kStages holds as the index-th of the CTA, if there are tokens for it.
+  // Fills stage index % kStages as the index-th of the CTA, if there are tokens for it.
   __device__ void Load(int index) {
     const int64_t token = begin_ + int64_t{index} * args_.tokens_per_stage;
     if (token >= end_) return;
@@ -135,8 +136,8 @@ __global__ void __launch_bounds__(kThreadsPerSm, 1) MoveRowsKernel(const __grid_
   if (moves) mover.Start();
   for (int64_t first = begin; first < end; first += args.tokens_per_tile) {
     const int count = static_cast<int>(min(end - first, int64_t{args.tokens_per_tile}));
-    // Its barriers keep the targets of the tile before until both warps have stored that.
-    ResolveTile(args.mapping, static_cast<int32_t>(first), count, storage.last_tokens, storage.targets);
+    // Its barriers keep the targets of the token tile before until both warps have stored that.
+    ResolveTokenTile(args.mapping, static_cast<int32_t>(first), count, storage.last_tokens, storage.targets);
     if (moves) mover.Store(count, storage.targets);
   }
   if (moves) mover.Finish();
@@ -186,7 +187,7 @@ Status LaunchMoveRows(const WriteProblem& problem, const WriteParams& params, in
   const int64_t num_ctas = CeilDiv(problem.num_tokens, tokens_per_cta);
   const int32_t row_bytes = static_cast<int32_t>(problem.num_kv_heads * problem.head_dim) *
                             static_cast<int32_t>(ByteWidth(problem.new_dtype));
-  const int32_t tokens_per_stage = std::min(kStageBytes / row_bytes, kTile);
+  const int32_t tokens_per_stage = std::min(kStageBytes / row_bytes, kTileTokens);
   const MoveArgs args = {.values = {static_cast<const char*>(params.k), static_cast<const char*>(params.v)},
                          .pages = {static_cast<char*>(params.k_pages), static_cast<char*>(params.v_pages)},
                          .mapping = {.slots = params.slot_mapping,
@@ -195,7 +196,7 @@ Status LaunchMoveRows(const WriteProblem& problem, const WriteParams& params, in
                          .row_bytes = row_bytes,
                          .tokens_per_cta = static_cast<int32_t>(tokens_per_cta),
                          .tokens_per_stage = tokens_per_stage,
-                         .tokens_per_tile = kTile / tokens_per_stage * tokens_per_stage};
+                         .tokens_per_tile = kTileTokens / tokens_per_stage * tokens_per_stage};
   if (Status s = device::CudaStatus(
           cudaFuncSetAttribute(MoveRowsKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
           kCaller, "cudaFuncSetAttribute");

@@ -10,8 +10,8 @@ namespace jpa::cache {
 // small ones of one token each, which are done sooner.
 constexpr int kThreadsPerSm = 1024;
 
-constexpr int kTile = kThreadsPerSm;  // tokens that a CTA resolves at a time, at most
-constexpr int kSlotLoads = 8;         // later slots that a thread has in flight
+constexpr int kTileTokens = kThreadsPerSm;  // tokens that a CTA resolves at a time, at most
+constexpr int kSlotLoads = 8;               // later slots that a thread has in flight
 
 // The slot of every token of the call.
 struct SlotMapping {
@@ -22,15 +22,15 @@ struct SlotMapping {
   __device__ bool InPool(int32_t slot) const { return slot >= 0 && slot < num_slots; }
 };
 
-// The slots of a tile's tokens, each with the last token that has it: a hash table in shared memory.
+// The slots of a token tile's tokens, each with the last token that has it: a hash table in shared memory.
 class LastTokens {
  public:
   struct Storage {
-    int32_t slots[4 * kTile];
-    int32_t tokens[4 * kTile];
+    int32_t slots[4 * kTileTokens];
+    int32_t tokens[4 * kTileTokens];
   };
 
-  // At least four entries a token, so that probing is short.
+  // At least four entries per token, so that probing is short.
   __device__ LastTokens(Storage& storage, int count)
       : slots_(storage.slots), tokens_(storage.tokens), log_entries_(LogEntries(count)) {}
 
@@ -78,7 +78,7 @@ class LastTokens {
   const int log_entries_;
 };
 
-// What a thread reads at a time of the slots from token `first` on; -1 past the end.
+// Slots that a thread reads at a time, from token `first` on; -1 past the end.
 struct SomeSlots {
   __device__ SomeSlots(const SlotMapping& mapping, int64_t first) {
 #pragma unroll
@@ -93,8 +93,8 @@ struct SomeSlots {
 
 // Sets targets[i] to the slot of token first + i if its value stays there, else to -1, for up to blockDim.x
 // tokens. Ends with a barrier.
-__device__ inline void ResolveTile(const SlotMapping& mapping, int32_t first, int count,
-                                   LastTokens::Storage& storage, int32_t* targets) {
+__device__ inline void ResolveTokenTile(const SlotMapping& mapping, int32_t first, int count,
+                                        LastTokens::Storage& storage, int32_t* targets) {
   const int mine = static_cast<int>(threadIdx.x);  // the thread's token of the tile
   LastTokens last_tokens(storage, count);
   int32_t slot = -1;

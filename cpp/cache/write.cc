@@ -9,7 +9,7 @@
 namespace jpa::cache {
 namespace {
 
-// Each stored type as (its C++ type, its conversion to f32, its conversion from f32).
+// Each stored type: its C++ type, its conversion to f32, its conversion from f32.
 struct F32 {
   using Bits = float;
   static float Read(Bits x) { return x; }
@@ -38,7 +38,7 @@ struct S8 {
   static Bits Round(float x) { return F32ToS8(x); }
 };
 
-// One pool's share of the call.
+// The call's keys, or its values.
 struct Side {
   const void* values;  // [T, K, H]
   void* pages;         // [P, S, K, H] through strides
@@ -106,18 +106,24 @@ WriteRow ChooseRow(DType type, DType stored) {
 }  // namespace
 
 Status RunWrite(const WriteProblem& problem, const WriteParams& params, TaskRunner& runner) {
-  const Side sides[2] = {
-      {params.k, params.k_pages, params.k_strides, params.k_scale, problem.num_k_scales},
-      {params.v, params.v_pages, params.v_strides, params.v_scale, problem.num_v_scales},
-  };
+  const Side sides[2] = {{.values = params.k,
+                          .pages = params.k_pages,
+                          .strides = params.k_strides,
+                          .scales = params.k_scale,
+                          .num_scales = problem.num_k_scales},
+                         {.values = params.v,
+                          .pages = params.v_pages,
+                          .strides = params.v_strides,
+                          .scales = params.v_scale,
+                          .num_scales = problem.num_v_scales}};
   const WriteRow write_row = ChooseRow(problem.new_dtype, problem.kv_dtype);
   const int64_t num_slots = problem.num_pages * problem.page_size;
 
-  // One unit a pool and head, each with all tokens in order: no two units share a byte, and the last of equal
-  // slots wins.
-  return ParallelFor(runner, 2 * problem.num_kv_heads, [&](int64_t unit) {
-    const Side& side = sides[unit / problem.num_kv_heads];
-    const int64_t head = unit % problem.num_kv_heads;
+  // One task per pool and head, each with all tokens in order: no two tasks share a byte, and the last of
+  // equal slots wins.
+  return ParallelFor(runner, 2 * problem.num_kv_heads, [&](int64_t task) {
+    const Side& side = sides[task / problem.num_kv_heads];
+    const int64_t head = task % problem.num_kv_heads;
     for (int64_t token = 0; token < problem.num_tokens; ++token) {
       const int64_t slot = params.slot_mapping[token];
       if (slot < 0 || slot >= num_slots) continue;

@@ -26,11 +26,11 @@
 namespace jpa::cache {
 namespace {
 
-constexpr int kFewestThreads = 256;  // of a CTA, where there is one a token
-constexpr int kParts = 2;            // vectors that a lane has in flight
+constexpr int kFewestThreads = 256;  // of a CTA, where there is one per token
+constexpr int kStrips = 2;           // vectors that a lane has in flight
 constexpr int kPrefetch = 64 << 10;  // bytes of keys, and of values, on their way while a CTA resolves slots
 
-// One pool's share of the call.
+// The call's keys, or its values.
 struct Side {
   const void* values;  // [T, K, H]
   void* pages;         // [P, S, K, H] through strides
@@ -47,7 +47,7 @@ struct WriteArgs {
   int32_t row_length;  // K * H
   FastDivisor head_dim;
   FastDivisor page_size;
-  FastDivisor parts_per_row;  // how many times 32 vectors, a lane each, make a row at least
+  FastDivisor strips_per_row;  // how many times 32 vectors, a lane each, make a row at least
 };
 
 __device__ int NumWarps() { return static_cast<int>(blockDim.x / 32); }
@@ -81,18 +81,18 @@ __device__ device::Packed<Stored, n> Convert(const device::Packed<New, n>& packe
   return device::PackFromF32<Stored, n>(wide);
 }
 
-// Parts of rows that a warp moves at a time, one vector a lane and part.
+// Strips of rows that a warp moves at a time: a strip is one vector per lane.
 template <typename New, typename Stored, int kVector>
-class Parts {
+class Strips {
  public:
-  // Of the rows of a tile of `count` tokens from token `first` on.
-  __device__ Parts(const WriteArgs& args, int32_t first, int count)
+  // For the rows of `count` tokens from token `first` on.
+  __device__ Strips(const WriteArgs& args, int32_t first, int count)
       : args_(args), first_(first), count_(count) {}
 
-  // Part `index` and others, a CTA's number of warps apart; given targets, only what stays.
+  // Strip `index` and others, a CTA's number of warps apart; given targets, only what stays.
   __device__ void Load(int index, const int32_t* targets) {
 #pragma unroll
-    for (int j = 0; j < kParts; ++j) {
+    for (int j = 0; j < kStrips; ++j) {
       const Place place = PlaceOf(index + j * NumWarps());
       if (!place.exists || (targets != nullptr && targets[place.token] < 0)) continue;
       const Side& side = args_.sides[place.side];
@@ -107,7 +107,7 @@ class Parts {
 
   __device__ void Store(int index, const int32_t* targets) const {
 #pragma unroll
-    for (int j = 0; j < kParts; ++j) {
+    for (int j = 0; j < kStrips; ++j) {
       const Place place = PlaceOf(index + j * NumWarps());
       if (!place.exists || targets[place.token] < 0) continue;
       const Side& side = args_.sides[place.side];
@@ -124,25 +124,29 @@ class Parts {
  private:
   struct Place {
     bool exists;
-    int token;        // of the tile
+    int token;        // of the token tile
     int side;         // 0 for keys, 1 for values
     int32_t element;  // of the row, the lane's first
   };
 
   __device__ Place PlaceOf(int index) const {
-    const int row = args_.parts_per_row.Quotient(index), part = index - row * args_.parts_per_row.divisor();
-    const int32_t element = (part * 32 + static_cast<int>(threadIdx.x % 32)) * kVector;
-    return {row < 2 * count_ && element < args_.row_length, row / 2, row % 2, element};
+    const int row = args_.strips_per_row.Quotient(index),
+              strip = index - row * args_.strips_per_row.divisor();
+    const int32_t element = (strip * 32 + static_cast<int>(threadIdx.x % 32)) * kVector;
+    return {.exists = row < 2 * count_ && element < args_.row_length,
+            .token = row / 2,
+            .side = row % 2,
+            .element = element};
   }
 
   const WriteArgs& args_;
   const int32_t first_;
   const int count_;
-  device::Packed<New, kVector> values_[kParts];
-  float scales_[kParts];
+  device::Packed<New, kVector> values_[kStrips];
+  float scales_[kStrips];
 };
 
-// The first rows of keys and of values of a tile, which memory would else deliver only once slots are
+// The first rows of keys and of values of a token tile, which memory would else deliver only once slots are
 // resolved.
 template <typename New>
 __device__ void PrefetchRows(const WriteArgs& args, int32_t first, int count) {
@@ -160,25 +164,25 @@ __device__ void PrefetchRows(const WriteArgs& args, int32_t first, int count) {
 template <typename New, typename Stored, int kVector>
 __global__ void __launch_bounds__(kThreadsPerSm, 1) WriteKernel(const __grid_constant__ WriteArgs args) {
   __shared__ LastTokens::Storage storage;
-  __shared__ int32_t targets[kTile];
+  __shared__ int32_t targets[kTileTokens];
 
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int64_t begin = int64_t{blockIdx.x} * args.tokens_per_cta;
   const int64_t end = min(begin + args.tokens_per_cta, int64_t{args.mapping.num_tokens});
   for (int64_t first = begin; first < end; first += blockDim.x) {
     const int count = static_cast<int>(min(end - first, int64_t{blockDim.x}));
-    Parts<New, Stored, kVector> parts(args, static_cast<int32_t>(first), count);
+    Strips<New, Stored, kVector> strips(args, static_cast<int32_t>(first), count);
     // The first values are on their way before it is known whether they are wanted.
-    parts.Load(warp, nullptr);
-    const int num_parts = 2 * count * args.parts_per_row.divisor();
+    strips.Load(warp, nullptr);
+    const int num_strips = 2 * count * args.strips_per_row.divisor();
     if constexpr (kVector > 1) {
-      if (num_parts > kParts * NumWarps()) PrefetchRows<New>(args, static_cast<int32_t>(first), count);
+      if (num_strips > kStrips * NumWarps()) PrefetchRows<New>(args, static_cast<int32_t>(first), count);
     }
-    ResolveTile(args.mapping, static_cast<int32_t>(first), count, storage, targets);
-    parts.Store(warp, targets);
-    for (int index = warp + kParts * NumWarps(); index < num_parts; index += kParts * NumWarps()) {
-      parts.Load(index, targets);
-      parts.Store(index, targets);
+    ResolveTokenTile(args.mapping, static_cast<int32_t>(first), count, storage, targets);
+    strips.Store(warp, targets);
+    for (int index = warp + kStrips * NumWarps(); index < num_strips; index += kStrips * NumWarps()) {
+      strips.Load(index, targets);
+      strips.Store(index, targets);
     }
     __syncthreads();
   }
@@ -232,11 +236,12 @@ bool IsAligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer
 }  // namespace
 
 Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaStream_t stream) {
-  constexpr int64_t kMost = INT32_MAX, kMostValues = 1 << 24;  // the parts of a tile are counted in 32 bits
+  constexpr int64_t kMost = INT32_MAX,
+                    kMostValues = 1 << 24;  // the strips of a token tile are counted in 32 bits
   if (problem.num_tokens > kMost || problem.page_size > kMost ||
       problem.num_kv_heads * problem.head_dim > kMostValues) {
     return Status::InvalidArgument(
-        "k: expected fewer than 2^31 tokens and at most 2^24 values a token, got " +
+        "k: expected fewer than 2^31 tokens and at most 2^24 values per token, got " +
         std::to_string(problem.num_tokens) + " of " +
         std::to_string(problem.num_kv_heads * problem.head_dim));
   }
@@ -254,7 +259,7 @@ Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaS
     if (Status s = CanMoveRows(device_index, &can); !s.ok()) return s;
     if (can) return LaunchMoveRows(problem, params, num_sms, stream);
   }
-  // A CTA a token while that is possible, else as many CTAs as run at a time. An empty call launches too: a
+  // A CTA per token while that is possible, else as many CTAs as run at a time. An empty call launches too: a
   // command buffer wants the same operation each time.
   const int64_t most_small = int64_t{num_sms} * (kThreadsPerSm / kFewestThreads);
   const bool small = problem.num_tokens <= most_small;
@@ -266,22 +271,31 @@ Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaS
   const int64_t widest = 16 / ByteWidth(problem.new_dtype);
   const bool vectors = problem.head_dim % widest == 0 && IsAligned(params.k) && IsAligned(params.v) &&
                        IsAligned(params.k_pages) && IsAligned(params.v_pages);
-  const int64_t part_length = 32 * (vectors ? widest : 1),
+  const int64_t strip_length = 32 * (vectors ? widest : 1),
                 row_length = problem.num_kv_heads * problem.head_dim;
   const auto divisor = [](int64_t number) { return FastDivisor(static_cast<int32_t>(number)); };
   const auto tokens_per_scale = [&](int64_t num_scales) {
     return divisor(num_scales > 0 ? std::max<int64_t>(problem.num_tokens / num_scales, 1) : 1);
   };
-  WriteArgs args = {
-      {{params.k, params.k_pages, params.k_strides, params.k_scale, tokens_per_scale(problem.num_k_scales)},
-       {params.v, params.v_pages, params.v_strides, params.v_scale, tokens_per_scale(problem.num_v_scales)}},
-      {params.slot_mapping, problem.num_pages * problem.page_size, static_cast<int32_t>(problem.num_tokens)},
-      static_cast<int32_t>(tokens_per_cta),
-      static_cast<int32_t>(problem.num_kv_heads),
-      static_cast<int32_t>(row_length),
-      divisor(problem.head_dim),
-      divisor(problem.page_size),
-      divisor(CeilDiv(row_length, part_length))};
+  const WriteArgs args = {.sides = {{.values = params.k,
+                                     .pages = params.k_pages,
+                                     .strides = params.k_strides,
+                                     .scales = params.k_scale,
+                                     .tokens_per_scale = tokens_per_scale(problem.num_k_scales)},
+                                    {.values = params.v,
+                                     .pages = params.v_pages,
+                                     .strides = params.v_strides,
+                                     .scales = params.v_scale,
+                                     .tokens_per_scale = tokens_per_scale(problem.num_v_scales)}},
+                          .mapping = {.slots = params.slot_mapping,
+                                      .num_slots = problem.num_pages * problem.page_size,
+                                      .num_tokens = static_cast<int32_t>(problem.num_tokens)},
+                          .tokens_per_cta = static_cast<int32_t>(tokens_per_cta),
+                          .num_kv_heads = static_cast<int32_t>(problem.num_kv_heads),
+                          .row_length = static_cast<int32_t>(row_length),
+                          .head_dim = divisor(problem.head_dim),
+                          .page_size = divisor(problem.page_size),
+                          .strips_per_row = divisor(CeilDiv(row_length, strip_length))};
   const Kernel kernel = ChooseKernel(problem.new_dtype, problem.kv_dtype, vectors);
   return device::Launch(
       kCaller, "write", kernel,

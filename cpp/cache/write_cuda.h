@@ -9,7 +9,7 @@
 
 namespace jpa::cache {
 
-// What RunWrite of write.h does, in one launch on the stream. All pointers are the device's; nothing is
+// RunWrite of write.h, in one launch on the stream. All pointers are the device's; nothing is
 // allocated or waited for.
 Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaStream_t stream);
 

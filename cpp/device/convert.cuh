@@ -88,7 +88,7 @@ class DivisorFor8Bits {
  public:
   __device__ explicit DivisorFor8Bits(float divisor) : divisor_(divisor) { reciprocal_ = __frcp_rn(divisor); }
 
-  // Whether Divide may be called.
+  // True if Divide may be called.
   __device__ bool is_moderate() const { return fabsf(divisor_) >= 0x1p-30f && fabsf(divisor_) <= 0x1p30f; }
 
   // With a rounded reciprocal, two corrections of value * reciprocal end at the rounded quotient (Markstein,

@@ -1,4 +1,4 @@
-// Powers of two by the special function unit.
+// exp2 by the special function unit.
 #pragma once
 
 namespace jpa::device {

@@ -15,11 +15,11 @@ struct SoftmaxState {
   // Probabilities of up to 2^8 are as exact as those of up to 1, in f16 and in bf16.
   static constexpr float kSlack = 8.0f;
 
-  // Of the scores seen so far; after RaiseIfFar it may be up to kSlack less.
+  // The maximum of the scores seen so far; after RaiseIfFar it may be up to kSlack less.
   float maximum = -INFINITY;
   float sum = 0.0f;  // of 2^(score - maximum)
 
-  // What scores are counted from: a row that has seen nothing must not compute -inf - -inf.
+  // The number that scores are counted from: a row that has seen nothing must not compute -inf - -inf.
   __device__ float origin() const { return maximum == -INFINITY ? 0.0f : maximum; }
 
   // Takes a new maximum; returns the factor of what was summed up before.
@@ -58,7 +58,7 @@ struct SoftmaxState {
     return factor;
   }
 
-  // Of all values: 1 / sum, 0 for a row that saw no key.
+  // The factor of summed values: 1 / sum, 0 for a row that saw no key.
   __device__ float Normaliser() const { return sum == 0.0f ? 0.0f : Reciprocal(sum); }
   // log of the sum of exp, natural; -inf for a row that saw no key.
   __device__ float LogSumExp() const {

@@ -1,4 +1,4 @@
-// What stands between an engine's Status, or an exception of the standard library, and XLA.
+// From an engine's Status, or an exception of the standard library, to XLA's errors.
 #pragma once
 
 #include <exception>

@@ -9,7 +9,8 @@ void* AttentionV1CpuHandler();  // target jax_paged_attn.attention.v1
 void* AttentionV2CpuHandler();  // target jax_paged_attn.attention.v2
 void* WriteCpuHandler();        // target jax_paged_attn.write.v1
 
-// Of the XLA FFI headers that the handlers were compiled with. A runtime accepts this version or older ones.
+// The version of the XLA FFI headers that the handlers were compiled with. A runtime accepts this version or
+// older ones.
 std::string FfiApiVersion();
 
 }  // namespace jpa

@@ -26,7 +26,8 @@ AttentionCudaStateType GetAttentionCudaStateType();
 // CUDA graph.
 int64_t AttentionCudaHostCalls();
 
-// Of the XLA FFI headers that the handlers were compiled with. A runtime accepts this version or older ones.
+// The version of the XLA FFI headers that the handlers were compiled with. A runtime accepts this version or
+// older ones.
 std::string CudaFfiApiVersion();
 
 }  // namespace jpa

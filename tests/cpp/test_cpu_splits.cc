@@ -51,10 +51,10 @@ void SplitsCoverEachKeyOnce() {
     CHECK(num_splits >= 1 && num_splits <= kMaxSplits, "%d splits", static_cast<int>(num_splits));
     int64_t next = keys.begin;
     for (int64_t i = 0; i < num_splits; ++i) {
-      const KeyRange part = cpu::SplitKeys(keys, num_splits, i);
-      CHECK(part.begin == next && part.begin <= part.end, "split %d: [%d, %d) after %d", static_cast<int>(i),
-            static_cast<int>(part.begin), static_cast<int>(part.end), static_cast<int>(next));
-      next = part.end;
+      const KeyRange split = cpu::SplitKeys(keys, num_splits, i);
+      CHECK(split.begin == next && split.begin <= split.end, "split %d: [%d, %d) after %d", static_cast<int>(i),
+            static_cast<int>(split.begin), static_cast<int>(split.end), static_cast<int>(next));
+      next = split.end;
     }
     CHECK(next == keys.end, "ends at %d of %d", static_cast<int>(next), static_cast<int>(keys.end));
   }

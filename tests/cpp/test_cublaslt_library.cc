@@ -1,4 +1,4 @@
-// What the CUDA engine says where cuBLASLt is absent, broken or old, and that it finds it once it is there.
+// Errors of the CUDA engine where cuBLASLt is absent, broken or old; it finds the library once it is there.
 // Libraries of tests/cpp/stand_ins/ take its place; STAND_INS is the folder of their folders.
 #include <dlfcn.h>
 
