@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import operator
-from typing import Any, Literal, Protocol, TypedDict, overload
+from typing import Any, Literal, Protocol, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,13 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _checks, _debug, _modes, _primitive, _reference
-from jax_paged_attn._attention import page_scale, paged_attention, ragged_paged_attention
+from jax_paged_attn import _checks, _debug, _modes, _options, _primitive, _reference
+from jax_paged_attn._attention import paged_attention, ragged_paged_attention
+from jax_paged_attn._call import page_scale
 from jax_paged_attn._donation import warn_of_eager_update
 
 _PAGE_DTYPES = (*_checks.COMPUTE_DTYPES, *_checks.QUANTIZED_DTYPES)
+_OWN_SCALES: dict[str, str] = dict.fromkeys(("k_scale", "v_scale"), "expected none, since the cache has its own scales")
 
 
 def write_kv_pages(
@@ -272,7 +274,7 @@ class PagedKVCache:
         lengths: ArrayLike,
         *,
         return_lse: Literal[False] = False,
-        **keywords: Any,
+        **options: Unpack[_options.CacheOptions],
     ) -> Array: ...
 
     @overload
@@ -284,11 +286,12 @@ class PagedKVCache:
         lengths: ArrayLike,
         *,
         return_lse: Literal[True],
-        **keywords: Any,
+        **options: Unpack[_options.CacheOptions],
     ) -> tuple[Array, Array]: ...
 
+    @_options.keywords(_options.CacheOptions, refuse=_OWN_SCALES, return_lse=False)
     def attend(
-        self, layer: int | Array, q: ArrayLike, block_tables: ArrayLike, lengths: ArrayLike, **keywords: Any
+        self, layer: int | Array, q: ArrayLike, block_tables: ArrayLike, lengths: ArrayLike, **options: Any
     ) -> Array | tuple[Array, Array]:
         """`paged_attention` over the pages of a layer, with the cache's own scales.
 
@@ -297,14 +300,14 @@ class PagedKVCache:
           q: `[B, N, H]`.
           block_tables: `[B, M]` int32, ids in [0, P).
           lengths: `[B]` int32.
-          **keywords: those of `paged_attention`, without `k_scale` and `v_scale`.
+          options: the other keywords are those of `paged_attention`, without `k_scale` and `v_scale`.
 
         Raises:
           ValueError: a layer outside [0, L), or as `paged_attention`.
           TypeError: `k_scale` or `v_scale`, which the cache has, or as `paged_attention`.
         """
         pools_and_tables = self._layer("layer", layer, block_tables)
-        return paged_attention(q, *pools_and_tables, lengths, **self._with_scales(layer, keywords))
+        return paged_attention(q, *pools_and_tables, lengths, **options, **self.scales(layer))
 
     @overload
     def attend_ragged(
@@ -317,7 +320,7 @@ class PagedKVCache:
         num_seqs: ArrayLike | None = None,
         *,
         return_lse: Literal[False] = False,
-        **keywords: Any,
+        **options: Unpack[_options.RaggedCacheOptions],
     ) -> Array: ...
 
     @overload
@@ -331,9 +334,10 @@ class PagedKVCache:
         num_seqs: ArrayLike | None = None,
         *,
         return_lse: Literal[True],
-        **keywords: Any,
+        **options: Unpack[_options.RaggedCacheOptions],
     ) -> tuple[Array, Array]: ...
 
+    @_options.keywords(_options.RaggedCacheOptions, refuse=_OWN_SCALES, return_lse=False)
     def attend_ragged(
         self,
         layer: int | Array,
@@ -342,7 +346,7 @@ class PagedKVCache:
         block_tables: ArrayLike,
         cu_q_lens: ArrayLike,
         num_seqs: ArrayLike | None = None,
-        **keywords: Any,
+        **options: Any,
     ) -> Array | tuple[Array, Array]:
         """`ragged_paged_attention` over the pages of a layer, with the cache's own scales.
 
@@ -353,14 +357,14 @@ class PagedKVCache:
           block_tables: `[B, M]` int32, ids in [0, P).
           cu_q_lens: `[B + 1]` int32.
           num_seqs: int32, scalar or `[1]`; None is all.
-          **keywords: those of `ragged_paged_attention`, without `k_scale` and `v_scale`.
+          options: the other keywords are those of `ragged_paged_attention`, without `k_scale` and `v_scale`.
 
         Raises:
           ValueError, TypeError: as `attend` and `ragged_paged_attention`.
         """
         k_pages, v_pages, tables = self._layer("layer", layer, block_tables)
-        keywords = self._with_scales(layer, keywords)
-        return ragged_paged_attention(q, k_pages, v_pages, kv_lens, tables, cu_q_lens, num_seqs, **keywords)
+        operands = (q, k_pages, v_pages, kv_lens, tables, cu_q_lens, num_seqs)
+        return ragged_paged_attention(*operands, **options, **self.scales(layer))
 
     def layer(self, index: int | Array, block_tables: ArrayLike) -> tuple[Array, Array, Array]:
         """`(k_pages, v_pages, block_tables)` to give to attention in layer `index`, together with `scales(index)`.
@@ -417,12 +421,6 @@ class PagedKVCache:
         if isinstance(layer, int) and not self.stacked:
             return self.k_pages[layer], self.v_pages[layer], tables
         return self.k_pages[0], self.v_pages[0], self._offset(tables, layer, self.num_pages)
-
-    def _with_scales(self, layer: int | Array, keywords: dict[str, Any]) -> dict[str, Any]:
-        for name in ("k_scale", "v_scale"):
-            if name in keywords:
-                raise TypeError(f"{name}: expected none, since the cache has its own scales, got {keywords[name]}")
-        return {**keywords, **self.scales(layer)}
 
     def _number(self, name: str, index: int | Array) -> int | Array:
         """A concrete layer as an int in [0, L), a traced one as an int32 scalar."""

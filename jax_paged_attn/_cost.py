@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from jax_paged_attn import _primitive
 from jax_paged_attn._explain import trace
 from jax_paged_attn._layouts import LAYOUTS
+from jax_paged_attn._options import Scoring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,15 +180,15 @@ def _cost_of_call(avals: Sequence[Any], known: Sequence[_Known], params: dict[st
     num_seqs, max_pages = tables.shape
     layout = LAYOUTS[params["layout"]]
     capacity = max_pages * layout.page_size(k_pages)
-    window = params["sliding_window"] or capacity
+    scoring = params["scoring"]
 
     lengths = np.clip(np.full(num_seqs, capacity) if kv_lens is None else kv_lens.astype(np.int64), 0, capacity)
     if q_counts is not None:
         counts = np.maximum(q_counts.astype(np.int64), 0)
-        seen = [_visible(int(n), int(rows), params) for n, rows in zip(lengths, counts, strict=True)]
+        seen = [_visible(int(n), int(rows), scoring) for n, rows in zip(lengths, counts, strict=True)]
         pairs, tokens = (sum(x) for x in zip(*seen, strict=True)) if seen else (0, 0)
     else:
-        pairs = num_rows * int(min(lengths.max(initial=0), window))
+        pairs = num_rows * int(min(lengths.max(initial=0), scoring.sliding_window or capacity))
         tokens = int(lengths.sum())
 
     token_bytes = 2 * layout.kv_heads(k_pages) * head_dim * k_pages.dtype.itemsize
@@ -196,17 +197,16 @@ def _cost_of_call(avals: Sequence[Any], known: Sequence[_Known], params: dict[st
     result_bytes = num_rows * heads * (head_dim * q.dtype.itemsize + 4)
     return Cost(
         flops=4 * head_dim * heads * pairs,
-        transcendentals=heads * pairs * (2 if params["soft_cap"] else 1),
+        transcendentals=heads * pairs * (2 if scoring.soft_cap else 1),
         bytes_accessed=tokens * token_bytes + operand_bytes + result_bytes,
         exact=kv_lens is not None and q_counts is not None,
     )
 
 
-def _visible(length: int, rows: int, params: dict[str, Any]) -> tuple[int, int]:
-    """Of a sequence's last `rows` tokens: pairs of a row and a key that it sees, and keys that any of them sees."""
-    position = np.arange(max(length - rows, 0), length)  # rows before position 0 see nothing
+def _visible(length: int, rows: int, scoring: Scoring) -> tuple[int, int]:
+    """For a sequence's last `rows` tokens: pairs of a row and a key that it sees, and keys that any of them sees."""
+    position = np.arange(max(length - rows, 0), length)  # rows before position 0 see no key
     if not len(position):
         return 0, 0
-    first = np.maximum(position - params["sliding_window"] + 1, 0) if params["sliding_window"] else 0 * position
-    end = position + 1 if params["causal"] else np.full_like(position, length)
+    first, end = scoring.first_key(position), scoring.end_key(position, length)
     return int((end - first).sum()), int(end[-1] - first[0])

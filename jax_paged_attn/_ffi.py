@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from jax_paged_attn._layouts import LAYOUTS
+from jax_paged_attn._options import Scoring
 
 _MODULES = {"cpu": "jax_paged_attn._cpu", "cuda": "jax_paged_attn._cuda"}
 # What XLA calls the platforms that JAX lowers for.
@@ -230,10 +231,7 @@ def _attention(
     workspace_bytes: Any,
     attributes: Mapping[str, Any] | None = None,
     *,
-    scale: float,
-    soft_cap: float,
-    sliding_window: int,
-    causal: bool,
+    scoring: Scoring,
     layout: str,
 ) -> tuple[Array, Array]:
     """Calls the attention target; `attributes` are those that one platform has beyond the common ones."""
@@ -246,10 +244,7 @@ def _attention(
     target, of_layout = (ATTENTION_TARGET, {}) if layout == "split" else (ATTENTION_LAYOUT_TARGET, {"layout": layout})
     out, lse, _ = jax.ffi.ffi_call(target, results)(
         *operands,
-        scale=np.float32(scale),
-        soft_cap=np.float32(soft_cap),
-        sliding_window=np.int64(sliding_window),
-        causal=bool(causal),
+        **scoring.attributes(),
         **of_layout,
         **(attributes or {}),
     )

@@ -1,20 +1,22 @@
 """Context parallelism: the keys of long sequences spread over devices, merged through their log-sum-exps."""
 
 import functools
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _checks, _debug, _modes
-from jax_paged_attn._attention import merge_attention_states, page_scale, paged_attention, ragged_paged_attention
+from jax_paged_attn import _checks, _debug, _modes, _options
+from jax_paged_attn._attention import merge_attention_states, paged_attention, ragged_paged_attention
+from jax_paged_attn._call import page_scale
 
 # A sink that adds nothing to any sum of exponentials, yet is a number.
 _NO_SINK = float(jnp.finfo(jnp.float32).min)
 
 
+@_options.keywords(_options.RaggedOptions)
 def context_parallel_attention(
     q: ArrayLike,
     k_pages: ArrayLike,
@@ -25,10 +27,8 @@ def context_parallel_attention(
     axis_name: str | tuple[str, ...],
     cu_q_lens: ArrayLike | None = None,
     num_seqs: ArrayLike | None = None,
-    causal: bool = True,
-    sinks: ArrayLike | None = None,
     return_lse: bool = False,
-    **options: Any,
+    **options: Unpack[_options.RaggedOptions],
 ) -> Array | tuple[Array, Array]:
     """Attention over pages that are spread over the devices of a mesh axis; to be called inside `jax.shard_map`.
 
@@ -53,11 +53,9 @@ def context_parallel_attention(
       axis_name: the mesh axis, or axes, that the pages are spread over.
       cu_q_lens: `[B + 1]` int32 as in `ragged_paged_attention`; None is decode.
       num_seqs: as in `ragged_paged_attention`, for calls with `cu_q_lens`.
-      causal: likewise.
-      sinks: `[N]` float32, the same on all devices; they count once.
       return_lse: return the log-sum-exp of the scores too.
-      **options: `scale`, `sliding_window`, `soft_cap`, `k_scale`, `v_scale`, `implementation`, `batch_invariant` as in
-        `paged_attention`.
+      options: the other keywords are those of `ragged_paged_attention`, `causal` for calls with `cu_q_lens`. Sinks are
+        the same on all devices and count once.
 
     Returns:
       `[B, N, H]` (`[T, N, H]`) in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` (`[T, N]`) float32.
@@ -69,30 +67,31 @@ def context_parallel_attention(
     """
     return_lse = _checks.static_bool("return_lse", return_lse)
     part = _part(axis_name)
+    keywords: dict[str, Any] = {**options}
+    causal, sinks = keywords.pop("causal"), keywords.pop("sinks")
     if sinks is not None:
-        sinks = _checks.as_array("sinks", sinks)
-        sinks = _sinks_of_first(part, sinks)
+        sinks = _sinks_of_first(part, _checks.as_array("sinks", sinks))
     if cu_q_lens is None:
         if num_seqs is not None:
             raise ValueError(f"num_seqs: expected None without cu_q_lens, got {num_seqs}")
         if causal is not True:
             raise ValueError(f"causal: expected True without cu_q_lens, got {causal}")
         tables, own_lengths = block_tables, lengths
-        if options.get("sliding_window") is None:
+        if keywords["sliding_window"] is None:
             tables, own_lengths = _own_pages(k_pages, block_tables, lengths)
         with _debug.paused():  # to which a page of another device is an error
             out, lse = paged_attention(
-                q, k_pages, v_pages, tables, own_lengths, sinks=sinks, return_lse=True, **options
+                q, k_pages, v_pages, tables, own_lengths, sinks=sinks, return_lse=True, **keywords
             )
     else:
         ragged = (lengths, block_tables, cu_q_lens, num_seqs)
         with _debug.paused():
             out, lse = ragged_paged_attention(
-                q, k_pages, v_pages, *ragged, causal=causal, sinks=sinks, return_lse=True, **options
+                q, k_pages, v_pages, *ragged, causal=causal, sinks=sinks, return_lse=True, **keywords
             )
     if _debug.active():
         where = (block_tables, lengths, cu_q_lens, num_seqs)
-        _check_values(q, k_pages, v_pages, *where, {**options, "sinks": sinks, "causal": causal})
+        _check_values(q, k_pages, v_pages, *where, {**keywords, "sinks": sinks, "causal": causal})
 
     # As one array the two need one collective.
     state = jnp.concatenate([out.astype(jnp.float32), lse[..., None]], axis=-1)
@@ -126,12 +125,12 @@ def _check_values(
     q, pages, v_pages, block_tables, lengths = map(jnp.asarray, (q, k_pages, v_pages, block_tables, lengths))
     dims = _checks.Dims()
     dims.match("k_pages", pages, "P S K H", (str(pages.dtype),))
-    k_scale, v_scale = (page_scale(dims, name, options.get(name), pages) for name in ("k_scale", "v_scale"))
+    k_scale, v_scale = (page_scale(dims, name, options[name], pages) for name in ("k_scale", "v_scale"))
     sinks = jnp.zeros(0) if options["sinks"] is None else options["sinks"]
-    static = {"causal": options["causal"], "sliding_window": options.get("sliding_window") or 0}
+    scoring = _options.Scoring.checked(options, q.shape[-1])
     rows: Any = {} if cu_q_lens is None else {"cu_q_lens": jnp.asarray(cu_q_lens), "num_seqs": num_seqs}
     operands = (q, pages, v_pages, block_tables, lengths)
-    _debug.check_attention(*operands, (sinks, k_scale, v_scale), static, **rows, foreign_pages=True)
+    _debug.check_attention(*operands, (sinks, k_scale, v_scale), scoring, **rows, foreign_pages=True)
 
 
 def _own_pages(k_pages: ArrayLike, block_tables: ArrayLike, lengths: ArrayLike) -> tuple[ArrayLike, ArrayLike]:

@@ -51,7 +51,7 @@ _DIFFERENTIABLE = (0, 1, 2, 7)
 _ANY_DTYPE = (*_checks.COMPUTE_DTYPES, *_checks.QUANTIZED_DTYPES)
 
 # The parameters that derivatives share with attention.
-_STATIC = ("scale", "soft_cap", "sliding_window", "causal", "decode", "layout")
+_STATIC = ("scoring", "decode", "layout")
 
 # The axes of a primitive's operands and of its results.
 _Axes = tuple[tuple[Axis, ...], tuple[Axis, ...]]

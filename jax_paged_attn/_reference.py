@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_paged_attn._layouts import LAYOUTS
+from jax_paged_attn._options import Scoring
 
 # Products of float32 values would otherwise be rounded to tf32 or bfloat16 on GPUs and TPUs.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "soft_cap", "sliding_window", "causal", "decode", "layout"))
+@functools.partial(jax.jit, static_argnames=("scoring", "decode", "layout"))
 def attention(
     q: Array,
     k_pages: Array,
@@ -29,10 +30,7 @@ def attention(
     k_scale: Array,
     v_scale: Array,
     *,
-    scale: float,
-    soft_cap: float,
-    sliding_window: int,
-    causal: bool,
+    scoring: Scoring,
     decode: bool,
     layout: str,
 ) -> tuple[Array, Array]:
@@ -62,18 +60,10 @@ def attention(
 
         position = jnp.clip(kv_len, 0, capacity) - q_count + (row_ids - q_start)
         key_ids = jnp.arange(capacity, dtype=jnp.int32)
-        visible = jnp.broadcast_to(valid[None, :], (rows.shape[0], capacity))
-        if causal:
-            visible &= key_ids[None, :] <= position[:, None]
-        else:
-            visible &= position[:, None] >= 0  # a row before position 0 sees no key
-        if sliding_window:
-            visible &= key_ids[None, :] > position[:, None] - sliding_window
+        visible = valid[None, :] & scoring.sees(position[:, None], key_ids[None, :])
 
         grouped = rows.astype(jnp.float32).reshape(rows.shape[0], kv_heads, num_heads // kv_heads, head_dim)
-        scores = _einsum("tkgh,skh->tkgs", grouped, keys) * scale
-        if soft_cap:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores, _ = scoring.scores(_einsum("tkgh,skh->tkgs", grouped, keys))
         return _softmax_average(scores, visible[:, None, None, :], sink.reshape(kv_heads, -1), values)
 
     if decode:

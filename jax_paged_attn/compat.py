@@ -12,15 +12,15 @@ Such code writes its pages with plain JAX, in place where they are donated (XLA 
     k_pages.reshape(K, P * S, H).at[:, slots].set(k.swapaxes(0, 1), mode="drop")
 """
 
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _checks, _primitive
-from jax_paged_attn._attention import paged, ragged, static_parameters
+from jax_paged_attn import _checks, _options, _primitive
+from jax_paged_attn._call import paged, ragged
 
 __all__ = ["DEFAULT_MASK_VALUE", "paged_attention", "ragged_paged_attention"]
 
@@ -31,17 +31,9 @@ DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
 _LARGEST_MASK_VALUE = -1e6
 
 
-class _EngineOptions(TypedDict, total=False):
-    """What these functions take beyond the kernels' own keywords, for the types of what `return_lse` decides."""
+class _TpuOptions(_options.PageScales, _options.Sinks, _options.EngineChoice, total=False):
+    """The keywords of the TPU kernel, and those that this package adds."""
 
-    k_scale: ArrayLike | None
-    v_scale: ArrayLike | None
-    sinks: ArrayLike | None
-    implementation: str | None
-    batch_invariant: bool
-
-
-class _TpuOptions(_EngineOptions, total=False):
     sm_scale: float
     sliding_window: int | None
     soft_cap: float | None
@@ -51,7 +43,9 @@ class _TpuOptions(_EngineOptions, total=False):
     vmem_limit_bytes: int | None
 
 
-class _GpuOptions(_EngineOptions, total=False):
+class _GpuOptions(_options.PageScales, _options.Sinks, _options.EngineChoice, total=False):
+    """The keywords of the GPU kernel, and those that this package adds."""
+
     block_h: int
     pages_per_compute_block: int
     k_splits: int
@@ -91,6 +85,7 @@ def ragged_paged_attention(
 ) -> tuple[Array, Array]: ...
 
 
+@_options.keywords(_TpuOptions, sm_scale=1.0, mask_value=DEFAULT_MASK_VALUE, return_lse=False)
 def ragged_paged_attention(
     q: ArrayLike,
     kv_pages: ArrayLike,
@@ -98,20 +93,7 @@ def ragged_paged_attention(
     page_indices: ArrayLike,
     cu_q_lens: ArrayLike,
     num_seqs: ArrayLike,
-    *,
-    sm_scale: float = 1.0,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-    mask_value: float | None = DEFAULT_MASK_VALUE,
-    k_scale: ArrayLike | None = None,
-    v_scale: ArrayLike | None = None,
-    num_kv_pages_per_block: int | None = None,
-    num_queries_per_block: int | None = None,
-    vmem_limit_bytes: int | None = None,
-    sinks: ArrayLike | None = None,
-    return_lse: bool = False,
-    implementation: str | None = None,
-    batch_invariant: bool = False,
+    **options: Any,
 ) -> Array | tuple[Array, Array]:
     """The call of `jax.experimental.pallas.ops.tpu.ragged_paged_attention`: causal, prompts and decode rows mixed.
 
@@ -141,31 +123,14 @@ def ragged_paged_attention(
     Raises:
       ValueError, TypeError: as `jax_paged_attn.ragged_paged_attention`.
     """
-    _check_mask_value(mask_value)
-    _check_counts(
-        num_kv_pages_per_block=num_kv_pages_per_block,
-        num_queries_per_block=num_queries_per_block,
-        vmem_limit_bytes=vmem_limit_bytes,
-    )
-    cap = None if soft_cap is None else abs(_checks.static_number("soft_cap", soft_cap))  # tanh is odd
-    static = static_parameters(sm_scale, sliding_window, cap, True, return_lse, implementation, batch_invariant)
+    _check_mask_value(options["mask_value"])
+    _check_counts(options, "num_kv_pages_per_block", "num_queries_per_block", "vmem_limit_bytes")
+    cap = options["soft_cap"]
+    cap = None if cap is None else abs(_checks.static_number("soft_cap", cap))  # tanh is odd
     kv_pages = _checks.as_array("kv_pages", kv_pages)
-    return ragged(
-        _primitive.attention,
-        static,
-        q,
-        kv_pages,
-        kv_pages,
-        kv_lens,
-        page_indices,
-        cu_q_lens,
-        num_seqs,
-        sinks,
-        _scale_of(k_scale, kv_pages),
-        _scale_of(v_scale, kv_pages),
-        layout="interleaved",
-        tables_name="page_indices",
-    )
+    operands = (q, kv_pages, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
+    options |= {"scale": options["sm_scale"], "soft_cap": cap, **_scales(options, kv_pages)}
+    return ragged(_primitive.attention, *operands, options, layout="interleaved", tables_name="page_indices")
 
 
 @overload
@@ -198,6 +163,11 @@ def paged_attention(
 ) -> tuple[Array, Array]: ...
 
 
+@_options.keywords(
+    _GpuOptions,
+    **{"block_h": 16, "pages_per_compute_block": 8, "k_splits": 16, "num_warps": 8, "num_stages": 2},
+    **{"interpret": False, "debug": False, "mask_value": DEFAULT_MASK_VALUE, "return_lse": False},
+)
 def paged_attention(
     q: ArrayLike,
     k_pages: ArrayLike,
@@ -206,22 +176,7 @@ def paged_attention(
     lengths: ArrayLike | None,
     k_scales_pages: ArrayLike | None = None,
     v_scales_pages: ArrayLike | None = None,
-    *,
-    block_h: int = 16,
-    pages_per_compute_block: int = 8,
-    k_splits: int = 16,
-    num_warps: int = 8,
-    num_stages: int = 2,
-    interpret: bool = False,
-    debug: bool = False,
-    mask_value: float = DEFAULT_MASK_VALUE,
-    attn_logits_soft_cap: float | None = None,
-    k_scale: ArrayLike | None = None,
-    v_scale: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    return_lse: bool = False,
-    implementation: str | None = None,
-    batch_invariant: bool = False,
+    **options: Any,
 ) -> Array | tuple[Array, Array]:
     """The call of `jax.experimental.pallas.ops.gpu.paged_attention`, which JAX has deprecated: decode.
 
@@ -250,23 +205,15 @@ def paged_attention(
     Raises:
       ValueError, TypeError: as `jax_paged_attn.paged_attention`, and for scales a token.
     """
-    del interpret, debug
-    _check_mask_value(mask_value)
-    _check_counts(
-        block_h=block_h,
-        pages_per_compute_block=pages_per_compute_block,
-        k_splits=k_splits,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+    _check_mask_value(options["mask_value"])
+    _check_counts(options, "block_h", "pages_per_compute_block", "k_splits", "num_warps", "num_stages")
     for name, scales in (("k_scales_pages", k_scales_pages), ("v_scales_pages", v_scales_pages)):
         if scales is not None:
             raise ValueError(f"{name}: expected None (k_scale and v_scale are scalar or [K]), got a scale a token")
-    cap = attn_logits_soft_cap
+    cap = options["attn_logits_soft_cap"]
     cap = None if cap is None else abs(_checks.static_number("attn_logits_soft_cap", cap))
     if cap == 0:
         raise ValueError("attn_logits_soft_cap: expected None or a number that is not 0, got 0")
-    static = static_parameters(1.0, None, cap, True, return_lse, implementation, batch_invariant)
     k_pages, v_pages = _checks.as_array("k_pages", k_pages), _checks.as_array("v_pages", v_pages)
     block_tables = _checks.as_int32("block_tables", block_tables)
     if lengths is None:
@@ -274,19 +221,9 @@ def paged_attention(
         dims.match("block_tables", block_tables, "B M", ("int32",))
         dims.match("k_pages", k_pages, "K P S H", (str(k_pages.dtype),))
         lengths = jnp.full(dims["B"], dims["M"] * dims["S"], jnp.int32)
-    return paged(
-        _primitive.attention,
-        static,
-        q,
-        k_pages,
-        v_pages,
-        block_tables,
-        lengths,
-        sinks,
-        _scale_of(k_scale, k_pages),
-        _scale_of(v_scale, v_pages),
-        layout="head_major",
-    )
+    options |= {"scale": 1.0, "sliding_window": None, "soft_cap": cap, **_scales(options, k_pages)}
+    operands = (q, k_pages, v_pages, block_tables, lengths)
+    return paged(_primitive.attention, *operands, options, layout="head_major")
 
 
 def _check_mask_value(mask_value: float | None) -> None:
@@ -294,12 +231,13 @@ def _check_mask_value(mask_value: float | None) -> None:
         raise ValueError(f"mask_value: expected None or a number of at most {_LARGEST_MASK_VALUE}, got {mask_value}")
 
 
-def _check_counts(**counts: Any) -> None:
-    for name, count in counts.items():
-        if count is not None:
-            _checks.static_count(name, count)
+def _check_counts(options: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if options[name] is not None:
+            _checks.static_count(name, options[name])
 
 
-def _scale_of(scale: ArrayLike | None, pages: Array) -> ArrayLike | None:
-    """Both kernels read int8 pages without a scale as what they are."""
-    return 1.0 if scale is None and pages.dtype == jnp.int8 else scale
+def _scales(options: dict[str, Any], pages: Array) -> dict[str, Any]:
+    """The page scales: 1 where int8 pages have none, as both kernels read them."""
+    default = 1.0 if pages.dtype == jnp.int8 else None
+    return {name: default if options[name] is None else options[name] for name in ("k_scale", "v_scale")}

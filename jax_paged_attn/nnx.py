@@ -29,7 +29,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_paged_attn import PagedKVCache, StepArrays, _checks, _modes, ragged_paged_attention, write_kv_pages
+from jax_paged_attn import PagedKVCache, StepArrays, _checks, _modes, _options, ragged_paged_attention, write_kv_pages
 
 __all__ = [
     "CacheVariable",
@@ -53,6 +53,9 @@ __all__ = [
 
 
 IntArray = Array | np.ndarray
+
+# That of RoFormer and of most models since.
+_ROPE_THETA = 10000.0
 
 
 class CacheVariable(nnx.Variable):
@@ -123,7 +126,7 @@ class Llama3RopeScaling:
             raise ValueError(f"rope scaling: expected 0 < low_freq_factor < high_freq_factor, got {self}")
 
 
-def rope_frequencies(head_dim: int, theta: float = 10000.0, scaling: Llama3RopeScaling | None = None) -> np.ndarray:
+def rope_frequencies(head_dim: int, theta: float = _ROPE_THETA, scaling: Llama3RopeScaling | None = None) -> np.ndarray:
     """Rotary frequencies in radians a token (RoFormer, Su et al. 2021), float32 `[head_dim / 2]`.
 
     Raises:
@@ -182,9 +185,9 @@ class PagedAttention(nnx.Module):
       num_heads, num_kv_heads, head_dim: N, K, H.
       rope_theta: base of the rotary frequencies; None for no rotation.
       rope_scaling: Llama 3's stretched frequencies.
-      scale, sliding_window, soft_cap: as for `jax_paged_attn.ragged_paged_attention`.
-      implementation, batch_invariant: likewise, of calls with a step.
       sinks: whether each head has a learnt sink logit, an `nnx.Param` `[N]` float32, initially 0.
+      options: the other keywords are those of `jax_paged_attn.ragged_paged_attention`, kept as attributes of the layer.
+        `implementation` and `batch_invariant` are for calls with a step.
 
     Raises:
       ValueError: a size below 1, N is no multiple of K, a window below 1, a cap that is not positive, a number that is
@@ -192,43 +195,32 @@ class PagedAttention(nnx.Module):
       TypeError: a size or window that is no integer, or what is no number or no bool.
     """
 
+    @_options.keywords(_options.LayerOptions)
     def __init__(
         self,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
         *,
-        rope_theta: float | None = 10000.0,
+        rope_theta: float | None = _ROPE_THETA,
         rope_scaling: Llama3RopeScaling | None = None,
-        scale: float | None = None,
-        sliding_window: int | None = None,
-        soft_cap: float | None = None,
         sinks: bool = False,
-        implementation: str | None = None,
-        batch_invariant: bool = False,
+        **options: Unpack[_options.LayerOptions],
     ):
         for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
             _checks.static_count(name, count)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads: expected a multiple of num_kv_heads = {num_kv_heads}, got {num_heads}")
-        if scale is not None:
-            _checks.static_number("scale", scale)
-        if sliding_window is not None:
-            _checks.static_count("sliding_window", sliding_window)
-        if soft_cap is not None:
-            _checks.static_positive("soft_cap", soft_cap)
         _checks.static_bool("sinks", sinks)
-        _checks.static_bool("batch_invariant", batch_invariant)
+        _options.Scoring.checked(options, head_dim)
+        _options.engine_choice(options)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.rope_theta = rope_theta
         self.rope_scaling = rope_scaling
-        self.scale = scale
-        self.sliding_window = sliding_window
-        self.soft_cap = soft_cap
-        self.implementation = implementation
-        self.batch_invariant = batch_invariant
+        for name, value in options.items():  # such as `self.scale`
+            setattr(self, name, value)
         self.sinks = nnx.data(nnx.Param(_modes.zeros((num_heads,), jnp.float32)) if sinks else None)
         self.k_pages: CacheVariable | None = nnx.data(None)
         self.v_pages: CacheVariable | None = nnx.data(None)
@@ -281,14 +273,10 @@ class PagedAttention(nnx.Module):
         positions = jnp.arange(q.shape[-3], dtype=jnp.int32) if step is None else step.positions
         if self.rope_theta is not None:
             q, k = _rotated_heads(q, k, jnp.asarray(positions), self.rope_theta, self.rope_scaling)
-        options: dict[str, Any] = {
-            "scale": self.scale,
-            "sliding_window": self.sliding_window,
-            "soft_cap": self.soft_cap,
-            "sinks": None if self.sinks is None else self.sinks[...],
-        }
+        options: Any = {name: getattr(self, name) for name in get_type_hints(_options.LayerOptions)}
+        sinks = None if self.sinks is None else self.sinks[...]
         if step is None:
-            return _attend_within(q, k, v, **options)
+            return _attend_within(q, k, v, sinks, _options.Scoring.checked(options, self.head_dim))
         if self.k_pages is None or self.v_pages is None:
             raise ValueError("step: expected a layer with a cache, but init_cache was never called")
 
@@ -307,24 +295,14 @@ class PagedAttention(nnx.Module):
             step.block_tables,
             step.cu_q_lens,
             step.num_seqs,
-            implementation=self.implementation,
-            batch_invariant=self.batch_invariant,
+            sinks=sinks,
             **options,
             **scales,
         )
 
 
-@functools.partial(_modes.compiled, static_argnames=("scale", "sliding_window", "soft_cap"))
-def _attend_within(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    scale: float | None,
-    sliding_window: int | None,
-    soft_cap: float | None,
-    sinks: Array | None,
-) -> Array:
+@functools.partial(_modes.compiled, static_argnames="scoring")
+def _attend_within(q: Array, k: Array, v: Array, sinks: Array | None, scoring: _options.Scoring) -> Array:
     """Causal attention of whole sequences, q `[..., T, N, H]` and k, v `[..., T, K, H]`, each within itself.
 
     A block of queries at a time, which leaves out the keys that none of them sees; the queries of a group are rows of
@@ -332,24 +310,21 @@ def _attend_within(
     """
     length, num_heads, head_dim = q.shape[-3:]
     kv_heads = k.shape[-2]
+    positions = jnp.arange(length, dtype=jnp.int32)
     grouped = q.reshape(*q.shape[:-2], kv_heads, num_heads // kv_heads, head_dim)
     block = max(128, math.ceil(length / 8))
     outs = []
     for start in range(0, length, block):
         stop = min(start + block, length)
-        first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
-        distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
-        visible = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
-
-        scores = jnp.einsum(
+        first = int(scoring.first_key(np.int64(start)))
+        visible = scoring.sees(positions[start:stop, None], positions[None, first:stop])
+        products = jnp.einsum(
             "...qkgh,...skh->...kgqs",
             grouped[..., start:stop, :, :, :],
             k[..., first:stop, :, :],
             preferred_element_type=jnp.float32,
         )
-        scores *= head_dim**-0.5 if scale is None else scale
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores, _ = scoring.scores(products)
         scores = jnp.where(visible.reshape(*[1] * (scores.ndim - 2), *visible.shape), scores, -jnp.inf)
         if sinks is not None:
             sink = jnp.broadcast_to(sinks.reshape(kv_heads, -1, 1, 1), (*scores.shape[:-1], 1))
@@ -357,6 +332,14 @@ def _attend_within(
         weights = jax.nn.softmax(scores, axis=-1)[..., : stop - first].astype(v.dtype)
         outs.append(jnp.einsum("...kgqs,...skh->...qkgh", weights, v[..., first:stop, :, :]))
     return jnp.concatenate(outs, axis=-4).reshape(q.shape)
+
+
+class _AttentionOptions(_options.LayerOptions, total=False):
+    """The keywords of `PagedAttention`."""
+
+    rope_theta: float | None
+    rope_scaling: Llama3RopeScaling | None
+    sinks: bool
 
 
 class PagedSelfAttention(nnx.Module):
@@ -372,9 +355,10 @@ class PagedSelfAttention(nnx.Module):
       dtype: of the computation; None for that of inputs and weights.
       param_dtype: of the weights.
       rngs: for the weights' initial values.
-      options: those of `PagedAttention`.
+      options: the other keywords are those of `PagedAttention`.
     """
 
+    @_options.keywords(_AttentionOptions, rope_theta=_ROPE_THETA, sinks=False)
     def __init__(
         self,
         hidden_size: int,
@@ -386,7 +370,7 @@ class PagedSelfAttention(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
-        **options,
+        **options: Unpack[_AttentionOptions],
     ):
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
