@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from jax_paged_attn import _ffi
+from jax_paged_attn._options import Scoring
 from jax_paged_attn._warnings import warn_once
 
 _log = logging.getLogger("jax_paged_attn")
@@ -22,8 +23,9 @@ class Call:
     page_size: int
     q_dtype: str
     page_dtype: str
+    scoring: Scoring
     decode: bool
-    batch_invariant: bool = False
+    batch_invariant: bool
 
 
 @dataclasses.dataclass(frozen=True)

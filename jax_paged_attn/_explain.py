@@ -90,8 +90,6 @@ def _attention_calls(jaxpr: Jaxpr) -> Iterator[tuple[_engines.Call, str | None]]
     for eqn in jaxpr.eqns:
         if eqn.primitive is _primitive.attention_p:
             q, k_pages, *_ = (x.aval for x in eqn.invars)
-            static = (eqn.params[name] for name in ("decode", "batch_invariant", "layout"))
-            call = _primitive.describe(q, k_pages, *static)
-            yield call, eqn.params["implementation"]
+            yield _primitive.describe(q, k_pages, eqn.params), eqn.params["implementation"]
         for inner in jaxprs_in_params(eqn.params):
             yield from _attention_calls(inner)

@@ -6,7 +6,7 @@ included.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -144,8 +144,9 @@ def _aval_of(x: Any) -> ShapedArray:
 # ---- abstract evaluation ---------------------------------------------------------------------------------------------
 
 
-def describe(q: Any, k_pages: Any, decode: bool, batch_invariant: bool, layout: str) -> _engines.Call:
-    """What the choice of an engine depends on, from the operands' shapes and dtypes and the static parameters."""
+def describe(q: Any, k_pages: Any, parameters: Mapping[str, Any]) -> _engines.Call:
+    """The facts that the choice of an engine depends on, from shapes, dtypes and the primitive's parameters."""
+    layout = parameters["layout"]
     return _engines.Call(
         num_heads=q.shape[1],
         kv_heads=LAYOUTS[layout].kv_heads(k_pages),
@@ -153,14 +154,14 @@ def describe(q: Any, k_pages: Any, decode: bool, batch_invariant: bool, layout: 
         page_size=LAYOUTS[layout].page_size(k_pages),
         q_dtype=str(q.dtype),
         page_dtype=str(k_pages.dtype),
-        decode=decode,
-        batch_invariant=batch_invariant,
+        scoring=parameters["scoring"],
+        decode=parameters["decode"],
+        batch_invariant=parameters["batch_invariant"],
     )
 
 
-def _attention_abstract(
-    *operands: Any, implementation: str | None, decode: bool, batch_invariant: bool, layout: str, **_: Any
-) -> list[Any]:
+def _attention_abstract(*operands: Any, implementation: str | None, **parameters: Any) -> list[Any]:
+    decode, layout = parameters["decode"], parameters["layout"]
     q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale = operands
     dims = _checks.Dims()
     dims.match("q", q, "T N H", _checks.COMPUTE_DTYPES)
@@ -178,7 +179,7 @@ def _attention_abstract(
         _check_divides(name, x.shape[0], dims["B"])
     if decode and dims["T"] != dims["B"]:
         raise ValueError(f"q: expected one row for each of the {dims['B']} sequences, got {dims['T']}")
-    _engines.check_supported(describe(q, k_pages, decode, batch_invariant, layout), implementation)
+    _engines.check_supported(describe(q, k_pages, parameters), implementation)
     # On explicit mesh axes results are sharded as q is, or at least by head as the pools are.
     rows, heads, _ = q.sharding.spec
     if not decode:
@@ -272,8 +273,7 @@ def _attention_lowering(platform: str | None) -> Callable[..., Any]:
     def lower(ctx: mlir.LoweringRuleContext, *operands: Any, **parameters: Any) -> Any:
         q, k_pages, *_ = ctx.avals_in
         here = platform or _platform_of(ctx)
-        call = describe(q, k_pages, *(parameters[name] for name in ("decode", "batch_invariant", "layout")))
-        engine = _engines.choose_to_run(call, here, parameters["implementation"])
+        engine = _engines.choose_to_run(describe(q, k_pages, parameters), here, parameters["implementation"])
         attend = _reference_attention if engine == "reference" else _ffi.ATTENTION[engine]
 
         def impl(*operands: Array, implementation: str | None, **static: Any) -> Sequence[Array]:
