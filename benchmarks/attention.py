@@ -28,7 +28,7 @@ SAMPLED_ROWS = 16
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device reaches in this process."""
+    """The rates that this device reaches in this process."""
 
     read: float  # bytes/s
     copy: float  # bytes/s, read and written ones added up
@@ -52,7 +52,7 @@ class Measured:
     busy: float  # of that, without gaps between kernels
     kernels: int
     error: float | None  # relative, of sampled rows against the reference in float32
-    # Microseconds a call where one function makes a call for each set of operands: its span, and by the host's clock.
+    # Microseconds per call where one function makes a call for each set of operands: its span, and by the host's clock.
     in_graph: float | None = None
     in_graph_wall: float | None = None
 
@@ -122,7 +122,7 @@ class Sample:
         self._exact = np.asarray(out)
 
     def error(self, out: Array) -> float:
-        """Of the sampled rows of an output `[T, N, H]`, relative to their norm."""
+        """The error of the sampled rows of an output `[T, N, H]`, relative to their norm."""
         difference = np.asarray(out[self._rows], np.float32) - self._exact
         return float(np.linalg.norm(difference) / np.linalg.norm(self._exact))
 
@@ -175,8 +175,8 @@ def measure_attention(
 
     Args:
       calls: how many calls of each variant are timed, at least.
-      graphs: of whom one function that makes a call for each set of operands is timed too.
-      most_variants: of each contender; None is all.
+      graphs: the contenders for which one function that makes a call for each set of operands is timed too.
+      most_variants: how many variants of each contender are tried; None is all.
     """
     floor = max(workload.bytes() / ceilings.read, workload.flops() / ceilings.matmul)
     num_copies = min(max(FEWEST_COPIES, -(-ROTATE_BYTES // workload.bytes())), MOST_COPIES)
@@ -227,7 +227,7 @@ def measure_attention(
 
 
 def table(results: list[Result]) -> str:
-    """A line a workload: ours, the fastest peer, and how many times longer that takes; then what must stay close."""
+    """One line per workload: ours, the fastest peer, and how many times longer that takes; then the relations."""
     titles = f"{'us of a call':34} {'ours':>8} {'graph':>8} {'peer':>8} {'ratio':>6} {'floor':>8} {'error':>8}"
     lines = [f"{titles}  ours / fastest peer"]
     times: dict[str, float] = {}

@@ -55,7 +55,7 @@ def package(workload: Workload, implementation: str) -> Attend:
 
 
 def gather_and_einsum(q: Array, k_pages: Array, v_pages: Array, block_tables: Array, kv_lens: Array) -> Array:
-    """What one writes without this package: pages gathered into dense keys and values, then dense attention."""
+    """The code of those without this package: pages gathered into dense keys and values, then dense attention."""
     batch, rows, num_heads, head_dim = q.shape
     kv_heads = k_pages.shape[2]
     keys, values = (pages[block_tables].reshape(batch, -1, kv_heads, head_dim) for pages in (k_pages, v_pages))

@@ -1,4 +1,4 @@
-"""The ladder: from one cuBLASLt call a page to the engine and a fused kernel, all computing the same attention.
+"""The ladder: from one cuBLASLt call per page to the engine and a fused kernel, all computing the same attention.
 
 `python -m benchmarks.ladder` from the repository's root prints a table and writes build/bench/ladder.json and .png. The
 first steps are C++ (ladder.cu), compiled on first use: nvcc and cuBLAS's headers have to be there.
@@ -130,7 +130,7 @@ class Ladder:
         return Row(STEPS[step], statistics.median(times), launches, len(events), error)
 
     def _error(self) -> float:
-        """Of the first and the last head's first rows, against float64."""
+        """The error of the first and the last head's first rows, against float64."""
         rows, keys, dim = min(64, self._shape.rows), self._shape.keys, self._shape.head_dim
         differences, norms = 0.0, 0.0
         for head in (0, self._heads - 1):

@@ -30,7 +30,7 @@ def gpu_record(path: Path) -> None:
 
 
 def gpu(results: list[dict[str, Any]], path: Path) -> None:
-    """From a record: a group of bars a workload, a bar a contender, its share of the ceiling."""
+    """From a record: one group of bars per workload and one bar per contender, its share of the ceiling."""
     pyplot = _pyplot()
     names = list(dict.fromkeys(m["contender"] for result in results for m in result["measured"]))
     places = np.arange(len(results))
@@ -49,7 +49,7 @@ def gpu(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def sweep(axes: dict[str, dict[str, Any]], path: Path) -> None:
-    """From a record: a panel an axis, microseconds of each contender, and the floor."""
+    """From a record: one panel per axis, microseconds of each contender, and the floor."""
     pyplot = _pyplot()
     figure, panels = pyplot.subplots(1, len(axes), figsize=(5 * len(axes), 4.5), layout="constrained")
     for panel, (axis, results) in zip(np.atleast_1d(panels), axes.items(), strict=True):
@@ -65,9 +65,9 @@ def sweep(axes: dict[str, dict[str, Any]], path: Path) -> None:
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xlabel(
-            {"batch": "sequences", "length": "tokens of each sequence", "group": "query heads a group"}[axis]
+            {"batch": "sequences", "length": "tokens of each sequence", "group": "query heads per group"}[axis]
         )
-        panel.set_ylabel("us a call")
+        panel.set_ylabel("us per call")
         panel.grid(alpha=0.3)
         panel.legend()
     figure.savefig(path, dpi=150)
@@ -75,7 +75,7 @@ def sweep(axes: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def cpu(results: Sequence[Any], path: Path) -> None:
-    """A group of bars a workload, a bar a contender; a line where the time to read the bytes is."""
+    """One group of bars per workload and one bar per contender; a line where the time to read the bytes is."""
     pyplot = _pyplot()
     places = np.arange(len(results))
     names = [row.contender for row in results[0].rows if row.error is not None]
@@ -87,7 +87,7 @@ def cpu(results: Sequence[Any], path: Path) -> None:
     limits = [min((row.best_ms for row in result.rows if row.error is None), default=np.nan) for result in results]
     axes.hlines(limits, places - 0.45, places + 0.45, "black", label="reading the bytes")
     axes.set_yscale("log")
-    axes.set_ylabel("ms a call, the fastest")
+    axes.set_ylabel("ms per call, the fastest")
     axes.set_xticks(places, [result.workload.name for result in results], fontsize=8)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -95,14 +95,14 @@ def cpu(results: Sequence[Any], path: Path) -> None:
 
 
 def ladder(results: Mapping[str, Sequence[Any]], path: Path) -> None:
-    """Milliseconds and launches of each step, a line a shape."""
+    """Milliseconds and launches of each step, one line per shape."""
     pyplot = _pyplot()
     figure, (times, launches) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for name, rows in results.items():
         steps = [row.step for row in rows]
         times.plot(steps, [row.milliseconds for row in rows], marker="o", label=name)
         launches.plot(steps, [row.operations for row in rows], marker="o", label=name)
-    for axes, title in ((times, "ms a call"), (launches, "device operations a call")):
+    for axes, title in ((times, "ms per call"), (launches, "device operations per call")):
         axes.set_yscale("log")
         axes.set_title(title)
         axes.tick_params(axis="x", rotation=30, labelsize=8)

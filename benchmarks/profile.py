@@ -32,7 +32,7 @@ COMMANDS = (*WORKLOADS, "writes", "ladder")
 _OURS = ("Cut", "Pack", "Softmax", "Combine", "CombineSplits", "Decode", "Prefill", "Schedule", "Write", "MoveRows")
 KERNELS = f"({'|'.join(_OURS)})Kernel|nvjet|gemm|cutlass|xmma|cublas"
 
-# Of ncu, with the table's heading and what a value is divided by.
+# Metrics of ncu, with the table's heading and the divisor of a value.
 METRICS = {
     "gpu__time_duration.sum": ("us", 1e3),
     "dram__bytes_read.sum": ("MB read", 1e6),
@@ -71,7 +71,7 @@ def write(tokens: int = 16384) -> None:
 
 
 def profile(ncu: str, name: str, kernels: int, *options_of_run: str) -> list[list[str]]:
-    """A row a kernel: its name, then METRICS."""
+    """One row per kernel: its name, then METRICS."""
     flags = [
         "--clock-control",
         "none",

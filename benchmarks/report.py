@@ -1,4 +1,4 @@
-"""What a run leaves behind: a table on the terminal, a JSON file, and a plot where matplotlib is installed."""
+"""The results of a run: a table on the terminal, a JSON file, and a plot where matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ class Result:
             )
             for row in self.rows
         ]
-        lines = [f"{self.workload.name}: {self.workload.bytes() / 2**20:.0f} MiB a call, {self.copies} copies in turn"]
+        lines = [
+            f"{self.workload.name}: {self.workload.bytes() / 2**20:.0f} MiB per call, {self.copies} copies in turn"
+        ]
         lines += [f"  {name:17}" + "".join(f"{column:>10}" for column in columns) for name, *columns in cells]
         return "\n".join([*lines, *(f"  {goal}" for goal in self.goals)])
 
@@ -80,7 +82,7 @@ class Result:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the figures depend on."""
+    """The facts that the figures depend on."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "jax-paged-attn")}
     return {
         "processor": _processor_name(),

@@ -30,7 +30,7 @@ def sweep_axis(
     Errors are not told here: `measure_attention` tells them on much the same workloads.
     """
     first = next(iter(workloads.values()))
-    # Room for two sets of the largest workload, of which none is in the L2 cache when its turn comes.
+    # Two sets of the largest workload fit, so that none is in the L2 cache when its turn comes.
     pools = make_pools(first, 2 * max(sum(w.pages) for w in workloads.values()))
     results: dict[int, Result] = {}
     ready: list[tuple[int, str, bool, str, list[Callable[[], Any]]]] = []

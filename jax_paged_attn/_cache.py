@@ -252,7 +252,7 @@ class PagedKVCache:
 
     @property
     def stacked(self) -> bool:
-        """Whether all layers share one flat pool."""
+        """True if all layers share one flat pool."""
         return len(self.k_pages) != self.num_layers
 
     @property

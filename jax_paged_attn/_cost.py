@@ -100,7 +100,7 @@ def _walk(jaxpr: Jaxpr, operands: Sequence[_Known], calls: list[Cost]) -> list[_
 
 
 def _is_small_index(aval: Any) -> bool:
-    """Whether to keep a value: lengths and row numbers, not masks of whole score matrices."""
+    """True for values that are kept: lengths and row numbers, not masks of whole score matrices."""
     is_index = getattr(getattr(aval, "dtype", None), "kind", "") in ("i", "u", "b")
     return is_index and math.prod(aval.shape) <= 1 << 20
 
@@ -144,7 +144,7 @@ def _constants_of_scan(eqn: Any, body: Jaxpr) -> int:
 
 
 def _calls_of(inner: ClosedJaxpr | Jaxpr, known: Sequence[_Known]) -> list[Cost]:
-    """The calls of a jaxpr of whose first operands something is known."""
+    """The calls of a jaxpr whose first operands may be known."""
     calls: list[Cost] = []
     jaxpr = _jaxpr_of(inner)
     unknown = [None] * (len(jaxpr.invars) - len(known))

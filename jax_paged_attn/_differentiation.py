@@ -18,7 +18,7 @@ from jax_paged_attn._layouts import LAYOUTS
 from jax_paged_attn._options import Scoring
 from jax_paged_attn._reference import row_of_each_sequence
 
-_ROW_WINDOW = 64  # 64 x 128 scores a head keep a block in cache
+_ROW_WINDOW = 64  # 64 x 128 scores per head keep a block in cache
 _KEYS_PER_BLOCK = 128
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
@@ -26,7 +26,7 @@ _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, pre
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What the backward pass gets: the primitive's operands and its results."""
+    """The residuals of the backward pass: the primitive's operands and its results."""
 
     q: Array
     k_pages: Array
@@ -118,7 +118,7 @@ def cotangent(
     saved = _split(saved, layout)
     kv_heads = saved.k_pages.shape[2]
     q, out_bars = _grouped(saved.q, kv_heads), _grouped(out_bar, kv_heads)
-    # d score = p · (out_bar·v − out_bar·out + lse_bar): the last two are one number a row and head.
+    # d score = p · (out_bar·v − out_bar·out + lse_bar): the last two are one number per row and head.
     row_term = (out_bar.astype(jnp.float32) * saved.out.astype(jnp.float32)).sum(axis=-1) - lse_bar
     row_terms = row_term.reshape(*q.shape[:-1])
 

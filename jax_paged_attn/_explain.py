@@ -41,7 +41,7 @@ def explain(
 
     Raises:
       ValueError: the function has no attention call, a named implementation does not run on the platform, or no
-        engine that promises `batch_invariant` does, a platform that JAX does not know, or both `platform` and `device`
+        engine that guarantees `batch_invariant` does, a platform that JAX does not know, or both `platform` and `device`
         are given.
       TypeError: a platform that is no string, or a device that is no `jax.Device`.
     """

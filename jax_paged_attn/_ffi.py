@@ -21,7 +21,7 @@ from jax_paged_attn._layouts import LAYOUTS
 from jax_paged_attn._options import Scoring
 
 _MODULES = {"cpu": "jax_paged_attn._cpu", "cuda": "jax_paged_attn._cuda"}
-# What XLA calls the platforms that JAX lowers for.
+# XLA's names of the platforms that JAX lowers for.
 _XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 
 ATTENTION_TARGET = "jax_paged_attn.attention.v1"
@@ -85,7 +85,7 @@ def missing(platform: str) -> str | None:
 
 
 def describe() -> list[str]:
-    """A line a compiled module: how it was built and what it uses here."""
+    """One line per compiled module: how it was built and what it uses here."""
     lines = []
     for platform, name in _MODULES.items():
         if not has(platform):
@@ -136,7 +136,7 @@ def cublaslt_workspace_bytes(
     The handler makes its plan by the same function, so for known sizes no byte is left over. Of symbolic sizes the
     plan cannot be known, but it keeps to the limit and what rows and sequences add.
     """
-    del batch_invariant  # which it does not promise
+    del batch_invariant  # no such guarantee
     module = compiled("cuda")
     dtypes = (str(q.dtype), str(k_pages.dtype))
     num_rows, num_q_heads, head_dim = q.shape

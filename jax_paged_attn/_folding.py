@@ -1,8 +1,8 @@
 """Batching by folding: a mapped call of a primitive is one larger call of it.
 
 Mapped queries become more rows, mapped tables and lengths more sequences, mapped pools more pages. Each operand and
-result has an `Axis`: what its leading axis counts, which decides how a mapped one is folded and an unmapped one is
-repeated.
+result has an `Axis` that says what its leading axis counts. It decides how a mapped one is folded and an unmapped one
+is repeated.
 """
 
 import enum
@@ -16,7 +16,7 @@ from jax_paged_attn import _modes
 
 
 class Axis(enum.Enum):
-    """What the leading axis of an operand counts; of a pool, the axis of its pages."""
+    """The kinds of things that leading axes of operands count; in a pool, the axis of its pages."""
 
     ROWS = enum.auto()  # query rows
     SEQUENCES = enum.auto()
@@ -46,7 +46,7 @@ def fold(
     """Folds the mapped axis `dims[i]` of each operand (None: not mapped) into its leading axis, of pools into pages.
 
     Args:
-      axes, operands, dims: one entry an operand.
+      axes, operands, dims: one entry per operand.
       mapped: kinds to treat as mapped even if no operand of theirs is, because results of that kind must be.
       page_axis: the axis of pools that counts pages.
 
@@ -92,7 +92,7 @@ def _folded(
             in_use = max(pages.values())
             if axis is Axis.SLOTS:
                 in_use *= shapes[axes.index(Axis.K_POOL)][1]
-            # Strangers become -1 first: shifted, a bad id could land in the pool of a neighbour.
+            # Ids outside of the pool become -1 first: shifted, they could land in the pool of a neighbour.
             shift = jnp.expand_dims(copies * in_use, tuple(range(1, stacked.ndim)))
             stacked = jnp.where((stacked >= 0) & (stacked < in_use), stacked + shift, -1)
         folded.append(_merge(stacked, page_axis if axis in POOLS else 0))

@@ -47,7 +47,7 @@ class PageScales(TypedDict, total=False):
 
 
 class EngineChoice(TypedDict, total=False):
-    """What the choice of an engine depends on."""
+    """Keywords that the choice of an engine depends on."""
 
     implementation: str | None
     batch_invariant: bool
@@ -207,6 +207,6 @@ class Scoring:
         return position + 1 if self.causal else length + 0 * position
 
     def sees(self, position: Any, key: Any) -> Any:
-        """Whether the row at a position sees a key of its sequence; the two broadcast."""
+        """True where the row at a position sees a key of its sequence; the two broadcast."""
         seen = key <= position if self.causal else position >= 0
         return seen & (key >= self.first_key(position)) if self.sliding_window else seen

@@ -12,7 +12,7 @@ from jax_paged_attn import _checks, _debug, _modes, _options
 from jax_paged_attn._attention import merge_attention_states, paged_attention, ragged_paged_attention
 from jax_paged_attn._call import page_scale
 
-# A sink that adds nothing to any sum of exponentials, yet is a number.
+# A finite sink that adds nothing to any sum of exponentials.
 _NO_SINK = float(jnp.finfo(jnp.float32).min)
 
 
@@ -79,7 +79,7 @@ def context_parallel_attention(
         tables, own_lengths = block_tables, lengths
         if keywords["sliding_window"] is None:
             tables, own_lengths = _own_pages(k_pages, block_tables, lengths)
-        with _debug.paused():  # to which a page of another device is an error
+        with _debug.paused():  # it takes a page of another device for an error
             out, lse = paged_attention(
                 q, k_pages, v_pages, tables, own_lengths, sinks=sinks, return_lse=True, **keywords
             )
@@ -93,7 +93,7 @@ def context_parallel_attention(
         where = (block_tables, lengths, cu_q_lens, num_seqs)
         _check_values(q, k_pages, v_pages, *where, {**keywords, "sinks": sinks, "causal": causal})
 
-    # As one array the two need one collective.
+    # One array of both needs one collective instead of two.
     state = jnp.concatenate([out.astype(jnp.float32), lse[..., None]], axis=-1)
     # Where `shard_map` keeps no account of what varies (check_vma=False), it wants the transpose of the plain gather.
     accounted = bool(jax.typeof(state).manual_axis_type.varying)

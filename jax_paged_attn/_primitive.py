@@ -1,8 +1,8 @@
 """The JAX primitives: attention, its tangent and cotangent, and writes to the cache.
 
-Each has abstract evaluation, a lowering a platform that XLA partitions, batching by folding and differentiation. The
-public functions check the user's arguments; the shape rules here hold for whoever binds a primitive, transformations
-included.
+Each has abstract evaluation, one lowering per platform that XLA partitions, batching by folding and differentiation.
+The public functions check the user's arguments; the shape rules here hold for whoever binds a primitive,
+transformations included.
 """
 
 import functools
@@ -286,7 +286,7 @@ def _attention_lowering(platform: str | None) -> Callable[..., Any]:
 
 
 def _reference_attention(*operands: Array, batch_invariant: bool, **static: Any) -> Sequence[Array]:
-    del batch_invariant  # which it does not promise
+    del batch_invariant  # no such guarantee
     return _reference.attention(*operands, **static)
 
 
@@ -402,7 +402,7 @@ def _write_transpose(bars: Sequence[Any], *operands: Any, **parameters: Any) -> 
     pool_bars = list(map(_instantiated, bars))
     k, v = (x.aval if ad.is_undefined_primal(x) else x for x in operands[2:4])
     slots, scales = operands[4], operands[5:]
-    # What a token overwrote has no influence: its slot of the pools' cotangent becomes zero.
+    # An overwritten value has no influence, so its slot of the pools' cotangent becomes zero.
     nothing = [_modes.zeros(x.shape, x.dtype) for x in (k, v)]
     kept = write_p.bind(*pool_bars, *_vary_like(pool_bars[0], nothing), *operands[4:], **parameters)
     tokens = [

@@ -132,7 +132,7 @@ def write(
 
 
 def last_writer(slots: Array, num_slots: int) -> Array:
-    """Whether token t is the one whose value stays: its slot is in the pool and no later token has the same."""
+    """True for a token whose value stays: its slot is in the pool and no later token has the same."""
     token_ids = jnp.arange(slots.shape[0], dtype=jnp.int32)
     in_pool = (slots >= 0) & (slots < num_slots)
     # Sorting by (slot, token) puts the last token of each slot at the end of its run.
@@ -164,7 +164,7 @@ def quantize(values: Array, dtype: jnp.dtype) -> Array:
 
 @jax.jit
 def read_tokens(pages: Array, slots: Array, scale: Array) -> Array:
-    """What stands in the slot of each token, `[T, K, H]` float32, divided by its scale; 0 if the token is not there.
+    """The value in the slot of each token, `[T, K, H]` float32, divided by its scale; 0 if the token is not there.
 
     As a linear map this is the transpose of the write.
     """

@@ -24,7 +24,7 @@ from jax_paged_attn._call import paged, ragged
 
 __all__ = ["DEFAULT_MASK_VALUE", "paged_attention", "ragged_paged_attention"]
 
-# What both kernels have as default.
+# The default of both kernels.
 DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
 
 # Scores do not come near it, so exp(mask_value − score) is 0 and the key has no weight.
@@ -188,7 +188,7 @@ def paged_attention(
       v_pages: as `k_pages`.
       block_tables: `[B, M]` int32, the pages of each sequence.
       lengths: `[B]` int32, tokens in the cache; None is M·S for every sequence.
-      k_scales_pages: must be None: a scale a token is not supported. See `k_scale`.
+      k_scales_pages: must be None: one scale per token is not supported. See `k_scale`.
       v_scales_pages: likewise.
       block_h, pages_per_compute_block, k_splits, num_warps, num_stages: sizes of that kernel's blocks, of no use here.
       interpret, debug: likewise of no use.
@@ -203,13 +203,13 @@ def paged_attention(
       `[B, N, H]` in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` float32.
 
     Raises:
-      ValueError, TypeError: as `jax_paged_attn.paged_attention`, and for scales a token.
+      ValueError, TypeError: as `jax_paged_attn.paged_attention`, and for scales per token.
     """
     _check_mask_value(options["mask_value"])
     _check_counts(options, "block_h", "pages_per_compute_block", "k_splits", "num_warps", "num_stages")
     for name, scales in (("k_scales_pages", k_scales_pages), ("v_scales_pages", v_scales_pages)):
         if scales is not None:
-            raise ValueError(f"{name}: expected None (k_scale and v_scale are scalar or [K]), got a scale a token")
+            raise ValueError(f"{name}: expected None (k_scale and v_scale are scalar or [K]), got one scale per token")
     cap = options["attn_logits_soft_cap"]
     cap = None if cap is None else abs(_checks.static_number("attn_logits_soft_cap", cap))
     if cap == 0:

@@ -127,7 +127,7 @@ class Llama3RopeScaling:
 
 
 def rope_frequencies(head_dim: int, theta: float = _ROPE_THETA, scaling: Llama3RopeScaling | None = None) -> np.ndarray:
-    """Rotary frequencies in radians a token (RoFormer, Su et al. 2021), float32 `[head_dim / 2]`.
+    """Rotary frequencies in radians per token (RoFormer, Su et al. 2021), float32 `[head_dim / 2]`.
 
     Raises:
       ValueError: `head_dim` is odd or `theta` is not positive and finite.
@@ -238,7 +238,7 @@ class PagedAttention(nnx.Module):
         k_scale: ArrayLike | None = None,
         v_scale: ArrayLike | None = None,
     ) -> None:
-        """Gives the layer an empty cache of `[num_pages, page_size, K, H]` a side, in place of any it had.
+        """Gives the layer an empty cache in place of any it had: keys and values `[num_pages, page_size, K, H]`.
 
         Args:
           dtype: that of the queries, or float8_e4m3fn, float8_e5m2, int8.
