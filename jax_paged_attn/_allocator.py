@@ -48,7 +48,7 @@ __all__ = [
 
 
 class PageAllocator:
-    """Deals the pages of a paged key/value cache out to sequences.
+    """Gives the pages of a paged key/value cache to sequences, and finds prefixes again that are in the cache.
 
     Args:
       num_pages: P, pages in the pool, ≥ 1.
@@ -67,18 +67,30 @@ class PageAllocator:
 
     Allocating and freeing a page takes constant time, whatever the size of the pool. Not thread-safe.
 
-    Example::
-
-        allocator = PageAllocator(num_pages=1024, page_size=16)
-        ids = [allocator.allocate(prompt).id for prompt in prompts]  # prefill, then mark_written
-        while True:
-            slots, copies = allocator.append_batch(ids, tokens[:, None])  # tokens int32 [B], the sampled ones
-            arrays = allocator.step(ids, [1] * len(ids), num_tokens=256, max_seqs=256, max_pages=64)
-            ...  # run the model
-            allocator.mark_written_batch(ids, arrays.kv_lens[: len(ids)])
-
     Raises:
       ValueError, TypeError: a bad argument.
+
+    Example:
+      Two prompts with the same first page; the second one finds it, since it was marked as written.
+
+      >>> import numpy as np
+      >>> import jax_paged_attn as jpa
+      >>> allocator = jpa.PageAllocator(num_pages=8, page_size=4)
+      >>> first = allocator.allocate([1, 2, 3, 4, 5])
+      >>> allocator.mark_written(first.id, 5)  # after the prefill
+      >>> second = allocator.allocate([1, 2, 3, 4, 9, 9])
+      >>> second.pages, second.cached_len
+      ((0, 2), 4)
+
+      A step of decode for both, after their next tokens were sampled:
+
+      >>> allocator.mark_written(second.id, 6)
+      >>> ids, sampled = [first.id, second.id], np.array([7, 8], np.int32)
+      >>> slots, copies = allocator.append_batch(ids, sampled[:, None])
+      >>> arrays = allocator.step(ids, [1, 1], num_tokens=2, max_seqs=2, max_pages=4)
+      >>> arrays.positions.tolist(), arrays.slot_mapping.tolist(), arrays.kv_lens.tolist()
+      ([5, 6], [5, 10], [6, 7])
+      >>> allocator.mark_written_batch(ids, arrays.kv_lens)  # after the model ran
     """
 
     def __init__(

@@ -46,13 +46,13 @@ def paged_attention(
     lengths: ArrayLike,
     **options: Any,
 ) -> Array | tuple[Array, Array]:
-    """Decode: one query token a sequence, the newest, attends to the sequence's pages.
+    """Decode: one query token per sequence, the newest, attends to the sequence's pages.
 
-    Letters: B sequences, N query heads, K key/value heads (N % K == 0), H head dim, P pages in the pool, S tokens a
-    page, M pages a sequence may have.
+    Letters: B sequences, N query heads, K key/value heads (N % K == 0), H head dim, P pages in the pool, S tokens per
+    page, M pages per sequence at most. Pages and tables are those of PagedAttention (Kwon et al. 2023).
 
-    Ids and lengths may be integers of any width. Those that int32 cannot hold raise where they are lists or NumPy
-    arrays, and are clamped to int32, which masks them, where they are JAX arrays.
+    Ids and lengths may be integers of any width. Those that int32 cannot hold raise in lists and NumPy arrays. In JAX
+    arrays they are clamped to int32, which masks them.
 
     Args:
       q: `[B, N, H]` bfloat16, float16 or float32.
@@ -64,16 +64,16 @@ def paged_attention(
       scale: multiplies the scores; None is 1/sqrt(H). A static number, as are window and cap.
       sliding_window: w ≥ 1: the token at position i sees keys j with i − w < j ≤ i.
       soft_cap: c > 0: scores become c·tanh(scores / c), after the scale, before the mask (Gemma 2).
-      sinks: `[N]` float32, one more logit a head in the softmax's denominator, without a value, neither scaled nor
-        capped (gpt-oss). In split work give them to one part only.
+      sinks: `[N]` float32, one more logit per head in the softmax's denominator, without a value, neither scaled nor
+        capped (gpt-oss). Where keys are split over calls, give sinks to one of them only.
       k_scale: positive, finite float32, scalar or `[K]`: key = stored × k_scale. Default 1, required for int8.
       v_scale: likewise for values.
       return_lse: return the log-sum-exp of the scores too.
       implementation: the engine that must run: "cpu", "fused", "cublaslt" or "reference"; None picks the best for the
         call, see `explain`.
-      batch_invariant: True: a sequence gives the same bits alone and in any batch, wherever it stands there and
-        whatever the others are, in calls of this function that differ in B, T and P only; gradients promise nothing.
-        "cpu" does so anyway, "fused" at some cost, "cublaslt" and "reference" cannot. A static bool.
+      batch_invariant: a static bool. True: a sequence gives the same bits alone and at any place of any batch, in calls
+        of this function that differ in B, T and P only. Gradients have no such guarantee. "cpu" gives it anyway,
+        "fused" at some cost, "cublaslt" and "reference" never.
 
     Returns:
       `[B, N, H]` in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` float32, natural log, the sink
@@ -81,8 +81,19 @@ def paged_attention(
 
     Raises:
       ValueError: a shape, dtype or value that does not fit; the message names the argument, what was expected, and
-        what came. When it is lowered: the platform lacks the named engine, or any that promises `batch_invariant`.
+        what came. At lowering: the platform lacks the named engine, or any that guarantees `batch_invariant`.
       TypeError: an argument of the wrong kind, such as a tracer for `scale`.
+
+    Example:
+      A sequence of five tokens in pages 2 and 0. The last entry of its table is not in use.
+
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> pages = jnp.ones((3, 4, 1, 8), jnp.float32)  # P = 3, S = 4, K = 1, H = 8
+      >>> block_tables = jnp.array([[2, 0, -1]], jnp.int32)
+      >>> out = jpa.paged_attention(jnp.ones((1, 2, 8)), pages, pages, block_tables, jnp.array([5], jnp.int32))
+      >>> out.shape, round(float(out.mean()), 4)
+      ((1, 2, 8), 1.0)
     """
     return _call.paged(_primitive.attention, q, k_pages, v_pages, block_tables, lengths, options)
 
@@ -122,9 +133,19 @@ def paged_attention_reference(
     lengths: ArrayLike,
     **options: Any,
 ) -> Array | tuple[Array, Array]:
-    """`paged_attention` in plain JAX: the same arguments, results and errors; the oracle that engines are held to.
+    """`paged_attention` in plain JAX, computed in float32: the oracle that engines are compared with.
 
-    `batch_invariant` changes nothing here: what XLA makes of the code decides about bits.
+    Arguments, results and errors are those of `paged_attention`, without `implementation`. `batch_invariant` has no
+    effect, since XLA decides about the bits.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> q, pages = jnp.ones((1, 2, 8)), jnp.ones((3, 4, 1, 8))
+      >>> where = (jnp.array([[2, 0, -1]], jnp.int32), jnp.array([5], jnp.int32))
+      >>> out, lse = jpa.paged_attention_reference(q, pages, pages, *where, scale=0.0, return_lse=True)
+      >>> lse.shape, round(float(jnp.exp(lse[0, 0])), 4)  # five keys with scores of 0
+      ((1, 2), 5.0)
     """
     return _call.paged(_run_reference, q, k_pages, v_pages, block_tables, lengths, options)
 
@@ -172,7 +193,7 @@ def ragged_paged_attention(
 ) -> Array | tuple[Array, Array]:
     """Any mix of prompts, chunks of prompts and decode rows: T query tokens of B sequences attend to their pages.
 
-    The order of the arguments is that of JAX's TPU `ragged_paged_attention`. Letters as in `paged_attention`.
+    The order of the arguments is that of JAX's TPU kernel `ragged_paged_attention`. Letters as in `paged_attention`.
 
     Args:
       q: `[T, N, H]` bfloat16, float16 or float32; the rows of a sequence are adjacent.
@@ -192,6 +213,17 @@ def ragged_paged_attention(
 
     Raises:
       ValueError, TypeError: as `paged_attention`.
+
+    Example:
+      A prompt of three tokens and a sequence that decodes its sixth token, in one call.
+
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> pages = jnp.ones((3, 4, 1, 8), jnp.float32)
+      >>> kv_lens, block_tables = jnp.array([3, 6], jnp.int32), jnp.array([[1, -1], [2, 0]], jnp.int32)
+      >>> cu_q_lens = jnp.array([0, 3, 4], jnp.int32)
+      >>> jpa.ragged_paged_attention(jnp.ones((4, 2, 8)), pages, pages, kv_lens, block_tables, cu_q_lens).shape
+      (4, 2, 8)
     """
     operands = (q, k_pages, v_pages, kv_lens, block_tables, cu_q_lens, num_seqs)
     return _call.ragged(_primitive.attention, *operands, options)
@@ -238,9 +270,19 @@ def ragged_paged_attention_reference(
     num_seqs: ArrayLike | None = None,
     **options: Any,
 ) -> Array | tuple[Array, Array]:
-    """`ragged_paged_attention` in plain JAX: the same arguments, results and errors; the oracle.
+    """`ragged_paged_attention` in plain JAX, computed in float32: the oracle.
 
-    `batch_invariant` changes nothing, as in `paged_attention_reference`.
+    Arguments, results and errors are those of `ragged_paged_attention`, without `implementation`. `batch_invariant` has
+    no effect, as in `paged_attention_reference`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> q, pages, rows = jnp.ones((3, 2, 8)), jnp.ones((3, 4, 1, 8)), jnp.array([0, 3], jnp.int32)
+      >>> where = (jnp.array([3], jnp.int32), jnp.array([[1]], jnp.int32), rows)
+      >>> _, lse = jpa.ragged_paged_attention_reference(q, pages, pages, *where, scale=0.0, return_lse=True)
+      >>> [round(float(n), 4) for n in jnp.exp(lse[:, 0])]  # a causal row sees the keys up to its own
+      [1.0, 2.0, 3.0]
     """
     operands = (q, k_pages, v_pages, kv_lens, block_tables, cu_q_lens, num_seqs)
     return _call.ragged(_run_reference, *operands, options)
@@ -261,6 +303,8 @@ def merge_attention_states(
 ) -> tuple[Array, Array]:
     """Merges attention over disjoint sets of keys, such as a shared prefix and the rest, or keys split over devices.
 
+    The rule is that of cascade inference in FlashInfer (Ye et al. 2024).
+
     Args:
       outs: `[parts, ..., N, H]`, or a sequence of `[..., N, H]`: the partial results, float32, bfloat16 or float16.
       lses: `[parts, ..., N]` float32, or a sequence of `[..., N]`: their log-sum-exps, natural log. −inf marks an empty
@@ -273,6 +317,20 @@ def merge_attention_states(
 
     Raises:
       ValueError: zero parts, or shapes that do not fit.
+
+    Example:
+      The keys of a sequence in two calls, one per page, give the same as in one call.
+
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> q, pages = jnp.ones((1, 2, 8)), jnp.arange(64.0).reshape(2, 4, 1, 8)
+      >>> def attend(table, length):
+      ...     operands = (q, pages, pages, jnp.array([table], jnp.int32), jnp.array([length], jnp.int32))
+      ...     return jpa.paged_attention(*operands, scale=0.01, return_lse=True)
+      >>> outs, lses = zip(attend([0], 4), attend([1], 4))
+      >>> out, lse = jpa.merge_attention_states(outs, lses)
+      >>> bool(jnp.allclose(out, attend([0, 1], 8)[0], rtol=1e-4))
+      True
     """
     # The barrier keeps XLA from compiling the merge of a list otherwise than that of an array, with other bits.
     stacked = _stack("outs", outs), _checks.as_float32("lses", _stack("lses", lses))

@@ -52,6 +52,18 @@ def write_kv_pages(
 
     Raises:
       ValueError: a shape or dtype that does not fit; the message names the argument, what was expected, what came.
+
+    Example:
+      Two tokens go to the first two slots of page 1; a padding token has slot −1.
+
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> write = jax.jit(jpa.write_kv_pages, donate_argnums=(0, 1))
+      >>> k_pages, v_pages, new = jnp.zeros((3, 4, 1, 8)), jnp.zeros((3, 4, 1, 8)), jnp.ones((3, 1, 8))
+      >>> k_pages, v_pages = write(k_pages, v_pages, new, new, jnp.array([4, 5, -1], jnp.int32))
+      >>> k_pages[:, :, 0, 0].astype(int).tolist()
+      [[0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
     """
     dims = _checks.Dims()
     k_pages, v_pages = _pools(dims, k_pages, v_pages)
@@ -80,6 +92,14 @@ def copy_kv_pages(k_pages: ArrayLike, v_pages: ArrayLike, src: ArrayLike, dst: A
 
     Raises:
       ValueError: a shape or dtype that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> pages = jnp.arange(3.0).reshape(3, 1, 1, 1)
+      >>> k_pages, _ = jpa.copy_kv_pages(pages, pages, jnp.array([0], jnp.int32), jnp.array([2], jnp.int32))
+      >>> k_pages.reshape(-1).tolist()
+      [0.0, 1.0, 0.0]
     """
     dims = _checks.Dims()
     k_pages, v_pages = _pools(dims, k_pages, v_pages)
@@ -154,20 +174,18 @@ class _AnyNumber(int):
 class PagedKVCache:
     """The pools of all layers of a model: a pytree without tables, made to be donated to the step that updates it.
 
-    One array per layer (`k_pages` is a tuple of L arrays `[P, S, K, H]`), or, with `create(..., stacked=True)`, one
-    flat pool `[L·P, S, K, H]` in a tuple of one, in which layer l has the pages from l·P: what a `lax.scan` over layers
-    carries without copying, while pools as `xs` and `ys` of a scan are copied whole.
+    `k_pages` is a tuple of L arrays `[P, S, K, H]`, one per layer. With `create(..., stacked=True)` it is a tuple of
+    one flat pool `[L·P, S, K, H]`, in which layer l has the pages from l·P on. A `lax.scan` over layers carries the
+    flat pool without copying it, while pools as `xs` and `ys` of a scan are copied whole.
 
-    A write is in place if every read of the pool comes after it or is known to come before it. In a scan, and where the
-    tokens of layer l + 1 are computed from the attention of layer l, that holds. In unrolled code whose writes do not
-    depend on attention it does not: XLA may run the write of layer l + 1 before layer l attends, and copies the flat
-    pool to be safe. There write all layers first, then attend::
+    A write is in place if every read of the pool comes after it or is known to come before it. That holds in a scan,
+    and where the tokens of layer l + 1 are computed from the attention of layer l. In unrolled code whose writes do not
+    depend on attention, XLA may write to layer l + 1 before layer l attends. To be safe it copies the flat pool. There
+    use one array per layer, or write all layers before the first one attends::
 
         for l in range(L):
             cache = cache.write(l, k[l], v[l], slots)
         outs = [cache.attend(l, q[l], block_tables, lengths) for l in range(L)]
-
-    or use one array per layer, which the writes of other layers do not touch.
 
     A cache of shardings, of axes or of None is a prefix tree of any cache: `jax.jit(..., out_shardings=PagedKVCache(s,
     s))`, `jax.vmap(..., in_axes=(PagedKVCache(None, None), 0))`.
@@ -178,6 +196,15 @@ class PagedKVCache:
       k_scale: float32, scalar or `[K]` for all layers, or `[L, K]`, a row per layer; or None.
       v_scale: likewise.
       num_layers: L.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> cache = jpa.PagedKVCache.create(2, num_pages=3, page_size=4, num_kv_heads=1, head_dim=8, dtype=jnp.float32)
+      >>> cache = cache.write(0, jnp.ones((1, 1, 8)), jnp.ones((1, 1, 8)), jnp.array([4], jnp.int32))
+      >>> tables, lengths = jnp.array([[1]], jnp.int32), jnp.array([1], jnp.int32)
+      >>> float(cache.attend(0, jnp.ones((1, 2, 8)), tables, lengths)[0, 0, 0])
+      1.0
     """
 
     k_pages: tuple[Array, ...]
@@ -207,7 +234,7 @@ class PagedKVCache:
         stacked: bool = False,
         allocator: _PagesOf | None = None,
     ) -> "PagedKVCache":
-        """A cache of zeros: `num_pages` pages of `page_size` tokens per layer.
+        """Makes a cache of zeros: `num_pages` pages of `page_size` tokens per layer.
 
         Args:
           num_layers: L.
@@ -227,6 +254,13 @@ class PagedKVCache:
             another shape, zero, negative or not finite; an int8 cache without both scales; a pool of more than 2³¹ − 1
             slots, which are int32.
           TypeError: a size that is missing or no integer, or no allocator.
+
+        Example:
+          >>> import jax_paged_attn as jpa
+          >>> allocator = jpa.PageAllocator(num_pages=16, page_size=4)
+          >>> cache = jpa.PagedKVCache.create(2, num_kv_heads=1, head_dim=8, allocator=allocator, stacked=True)
+          >>> cache.k_pages[0].shape, str(cache.k_pages[0].dtype)
+          ((32, 4, 1, 8), 'bfloat16')
         """
         if allocator is not None:
             num_pages = _size_of("num_pages", num_pages, allocator)
@@ -381,7 +415,10 @@ class PagedKVCache:
         return self._layer("index", index, block_tables)
 
     def scales(self, index: int | Array) -> _Scales:
-        """The keywords `k_scale` and `v_scale` of layer `index`, each None, scalar or `[K]`. `attend` needs no such."""
+        """The keywords `k_scale` and `v_scale` of layer `index`, each None, scalar or `[K]`.
+
+        `attend` and `write` pass them by themselves.
+        """
         layer = self._number("index", index)
         return {"k_scale": _row("k_scale", self.k_scale, layer), "v_scale": _row("v_scale", self.v_scale, layer)}
 

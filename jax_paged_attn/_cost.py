@@ -18,17 +18,23 @@ from jax_paged_attn._options import Scoring
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What the attention calls of a function cost in one forward pass, whichever engine runs them.
+    """The result of `cost_analysis`: costs of a function's attention calls in one forward pass, on whichever engine.
 
     Attributes:
-      flops: multiplications and additions of both matrix products: 4·H for each query head and visible key.
-      transcendentals: exponentials, one for each query head and visible key; with a soft cap one more.
-      bytes_accessed: query rows, results, tables and lengths once; keys and values of each sequence's visible tokens
-        once for the sequence, also where sequences share pages. An engine that reads pages once needs no more.
-      exact: whether lengths and row counts were known. Otherwise the numbers are upper bounds: whole block tables, and
+      flops: multiplications and additions of both matrix products: 4·H per query head and visible key.
+      transcendentals: exponentials, one per query head and visible key; with a soft cap one more.
+      bytes_accessed: query rows, results, tables and lengths once; keys and values of the visible tokens once per
+        sequence, also where sequences share pages. An engine that reads pages once needs no more.
+      exact: True if lengths and row counts were known. Otherwise the numbers are upper bounds: whole block tables, and
         each row sees as many keys as the longest sequence, or the window, has.
-      calls: one Cost for each attention call of the function, in the order of its jaxpr; what a loop repeats counts
-        as often as it is repeated.
+      calls: one Cost per attention call of the function, in the order of its jaxpr. A call in a loop counts as often as
+        the loop repeats it.
+
+    Example:
+      >>> import jax_paged_attn as jpa
+      >>> cost = jpa.Cost(flops=640, transcendentals=20, bytes_accessed=4096, exact=True)
+      >>> cost.flops / cost.bytes_accessed  # FLOPs per byte
+      0.15625
     """
 
     flops: int
@@ -39,7 +45,7 @@ class Cost:
 
 
 def cost_analysis(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
-    """Says what the attention calls of `fn(*args, **kwargs)` cost. Nothing of it is run but what makes its indices.
+    """Counts the costs of the attention calls of `fn(*args, **kwargs)`. Only the code that makes its indices is run.
 
     XLA counts the other operations: `jax.jit(fn).lower(…).compile().cost_analysis()`.
 
@@ -52,11 +58,22 @@ def cost_analysis(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
 
     Returns:
       A `Cost`. Causality, window and lengths are counted token by token; every entry of a block table is taken to
-      name a page. A `scan` counts as often as it repeats, a `while_loop` once, of a `cond` the costliest branch, inside
-      `shard_map` one shard. Gradients are plain JAX: of them only the forward pass counts.
+      name a page. A `scan` counts as often as it repeats, and a `while_loop` once. The costliest branch of a `cond`
+      counts, and one shard of a `shard_map`. Gradients are plain JAX, so only their forward pass counts.
 
     Raises:
       ValueError: the function has no attention call.
+
+    Example:
+      Five visible keys, two heads, head dim 8: 5 · 2 · 4 · 8 FLOPs.
+
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> q, pages = jnp.ones((1, 2, 8)), jnp.ones((3, 4, 1, 8))
+      >>> where = (jnp.array([[2, 0, -1]], jnp.int32), jnp.array([5], jnp.int32))
+      >>> cost = jpa.cost_analysis(jpa.paged_attention, q, pages, pages, *where)
+      >>> cost.flops, cost.transcendentals, cost.exact
+      (320, 10, True)
     """
     closed, operands = trace(fn, args, kwargs)
     known = [None if isinstance(x, jax.ShapeDtypeStruct) else _if_index(x) for x in operands]

@@ -38,9 +38,12 @@ _state = _State()
 def debug() -> Iterator[None]:
     """Checks the values of every call in the context, in `jit` too; also a decorator. `JPA_DEBUG=1` checks always.
 
-    Checked are: `num_seqs`; `cu_q_lens`, which starts at 0 and does not decrease; lengths, which fit the table and the
-    query rows; ids of pages in use; pages that new tokens of two sequences share; slots and copies, which have targets
-    of their own; queries, live keys and values, page scales and sinks, which are finite (docs/debugging.md).
+    These are checked (docs/debugging.md):
+
+    - `num_seqs`; `cu_q_lens` starts at 0 and does not decrease; lengths fit the table and the query rows;
+    - ids of pages in use lie in the pool, and no two sequences have new tokens in one page;
+    - slots and copied pages have targets of their own;
+    - queries, live keys and values, page scales and sinks are finite.
 
     A jitted function is traced anew in the context and keeps its program for calls outside, where nothing is added. The
     context holds for the thread that entered it.
@@ -49,11 +52,15 @@ def debug() -> Iterator[None]:
       ValueError: from a call on concrete arrays, if a value is wrong; it names the argument, the row and the value.
         From a compiled program it comes as the text of a `jax.errors.JaxRuntimeError`, when results are waited for.
 
-    Example::
-
-        with jax_paged_attn.debug():
-            tokens = step(cache, batch)  # jitted or not
-            jax.block_until_ready(tokens)
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> q, pages = jnp.ones((1, 2, 8)), jnp.ones((3, 4, 1, 8))
+      >>> with jpa.debug():
+      ...     out = jpa.paged_attention(q, pages, pages, jnp.array([[7]], jnp.int32), jnp.array([2], jnp.int32))
+      Traceback (most recent call last):
+        ...
+      ValueError: block_tables: expected pages in [0, 3), got 7 at [0, 0], the page of tokens 0 to 3 of the 2 in row 0
     """
     with _set(True), set_xla_metadata(jax_paged_attn_debug="1"):  # the metadata are part of the key of `jit`
         yield

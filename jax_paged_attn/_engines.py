@@ -110,12 +110,20 @@ _GUARANTEEING = (
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Which engine runs a call, and why the others do not; as a string with the table of what each engine takes.
+    """The answer of `explain`: which engine runs a call, and why the others do not.
+
+    `str` of it is a table with a verdict on each engine and the calls that it takes.
 
     Attributes:
       engine: the engine's name; names joined by ", " where a function's calls get different ones.
       rejected: `{engine: reason}` for the engines that do not run.
       calls: one Explanation per attention call of the function, in the order of its jaxpr.
+
+    Example:
+      >>> import jax_paged_attn as jpa
+      >>> verdict = jpa.Explanation("cpu", {"fused": "runs on cuda, not on cpu"})
+      >>> verdict.engine, verdict.rejected["fused"]
+      ('cpu', 'runs on cuda, not on cpu')
     """
 
     engine: str

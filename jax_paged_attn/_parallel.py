@@ -32,16 +32,12 @@ def context_parallel_attention(
 ) -> Array | tuple[Array, Array]:
     """Attention over pages that are spread over the devices of a mesh axis; to be called inside `jax.shard_map`.
 
-    Each device has a pool of its own and the block tables of all sequences, in which the pages that it does not have
-    are −1. Any device may have any page, so long as no two have the same one. Queries and lengths are the same on all
-    devices, and so are the results. Devices attend to their own pages; the partial results (B·N·(H + 1) float32 numbers
-    a device) meet in one all-gather.
+    Each device has a pool of its own, and block tables of all sequences with −1 for the pages of other devices. No two
+    devices have the same page. Queries, lengths and results are the same on all devices. Each attends to its own pages,
+    and the partial results (B·N·(H + 1) float32 numbers per device) meet in one all-gather and are merged as in
+    Flash-Decoding (Dao et al. 2023). Letters as in `paged_attention`; P counts the pages of one device.
 
-    A page keeps its place in the table, so causal masks and sliding windows are those of the whole sequence. Decode
-    without a window moves the pages a device has to the front and reads no more than them. Other calls walk over the
-    places of the missing pages too, without reading them.
-
-    Letters as in `paged_attention`; P counts the pages of one device.
+    Decode without a window reads the device's own pages only. Other calls walk over the places of missing pages too.
 
     Args:
       q: `[B, N, H]`, the newest token of each sequence; with `cu_q_lens` `[T, N, H]`.
@@ -64,35 +60,22 @@ def context_parallel_attention(
       ValueError: `axis_name` is no axis of an enclosing `shard_map`, `num_seqs` or `causal=False` without `cu_q_lens`,
         or as `paged_attention`.
       TypeError: as `paged_attention`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> from jax.sharding import AxisType, PartitionSpec as P
+      >>> attend = jax.shard_map(
+      ...     lambda q, pages, tables: jpa.context_parallel_attention(
+      ...         q, pages, pages, tables[0], jnp.array([5], jnp.int32), axis_name="pages"),
+      ...     mesh=jax.make_mesh((1,), ("pages",), axis_types=(AxisType.Auto,)),
+      ...     in_specs=(P(), P("pages"), P("pages")), out_specs=P())
+      >>> jax.jit(attend)(jnp.ones((1, 2, 8)), jnp.ones((3, 4, 1, 8)), jnp.array([[[2, 0]]], jnp.int32)).shape
+      (1, 2, 8)
     """
     return_lse = _checks.static_bool("return_lse", return_lse)
-    part = _part(axis_name)
-    keywords: dict[str, Any] = {**options}
-    causal, sinks = keywords.pop("causal"), keywords.pop("sinks")
-    if sinks is not None:
-        sinks = _sinks_of_first(part, _checks.as_array("sinks", sinks))
-    if cu_q_lens is None:
-        if num_seqs is not None:
-            raise ValueError(f"num_seqs: expected None without cu_q_lens, got {num_seqs}")
-        if causal is not True:
-            raise ValueError(f"causal: expected True without cu_q_lens, got {causal}")
-        tables, own_lengths = block_tables, lengths
-        if keywords["sliding_window"] is None:
-            tables, own_lengths = _own_pages(k_pages, block_tables, lengths)
-        with _debug.paused():  # it takes a page of another device for an error
-            out, lse = paged_attention(
-                q, k_pages, v_pages, tables, own_lengths, sinks=sinks, return_lse=True, **keywords
-            )
-    else:
-        ragged = (lengths, block_tables, cu_q_lens, num_seqs)
-        with _debug.paused():
-            out, lse = ragged_paged_attention(
-                q, k_pages, v_pages, *ragged, causal=causal, sinks=sinks, return_lse=True, **keywords
-            )
-    if _debug.active():
-        where = (block_tables, lengths, cu_q_lens, num_seqs)
-        _check_values(q, k_pages, v_pages, *where, {**keywords, "sinks": sinks, "causal": causal})
-
+    out, lse = _own_part((q, k_pages, v_pages), block_tables, lengths, axis_name, cu_q_lens, num_seqs, {**options})
     # One array of both needs one collective instead of two.
     state = jnp.concatenate([out.astype(jnp.float32), lse[..., None]], axis=-1)
     # Where `shard_map` keeps no account of what varies (check_vma=False), it wants the transpose of the plain gather.
@@ -101,6 +84,39 @@ def context_parallel_attention(
     merged, merged_lse = merge_attention_states(states[..., :-1], states[..., -1])
     merged = merged.astype(out.dtype)
     return (merged, merged_lse) if return_lse else merged
+
+
+def _own_part(
+    q_and_pages: tuple[ArrayLike, ArrayLike, ArrayLike],
+    block_tables: ArrayLike,
+    lengths: ArrayLike,
+    axis_name: str | tuple[str, ...],
+    cu_q_lens: ArrayLike | None,
+    num_seqs: ArrayLike | None,
+    options: dict[str, Any],
+) -> tuple[Array, Array]:
+    """`(out, lse)` of attention to this device's pages."""
+    part = _part(axis_name)
+    if options["sinks"] is not None:
+        options["sinks"] = _sinks_of_first(part, _checks.as_array("sinks", options["sinks"]))
+    tables, own_lengths = block_tables, lengths
+    if cu_q_lens is None:
+        if num_seqs is not None:
+            raise ValueError(f"num_seqs: expected None without cu_q_lens, got {num_seqs}")
+        if options["causal"] is not True:
+            raise ValueError(f"causal: expected True without cu_q_lens, got {options['causal']}")
+        if options["sliding_window"] is None:
+            tables, own_lengths = _own_pages(q_and_pages[1], block_tables, lengths)
+    with _debug.paused():  # it takes a page of another device for an error
+        if cu_q_lens is None:
+            decode = {name: value for name, value in options.items() if name != "causal"}
+            out, lse = paged_attention(*q_and_pages, tables, own_lengths, return_lse=True, **decode)
+        else:
+            rows = (own_lengths, tables, cu_q_lens, num_seqs)
+            out, lse = ragged_paged_attention(*q_and_pages, *rows, return_lse=True, **options)
+    if _debug.active():
+        _check_values(*q_and_pages, block_tables, lengths, cu_q_lens, num_seqs, options)
+    return out, lse
 
 
 def _part(axis_name: str | tuple[str, ...]) -> Array:

@@ -107,13 +107,13 @@ def ragged_paged_attention(
       page_indices: `[B, M]` int32, the pages of each sequence.
       cu_q_lens: `[B + 1]` int32, the first row of each sequence, then the end.
       num_seqs: `[1]` or scalar int32, how many of the B sequences are live.
-      sm_scale: multiplies the scores. A static number, as are window and cap. Mind the default: 1, not 1/sqrt(H).
+      sm_scale: multiplies the scores. A static number, as are window and cap. The default is 1, not 1/sqrt(H).
       sliding_window: w ≥ 1: the token at position i sees keys j with i − w < j ≤ i.
       soft_cap: c ≠ 0: scores become c·tanh(scores / c).
       mask_value: None or a number of at most −1e6. A masked key has no weight at all here, whatever it is.
       k_scale: key = stored × k_scale: a float, as there, or float32, scalar or `[K]`. None is 1.
       v_scale: likewise for values.
-      num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes: sizes of the TPU kernel's blocks, of no use here.
+      num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes: block sizes of the TPU kernel, ignored here.
       sinks, return_lse, implementation, batch_invariant: as in `jax_paged_attn.ragged_paged_attention`; the TPU kernel
         has none of them.
 
@@ -122,6 +122,15 @@ def ragged_paged_attention(
 
     Raises:
       ValueError, TypeError: as `jax_paged_attn.ragged_paged_attention`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_paged_attn.compat import ragged_paged_attention
+      >>> kv_pages = jnp.ones((3, 4, 2, 8))  # K = 1: head 0 has keys, head 1 has values
+      >>> kv_lens, page_indices = jnp.array([5], jnp.int32), jnp.array([[2, 0]], jnp.int32)
+      >>> rows, num_seqs = jnp.array([0, 3], jnp.int32), jnp.array([1], jnp.int32)
+      >>> ragged_paged_attention(jnp.ones((3, 2, 8)), kv_pages, kv_lens, page_indices, rows, num_seqs).shape
+      (3, 2, 8)
     """
     _check_mask_value(options["mask_value"])
     _check_counts(options, "num_kv_pages_per_block", "num_queries_per_block", "vmem_limit_bytes")
@@ -190,8 +199,8 @@ def paged_attention(
       lengths: `[B]` int32, tokens in the cache; None is M·S for every sequence.
       k_scales_pages: must be None: one scale per token is not supported. See `k_scale`.
       v_scales_pages: likewise.
-      block_h, pages_per_compute_block, k_splits, num_warps, num_stages: sizes of that kernel's blocks, of no use here.
-      interpret, debug: likewise of no use.
+      block_h, pages_per_compute_block, k_splits, num_warps, num_stages: block sizes of that kernel, ignored here.
+      interpret, debug: likewise ignored.
       mask_value: a number of at most −1e6. A masked key has no weight at all here, whatever it is.
       attn_logits_soft_cap: c ≠ 0: scores become c·tanh(scores / c).
       k_scale: positive, finite float32, scalar or `[K]`: key = stored × k_scale. None is 1. That kernel has none.
@@ -204,6 +213,14 @@ def paged_attention(
 
     Raises:
       ValueError, TypeError: as `jax_paged_attn.paged_attention`, and for scales per token.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_paged_attn.compat import paged_attention
+      >>> pages = jnp.ones((1, 3, 4, 8))  # [K, P, S, H]
+      >>> block_tables, lengths = jnp.array([[2, 0]], jnp.int32), jnp.array([5], jnp.int32)
+      >>> paged_attention(jnp.ones((1, 2, 8)) * 8**-0.5, pages, pages, block_tables, lengths).shape
+      (1, 2, 8)
     """
     _check_mask_value(options["mask_value"])
     _check_counts(options, "block_h", "pages_per_compute_block", "k_splits", "num_warps", "num_stages")

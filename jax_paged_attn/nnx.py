@@ -59,7 +59,17 @@ _ROPE_THETA = 10000.0
 
 
 class CacheVariable(nnx.Variable):
-    """Key or value pages of one layer, `[P, S, K, H]`: changed by every step, unlike the weights."""
+    """Key or value pages of one layer, `[P, S, K, H]`: changed by every step, unlike the weights.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jax_paged_attn.nnx import CacheVariable, PagedAttention
+      >>> layer = PagedAttention(num_heads=2, num_kv_heads=1, head_dim=8)
+      >>> layer.init_cache(num_pages=3, page_size=4, dtype=jnp.float32)
+      >>> [x.shape for x in nnx.to_flat_state(nnx.state(layer, CacheVariable)).leaves]
+      [(3, 4, 1, 8), (3, 4, 1, 8)]
+    """
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +84,12 @@ class StepMetadata:
       kv_lens: `[B]`, tokens of each sequence in the cache, the new ones included.
       cu_q_lens: `[B + 1]`, first token of each sequence in the step, then the end.
       num_seqs: scalar, how many of the B rows are live.
+
+    Example:
+      >>> from jax_paged_attn.nnx import StepMetadata
+      >>> step = StepMetadata.whole_sequences(num_seqs=2, length=3, page_size=2)
+      >>> step.slot_mapping.tolist(), step.cu_q_lens.tolist()
+      ([0, 1, 2, 4, 5, 6], [0, 3, 6])
     """
 
     positions: IntArray
@@ -85,7 +101,7 @@ class StepMetadata:
 
     @classmethod
     def whole_sequences(cls, num_seqs: int, length: int, page_size: int) -> StepMetadata:
-        """The step that prefills `num_seqs` new sequences of `length` tokens each, with pages 0, 1, … in order."""
+        """Makes the step that prefills `num_seqs` sequences of `length` tokens each, with pages 0, 1, … in order."""
         pages = -(-length // page_size)
         tables = np.arange(num_seqs * pages, dtype=np.int32).reshape(num_seqs, pages)
         positions = np.arange(length, dtype=np.int32)
@@ -101,7 +117,7 @@ class StepMetadata:
 
     @classmethod
     def from_arrays(cls, arrays: StepArrays) -> StepMetadata:
-        """The step whose arrays `jax_paged_attn.PageAllocator.step` made."""
+        """Makes the step from the arrays of `jax_paged_attn.PageAllocator.step`."""
         return cls(**{field.name: getattr(arrays, field.name) for field in dataclasses.fields(cls)})
 
 
@@ -112,6 +128,21 @@ class Llama3RopeScaling:
     Frequencies whose wavelength is above ``original_max_position_embeddings / low_freq_factor`` are divided by
     `factor`, those below ``original_max_position_embeddings / high_freq_factor`` stay, and those between are
     interpolated. Field names are those of `rope_scaling` in Hugging Face's config.json.
+
+    Attributes:
+      factor: how many times longer contexts are than in pretraining, > 0.
+      low_freq_factor: see above, > 0.
+      high_freq_factor: see above, > `low_freq_factor`.
+      original_max_position_embeddings: the context length of pretraining in tokens, > 0.
+
+    Raises:
+      ValueError: a number outside of its range.
+
+    Example:
+      >>> from jax_paged_attn.nnx import Llama3RopeScaling, rope_frequencies
+      >>> scaling = Llama3RopeScaling(8.0, 1.0, 4.0, 8192)  # Llama 3.1
+      >>> float(rope_frequencies(128, 500000.0)[-1] / rope_frequencies(128, 500000.0, scaling)[-1])
+      8.0
     """
 
     factor: float
@@ -129,8 +160,18 @@ class Llama3RopeScaling:
 def rope_frequencies(head_dim: int, theta: float = _ROPE_THETA, scaling: Llama3RopeScaling | None = None) -> np.ndarray:
     """Rotary frequencies in radians per token (RoFormer, Su et al. 2021), float32 `[head_dim / 2]`.
 
+    Args:
+      head_dim: H, even.
+      theta: the base, positive: frequency i is theta^(−2i / H).
+      scaling: Llama 3's stretched frequencies.
+
     Raises:
       ValueError: `head_dim` is odd or `theta` is not positive and finite.
+
+    Example:
+      >>> from jax_paged_attn.nnx import rope_frequencies
+      >>> [f"{frequency:.2f}" for frequency in rope_frequencies(4)]
+      ['1.00', '0.01']
     """
     if head_dim % 2:
         raise ValueError(f"head_dim: expected an even number for rotary embeddings, got {head_dim}")
@@ -154,6 +195,13 @@ def apply_rope(x: Array, positions: IntArray, frequencies: ArrayLike) -> Array:
 
     Returns:
       As `x`, in its dtype; the rotation is computed in float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_paged_attn.nnx import apply_rope, rope_frequencies
+      >>> x = jnp.array([[[1.0, 0.0]], [[1.0, 0.0]]])  # two tokens of one head, H = 2
+      >>> [f"{number:.2f}" for number in apply_rope(x, jnp.array([0, 1]), rope_frequencies(2)).ravel()]
+      ['1.00', '0.00', '0.54', '0.84']
     """
     return _rotated(x, jnp.asarray(positions), jnp.asarray(frequencies, jnp.float32))
 
@@ -179,13 +227,13 @@ def _rotated_heads(
 
 
 class PagedAttention(nnx.Module):
-    """Rotates queries and keys, writes keys and values to the cache, attends. No weights except the optional sinks.
+    """Rotates queries and keys, writes keys and values to the cache, and attends. It has no weights but optional sinks.
 
     Args:
       num_heads, num_kv_heads, head_dim: N, K, H.
       rope_theta: base of the rotary frequencies; None for no rotation.
       rope_scaling: Llama 3's stretched frequencies.
-      sinks: whether each head has a learnt sink logit, an `nnx.Param` `[N]` float32, initially 0.
+      sinks: True gives each head a learnt sink logit, an `nnx.Param` `[N]` float32, initially 0.
       options: the other keywords are those of `jax_paged_attn.ragged_paged_attention`, kept as attributes of the layer.
         `implementation` and `batch_invariant` are for calls with a step.
 
@@ -193,6 +241,15 @@ class PagedAttention(nnx.Module):
       ValueError: a size below 1, N is no multiple of K, a window below 1, a cap that is not positive, a number that is
         not finite, or what `rope_frequencies` refuses.
       TypeError: a size or window that is no integer, or what is no number or no bool.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_paged_attn.nnx import PagedAttention, StepMetadata
+      >>> layer = PagedAttention(num_heads=2, num_kv_heads=1, head_dim=8, sliding_window=4)
+      >>> layer.init_cache(num_pages=2, page_size=4, dtype=jnp.float32)
+      >>> step = StepMetadata.whole_sequences(num_seqs=1, length=6, page_size=4)
+      >>> layer(jnp.ones((6, 2, 8)), jnp.ones((6, 1, 8)), jnp.ones((6, 1, 8)), step).shape
+      (6, 2, 8)
     """
 
     @_options.keywords(_options.LayerOptions)
@@ -351,11 +408,22 @@ class PagedSelfAttention(nnx.Module):
     Args:
       hidden_size: D, size of the tokens' vectors.
       num_heads, num_kv_heads, head_dim: N, K, H.
-      use_bias: whether the projections have a bias.
+      use_bias: True gives the projections a bias.
       dtype: of the computation; None for that of inputs and weights.
       param_dtype: of the weights.
       rngs: for the weights' initial values.
       options: the other keywords are those of `PagedAttention`.
+
+    Raises:
+      ValueError, TypeError: as `PagedAttention`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jax_paged_attn.nnx import PagedSelfAttention
+      >>> layer = PagedSelfAttention(16, num_heads=2, num_kv_heads=1, head_dim=8, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((3, 5, 16))).shape  # training: three whole sequences, no cache
+      (3, 5, 16)
     """
 
     @_options.keywords(_AttentionOptions, rope_theta=_ROPE_THETA, sinks=False)
