@@ -15,14 +15,14 @@ Every operation looks first and then acts, so an error leaves the allocator as i
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Hashable, Iterable
-from itertools import compress
 from typing import Any, Literal
 
 import numpy as np
 
 from jax_paged_attn import _allocator_arguments as arguments
+from jax_paged_attn._allocator_pages import SequencePages
 from jax_paged_attn._allocator_pool import Node, PagePool
 from jax_paged_attn._allocator_rows import Rows
 from jax_paged_attn._allocator_types import (
@@ -112,6 +112,7 @@ class PageAllocator:
         self._window = None if window is None else arguments.integer("window", window, at_least=1)
         self._pool = PagePool(self._num_pages)
         self._rows = Rows(self._page_size)
+        self._sequence_pages = SequencePages(self._rows, self._pool, self._page_size, self._share, self._window)
         self._row_of: dict[int, int] = {}
         self._last_batch: tuple[np.ndarray, list[int]] | None = None  # rows and ids, until one is freed
         self._next_id = 0
@@ -163,7 +164,7 @@ class PageAllocator:
         self._hits += found > 0
         self._misses += found == 0
         self._tokens_found += cached_len
-        self._publish(row)
+        self._sequence_pages.publish(row)
         return self._admit(row, cached_len)
 
     def find_prefix(
@@ -207,13 +208,13 @@ class PageAllocator:
         must_copy = partial and self._pool.owners[rows.tables[row, num_pages - 1]] > 1
         self._pool.require(self._pages_for(stop) - num_pages + bool(must_copy))
 
-        copy = self._unshare(row) if partial else None
-        self._add_pages(row, num_pages, self._pages_for(stop))
+        copy = self._sequence_pages.unshare(row) if partial else None
+        self._sequence_pages.add(row, num_pages, self._pages_for(stop))
         rows.length[row] = stop
         if tokens is not None and rows.known[row] == start:
             rows.tokens[row].extend(tokens)
             rows.known[row] = stop
-        self._publish(row)
+        self._sequence_pages.publish(row)
         return rows.slots(row, start, stop), [] if copy is None else [copy]
 
     def append_batch(
@@ -241,20 +242,20 @@ class PageAllocator:
         stop = start + counts
         have = -(-start // size)
         new_pages = -(-stop // size) - have
-        shared, unfit = self._partial_pages(rows, (start % size != 0) & (counts > 0), have)
+        shared, unfit = self._sequence_pages.partial_pages(rows, (start % size != 0) & (counts > 0), have)
         pool.require(int(new_pages.sum()) + shared)
 
         # Python only where a page fills, is shared, or was truncated.
-        copies = [copy for row in rows[unfit].tolist() if (copy := self._unshare(row)) is not None]
+        copies = [copy for row in rows[unfit].tolist() if (copy := self._sequence_pages.unshare(row)) is not None]
         growing = new_pages.nonzero()[0]
         for row, *new in zip(*(x[growing].tolist() for x in (rows, have, have + new_pages)), strict=True):
-            self._add_pages(row, *new)
+            self._sequence_pages.add(row, *new)
         r.length[rows] = stop
         if told is not None:
-            self._extend_known(rows, told & (r.known[rows] == start), stop, tokens)
+            self._sequence_pages.extend_known(rows, told & (r.known[rows] == start), stop, tokens)
         if self._share == "allocated":
             for row in rows[r.known[rows] // size > r.published[rows]].tolist():
-                self._publish(row)
+                self._sequence_pages.publish(row)
         slots = r.spread(rows, start, counts)[1]
         return slots, np.array(copies, np.int32).reshape(-1, 2)
 
@@ -290,7 +291,7 @@ class PageAllocator:
             pool.hold(chain[whole])
         r.length[row] = length
         for i in reversed(range(whole, len(table))):
-            if table[i] >= 0 and not self._is_whole(i, table[i]):
+            if table[i] >= 0 and not self._sequence_pages.is_whole(i, table[i]):
                 pool.forget(table[i])
             if table[i] >= 0 and i >= keep:
                 pool.disown(table[i])
@@ -360,7 +361,7 @@ class PageAllocator:
             raise ValueError(f"n: expected at most {length}, the length of sequence {id}, got {n}")
         if n > self._rows.written[row]:
             self._rows.written[row] = n
-            self._settle(row)
+            self._sequence_pages.settle(row)
 
     def mark_written_batch(self, ids: Iterable[int], lengths: Iterable[int] | np.ndarray) -> None:
         """`mark_written` for many sequences at once; all of them or, after an error, none.
@@ -388,7 +389,7 @@ class PageAllocator:
         if self._window is not None:
             due |= (new - self._window) // size > r.given_back[rows]
         if (due := due & (new > old)).any():
-            self._settle_batch(rows[due])
+            self._sequence_pages.settle_batch(rows[due])
 
     # ---- what the caller's arrays are made of
 
@@ -613,104 +614,5 @@ class PageAllocator:
         self._last_batch = rows, items
         return rows, items
 
-    def _is_whole(self, i: int, page: int) -> bool:
-        """True if some sequence has all tokens of a page that is the i-th of its owners."""
-        return bool((self._rows.length[self._rows.tables[:, i] == page] >= (i + 1) * self._page_size).any())
-
     def _pages_for(self, length: int) -> int:
         return -(-length // self._page_size)
-
-    def _partial_pages(self, rows: np.ndarray, partial: np.ndarray, have: np.ndarray) -> tuple[int, np.ndarray]:
-        """How many partly filled last pages will be copied, and which `rows` need `_unshare`."""
-        pages = self._rows.pages_at(rows, have - 1)
-        unfit = (partial & (self._pool.claims[pages] > 1)).nonzero()[0]
-        if not len(unfit):
-            return 0, unfit
-        # The last owner of a page keeps it.
-        wanted = Counter(pages[unfit].tolist())
-        return sum(min(number, self._pool.owners[page] - 1) for page, number in wanted.items()), unfit
-
-    def _unshare(self, row: int) -> tuple[int, int] | None:
-        """Makes a partly filled last page fit to be written; returns the pair if that takes a copy."""
-        pool, place = self._pool, (row, self._rows.num_pages(row) - 1)
-        page = int(self._rows.tables[place])
-        if pool.owners[page] == 1:
-            pool.forget(page)  # who truncated it did not own it alone, so it stayed findable
-            return None
-        self._rows.tables[place] = copy = pool.take()
-        pool.disown(page)
-        return page, copy
-
-    def _add_pages(self, row: int, first: int, last: int) -> None:
-        """Takes pages `first` to `last - 1` of a row; its length stays."""
-        self._rows.widen(last)
-        for i in range(first, last):
-            self._rows.tables[row, i] = self._pool.take()
-
-    def _extend_known(self, rows: np.ndarray, told: np.ndarray, stop: np.ndarray, tokens: Any) -> None:
-        """Takes note of appended tokens where they, and every token in front of them, are known."""
-        if not told.all():
-            tokens = tokens[told] if isinstance(tokens, np.ndarray) else list(compress(tokens, told.tolist()))
-            rows, stop = rows[told], stop[told]
-        known = list(map(self._rows.tokens.__getitem__, rows.tolist()))
-        # Loops without bytecode; columns, since they make no list per sequence.
-        if isinstance(tokens, np.ndarray):
-            for column in tokens.T.tolist():
-                deque(map(list.append, known, column), maxlen=0)
-        else:
-            deque(map(list.extend, known, tokens), maxlen=0)
-        self._rows.known[rows] = stop
-
-    def _settle(self, row: int) -> None:
-        """Shares and gives back pages after more tokens of a row were written."""
-        self._publish(row)
-        self._clear(row)
-
-    def _settle_batch(self, rows: np.ndarray) -> None:
-        """`_settle` for many rows."""
-        r = self._rows
-        first, known, written = r.published[rows], r.known[rows], r.written[rows]
-        last = (known if self._share == "allocated" else np.minimum(known, written)) // self._page_size
-        r.published[rows] = np.maximum(first, last)
-        for row, *pages in zip(rows.tolist(), first.tolist(), last.tolist(), strict=True):
-            self._enter(row, *pages)
-        if self._share == "allocated" or self._window is not None:
-            for row in rows.tolist():
-                self._clear(row)
-
-    def _clear(self, row: int) -> None:
-        """The rest of a mark, after `_publish`: pages stay findable, or lie in front of the window."""
-        r = self._rows
-        if self._share == "allocated":
-            last = min(int(r.written[row]) // self._page_size, int(r.published[row]))
-            self._pool.vouch(r.tables[row, int(r.given_back[row]) : last][::-1].tolist())
-        if self._window is None:
-            return
-        first, last = int(r.given_back[row]), (int(r.written[row]) - self._window) // self._page_size
-        if last > first:
-            for page in r.tables[row, first:last].tolist():
-                self._pool.disown(page)
-            r.tables[row, first:last] = -1
-            r.given_back[row] = last
-
-    def _publish(self, row: int) -> None:
-        """Makes those pages findable that are full, whose tokens are known, and that are in the cache."""
-        r = self._rows
-        known, written = int(r.known[row]), int(r.written[row])
-        first, last = int(r.published[row]), (known if self._share == "allocated" else min(known, written))
-        last //= self._page_size
-        if last > first:
-            r.published[row] = last
-            self._enter(row, first, last)
-
-    def _enter(self, row: int, first: int, last: int) -> None:
-        """Makes pages `first` to `last - 1` of a row findable."""
-        if last <= first:
-            return
-        r, size, computed = self._rows, self._page_size, self._share == "written"
-        chain, tokens, enter = r.chains[row], r.tokens[row], self._pool.enter
-        held = node = chain[-1]
-        for i, page in enumerate(r.tables[row, first:last].tolist(), first):
-            node = enter(page, node, tuple(tokens[i * size : (i + 1) * size]), computed)
-            chain.append(node)
-        self._pool.hold(node, instead_of=held)
