@@ -67,7 +67,7 @@ class Result:
 
     def best(self, ours: bool) -> Measured | None:
         measured = [m for m in self.measured if m.ours == ours]
-        # Where "fused" runs it is what counts, be it the fastest or not.
+        # The time of "fused" counts where it runs, be it the fastest or not.
         fused = [m for m in measured if m.contender == "fused"]
         return min(fused or measured, key=lambda m: m.microseconds, default=None)
 

@@ -269,7 +269,7 @@ class Operands(NamedTuple):
 
 
 def make_ragged(workload: Workload, copies: int, seed: int = 0) -> tuple[Operands, ...]:
-    """Copies of all operands, to be used in turn: one set's queries and tables in the L2 cache help no other."""
+    """Copies of all operands, to be used in turn, so that no set finds its queries and tables in the L2 cache."""
     pools = make_pools(workload, sum(workload.pages), seed)
     (first,) = make_in_pools(workload, pools, copies=1, seed=seed)
     return (first, *(first.copy() for _ in range(copies - 1)))

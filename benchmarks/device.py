@@ -109,7 +109,7 @@ def time_series(series: Sequence[Sequence[Callable[[], Any]]]) -> list[Timing | 
     def run() -> Any:
         result = None
         for calls in series:
-            # Between two series too: it marks in the trace where a series begins.
+            # The trace shows by these transforms where a series begins.
             occupy(operand)
             for call in calls:
                 result = call()

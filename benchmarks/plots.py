@@ -41,7 +41,7 @@ def gpu(results: list[dict[str, Any]], path: Path) -> None:
             for r in results
         ]
         axes.bar(places + (i - (len(names) - 1) / 2) * 0.8 / len(names), shares, 0.8 / len(names), label=name)
-    axes.set_ylabel("share of what bytes or products allow")
+    axes.set_ylabel("share of the ceiling")
     axes.set_xticks(places, [r["workload"]["name"].replace(" ", "\n", 2) for r in results], fontsize=7)
     axes.legend()
     figure.savefig(path, dpi=150)

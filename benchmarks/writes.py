@@ -28,7 +28,7 @@ class WriteMeasured:
     microseconds: float
     kernels: int
     gigabytes_per_s: float
-    copy_microseconds: float  # what XLA takes to copy as many bytes
+    copy_microseconds: float  # of XLA's copy of as many bytes
 
 
 def measure_write(tokens: int, page_dtype: str, calls: int) -> WriteMeasured:

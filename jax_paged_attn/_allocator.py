@@ -1,14 +1,14 @@
 """Which page belongs to which sequence: reference counts, shared prefixes, copy-on-write. Host side, no JAX.
 
-A pool of ``num_pages`` pages of ``page_size`` tokens is dealt out to sequences. Four rules keep it right:
+A pool of ``num_pages`` pages of ``page_size`` tokens is given to sequences. Four rules keep it right:
 
 * **A page with several owners is never written.** Its owners either share a whole, finished page, or have it in
-  common since a fork; the first of them to append gets a copy of a last page that is not full.
+  common since a fork. The first of them to append gets a copy of a last page that is not full.
 * **Whole pages are found again by their tokens**, which are compared; equal hashes alone never match.
-* **A page is found only while it holds what it is found by.** Who truncates into a page, or appends to one that was
-  truncated, first makes it unfindable.
+* **A page is found only while it holds the tokens that it is found by.** A sequence that truncates into a page, or
+  appends to one that was truncated, first makes it unfindable.
 * **A freed page keeps its content until it is needed.** Blank pages go first, then the findable page that was freed
-  longest ago, tails before the prefixes they hang on (the eviction order of vLLM's prefix cache).
+  longest ago, tails before their prefixes. This is the eviction order of vLLM's prefix cache.
 
 Every operation looks first and then acts, so an error leaves the allocator as it was.
 """
@@ -58,9 +58,9 @@ class PageAllocator:
         ``"written"``: once `mark_written` covered it. A page that was never computed is never found, whatever is
         sampled, rejected, preempted or cancelled.
 
-        ``"allocated"``: as soon as its tokens have slots, so that prompts that arrive together share. It is then the
-        caller's duty to write tokens and copy pages in the order of the calls that asked for it, and to free or
-        truncate no sequence whose tokens another one found before they were written. Once nobody owns a page, it
+        ``"allocated"``: as soon as its tokens have slots, so that prompts that arrive together share. The caller
+        then has to write tokens and copy pages in the order of the calls that asked for it. It must not free or
+        truncate a sequence whose tokens another one found before they were written. Once nobody owns a page, it
         stays findable only if `mark_written` covered it.
       window: w ≥ 1, for layers whose attention has ``sliding_window`` ≤ w. Pages wholly in front of the last w tokens
         that `mark_written` covered are given back; tables have -1 there. None keeps all.
@@ -135,7 +135,7 @@ class PageAllocator:
 
         Returns:
           The sequence. ``cached_len`` is a multiple of the page size and less than the number of tokens (0 for an empty
-          prompt): the last token has to be computed for its logits, so its page is never shared. With a window, the
+          prompt). The last token has to be computed for its logits, so its page is never shared. With a window, the
           pages of the last w tokens before ``cached_len`` are shared, and -1 stands in front of them.
 
         Raises:
@@ -391,7 +391,7 @@ class PageAllocator:
         if (due := due & (new > old)).any():
             self._sequence_pages.settle_batch(rows[due])
 
-    # ---- what the caller's arrays are made of
+    # ---- arrays for the caller
 
     def step(
         self,
@@ -573,7 +573,7 @@ class PageAllocator:
     # ---- inside
 
     def _find(self, tokens: tuple[Hashable, ...], salt: Any, max_cached_len: Any) -> tuple[list[Node], list[int]]:
-        """The prefix to share: its nodes, and those of its pages that are needed, the last ones."""
+        """The prefix to share: its nodes, and its last pages, as many as are needed."""
         arguments.hashable("salt", salt)
         head = tokens[:-1]  # the last token has to be computed
         if max_cached_len is not None:

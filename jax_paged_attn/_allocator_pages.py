@@ -48,7 +48,7 @@ class SequencePages:
         pool, place = self._pool, (row, self._rows.num_pages(row) - 1)
         page = int(self._rows.tables[place])
         if pool.owners[page] == 1:
-            pool.forget(page)  # who truncated it did not own it alone, so it stayed findable
+            pool.forget(page)  # it stayed findable, since it had other owners when it was truncated
             return None
         self._rows.tables[place] = copy = pool.take()
         pool.disown(page)

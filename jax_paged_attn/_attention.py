@@ -353,7 +353,7 @@ def merge_attention_states(
 def _merged(out_parts: Array, lse_parts: Array) -> tuple[Array, Array]:
     top = jax.lax.stop_gradient(lse_parts.max(axis=0, keepdims=True))
     alive = ~jnp.isneginf(lse_parts)
-    # Differences only of what is finite or NaN: inf − inf would be NaN, also in the gradient of a branch not taken.
+    # Only finite values and NaN are subtracted: inf − inf would be NaN, also in the gradient of a branch not taken.
     infinite = jnp.isinf(lse_parts)
     above = jnp.where(infinite, 0.0, lse_parts) - jnp.where(infinite | jnp.isneginf(top), 0.0, top)
     weights = jnp.where(alive, jnp.exp(above), 0.0)

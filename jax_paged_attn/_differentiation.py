@@ -246,7 +246,7 @@ def _sequence_of_each_row(saved: Saved) -> Array:
     rows = jnp.arange(saved.q.shape[0], dtype=jnp.int32)
     num_seqs = saved.block_tables.shape[0]
     nobodys = jnp.full(rows.shape, num_seqs, jnp.int32)
-    if num_seqs == 0:  # JAX would trace the loop's body even so, and refuses to look up what is empty
+    if num_seqs == 0:  # JAX would trace the loop's body even so, and refuses to index an empty array
         return nobodys
 
     def claim(seq: Array, owner: Array) -> Array:

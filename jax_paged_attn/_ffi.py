@@ -25,11 +25,11 @@ _MODULES = {"cpu": "jax_paged_attn._cpu", "cuda": "jax_paged_attn._cuda"}
 _XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 
 ATTENTION_TARGET = "jax_paged_attn.attention.v1"
-# For pools of every layout; what "split" ones need, v1 does, so that programs exported with them stay as they were.
+# For pools of every layout. "split" ones stay with v1, so that programs exported with them stay as they were.
 ATTENTION_LAYOUT_TARGET = "jax_paged_attn.attention.v2"
 WRITE_TARGET = "jax_paged_attn.write.v1"
 
-# How many ranges the keys of a sequence are cut into at most; kMaxSplits in cpp/core/workspace.h.
+# The most KV splits of a sequence; kMaxSplits in cpp/core/workspace.h.
 _MAX_SPLITS = 16
 
 
@@ -133,8 +133,8 @@ def cublaslt_workspace_bytes(
 ) -> Any:
     """Size of the workspace of "cublaslt", exact for known sizes and enough for symbolic ones.
 
-    The handler makes its plan by the same function, so for known sizes no byte is left over. Of symbolic sizes the
-    plan cannot be known, but it keeps to the limit and what rows and sequences add.
+    The handler makes its plan by the same function, so for known sizes no byte is left over. The plan for symbolic
+    sizes is not known, but it keeps to the limit and adds a fixed number of bytes per row and sequence.
     """
     del batch_invariant  # no such guarantee
     module = compiled("cuda")
@@ -161,9 +161,9 @@ def fused_workspace_bytes(
 ) -> Any:
     """Size of the workspace of "fused", exact for known sizes and enough for symbolic ones.
 
-    It has room for the most CTAs that a grid may have, on any device, and does not go with rows; that of a
-    batch-invariant call does. Each sequence of a call with prompts adds a few bytes, and where their pages have to be
-    copied row by row, copies have up to half of the limit.
+    It is large enough for the largest grid on any device. Only that of a batch-invariant call grows with rows. Each
+    sequence of a call with prompts adds a few bytes, and where their pages have to be copied row by row, copies have up
+    to half of the limit.
     """
     module = compiled("cuda")
     dtypes = (str(q.dtype), str(k_pages.dtype))

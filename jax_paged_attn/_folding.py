@@ -124,8 +124,8 @@ def _without(dim: int | None, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _repeats_of_smaller_pool(pages: dict[Axis, int], together: set[Axis]) -> dict[Axis, int]:
     """How often a mapped pool must be repeated so that ids modulo its size stay right after the fold.
 
-    A smaller pool is read modulo its size. Ids are shifted by whole multiples of the larger size, so a smaller pool may
-    stay as it is while it is unmapped, but must be brought to the larger size before it is folded.
+    A smaller pool is read modulo its size. Ids are shifted by whole multiples of the larger size. An unmapped smaller
+    pool may stay as it is, and a mapped one must be brought to the larger size before it is folded.
     """
     largest = max(pages.values(), default=0)
     return {axis: largest // n for axis, n in pages.items() if axis in together and 0 < n < largest}

@@ -1,8 +1,8 @@
 """The keywords of attention, each written once: its type, its default, its check, and its effect on scores.
 
-A keyword that changes scores, or which keys a row sees, is a line of `ScoreOptions` and a field of `Scoring`, with its
-check in `Scoring.checked` and its effect in one of the other methods. A sentence in the docstring of `paged_attention`
-says what it means. Everything else follows: the signatures of all public functions, the Flax layer, the reference, the
+A keyword that changes scores, or which keys a row sees, is a line of `ScoreOptions` and a field of `Scoring`.
+`Scoring.checked` has its check, one of the other methods its effect, and the docstring of `paged_attention` its
+meaning. Everything else follows: the signatures of all public functions, the Flax layer, the reference, the
 derivatives, `cost_analysis`, the checks of `debug` and the attributes of the FFI call.
 """
 

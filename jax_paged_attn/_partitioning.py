@@ -37,7 +37,7 @@ class Dim(enum.Enum):
 
 Dims = tuple[Dim, ...]
 
-# The axes of arrays whose leading axis counts this or that.
+# The kinds of all axes of an array, by the kind of its leading axis.
 _DIMS: dict[Axis, Dims] = {
     Axis.ROWS: (Dim.ROWS, Dim.HEADS, Dim.WHOLE),
     Axis.SEQUENCES: (Dim.ROWS,),

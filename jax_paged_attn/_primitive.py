@@ -46,7 +46,7 @@ _AXES = (
     Axis.SCALES,
     Axis.SCALES,
 )
-# Where q, k_pages, v_pages and sinks stand among them: what can be differentiated.
+# The indices of q, k_pages, v_pages and sinks among them, which can be differentiated.
 _DIFFERENTIABLE = (0, 1, 2, 7)
 _ANY_DTYPE = (*_checks.COMPUTE_DTYPES, *_checks.QUANTIZED_DTYPES)
 
@@ -277,7 +277,7 @@ def _attention_lowering(platform: str | None) -> Callable[..., Any]:
         attend = _reference_attention if engine == "reference" else _ffi.ATTENTION[engine]
 
         def impl(*operands: Array, implementation: str | None, **static: Any) -> Sequence[Array]:
-            del implementation  # `engine` is what became of it
+            del implementation  # `engine` is the one that was chosen
             return attend(*operands, **static)
 
         return _lowering(impl, _attention_axes)(ctx, *operands, **parameters)
@@ -366,7 +366,7 @@ def _attention_jvp(
     batch_invariant: bool,
     **static: Any,
 ) -> tuple[Any, Any]:
-    # Derivatives have no use for what says which engine runs: they are plain JAX.
+    # Derivatives are plain JAX, whichever engine runs.
     results = attention_p.bind(*primals, implementation=implementation, batch_invariant=batch_invariant, **static)
     dots = [tangents[i] for i in _DIFFERENTIABLE]  # scales are constants
     wrt = tuple(_has_tangent(dot) for dot in dots)

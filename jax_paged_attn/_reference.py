@@ -156,7 +156,7 @@ def quantize(values: Array, dtype: jnp.dtype) -> Array:
     if dtype == jnp.int8:
         return jnp.nan_to_num(jnp.clip(jnp.round(values), -127, 127), nan=0.0).astype(jnp.int8)
     if jnp.finfo(dtype).bits == 8:
-        # The conversion itself turns what is too large into NaN (e4m3) or infinity (e5m2).
+        # The conversion itself would turn values that are too large into NaN (e4m3) or infinity (e5m2).
         bound = float(jnp.finfo(dtype).max)
         return jnp.clip(values, -bound, bound).astype(dtype)
     return values.astype(dtype)

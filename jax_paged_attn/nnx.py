@@ -402,8 +402,9 @@ class _AttentionOptions(_options.LayerOptions, total=False):
 class PagedSelfAttention(nnx.Module):
     """Grouped-query self-attention with projections, rotary embeddings and a paged cache.
 
-    Tensor parallel where weights and pages are sharded by head, on meshes with Auto and with Explicit axes: the kernels
-    of `q_proj`, `k_proj` and `v_proj` by column, that of `o_proj` by row, the pages by axis 2. See docs/sharding.md.
+    It is tensor parallel where weights and pages are sharded by head, on meshes with Auto and with Explicit axes. The
+    kernels of `q_proj`, `k_proj` and `v_proj` are sharded by column, that of `o_proj` by row, the pages by axis 2. See
+    docs/sharding.md.
 
     Args:
       hidden_size: D, size of the tokens' vectors.
