@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax_paged_attn
 from benchmarks import plots
 from benchmarks.cases import Workload
 
@@ -83,13 +84,14 @@ class Result:
 
 def machine(threads: int) -> dict[str, Any]:
     """The facts that the figures depend on."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "jax-paged-attn")}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
     return {
         "processor": _processor_name(),
         "threads": threads,
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **versions,
+        "jax-paged-attn": jax_paged_attn.__version__,
     }
 
 
