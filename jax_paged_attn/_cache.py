@@ -336,6 +336,9 @@ class PagedKVCache:
           lengths: `[B]` int32.
           options: the other keywords are those of `paged_attention`, without `k_scale` and `v_scale`.
 
+        Returns:
+          As `paged_attention`: `[B, N, H]`, or with `return_lse` a tuple of that and lse `[B, N]` float32.
+
         Raises:
           ValueError: a layer outside [0, L), or as `paged_attention`.
           TypeError: `k_scale` or `v_scale`, which the cache has, or as `paged_attention`.
@@ -392,6 +395,9 @@ class PagedKVCache:
           cu_q_lens: `[B + 1]` int32.
           num_seqs: int32, scalar or `[1]`; None is all.
           options: the other keywords are those of `ragged_paged_attention`, without `k_scale` and `v_scale`.
+
+        Returns:
+          As `ragged_paged_attention`: `[T, N, H]`, or with `return_lse` a tuple of that and lse `[T, N]` float32.
 
         Raises:
           ValueError, TypeError: as `attend` and `ragged_paged_attention`.
