@@ -35,6 +35,7 @@ lint: $(VENV)/test.stamp $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python tools/check_sizes.py
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .

@@ -22,7 +22,7 @@ DTYPES: dict[str, Any] = {
     "e5m2": ml_dtypes.float8_e5m2,
     "int8": np.int8,
 }
-# What brings stored values to about unit variance: int8 has its whole range, fp8 is stored as it is drawn.
+# Scales that bring stored values to about unit variance: int8 has its whole range, fp8 is stored as it is drawn.
 PAGE_SCALE = {"e4m3": 0.9, "e5m2": 0.9, "int8": 0.0136}
 
 
@@ -163,7 +163,7 @@ GPU_PREFILL = (
 )
 GPU = GPU_DECODE + GPU_PREFILL
 
-# What one workload may cost as a multiple of another: (first, second, goal).
+# How many times the cost of another a workload may have: (first, second, goal).
 RELATIONS = (
     ("decode 64x4k", "decode 64x4k page 128", 1.01),
     ("decode 64x4k page 1", "decode 64x4k page 128", 1.05),
@@ -179,7 +179,7 @@ RELATIONS = (
     ("decode 64x4k batch-invariant", "decode 64x4k", 1.05),
 )
 
-# Of which the host's share of a call is told.
+# The workloads for which the host's share of a call is measured.
 HOST = tuple(w for w in GPU_DECODE if w.name in ("decode 1x1k", "decode 64x4k"))
 # A layer of a step of LAYERS layers.
 LAYERS = 32
@@ -188,8 +188,8 @@ STEPS = (
     Workload("decode 64x512", "bf16", ((1, 512),) * 64),
 )
 
-# How the cost of decode grows: by name of the axis the workload at each of its values. All workloads of an axis have
-# the same number of key/value heads, so that they share a pool.
+# Workloads that show how the cost of decode grows, for each value of each axis. Those of an axis have the same number
+# of key/value heads, so that they share a pool.
 SWEEPS: dict[str, dict[int, Workload]] = {
     "batch": {b: Workload(f"decode {b}x1k", "bf16", ((1, 1024),) * b) for b in (1, 2, 4, 8, 16, 32, 64, 128, 256)},
     "length": {
@@ -252,7 +252,7 @@ def exact(workload: Workload, inputs: Inputs) -> NDArray[np.float64]:
 
 
 class Operands(NamedTuple):
-    """Of any workload, made on the device; the pages of a sequence lie scattered over the pool."""
+    """Operands of any workload, made on the device; the pages of a sequence lie scattered over the pool."""
 
     q: Array  # [T, N, H]
     k_pages: Array  # [P, S, K, H]
@@ -269,7 +269,7 @@ class Operands(NamedTuple):
 
 
 def make_ragged(workload: Workload, copies: int, seed: int = 0) -> tuple[Operands, ...]:
-    """Copies of all operands, to be used in turn: one set's queries and tables in the L2 cache help no other."""
+    """Copies of all operands, to be used in turn, so that no set finds its queries and tables in the L2 cache."""
     pools = make_pools(workload, sum(workload.pages), seed)
     (first,) = make_in_pools(workload, pools, copies=1, seed=seed)
     return (first, *(first.copy() for _ in range(copies - 1)))

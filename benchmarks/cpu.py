@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +19,7 @@ import numpy as np
 from jax import Array
 
 import jax_paged_attn as jpa
-from benchmarks import report
+from benchmarks import options, report
 from benchmarks.cases import CPU, Inputs, Workload, exact, make
 from benchmarks.timing import Contender, race
 
@@ -57,7 +55,7 @@ def package(workload: Workload, implementation: str) -> Attend:
 
 
 def gather_and_einsum(q: Array, k_pages: Array, v_pages: Array, block_tables: Array, kv_lens: Array) -> Array:
-    """What one writes without this package: pages gathered into dense keys and values, then dense attention."""
+    """The code of those without this package: pages gathered into dense keys and values, then dense attention."""
     batch, rows, num_heads, head_dim = q.shape
     kv_heads = k_pages.shape[2]
     keys, values = (pages[block_tables].reshape(batch, -1, kv_heads, head_dim) for pages in (k_pages, v_pages))
@@ -155,15 +153,13 @@ def measure(workload: Workload, rotate_bytes: int, budget: float, threads: Threa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description="Measures the CPU engine.")
-    parser.add_argument("--only", default="", help="run the workloads whose name contains this")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for each contender of a workload")
-    parser.add_argument("--rotate", type=int, default=1024, help="MiB that decode goes through in turn")
-    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder of cpu.json and cpu.png")
+    parser = options.parser("cpu", __doc__)
+    options.add_only(parser)
+    options.add_seconds(parser, 3.0)
+    parser.add_argument("--rotate", type=int, default=1024, help="MiB that decode goes through in turn (default 1024)")
+    options.add_out(parser, "cpu.json and cpu.png")
     args = parser.parse_args()
-    workloads = [workload for workload in CPU if args.only in workload.name]
-    if not workloads:
-        parser.error(f"--only: expected part of one of {[workload.name for workload in CPU]}, got {args.only!r}")
+    workloads = options.chosen(parser, CPU, args.only)
     jax.config.update("jax_platforms", "cpu")
 
     about = report.machine(THREADS)

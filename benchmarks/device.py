@@ -1,4 +1,4 @@
-"""What a call costs on the GPU: the timestamps that the hardware gave to its kernels, through JAX's profiler.
+"""The cost of a call on the GPU: the timestamps that the hardware gave to its kernels, through JAX's profiler.
 
 The span of a call, from the start of its first kernel to the end of its last, holds the gaps between its kernels, but
 nothing of Python. Long transforms are queued in front of the calls: meanwhile the host runs ahead, so that the gaps are
@@ -81,7 +81,7 @@ def warm_up(calls: Sequence[Callable[[], Any]]) -> None:
 
 
 def wall_seconds(call: Callable[[], Any], repeats: int = 8) -> float:
-    """What one more call takes by the host's clock while the device is kept busy, with no profiler running.
+    """The time of one more call by the host's clock while the device is kept busy, with no profiler running.
 
     It is told from the times of one call and of one more than `repeats` calls behind the same transforms; the median of
     five such differences counts.
@@ -109,7 +109,7 @@ def time_series(series: Sequence[Sequence[Callable[[], Any]]]) -> list[Timing | 
     def run() -> Any:
         result = None
         for calls in series:
-            # Between two series too: it marks in the trace where a series begins.
+            # The trace shows by these transforms where a series begins.
             occupy(operand)
             for call in calls:
                 result = call()

@@ -7,12 +7,12 @@ examples/serving.py does. Both get the same tokens in turns, and their arrays ar
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 import jax_paged_attn as jpa
+from benchmarks import options
 from benchmarks.timing import Contender, race
 
 PAGE_SIZE = 16
@@ -98,17 +98,17 @@ def measure(num_seqs: int, budget: float) -> tuple[Contender, Contender]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The host time of a decode step.")
-    parser.add_argument("--budget", type=float, default=0.2, help="seconds of batched steps per size")
+    parser = options.parser("host", __doc__)
+    options.add_seconds(parser, 0.2)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of sequences")
-    options = parser.parse_args()
+    args = parser.parse_args()
     check_same(17)
 
     print(f"us of a decode step, page size {PAGE_SIZE}: fastest (median)")
     print(f"{'sequences':>9} {'per sequence':>20} {'batched':>18} {'ratio':>7} {'growth of batched':>18}")
     first = None
-    for num_seqs in options.sizes:
-        batched, per_sequence = measure(num_seqs, options.budget)
+    for num_seqs in args.sizes:
+        batched, per_sequence = measure(num_seqs, args.seconds)
         first = first or batched.best
         ratio = per_sequence.best / batched.best
         times = [f"{1e6 * c.best:.1f} ({1e6 * c.median:.1f})" for c in (per_sequence, batched)]

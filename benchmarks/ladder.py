@@ -1,4 +1,4 @@
-"""The ladder: from one cuBLASLt call a page to the engine and a fused kernel, all computing the same attention.
+"""The ladder: from one cuBLASLt call per page to the engine and a fused kernel, all computing the same attention.
 
 `python -m benchmarks.ladder` from the repository's root prints a table and writes build/bench/ladder.json and .png. The
 first steps are C++ (ladder.cu), compiled on first use: nvcc and cuBLAS's headers have to be there.
@@ -6,7 +6,6 @@ first steps are C++ (ladder.cu), compiled on first use: nvcc and cuBLAS's header
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib.util
 import json
@@ -23,10 +22,10 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import peers
+from benchmarks import options, peers, plots
+from benchmarks.attention import Sample
 from benchmarks.cases import PLAN, Workload, make_ragged
 from benchmarks.device import time_calls, trace
-from benchmarks.gpu import Sample
 
 SOURCE = Path(__file__).with_suffix(".cu")
 
@@ -131,7 +130,7 @@ class Ladder:
         return Row(STEPS[step], statistics.median(times), launches, len(events), error)
 
     def _error(self) -> float:
-        """Of the first and the last head's first rows, against float64."""
+        """The error of the first and the last head's first rows, against float64."""
         rows, keys, dim = min(64, self._shape.rows), self._shape.keys, self._shape.head_dim
         differences, norms = 0.0, 0.0
         for head in (0, self._heads - 1):
@@ -195,36 +194,14 @@ def table(shape: Workload, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict[str, list[Row]], path: Path) -> None:
-    """Milliseconds and launches of each step, a line a shape."""
-    import matplotlib  # pyright: ignore[reportMissingImports]
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
-
-    figure, (times, launches) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for name, rows in results.items():
-        steps = [row.step for row in rows]
-        times.plot(steps, [row.milliseconds for row in rows], marker="o", label=name)
-        launches.plot(steps, [row.operations for row in rows], marker="o", label=name)
-    for axes, title in ((times, "ms a call"), (launches, "device operations a call")):
-        axes.set_yscale("log")
-        axes.set_title(title)
-        axes.tick_params(axis="x", rotation=30, labelsize=8)
-        axes.grid(alpha=0.3)
-    times.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ladder", description="Measures the ladder's steps.")
+    parser = options.parser("ladder", __doc__)
     parser.add_argument("--repeats", type=int, default=3, help="times that a step of the library is timed")
-    parser.add_argument("--calls", type=int, default=6, help="calls timed of engines and peers")
+    options.add_calls(parser, 6)
     parser.add_argument("--build", type=Path, default=Path("build/ladder"), help="folder of the compiled library")
     parser.add_argument("--arch", default="native", help="what nvcc compiles for, such as sm_90")
     parser.add_argument("--build-only", action="store_true", help="compile the library and stop")
-    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder of ladder.json and ladder.png")
+    options.add_out(parser, "ladder.json and ladder.png")
     args = parser.parse_args()
     library_path = build(args.build, args.arch)
     if args.build_only:
@@ -252,12 +229,7 @@ def main() -> None:
         "results": {name: [asdict(row) for row in rows] for name, rows in results.items()},
     }
     (args.out / "ladder.json").write_text(json.dumps(record, indent=1) + "\n")
-    try:
-        plot(results, args.out / "ladder.png")
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        print("no plot: matplotlib is not installed")
+    plots.save(lambda: plots.ladder(results, args.out / "ladder.png"))
 
 
 if __name__ == "__main__":

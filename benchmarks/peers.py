@@ -66,7 +66,7 @@ def _need(condition: bool, reason: str) -> None:
 
 
 def _plain(workload: Workload) -> None:
-    """What a peer has to run for nothing but pages of the queries' dtype."""
+    """Requires pages of the queries' dtype, and a workload that does not ask for batch invariance."""
     _need(not workload.quantized, "pages of the queries' dtype only")
     _need(not workload.batch_invariant, "not asked for it: as without")
 
@@ -215,7 +215,7 @@ def _fa3(workload: Workload) -> Iterator[Variant]:
         )
         return out.reshape(q.shape)
 
-    # With more than a few parts a multiprocessor, splitting only adds work; one or two parts for each are likeliest.
+    # With more than a few KV splits per multiprocessor, splitting only adds work; one or two for each are likeliest.
     parts = {splits: w.batch * w.num_kv_heads * splits for splits in (1, 2, 4, 8, 16, 32, 64)}
     choices = [splits for splits, count in parts.items() if splits == 1 or count <= 1024] if w.decode else [1]
     for splits in sorted(choices, key=lambda splits: abs(math.log2(parts[splits] / 200))):

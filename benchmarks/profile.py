@@ -1,7 +1,7 @@
 """Where the time of a GPU engine's kernels goes, by Nsight Compute: duration, bytes of memory, shares of the peaks.
 
 `python -m benchmarks.profile` from the repository's root runs itself under ncu, one call of each workload, and prints a
-table; with `--only ladder` the first kernels of each step of benchmarks/ladder instead. Every kernel runs alone there,
+table. `ladder` profiles the first kernels of each step of benchmarks/ladder. Every kernel runs alone there,
 so durations add up to more than a call takes.
 """
 
@@ -20,17 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_paged_attn as jpa
-from benchmarks import ladder, peers
+from benchmarks import ladder, options, peers
 from benchmarks.cases import PLAN, Workload, make_ragged
 
 WORKLOADS = {
     "decode": Workload("decode, 4k keys", "f16", ((1, 4096),) * 16, **PLAN, causal=False),
     "prefill": Workload("4k rows, 4k keys", "f16", ((4096, 4096),) * 2, **PLAN, causal=False),
 }
+# The ladder, which has to be compiled first, is not a part of all.
+COMMANDS = (*WORKLOADS, "writes", "ladder")
 _OURS = ("Cut", "Pack", "Softmax", "Combine", "CombineSplits", "Decode", "Prefill", "Schedule", "Write", "MoveRows")
 KERNELS = f"({'|'.join(_OURS)})Kernel|nvjet|gemm|cutlass|xmma|cublas"
 
-# Of ncu, with the table's heading and what a value is divided by.
+# Metrics of ncu, with the table's heading and the divisor of a value.
 METRICS = {
     "gpu__time_duration.sum": ("us", 1e3),
     "dram__bytes_read.sum": ("MB read", 1e6),
@@ -69,8 +71,8 @@ def write(tokens: int = 16384) -> None:
 
 
 def profile(ncu: str, name: str, kernels: int, *options_of_run: str) -> list[list[str]]:
-    """A row a kernel: its name, then METRICS."""
-    options = [
+    """One row per kernel: its name, then METRICS."""
+    flags = [
         "--clock-control",
         "none",
         "--target-processes",
@@ -84,10 +86,10 @@ def profile(ncu: str, name: str, kernels: int, *options_of_run: str) -> list[lis
     chosen = ["--kernel-name", f"regex:{KERNELS}", "--launch-count", str(kernels), "--metrics", ",".join(METRICS)]
     program = [sys.executable, "-m", "benchmarks.profile", "--run", name, *options_of_run]
     # ncu saves and restores memory around each kernel, and sees the kernels of a graph only as one.
-    flags = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": "--xla_gpu_enable_command_buffer="}
+    variables = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": "--xla_gpu_enable_command_buffer="}
     done = subprocess.run(
-        [ncu, *options, *chosen, *program],
-        env={**os.environ, **flags},
+        [ncu, *flags, *chosen, *program],
+        env={**os.environ, **variables},
         capture_output=True,
         text=True,
         check=False,
@@ -105,15 +107,15 @@ def profile(ncu: str, name: str, kernels: int, *options_of_run: str) -> list[lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description="Profiles the GPU kernels.")
+    parser = options.parser("profile", __doc__)
+    parser.add_argument("command", nargs="?", choices=[*COMMANDS, "all"], default="all", help="what to profile")
     parser.add_argument("--ncu", default="ncu", help="Nsight Compute's command")
-    parser.add_argument("--kernels", type=int, default=9, help="kernels that are profiled of each workload, at most")
-    parser.add_argument("--engine", default="cublaslt", help="of attention")
-    parser.add_argument("--only", default="", help="decode, prefill, write or ladder")
+    parser.add_argument("--kernels", type=int, default=9, help="most kernels per workload (default 9)")
+    parser.add_argument("--engine", default="cublaslt", help="of attention (default cublaslt)")
     parser.add_argument("--build", type=Path, default=Path("build/ladder"), help="folder of the ladder's library")
-    parser.add_argument("--run", help="only run this one, for ncu")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # the process that ncu watches
     args = parser.parse_args()
-    if args.run == "write":
+    if args.run == "writes":
         write()
         return
     if args.run in ladder.STEPS:
@@ -122,7 +124,7 @@ def main() -> None:
     if args.run:
         attend(args.run, args.engine)
         return
-    names = ladder.STEPS if args.only == "ladder" else [n for n in (*WORKLOADS, "write") if args.only in n]
+    names = {"all": COMMANDS[:-1], "ladder": ladder.STEPS}.get(args.command, (args.command,))
     for name in names:
         print(f"{name}\n  {'':44}" + "".join(f"{heading:>11}" for heading, _ in METRICS.values()))
         rows = profile(args.ncu, name, args.kernels, "--engine", args.engine, "--build", str(args.build))

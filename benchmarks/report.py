@@ -1,4 +1,4 @@
-"""What a run leaves behind: a table on the terminal, a JSON file, and a plot where matplotlib is installed."""
+"""The results of a run: a table on the terminal, a JSON file, and a plot where matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+import jax_paged_attn
+from benchmarks import plots
 from benchmarks.cases import Workload
 
 
@@ -69,7 +69,9 @@ class Result:
             )
             for row in self.rows
         ]
-        lines = [f"{self.workload.name}: {self.workload.bytes() / 2**20:.0f} MiB a call, {self.copies} copies in turn"]
+        lines = [
+            f"{self.workload.name}: {self.workload.bytes() / 2**20:.0f} MiB per call, {self.copies} copies in turn"
+        ]
         lines += [f"  {name:17}" + "".join(f"{column:>10}" for column in columns) for name, *columns in cells]
         return "\n".join([*lines, *(f"  {goal}" for goal in self.goals)])
 
@@ -81,14 +83,15 @@ class Result:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the figures depend on."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "jax-paged-attn")}
+    """The facts that the figures depend on."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
     return {
         "processor": _processor_name(),
         "threads": threads,
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **versions,
+        "jax-paged-attn": jax_paged_attn.__version__,
     }
 
 
@@ -106,33 +109,4 @@ def write(about: dict[str, Any], results: list[Result], folder: Path, name: str)
     folder.mkdir(parents=True, exist_ok=True)
     report = {"machine": about, "results": [result.as_dict() for result in results]}
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    try:
-        _plot(results, folder / f"{name}.png")
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        print("\nno plot: matplotlib is not installed")
-
-
-def _plot(results: list[Result], path: Path) -> None:
-    """A group of bars a workload, a bar a contender; a line where the time to read the bytes is."""
-    import matplotlib  # pyright: ignore[reportMissingImports]
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
-
-    places = np.arange(len(results))
-    names = [row.contender for row in results[0].rows if row.error is not None]
-    figure, axes = pyplot.subplots(figsize=(10, 5), layout="constrained")
-    for i, name in enumerate(names):
-        times = [next(row.best_ms for row in result.rows if row.contender == name) for result in results]
-        bars = axes.bar(places + (i - (len(names) - 1) / 2) * 0.8 / len(names), times, 0.8 / len(names), label=name)
-        axes.bar_label(bars, fmt=lambda ms: f"{ms:.1f}" if ms < 100 else f"{ms:.0f}", fontsize=7)
-    limits = [min((row.best_ms for row in result.rows if row.error is None), default=np.nan) for result in results]
-    axes.hlines(limits, places - 0.45, places + 0.45, "black", label="reading the bytes")
-    axes.set_yscale("log")
-    axes.set_ylabel("ms a call, the fastest")
-    axes.set_xticks(places, [result.workload.name for result in results], fontsize=8)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plots.save(lambda: plots.cpu(results, folder / f"{name}.png"))

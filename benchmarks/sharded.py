@@ -7,7 +7,6 @@ dispatch does not count. A model has more to do: its projections, and one sum ov
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import statistics
@@ -24,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_paged_attn as jpa
+from benchmarks import options
 
 COLLECTIVE = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 BY_HEAD, POOL_BY_HEAD = P(None, "heads"), P(None, None, "heads")
@@ -106,25 +106,25 @@ def measure(function: Callable[..., Any], shape: Shape, mesh: Mesh, rounds: int)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--devices", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser = options.parser("sharded", __doc__)
+    parser.add_argument("--devices", type=int, default=2, help="over how many heads are split (default 2)")
+    parser.add_argument("--rounds", type=int, default=10, help="executions that are timed (default 10)")
     parser.add_argument("--require", type=float, help="fail below this ratio")
     parser.add_argument("--smoke", action="store_true", help="small shapes, to see that it runs")
-    options = parser.parse_args()
+    args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY)
-    devices = jax.devices()[: options.devices]
-    if len(devices) < options.devices:
-        parser.error(f"--devices: expected at most {len(devices)} here, got {options.devices}")
+    devices = jax.devices()[: args.devices]
+    if len(devices) < args.devices:
+        parser.error(f"--devices: expected at most {len(devices)} here, got {args.devices}")
 
     print(f"{devices[0].device_kind}, jax {jax.__version__}, heads over {len(devices)} devices, no collectives")
     print(f"{'ms':12} {'one device':>12} {'split':>12} {'ratio':>8} {'difference':>12}")
     slow = False
-    for shape in SMOKE if options.smoke else SHAPES:
+    for shape in SMOKE if args.smoke else SHAPES:
         function = repeated if shape.layers == 1 else step
         calls = CALLS_OF_ONE_LAYER if shape.layers == 1 else 1
         (alone, want), (split, got) = (
-            measure(function, shape, Mesh(np.array(some), "heads", axis_types=(AxisType.Auto,)), options.rounds)
+            measure(function, shape, Mesh(np.array(some), "heads", axis_types=(AxisType.Auto,)), args.rounds)
             for some in (devices[:1], devices)
         )
         difference = float(np.linalg.norm(got - want) / np.linalg.norm(want))
@@ -133,7 +133,7 @@ def main() -> int:
             f" {difference:12.1e}",
             flush=True,
         )
-        slow |= options.require is not None and alone / split < options.require
+        slow |= args.require is not None and alone / split < args.require
         if difference > 1e-2:
             raise RuntimeError(f"{shape.name}: expected the same results, got a relative difference of {difference}")
     return 1 if slow else 0

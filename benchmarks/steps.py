@@ -1,4 +1,4 @@
-"""What a serving step costs: one jitted call from Python, and a step of many layers, as a CUDA graph and without."""
+"""The cost of a serving step: one jitted call from Python, and a step of many layers, as a CUDA graph and without."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def one_after_the_other(attend: peers.Attend, copies: Sequence[Operands]) -> lis
 
 @dataclass(frozen=True)
 class HostTimes:
-    """What one jitted call costs the host. Microseconds, medians."""
+    """The cost of one jitted call on the host. Microseconds, medians."""
 
     workload: str
     contender: str
@@ -74,7 +74,7 @@ class StepTimes:
     wall: float  # of a step among many, by the host's clock, no profiler running
     span: float | None  # on the device, from the first kernel's start to the last one's end
     kernels: int | None
-    host_calls: float | None  # of the handler, a step; None for a peer
+    host_calls: float | None  # of the handler, per step; None for a peer
 
     def __str__(self) -> str:
         layer = f"{'-':>10} {'-':>10}" if self.span is None else f"{self.span:10.1f} {self.span / LAYERS:10.2f}"
@@ -136,7 +136,7 @@ def host_table(contenders: Sequence[peers.Peer]) -> list[dict[str, Any]]:
 def step_table(contenders: Sequence[peers.Peer], steps: int = 30) -> list[dict[str, Any]]:
     """Prints what steps cost; returns it for the record."""
     print(
-        f"\n{f'us of {LAYERS} layers':20} {'':10} {'graphs':>6} {'wall':>10} {'span':>10} {'a layer':>10}"
+        f"\n{f'us of {LAYERS} layers':20} {'':10} {'graphs':>6} {'wall':>10} {'span':>10} {'per layer':>10}"
         f" {'kernels':>8} {'host calls':>10}"
     )
     results = []

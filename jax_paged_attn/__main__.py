@@ -1,4 +1,4 @@
-"""`python -m jax_paged_attn`: what is installed, which engines run here, what each takes, and why the others do not.
+"""`python -m jax_paged_attn`: what is installed, which engines run here, which calls they take, and why others do not.
 
 `python -m jax_paged_attn --cmakedir`: where CMake's find_package(jax_paged_attn) finds the engines' C++ API.
 `python -m jax_paged_attn --version`: the version alone.
@@ -44,7 +44,7 @@ def cmake_directory() -> Path:
 
 
 def main() -> None:
-    """What `python -m jax_paged_attn` does."""
+    """Prints what the options ask for."""
     parser = argparse.ArgumentParser(
         prog="python -m jax_paged_attn", description="Prints what is installed and which engines run here."
     )

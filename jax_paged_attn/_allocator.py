@@ -1,28 +1,28 @@
 """Which page belongs to which sequence: reference counts, shared prefixes, copy-on-write. Host side, no JAX.
 
-A pool of ``num_pages`` pages of ``page_size`` tokens is dealt out to sequences. Four rules keep it right:
+A pool of ``num_pages`` pages of ``page_size`` tokens is given to sequences. Four rules keep it right:
 
 * **A page with several owners is never written.** Its owners either share a whole, finished page, or have it in
-  common since a fork; the first of them to append gets a copy of a last page that is not full.
+  common since a fork. The first of them to append gets a copy of a last page that is not full.
 * **Whole pages are found again by their tokens**, which are compared; equal hashes alone never match.
-* **A page is found only while it holds what it is found by.** Who truncates into a page, or appends to one that was
-  truncated, first makes it unfindable.
+* **A page is found only while it holds the tokens that it is found by.** A sequence that truncates into a page, or
+  appends to one that was truncated, first makes it unfindable.
 * **A freed page keeps its content until it is needed.** Blank pages go first, then the findable page that was freed
-  longest ago, tails before the prefixes they hang on (the eviction order of vLLM's prefix cache).
+  longest ago, tails before their prefixes. This is the eviction order of vLLM's prefix cache.
 
 Every operation looks first and then acts, so an error leaves the allocator as it was.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Hashable, Iterable
-from itertools import compress
 from typing import Any, Literal
 
 import numpy as np
 
 from jax_paged_attn import _allocator_arguments as arguments
+from jax_paged_attn._allocator_pages import SequencePages
 from jax_paged_attn._allocator_pool import Node, PagePool
 from jax_paged_attn._allocator_rows import Rows
 from jax_paged_attn._allocator_types import (
@@ -48,7 +48,7 @@ __all__ = [
 
 
 class PageAllocator:
-    """Deals the pages of a paged key/value cache out to sequences.
+    """Gives the pages of a paged key/value cache to sequences, and finds prefixes again that are in the cache.
 
     Args:
       num_pages: P, pages in the pool, ≥ 1.
@@ -58,27 +58,39 @@ class PageAllocator:
         ``"written"``: once `mark_written` covered it. A page that was never computed is never found, whatever is
         sampled, rejected, preempted or cancelled.
 
-        ``"allocated"``: as soon as its tokens have slots, so that prompts that arrive together share. It is then the
-        caller's duty to write tokens and copy pages in the order of the calls that asked for it, and to free or
-        truncate no sequence whose tokens another one found before they were written. Once nobody owns a page, it
+        ``"allocated"``: as soon as its tokens have slots, so that prompts that arrive together share. The caller
+        then has to write tokens and copy pages in the order of the calls that asked for it. It must not free or
+        truncate a sequence whose tokens another one found before they were written. Once nobody owns a page, it
         stays findable only if `mark_written` covered it.
       window: w ≥ 1, for layers whose attention has ``sliding_window`` ≤ w. Pages wholly in front of the last w tokens
         that `mark_written` covered are given back; tables have -1 there. None keeps all.
 
     Allocating and freeing a page takes constant time, whatever the size of the pool. Not thread-safe.
 
-    Example::
-
-        allocator = PageAllocator(num_pages=1024, page_size=16)
-        ids = [allocator.allocate(prompt).id for prompt in prompts]  # prefill, then mark_written
-        while True:
-            slots, copies = allocator.append_batch(ids, tokens[:, None])  # tokens int32 [B], the sampled ones
-            arrays = allocator.step(ids, [1] * len(ids), num_tokens=256, max_seqs=256, max_pages=64)
-            ...  # run the model
-            allocator.mark_written_batch(ids, arrays.kv_lens[: len(ids)])
-
     Raises:
       ValueError, TypeError: a bad argument.
+
+    Example:
+      Two prompts with the same first page; the second one finds it, since it was marked as written.
+
+      >>> import numpy as np
+      >>> import jax_paged_attn as jpa
+      >>> allocator = jpa.PageAllocator(num_pages=8, page_size=4)
+      >>> first = allocator.allocate([1, 2, 3, 4, 5])
+      >>> allocator.mark_written(first.id, 5)  # after the prefill
+      >>> second = allocator.allocate([1, 2, 3, 4, 9, 9])
+      >>> second.pages, second.cached_len
+      ((0, 2), 4)
+
+      A step of decode for both, after their next tokens were sampled:
+
+      >>> allocator.mark_written(second.id, 6)
+      >>> ids, sampled = [first.id, second.id], np.array([7, 8], np.int32)
+      >>> slots, copies = allocator.append_batch(ids, sampled[:, None])
+      >>> arrays = allocator.step(ids, [1, 1], num_tokens=2, max_seqs=2, max_pages=4)
+      >>> arrays.positions.tolist(), arrays.slot_mapping.tolist(), arrays.kv_lens.tolist()
+      ([5, 6], [5, 10], [6, 7])
+      >>> allocator.mark_written_batch(ids, arrays.kv_lens)  # after the model ran
     """
 
     def __init__(
@@ -100,6 +112,7 @@ class PageAllocator:
         self._window = None if window is None else arguments.integer("window", window, at_least=1)
         self._pool = PagePool(self._num_pages)
         self._rows = Rows(self._page_size)
+        self._sequence_pages = SequencePages(self._rows, self._pool, self._page_size, self._share, self._window)
         self._row_of: dict[int, int] = {}
         self._last_batch: tuple[np.ndarray, list[int]] | None = None  # rows and ids, until one is freed
         self._next_id = 0
@@ -122,7 +135,7 @@ class PageAllocator:
 
         Returns:
           The sequence. ``cached_len`` is a multiple of the page size and less than the number of tokens (0 for an empty
-          prompt): the last token has to be computed for its logits, so its page is never shared. With a window, the
+          prompt). The last token has to be computed for its logits, so its page is never shared. With a window, the
           pages of the last w tokens before ``cached_len`` are shared, and -1 stands in front of them.
 
         Raises:
@@ -151,7 +164,7 @@ class PageAllocator:
         self._hits += found > 0
         self._misses += found == 0
         self._tokens_found += cached_len
-        self._publish(row)
+        self._sequence_pages.publish(row)
         return self._admit(row, cached_len)
 
     def find_prefix(
@@ -195,13 +208,13 @@ class PageAllocator:
         must_copy = partial and self._pool.owners[rows.tables[row, num_pages - 1]] > 1
         self._pool.require(self._pages_for(stop) - num_pages + bool(must_copy))
 
-        copy = self._unshare(row) if partial else None
-        self._add_pages(row, num_pages, self._pages_for(stop))
+        copy = self._sequence_pages.unshare(row) if partial else None
+        self._sequence_pages.add(row, num_pages, self._pages_for(stop))
         rows.length[row] = stop
         if tokens is not None and rows.known[row] == start:
             rows.tokens[row].extend(tokens)
             rows.known[row] = stop
-        self._publish(row)
+        self._sequence_pages.publish(row)
         return rows.slots(row, start, stop), [] if copy is None else [copy]
 
     def append_batch(
@@ -229,20 +242,20 @@ class PageAllocator:
         stop = start + counts
         have = -(-start // size)
         new_pages = -(-stop // size) - have
-        shared, unfit = self._partial_pages(rows, (start % size != 0) & (counts > 0), have)
+        shared, unfit = self._sequence_pages.partial_pages(rows, (start % size != 0) & (counts > 0), have)
         pool.require(int(new_pages.sum()) + shared)
 
         # Python only where a page fills, is shared, or was truncated.
-        copies = [copy for row in rows[unfit].tolist() if (copy := self._unshare(row)) is not None]
+        copies = [copy for row in rows[unfit].tolist() if (copy := self._sequence_pages.unshare(row)) is not None]
         growing = new_pages.nonzero()[0]
         for row, *new in zip(*(x[growing].tolist() for x in (rows, have, have + new_pages)), strict=True):
-            self._add_pages(row, *new)
+            self._sequence_pages.add(row, *new)
         r.length[rows] = stop
         if told is not None:
-            self._extend_known(rows, told & (r.known[rows] == start), stop, tokens)
+            self._sequence_pages.extend_known(rows, told & (r.known[rows] == start), stop, tokens)
         if self._share == "allocated":
             for row in rows[r.known[rows] // size > r.published[rows]].tolist():
-                self._publish(row)
+                self._sequence_pages.publish(row)
         slots = r.spread(rows, start, counts)[1]
         return slots, np.array(copies, np.int32).reshape(-1, 2)
 
@@ -278,7 +291,7 @@ class PageAllocator:
             pool.hold(chain[whole])
         r.length[row] = length
         for i in reversed(range(whole, len(table))):
-            if table[i] >= 0 and not self._is_whole(i, table[i]):
+            if table[i] >= 0 and not self._sequence_pages.is_whole(i, table[i]):
                 pool.forget(table[i])
             if table[i] >= 0 and i >= keep:
                 pool.disown(table[i])
@@ -348,7 +361,7 @@ class PageAllocator:
             raise ValueError(f"n: expected at most {length}, the length of sequence {id}, got {n}")
         if n > self._rows.written[row]:
             self._rows.written[row] = n
-            self._settle(row)
+            self._sequence_pages.settle(row)
 
     def mark_written_batch(self, ids: Iterable[int], lengths: Iterable[int] | np.ndarray) -> None:
         """`mark_written` for many sequences at once; all of them or, after an error, none.
@@ -376,9 +389,9 @@ class PageAllocator:
         if self._window is not None:
             due |= (new - self._window) // size > r.given_back[rows]
         if (due := due & (new > old)).any():
-            self._settle_batch(rows[due])
+            self._sequence_pages.settle_batch(rows[due])
 
-    # ---- what the caller's arrays are made of
+    # ---- arrays for the caller
 
     def step(
         self,
@@ -560,7 +573,7 @@ class PageAllocator:
     # ---- inside
 
     def _find(self, tokens: tuple[Hashable, ...], salt: Any, max_cached_len: Any) -> tuple[list[Node], list[int]]:
-        """The prefix to share: its nodes, and those of its pages that are needed, the last ones."""
+        """The prefix to share: its nodes, and its last pages, as many as are needed."""
         arguments.hashable("salt", salt)
         head = tokens[:-1]  # the last token has to be computed
         if max_cached_len is not None:
@@ -601,104 +614,5 @@ class PageAllocator:
         self._last_batch = rows, items
         return rows, items
 
-    def _is_whole(self, i: int, page: int) -> bool:
-        """True if some sequence has all tokens of a page that is the i-th of its owners."""
-        return bool((self._rows.length[self._rows.tables[:, i] == page] >= (i + 1) * self._page_size).any())
-
     def _pages_for(self, length: int) -> int:
         return -(-length // self._page_size)
-
-    def _partial_pages(self, rows: np.ndarray, partial: np.ndarray, have: np.ndarray) -> tuple[int, np.ndarray]:
-        """How many partly filled last pages will be copied, and which `rows` need `_unshare`."""
-        pages = self._rows.pages_at(rows, have - 1)
-        unfit = (partial & (self._pool.claims[pages] > 1)).nonzero()[0]
-        if not len(unfit):
-            return 0, unfit
-        # The last owner of a page keeps it.
-        wanted = Counter(pages[unfit].tolist())
-        return sum(min(number, self._pool.owners[page] - 1) for page, number in wanted.items()), unfit
-
-    def _unshare(self, row: int) -> tuple[int, int] | None:
-        """Makes a partly filled last page fit to be written; returns the pair if that takes a copy."""
-        pool, place = self._pool, (row, self._rows.num_pages(row) - 1)
-        page = int(self._rows.tables[place])
-        if pool.owners[page] == 1:
-            pool.forget(page)  # who truncated it did not own it alone, so it stayed findable
-            return None
-        self._rows.tables[place] = copy = pool.take()
-        pool.disown(page)
-        return page, copy
-
-    def _add_pages(self, row: int, first: int, last: int) -> None:
-        """Takes pages `first` to `last - 1` of a row; its length stays."""
-        self._rows.widen(last)
-        for i in range(first, last):
-            self._rows.tables[row, i] = self._pool.take()
-
-    def _extend_known(self, rows: np.ndarray, told: np.ndarray, stop: np.ndarray, tokens: Any) -> None:
-        """Takes note of appended tokens where they, and every token in front of them, are known."""
-        if not told.all():
-            tokens = tokens[told] if isinstance(tokens, np.ndarray) else list(compress(tokens, told.tolist()))
-            rows, stop = rows[told], stop[told]
-        known = list(map(self._rows.tokens.__getitem__, rows.tolist()))
-        # Loops without bytecode; columns, since they make no list per sequence.
-        if isinstance(tokens, np.ndarray):
-            for column in tokens.T.tolist():
-                deque(map(list.append, known, column), maxlen=0)
-        else:
-            deque(map(list.extend, known, tokens), maxlen=0)
-        self._rows.known[rows] = stop
-
-    def _settle(self, row: int) -> None:
-        """Shares and gives back pages after more tokens of a row were written."""
-        self._publish(row)
-        self._clear(row)
-
-    def _settle_batch(self, rows: np.ndarray) -> None:
-        """`_settle` for many rows."""
-        r = self._rows
-        first, known, written = r.published[rows], r.known[rows], r.written[rows]
-        last = (known if self._share == "allocated" else np.minimum(known, written)) // self._page_size
-        r.published[rows] = np.maximum(first, last)
-        for row, *pages in zip(rows.tolist(), first.tolist(), last.tolist(), strict=True):
-            self._enter(row, *pages)
-        if self._share == "allocated" or self._window is not None:
-            for row in rows.tolist():
-                self._clear(row)
-
-    def _clear(self, row: int) -> None:
-        """The rest of a mark, after `_publish`: pages stay findable, or lie in front of the window."""
-        r = self._rows
-        if self._share == "allocated":
-            last = min(int(r.written[row]) // self._page_size, int(r.published[row]))
-            self._pool.vouch(r.tables[row, int(r.given_back[row]) : last][::-1].tolist())
-        if self._window is None:
-            return
-        first, last = int(r.given_back[row]), (int(r.written[row]) - self._window) // self._page_size
-        if last > first:
-            for page in r.tables[row, first:last].tolist():
-                self._pool.disown(page)
-            r.tables[row, first:last] = -1
-            r.given_back[row] = last
-
-    def _publish(self, row: int) -> None:
-        """Makes those pages findable that are full, whose tokens are known, and that are in the cache."""
-        r = self._rows
-        known, written = int(r.known[row]), int(r.written[row])
-        first, last = int(r.published[row]), (known if self._share == "allocated" else min(known, written))
-        last //= self._page_size
-        if last > first:
-            r.published[row] = last
-            self._enter(row, first, last)
-
-    def _enter(self, row: int, first: int, last: int) -> None:
-        """Makes pages `first` to `last - 1` of a row findable."""
-        if last <= first:
-            return
-        r, size, computed = self._rows, self._page_size, self._share == "written"
-        chain, tokens, enter = r.chains[row], r.tokens[row], self._pool.enter
-        held = node = chain[-1]
-        for i, page in enumerate(r.tables[row, first:last].tolist(), first):
-            node = enter(page, node, tuple(tokens[i * size : (i + 1) * size]), computed)
-            chain.append(node)
-        self._pool.hold(node, instead_of=held)

@@ -2,7 +2,7 @@
 
 Known tokens form a tree. A node is a prefix that ends on a page boundary; its edge is the tuple of tokens of its last
 page, so a lookup compares tokens, and equal hashes alone never match. A node whose pages are gone stays while
-something hangs below it or a live sequence ends there: with a window, later pages are of use without earlier ones.
+it has children or a live sequence ends there, since with a window later pages are of use without earlier ones.
 """
 
 from __future__ import annotations

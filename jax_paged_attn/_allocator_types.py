@@ -8,7 +8,16 @@ import numpy as np
 
 
 class PageAllocatorError(Exception):
-    """A `PageAllocator` refused a call; it is unchanged."""
+    """A `PageAllocator` refused a call and is unchanged: the base of `OutOfPages`, `DoubleFree` and `ForeignPage`.
+
+    Example:
+      >>> import jax_paged_attn as jpa
+      >>> try:
+      ...     jpa.PageAllocator(num_pages=1, page_size=4).free(0)
+      ... except jpa.PageAllocatorError as error:
+      ...     print(type(error).__name__, error)
+      ForeignPage sequence 0 is not of this allocator
+    """
 
 
 class OutOfPages(PageAllocatorError):
@@ -17,6 +26,13 @@ class OutOfPages(PageAllocatorError):
     Attributes:
       needed: pages that the call had to take.
       free: pages that it could have taken; for `PageAllocator.allocate` without those that it would have shared.
+
+    Example:
+      >>> import jax_paged_attn as jpa
+      >>> jpa.PageAllocator(num_pages=1, page_size=4).allocate(range(5))
+      Traceback (most recent call last):
+        ...
+      jax_paged_attn._allocator_types.OutOfPages: out of pages: 2 needed, 1 free
     """
 
     def __init__(self, needed: int, free: int):
@@ -29,11 +45,30 @@ class OutOfPages(PageAllocatorError):
 
 
 class DoubleFree(PageAllocatorError):
-    """The sequence was freed before: it cannot be used or freed again."""
+    """The sequence was freed before: it cannot be used or freed again.
+
+    Example:
+      >>> import jax_paged_attn as jpa
+      >>> allocator = jpa.PageAllocator(num_pages=1, page_size=4)
+      >>> id = allocator.allocate([1, 2, 3]).id
+      >>> allocator.free(id)
+      >>> allocator.free(id)
+      Traceback (most recent call last):
+        ...
+      jax_paged_attn._allocator_types.DoubleFree: sequence 0 was freed before
+    """
 
 
 class ForeignPage(PageAllocatorError):
-    """This allocator never gave out that sequence id, so its pages belong to someone else."""
+    """This allocator never gave out that sequence id, so its pages belong to someone else.
+
+    Example:
+      >>> import jax_paged_attn as jpa
+      >>> jpa.PageAllocator(num_pages=1, page_size=4).pages(3)
+      Traceback (most recent call last):
+        ...
+      jax_paged_attn._allocator_types.ForeignPage: sequence 3 is not of this allocator
+    """
 
 
 @dataclass(frozen=True)
@@ -44,6 +79,11 @@ class Sequence:
       id: what the allocator's methods take; never used twice.
       pages: page ids in the order of the tokens, at that time; -1 for pages in front of the window.
       cached_len: leading tokens whose keys and values are in shared pages already; computing starts after them.
+
+    Example:
+      >>> import jax_paged_attn as jpa
+      >>> jpa.PageAllocator(num_pages=4, page_size=4).allocate([5, 6, 7, 8, 9])
+      Sequence(id=0, pages=(0, 1), cached_len=0)
     """
 
     id: int
@@ -62,6 +102,16 @@ class StepArrays:
       kv_lens: `[B]`, tokens of each sequence in the cache, the new ones included; 0 for padding.
       cu_q_lens: `[B + 1]`, first token of each sequence in the step, then the end, repeated for padding.
       num_seqs: scalar, how many of the B rows are live.
+
+    Example:
+      A prompt of three tokens, in a step of at most four tokens and two sequences.
+
+      >>> import jax_paged_attn as jpa
+      >>> allocator = jpa.PageAllocator(num_pages=4, page_size=2)
+      >>> id = allocator.allocate([5, 6, 7]).id
+      >>> arrays = allocator.step([id], [3], num_tokens=4, max_seqs=2, max_pages=3)
+      >>> arrays.slot_mapping.tolist(), arrays.block_tables.tolist(), arrays.cu_q_lens.tolist()
+      ([0, 1, 2, -1], [[0, 1, -1], [-1, -1, -1]], [0, 3, 3])
     """
 
     positions: np.ndarray
@@ -83,6 +133,13 @@ class AllocatorStats:
       hits, misses: calls of `PageAllocator.allocate` that found a prefix, and those that found none.
       evictions: cached pages whose content was given up for other tokens.
       tokens_found: tokens found in the cache, the sum of every ``cached_len`` of `PageAllocator.allocate`.
+
+    Example:
+      >>> import jax_paged_attn as jpa
+      >>> allocator = jpa.PageAllocator(num_pages=4, page_size=4)
+      >>> sequence = allocator.allocate([5, 6, 7, 8, 9])
+      >>> allocator.stats.pages_in_use, allocator.stats.pages_free, allocator.stats.misses
+      (2, 2, 1)
     """
 
     pages_in_use: int

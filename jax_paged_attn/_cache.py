@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import operator
-from typing import Any, Literal, Protocol, TypedDict, overload
+from typing import Any, Literal, Protocol, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,13 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _checks, _debug, _modes, _primitive, _reference
-from jax_paged_attn._attention import page_scale, paged_attention, ragged_paged_attention
+from jax_paged_attn import _checks, _debug, _modes, _options, _primitive, _reference
+from jax_paged_attn._attention import paged_attention, ragged_paged_attention
+from jax_paged_attn._call import page_scale
 from jax_paged_attn._donation import warn_of_eager_update
 
 _PAGE_DTYPES = (*_checks.COMPUTE_DTYPES, *_checks.QUANTIZED_DTYPES)
+_OWN_SCALES: dict[str, str] = dict.fromkeys(("k_scale", "v_scale"), "expected none, since the cache has its own scales")
 
 
 def write_kv_pages(
@@ -50,6 +52,18 @@ def write_kv_pages(
 
     Raises:
       ValueError: a shape or dtype that does not fit; the message names the argument, what was expected, what came.
+
+    Example:
+      Two tokens go to the first two slots of page 1; a padding token has slot −1.
+
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> write = jax.jit(jpa.write_kv_pages, donate_argnums=(0, 1))
+      >>> k_pages, v_pages, new = jnp.zeros((3, 4, 1, 8)), jnp.zeros((3, 4, 1, 8)), jnp.ones((3, 1, 8))
+      >>> k_pages, v_pages = write(k_pages, v_pages, new, new, jnp.array([4, 5, -1], jnp.int32))
+      >>> k_pages[:, :, 0, 0].astype(int).tolist()
+      [[0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
     """
     dims = _checks.Dims()
     k_pages, v_pages = _pools(dims, k_pages, v_pages)
@@ -78,6 +92,14 @@ def copy_kv_pages(k_pages: ArrayLike, v_pages: ArrayLike, src: ArrayLike, dst: A
 
     Raises:
       ValueError: a shape or dtype that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> pages = jnp.arange(3.0).reshape(3, 1, 1, 1)
+      >>> k_pages, _ = jpa.copy_kv_pages(pages, pages, jnp.array([0], jnp.int32), jnp.array([2], jnp.int32))
+      >>> k_pages.reshape(-1).tolist()
+      [0.0, 1.0, 0.0]
     """
     dims = _checks.Dims()
     k_pages, v_pages = _pools(dims, k_pages, v_pages)
@@ -152,20 +174,18 @@ class _AnyNumber(int):
 class PagedKVCache:
     """The pools of all layers of a model: a pytree without tables, made to be donated to the step that updates it.
 
-    One array per layer (`k_pages` is a tuple of L arrays `[P, S, K, H]`), or, with `create(..., stacked=True)`, one
-    flat pool `[L·P, S, K, H]` in a tuple of one, in which layer l has the pages from l·P: what a `lax.scan` over layers
-    carries without copying, while pools as `xs` and `ys` of a scan are copied whole.
+    `k_pages` is a tuple of L arrays `[P, S, K, H]`, one per layer. With `create(..., stacked=True)` it is a tuple of
+    one flat pool `[L·P, S, K, H]`, in which layer l has the pages from l·P on. A `lax.scan` over layers carries the
+    flat pool without copying it, while pools as `xs` and `ys` of a scan are copied whole.
 
-    A write is in place if every read of the pool comes after it or is known to come before it. In a scan, and where the
-    tokens of layer l + 1 are computed from the attention of layer l, that holds. In unrolled code whose writes do not
-    depend on attention it does not: XLA may run the write of layer l + 1 before layer l attends, and copies the flat
-    pool to be safe. There write all layers first, then attend::
+    A write is in place if every read of the pool comes after it or is known to come before it. That holds in a scan,
+    and where the tokens of layer l + 1 are computed from the attention of layer l. In unrolled code whose writes do not
+    depend on attention, XLA may write to layer l + 1 before layer l attends. To be safe it copies the flat pool. There
+    use one array per layer, or write all layers before the first one attends::
 
         for l in range(L):
             cache = cache.write(l, k[l], v[l], slots)
         outs = [cache.attend(l, q[l], block_tables, lengths) for l in range(L)]
-
-    or use one array per layer, which the writes of other layers do not touch.
 
     A cache of shardings, of axes or of None is a prefix tree of any cache: `jax.jit(..., out_shardings=PagedKVCache(s,
     s))`, `jax.vmap(..., in_axes=(PagedKVCache(None, None), 0))`.
@@ -176,6 +196,15 @@ class PagedKVCache:
       k_scale: float32, scalar or `[K]` for all layers, or `[L, K]`, a row per layer; or None.
       v_scale: likewise.
       num_layers: L.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> cache = jpa.PagedKVCache.create(2, num_pages=3, page_size=4, num_kv_heads=1, head_dim=8, dtype=jnp.float32)
+      >>> cache = cache.write(0, jnp.ones((1, 1, 8)), jnp.ones((1, 1, 8)), jnp.array([4], jnp.int32))
+      >>> tables, lengths = jnp.array([[1]], jnp.int32), jnp.array([1], jnp.int32)
+      >>> float(cache.attend(0, jnp.ones((1, 2, 8)), tables, lengths)[0, 0, 0])
+      1.0
     """
 
     k_pages: tuple[Array, ...]
@@ -205,7 +234,7 @@ class PagedKVCache:
         stacked: bool = False,
         allocator: _PagesOf | None = None,
     ) -> "PagedKVCache":
-        """A cache of zeros: `num_pages` pages of `page_size` tokens per layer.
+        """Makes a cache of zeros: `num_pages` pages of `page_size` tokens per layer.
 
         Args:
           num_layers: L.
@@ -225,6 +254,13 @@ class PagedKVCache:
             another shape, zero, negative or not finite; an int8 cache without both scales; a pool of more than 2³¹ − 1
             slots, which are int32.
           TypeError: a size that is missing or no integer, or no allocator.
+
+        Example:
+          >>> import jax_paged_attn as jpa
+          >>> allocator = jpa.PageAllocator(num_pages=16, page_size=4)
+          >>> cache = jpa.PagedKVCache.create(2, num_kv_heads=1, head_dim=8, allocator=allocator, stacked=True)
+          >>> cache.k_pages[0].shape, str(cache.k_pages[0].dtype)
+          ((32, 4, 1, 8), 'bfloat16')
         """
         if allocator is not None:
             num_pages = _size_of("num_pages", num_pages, allocator)
@@ -250,7 +286,7 @@ class PagedKVCache:
 
     @property
     def stacked(self) -> bool:
-        """Whether all layers share one flat pool."""
+        """True if all layers share one flat pool."""
         return len(self.k_pages) != self.num_layers
 
     @property
@@ -272,7 +308,7 @@ class PagedKVCache:
         lengths: ArrayLike,
         *,
         return_lse: Literal[False] = False,
-        **keywords: Any,
+        **options: Unpack[_options.CacheOptions],
     ) -> Array: ...
 
     @overload
@@ -284,11 +320,12 @@ class PagedKVCache:
         lengths: ArrayLike,
         *,
         return_lse: Literal[True],
-        **keywords: Any,
+        **options: Unpack[_options.CacheOptions],
     ) -> tuple[Array, Array]: ...
 
+    @_options.keywords(_options.CacheOptions, refuse=_OWN_SCALES, return_lse=False)
     def attend(
-        self, layer: int | Array, q: ArrayLike, block_tables: ArrayLike, lengths: ArrayLike, **keywords: Any
+        self, layer: int | Array, q: ArrayLike, block_tables: ArrayLike, lengths: ArrayLike, **options: Any
     ) -> Array | tuple[Array, Array]:
         """`paged_attention` over the pages of a layer, with the cache's own scales.
 
@@ -297,14 +334,17 @@ class PagedKVCache:
           q: `[B, N, H]`.
           block_tables: `[B, M]` int32, ids in [0, P).
           lengths: `[B]` int32.
-          **keywords: those of `paged_attention`, without `k_scale` and `v_scale`.
+          options: the other keywords are those of `paged_attention`, without `k_scale` and `v_scale`.
+
+        Returns:
+          As `paged_attention`: `[B, N, H]`, or with `return_lse` a tuple of that and lse `[B, N]` float32.
 
         Raises:
           ValueError: a layer outside [0, L), or as `paged_attention`.
           TypeError: `k_scale` or `v_scale`, which the cache has, or as `paged_attention`.
         """
         pools_and_tables = self._layer("layer", layer, block_tables)
-        return paged_attention(q, *pools_and_tables, lengths, **self._with_scales(layer, keywords))
+        return paged_attention(q, *pools_and_tables, lengths, **options, **self.scales(layer))
 
     @overload
     def attend_ragged(
@@ -317,7 +357,7 @@ class PagedKVCache:
         num_seqs: ArrayLike | None = None,
         *,
         return_lse: Literal[False] = False,
-        **keywords: Any,
+        **options: Unpack[_options.RaggedCacheOptions],
     ) -> Array: ...
 
     @overload
@@ -331,9 +371,10 @@ class PagedKVCache:
         num_seqs: ArrayLike | None = None,
         *,
         return_lse: Literal[True],
-        **keywords: Any,
+        **options: Unpack[_options.RaggedCacheOptions],
     ) -> tuple[Array, Array]: ...
 
+    @_options.keywords(_options.RaggedCacheOptions, refuse=_OWN_SCALES, return_lse=False)
     def attend_ragged(
         self,
         layer: int | Array,
@@ -342,7 +383,7 @@ class PagedKVCache:
         block_tables: ArrayLike,
         cu_q_lens: ArrayLike,
         num_seqs: ArrayLike | None = None,
-        **keywords: Any,
+        **options: Any,
     ) -> Array | tuple[Array, Array]:
         """`ragged_paged_attention` over the pages of a layer, with the cache's own scales.
 
@@ -353,14 +394,17 @@ class PagedKVCache:
           block_tables: `[B, M]` int32, ids in [0, P).
           cu_q_lens: `[B + 1]` int32.
           num_seqs: int32, scalar or `[1]`; None is all.
-          **keywords: those of `ragged_paged_attention`, without `k_scale` and `v_scale`.
+          options: the other keywords are those of `ragged_paged_attention`, without `k_scale` and `v_scale`.
+
+        Returns:
+          As `ragged_paged_attention`: `[T, N, H]`, or with `return_lse` a tuple of that and lse `[T, N]` float32.
 
         Raises:
           ValueError, TypeError: as `attend` and `ragged_paged_attention`.
         """
         k_pages, v_pages, tables = self._layer("layer", layer, block_tables)
-        keywords = self._with_scales(layer, keywords)
-        return ragged_paged_attention(q, k_pages, v_pages, kv_lens, tables, cu_q_lens, num_seqs, **keywords)
+        operands = (q, k_pages, v_pages, kv_lens, tables, cu_q_lens, num_seqs)
+        return ragged_paged_attention(*operands, **options, **self.scales(layer))
 
     def layer(self, index: int | Array, block_tables: ArrayLike) -> tuple[Array, Array, Array]:
         """`(k_pages, v_pages, block_tables)` to give to attention in layer `index`, together with `scales(index)`.
@@ -377,7 +421,10 @@ class PagedKVCache:
         return self._layer("index", index, block_tables)
 
     def scales(self, index: int | Array) -> _Scales:
-        """The keywords `k_scale` and `v_scale` of layer `index`, each None, scalar or `[K]`. `attend` needs no such."""
+        """The keywords `k_scale` and `v_scale` of layer `index`, each None, scalar or `[K]`.
+
+        `attend` and `write` pass them by themselves.
+        """
         layer = self._number("index", index)
         return {"k_scale": _row("k_scale", self.k_scale, layer), "v_scale": _row("v_scale", self.v_scale, layer)}
 
@@ -417,12 +464,6 @@ class PagedKVCache:
         if isinstance(layer, int) and not self.stacked:
             return self.k_pages[layer], self.v_pages[layer], tables
         return self.k_pages[0], self.v_pages[0], self._offset(tables, layer, self.num_pages)
-
-    def _with_scales(self, layer: int | Array, keywords: dict[str, Any]) -> dict[str, Any]:
-        for name in ("k_scale", "v_scale"):
-            if name in keywords:
-                raise TypeError(f"{name}: expected none, since the cache has its own scales, got {keywords[name]}")
-        return {**keywords, **self.scales(layer)}
 
     def _number(self, name: str, index: int | Array) -> int | Array:
         """A concrete layer as an int in [0, L), a traced one as an int32 scalar."""

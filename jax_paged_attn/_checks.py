@@ -16,7 +16,7 @@ INT32 = np.iinfo(np.int32)
 
 
 class Dims:
-    """The sizes that one call's letters stand for, learnt from the arguments in turn.
+    """The sizes that one call's letters stand for, learnt from one argument after the other.
 
     A letter has one size in all arguments; the first argument that shows it decides.
     """

@@ -13,21 +13,28 @@ from numpy.typing import NDArray
 from jax_paged_attn import _primitive
 from jax_paged_attn._explain import trace
 from jax_paged_attn._layouts import LAYOUTS
+from jax_paged_attn._options import Scoring
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What the attention calls of a function cost in one forward pass, whichever engine runs them.
+    """The result of `cost_analysis`: costs of a function's attention calls in one forward pass, on whichever engine.
 
     Attributes:
-      flops: multiplications and additions of both matrix products: 4·H for each query head and visible key.
-      transcendentals: exponentials, one for each query head and visible key; with a soft cap one more.
-      bytes_accessed: query rows, results, tables and lengths once; keys and values of each sequence's visible tokens
-        once for the sequence, also where sequences share pages. An engine that reads pages once needs no more.
-      exact: whether lengths and row counts were known. Otherwise the numbers are upper bounds: whole block tables, and
+      flops: multiplications and additions of both matrix products: 4·H per query head and visible key.
+      transcendentals: exponentials, one per query head and visible key; with a soft cap one more.
+      bytes_accessed: query rows, results, tables and lengths once; keys and values of the visible tokens once per
+        sequence, also where sequences share pages. An engine that reads pages once needs no more.
+      exact: True if lengths and row counts were known. Otherwise the numbers are upper bounds: whole block tables, and
         each row sees as many keys as the longest sequence, or the window, has.
-      calls: one Cost for each attention call of the function, in the order of its jaxpr; what a loop repeats counts
-        as often as it is repeated.
+      calls: one Cost per attention call of the function, in the order of its jaxpr. A call in a loop counts as often as
+        the loop repeats it.
+
+    Example:
+      >>> import jax_paged_attn as jpa
+      >>> cost = jpa.Cost(flops=640, transcendentals=20, bytes_accessed=4096, exact=True)
+      >>> cost.flops / cost.bytes_accessed  # FLOPs per byte
+      0.15625
     """
 
     flops: int
@@ -38,7 +45,7 @@ class Cost:
 
 
 def cost_analysis(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
-    """Says what the attention calls of `fn(*args, **kwargs)` cost. Nothing of it is run but what makes its indices.
+    """Counts the costs of the attention calls of `fn(*args, **kwargs)`. Only the code that makes its indices is run.
 
     XLA counts the other operations: `jax.jit(fn).lower(…).compile().cost_analysis()`.
 
@@ -51,11 +58,22 @@ def cost_analysis(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
 
     Returns:
       A `Cost`. Causality, window and lengths are counted token by token; every entry of a block table is taken to
-      name a page. A `scan` counts as often as it repeats, a `while_loop` once, of a `cond` the costliest branch, inside
-      `shard_map` one shard. Gradients are plain JAX: of them only the forward pass counts.
+      name a page. A `scan` counts as often as it repeats, and a `while_loop` once. The costliest branch of a `cond`
+      counts, and one shard of a `shard_map`. Gradients are plain JAX, so only their forward pass counts.
 
     Raises:
       ValueError: the function has no attention call.
+
+    Example:
+      Five visible keys, two heads, head dim 8: 5 · 2 · 4 · 8 FLOPs.
+
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> q, pages = jnp.ones((1, 2, 8)), jnp.ones((3, 4, 1, 8))
+      >>> where = (jnp.array([[2, 0, -1]], jnp.int32), jnp.array([5], jnp.int32))
+      >>> cost = jpa.cost_analysis(jpa.paged_attention, q, pages, pages, *where)
+      >>> cost.flops, cost.transcendentals, cost.exact
+      (320, 10, True)
     """
     closed, operands = trace(fn, args, kwargs)
     known = [None if isinstance(x, jax.ShapeDtypeStruct) else _if_index(x) for x in operands]
@@ -99,7 +117,7 @@ def _walk(jaxpr: Jaxpr, operands: Sequence[_Known], calls: list[Cost]) -> list[_
 
 
 def _is_small_index(aval: Any) -> bool:
-    """Whether to keep a value: lengths and row numbers, not masks of whole score matrices."""
+    """True for values that are kept: lengths and row numbers, not masks of whole score matrices."""
     is_index = getattr(getattr(aval, "dtype", None), "kind", "") in ("i", "u", "b")
     return is_index and math.prod(aval.shape) <= 1 << 20
 
@@ -143,7 +161,7 @@ def _constants_of_scan(eqn: Any, body: Jaxpr) -> int:
 
 
 def _calls_of(inner: ClosedJaxpr | Jaxpr, known: Sequence[_Known]) -> list[Cost]:
-    """The calls of a jaxpr of whose first operands something is known."""
+    """The calls of a jaxpr whose first operands may be known."""
     calls: list[Cost] = []
     jaxpr = _jaxpr_of(inner)
     unknown = [None] * (len(jaxpr.invars) - len(known))
@@ -179,15 +197,15 @@ def _cost_of_call(avals: Sequence[Any], known: Sequence[_Known], params: dict[st
     num_seqs, max_pages = tables.shape
     layout = LAYOUTS[params["layout"]]
     capacity = max_pages * layout.page_size(k_pages)
-    window = params["sliding_window"] or capacity
+    scoring = params["scoring"]
 
     lengths = np.clip(np.full(num_seqs, capacity) if kv_lens is None else kv_lens.astype(np.int64), 0, capacity)
     if q_counts is not None:
         counts = np.maximum(q_counts.astype(np.int64), 0)
-        seen = [_visible(int(n), int(rows), params) for n, rows in zip(lengths, counts, strict=True)]
+        seen = [_visible(int(n), int(rows), scoring) for n, rows in zip(lengths, counts, strict=True)]
         pairs, tokens = (sum(x) for x in zip(*seen, strict=True)) if seen else (0, 0)
     else:
-        pairs = num_rows * int(min(lengths.max(initial=0), window))
+        pairs = num_rows * int(min(lengths.max(initial=0), scoring.sliding_window or capacity))
         tokens = int(lengths.sum())
 
     token_bytes = 2 * layout.kv_heads(k_pages) * head_dim * k_pages.dtype.itemsize
@@ -196,17 +214,16 @@ def _cost_of_call(avals: Sequence[Any], known: Sequence[_Known], params: dict[st
     result_bytes = num_rows * heads * (head_dim * q.dtype.itemsize + 4)
     return Cost(
         flops=4 * head_dim * heads * pairs,
-        transcendentals=heads * pairs * (2 if params["soft_cap"] else 1),
+        transcendentals=heads * pairs * (2 if scoring.soft_cap else 1),
         bytes_accessed=tokens * token_bytes + operand_bytes + result_bytes,
         exact=kv_lens is not None and q_counts is not None,
     )
 
 
-def _visible(length: int, rows: int, params: dict[str, Any]) -> tuple[int, int]:
-    """Of a sequence's last `rows` tokens: pairs of a row and a key that it sees, and keys that any of them sees."""
-    position = np.arange(max(length - rows, 0), length)  # rows before position 0 see nothing
+def _visible(length: int, rows: int, scoring: Scoring) -> tuple[int, int]:
+    """For a sequence's last `rows` tokens: pairs of a row and a key that it sees, and keys that any of them sees."""
+    position = np.arange(max(length - rows, 0), length)  # rows before position 0 see no key
     if not len(position):
         return 0, 0
-    first = np.maximum(position - params["sliding_window"] + 1, 0) if params["sliding_window"] else 0 * position
-    end = position + 1 if params["causal"] else np.full_like(position, length)
+    first, end = scoring.first_key(position), scoring.end_key(position, length)
     return int((end - first).sum()), int(end[-1] - first[0])

@@ -22,6 +22,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from jax_paged_attn._layouts import LAYOUTS
+from jax_paged_attn._options import Scoring
 
 
 class _State(threading.local):
@@ -37,9 +38,12 @@ _state = _State()
 def debug() -> Iterator[None]:
     """Checks the values of every call in the context, in `jit` too; also a decorator. `JPA_DEBUG=1` checks always.
 
-    Checked are: `num_seqs`; `cu_q_lens`, which starts at 0 and does not decrease; lengths, which fit the table and the
-    query rows; ids of pages in use; pages that new tokens of two sequences share; slots and copies, which have targets
-    of their own; queries, live keys and values, page scales and sinks, which are finite (docs/debugging.md).
+    These are checked (docs/debugging.md):
+
+    - `num_seqs`; `cu_q_lens` starts at 0 and does not decrease; lengths fit the table and the query rows;
+    - ids of pages in use lie in the pool, and no two sequences have new tokens in one page;
+    - slots and copied pages have targets of their own;
+    - queries, live keys and values, page scales and sinks are finite.
 
     A jitted function is traced anew in the context and keeps its program for calls outside, where nothing is added. The
     context holds for the thread that entered it.
@@ -48,11 +52,15 @@ def debug() -> Iterator[None]:
       ValueError: from a call on concrete arrays, if a value is wrong; it names the argument, the row and the value.
         From a compiled program it comes as the text of a `jax.errors.JaxRuntimeError`, when results are waited for.
 
-    Example::
-
-        with jax_paged_attn.debug():
-            tokens = step(cache, batch)  # jitted or not
-            jax.block_until_ready(tokens)
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> q, pages = jnp.ones((1, 2, 8)), jnp.ones((3, 4, 1, 8))
+      >>> with jpa.debug():
+      ...     out = jpa.paged_attention(q, pages, pages, jnp.array([[7]], jnp.int32), jnp.array([2], jnp.int32))
+      Traceback (most recent call last):
+        ...
+      ValueError: block_tables: expected pages in [0, 3), got 7 at [0, 0], the page of tokens 0 to 3 of the 2 in row 0
     """
     with _set(True), set_xla_metadata(jax_paged_attn_debug="1"):  # the metadata are part of the key of `jit`
         yield
@@ -89,7 +97,7 @@ def check_attention(
     block_tables: Array,
     lengths: Array,
     per_head: tuple[Array, Array, Array],
-    static: dict[str, Any],
+    scoring: Scoring,
     *,
     cu_q_lens: Array | None = None,
     num_seqs: ArrayLike | None = None,
@@ -101,7 +109,6 @@ def check_attention(
 
     Args:
       per_head: sinks `[0 or 1, N]`, then the scales of keys and values `[0 or 1, K]`.
-      static: the parameters `causal` and `sliding_window`.
       cu_q_lens, num_seqs: None for decode.
       tables_name: what errors call the tables.
       foreign_pages: ids outside the pool stand for pages of another device.
@@ -117,14 +124,12 @@ def check_attention(
         _report_attention,
         names=(*LAYOUTS[layout].pools, tables_name, "lengths" if decode else "kv_lens"),
         pool=(k_pages.shape[LAYOUTS[layout].page_axis], LAYOUTS[layout].page_size(k_pages)),
-        window=static["sliding_window"],
-        new_tokens=static["causal"],
+        scoring=scoring,
         decode=decode,
         foreign_pages=foreign_pages,
     )
     operands = (q, k_pages, v_pages, block_tables, lengths, cu_q_lens, jnp.asarray(num_seqs).reshape(()))
-    window = {"layout": layout, "window": static["sliding_window"]}
-    _check(_observe_attention, report, *operands, *per_head, **window)
+    _check(_observe_attention, report, *operands, *per_head, layout=layout, scoring=scoring)
 
 
 def _observe_attention(
@@ -137,11 +142,11 @@ def _observe_attention(
     num_seqs: Array,
     *per_head: Array,
     layout: str,
-    window: int,
+    scoring: Scoring,
 ) -> dict[str, Array]:
     block_tables, lengths, cu_q_lens = map(_whole, (block_tables, lengths, cu_q_lens))
     q_counts = cu_q_lens[1:] - cu_q_lens[:-1]
-    first_used = _first_used(jnp, lengths, q_counts, window)
+    first_used = scoring.first_key(lengths - q_counts)
     num_pages, page_size = k_pages.shape[LAYOUTS[layout].page_axis], LAYOUTS[layout].page_size(k_pages)
     positions = jnp.arange(block_tables.shape[1] * page_size, dtype=jnp.int32)[None]
     used = (positions >= first_used[:, None]) & (positions < lengths[:, None])
@@ -176,8 +181,7 @@ def _report_attention(
     *,
     names: tuple[str, str, str, str],
     pool: tuple[int, int],
-    window: int,
-    new_tokens: bool,
+    scoring: Scoring,
     decode: bool,
     foreign_pages: bool,
 ) -> None:
@@ -197,7 +201,7 @@ def _report_attention(
             f"got {lengths[b]} in row {b}"
         ),
     )
-    if new_tokens and not decode:  # decode pads with length 0
+    if scoring.causal and not decode:  # decode pads with length 0
         _fail_where(
             q_counts > lengths,
             lambda b: (
@@ -207,7 +211,7 @@ def _report_attention(
         )
     lengths = np.where(q_counts > 0, lengths, 0)  # without query rows nothing of a sequence is read
     q_counts = np.where(lengths > 0, q_counts, 0)
-    first_used = _first_used(np, lengths, q_counts, window)
+    first_used = scoring.first_key(lengths - q_counts)
     places = np.arange(tables.shape[1]) * page_size
     used = (places < lengths[:, None]) & (places + page_size > first_used[:, None])
     live = tables[:num_seqs]
@@ -219,7 +223,7 @@ def _report_attention(
                 f"the page of tokens {m * page_size} to {(m + 1) * page_size - 1} of the {lengths[b]} in row {b}"
             ),
         )
-    if new_tokens:
+    if scoring.causal:  # the last tokens are new
         _report_shared_pages(tables_name, live, lengths, q_counts, page_size, num_pages)
 
     for name, kind, bad in ((k_name, "keys", "bad_keys"), (v_name, "values", "bad_values")):
@@ -280,11 +284,6 @@ def _report_shared_pages(
                     f"{name}: expected pages of their own for the new tokens of each sequence, got page {page} in row "
                     f"{b} at [{b}, {m}] and in row {other}"
                 )
-
-
-def _first_used(numpy: Any, lengths: Any, q_counts: Any, window: int) -> Any:
-    """The first position of each sequence that a query row sees."""
-    return numpy.maximum(lengths - q_counts - window + 1, 0) if window else numpy.zeros_like(lengths)
 
 
 # ---- The cache -------------------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_paged_attn._layouts import LAYOUTS
+from jax_paged_attn._options import Scoring
 from jax_paged_attn._reference import row_of_each_sequence
 
-_ROW_WINDOW = 64  # 64 x 128 scores a head keep a block in cache
+_ROW_WINDOW = 64  # 64 x 128 scores per head keep a block in cache
 _KEYS_PER_BLOCK = 128
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
@@ -25,7 +26,7 @@ _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, pre
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What the backward pass gets: the primitive's operands and its results."""
+    """The residuals of the backward pass: the primitive's operands and its results."""
 
     q: Array
     k_pages: Array
@@ -61,8 +62,10 @@ def tangent(
     v_dot: Array | None,
     sinks_dot: Array | None,
     saved: Saved,
+    *,
+    scoring: Scoring,
+    decode: bool,
     layout: str,
-    **parameters: Any,
 ) -> tuple[Array, Array]:
     """Tangents `(out_dot [T, N, H], lse_dot [T, N])`; an argument that is None has no tangent."""
     k_dot, v_dot = (None if x is None else LAYOUTS[layout].split(x, i) for i, x in enumerate((k_dot, v_dot)))
@@ -70,7 +73,6 @@ def tangent(
     num_rows, heads, head_dim = saved.q.shape
     kv_heads = saved.k_pages.shape[2]
     group = (kv_heads, heads // kv_heads)
-    scale = parameters["scale"]
     q = _grouped(saved.q, kv_heads)
     q_dots = None if q_dot is None else _grouped(q_dot, kv_heads)
 
@@ -82,7 +84,7 @@ def tangent(
         if k_dot is not None:
             dots = _tokens(k_dot, block.pages[0]) * block.k_scale[None, :, None]
             score_dot += _einsum("rkgh,skh->rkgs", _take(q, block.rows), dots)
-        weight_dot = block.probs * block.slope * score_dot * scale
+        weight_dot = block.probs * block.slope * score_dot * scoring.scale
         step = _einsum("rkgs,skh->rkgh", weight_dot, block.values)
         if v_dot is not None:
             dots = _tokens(v_dot, block.pages[1]) * block.v_scale[None, :, None]
@@ -93,7 +95,7 @@ def tangent(
         )
 
     zeros = (jnp.zeros((num_rows, *group, head_dim), jnp.float32), jnp.zeros((num_rows, *group), jnp.float32))
-    weighted, lse_dot = _for_each_block(visit, zeros, saved, **parameters)
+    weighted, lse_dot = _for_each_block(visit, zeros, saved, scoring, decode)
     if sinks_dot is not None:
         share = _sink_share(saved) * _sink_of_each_row(sinks_dot, saved)
         lse_dot += share.reshape(num_rows, *group)
@@ -102,15 +104,21 @@ def tangent(
 
 
 def cotangent(
-    out_bar: Array, lse_bar: Array, saved: Saved, wrt: tuple[bool, bool, bool, bool], layout: str, **parameters: Any
+    out_bar: Array,
+    lse_bar: Array,
+    saved: Saved,
+    wrt: tuple[bool, bool, bool, bool],
+    *,
+    scoring: Scoring,
+    decode: bool,
+    layout: str,
 ) -> list[Array]:
     """Cotangents of those of q, k_pages, v_pages and sinks that `wrt` names, in that order, in their dtypes."""
     pools = (saved.k_pages, saved.v_pages)
     saved = _split(saved, layout)
     kv_heads = saved.k_pages.shape[2]
-    scale = parameters["scale"]
     q, out_bars = _grouped(saved.q, kv_heads), _grouped(out_bar, kv_heads)
-    # d score = p · (out_bar·v − out_bar·out + lse_bar): the last two are one number a row and head.
+    # d score = p · (out_bar·v − out_bar·out + lse_bar): the last two are one number per row and head.
     row_term = (out_bar.astype(jnp.float32) * saved.out.astype(jnp.float32)).sum(axis=-1) - lse_bar
     row_terms = row_term.reshape(*q.shape[:-1])
 
@@ -120,7 +128,7 @@ def cotangent(
         score_bar = block.probs * (
             _einsum("rkgh,skh->rkgs", bars, block.values) - _take(row_terms, block.rows)[..., None]
         )
-        score_bar *= block.slope * scale
+        score_bar *= block.slope * scoring.scale
         if q_bar is not None:
             q_bar = q_bar.at[block.rows].add(_einsum("rkgs,skh->rkgh", score_bar, block.keys), mode="drop")
         if k_bar is not None:
@@ -133,7 +141,7 @@ def cotangent(
 
     like = (q, saved.k_pages, saved.v_pages)
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) if w else None for x, w in zip(like, wrt[:3], strict=True))
-    q_bar, *pool_bars = _for_each_block(visit, zeros, saved, **parameters) if any(wrt[:3]) else zeros
+    q_bar, *pool_bars = _for_each_block(visit, zeros, saved, scoring, decode) if any(wrt[:3]) else zeros
     results = [] if q_bar is None else [q_bar.reshape(saved.q.shape).astype(saved.q.dtype)]
     for which, (bar, pool) in enumerate(zip(pool_bars, pools, strict=True)):
         if bar is not None:
@@ -150,15 +158,7 @@ def _split(saved: Saved, layout: str) -> Saved:
 
 
 def _for_each_block(
-    visit: Callable[[_Block, Any], Any],
-    state: Any,
-    saved: Saved,
-    *,
-    scale: float,
-    soft_cap: float,
-    sliding_window: int,
-    causal: bool,
-    decode: bool,
+    visit: Callable[[_Block, Any], Any], state: Any, saved: Saved, scoring: Scoring, decode: bool
 ) -> Any:
     """Folds `visit` over every block that holds a visible key, in order."""
     num_rows = saved.q.shape[0]
@@ -187,20 +187,12 @@ def _for_each_block(
 
         key_ids = first_page * page_size + jnp.arange(block_size, dtype=jnp.int32)
         valid = jnp.repeat(in_pool, page_size) & (key_ids < length)
-        visible = valid[None, :] & (position >= 0)
-        if causal:
-            visible &= key_ids[None, :] <= position
-        if sliding_window:
-            visible &= key_ids[None, :] > position - sliding_window
+        visible = valid[None, :] & scoring.sees(position, key_ids[None, :])
 
         keep = valid[:, None, None]
         keys = jnp.where(keep, _tokens(saved.k_pages, pages[0]) * k_scales[seq][None, :, None], 0.0)
         values = jnp.where(keep, _tokens(saved.v_pages, pages[1]) * v_scales[seq][None, :, None], 0.0)
-        scores = _einsum("rkgh,skh->rkgs", _take(q, rows), keys) * scale
-        slope = jnp.ones((), jnp.float32)
-        if soft_cap:
-            squashed = jnp.tanh(scores / soft_cap)
-            scores, slope = soft_cap * squashed, 1.0 - squashed**2
+        scores, slope = scoring.scores(_einsum("rkgh,skh->rkgs", _take(q, rows), keys))
         row_lse = lse.at[rows].get(mode="fill", fill_value=-jnp.inf)[..., None]
         seen = visible[:, None, None, :] & ~jnp.isneginf(row_lse)
         probs = jnp.where(seen, jnp.exp(jnp.where(seen, scores - row_lse, 0.0)), 0.0)
@@ -211,11 +203,9 @@ def _for_each_block(
     def visit_pages(seq: Array, first_row: Array, state: Any) -> Any:
         length = jnp.clip(saved.kv_lens[seq], 0, max_pages * page_size)
         position = length - saved.q_counts[seq] + first_row  # of the window's first row
-        stop = jnp.clip(position + window, 0, length) if causal else length
-        start = jnp.zeros((), jnp.int32)
-        if sliding_window:  # rows before position 0 see no key; what they leave of int32 may be less than the window
-            start = jnp.maximum(jnp.maximum(position, 0) - sliding_window + 1, 0) // block_size
-        blocks = (start, (stop + block_size - 1) // block_size)
+        start = scoring.first_key(position)
+        stop = scoring.end_key(position + window - 1, length).clip(0, length)
+        blocks = (start // block_size, (stop + block_size - 1) // block_size)
         return jax.lax.fori_loop(*blocks, lambda i, s: visit(block(seq, first_row, i * pages_per_block), s), state)
 
     def visit_sequence(seq: Array, state: Any) -> Any:
@@ -256,7 +246,7 @@ def _sequence_of_each_row(saved: Saved) -> Array:
     rows = jnp.arange(saved.q.shape[0], dtype=jnp.int32)
     num_seqs = saved.block_tables.shape[0]
     nobodys = jnp.full(rows.shape, num_seqs, jnp.int32)
-    if num_seqs == 0:  # JAX would trace the loop's body even so, and refuses to look up what is empty
+    if num_seqs == 0:  # JAX would trace the loop's body even so, and refuses to index an empty array
         return nobodys
 
     def claim(seq: Array, owner: Array) -> Array:

@@ -37,9 +37,9 @@ def warn_of_eager_update(function: str, pages: Array) -> None:
 
 
 def check_in_place(compiled: jax.stages.Compiled, cache: Any) -> None:
-    """Warns if a compiled step copies the pools of a cache in place of reusing their memory.
+    """Warns if a compiled step copies the pools of a cache instead of reusing their memory.
 
-    JAX warns of donated arrays that no result can take the place of. It does not see that the old pages are read after
+    JAX itself warns of donated arrays whose memory no result can use. It does not see that the old pages are read after
     a write, which makes XLA copy them, nor that a result has another dtype or sharding than the donated pool.
 
     Args:
@@ -53,10 +53,14 @@ def check_in_place(compiled: jax.stages.Compiled, cache: Any) -> None:
     Raises:
       ValueError: the cache has no pools.
 
-    Example::
-
-        step = jax.jit(step, donate_argnums=0)
-        jax_paged_attn.check_in_place(step.lower(cache, batch).compile(), cache)
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> cache = jpa.PagedKVCache.create(1, 4, 4, 1, 8, jnp.float32)
+      >>> new, slots = jnp.ones((1, 1, 8)), jnp.array([0], jnp.int32)
+      >>> step = jax.jit(lambda cache: cache.write(0, new, new, slots), donate_argnums=0)
+      >>> jpa.check_in_place(step.lower(cache).compile(), cache)  # no warning
     """
     pools = [x for x in jax.tree.leaves(cache) if len(x.shape) == 4]
     if not pools:

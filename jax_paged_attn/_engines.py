@@ -1,4 +1,4 @@
-"""The engines as data: what each one supports, which one a call gets, and why not the others."""
+"""The engines as data: which calls each one supports, which engine runs a call, and why the others do not."""
 
 import dataclasses
 import logging
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from jax_paged_attn import _ffi
 from jax_paged_attn._head_dims import FUSED_HEAD_DIMS
+from jax_paged_attn._options import Scoring
 from jax_paged_attn._warnings import warn_once
 
 _log = logging.getLogger("jax_paged_attn")
@@ -15,7 +16,7 @@ _QUANTIZED = ("float8_e4m3fn", "float8_e5m2", "int8")
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What the choice of an engine may depend on: static facts of one attention call."""
+    """The static facts of one attention call that the choice of an engine may depend on."""
 
     num_heads: int
     kv_heads: int
@@ -23,8 +24,9 @@ class Call:
     page_size: int
     q_dtype: str
     page_dtype: str
+    scoring: Scoring
     decode: bool
-    batch_invariant: bool = False
+    batch_invariant: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Engine:
       q_dtypes: dtypes of queries that it takes.
       quantized_dtypes: dtypes of pages that it reads besides that of the queries.
       head_dims: head dims that it takes; None is any.
-      batch_invariant: whether it can promise that a sequence has the same bits alone and in any batch.
+      batch_invariant: whether it can guarantee that a sequence has the same bits alone and in any batch.
     """
 
     name: str
@@ -61,7 +63,7 @@ class Engine:
     def rejects(self, call: Call) -> str | None:
         """Why the engine cannot run the call on any platform, or None."""
         if call.batch_invariant and not self.batch_invariant:
-            return "expected batch_invariant=False, got True, which it does not promise"
+            return "expected batch_invariant=False, got True, which it does not guarantee"
         return self.unsupported(call)
 
     def missing(self, platform: str) -> str | None:
@@ -71,7 +73,7 @@ class Engine:
         return _ffi.missing(self.platform) if self.platform else None
 
     def __str__(self) -> str:
-        """What the engine takes, in one line."""
+        """The calls that the engine takes, in one line."""
         head_dims = "any head dim" if self.head_dims is None else f"head dims {', '.join(map(str, self.head_dims))}"
         return "; ".join(
             (
@@ -102,17 +104,27 @@ ENGINES = (
 )
 _CUDA_ENGINES = [engine for engine in ENGINES if engine.platform == "cuda"]
 _BY_NAME = {engine.name: engine for engine in ENGINES}
-_PROMISING = f"an engine that promises it ({_either([engine.name for engine in ENGINES if engine.batch_invariant])})"
+_GUARANTEEING = (
+    f"an engine that guarantees it ({_either([engine.name for engine in ENGINES if engine.batch_invariant])})"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Which engine runs a call, and why the others do not; as a string with the table of what each engine takes.
+    """The answer of `explain`: which engine runs a call, and why the others do not.
+
+    `str` of it is a table with a verdict on each engine and the calls that it takes.
 
     Attributes:
       engine: the engine's name; names joined by ", " where a function's calls get different ones.
       rejected: `{engine: reason}` for the engines that do not run.
-      calls: one Explanation for each attention call of the function, in the order of its jaxpr.
+      calls: one Explanation per attention call of the function, in the order of its jaxpr.
+
+    Example:
+      >>> import jax_paged_attn as jpa
+      >>> verdict = jpa.Explanation("cpu", {"fused": "runs on cuda, not on cpu"})
+      >>> verdict.engine, verdict.rejected["fused"]
+      ('cpu', 'runs on cuda, not on cpu')
     """
 
     engine: str
@@ -126,7 +138,7 @@ class Explanation:
 
 
 def table(verdicts: Mapping[str, str]) -> list[str]:
-    """Two lines an engine, best first: what `verdicts` says of it, and what it takes."""
+    """Two lines per engine, best first: what `verdicts` says of it, and what it takes."""
     width = max(map(len, _BY_NAME))
     lines = []
     for name, engine in _BY_NAME.items():
@@ -147,7 +159,7 @@ def check_supported(call: Call, implementation: str | None) -> None:
         return
     engine = _BY_NAME[implementation]
     if call.batch_invariant and not engine.batch_invariant:
-        raise ValueError(f"batch_invariant: expected {_PROMISING}, got True with implementation={implementation!r}")
+        raise ValueError(f"batch_invariant: expected {_GUARANTEEING}, got True with implementation={implementation!r}")
     reason = engine.unsupported(call)
     if reason:
         raise ValueError(f"implementation: for {implementation!r} {reason}")
@@ -170,8 +182,8 @@ def choose(call: Call, platform: str, implementation: str | None) -> Explanation
             chosen = engine.name
         else:
             rejected[engine.name] = reason
-    if chosen is None:  # the reference takes every call without the promise
-        raise ValueError(f"batch_invariant: expected {_PROMISING}, got True where none runs: {rejected}")
+    if chosen is None:  # the reference takes every call without the guarantee
+        raise ValueError(f"batch_invariant: expected {_GUARANTEEING}, got True where none runs: {rejected}")
     _log.debug("%s on %s: %s (rejected: %s)", call, platform, chosen, rejected)
     return Explanation(chosen, rejected)
 

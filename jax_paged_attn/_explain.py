@@ -23,7 +23,7 @@ def explain(
     device: Any = None,
     **kwargs: Any,
 ) -> _engines.Explanation:
-    """Says which engine would run the attention calls of `fn(*args, **kwargs)`, and why the others would not.
+    """Tells which engine would run the attention calls of `fn(*args, **kwargs)`, and why the others would not.
 
     Nothing is computed or compiled: the function is traced, so `jax.ShapeDtypeStruct`s do as arguments.
 
@@ -36,14 +36,22 @@ def explain(
       **kwargs: keywords of `fn`; those that are not arrays stay static.
 
     Returns:
-      An `Explanation`: `.engine`, `.rejected` (`{engine: reason}`), and `.calls`, one entry an attention call. Printed
-      it shows what each engine takes too.
+      An `Explanation`: `.engine`, `.rejected` (`{engine: reason}`), and `.calls`, one entry per attention call. Printed
+      it also shows the calls that each engine takes.
 
     Raises:
-      ValueError: the function has no attention call, a named implementation does not run on the platform, or no
-        engine that promises `batch_invariant` does, a platform that JAX does not know, or both `platform` and `device`
-        are given.
+      ValueError: the function has no attention call. A named implementation does not run on the platform, or no engine
+        that guarantees `batch_invariant` does. JAX does not know the platform, or `device` is given too.
       TypeError: a platform that is no string, or a device that is no `jax.Device`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> q, pages = jax.ShapeDtypeStruct((1, 2, 8), jnp.float32), jax.ShapeDtypeStruct((3, 4, 1, 8), jnp.float32)
+      >>> tables, lengths = jax.ShapeDtypeStruct((1, 3), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+      >>> jpa.explain(jpa.paged_attention, q, pages, pages, tables, lengths, platform="tpu").engine
+      'reference'
     """
     lowered_for = _platform(platform, device)
 
@@ -90,8 +98,6 @@ def _attention_calls(jaxpr: Jaxpr) -> Iterator[tuple[_engines.Call, str | None]]
     for eqn in jaxpr.eqns:
         if eqn.primitive is _primitive.attention_p:
             q, k_pages, *_ = (x.aval for x in eqn.invars)
-            static = (eqn.params[name] for name in ("decode", "batch_invariant", "layout"))
-            call = _primitive.describe(q, k_pages, *static)
-            yield call, eqn.params["implementation"]
+            yield _primitive.describe(q, k_pages, eqn.params), eqn.params["implementation"]
         for inner in jaxprs_in_params(eqn.params):
             yield from _attention_calls(inner)

@@ -18,17 +18,18 @@ import numpy as np
 from jax import Array
 
 from jax_paged_attn._layouts import LAYOUTS
+from jax_paged_attn._options import Scoring
 
 _MODULES = {"cpu": "jax_paged_attn._cpu", "cuda": "jax_paged_attn._cuda"}
 # XLA's names of the platforms that JAX lowers for.
 _XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 
 ATTENTION_TARGET = "jax_paged_attn.attention.v1"
-# For pools of every layout; what "split" ones need, v1 does, so that programs exported with them stay as they were.
+# For pools of every layout. "split" ones stay with v1, so that programs exported with them stay as they were.
 ATTENTION_LAYOUT_TARGET = "jax_paged_attn.attention.v2"
 WRITE_TARGET = "jax_paged_attn.write.v1"
 
-# Splits that the keys of a sequence have at most; kMaxSplits in cpp/core/workspace.h.
+# The most KV splits of a sequence; kMaxSplits in cpp/core/workspace.h.
 _MAX_SPLITS = 16
 
 
@@ -111,7 +112,7 @@ def missing(platform: str) -> str | None:
 
 
 def describe() -> list[str]:
-    """A line per compiled module: how it was built and what it uses here."""
+    """One line per compiled module: how it was built and what it uses here."""
     lines = []
     for platform, name in _MODULES.items():
         if not has(platform):
@@ -159,8 +160,8 @@ def cublaslt_workspace_bytes(
 ) -> Any:
     """Size of the workspace of "cublaslt", exact for known sizes and enough for symbolic ones.
 
-    The handler makes its plan by the same function, so for known sizes no byte is left over. Of symbolic sizes the
-    plan cannot be known, but it keeps to the limit and what rows and sequences add.
+    The handler makes its plan by the same function, so for known sizes no byte is left over. The plan for symbolic
+    sizes is not known, but it keeps to the limit and adds a fixed number of bytes per row and sequence.
     """
     del batch_invariant  # which it does not guarantee
     module = compiled("cuda")
@@ -280,10 +281,7 @@ def _attention(
     workspace_bytes: Any,
     attributes: Mapping[str, Any] | None = None,
     *,
-    scale: float,
-    soft_cap: float,
-    sliding_window: int,
-    causal: bool,
+    scoring: Scoring,
     layout: str,
 ) -> tuple[Array, Array]:
     """Calls the attention target; `attributes` are those that one platform has beyond the common ones."""
@@ -296,10 +294,7 @@ def _attention(
     target, of_layout = (ATTENTION_TARGET, {}) if layout == "split" else (ATTENTION_LAYOUT_TARGET, {"layout": layout})
     out, lse, _ = jax.ffi.ffi_call(target, results)(
         *operands,
-        scale=np.float32(scale),
-        soft_cap=np.float32(soft_cap),
-        sliding_window=np.int64(sliding_window),
-        causal=bool(causal),
+        **scoring.attributes(),
         **of_layout,
         **(attributes or {}),
     )

@@ -1,8 +1,8 @@
 """Batching by folding: a mapped call of a primitive is one larger call of it.
 
 Mapped queries become more rows, mapped tables and lengths more sequences, mapped pools more pages. Each operand and
-result has an `Axis`: what its leading axis counts, which decides how a mapped one is folded and an unmapped one is
-repeated.
+result has an `Axis` that says what its leading axis counts. It decides how a mapped one is folded and an unmapped one
+is repeated.
 """
 
 import enum
@@ -16,7 +16,7 @@ from jax_paged_attn import _modes
 
 
 class Axis(enum.Enum):
-    """What the leading axis of an operand counts; of a pool, the axis of its pages."""
+    """The kinds of things that leading axes of operands count; in a pool, the axis of its pages."""
 
     ROWS = enum.auto()  # query rows
     SEQUENCES = enum.auto()
@@ -46,7 +46,7 @@ def fold(
     """Folds the mapped axis `dims[i]` of each operand (None: not mapped) into its leading axis, of pools into pages.
 
     Args:
-      axes, operands, dims: one entry an operand.
+      axes, operands, dims: one entry per operand.
       mapped: kinds to treat as mapped even if no operand of theirs is, because results of that kind must be.
       page_axis: the axis of pools that counts pages.
 
@@ -92,7 +92,7 @@ def _folded(
             in_use = max(pages.values())
             if axis is Axis.SLOTS:
                 in_use *= shapes[axes.index(Axis.K_POOL)][1]
-            # Strangers become -1 first: shifted, a bad id could land in the pool of a neighbour.
+            # Ids outside of the pool become -1 first: shifted, they could land in the pool of a neighbour.
             shift = jnp.expand_dims(copies * in_use, tuple(range(1, stacked.ndim)))
             stacked = jnp.where((stacked >= 0) & (stacked < in_use), stacked + shift, -1)
         folded.append(_merge(stacked, page_axis if axis in POOLS else 0))
@@ -124,8 +124,8 @@ def _without(dim: int | None, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _repeats_of_smaller_pool(pages: dict[Axis, int], together: set[Axis]) -> dict[Axis, int]:
     """How often a mapped pool must be repeated so that ids modulo its size stay right after the fold.
 
-    A smaller pool is read modulo its size. Ids are shifted by whole multiples of the larger size, so a smaller pool may
-    stay as it is while it is unmapped, but must be brought to the larger size before it is folded.
+    A smaller pool is read modulo its size. Ids are shifted by whole multiples of the larger size. An unmapped smaller
+    pool may stay as it is, and a mapped one must be brought to the larger size before it is folded.
     """
     largest = max(pages.values(), default=0)
     return {axis: largest // n for axis, n in pages.items() if axis in together and 0 < n < largest}

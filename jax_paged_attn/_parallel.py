@@ -1,20 +1,22 @@
 """Context parallelism: the keys of long sequences spread over devices, merged through their log-sum-exps."""
 
 import functools
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _checks, _debug, _modes
-from jax_paged_attn._attention import merge_attention_states, page_scale, paged_attention, ragged_paged_attention
+from jax_paged_attn import _checks, _debug, _modes, _options
+from jax_paged_attn._attention import merge_attention_states, paged_attention, ragged_paged_attention
+from jax_paged_attn._call import page_scale
 
-# A sink that adds nothing to any sum of exponentials, yet is a number.
+# A finite sink that adds nothing to any sum of exponentials.
 _NO_SINK = float(jnp.finfo(jnp.float32).min)
 
 
+@_options.keywords(_options.RaggedOptions)
 def context_parallel_attention(
     q: ArrayLike,
     k_pages: ArrayLike,
@@ -25,23 +27,17 @@ def context_parallel_attention(
     axis_name: str | tuple[str, ...],
     cu_q_lens: ArrayLike | None = None,
     num_seqs: ArrayLike | None = None,
-    causal: bool = True,
-    sinks: ArrayLike | None = None,
     return_lse: bool = False,
-    **options: Any,
+    **options: Unpack[_options.RaggedOptions],
 ) -> Array | tuple[Array, Array]:
     """Attention over pages that are spread over the devices of a mesh axis; to be called inside `jax.shard_map`.
 
-    Each device has a pool of its own and the block tables of all sequences, in which the pages that it does not have
-    are −1. Any device may have any page, so long as no two have the same one. Queries and lengths are the same on all
-    devices, and so are the results. Devices attend to their own pages; the partial results (B·N·(H + 1) float32 numbers
-    a device) meet in one all-gather.
+    Each device has a pool of its own, and block tables of all sequences with −1 for the pages of other devices. No two
+    devices have the same page. Queries, lengths and results are the same on all devices. Each attends to its own pages,
+    and the partial results (B·N·(H + 1) float32 numbers per device) meet in one all-gather and are merged as in
+    Flash-Decoding (Dao et al. 2023). Letters as in `paged_attention`; P counts the pages of one device.
 
-    A page keeps its place in the table, so causal masks and sliding windows are those of the whole sequence. Decode
-    without a window moves the pages a device has to the front and reads no more than them. Other calls walk over the
-    places of the missing pages too, without reading them.
-
-    Letters as in `paged_attention`; P counts the pages of one device.
+    Decode without a window reads the device's own pages only. Other calls walk over the places of missing pages too.
 
     Args:
       q: `[B, N, H]`, the newest token of each sequence; with `cu_q_lens` `[T, N, H]`.
@@ -53,11 +49,9 @@ def context_parallel_attention(
       axis_name: the mesh axis, or axes, that the pages are spread over.
       cu_q_lens: `[B + 1]` int32 as in `ragged_paged_attention`; None is decode.
       num_seqs: as in `ragged_paged_attention`, for calls with `cu_q_lens`.
-      causal: likewise.
-      sinks: `[N]` float32, the same on all devices; they count once.
       return_lse: return the log-sum-exp of the scores too.
-      **options: `scale`, `sliding_window`, `soft_cap`, `k_scale`, `v_scale`, `implementation`, `batch_invariant` as in
-        `paged_attention`.
+      options: the other keywords are those of `ragged_paged_attention`, `causal` for calls with `cu_q_lens`. Sinks are
+        the same on all devices and count once.
 
     Returns:
       `[B, N, H]` (`[T, N, H]`) in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` (`[T, N]`) float32.
@@ -66,35 +60,23 @@ def context_parallel_attention(
       ValueError: `axis_name` is no axis of an enclosing `shard_map`, `num_seqs` or `causal=False` without `cu_q_lens`,
         or as `paged_attention`.
       TypeError: as `paged_attention`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import jax_paged_attn as jpa
+      >>> from jax.sharding import AxisType, PartitionSpec as P
+      >>> attend = jax.shard_map(
+      ...     lambda q, pages, tables: jpa.context_parallel_attention(
+      ...         q, pages, pages, tables[0], jnp.array([5], jnp.int32), axis_name="pages"),
+      ...     mesh=jax.make_mesh((1,), ("pages",), axis_types=(AxisType.Auto,)),
+      ...     in_specs=(P(), P("pages"), P("pages")), out_specs=P())
+      >>> jax.jit(attend)(jnp.ones((1, 2, 8)), jnp.ones((3, 4, 1, 8)), jnp.array([[[2, 0]]], jnp.int32)).shape
+      (1, 2, 8)
     """
     return_lse = _checks.static_bool("return_lse", return_lse)
-    part = _part(axis_name)
-    if sinks is not None:
-        sinks = _checks.as_array("sinks", sinks)
-        sinks = _sinks_of_first(part, sinks)
-    if cu_q_lens is None:
-        if num_seqs is not None:
-            raise ValueError(f"num_seqs: expected None without cu_q_lens, got {num_seqs}")
-        if causal is not True:
-            raise ValueError(f"causal: expected True without cu_q_lens, got {causal}")
-        tables, own_lengths = block_tables, lengths
-        if options.get("sliding_window") is None:
-            tables, own_lengths = _own_pages(k_pages, block_tables, lengths)
-        with _debug.paused():  # to which a page of another device is an error
-            out, lse = paged_attention(
-                q, k_pages, v_pages, tables, own_lengths, sinks=sinks, return_lse=True, **options
-            )
-    else:
-        ragged = (lengths, block_tables, cu_q_lens, num_seqs)
-        with _debug.paused():
-            out, lse = ragged_paged_attention(
-                q, k_pages, v_pages, *ragged, causal=causal, sinks=sinks, return_lse=True, **options
-            )
-    if _debug.active():
-        where = (block_tables, lengths, cu_q_lens, num_seqs)
-        _check_values(q, k_pages, v_pages, *where, {**options, "sinks": sinks, "causal": causal})
-
-    # As one array the two need one collective.
+    out, lse = _own_part((q, k_pages, v_pages), block_tables, lengths, axis_name, cu_q_lens, num_seqs, {**options})
+    # One array of both needs one collective instead of two.
     state = jnp.concatenate([out.astype(jnp.float32), lse[..., None]], axis=-1)
     # Where `shard_map` keeps no account of what varies (check_vma=False), it wants the transpose of the plain gather.
     accounted = bool(jax.typeof(state).manual_axis_type.varying)
@@ -102,6 +84,39 @@ def context_parallel_attention(
     merged, merged_lse = merge_attention_states(states[..., :-1], states[..., -1])
     merged = merged.astype(out.dtype)
     return (merged, merged_lse) if return_lse else merged
+
+
+def _own_part(
+    q_and_pages: tuple[ArrayLike, ArrayLike, ArrayLike],
+    block_tables: ArrayLike,
+    lengths: ArrayLike,
+    axis_name: str | tuple[str, ...],
+    cu_q_lens: ArrayLike | None,
+    num_seqs: ArrayLike | None,
+    options: dict[str, Any],
+) -> tuple[Array, Array]:
+    """`(out, lse)` of attention to this device's pages."""
+    part = _part(axis_name)
+    if options["sinks"] is not None:
+        options["sinks"] = _sinks_of_first(part, _checks.as_array("sinks", options["sinks"]))
+    tables, own_lengths = block_tables, lengths
+    if cu_q_lens is None:
+        if num_seqs is not None:
+            raise ValueError(f"num_seqs: expected None without cu_q_lens, got {num_seqs}")
+        if options["causal"] is not True:
+            raise ValueError(f"causal: expected True without cu_q_lens, got {options['causal']}")
+        if options["sliding_window"] is None:
+            tables, own_lengths = _own_pages(q_and_pages[1], block_tables, lengths)
+    with _debug.paused():  # it takes a page of another device for an error
+        if cu_q_lens is None:
+            decode = {name: value for name, value in options.items() if name != "causal"}
+            out, lse = paged_attention(*q_and_pages, tables, own_lengths, return_lse=True, **decode)
+        else:
+            rows = (own_lengths, tables, cu_q_lens, num_seqs)
+            out, lse = ragged_paged_attention(*q_and_pages, *rows, return_lse=True, **options)
+    if _debug.active():
+        _check_values(*q_and_pages, block_tables, lengths, cu_q_lens, num_seqs, options)
+    return out, lse
 
 
 def _part(axis_name: str | tuple[str, ...]) -> Array:
@@ -126,12 +141,12 @@ def _check_values(
     q, pages, v_pages, block_tables, lengths = map(jnp.asarray, (q, k_pages, v_pages, block_tables, lengths))
     dims = _checks.Dims()
     dims.match("k_pages", pages, "P S K H", (str(pages.dtype),))
-    k_scale, v_scale = (page_scale(dims, name, options.get(name), pages) for name in ("k_scale", "v_scale"))
+    k_scale, v_scale = (page_scale(dims, name, options[name], pages) for name in ("k_scale", "v_scale"))
     sinks = jnp.zeros(0) if options["sinks"] is None else options["sinks"]
-    static = {"causal": options["causal"], "sliding_window": options.get("sliding_window") or 0}
+    scoring = _options.Scoring.checked(options, q.shape[-1])
     rows: Any = {} if cu_q_lens is None else {"cu_q_lens": jnp.asarray(cu_q_lens), "num_seqs": num_seqs}
     operands = (q, pages, v_pages, block_tables, lengths)
-    _debug.check_attention(*operands, (sinks, k_scale, v_scale), static, **rows, foreign_pages=True)
+    _debug.check_attention(*operands, (sinks, k_scale, v_scale), scoring, **rows, foreign_pages=True)
 
 
 def _own_pages(k_pages: ArrayLike, block_tables: ArrayLike, lengths: ArrayLike) -> tuple[ArrayLike, ArrayLike]:

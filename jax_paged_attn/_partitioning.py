@@ -1,7 +1,7 @@
 """Partitioning by XLA: along which axes an operation is split where arrays are sharded, and along which never.
 
-Key/value heads are split, each with the query heads of its group; so are the sequences of a decode call. Pages are not:
-their ids count the whole pool. XLA reshards an operand whose sharding does not fit.
+Key/value heads are split, each with the query heads of its group, and so are the sequences of a decode call. Pages
+are not split, since their ids count the whole pool. XLA reshards an operand whose sharding does not fit.
 
 `jax.experimental.custom_partitioning` does the work in two steps. Shardy propagates shardings through the operation by
 a rule that names the factors of each axis; then XLA's partitioner asks for shardings that fit together, and for the
@@ -27,7 +27,7 @@ MeshAxes = tuple[str, ...]
 
 
 class Dim(enum.Enum):
-    """What an axis of an operand or result counts, as far as that matters to a split."""
+    """The kinds of axes of operands and results, as far as they matter to a split."""
 
     ROWS = enum.auto()  # sequences, and the query rows of decode
     HEADS = enum.auto()  # query heads: the groups of the key/value heads, one after the other
@@ -37,7 +37,7 @@ class Dim(enum.Enum):
 
 Dims = tuple[Dim, ...]
 
-# The axes of arrays whose leading axis counts this or that.
+# The kinds of all axes of an array, by the kind of its leading axis.
 _DIMS: dict[Axis, Dims] = {
     Axis.ROWS: (Dim.ROWS, Dim.HEADS, Dim.WHOLE),
     Axis.SEQUENCES: (Dim.ROWS,),
@@ -59,7 +59,7 @@ class Rule:
     Attributes:
       operands, results: what the axes of each array count.
       num_kv_heads: K. Query heads are split further only between shards of one key/value head.
-      group: query heads a key/value head.
+      group: query heads per key/value head.
     """
 
     operands: tuple[Dims, ...]
@@ -94,7 +94,7 @@ def rule(
     """The rule of an operation whose operands and results have these axes.
 
     Args:
-      axes, result_axes, avals, result_avals: one entry an array.
+      axes, result_axes, avals, result_avals: one entry per array.
       split_rows: whether sequences may be split: row b must be the one row of sequence b.
       split_heads: whether heads may be split: pools must be `[P, S, K, H]`.
     """

@@ -1,12 +1,12 @@
 """The JAX primitives: attention, its tangent and cotangent, and writes to the cache.
 
-Each has abstract evaluation, a lowering a platform that XLA partitions, batching by folding and differentiation. The
-public functions check the user's arguments; the shape rules here hold for whoever binds a primitive, transformations
-included.
+Each has abstract evaluation, one lowering per platform that XLA partitions, batching by folding and differentiation.
+The public functions check the user's arguments; the shape rules here hold for whoever binds a primitive,
+transformations included.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,12 +46,12 @@ _AXES = (
     Axis.SCALES,
     Axis.SCALES,
 )
-# Where q, k_pages, v_pages and sinks stand among them: what can be differentiated.
+# The indices of q, k_pages, v_pages and sinks among them, which can be differentiated.
 _DIFFERENTIABLE = (0, 1, 2, 7)
 _ANY_DTYPE = (*_checks.COMPUTE_DTYPES, *_checks.QUANTIZED_DTYPES)
 
 # The parameters that derivatives share with attention.
-_STATIC = ("scale", "soft_cap", "sliding_window", "causal", "decode", "layout")
+_STATIC = ("scoring", "decode", "layout")
 
 # The axes of a primitive's operands and of its results.
 _Axes = tuple[tuple[Axis, ...], tuple[Axis, ...]]
@@ -144,8 +144,9 @@ def _aval_of(x: Any) -> ShapedArray:
 # ---- abstract evaluation ---------------------------------------------------------------------------------------------
 
 
-def describe(q: Any, k_pages: Any, decode: bool, batch_invariant: bool, layout: str) -> _engines.Call:
-    """What the choice of an engine depends on, from the operands' shapes and dtypes and the static parameters."""
+def describe(q: Any, k_pages: Any, parameters: Mapping[str, Any]) -> _engines.Call:
+    """The facts that the choice of an engine depends on, from shapes, dtypes and the primitive's parameters."""
+    layout = parameters["layout"]
     return _engines.Call(
         num_heads=q.shape[1],
         kv_heads=LAYOUTS[layout].kv_heads(k_pages),
@@ -153,14 +154,14 @@ def describe(q: Any, k_pages: Any, decode: bool, batch_invariant: bool, layout: 
         page_size=LAYOUTS[layout].page_size(k_pages),
         q_dtype=str(q.dtype),
         page_dtype=str(k_pages.dtype),
-        decode=decode,
-        batch_invariant=batch_invariant,
+        scoring=parameters["scoring"],
+        decode=parameters["decode"],
+        batch_invariant=parameters["batch_invariant"],
     )
 
 
-def _attention_abstract(
-    *operands: Any, implementation: str | None, decode: bool, batch_invariant: bool, layout: str, **_: Any
-) -> list[Any]:
+def _attention_abstract(*operands: Any, implementation: str | None, **parameters: Any) -> list[Any]:
+    decode, layout = parameters["decode"], parameters["layout"]
     q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale = operands
     dims = _checks.Dims()
     dims.match("q", q, "T N H", _checks.COMPUTE_DTYPES)
@@ -178,7 +179,7 @@ def _attention_abstract(
         _check_divides(name, x.shape[0], dims["B"])
     if decode and dims["T"] != dims["B"]:
         raise ValueError(f"q: expected one row for each of the {dims['B']} sequences, got {dims['T']}")
-    _engines.check_supported(describe(q, k_pages, decode, batch_invariant, layout), implementation)
+    _engines.check_supported(describe(q, k_pages, parameters), implementation)
     # On explicit mesh axes results are sharded as q is, or at least by head as the pools are.
     rows, heads, _ = q.sharding.spec
     if not decode:
@@ -272,12 +273,11 @@ def _attention_lowering(platform: str | None) -> Callable[..., Any]:
     def lower(ctx: mlir.LoweringRuleContext, *operands: Any, **parameters: Any) -> Any:
         q, k_pages, *_ = ctx.avals_in
         here = platform or _platform_of(ctx)
-        call = describe(q, k_pages, *(parameters[name] for name in ("decode", "batch_invariant", "layout")))
-        engine = _engines.choose_to_run(call, here, parameters["implementation"])
+        engine = _engines.choose_to_run(describe(q, k_pages, parameters), here, parameters["implementation"])
         attend = _reference_attention if engine == "reference" else _ffi.ATTENTION[engine]
 
         def impl(*operands: Array, implementation: str | None, **static: Any) -> Sequence[Array]:
-            del implementation  # `engine` is what became of it
+            del implementation  # `engine` is the one that was chosen
             return attend(*operands, **static)
 
         return _lowering(impl, _attention_axes)(ctx, *operands, **parameters)
@@ -286,7 +286,7 @@ def _attention_lowering(platform: str | None) -> Callable[..., Any]:
 
 
 def _reference_attention(*operands: Array, batch_invariant: bool, **static: Any) -> Sequence[Array]:
-    del batch_invariant  # which it does not promise
+    del batch_invariant  # no such guarantee
     return _reference.attention(*operands, **static)
 
 
@@ -366,7 +366,7 @@ def _attention_jvp(
     batch_invariant: bool,
     **static: Any,
 ) -> tuple[Any, Any]:
-    # Derivatives have no use for what says which engine runs: they are plain JAX.
+    # Derivatives are plain JAX, whichever engine runs.
     results = attention_p.bind(*primals, implementation=implementation, batch_invariant=batch_invariant, **static)
     dots = [tangents[i] for i in _DIFFERENTIABLE]  # scales are constants
     wrt = tuple(_has_tangent(dot) for dot in dots)
@@ -402,7 +402,7 @@ def _write_transpose(bars: Sequence[Any], *operands: Any, **parameters: Any) -> 
     pool_bars = list(map(_instantiated, bars))
     k, v = (x.aval if ad.is_undefined_primal(x) else x for x in operands[2:4])
     slots, scales = operands[4], operands[5:]
-    # What a token overwrote has no influence: its slot of the pools' cotangent becomes zero.
+    # An overwritten value has no influence, so its slot of the pools' cotangent becomes zero.
     nothing = [_modes.zeros(x.shape, x.dtype) for x in (k, v)]
     kept = write_p.bind(*pool_bars, *_vary_like(pool_bars[0], nothing), *operands[4:], **parameters)
     tokens = [

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_paged_attn._layouts import LAYOUTS
+from jax_paged_attn._options import Scoring
 
 # Products of float32 values would otherwise be rounded to tf32 or bfloat16 on GPUs and TPUs.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "soft_cap", "sliding_window", "causal", "decode", "layout"))
+@functools.partial(jax.jit, static_argnames=("scoring", "decode", "layout"))
 def attention(
     q: Array,
     k_pages: Array,
@@ -29,10 +30,7 @@ def attention(
     k_scale: Array,
     v_scale: Array,
     *,
-    scale: float,
-    soft_cap: float,
-    sliding_window: int,
-    causal: bool,
+    scoring: Scoring,
     decode: bool,
     layout: str,
 ) -> tuple[Array, Array]:
@@ -62,18 +60,10 @@ def attention(
 
         position = jnp.clip(kv_len, 0, capacity) - q_count + (row_ids - q_start)
         key_ids = jnp.arange(capacity, dtype=jnp.int32)
-        visible = jnp.broadcast_to(valid[None, :], (rows.shape[0], capacity))
-        if causal:
-            visible &= key_ids[None, :] <= position[:, None]
-        else:
-            visible &= position[:, None] >= 0  # a row before position 0 sees no key
-        if sliding_window:
-            visible &= key_ids[None, :] > position[:, None] - sliding_window
+        visible = valid[None, :] & scoring.sees(position[:, None], key_ids[None, :])
 
         grouped = rows.astype(jnp.float32).reshape(rows.shape[0], kv_heads, num_heads // kv_heads, head_dim)
-        scores = _einsum("tkgh,skh->tkgs", grouped, keys) * scale
-        if soft_cap:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores, _ = scoring.scores(_einsum("tkgh,skh->tkgs", grouped, keys))
         return _softmax_average(scores, visible[:, None, None, :], sink.reshape(kv_heads, -1), values)
 
     if decode:
@@ -142,7 +132,7 @@ def write(
 
 
 def last_writer(slots: Array, num_slots: int) -> Array:
-    """Whether token t is the one whose value stays: its slot is in the pool and no later token has the same."""
+    """True for a token whose value stays: its slot is in the pool and no later token has the same."""
     token_ids = jnp.arange(slots.shape[0], dtype=jnp.int32)
     in_pool = (slots >= 0) & (slots < num_slots)
     # Sorting by (slot, token) puts the last token of each slot at the end of its run.
@@ -166,7 +156,7 @@ def quantize(values: Array, dtype: jnp.dtype) -> Array:
     if dtype == jnp.int8:
         return jnp.nan_to_num(jnp.clip(jnp.round(values), -127, 127), nan=0.0).astype(jnp.int8)
     if jnp.finfo(dtype).bits == 8:
-        # The conversion itself turns what is too large into NaN (e4m3) or infinity (e5m2).
+        # The conversion itself would turn values that are too large into NaN (e4m3) or infinity (e5m2).
         bound = float(jnp.finfo(dtype).max)
         return jnp.clip(values, -bound, bound).astype(dtype)
     return values.astype(dtype)
@@ -174,7 +164,7 @@ def quantize(values: Array, dtype: jnp.dtype) -> Array:
 
 @jax.jit
 def read_tokens(pages: Array, slots: Array, scale: Array) -> Array:
-    """What stands in the slot of each token, `[T, K, H]` float32, divided by its scale; 0 if the token is not there.
+    """The value in the slot of each token, `[T, K, H]` float32, divided by its scale; 0 if the token is not there.
 
     As a linear map this is the transpose of the write.
     """

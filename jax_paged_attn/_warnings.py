@@ -4,7 +4,16 @@ import warnings
 
 
 class PagedAttentionWarning(UserWarning):
-    """A call gives the right result in a slow way."""
+    """A call gives the right result in a slow way.
+
+    Example:
+      Tests can insist on the fast way:
+
+      >>> import warnings
+      >>> import jax_paged_attn as jpa
+      >>> with warnings.catch_warnings():
+      ...     warnings.simplefilter("error", jpa.PagedAttentionWarning)
+    """
 
 
 _told: set[str] = set()

@@ -12,36 +12,28 @@ Such code writes its pages with plain JAX, in place where they are donated (XLA 
     k_pages.reshape(K, P * S, H).at[:, slots].set(k.swapaxes(0, 1), mode="drop")
 """
 
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _checks, _primitive
-from jax_paged_attn._attention import paged, ragged, static_parameters
+from jax_paged_attn import _checks, _options, _primitive
+from jax_paged_attn._call import paged, ragged
 
 __all__ = ["DEFAULT_MASK_VALUE", "paged_attention", "ragged_paged_attention"]
 
-# What both kernels have as default.
+# The default of both kernels.
 DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
 
 # Scores do not come near it, so exp(mask_value − score) is 0 and the key has no weight.
 _LARGEST_MASK_VALUE = -1e6
 
 
-class _EngineOptions(TypedDict, total=False):
-    """What these functions take beyond the kernels' own keywords, for the types of what `return_lse` decides."""
+class _TpuOptions(_options.PageScales, _options.Sinks, _options.EngineChoice, total=False):
+    """The keywords of the TPU kernel, and those that this package adds."""
 
-    k_scale: ArrayLike | None
-    v_scale: ArrayLike | None
-    sinks: ArrayLike | None
-    implementation: str | None
-    batch_invariant: bool
-
-
-class _TpuOptions(_EngineOptions, total=False):
     sm_scale: float
     sliding_window: int | None
     soft_cap: float | None
@@ -51,7 +43,9 @@ class _TpuOptions(_EngineOptions, total=False):
     vmem_limit_bytes: int | None
 
 
-class _GpuOptions(_EngineOptions, total=False):
+class _GpuOptions(_options.PageScales, _options.Sinks, _options.EngineChoice, total=False):
+    """The keywords of the GPU kernel, and those that this package adds."""
+
     block_h: int
     pages_per_compute_block: int
     k_splits: int
@@ -91,6 +85,7 @@ def ragged_paged_attention(
 ) -> tuple[Array, Array]: ...
 
 
+@_options.keywords(_TpuOptions, sm_scale=1.0, mask_value=DEFAULT_MASK_VALUE, return_lse=False)
 def ragged_paged_attention(
     q: ArrayLike,
     kv_pages: ArrayLike,
@@ -98,20 +93,7 @@ def ragged_paged_attention(
     page_indices: ArrayLike,
     cu_q_lens: ArrayLike,
     num_seqs: ArrayLike,
-    *,
-    sm_scale: float = 1.0,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-    mask_value: float | None = DEFAULT_MASK_VALUE,
-    k_scale: ArrayLike | None = None,
-    v_scale: ArrayLike | None = None,
-    num_kv_pages_per_block: int | None = None,
-    num_queries_per_block: int | None = None,
-    vmem_limit_bytes: int | None = None,
-    sinks: ArrayLike | None = None,
-    return_lse: bool = False,
-    implementation: str | None = None,
-    batch_invariant: bool = False,
+    **options: Any,
 ) -> Array | tuple[Array, Array]:
     """The call of `jax.experimental.pallas.ops.tpu.ragged_paged_attention`: causal, prompts and decode rows mixed.
 
@@ -125,13 +107,13 @@ def ragged_paged_attention(
       page_indices: `[B, M]` int32, the pages of each sequence.
       cu_q_lens: `[B + 1]` int32, the first row of each sequence, then the end.
       num_seqs: `[1]` or scalar int32, how many of the B sequences are live.
-      sm_scale: multiplies the scores. A static number, as are window and cap. Mind the default: 1, not 1/sqrt(H).
+      sm_scale: multiplies the scores. A static number, as are window and cap. The default is 1, not 1/sqrt(H).
       sliding_window: w ≥ 1: the token at position i sees keys j with i − w < j ≤ i.
       soft_cap: c ≠ 0: scores become c·tanh(scores / c).
       mask_value: None or a number of at most −1e6. A masked key has no weight at all here, whatever it is.
       k_scale: key = stored × k_scale: a float, as there, or float32, scalar or `[K]`. None is 1.
       v_scale: likewise for values.
-      num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes: sizes of the TPU kernel's blocks, of no use here.
+      num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes: block sizes of the TPU kernel, ignored here.
       sinks, return_lse, implementation, batch_invariant: as in `jax_paged_attn.ragged_paged_attention`; the TPU kernel
         has none of them.
 
@@ -140,32 +122,24 @@ def ragged_paged_attention(
 
     Raises:
       ValueError, TypeError: as `jax_paged_attn.ragged_paged_attention`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_paged_attn.compat import ragged_paged_attention
+      >>> kv_pages = jnp.ones((3, 4, 2, 8))  # K = 1: head 0 has keys, head 1 has values
+      >>> kv_lens, page_indices = jnp.array([5], jnp.int32), jnp.array([[2, 0]], jnp.int32)
+      >>> rows, num_seqs = jnp.array([0, 3], jnp.int32), jnp.array([1], jnp.int32)
+      >>> ragged_paged_attention(jnp.ones((3, 2, 8)), kv_pages, kv_lens, page_indices, rows, num_seqs).shape
+      (3, 2, 8)
     """
-    _check_mask_value(mask_value)
-    _check_counts(
-        num_kv_pages_per_block=num_kv_pages_per_block,
-        num_queries_per_block=num_queries_per_block,
-        vmem_limit_bytes=vmem_limit_bytes,
-    )
-    cap = None if soft_cap is None else abs(_checks.static_number("soft_cap", soft_cap))  # tanh is odd
-    static = static_parameters(sm_scale, sliding_window, cap, True, return_lse, implementation, batch_invariant)
+    _check_mask_value(options["mask_value"])
+    _check_counts(options, "num_kv_pages_per_block", "num_queries_per_block", "vmem_limit_bytes")
+    cap = options["soft_cap"]
+    cap = None if cap is None else abs(_checks.static_number("soft_cap", cap))  # tanh is odd
     kv_pages = _checks.as_array("kv_pages", kv_pages)
-    return ragged(
-        _primitive.attention,
-        static,
-        q,
-        kv_pages,
-        kv_pages,
-        kv_lens,
-        page_indices,
-        cu_q_lens,
-        num_seqs,
-        sinks,
-        _scale_of(k_scale, kv_pages),
-        _scale_of(v_scale, kv_pages),
-        layout="interleaved",
-        tables_name="page_indices",
-    )
+    operands = (q, kv_pages, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
+    options |= {"scale": options["sm_scale"], "soft_cap": cap, **_scales(options, kv_pages)}
+    return ragged(_primitive.attention, *operands, options, layout="interleaved", tables_name="page_indices")
 
 
 @overload
@@ -198,6 +172,11 @@ def paged_attention(
 ) -> tuple[Array, Array]: ...
 
 
+@_options.keywords(
+    _GpuOptions,
+    **{"block_h": 16, "pages_per_compute_block": 8, "k_splits": 16, "num_warps": 8, "num_stages": 2},
+    **{"interpret": False, "debug": False, "mask_value": DEFAULT_MASK_VALUE, "return_lse": False},
+)
 def paged_attention(
     q: ArrayLike,
     k_pages: ArrayLike,
@@ -206,22 +185,7 @@ def paged_attention(
     lengths: ArrayLike | None,
     k_scales_pages: ArrayLike | None = None,
     v_scales_pages: ArrayLike | None = None,
-    *,
-    block_h: int = 16,
-    pages_per_compute_block: int = 8,
-    k_splits: int = 16,
-    num_warps: int = 8,
-    num_stages: int = 2,
-    interpret: bool = False,
-    debug: bool = False,
-    mask_value: float = DEFAULT_MASK_VALUE,
-    attn_logits_soft_cap: float | None = None,
-    k_scale: ArrayLike | None = None,
-    v_scale: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    return_lse: bool = False,
-    implementation: str | None = None,
-    batch_invariant: bool = False,
+    **options: Any,
 ) -> Array | tuple[Array, Array]:
     """The call of `jax.experimental.pallas.ops.gpu.paged_attention`, which JAX has deprecated: decode.
 
@@ -233,10 +197,10 @@ def paged_attention(
       v_pages: as `k_pages`.
       block_tables: `[B, M]` int32, the pages of each sequence.
       lengths: `[B]` int32, tokens in the cache; None is M·S for every sequence.
-      k_scales_pages: must be None: a scale a token is not supported. See `k_scale`.
+      k_scales_pages: must be None: one scale per token is not supported. See `k_scale`.
       v_scales_pages: likewise.
-      block_h, pages_per_compute_block, k_splits, num_warps, num_stages: sizes of that kernel's blocks, of no use here.
-      interpret, debug: likewise of no use.
+      block_h, pages_per_compute_block, k_splits, num_warps, num_stages: block sizes of that kernel, ignored here.
+      interpret, debug: likewise ignored.
       mask_value: a number of at most −1e6. A masked key has no weight at all here, whatever it is.
       attn_logits_soft_cap: c ≠ 0: scores become c·tanh(scores / c).
       k_scale: positive, finite float32, scalar or `[K]`: key = stored × k_scale. None is 1. That kernel has none.
@@ -248,25 +212,25 @@ def paged_attention(
       `[B, N, H]` in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` float32.
 
     Raises:
-      ValueError, TypeError: as `jax_paged_attn.paged_attention`, and for scales a token.
+      ValueError, TypeError: as `jax_paged_attn.paged_attention`, and for scales per token.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_paged_attn.compat import paged_attention
+      >>> pages = jnp.ones((1, 3, 4, 8))  # [K, P, S, H]
+      >>> block_tables, lengths = jnp.array([[2, 0]], jnp.int32), jnp.array([5], jnp.int32)
+      >>> paged_attention(jnp.ones((1, 2, 8)) * 8**-0.5, pages, pages, block_tables, lengths).shape
+      (1, 2, 8)
     """
-    del interpret, debug
-    _check_mask_value(mask_value)
-    _check_counts(
-        block_h=block_h,
-        pages_per_compute_block=pages_per_compute_block,
-        k_splits=k_splits,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+    _check_mask_value(options["mask_value"])
+    _check_counts(options, "block_h", "pages_per_compute_block", "k_splits", "num_warps", "num_stages")
     for name, scales in (("k_scales_pages", k_scales_pages), ("v_scales_pages", v_scales_pages)):
         if scales is not None:
-            raise ValueError(f"{name}: expected None (k_scale and v_scale are scalar or [K]), got a scale a token")
-    cap = attn_logits_soft_cap
+            raise ValueError(f"{name}: expected None (k_scale and v_scale are scalar or [K]), got one scale per token")
+    cap = options["attn_logits_soft_cap"]
     cap = None if cap is None else abs(_checks.static_number("attn_logits_soft_cap", cap))
     if cap == 0:
         raise ValueError("attn_logits_soft_cap: expected None or a number that is not 0, got 0")
-    static = static_parameters(1.0, None, cap, True, return_lse, implementation, batch_invariant)
     k_pages, v_pages = _checks.as_array("k_pages", k_pages), _checks.as_array("v_pages", v_pages)
     block_tables = _checks.as_int32("block_tables", block_tables)
     if lengths is None:
@@ -274,19 +238,9 @@ def paged_attention(
         dims.match("block_tables", block_tables, "B M", ("int32",))
         dims.match("k_pages", k_pages, "K P S H", (str(k_pages.dtype),))
         lengths = jnp.full(dims["B"], dims["M"] * dims["S"], jnp.int32)
-    return paged(
-        _primitive.attention,
-        static,
-        q,
-        k_pages,
-        v_pages,
-        block_tables,
-        lengths,
-        sinks,
-        _scale_of(k_scale, k_pages),
-        _scale_of(v_scale, v_pages),
-        layout="head_major",
-    )
+    options |= {"scale": 1.0, "sliding_window": None, "soft_cap": cap, **_scales(options, k_pages)}
+    operands = (q, k_pages, v_pages, block_tables, lengths)
+    return paged(_primitive.attention, *operands, options, layout="head_major")
 
 
 def _check_mask_value(mask_value: float | None) -> None:
@@ -294,12 +248,13 @@ def _check_mask_value(mask_value: float | None) -> None:
         raise ValueError(f"mask_value: expected None or a number of at most {_LARGEST_MASK_VALUE}, got {mask_value}")
 
 
-def _check_counts(**counts: Any) -> None:
-    for name, count in counts.items():
-        if count is not None:
-            _checks.static_count(name, count)
+def _check_counts(options: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if options[name] is not None:
+            _checks.static_count(name, options[name])
 
 
-def _scale_of(scale: ArrayLike | None, pages: Array) -> ArrayLike | None:
-    """Both kernels read int8 pages without a scale as what they are."""
-    return 1.0 if scale is None and pages.dtype == jnp.int8 else scale
+def _scales(options: dict[str, Any], pages: Array) -> dict[str, Any]:
+    """The page scales: 1 where int8 pages have none, as both kernels read them."""
+    default = 1.0 if pages.dtype == jnp.int8 else None
+    return {name: default if options[name] is None else options[name] for name in ("k_scale", "v_scale")}

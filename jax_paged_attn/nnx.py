@@ -29,7 +29,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_paged_attn import PagedKVCache, StepArrays, _checks, _modes, ragged_paged_attention, write_kv_pages
+from jax_paged_attn import PagedKVCache, StepArrays, _checks, _modes, _options, ragged_paged_attention, write_kv_pages
 
 __all__ = [
     "CacheVariable",
@@ -54,9 +54,22 @@ __all__ = [
 
 IntArray = Array | np.ndarray
 
+# That of RoFormer and of most models since.
+_ROPE_THETA = 10000.0
+
 
 class CacheVariable(nnx.Variable):
-    """Key or value pages of one layer, `[P, S, K, H]`: changed by every step, unlike the weights."""
+    """Key or value pages of one layer, `[P, S, K, H]`: changed by every step, unlike the weights.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jax_paged_attn.nnx import CacheVariable, PagedAttention
+      >>> layer = PagedAttention(num_heads=2, num_kv_heads=1, head_dim=8)
+      >>> layer.init_cache(num_pages=3, page_size=4, dtype=jnp.float32)
+      >>> [x.shape for x in nnx.to_flat_state(nnx.state(layer, CacheVariable)).leaves]
+      [(3, 4, 1, 8), (3, 4, 1, 8)]
+    """
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +84,12 @@ class StepMetadata:
       kv_lens: `[B]`, tokens of each sequence in the cache, the new ones included.
       cu_q_lens: `[B + 1]`, first token of each sequence in the step, then the end.
       num_seqs: scalar, how many of the B rows are live.
+
+    Example:
+      >>> from jax_paged_attn.nnx import StepMetadata
+      >>> step = StepMetadata.whole_sequences(num_seqs=2, length=3, page_size=2)
+      >>> step.slot_mapping.tolist(), step.cu_q_lens.tolist()
+      ([0, 1, 2, 4, 5, 6], [0, 3, 6])
     """
 
     positions: IntArray
@@ -82,7 +101,7 @@ class StepMetadata:
 
     @classmethod
     def whole_sequences(cls, num_seqs: int, length: int, page_size: int) -> StepMetadata:
-        """The step that prefills `num_seqs` new sequences of `length` tokens each, with pages 0, 1, … in order."""
+        """Makes the step that prefills `num_seqs` sequences of `length` tokens each, with pages 0, 1, … in order."""
         pages = -(-length // page_size)
         tables = np.arange(num_seqs * pages, dtype=np.int32).reshape(num_seqs, pages)
         positions = np.arange(length, dtype=np.int32)
@@ -98,7 +117,7 @@ class StepMetadata:
 
     @classmethod
     def from_arrays(cls, arrays: StepArrays) -> StepMetadata:
-        """The step whose arrays `jax_paged_attn.PageAllocator.step` made."""
+        """Makes the step from the arrays of `jax_paged_attn.PageAllocator.step`."""
         return cls(**{field.name: getattr(arrays, field.name) for field in dataclasses.fields(cls)})
 
 
@@ -109,6 +128,21 @@ class Llama3RopeScaling:
     Frequencies whose wavelength is above ``original_max_position_embeddings / low_freq_factor`` are divided by
     `factor`, those below ``original_max_position_embeddings / high_freq_factor`` stay, and those between are
     interpolated. Field names are those of `rope_scaling` in Hugging Face's config.json.
+
+    Attributes:
+      factor: how many times longer contexts are than in pretraining, > 0.
+      low_freq_factor: see above, > 0.
+      high_freq_factor: see above, > `low_freq_factor`.
+      original_max_position_embeddings: the context length of pretraining in tokens, > 0.
+
+    Raises:
+      ValueError: a number outside of its range.
+
+    Example:
+      >>> from jax_paged_attn.nnx import Llama3RopeScaling, rope_frequencies
+      >>> scaling = Llama3RopeScaling(8.0, 1.0, 4.0, 8192)  # Llama 3.1
+      >>> float(rope_frequencies(128, 500000.0)[-1] / rope_frequencies(128, 500000.0, scaling)[-1])
+      8.0
     """
 
     factor: float
@@ -123,11 +157,21 @@ class Llama3RopeScaling:
             raise ValueError(f"rope scaling: expected 0 < low_freq_factor < high_freq_factor, got {self}")
 
 
-def rope_frequencies(head_dim: int, theta: float = 10000.0, scaling: Llama3RopeScaling | None = None) -> np.ndarray:
-    """Rotary frequencies in radians a token (RoFormer, Su et al. 2021), float32 `[head_dim / 2]`.
+def rope_frequencies(head_dim: int, theta: float = _ROPE_THETA, scaling: Llama3RopeScaling | None = None) -> np.ndarray:
+    """Rotary frequencies in radians per token (RoFormer, Su et al. 2021), float32 `[head_dim / 2]`.
+
+    Args:
+      head_dim: H, even.
+      theta: the base, positive: frequency i is theta^(−2i / H).
+      scaling: Llama 3's stretched frequencies.
 
     Raises:
       ValueError: `head_dim` is odd or `theta` is not positive and finite.
+
+    Example:
+      >>> from jax_paged_attn.nnx import rope_frequencies
+      >>> [f"{frequency:.2f}" for frequency in rope_frequencies(4)]
+      ['1.00', '0.01']
     """
     if head_dim % 2:
         raise ValueError(f"head_dim: expected an even number for rotary embeddings, got {head_dim}")
@@ -151,6 +195,13 @@ def apply_rope(x: Array, positions: IntArray, frequencies: ArrayLike) -> Array:
 
     Returns:
       As `x`, in its dtype; the rotation is computed in float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_paged_attn.nnx import apply_rope, rope_frequencies
+      >>> x = jnp.array([[[1.0, 0.0]], [[1.0, 0.0]]])  # two tokens of one head, H = 2
+      >>> [f"{number:.2f}" for number in apply_rope(x, jnp.array([0, 1]), rope_frequencies(2)).ravel()]
+      ['1.00', '0.00', '0.54', '0.84']
     """
     return _rotated(x, jnp.asarray(positions), jnp.asarray(frequencies, jnp.float32))
 
@@ -176,59 +227,57 @@ def _rotated_heads(
 
 
 class PagedAttention(nnx.Module):
-    """Rotates queries and keys, writes keys and values to the cache, attends. No weights except the optional sinks.
+    """Rotates queries and keys, writes keys and values to the cache, and attends. It has no weights but optional sinks.
 
     Args:
       num_heads, num_kv_heads, head_dim: N, K, H.
       rope_theta: base of the rotary frequencies; None for no rotation.
       rope_scaling: Llama 3's stretched frequencies.
-      scale, sliding_window, soft_cap: as for `jax_paged_attn.ragged_paged_attention`.
-      implementation, batch_invariant: likewise, of calls with a step.
-      sinks: whether each head has a learnt sink logit, an `nnx.Param` `[N]` float32, initially 0.
+      sinks: True gives each head a learnt sink logit, an `nnx.Param` `[N]` float32, initially 0.
+      options: the other keywords are those of `jax_paged_attn.ragged_paged_attention`, kept as attributes of the layer.
+        `implementation` and `batch_invariant` are for calls with a step.
 
     Raises:
       ValueError: a size below 1, N is no multiple of K, a window below 1, a cap that is not positive, a number that is
         not finite, or what `rope_frequencies` refuses.
       TypeError: a size or window that is no integer, or what is no number or no bool.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_paged_attn.nnx import PagedAttention, StepMetadata
+      >>> layer = PagedAttention(num_heads=2, num_kv_heads=1, head_dim=8, sliding_window=4)
+      >>> layer.init_cache(num_pages=2, page_size=4, dtype=jnp.float32)
+      >>> step = StepMetadata.whole_sequences(num_seqs=1, length=6, page_size=4)
+      >>> layer(jnp.ones((6, 2, 8)), jnp.ones((6, 1, 8)), jnp.ones((6, 1, 8)), step).shape
+      (6, 2, 8)
     """
 
+    @_options.keywords(_options.LayerOptions)
     def __init__(
         self,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
         *,
-        rope_theta: float | None = 10000.0,
+        rope_theta: float | None = _ROPE_THETA,
         rope_scaling: Llama3RopeScaling | None = None,
-        scale: float | None = None,
-        sliding_window: int | None = None,
-        soft_cap: float | None = None,
         sinks: bool = False,
-        implementation: str | None = None,
-        batch_invariant: bool = False,
+        **options: Unpack[_options.LayerOptions],
     ):
         for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
             _checks.static_count(name, count)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads: expected a multiple of num_kv_heads = {num_kv_heads}, got {num_heads}")
-        if scale is not None:
-            _checks.static_number("scale", scale)
-        if sliding_window is not None:
-            _checks.static_count("sliding_window", sliding_window)
-        if soft_cap is not None:
-            _checks.static_positive("soft_cap", soft_cap)
         _checks.static_bool("sinks", sinks)
-        _checks.static_bool("batch_invariant", batch_invariant)
+        _options.Scoring.checked(options, head_dim)
+        _options.engine_choice(options)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.rope_theta = rope_theta
         self.rope_scaling = rope_scaling
-        self.scale = scale
-        self.sliding_window = sliding_window
-        self.soft_cap = soft_cap
-        self.implementation = implementation
-        self.batch_invariant = batch_invariant
+        for name, value in options.items():  # such as `self.scale`
+            setattr(self, name, value)
         self.sinks = nnx.data(nnx.Param(_modes.zeros((num_heads,), jnp.float32)) if sinks else None)
         self.k_pages: CacheVariable | None = nnx.data(None)
         self.v_pages: CacheVariable | None = nnx.data(None)
@@ -246,7 +295,7 @@ class PagedAttention(nnx.Module):
         k_scale: ArrayLike | None = None,
         v_scale: ArrayLike | None = None,
     ) -> None:
-        """Gives the layer an empty cache of `[num_pages, page_size, K, H]` a side, in place of any it had.
+        """Gives the layer an empty cache in place of any it had: keys and values `[num_pages, page_size, K, H]`.
 
         Args:
           dtype: that of the queries, or float8_e4m3fn, float8_e5m2, int8.
@@ -281,14 +330,10 @@ class PagedAttention(nnx.Module):
         positions = jnp.arange(q.shape[-3], dtype=jnp.int32) if step is None else step.positions
         if self.rope_theta is not None:
             q, k = _rotated_heads(q, k, jnp.asarray(positions), self.rope_theta, self.rope_scaling)
-        options: dict[str, Any] = {
-            "scale": self.scale,
-            "sliding_window": self.sliding_window,
-            "soft_cap": self.soft_cap,
-            "sinks": None if self.sinks is None else self.sinks[...],
-        }
+        options: Any = {name: getattr(self, name) for name in get_type_hints(_options.LayerOptions)}
+        sinks = None if self.sinks is None else self.sinks[...]
         if step is None:
-            return _attend_within(q, k, v, **options)
+            return _attend_within(q, k, v, sinks, _options.Scoring.checked(options, self.head_dim))
         if self.k_pages is None or self.v_pages is None:
             raise ValueError("step: expected a layer with a cache, but init_cache was never called")
 
@@ -307,24 +352,14 @@ class PagedAttention(nnx.Module):
             step.block_tables,
             step.cu_q_lens,
             step.num_seqs,
-            implementation=self.implementation,
-            batch_invariant=self.batch_invariant,
+            sinks=sinks,
             **options,
             **scales,
         )
 
 
-@functools.partial(_modes.compiled, static_argnames=("scale", "sliding_window", "soft_cap"))
-def _attend_within(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    scale: float | None,
-    sliding_window: int | None,
-    soft_cap: float | None,
-    sinks: Array | None,
-) -> Array:
+@functools.partial(_modes.compiled, static_argnames="scoring")
+def _attend_within(q: Array, k: Array, v: Array, sinks: Array | None, scoring: _options.Scoring) -> Array:
     """Causal attention of whole sequences, q `[..., T, N, H]` and k, v `[..., T, K, H]`, each within itself.
 
     A block of queries at a time, which leaves out the keys that none of them sees; the queries of a group are rows of
@@ -332,24 +367,21 @@ def _attend_within(
     """
     length, num_heads, head_dim = q.shape[-3:]
     kv_heads = k.shape[-2]
+    positions = jnp.arange(length, dtype=jnp.int32)
     grouped = q.reshape(*q.shape[:-2], kv_heads, num_heads // kv_heads, head_dim)
     block = max(128, math.ceil(length / 8))
     outs = []
     for start in range(0, length, block):
         stop = min(start + block, length)
-        first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
-        distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
-        visible = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
-
-        scores = jnp.einsum(
+        first = int(scoring.first_key(np.int64(start)))
+        visible = scoring.sees(positions[start:stop, None], positions[None, first:stop])
+        products = jnp.einsum(
             "...qkgh,...skh->...kgqs",
             grouped[..., start:stop, :, :, :],
             k[..., first:stop, :, :],
             preferred_element_type=jnp.float32,
         )
-        scores *= head_dim**-0.5 if scale is None else scale
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores, _ = scoring.scores(products)
         scores = jnp.where(visible.reshape(*[1] * (scores.ndim - 2), *visible.shape), scores, -jnp.inf)
         if sinks is not None:
             sink = jnp.broadcast_to(sinks.reshape(kv_heads, -1, 1, 1), (*scores.shape[:-1], 1))
@@ -359,22 +391,43 @@ def _attend_within(
     return jnp.concatenate(outs, axis=-4).reshape(q.shape)
 
 
+class _AttentionOptions(_options.LayerOptions, total=False):
+    """The keywords of `PagedAttention`."""
+
+    rope_theta: float | None
+    rope_scaling: Llama3RopeScaling | None
+    sinks: bool
+
+
 class PagedSelfAttention(nnx.Module):
     """Grouped-query self-attention with projections, rotary embeddings and a paged cache.
 
-    Tensor parallel where weights and pages are sharded by head, on meshes with Auto and with Explicit axes: the kernels
-    of `q_proj`, `k_proj` and `v_proj` by column, that of `o_proj` by row, the pages by axis 2. See docs/sharding.md.
+    It is tensor parallel where weights and pages are sharded by head, on meshes with Auto and with Explicit axes. The
+    kernels of `q_proj`, `k_proj` and `v_proj` are sharded by column, that of `o_proj` by row, the pages by axis 2. See
+    docs/sharding.md.
 
     Args:
       hidden_size: D, size of the tokens' vectors.
       num_heads, num_kv_heads, head_dim: N, K, H.
-      use_bias: whether the projections have a bias.
+      use_bias: True gives the projections a bias.
       dtype: of the computation; None for that of inputs and weights.
       param_dtype: of the weights.
       rngs: for the weights' initial values.
-      options: those of `PagedAttention`.
+      options: the other keywords are those of `PagedAttention`.
+
+    Raises:
+      ValueError, TypeError: as `PagedAttention`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jax_paged_attn.nnx import PagedSelfAttention
+      >>> layer = PagedSelfAttention(16, num_heads=2, num_kv_heads=1, head_dim=8, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((3, 5, 16))).shape  # training: three whole sequences, no cache
+      (3, 5, 16)
     """
 
+    @_options.keywords(_AttentionOptions, rope_theta=_ROPE_THETA, sinks=False)
     def __init__(
         self,
         hidden_size: int,
@@ -386,7 +439,7 @@ class PagedSelfAttention(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
-        **options,
+        **options: Unpack[_AttentionOptions],
     ):
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)

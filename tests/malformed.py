@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_paged_attn import _ffi
+from jax_paged_attn._options import Scoring
 
 T, N, B, M = 5, 4, 2, 3
 P, S, K = 6, 2, 2
@@ -94,10 +95,7 @@ def attention(engine: str, decode: bool = False, layout: str = "split") -> Call:
         *(jnp.zeros((0, heads), jnp.float32) for heads in (N, K, K)),
         decode=decode,
         batch_invariant=False,
-        scale=0.5,
-        soft_cap=0.0,
-        sliding_window=0,
-        causal=True,
+        scoring=Scoring(scale=0.5, sliding_window=0, soft_cap=0.0, causal=True),
         layout=layout,
     )
 

@@ -167,7 +167,7 @@ KEYWORDS = [
     Bad(
         ENGINES,
         {"batch_invariant": True, "implementation": "reference"},
-        ValueError, "batch_invariant", "an engine that promises it .*cpu or fused", "True with .*'reference'",
+        ValueError, "batch_invariant", "an engine that guarantees it .*cpu or fused", "True with .*'reference'",
     ),
     Bad(ENGINES, {"batch_invariant": True, "implementation": "cublaslt"}, ValueError, "batch_invariant", "cpu", "'cub"),
     Bad(ENGINES, {"implementation": "flash"}, ValueError, "implementation", "cpu.*reference|reference.*cpu", "flash"),

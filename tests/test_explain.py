@@ -167,7 +167,7 @@ def test_cuda_runs_fused_where_its_table_says_so(
 def test_no_engine_that_promises_batch_invariance_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_ffi._loaded, "cuda", ModuleType("stand-in"))
     for platform, dtype in (("cuda", jnp.float32), ("tpu", jnp.bfloat16)):
-        with pytest.raises(ValueError, match=r"^batch_invariant: expected an engine that promises it .* none runs"):
+        with pytest.raises(ValueError, match=r"^batch_invariant: expected an engine that guarantees it .* none runs"):
             jpa.explain(jpa.paged_attention, *call_of(dtype), platform=platform, batch_invariant=True)
     traced = jax.jit(functools.partial(jpa.paged_attention, batch_invariant=True)).trace(*call_of())
     with pytest.raises(ValueError, match=r"^batch_invariant: .*runs on cpu, not on tpu"):

@@ -38,7 +38,7 @@ def test_attention_over_an_fp8_cache_was_27_times_too_large() -> None:
     np.testing.assert_allclose(cache.attend(0, ONES, TABLE, LENGTH), 1, rtol=0.05)
     np.testing.assert_allclose(cache.attend_ragged(0, ONES, LENGTH, TABLE, np.array([0, 1])), 1, rtol=0.05)
     with pytest.raises(TypeError, match=r"^k_scale: expected none, since the cache has its own"):
-        cache.attend(0, ONES, TABLE, LENGTH, k_scale=0.05)
+        cache.attend(0, ONES, TABLE, LENGTH, k_scale=0.05)  # pyright: ignore[reportCallIssue]
 
 
 @BAD_SCALES

@@ -1,0 +1,135 @@
+"""The way from a user's arguments to the primitive, for pools of any layout: arrays checked and brought into shape."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jax_paged_attn import _checks, _debug, _modes, _options, _primitive
+from jax_paged_attn._layouts import LAYOUTS
+
+Attend = Callable[..., tuple[Array, Array]]
+
+
+def paged(
+    attend: Attend,
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: ArrayLike,
+    lengths: ArrayLike,
+    options: Mapping[str, Any],
+    layout: str = "split",
+) -> Array | tuple[Array, Array]:
+    """Decode through `attend`; `options` are those of `paged_attention`, each of them there."""
+    dims = _checks.Dims()
+    q, k_pages, v_pages = _query_and_pages(dims, "B N H", q, k_pages, v_pages, layout)
+    block_tables = _int32(dims, "block_tables", block_tables, "B M")
+    lengths = _int32(dims, "lengths", lengths, "B")
+    arrays, per_head = (q, k_pages, v_pages, block_tables, lengths), _per_head(dims, k_pages, options)
+    scoring = _options.Scoring.checked(options, dims["H"])
+    _debug.check_attention(*arrays, per_head, scoring, layout=layout)
+    static = {"scoring": scoring, "decode": True, "layout": layout}
+    return _attend(attend, static, options, (*arrays, *_one_row_each(dims["B"]), *per_head))
+
+
+def ragged(
+    attend: Attend,
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    kv_lens: ArrayLike,
+    block_tables: ArrayLike,
+    cu_q_lens: ArrayLike,
+    num_seqs: ArrayLike | None,
+    options: Mapping[str, Any],
+    layout: str = "split",
+    tables_name: str = "block_tables",
+) -> Array | tuple[Array, Array]:
+    """Ragged attention through `attend`; `tables_name` is the name of the tables in errors."""
+    dims = _checks.Dims()
+    q, k_pages, v_pages = _query_and_pages(dims, "T N H", q, k_pages, v_pages, layout)
+    kv_lens = _int32(dims, "kv_lens", kv_lens, "B")
+    block_tables = _int32(dims, tables_name, block_tables, "B M")
+    cu_q_lens = _int32(dims, "cu_q_lens", cu_q_lens, "B+1")
+
+    if num_seqs is not None:
+        num_seqs = _checks.as_int32("num_seqs", num_seqs)
+        num_seqs = _int32(dims, "num_seqs", num_seqs, "1" if num_seqs.ndim else "")
+    arrays, per_head = (q, k_pages, v_pages, block_tables, kv_lens), _per_head(dims, k_pages, options)
+    scoring = _options.Scoring.checked(options, dims["H"])
+    rows: Any = {"cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "layout": layout, "tables_name": tables_name}
+    _debug.check_attention(*arrays, per_head, scoring, **rows)
+    static = {"scoring": scoring, "decode": False, "layout": layout}
+    return _attend(attend, static, options, (*arrays, *_rows_of_each(cu_q_lens, num_seqs, dims["T"]), *per_head))
+
+
+@functools.partial(_modes.compiled, static_argnums=0)
+def _one_row_each(num_seqs: int) -> tuple[Array, Array]:
+    """The first rows and the row counts of sequences with one row each."""
+    return jnp.arange(num_seqs, dtype=jnp.int32), jnp.ones(num_seqs, jnp.int32)
+
+
+@functools.partial(_modes.compiled, static_argnums=2)
+def _rows_of_each(cu_q_lens: Array, num_seqs: Array | None, num_rows: int) -> tuple[Array, Array]:
+    """The first rows and the row counts of ragged sequences; dead ones have no row."""
+    ends = jax.lax.cummax(jnp.clip(cu_q_lens, 0, num_rows))
+    counts = ends[1:] - ends[:-1]
+    if num_seqs is not None:
+        live = jnp.arange(counts.shape[0], dtype=jnp.int32) < num_seqs  # a [1] broadcasts as a scalar does
+        counts = jnp.where(live, counts, 0)
+    return ends[:-1], counts
+
+
+def _query_and_pages(
+    dims: _checks.Dims, q_letters: str, q: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike, layout: str
+) -> tuple[Array, Array, Array]:
+    shape, (k_name, v_name) = LAYOUTS[layout].shape, LAYOUTS[layout].pools
+    q, k_pages, v_pages = (_checks.as_array(name, x) for name, x in (("q", q), (k_name, k_pages), (v_name, v_pages)))
+    dims.match("q", q, q_letters, _checks.COMPUTE_DTYPES)
+    dims.match(k_name, k_pages, shape, (str(q.dtype), *_checks.QUANTIZED_DTYPES))
+    dims.match(v_name, v_pages, shape, (str(k_pages.dtype),))
+    _primitive.check_sizes(dims["N"], dims["K"], dims["H"], dims["S"], k_name)
+    return q, k_pages, v_pages
+
+
+def _int32(dims: _checks.Dims, name: str, x: ArrayLike, letters: str) -> Array:
+    array = _checks.as_int32(name, x)
+    dims.match(name, array, letters, ("int32",))
+    return array
+
+
+def _per_head(dims: _checks.Dims, k_pages: Array, options: Mapping[str, Any]) -> tuple[Array, Array, Array]:
+    """`sinks`, `k_scale`, `v_scale` as the primitive takes them: `[1, heads]`, or `[0, heads]` where absent."""
+    if options["sinks"] is None:
+        sinks = _modes.zeros((0, dims["N"]), jnp.float32)
+    else:
+        sinks = _checks.as_float32("sinks", options["sinks"])
+        dims.match("sinks", sinks, "N", ("float32",))
+        sinks = sinks[None]
+    k_scale, v_scale = (page_scale(dims, name, options[name], k_pages) for name in ("k_scale", "v_scale"))
+    return sinks, k_scale, v_scale
+
+
+def page_scale(dims: _checks.Dims, name: str, scale: ArrayLike | None, pages: Array) -> Array:
+    """A page scale as the primitives take it: `[1, K]` float32, or `[0, K]` where absent."""
+    if scale is None:
+        if pages.dtype == jnp.int8:
+            raise ValueError(f"{name}: required for int8 pages, got None")
+        return _modes.zeros((0, dims["K"]), jnp.float32)
+    array = _checks.as_float32(name, scale)
+    dims.match(name, array, "K" if array.ndim else "", ("float32",))
+    _checks.check_scales(name, scale, array)
+    return jnp.broadcast_to(array, (dims["K"],))[None]
+
+
+def _attend(
+    attend: Attend, static: Mapping[str, Any], options: Mapping[str, Any], operands: tuple[Array, ...]
+) -> Array | tuple[Array, Array]:
+    return_lse = _checks.static_bool("return_lse", options["return_lse"])
+    out, lse = attend(*operands, **static, **_options.engine_choice(options))
+    return (out, lse) if return_lse else out
