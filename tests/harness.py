@@ -1,4 +1,4 @@
-"""What the tests share: cases as engines take them, comparing with the oracle, hashing bits, a fresh interpreter."""
+"""Shared by all tests: cases as engines take them, comparing with the oracle, hashing bits, a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def assert_close(got: Any, want: Any, dtype: str, magnitude: Array | None = None
     assert lse.shape == want_lse.shape
     assert np.isfinite(out).all(), f"{np.isnan(out).sum()} NaN, {np.isinf(out).sum()} Inf in out"
 
-    # What is defined to be exact: no visible key, no output.
+    # Exact by definition: no visible key, no output.
     magnitude = want_out if magnitude is None else magnitude
     no_key = ~magnitude.any(axis=-1)
     np.testing.assert_array_equal(out[no_key], 0.0)
@@ -201,7 +201,7 @@ def digest(*arrays: Array) -> str:
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    """What a compiled function allocates besides its operands and results."""
+    """The bytes that a compiled function allocates besides its operands and results."""
     analysis = compiled.memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes

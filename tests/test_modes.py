@@ -1,7 +1,7 @@
-"""Every public call under every mode of JAX: the same values, or the error that the mode promises.
+"""Every public call under every mode of JAX: the same values, or the error that the mode guarantees.
 
 A test is one call × transformation × mode. `CALLS`, `TRANSFORMATIONS` and `MODES` are the lists; `combinations` says
-which of their products exist. What a call gives without a mode is computed once, and is the right value in all of them.
+which of their products exist. The results of a call without a mode are computed once, and are right in all modes.
 """
 
 from __future__ import annotations
@@ -376,7 +376,7 @@ def test_same_values(name: str, transformation: str, mode: str) -> None:
         np.testing.assert_allclose(np.float64(x), np.float64(y), rtol=tolerance, atol=tolerance)
 
 
-# ---- errors that modes promise ---------------------------------------------------------------------------------------
+# ---- errors that modes guarantee -------------------------------------------------------------------------------------
 
 
 def poisoned(name: str, transformation: str, index: int, value: float) -> tuple[Callable[..., Any], Any]:
@@ -449,5 +449,5 @@ print(len(_partitioning.call_that_needs_devices().jaxpr.eqns))
 
 
 def test_import_under_modes() -> None:
-    """What tells JAX that a primitive needs devices is made on import, and would be empty as a constant."""
+    """The mark that a primitive needs devices is made on import, and would be empty as a constant."""
     assert python(IMPORTED) == ["1"]

@@ -1,4 +1,4 @@
-"""Laws that hold for every engine: what may not change a result, and what must add up to the same result."""
+"""Properties of every engine: changes that leave a result as it is, and parts that add up to the same result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import jax_paged_attn as jpa
 
-# A law is tried on few examples: each has the shapes of the last, so that nothing is compiled again.
+# A property is tried on few examples: each has the shapes of the last, so that nothing is compiled again.
 few_examples = settings(
     max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -235,7 +235,7 @@ NESTED = [
 
 @pytest.mark.parametrize(("outer", "inner"), NESTED, ids=lambda names: "+".join(names))
 def test_nested_vmap_is_a_loop(engine: str, outer: tuple[str, ...], inner: tuple[str, ...]) -> None:
-    """Of the call and of its gradients; pools of different leading sizes meet where only one was mapped."""
+    """Values and gradients, both; pools of different leading sizes meet where only one was mapped."""
     rng = np.random.default_rng(5)
     like = harness.adapted(Case("nested", (1,), (1,), head_dim=8), engine)
     pool, num_pages = (5, 4, 2, like.head_dim), 5
@@ -343,9 +343,9 @@ BATCHES = [
 
 
 def batch_invariant(case: Case, engine: str) -> Case:
-    """The case as the engine takes it, with the promise asked for; skips engines that cannot give it."""
+    """The case as the engine takes it, with the guarantee asked for; skips engines that do not give it."""
     if not harness.engine_row(engine).batch_invariant:
-        pytest.skip("makes no such promise")
+        pytest.skip("gives no such guarantee")
     case = harness.adapted(case, engine)
     return dataclasses.replace(case, keywords={**case.keywords, "batch_invariant": True})
 

@@ -1,4 +1,4 @@
-"""What JAX may do with a call: compile, loop, differentiate, map, export, cache."""
+"""The transformations that JAX applies to a call: compile, loop, differentiate, map, export, cache."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_merge_of_parts_without_keys_has_zero_gradients() -> None:
 
 
 def test_gradient_through_write() -> None:
-    """What was overwritten has no influence, be it a token or what stood in the pool; nor have slots outside it."""
+    """Overwritten tokens and pages have no influence, nor have slots outside the pool."""
     case = BY_NAME["decode"]
     (q, k_pages, v_pages, tables, lengths), _ = build(case).arguments()
     k_pages, v_pages = (np.nan_to_num(x, nan=0.5, posinf=1.0, neginf=-1.0) for x in (k_pages, v_pages))
@@ -402,7 +402,7 @@ def test_writes_and_gradients_run_under_x64() -> None:
 def test_batch_invariant_calls_have_the_same_derivatives(engine: str) -> None:
     """And map as others do: derivatives are plain JAX, whatever is asked of the engine."""
     if not harness.engine_row(engine).batch_invariant:
-        pytest.skip("makes no such promise")
+        pytest.skip("gives no such guarantee")
     case = harness.adapted("mixed_all", engine)
     (q, k_pages, *rest), traced = build(case).arguments()
 

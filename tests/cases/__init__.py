@@ -7,7 +7,7 @@
 - `dtypes`: every query dtype with every page dtype.
 - `shapes`: groups, head dims and page sizes.
 - `long`: enough keys for KV splits.
-- `tiles`: what engines tell apart that work by key tiles and row tiles.
+- `tiles`: shapes that matter to engines which work by key tiles and row tiles.
 - `layouts`: the pools of JAX's own kernels.
 
 A new shape costs a compilation, which takes longer than the computation. So cases that differ in values only share

@@ -1,4 +1,4 @@
-"""What engines tell apart that work by key tiles and by row tiles: packed rows (tokens x group) of a KV head."""
+"""Shapes that matter to engines which work by key tiles and row tiles: packed rows (tokens x group) of a KV head."""
 
 from __future__ import annotations
 
