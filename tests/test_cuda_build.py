@@ -1,4 +1,4 @@
-"""The CUDA module as far as it can be tested without a GPU: it loads, plans within its limits, and calls lower for it."""
+"""The CUDA module as far as it runs without a GPU: it loads, plans within its limits, and calls lower for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Properties of the engines for CUDA that only a GPU can show: scratch memory, threads, graphs, launches, large pools."""
+"""Properties of the CUDA engines that only a GPU can show: scratch memory, threads, graphs, launches, large pools."""
 
 from __future__ import annotations
 
@@ -403,7 +403,9 @@ CP_ASYNC_LOADS = [(64, 5), (96, 1), (128, 100), (192, 12), (256, 7)]
 NARROW = [(64, 16, E4M3), (96, 1, INT8), (128, 16, E5M2), (128, 20, INT8), (192, 48, E4M3), (256, 16, E5M2)]
 
 
-@pytest.mark.parametrize(("head_dim", "page_size", "page_dtype"), [*((*s, BF16) for s in (*TMA_LOADS, *CP_ASYNC_LOADS)), *NARROW])
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "page_dtype"), [*((*s, BF16) for s in (*TMA_LOADS, *CP_ASYNC_LOADS)), *NARROW]
+)
 @pytest.mark.parametrize("name", PREFILLS)
 def test_fused_prefill(name: str, head_dim: int, page_size: int, page_dtype: str) -> None:
     """As "cublaslt" has it, the same bits every time, and no value of a page that is not there."""
@@ -458,7 +460,9 @@ def test_the_tile_cache_changes_no_result(
 
 
 @pytest.mark.parametrize(("page_size", "page_dtype"), [(20, BF16), (16, E4M3)])
-def test_the_tile_cache_takes_the_memory_there_is(monkeypatch: pytest.MonkeyPatch, page_size: int, page_dtype: str) -> None:
+def test_the_tile_cache_takes_the_memory_there_is(
+    monkeypatch: pytest.MonkeyPatch, page_size: int, page_dtype: str
+) -> None:
     """A program that was kept may have less scratch memory than its call would ask for today; too little is refused."""
     args = mixed_inputs((2100, 40), (3000, 700), page_size, 128, page_dtype=page_dtype)
     scales = scales_of(page_dtype)
