@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import oracle
-from cases import BY_NAME, DTYPES, LSE_BOUND, OUT_BOUND, Array, Case, build
+from cases import BY_NAME, DTYPES, FAMILIES, LSE_BOUND, OUT_BOUND, Array, Case, build
 
 import jax_paged_attn as jpa
 from jax_paged_attn import _engines, compat
@@ -29,6 +29,16 @@ ROW_SLACK = 8
 # A large sink leaves so little for the values that float32 has no normal number for it; float16 rounds to multiples of
 # its smallest number what is small for any reason.
 UNDERFLOW = {"f32": 2.0**-126, "bf16": 2.0**-126, "f16": 2.0**-24}
+
+
+# Each case of these families has shapes of its own, and compiling the reference takes a second, where an engine
+# takes milliseconds. Hence the reference runs some of them in `make test`, and the others in `make test-slow`.
+OWN_SHAPES = ("dtypes", "shapes", "long", "tiles", "layouts")
+
+
+def reference_is_slow(case: Case, place: int) -> bool:
+    """True for a case that the reference leaves to `make test-slow`; it runs the one of each four at this place."""
+    return any(case in FAMILIES[name] and FAMILIES[name].index(case) % 4 != place for name in OWN_SHAPES)
 
 
 @functools.cache

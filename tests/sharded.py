@@ -424,7 +424,7 @@ CONTEXTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Pages dealt to the devices, page i to `owner[i]`: each has a pool, and tables of the pages in it."""
+    """Pages distributed over the devices, page i to `owner[i]`: each has a pool, and tables of the pages in it."""
 
     owner: Array
     local_id: Array

@@ -136,7 +136,7 @@ def bandwidth_hog() -> Iterator[Callable[[], int]]:
 
 @pytest.mark.parametrize("cuda_engine", ENGINES)
 def test_repeats_beside_a_bandwidth_hog(cuda_engine: str) -> None:
-    """A skewed batch, so that the parts of the long sequence are done by many blocks, in whatever order."""
+    """A skewed batch, so that KV splits of the long sequence are done by many blocks, in any order."""
     q, k_pages, v_pages, tables, _ = decode_inputs(16, 6000, 16)
     lengths = jnp.asarray([6000, *range(3, 903, 60)], jnp.int32)
     args = (q, k_pages, v_pages, tables, lengths)
@@ -388,7 +388,7 @@ def mixed_inputs(
     return q, k_pages, v_pages, jnp.asarray(lengths, jnp.int32), jnp.asarray(tables), jnp.asarray(cu_q_lens)
 
 
-# A few long chunks, whose keys are cut into parts; many prompts beside decoded rows; rows that fill no tile.
+# A few long chunks, which take several KV splits; many prompts beside decoded rows; rows that fill no tile.
 PREFILLS = {
     "chunks": ((100, 40), (9000, 5003)),
     "mixed": ((1, 700, 1, 16, 0, 129, 64, 65, 1), (3000, 700, 17, 900, 5, 4000, 64, 65, 0)),
@@ -506,7 +506,7 @@ SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 )
 @pytest.mark.parametrize("name", SCORES)
 def test_fused_prefill_whatever_scores_do(name: str, head_dim: int, page_size: int, page_dtype: str) -> None:
-    """Maxima that rise a little or a lot, in either half of a tile; of scores far below 0, and negated ones."""
+    """Maxima that rise a little or a lot, in either half of a key tile; of scores far below 0, and negated ones."""
     q, k_pages, v_pages, *rest = mixed_inputs((700, 300), (1500, 300), page_size, head_dim, page_dtype=page_dtype)
     tables = np.asarray(rest[1])
     positions = np.empty(k_pages.shape[:2])  # of each page's tokens
@@ -530,7 +530,7 @@ def test_fused_prefill_whatever_scores_do(name: str, head_dim: int, page_size: i
 
 
 def test_fused_prefill_does_not_depend_on_the_batch() -> None:
-    """Batch-invariant: a chunk whose keys would be cut into parts alone has the bits that it has among prompts."""
+    """Batch-invariant: a chunk that would take several KV splits alone has the bits that it has among prompts."""
     rows, lengths = (100, *(300,) * 40), (5000, *(300,) * 40)
     args = mixed_inputs(rows, lengths, 16, 128)
     attend = jax.jit(functools.partial(jpa.ragged_paged_attention, implementation="fused", batch_invariant=True))
@@ -572,7 +572,7 @@ def test_a_sequence_has_the_same_bits_in_any_batch(cuda_engine: str, page_dtype:
 
 
 def test_cublaslt_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit so small that units and keys come in chunks; the online softmax joins them."""
+    """A limit so small that row blocks and keys come in chunks; the online softmax joins them."""
     args = decode_inputs(3, 9000, 16)
     whole = compiled("cublaslt")(*args)
     monkeypatch.setenv("JPA_CUDA_WORKSPACE_MIB", "1")

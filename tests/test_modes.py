@@ -351,6 +351,13 @@ def share(call: Call, transformation: str, mode: str) -> int:
     return 2 if transformation == "plain" or call.every else 8
 
 
+def in_long_tail(call: Call, transformation: str, mode: str) -> bool:
+    """Eager derivatives and `disable_jit` compile hundreds of small operations; `make test` has them for a few calls."""
+    if mode == "disable_jit":
+        return transformation != "plain" or not call.every
+    return transformation in DERIVATIVES and not call.every
+
+
 def combinations() -> Iterator[Any]:
     """All that applies where a mode compiles nothing again; of the rest a share, by places in the lists."""
     for i, (name, call) in enumerate(CALLS.items()):
@@ -359,7 +366,8 @@ def combinations() -> Iterator[Any]:
                 if call.in_shard_map and mode.startswith("compile-time"):
                     continue  # JAX itself cannot tell there which device it is on
                 if (i + j + k) % share(call, transformation, mode) == 0:
-                    yield pytest.param(name, transformation, mode, id=f"{name}-{transformation}-{mode}")
+                    marks = [pytest.mark.slow] if in_long_tail(call, transformation, mode) else []
+                    yield pytest.param(name, transformation, mode, id=f"{name}-{transformation}-{mode}", marks=marks)
 
 
 @pytest.mark.parametrize(("name", "transformation", "mode"), [*combinations()])

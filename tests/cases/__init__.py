@@ -24,6 +24,7 @@ __all__ = [
     "CASES",
     "DECODE",
     "DTYPES",
+    "FAMILIES",
     "INT32_MAX",
     "INT32_MIN",
     "LSE_BOUND",
@@ -37,8 +38,11 @@ __all__ = [
     "random_values",
 ]
 
-FAMILIES = (edges, keywords, dtypes, shapes, long, tiles, layouts)
-CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.cases())
+_MODULES = (edges, keywords, dtypes, shapes, long, tiles, layouts)
+FAMILIES: dict[str, tuple[Case, ...]] = {
+    module.__name__.rpartition(".")[2]: tuple(module.cases()) for module in _MODULES
+}
+CASES: tuple[Case, ...] = tuple(case for family in FAMILIES.values() for case in family)
 BY_NAME: dict[str, Case] = {case.name: case for case in CASES}
 if len(BY_NAME) != len(CASES):
     raise ValueError("two cases share a name")
