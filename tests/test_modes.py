@@ -352,7 +352,7 @@ def share(call: Call, transformation: str, mode: str) -> int:
 
 
 def in_long_tail(call: Call, transformation: str, mode: str) -> bool:
-    """Eager derivatives and `disable_jit` compile hundreds of small operations; `make test` has them for a few calls."""
+    """Eager derivatives and `disable_jit` compile hundreds of small operations: too many for `make test`."""
     if mode == "disable_jit":
         return transformation != "plain" or not call.every
     return transformation in DERIVATIVES and not call.every
