@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find cpp -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.txt')
 CXX_FILES = $(shell git ls-files 'cpp/*.cc' 'cpp/*.h' 'cpp/*.cu' 'cpp/*.cuh' 'tests/cpp/*.cc' 'tests/cpp/*.h' 'examples/downstream/*.cc')
 
-.PHONY: generate test test-slow test-all fuzz soak train bench lint format stubs sanitize wheel sdist gpu-test clean
+.PHONY: generate test fuzz soak train bench lint format stubs sanitize wheel sdist gpu-test clean
 
 generate: $(VENV)/examples.stamp
 	$(BIN)/python examples/generate.py
@@ -21,7 +21,8 @@ PYTEST = XLA_FLAGS="$(QUICK_COMPILATION) $$XLA_FLAGS" $(BIN)/python -m pytest -n
 test: $(VENV)/test.stamp
 	$(PYTEST) -m "not slow"
 
-# The long tail: what `make test` leaves out.
+# The long tail, which `make test` leaves out; CI runs it, too.
+.PHONY: test-slow test-all
 test-slow: $(VENV)/test.stamp
 	$(PYTEST) -m slow
 

@@ -2,7 +2,7 @@
 """A few calls of the CUDA module, held to the oracle, for compute-sanitizer: without pytest, and with next to no XLA.
 
 Usage: tools/gpu_sanitize.py write | ENGINE NAME... | little-room NAME...
-    Names are those of the cases in tests/cases/; the folder tests is on PYTHONPATH. In little room it is `fused`.
+    Names are those of tests/cases.py; the folder tests is on PYTHONPATH. In little room it is `fused`.
 """
 
 import sys
