@@ -13,8 +13,20 @@ CXX_FILES = $(shell git ls-files 'cpp/*.cc' 'cpp/*.h' 'cpp/*.cu' 'cpp/*.cuh' 'te
 generate: $(VENV)/examples.stamp
 	$(BIN)/python examples/generate.py
 
+# Most of the time goes to XLA's compilations, so code for CPUs is compiled with little optimisation; JAX 0.10 also has an
+# older and faster way to emit it, which later releases pass over. The tests of wheels compile as users do.
+QUICK_COMPILATION := --xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters
+PYTEST = XLA_FLAGS="$(QUICK_COMPILATION) $$XLA_FLAGS" $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n auto
+	$(PYTEST) -m "not slow"
+
+# The long tail, which `make test` leaves out; CI runs it, too.
+.PHONY: test-slow test-all
+test-slow: $(VENV)/test.stamp
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 # Random calls against the oracle until one fails or Ctrl-C; FUZZ_SECONDS=300 stops by itself.
 fuzz: $(VENV)/test.stamp

@@ -1,4 +1,4 @@
-"""What the tests of the allocator have in common: its whole state as plain values, and errors that leave it."""
+"""Shared by the tests of the allocator: its whole state as plain values, and errors that leave it."""
 
 from __future__ import annotations
 
@@ -71,6 +71,6 @@ def every_use(allocator: PageAllocator, id: int) -> list[Callable[[], Any]]:
 
 
 def same_arrays(a: Any, b: Any) -> bool:
-    """Whether two dataclasses of arrays hold the same values in the same dtypes."""
+    """True if two dataclasses of arrays hold the same values in the same dtypes."""
     pairs = [(getattr(a, field.name), getattr(b, field.name)) for field in dataclasses.fields(a)]
     return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)

@@ -1,9 +1,14 @@
-"""The fixture `engine`: the name of each engine that the package has, skipped where it cannot run."""
+"""The fixture `engine`: the name of each engine that the package has, skipped where it cannot run.
+
+Also says which cases are slow on which engine.
+"""
 
 from __future__ import annotations
 
+import harness
 import jax
 import pytest
+from cases import Case
 
 from jax_paged_attn import _engines
 
@@ -24,3 +29,12 @@ def _engine_params() -> list[object]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "engine" in metafunc.fixturenames:
         metafunc.parametrize("engine", _engine_params())
+
+
+@pytest.hookimpl(tryfirst=True)  # before marks select tests
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        case = params.get("case")
+        if params.get("engine") == "reference" and isinstance(case, Case) and harness.reference_is_slow(case, place=0):
+            item.add_marker(pytest.mark.slow)

@@ -18,7 +18,7 @@ Differentiable = tuple[Any, Any, Any, Any]
 
 
 def visibility(case: Case) -> tuple[Array, Array, Array]:
-    """Of each row: the pages of its sequence `[T, M]`, which keys it sees `[T, M·S]`, whether a sequence claims it."""
+    """Three arrays by row: the pages of its sequence `[T, M]`, the keys it sees `[T, M·S]`, if a sequence claims it."""
     inputs = build(case)
     num_rows, (batch, max_pages) = len(inputs.q), inputs.block_tables.shape
     cu_q_lens = np.arange(batch + 1) if inputs.decode else np.maximum.accumulate(np.clip(inputs.cu_q_lens, 0, num_rows))

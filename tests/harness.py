@@ -1,4 +1,4 @@
-"""What the tests share: cases as engines take them, comparing with the oracle, hashing bits, a fresh interpreter."""
+"""Shared by all tests: cases as engines take them, comparing with the oracle, hashing bits, a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import oracle
-from cases import BY_NAME, DTYPES, LSE_BOUND, OUT_BOUND, Array, Case, build
+from cases import BY_NAME, DTYPES, FAMILIES, LSE_BOUND, OUT_BOUND, Array, Case, build
 
 import jax_paged_attn as jpa
 from jax_paged_attn import _engines, compat
@@ -29,6 +29,16 @@ ROW_SLACK = 8
 # A large sink leaves so little for the values that float32 has no normal number for it; float16 rounds to multiples of
 # its smallest number what is small for any reason.
 UNDERFLOW = {"f32": 2.0**-126, "bf16": 2.0**-126, "f16": 2.0**-24}
+
+
+# Each case of these families has shapes of its own, and compiling the reference takes a second, where an engine
+# takes milliseconds. Hence the reference runs some of them in `make test`, and the others in `make test-slow`.
+OWN_SHAPES = ("dtypes", "shapes", "long", "tiles", "layouts")
+
+
+def reference_is_slow(case: Case, place: int) -> bool:
+    """True for a case that the reference leaves to `make test-slow`; it runs the one of each four at this place."""
+    return any(case in FAMILIES[name] and FAMILIES[name].index(case) % 4 != place for name in OWN_SHAPES)
 
 
 @functools.cache
@@ -123,7 +133,7 @@ def assert_close(got: Any, want: Any, dtype: str, magnitude: Array | None = None
     assert lse.shape == want_lse.shape
     assert np.isfinite(out).all(), f"{np.isnan(out).sum()} NaN, {np.isinf(out).sum()} Inf in out"
 
-    # What is defined to be exact: no visible key, no output.
+    # Exact by definition: no visible key, no output.
     magnitude = want_out if magnitude is None else magnitude
     no_key = ~magnitude.any(axis=-1)
     np.testing.assert_array_equal(out[no_key], 0.0)
@@ -201,7 +211,7 @@ def digest(*arrays: Array) -> str:
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    """What a compiled function allocates besides its operands and results."""
+    """The bytes that a compiled function allocates besides its operands and results."""
     analysis = compiled.memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes

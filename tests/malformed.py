@@ -56,7 +56,7 @@ class Call:
     error: str | None = None
 
     def run(self) -> None:
-        # Of a call without a side effect and without results, nothing would be left.
+        # Without a side effect, nothing would be left of a call that has no results.
         call = jax.ffi.ffi_call(self.target, self.results, has_side_effect=True, **self.options)
         operands = [jnp.zeros(x.shape, x.dtype) for x in self.operands]
         # Compiled anew, since attributes that compare equal, such as 1 and True, would share what is compiled.
@@ -125,7 +125,7 @@ def wrong_arrays(
             ]
         for what, new_shape, dtype in changed:
             free = what.startswith("axis") and (name, int(what.split()[1])) in free_sizes and field == "operands"
-            # Of two arrays of unlike dtype either one may be named, and any one of unlike size.
+            # Either of two arrays with unlike dtypes may be named, and any one of unlike size.
             named = MISMATCH if what.startswith("axis") else MISMATCH.replace(r"\w+", f"({name}|k_pages|v_pages|v|out)")
             error = None if free else named
             new = (*arrays[:i], jax.ShapeDtypeStruct(new_shape, dtype), *arrays[i + 1 :])

@@ -1,4 +1,4 @@
-"""What holds on many devices. `test_sharding.py` runs these tests in a process with eight CPU devices."""
+"""Properties on many devices. `test_sharding.py` runs these tests in a process with eight CPU devices."""
 
 from __future__ import annotations
 
@@ -424,13 +424,13 @@ CONTEXTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Pages dealt to the devices, page i to `owner[i]`: each has a pool, and tables of the pages in it."""
+    """Pages distributed over the devices, page i to `owner[i]`: each has a pool, and tables of the pages in it."""
 
     owner: Array
     local_id: Array
 
     @classmethod
-    def deal(cls, num_pages: int, devices: int) -> Spread:
+    def evenly(cls, num_pages: int, devices: int) -> Spread:
         owner = np.random.default_rng(3).integers(0, devices, num_pages)
         return cls(owner, np.array([(owner[:i] == owner[i]).sum() for i in range(num_pages)], np.int32))
 
@@ -457,7 +457,7 @@ def test_context_parallel_is_attention_over_all_pages(name: str, check_vma: bool
     inputs = build(case)
     (q, k_pages, v_pages, *_), traced = inputs.arguments()
     q, k_pages, v_pages, sinks = finite((q, k_pages, v_pages, traced["sinks"]))
-    spread = Spread.deal(len(k_pages), 8)
+    spread = Spread.evenly(len(k_pages), 8)
     tables = spread.tables(inputs.block_tables, 8)
     ragged = {} if inputs.decode else {"cu_q_lens": inputs.cu_q_lens, "num_seqs": inputs.num_seqs}
 

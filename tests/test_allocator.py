@@ -1,4 +1,4 @@
-"""PageAllocator: each promise of its docstrings by itself. Random histories are in test_allocator_state.py."""
+"""PageAllocator: each guarantee of its docstrings by itself. Random histories are in test_allocator_state.py."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from jax_paged_attn._allocator import DoubleFree, ForeignPage, OutOfPages, PageA
 
 @dataclass
 class Owner:
-    """What the model knows of a live sequence."""
+    """A live sequence as the model knows it."""
 
     id: int
     salt: Hashable
@@ -34,7 +34,7 @@ class Owner:
     marked: int  # leading tokens that the allocator may take as written
 
     def tag(self, i: int) -> tuple[Hashable, ...]:
-        """What the cache holds for token i: keys and values depend on all tokens up to it."""
+        """The content of the cache for token i: keys and values depend on all tokens up to it."""
         return (self.salt, *self.tokens[: i + 1])
 
 
@@ -86,7 +86,7 @@ class Histories(RuleBasedStateMachine):
         owner.computed = max(owner.computed, stop)
 
     def found_elsewhere(self, writer: Owner, slot: int) -> bool:
-        """Whether another sequence counts on what stands in the slot."""
+        """True if another sequence counts on the content of the slot."""
         page, offset = divmod(slot, self.size)
         for other in self.owners:
             pages = self.allocator.pages(other.id)
@@ -115,7 +115,7 @@ class Histories(RuleBasedStateMachine):
         return best
 
     def findable(self, salt: Hashable, tokens: list[Hashable]) -> bool:
-        """Whether the page that ends this prefix can be found."""
+        """True if the page that ends this prefix can be found."""
         node = self.allocator._pool._roots.get(salt)
         for start in range(0, len(tokens), self.size):
             node = node and node.children.get(tuple(tokens[start : start + self.size]))

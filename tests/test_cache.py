@@ -49,7 +49,7 @@ def public_write(*args: Any, **scales: Any) -> Any:
 
 
 def reference_write(*args: Any, **scales: Any) -> Any:
-    """What platforms without an engine run, in the form of the primitive: scales are `[X, K]`, X = 0 where absent."""
+    """The fallback where there is no engine, called as the primitive: scales are `[X, K]`, X = 0 where absent."""
     rows = [np.zeros((0, K), np.float32) if s is None else np.full((1, K), s, np.float32) for s in scales.values()]
     return _reference.write(*args, *rows)
 

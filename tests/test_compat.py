@@ -157,7 +157,7 @@ GPU_TESTS = [(8, 1, 2, 32), (16, 2, 16, 64), (32, 1, 20, 64), (8, 2, 20, 64), (3
 def test_inputs_of_the_gpu_kernels_tests(
     fast_engine: str, page_size: int, kv_heads: int, group: int, head_dim: int, quantized: bool
 ) -> None:
-    """f16 vectors of length 1. Where those tests quantise with a scale a token, here it is one a head."""
+    """f16 vectors of length 1. Where those tests quantise with one scale per token, here it is one per head."""
     taken = harness.engine_row(fast_engine).head_dims
     head_dim = 64 if taken and head_dim not in taken else head_dim
     lengths, longest = np.array([3, 256, 513, 1023, 2048], np.int32), 2048
@@ -266,7 +266,7 @@ def layout_case(layout: str, **changes: Any) -> Case:
 
 
 def large_results(compiled: jax.stages.Compiled, elements: int) -> list[str]:
-    """What makes arrays of at least so many elements in a compiled module, besides its parameters."""
+    """The operations of a compiled module that make arrays of at least so many elements, parameters aside."""
     text = compiled.as_text() or ""
     made = re.findall(r"= \(?\w+\[([\d,]+)\][^ ]* (?:[^()]*\) )?([\w-]+)\(", text)
     sizes = [(np.prod([int(n) for n in dims.split(",")]), operation) for dims, operation in made]
@@ -433,7 +433,7 @@ GPU_CALL: dict[str, Any] = {
     "block_tables": jnp.zeros((2, 3), jnp.int32),
     "lengths": jnp.ones(2, jnp.int32),
 }
-# What changes, which error, and what the message must say.
+# The change, the error, and the text that the message must have.
 BAD_TPU: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"kv_pages": jnp.zeros((6, 4, 3, 8))}, ValueError, r"kv_pages: expected .*2K.* an even size .*, got .*3"),
     ({"kv_pages": jnp.zeros((6, 4, 32))}, ValueError, "kv_pages: expected rank 4"),

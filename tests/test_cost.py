@@ -48,7 +48,7 @@ def test_exact_cost_is_what_rows_see(name: str) -> None:
     assert cost.exact
     assert cost.flops == 4 * case.head_dim * case.num_heads * pairs
     assert cost.transcendentals == case.num_heads * pairs * (2 if case.keywords.get("soft_cap") else 1)
-    # What the call needs whatever its lengths are, from a call that sees nothing.
+    # A call that sees nothing shows the cost that no length changes.
     kv_lens = 4 if len(args) == 5 else 3
     empty = jpa.cost_analysis(function, *(0 * x if i == kv_lens else x for i, x in enumerate(args)), **keywords)
     q, k_pages = args[:2]

@@ -1,4 +1,4 @@
-"""What can be said of the CUDA module without a GPU: it loads, plans within its limits, and calls lower for it."""
+"""The CUDA module as far as it runs without a GPU: it loads, plans within its limits, and calls lower for it."""
 
 from __future__ import annotations
 
@@ -123,13 +123,13 @@ def test_scratch_of_fused_depends_on_rows_only_where_it_must(
     assert of_one - 256 <= without <= of_one + (0 if decode else num_seqs * module.FUSED_WORKSPACE_BYTES_PER_SEQUENCE)
     assert not decode or without == of_one
     assert 0 < without <= 128 * MIB + (0 if decode else num_seqs * module.FUSED_WORKSPACE_BYTES_PER_SEQUENCE)
-    # Images of tiles: only of prompts on pages that do not come in boxes, and in half of the limit.
-    images = size(rows, num_seqs) - without
-    assert 0 <= images <= limit // 2 + limit // 4096 + 256  # with 16 bytes of state for each, of 32 KiB at least
+    # The tile cache: only for prompts over pages that TMA does not load, and in half of the limit.
+    tile_cache = size(rows, num_seqs) - without
+    assert 0 <= tile_cache <= limit // 2 + limit // 4096 + 256  # with 16 bytes of state for each, of 32 KiB at least
     if decode or (page_size % 8 == 0 and page_dtype == "bfloat16") or rows * group <= 3 * 128:
-        assert images == 0
+        assert tile_cache == 0
     elif min(num_seqs, max_pages) > 0 and limit >= 1 << 20 and head_dim != 80:
-        assert images > 0
+        assert tile_cache > 0
     assert size(rows, num_seqs) <= bound(batch_invariant=False)
     invariant = size(rows, num_seqs, batch_invariant=True, limit=0)
     per_row = module.fused_workspace_bytes_per_row(heads[0], head_dim)

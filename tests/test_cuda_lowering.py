@@ -1,4 +1,4 @@
-"""What a call for CUDA is lowered to, asked with a stand-in for the compiled module: no build of it is needed."""
+"""The lowering of calls for CUDA, asked for with a stand-in for the compiled module: no build of it is needed."""
 
 from __future__ import annotations
 

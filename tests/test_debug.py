@@ -65,7 +65,7 @@ def changed(arguments: Arguments, changes: dict[str, Any]) -> Arguments:
 
 
 def complaint(call: Callable[[], Any]) -> str:
-    """What the checks say of a call; empty if nothing."""
+    """The text that the checks print of a call; empty if they find nothing."""
     try:
         jax.block_until_ready(call())
         jax.effects_barrier()

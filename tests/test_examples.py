@@ -1,12 +1,14 @@
 """The examples: checkpoints, the committed model, training, and the command line of `generate.py`."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,9 +100,19 @@ def test_shards_and_tokenizer_file(tmp_path: Path):
     assert loaded.tokenizer.decode([1, 2]) == "paged attention"
 
 
+@functools.cache
+def small_checkpoint() -> dict[str, bytes]:
+    """The files of a saved model by name; many tests damage a copy of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(small_model(), Path(folder))
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
 def folder_with(path: Path, **changes: object) -> Path:
     """A checkpoint whose config.json has these fields changed, or left out where the value is `...`."""
-    checkpoint.save(small_model(), path)
+    path.mkdir(exist_ok=True)
+    for name, content in small_checkpoint().items():
+        (path / name).write_bytes(content)
     config = {**json.loads((path / "config.json").read_text()), **changes}
     (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
     return path

@@ -1,7 +1,7 @@
 """Whole calls at random against the oracle: shapes, dtypes, keywords, tables, lengths; `vmap`, gradients, writes.
 
 As a test it tries the same few calls each time; `make fuzz` tries others until it is stopped, in rounds of new
-processes (tools/fuzz). A failing attention call is printed as a `Case`, which tests/cases.py can take as it is.
+processes (tools/fuzz). A failing attention call is printed as a `Case`, which a file of tests/cases/ can take as it is.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def test_any_call_is_as_the_oracle(engine: str) -> None:
 @given(data=st.data())
 def test_any_batch_invariant_call_has_the_bits_of_each_sequence_alone(engine: str, data: st.DataObject) -> None:
     if not harness.engine_row(engine).batch_invariant:
-        pytest.skip("promises no such thing")
+        pytest.skip("gives no such guarantee")
     case = data.draw(cases(engine).filter(lambda case: case.function == "paged_attention"), label="case")
     (q, k_pages, v_pages, tables, lengths), traced = build(case).arguments()
     keywords = {**traced, **case.keywords, "implementation": engine, "batch_invariant": True, "return_lse": True}

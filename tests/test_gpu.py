@@ -1,4 +1,4 @@
-"""What only a GPU can show of the engines for CUDA: scratch memory, threads, graphs, launches, large pools."""
+"""Properties of the CUDA engines that only a GPU can show: scratch memory, threads, graphs, launches, large pools."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def bandwidth_hog() -> Iterator[Callable[[], int]]:
 
 @pytest.mark.parametrize("cuda_engine", ENGINES)
 def test_repeats_beside_a_bandwidth_hog(cuda_engine: str) -> None:
-    """A skewed batch, so that the parts of the long sequence are done by many blocks, in whatever order."""
+    """A skewed batch, so that KV splits of the long sequence are done by many blocks, in any order."""
     q, k_pages, v_pages, tables, _ = decode_inputs(16, 6000, 16)
     lengths = jnp.asarray([6000, *range(3, 903, 60)], jnp.int32)
     args = (q, k_pages, v_pages, tables, lengths)
@@ -224,7 +224,7 @@ def test_lengths_grow_between_replays_of_a_graph(cuda_engine: str) -> None:
         result, lengths = step(q, caches, tables, lengths, growth)
         results.append(np.asarray(result))  # which frees the result's memory for the next step's
         calls.append(module.host_calls() - before)
-    # Without graphs the host calls the handler once a layer in every step.
+    # Without graphs the host calls the handler once per layer in every step.
     assert calls.count(0) > steps // 2, f"calls of the handler in steps of {layers} layers: {calls}"
     for i, result in enumerate(results):
         assert_close_to_calls(result, cuda_engine, q, caches, tables, np.full((4,), 1 + growth * i))
@@ -297,7 +297,7 @@ def prefill_inputs(seed: int = 0) -> tuple[jax.Array, ...]:
 
 
 def test_cublaslt_in_groups_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups that gather keys a sequence and head: right, the same bits from threads at once and in a graph of many."""
+    """Groups that gather keys per sequence and head are right: also from several threads and in a graph."""
     monkeypatch.setenv("JPA_CUDA_WORKSPACE_MIB", "64")
     inputs = [prefill_inputs(seed) for seed in range(4)]
     q, _, _, _, tables, _ = inputs[0]
@@ -364,7 +364,7 @@ def test_fused_launches(page_dtype: Any, batch_invariant: bool) -> None:
 
 
 def scales_of(page_dtype: Any) -> dict[str, jax.Array]:
-    """What a call over pages of the dtype takes besides."""
+    """The bytes that a call over pages of the dtype takes besides."""
     return {} if page_dtype == BF16 else {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(0.5)}
 
 
@@ -388,7 +388,7 @@ def mixed_inputs(
     return q, k_pages, v_pages, jnp.asarray(lengths, jnp.int32), jnp.asarray(tables), jnp.asarray(cu_q_lens)
 
 
-# A few long chunks, whose keys are cut into parts; many prompts beside decoded rows; rows that fill no tile.
+# A few long chunks, which take several KV splits; many prompts beside decoded rows; rows that fill no tile.
 PREFILLS = {
     "chunks": ((100, 40), (9000, 5003)),
     "mixed": ((1, 700, 1, 16, 0, 129, 64, 65, 1), (3000, 700, 17, 900, 5, 4000, 64, 65, 0)),
@@ -396,14 +396,16 @@ PREFILLS = {
 }
 
 
-# Pages of a multiple of 8 tokens, of other sizes, and of 8 bits: there is a way to load each.
+# Pages of a multiple of 8 tokens are loaded by TMA, others by cp.async; those of 8 bits are converted.
 BF16, E4M3, E5M2, INT8 = "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"
-BOXES = [(64, 16), (96, 8), (128, 8), (128, 16), (128, 24), (128, 256), (192, 16), (256, 48)]
-ROWS = [(64, 5), (96, 1), (128, 100), (192, 12), (256, 7)]
-BYTES = [(64, 16, E4M3), (96, 1, INT8), (128, 16, E5M2), (128, 20, INT8), (192, 48, E4M3), (256, 16, E5M2)]
+TMA_LOADS = [(64, 16), (96, 8), (128, 8), (128, 16), (128, 24), (128, 256), (192, 16), (256, 48)]
+CP_ASYNC_LOADS = [(64, 5), (96, 1), (128, 100), (192, 12), (256, 7)]
+NARROW = [(64, 16, E4M3), (96, 1, INT8), (128, 16, E5M2), (128, 20, INT8), (192, 48, E4M3), (256, 16, E5M2)]
 
 
-@pytest.mark.parametrize(("head_dim", "page_size", "page_dtype"), [*((*s, BF16) for s in (*BOXES, *ROWS)), *BYTES])
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "page_dtype"), [*((*s, BF16) for s in (*TMA_LOADS, *CP_ASYNC_LOADS)), *NARROW]
+)
 @pytest.mark.parametrize("name", PREFILLS)
 def test_fused_prefill(name: str, head_dim: int, page_size: int, page_dtype: str) -> None:
     """As "cublaslt" has it, the same bits every time, and no value of a page that is not there."""
@@ -432,7 +434,7 @@ def test_fused_prefill(name: str, head_dim: int, page_size: int, page_dtype: str
 @pytest.mark.parametrize(
     ("q_lens", "kv_lens"), [((3000, 1500, 700), (3000, 4000, 701)), ((2040, 40), (9000, 700))], ids=["prompts", "chunk"]
 )
-def test_images_of_tiles_change_no_result(
+def test_the_tile_cache_changes_no_result(
     monkeypatch: pytest.MonkeyPatch,
     q_lens: tuple[int, ...],
     kv_lens: tuple[int, ...],
@@ -440,7 +442,7 @@ def test_images_of_tiles_change_no_result(
     page_size: int,
     page_dtype: str,
 ) -> None:
-    """Whether all tiles have room for an image in scratch memory, or only eight, and whoever makes it first."""
+    """The bits are the same with entries for all key tiles or for eight only, whoever writes them first."""
     args = mixed_inputs(q_lens, kv_lens, page_size, head_dim, page_dtype=page_dtype)
     scales = scales_of(page_dtype)
     sizes, results = [], []
@@ -458,15 +460,17 @@ def test_images_of_tiles_change_no_result(
 
 
 @pytest.mark.parametrize(("page_size", "page_dtype"), [(20, BF16), (16, E4M3)])
-def test_images_take_what_room_a_program_has(monkeypatch: pytest.MonkeyPatch, page_size: int, page_dtype: str) -> None:
+def test_the_tile_cache_takes_the_memory_there_is(
+    monkeypatch: pytest.MonkeyPatch, page_size: int, page_dtype: str
+) -> None:
     """A program that was kept may have less scratch memory than its call would ask for today; too little is refused."""
     args = mixed_inputs((2100, 40), (3000, 700), page_size, 128, page_dtype=page_dtype)
     scales = scales_of(page_dtype)
     asks_for = _ffi._CUDA_WORKSPACES["fused"]
     sizes: list[int] = []
 
-    def with_room(share: float, more: int = 0) -> list[bytes]:
-        """A call whose images have a share of the memory that they ask for, and the call so many bytes more."""
+    def with_memory(share: float, more: int = 0) -> list[bytes]:
+        """A call whose tile cache has a share of the memory it asks for, and the call so many bytes more."""
 
         def size(*operands: jax.Array, **options: Any) -> int:
             without = asks_for(*operands, **{**options, "workspace_limit": 0})
@@ -477,15 +481,15 @@ def test_images_take_what_room_a_program_has(monkeypatch: pytest.MonkeyPatch, pa
         attend = functools.partial(jpa.ragged_paged_attention, implementation="fused", return_lse=True, **scales)
         return bits(jax.jit(attend)(*args))
 
-    expected = with_room(1.0)
+    expected = with_memory(1.0)
     for share, more in ((1.0, -1), (0.5, 0), (0.1, 0), (0.0, 0)):
-        assert with_room(share, more) == expected
+        assert with_memory(share, more) == expected
     assert len(set(sizes)) == 5, f"scratch memory: {sizes}"
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"workspace: expected at least {sizes[-1]} bytes"):
-        with_room(0.0, -1)
+        with_memory(0.0, -1)
 
 
-# Of keys by their positions, in natural units. Tiles are attended to from the last to the first, mostly.
+# Scores of keys by their positions, in natural units. Engines mostly go from the last key tile to the first.
 SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rise slowly": lambda keys: -3 * keys / 128,
     "rise fast": lambda keys: -20 * keys / 128,
@@ -502,7 +506,7 @@ SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 )
 @pytest.mark.parametrize("name", SCORES)
 def test_fused_prefill_whatever_scores_do(name: str, head_dim: int, page_size: int, page_dtype: str) -> None:
-    """Maxima that rise a little or a lot, in either half of a tile; of scores far below 0, and negated ones."""
+    """Maxima that rise a little or a lot, in either half of a key tile; of scores far below 0, and negated ones."""
     q, k_pages, v_pages, *rest = mixed_inputs((700, 300), (1500, 300), page_size, head_dim, page_dtype=page_dtype)
     tables = np.asarray(rest[1])
     positions = np.empty(k_pages.shape[:2])  # of each page's tokens
@@ -526,7 +530,7 @@ def test_fused_prefill_whatever_scores_do(name: str, head_dim: int, page_size: i
 
 
 def test_fused_prefill_does_not_depend_on_the_batch() -> None:
-    """Batch-invariant: a chunk whose keys would be cut into parts alone has the bits that it has among prompts."""
+    """Batch-invariant: a chunk that would take several KV splits alone has the bits that it has among prompts."""
     rows, lengths = (100, *(300,) * 40), (5000, *(300,) * 40)
     args = mixed_inputs(rows, lengths, 16, 128)
     attend = jax.jit(functools.partial(jpa.ragged_paged_attention, implementation="fused", batch_invariant=True))
@@ -568,7 +572,7 @@ def test_a_sequence_has_the_same_bits_in_any_batch(cuda_engine: str, page_dtype:
 
 
 def test_cublaslt_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit so small that units and keys come in chunks; the online softmax joins them."""
+    """A limit so small that row blocks and keys come in chunks; the online softmax joins them."""
     args = decode_inputs(3, 9000, 16)
     whole = compiled("cublaslt")(*args)
     monkeypatch.setenv("JPA_CUDA_WORKSPACE_MIB", "1")

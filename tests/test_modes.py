@@ -1,7 +1,7 @@
-"""Every public call under every mode of JAX: the same values, or the error that the mode promises.
+"""Every public call under every mode of JAX: the same values, or the error that the mode guarantees.
 
 A test is one call × transformation × mode. `CALLS`, `TRANSFORMATIONS` and `MODES` are the lists; `combinations` says
-which of their products exist. What a call gives without a mode is computed once, and is the right value in all of them.
+which of their products exist. The results of a call without a mode are computed once, and are right in all modes.
 """
 
 from __future__ import annotations
@@ -351,6 +351,13 @@ def share(call: Call, transformation: str, mode: str) -> int:
     return 2 if transformation == "plain" or call.every else 8
 
 
+def in_long_tail(call: Call, transformation: str, mode: str) -> bool:
+    """Eager derivatives and `disable_jit` compile hundreds of small operations: too many for `make test`."""
+    if mode == "disable_jit":
+        return transformation != "plain" or not call.every
+    return transformation in DERIVATIVES and not call.every
+
+
 def combinations() -> Iterator[Any]:
     """All that applies where a mode compiles nothing again; of the rest a share, by places in the lists."""
     for i, (name, call) in enumerate(CALLS.items()):
@@ -359,7 +366,8 @@ def combinations() -> Iterator[Any]:
                 if call.in_shard_map and mode.startswith("compile-time"):
                     continue  # JAX itself cannot tell there which device it is on
                 if (i + j + k) % share(call, transformation, mode) == 0:
-                    yield pytest.param(name, transformation, mode, id=f"{name}-{transformation}-{mode}")
+                    marks = [pytest.mark.slow] if in_long_tail(call, transformation, mode) else []
+                    yield pytest.param(name, transformation, mode, id=f"{name}-{transformation}-{mode}", marks=marks)
 
 
 @pytest.mark.parametrize(("name", "transformation", "mode"), [*combinations()])
@@ -376,7 +384,7 @@ def test_same_values(name: str, transformation: str, mode: str) -> None:
         np.testing.assert_allclose(np.float64(x), np.float64(y), rtol=tolerance, atol=tolerance)
 
 
-# ---- errors that modes promise ---------------------------------------------------------------------------------------
+# ---- errors that modes guarantee -------------------------------------------------------------------------------------
 
 
 def poisoned(name: str, transformation: str, index: int, value: float) -> tuple[Callable[..., Any], Any]:
@@ -449,5 +457,5 @@ print(len(_partitioning.call_that_needs_devices().jaxpr.eqns))
 
 
 def test_import_under_modes() -> None:
-    """What tells JAX that a primitive needs devices is made on import, and would be empty as a constant."""
+    """The mark that a primitive needs devices is made on import, and would be empty as a constant."""
     assert python(IMPORTED) == ["1"]

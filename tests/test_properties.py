@@ -1,10 +1,12 @@
-"""Laws that hold for every engine: what may not change a result, and what must add up to the same result."""
+"""Properties of every engine: changes that leave a result as it is, and parts that add up to the same result."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import mmap
+from collections.abc import Callable
 from typing import Any
 
 import harness
@@ -21,7 +23,7 @@ from hypothesis import strategies as st
 
 import jax_paged_attn as jpa
 
-# A law is tried on few examples: each has the shapes of the last, so that nothing is compiled again.
+# A property is tried on few examples: each has the shapes of the last, so that nothing is compiled again.
 few_examples = settings(
     max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -179,6 +181,7 @@ MAPPED = [(name,) for name in OPERANDS] + [
 ]
 
 
+@functools.cache
 def _variants(engine: str) -> tuple[list[dict[str, Array]], str]:
     """Inputs of equal shapes and independent values, with used ids that are bad and just one pool away; the dtype."""
     dtype = harness.adapted(Case("variants", (1,), (1,)), engine).dtype
@@ -200,15 +203,23 @@ def _variants(engine: str) -> tuple[list[dict[str, Array]], str]:
     return [{**v, "v_scale": np.full(2, (i + 1) * 0.01, np.float32)} for i, v in enumerate(variants)], dtype
 
 
-@pytest.mark.parametrize("mapped", MAPPED, ids="+".join)
-def test_vmap_is_a_loop(engine: str, mapped: tuple[str, ...]) -> None:
-    variants, dtype = _variants(engine)
+@functools.cache
+def _ragged(engine: str) -> Callable[[dict[str, Any]], Any]:
+    """A call by operand name, compiled once for all that is mapped over it."""
 
+    @jax.jit
     def one(operands: dict[str, Any]) -> Any:
         args = [operands[name] for name in ARGUMENTS]
         scales = {name: operands[name] for name in OPERANDS if name not in ARGUMENTS}
         return jpa.ragged_paged_attention(*args, **scales, return_lse=True, implementation=engine, sliding_window=40)
 
+    return one
+
+
+@pytest.mark.parametrize("mapped", MAPPED, ids="+".join)
+def test_vmap_is_a_loop(engine: str, mapped: tuple[str, ...]) -> None:
+    variants, dtype = _variants(engine)
+    one = _ragged(engine)
     # The mapped axis is not always the first.
     stacked = dict(variants[0])
     axes: dict[str, int | None] = dict.fromkeys(OPERANDS)
@@ -216,7 +227,6 @@ def test_vmap_is_a_loop(engine: str, mapped: tuple[str, ...]) -> None:
         axes[name] = axis = 0 if name in ("q", "num_seqs") else -1
         stacked[name] = np.stack([variant[name] for variant in variants], axis)
     out, lse = jax.jit(jax.vmap(one, in_axes=(axes,)))(stacked)
-    one = jax.jit(one)
     for i, variant in enumerate(variants):
         alone = {**variants[0], **{name: variant[name] for name in mapped}}
         harness.assert_close((out[i], lse[i]), one(alone), dtype)
@@ -233,9 +243,26 @@ NESTED = [
 ]
 
 
+@functools.cache
+def _decode_with_gradients(engine: str) -> Callable[[dict[str, Any]], Any]:
+    """Results and gradients of a call by operand name, compiled once for all that is mapped over it."""
+
+    @jax.jit
+    def one(operands: dict[str, Any]) -> Any:
+        q, k_pages, v_pages, tables, lengths = (operands[name] for name in DECODE_OPERANDS)
+
+        def attend(q: Any, k_pages: Any, v_pages: Any) -> Any:
+            return jpa.paged_attention(q, k_pages, v_pages, tables, lengths, implementation=engine, return_lse=True)
+
+        results, pull_back = jax.vjp(attend, q, k_pages, v_pages)
+        return results, pull_back((q + 1, jnp.ones(q.shape[:2])))
+
+    return one
+
+
 @pytest.mark.parametrize(("outer", "inner"), NESTED, ids=lambda names: "+".join(names))
 def test_nested_vmap_is_a_loop(engine: str, outer: tuple[str, ...], inner: tuple[str, ...]) -> None:
-    """Of the call and of its gradients; pools of different leading sizes meet where only one was mapped."""
+    """Values and gradients, both; pools of different leading sizes meet where only one was mapped."""
     rng = np.random.default_rng(5)
     like = harness.adapted(Case("nested", (1,), (1,), head_dim=8), engine)
     pool, num_pages = (5, 4, 2, like.head_dim), 5
@@ -248,19 +275,10 @@ def test_nested_vmap_is_a_loop(engine: str, outer: tuple[str, ...], inner: tuple
             return rng.integers(*ranges[name], shape).astype(np.int32)
         return rng.standard_normal(shape, np.float32).astype(DTYPES[like.dtype])
 
-    def call(operands: dict[str, Any]) -> Any:
-        q, k_pages, v_pages, tables, lengths = (operands[name] for name in DECODE_OPERANDS)
-
-        def attend(q: Any, k_pages: Any, v_pages: Any) -> Any:
-            return jpa.paged_attention(q, k_pages, v_pages, tables, lengths, implementation=engine, return_lse=True)
-
-        results, pull_back = jax.vjp(attend, q, k_pages, v_pages)
-        return results, pull_back((q + 1, jnp.ones(q.shape[:2])))
-
+    one = _decode_with_gradients(engine)
     operands = {name: values(name) for name in DECODE_OPERANDS}
     axes = [{name: 0 if name in mapped else None for name in DECODE_OPERANDS} for mapped in (outer, inner)]
-    mapped = jax.jit(jax.vmap(jax.vmap(call, in_axes=(axes[1],)), in_axes=(axes[0],)))(operands)
-    one = jax.jit(call)
+    mapped = jax.jit(jax.vmap(jax.vmap(one, in_axes=(axes[1],)), in_axes=(axes[0],)))(operands)
     bound = 1e-5 if like.dtype == "f32" else 3 * OUT_BOUND[like.dtype]
     for i, j in itertools.product(range(2), range(3)):
         index = {name: ((i,) if name in outer else ()) + ((j,) if name in inner else ()) for name in DECODE_OPERANDS}
@@ -343,9 +361,9 @@ BATCHES = [
 
 
 def batch_invariant(case: Case, engine: str) -> Case:
-    """The case as the engine takes it, with the promise asked for; skips engines that cannot give it."""
+    """The case as the engine takes it, with the guarantee asked for; skips engines that do not give it."""
     if not harness.engine_row(engine).batch_invariant:
-        pytest.skip("makes no such promise")
+        pytest.skip("gives no such guarantee")
     case = harness.adapted(case, engine)
     return dataclasses.replace(case, keywords={**case.keywords, "batch_invariant": True})
 

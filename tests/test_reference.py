@@ -1,4 +1,4 @@
-"""The pure-JAX reference against the NumPy loop."""
+"""The functions of the pure-JAX reference, against the NumPy loop; `implementation="reference"` runs the same code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ import pytest
 from cases import CASES, Case
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def _params() -> list[object]:
+    """All cases, of which `make test` runs others than it does for the engine of that name."""
+    return [pytest.param(case, marks=[pytest.mark.slow] * harness.reference_is_slow(case, place=2)) for case in CASES]
+
+
+@pytest.mark.parametrize("case", _params(), ids=str)
 def test_reference_function_matches_the_oracle(case: Case) -> None:
     result = harness.run(case, function=f"{case.function}_reference")
     harness.assert_close(result, harness.expected(case), case.dtype)

@@ -1,6 +1,6 @@
 """Faults that users reported or met, each named for what they saw, with the right value.
 
-One short test per fault; the suites beside this one test the whole kinds.
+One short test per fault; the suites beside this one test each kind of fault.
 """
 
 from __future__ import annotations

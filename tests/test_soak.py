@@ -36,7 +36,7 @@ def random_request(draw: np.random.Generator, stems: list[list[int]], earlier: l
 
 
 class Failure(Exception):
-    """What an `on_token` raises."""
+    """The error that an `on_token` raises."""
 
 
 class Soak:

@@ -72,7 +72,7 @@ def by_name(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def streamed(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> list[str]:
-    """What each token adds, and what an end after the last adds."""
+    """The text that each token adds, and that an end after the last adds."""
     stream = tokenizer.stream(prompt)
     return [*(stream.add(token) for token in output), stream.rest()]
 

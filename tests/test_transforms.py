@@ -1,4 +1,4 @@
-"""What JAX may do with a call: compile, loop, differentiate, map, export, cache."""
+"""The transformations that JAX applies to a call: compile, loop, differentiate, map, export, cache."""
 
 from __future__ import annotations
 
@@ -79,17 +79,23 @@ def test_gradients_without_sequences_are_zero(rows: int) -> None:
         np.testing.assert_array_equal(result, 0)
 
 
-@pytest.mark.parametrize("argnum", range(4))
-def test_gradient_of_one_operand_alone(argnum: int) -> None:
-    """The others have no tangent at all."""
+@functools.cache
+def loss_and_gradients() -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
+    """A loss, its operands, and the gradients of all of them; compiled once for all operands."""
     attend, operands = differentiable(BY_NAME["mixed_all"])
 
     def loss(*operands: Any) -> Any:
         out, _ = attend(*operands)
         return (out * jnp.arange(out.size).reshape(out.shape)).sum()
 
-    alone = jax.jit(jax.grad(loss, argnum))(*operands)
-    together = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*operands)[argnum]
+    return loss, operands, jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*operands)
+
+
+@pytest.mark.parametrize("argnum", range(4))
+def test_gradient_of_one_operand_alone(argnum: int) -> None:
+    """The others have no tangent at all."""
+    loss, operands, gradients = loss_and_gradients()
+    alone, together = jax.jit(jax.grad(loss, argnum))(*operands), gradients[argnum]
     np.testing.assert_allclose(alone, together, rtol=1e-5, atol=1e-6 * np.abs(together).max())
 
 
@@ -144,7 +150,7 @@ def test_merge_of_parts_without_keys_has_zero_gradients() -> None:
 
 
 def test_gradient_through_write() -> None:
-    """What was overwritten has no influence, be it a token or what stood in the pool; nor have slots outside it."""
+    """Overwritten tokens and pages have no influence, nor have slots outside the pool."""
     case = BY_NAME["decode"]
     (q, k_pages, v_pages, tables, lengths), _ = build(case).arguments()
     k_pages, v_pages = (np.nan_to_num(x, nan=0.5, posinf=1.0, neginf=-1.0) for x in (k_pages, v_pages))
@@ -241,28 +247,30 @@ def test_gradients_of_shared_pages_have_the_same_bits_again() -> None:
 MAPPED = ((0,), (1,), (2, 3), (0, 1, 2, 3))
 
 
+@functools.cache
+def pull_back_of_one() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]:
+    """A call, its compiled pullback `(bars, *operands)`, and finite operands."""
+    attend, operands = differentiable(BY_NAME["mixed_all"])
+    finite = tuple(np.nan_to_num(x, nan=0.5, posinf=1.0, neginf=-1.0) for x in operands)
+    return attend, jax.jit(lambda bars, *operands: jax.vjp(attend, *operands)[1](bars)), finite
+
+
 @pytest.mark.parametrize(
     ("order", "mapped"),
     [*itertools.product(["vmap of vjp", "vjp of vmap"], MAPPED), ("vmap of vjp", ())],
     ids=str,
 )
 def test_gradient_under_vmap_is_a_loop(order: str, mapped: tuple[int, ...]) -> None:
-    """Unmapped operands get one cotangent a copy inside, their sum outside; cotangents alone may be mapped, too."""
-    attend, operands = differentiable(BY_NAME["mixed_all"])
-    finite = tuple(np.nan_to_num(x, nan=0.5, posinf=1.0, neginf=-1.0) for x in operands)
+    """Unmapped operands get one cotangent per copy inside, their sum outside; cotangents alone may be mapped, too."""
+    attend, pull, finite = pull_back_of_one()
     axes = tuple(0 if i in mapped else None for i in range(4))
     stacked = tuple(np.stack([x, x[::-1], -x]) if axis == 0 else x for x, axis in zip(finite, axes, strict=True))
     results = jax.eval_shape(attend, *finite)
     bars = normal_like(jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), results), 11)
 
-    def pull(bars: Any, *operands: Any) -> Any:
-        return jax.vjp(attend, *operands)[1](bars)
-
-    pull_one = jax.jit(pull)
-
     def pull_copy(i: int) -> Any:
         mine = (x[i] if axis == 0 else x for x, axis in zip(stacked, axes, strict=True))
-        return pull_one(jax.tree.map(lambda x: x[i], bars), *mine)
+        return pull(jax.tree.map(lambda x: x[i], bars), *mine)
 
     loop = list(zip(*map(pull_copy, range(3)), strict=True))  # the cotangents of each operand
     if order == "vmap of vjp":
@@ -402,7 +410,7 @@ def test_writes_and_gradients_run_under_x64() -> None:
 def test_batch_invariant_calls_have_the_same_derivatives(engine: str) -> None:
     """And map as others do: derivatives are plain JAX, whatever is asked of the engine."""
     if not harness.engine_row(engine).batch_invariant:
-        pytest.skip("makes no such promise")
+        pytest.skip("gives no such guarantee")
     case = harness.adapted("mixed_all", engine)
     (q, k_pages, *rest), traced = build(case).arguments()
 
