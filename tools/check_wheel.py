@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Fails if a wheel is larger than it may be, carries libraries of others, or lacks kernels for a compute capability.
 
-Usage: tools/check_wheel WHEEL [--architectures "80;90a;120-virtual"]   (cuobjdump: on PATH, or from NVIDIA's package of it)
+Usage: tools/check_wheel.py WHEEL [--architectures "80;90a;120-virtual"]
+
+cuobjdump is the one on PATH, or that of NVIDIA's package nvidia-cuda-cuobjdump.
 """
 
 import argparse
@@ -79,7 +81,7 @@ def cuobjdump(option: str, module: str) -> str:
 def missing_kernels(kernels: dict[str, set[str]], architectures: list[str]) -> list[str]:
     """What is wrong, where each architecture should have every kernel that another has.
 
-    So it is of the prefill kernels too, though outside 90a they are empty and never launched.
+    Prefill kernels count too, though outside 90a they are empty and never launched.
     """
     expected = {f"sm_{name}" for name in architectures}
     if not expected and not kernels:  # a wheel of PTX alone

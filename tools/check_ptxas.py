@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Reads a build's log and fails if ptxas spilled registers beyond a bound, or says that it serialised wgmma.
 
-Usage: tools/check_ptxas LOG [--max-spill-bytes N]   (ptxas speaks through -Xptxas=-v, which CMakeLists.txt passes)
+Usage: tools/check_ptxas.py LOG [--max-spill-bytes N]   (ptxas speaks through -Xptxas=-v, which CMakeLists.txt passes)
 """
 
 import argparse
