@@ -10,7 +10,7 @@ SHELL_FILES = $(shell git grep -l '^\#!/usr/bin/env bash' -- .ci tools)
 MARKDOWN_FILES = $(shell git ls-files '*.md')
 CXX_FILES = $(shell git ls-files 'cpp/*.cc' 'cpp/*.h' 'cpp/*.cu' 'cpp/*.cuh' 'tests/cpp/*.cc' 'tests/cpp/*.h' 'examples/downstream/*.cc')
 
-.PHONY: generate test fuzz soak train bench lint format hooks stubs sanitize wheel sdist gpu-test clean
+.PHONY: generate test fuzz soak train bench lint format stubs sanitize wheel sdist gpu-test clean
 
 generate: $(VENV)/examples.stamp
 	$(BIN)/python examples/generate.py
@@ -35,13 +35,13 @@ bench: $(VENV)/test.stamp
 lint: $(VENV)/test.stamp $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
-	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck $(SHELL_FILES)
 	$(BIN)/rumdl check $(MARKDOWN_FILES)
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
@@ -50,6 +50,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/rumdl fmt $(MARKDOWN_FILES)
 
 # Checks what a commit changes, with the tools and versions of `make lint`.
+.PHONY: hooks
 hooks: $(VENV)/dev.stamp
 	$(BIN)/pre-commit install
 
