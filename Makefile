@@ -6,6 +6,8 @@ JAX ?= jax
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find cpp -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.in')
+SHELL_FILES = $(shell git grep -l '^\#!/usr/bin/env bash' -- .ci tools)
+MARKDOWN_FILES = $(shell git ls-files '*.md')
 CXX_FILES = $(shell git ls-files 'cpp/*.cc' 'cpp/*.h' 'cpp/*.cu' 'cpp/*.cuh' 'tests/cpp/*.cc' 'tests/cpp/*.h' 'examples/downstream/*.cc')
 
 .PHONY: generate test fuzz soak train bench lint format stubs sanitize wheel sdist gpu-test clean
@@ -45,6 +47,11 @@ bench: $(VENV)/test.stamp
 lint: $(VENV)/test.stamp $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck $(SHELL_FILES)
+	$(BIN)/rumdl check $(MARKDOWN_FILES)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python tools/check_sizes.py
@@ -53,6 +60,12 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/rumdl fmt $(MARKDOWN_FILES)
+
+# Checks what a commit changes, with the tools and versions of `make lint`.
+.PHONY: hooks
+hooks: $(VENV)/dev.stamp
+	$(BIN)/pre-commit install
 
 # The C++ tests, then the conformance suite on the CPU engine, all under the address and undefined-behaviour sanitizers.
 sanitize: $(VENV)/test.stamp $(VENV)/dev.stamp
@@ -77,9 +90,9 @@ wheel: $(VENV)/wheel.stamp
 	$(PYTHON) -m pip wheel --verbose --no-deps --wheel-dir build/wheel --config-settings=cmake.define.JPA_CUDA=$(CUDA) \
 	  --config-settings=cmake.define.JPA_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" $(FROM) > build/wheel/build.log 2>&1 \
 	  || { tail -n 50 build/wheel/build.log; exit 1; }
-	$(if $(MACHINE_CODE),$(PYTHON) tools/check_ptxas build/wheel/build.log)
+	$(if $(MACHINE_CODE),$(PYTHON) tools/check_ptxas.py build/wheel/build.log)
 	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --wheel-dir build/wheel/repaired build/wheel/*.whl
-	$(BIN)/python tools/check_wheel build/wheel/repaired/*.whl --architectures "$(if $(filter ON,$(CUDA)),$(CUDA_ARCHITECTURES))"
+	$(BIN)/python tools/check_wheel.py build/wheel/repaired/*.whl --architectures "$(if $(filter ON,$(CUDA)),$(CUDA_ARCHITECTURES))"
 	mkdir -p dist && mv build/wheel/repaired/*.whl dist/
 
 sdist: $(VENV)/wheel.stamp

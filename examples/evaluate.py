@@ -1,4 +1,4 @@
-"""Bits a byte of a byte-level checkpoint on the held-out text: `python evaluate.py [--model DIR]`.
+"""Bits per byte of a byte-level checkpoint on the held-out text: `python evaluate.py [--model DIR]`.
 
 The text is cut into windows of the model's context that overlap by half, so that every byte after the first window is
 predicted from at least half a context. Attention runs over the paged cache; beside it stands the figure of
@@ -120,7 +120,7 @@ def ngram_bits_per_byte(training: bytes, text: bytes, order: int, discount: floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Bits a byte of a byte-level checkpoint on the held-out text.")
+    parser = argparse.ArgumentParser(description="Bits per byte of a byte-level checkpoint on the held-out text.")
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "checkpoint", help="checkpoint folder")
     arguments = parser.parse_args()
     try:
@@ -132,7 +132,7 @@ def main() -> None:
         command_line.fail(error)
 
     training = corpus.token_stream(corpus.training_and_validation_documents()[0])
-    print(f"held-out text of {len(heldout):,} bytes; bits a byte:")
+    print(f"held-out text of {len(heldout):,} bytes; bits per byte:")
     print(f"  paged cache   {bits_per_byte(model, heldout, paged=True):.4f}")
     print(f"  no cache      {bits_per_byte(model, heldout, paged=False):.4f}")
     for order in (3, 5):

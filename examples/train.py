@@ -77,7 +77,7 @@ TrainState = tuple[Any, Any, optax.OptState]  # weights, their average, AdamW's
 
 
 def train(model_config: LlamaConfig, config: TrainConfig) -> tuple[Llama, float]:
-    """Returns the averaged model that was best on the validation text, and its bits a byte there."""
+    """Returns the averaged model that was best on the validation text, and its bits per byte there."""
     training, validation = (corpus.token_stream(d) for d in corpus.training_and_validation_documents())
     model = Llama(model_config, dropout=config.dropout, rngs=nnx.Rngs(config.seed))
     graphdef, weights, rest = nnx.split(model, nnx.Param, ...)

@@ -34,12 +34,12 @@ Settings = dict[str, str | list[str]] | None
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
-    """What pip installs before it builds a wheel."""
+    """The packages that pip installs before it builds a wheel."""
     return _backend.get_requires_for_build_wheel(config_settings) + _cuda_requirements(config_settings)
 
 
 def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
-    """What pip installs before it builds an editable install."""
+    """The packages that pip installs before it builds an editable install."""
     return _backend.get_requires_for_build_editable(config_settings) + _cuda_requirements(config_settings)
 
 

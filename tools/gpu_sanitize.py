@@ -2,7 +2,7 @@
 """A few calls of the CUDA module, held to the oracle, for compute-sanitizer: without pytest, and with next to no XLA.
 
 Usage: tools/gpu_sanitize.py write | ENGINE NAME... | little-room NAME...
-    Names are those of tests/cases.py; the folder tests is on PYTHONPATH. In little room it is `fused`.
+    Names are those of tests/cases; the directory tests is on PYTHONPATH. `little-room` runs `fused`.
 """
 
 import sys
@@ -18,7 +18,7 @@ from jax_paged_attn import _ffi
 
 
 def leave_little_room() -> None:
-    """Gives `fused` scratch memory for the images of 1 MiB, whatever it asks for: kept programs may have no more."""
+    """Limits the tile cache of `fused` to 1 MiB, whatever it asks for: kept programs may have no more."""
     asks_for = _ffi._CUDA_WORKSPACES["fused"]
     _ffi._CUDA_WORKSPACES["fused"] = lambda *operands, **options: asks_for(
         *operands, **{**options, "workspace_limit": 1 << 20}
@@ -26,7 +26,7 @@ def leave_little_room() -> None:
 
 
 def attention(engine: str, name: str) -> None:
-    """The case as the engine takes it, and once more with its promise if it can give it."""
+    """Runs the case as the engine takes it, and once more batch-invariant if the engine guarantees that."""
     case = harness.adapted(name, engine)
     for batch_invariant in {False, harness.engine_row(engine).batch_invariant}:
         got = harness.run(case, implementation=engine, batch_invariant=batch_invariant)
@@ -34,7 +34,7 @@ def attention(engine: str, name: str) -> None:
 
 
 def write() -> None:
-    """bf16 tokens into pages of each width, in thread blocks large and small and by bulk copies; slots repeat."""
+    """Writes bf16 tokens into pages of each width, by large and small thread blocks and bulk copies; slots repeat."""
     rng = np.random.default_rng(0)
     for tokens, page_dtype in ((6, "bf16"), (700, "bf16"), (700, "e4m3"), (5000, "bf16")):
         k_pages, v_pages = (cases.random_values(rng, (50, 8, 2, 16), cases.DTYPES[page_dtype]) for _ in "kv")

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Fails if a wheel is larger than it may be, carries libraries of others, or lacks kernels for a compute capability.
+"""Fails if a wheel is too large, bundles libraries, or lacks kernels for a compute capability.
 
-Usage: tools/check_wheel WHEEL [--architectures "80;90a;120-virtual"]   (cuobjdump: on PATH, or from NVIDIA's package of it)
+Usage: tools/check_wheel.py WHEEL [--architectures "80;90a;120-virtual"]
+
+cuobjdump is the one on PATH, or that of NVIDIA's package nvidia-cuda-cuobjdump.
 """
 
 import argparse
@@ -20,7 +22,7 @@ MAX_BYTES = 60_000_000
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("--architectures", default="", help="of the CUDA module's kernels; none: no such module")
+    parser.add_argument("--architectures", default="", help="those of the CUDA module; empty if there is none")
     arguments = parser.parse_args()
     wheel, architectures = arguments.wheel, [a for a in arguments.architectures.split(";") if a]
 
@@ -28,7 +30,7 @@ def main() -> int:
     with zipfile.ZipFile(wheel) as archive:
         files = archive.infolist()
         # The CUDA runtime is linked in, and cuBLASLt and the driver are opened at run time.
-        faults += [f"{f.filename}: a library of others" for f in files if ".libs/" in f.filename]
+        faults += [f"{f.filename}: a bundled library" for f in files if ".libs/" in f.filename]
         modules = [f.filename for f in files if re.fullmatch(r"jax_paged_attn/_cuda\.[^/]*so", f.filename)]
         if len(modules) != bool(architectures):
             faults.append(f"CUDA modules: {modules}, architectures expected: {architectures}")
@@ -77,9 +79,9 @@ def cuobjdump(option: str, module: str) -> str:
 
 
 def missing_kernels(kernels: dict[str, set[str]], architectures: list[str]) -> list[str]:
-    """What is wrong, where each architecture should have every kernel that another has.
+    """Faults, one line each: every architecture should have every kernel that another one has.
 
-    So it is of the prefill kernels too, though outside 90a they are empty and never launched.
+    Prefill kernels count too, though outside 90a they are empty and never launched.
     """
     expected = {f"sm_{name}" for name in architectures}
     if not expected and not kernels:  # a wheel of PTX alone

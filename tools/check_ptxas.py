@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Reads a build's log and fails if ptxas spilled registers beyond a bound, or says that it serialised wgmma.
+"""Reads a build's log and fails if ptxas spilled registers beyond a bound, or reports that it serialised wgmma.
 
-Usage: tools/check_ptxas LOG [--max-spill-bytes N]   (ptxas speaks through -Xptxas=-v, which CMakeLists.txt passes)
+Usage: tools/check_ptxas.py LOG [--max-spill-bytes N]
+
+ptxas reports where it gets -Xptxas=-v, which CMakeLists.txt passes.
 """
 
 import argparse
