@@ -1,0 +1,46 @@
+"""The site: `make docs` builds it into build/docs. Examples of its pages run in tests/test_pages.py."""
+
+import jax_paged_attn
+
+project = "jax_paged_attn"
+author = "The jax_paged_attn authors"
+copyright = author
+release = jax_paged_attn.__version__
+version = release
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+
+# Pages are Markdown. Signs of arithmetic are written as characters, so no extension for mathematics is needed.
+source_suffix = {".md": "markdown"}
+myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+# Docstrings are in Google's style, with code between single backticks.
+default_role = "code"
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+maximum_signature_line_length = 88
+add_module_names = False
+
+# The prompt of examples in docstrings is not copied.
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+html_theme = "furo"
+html_title = project
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+html_copy_source = False
+pygments_style = "default"
+pygments_dark_style = "monokai"
