@@ -1,5 +1,8 @@
 """The site: `make docs` builds it into build/docs. Examples of its pages run in tests/test_pages.py."""
 
+import re
+from typing import Any
+
 import jax_paged_attn
 
 project = "jax_paged_attn"
@@ -44,3 +47,12 @@ html_show_sphinx = False
 html_copy_source = False
 pygments_style = "default"
 pygments_dark_style = "monokai"
+
+
+def end_code(_app: Any, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
+    """Lets a letter follow code, as in `Array`s, which reStructuredText allows after an escaped space only."""
+    lines[:] = [re.sub(r"`([^`]+)`(?=\w)", r"`\1`\\ ", line) for line in lines]
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", end_code)
