@@ -32,6 +32,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": 9})
     rows, engine = record["rows"], record["engine"]
     figure, axes = pyplot.subplots(figsize=(5.4, 1.3 + 0.27 * len(rows)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # pyright: ignore[reportOptionalMemberAccess]
     places = np.arange(len(rows))
     form = ".1f" if any(isinstance(row["us"], float) for row in rows) else "d"
     ratios = [row["ratio"] for row in rows]

@@ -29,9 +29,9 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
+# Docstrings give shapes and dtypes. With hints, every overload would be listed with all its unions.
+autodoc_typehints = "none"
 autodoc_preserve_defaults = True
-python_use_unqualified_type_names = True
 maximum_signature_line_length = 88
 add_module_names = False
 
