@@ -223,7 +223,8 @@ inline constexpr int kMaxSplits = 16;
 // Sequences with more query rows are not split: they have tiles enough, and their partial results would need
 // memory.
 inline constexpr int kMaxSplitRows = 8;
-// Keys of a part, as few as keep the cost of partial results small, see docs/decisions/2026-11-24-decode-one-launch.md.
+// Keys of a KV split, as few as keep the cost of partial results small, see
+// docs/decisions/2026-11-24-decode-one-launch.md.
 inline constexpr int kMinSplitTiles = 16;
 
 // Tiles of each part of a unit but the last one.
