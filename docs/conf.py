@@ -31,7 +31,6 @@ napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 # Docstrings give shapes and dtypes. With hints, every overload would be listed with all its unions.
 autodoc_typehints = "none"
-autodoc_preserve_defaults = True
 maximum_signature_line_length = 88
 add_module_names = False
 
