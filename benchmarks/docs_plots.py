@@ -1,4 +1,4 @@
-"""Draws the plots of the documentation from records: `python -m benchmarks.plots`, which needs matplotlib.
+"""Draws the plots of the documentation from records: `python -m benchmarks.docs_plots`, which needs matplotlib.
 
 A record in `benchmarks/records/` holds what one run printed: per workload the time of our engine and that of the
 fastest peer, with device, command and commit. Each becomes an SVG of the same name in `docs/plots/`.
@@ -21,18 +21,18 @@ COLOURS = {"FlashAttention-3": "#e0a15e", "cuDNN": "#8fa3b5"}
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """A bar per workload: how many times as long as our engine the fastest peer takes. A line marks equal times."""
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
+    from matplotlib.lines import Line2D  # pyright: ignore[reportMissingImports]
+    from matplotlib.patches import Patch  # pyright: ignore[reportMissingImports]
 
     # Text stays text, and the same record gives the same bytes.
     pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": 9})
+    pyplot.rcParams.update({f"figure.constrained_layout.{pad}": 0.1 for pad in ("w_pad", "h_pad")})
     rows, engine = record["rows"], record["engine"]
     figure, axes = pyplot.subplots(figsize=(5.4, 1.3 + 0.27 * len(rows)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # pyright: ignore[reportOptionalMemberAccess]
     places = np.arange(len(rows))
     form = ".1f" if any(isinstance(row["us"], float) for row in rows) else "d"
     ratios = [row["ratio"] for row in rows]
