@@ -1,9 +1,10 @@
-"""Every `>>>` example of the public docstrings runs, each docstring in a namespace of its own."""
+"""Every `>>>` example of the public docstrings runs in a namespace of its own, and all public names have one."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 
 import pytest
 
@@ -31,3 +32,11 @@ def test_examples_run(name: str) -> None:
     said: list[str] = []
     results = doctest.DocTestRunner(optionflags=FLAGS).run(EXAMPLES[name], out=said.append)
     assert results.failed == 0, "".join(said)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_names_have_examples(module: str) -> None:
+    """A class may have its examples at its methods."""
+    members = vars(importlib.import_module(module))
+    names = [name for name in members["__all__"] if inspect.isclass(members[name]) or inspect.isfunction(members[name])]
+    assert [name for name in names if not any(f"{key}.".startswith(f"{module}.{name}.") for key in EXAMPLES)] == []
