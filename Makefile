@@ -10,7 +10,7 @@ SHELL_FILES = $(shell git grep -l '^\#!/usr/bin/env bash' -- .ci tools)
 MARKDOWN_FILES = $(shell git ls-files '*.md')
 CXX_FILES = $(shell git ls-files 'cpp/*.cc' 'cpp/*.h' 'cpp/*.cu' 'cpp/*.cuh' 'tests/cpp/*.cc' 'tests/cpp/*.h' 'examples/downstream/*.cc')
 
-.PHONY: generate test fuzz soak train bench lint format stubs sanitize wheel sdist gpu-test clean
+.PHONY: generate test fuzz soak train bench docs lint format stubs sanitize wheel sdist gpu-test clean
 
 generate: $(VENV)/examples.stamp
 	$(BIN)/python examples/generate.py
@@ -43,6 +43,10 @@ train: $(VENV)/examples.stamp
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.cpu
+
+# The site, in build/docs; warnings are errors.
+docs: $(VENV)/test.stamp $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
 lint: $(VENV)/test.stamp $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -112,6 +116,10 @@ $(VENV)/python.stamp:
 
 $(VENV)/dev.stamp: $(VENV)/python.stamp pyproject.toml
 	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/python.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --group docs
 	touch $@
 
 $(VENV)/wheel.stamp: $(VENV)/python.stamp pyproject.toml

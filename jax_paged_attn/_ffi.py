@@ -230,7 +230,7 @@ _CUDA_WORKSPACES: dict[str, Callable[..., Any]] = {
 
 
 def attention_cpu(*operands: Array, decode: bool, batch_invariant: bool, **parameters: Any) -> tuple[Array, Array]:
-    """Attention on the CPU engine; operands and parameters as in docs/architecture.md.
+    """Attention on the CPU engine; operands and parameters as in docs/primitive.md.
 
     It finds out by itself which sequences have one row, and is batch-invariant whether asked or not.
 
@@ -247,7 +247,7 @@ def attention_cpu(*operands: Array, decode: bool, batch_invariant: bool, **param
 def attention_cuda(
     *operands: Array, engine: str, decode: bool, batch_invariant: bool, layout: str, **parameters: Any
 ) -> tuple[Array, Array]:
-    """Attention on an engine for CUDA; operands and parameters as in docs/architecture.md.
+    """Attention on an engine for CUDA; operands and parameters as in docs/primitive.md.
 
     Returns:
       `out [T, N, H]` in q's dtype and `lse [T, N]` f32.
@@ -310,7 +310,7 @@ def write(
     k_scale: Array,
     v_scale: Array,
 ) -> tuple[Array, Array]:
-    """Writes new keys and values, on a platform with a compiled module; operands as in docs/architecture.md.
+    """Writes new keys and values, on a platform with a compiled module; operands as in docs/primitive.md.
 
     Returns:
       Both pools, in the buffers of the operands where these are donated.

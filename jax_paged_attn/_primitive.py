@@ -21,7 +21,7 @@ from jax_paged_attn import _checks, _differentiation, _engines, _ffi, _modes, _p
 from jax_paged_attn._folding import Axis, fold, unfold
 from jax_paged_attn._layouts import LAYOUTS
 
-# The ten operands of attention, as in docs/architecture.md.
+# The ten operands of attention, as in docs/primitive.md.
 _OPERANDS = (
     "q",
     "k_pages",

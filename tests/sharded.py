@@ -8,7 +8,6 @@ import functools
 import itertools
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -482,14 +481,6 @@ def test_context_parallel_is_attention_over_all_pages(name: str, check_vma: bool
     want = jax.jit(derived(whole.attend, "gradient"))(*operands)
     dealt = [np.asarray(grad)[spread.owner, spread.local_id] for grad in grads[1:3]]
     assert_same((grads[0], *dealt, grads[3]), want)
-
-
-def test_the_examples_of_the_documentation_run() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "sharding.md").read_text()
-    examples: dict[str, Any] = {}
-    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(code, examples)
-        np.testing.assert_array_equal(np.asarray(examples["out"]).astype(np.float32), 1.0)
 
 
 def test_context_parallel_says_what_is_wrong() -> None:

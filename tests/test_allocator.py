@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -609,17 +608,6 @@ def test_a_cache_of_another_size_is_refused() -> None:
     allocator.check(jpa.PagedKVCache.create(1, 8, 16, 1, 8))
     with pytest.raises(ValueError, match="cache: expected page_size 16, as the allocator has, got 8"):
         allocator.check(jpa.PagedKVCache.create(1, 8, 8, 1, 8))
-
-
-def test_the_examples_of_the_docs_run() -> None:
-    page = Path(__file__).parent.parent / "docs" / "allocator.md"
-    if not page.exists():
-        pytest.skip("no docs beside the tests")
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert blocks
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), names)
 
 
 # ---- errors

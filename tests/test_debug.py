@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -462,11 +461,3 @@ def test_a_compiled_step_tells_whether_it_copies() -> None:
         jpa.check_in_place(compiled(reads_old_pages, donate_argnums=0), cache)
     with pytest.raises(ValueError, match="cache: expected arrays of four axes"):
         jpa.check_in_place(compiled(step), slots)
-
-
-def test_the_examples_of_the_documentation_run() -> None:
-    page = Path(__file__).parent.parent / "docs" / "debugging.md"
-    examples: dict[str, Any] = {}
-    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(code, examples)
-    assert "lengths: expected 0 to 32 tokens (2 pages of 16), got 33 in row 1" in examples["said"]

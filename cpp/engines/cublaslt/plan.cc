@@ -8,7 +8,7 @@
 namespace jpa::cublaslt {
 namespace {
 
-// Measured on an H100, see docs/kernels/cublaslt.md.
+// Measured on an H100, see docs/decisions/2026-11-23-cublaslt-tuning.md.
 struct Tuning {
   int64_t min_page_in_place;   // smaller pages make matrix products too small: gather them
   int64_t max_page_in_place;   // larger ones exceed a segment
