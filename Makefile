@@ -58,7 +58,8 @@ lint: $(VENV)/test.stamp $(VENV)/dev.stamp
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python tools/check_sizes.py
+	$(BIN)/python tools/check_sizes.py --cpp
+	$(BIN)/python tools/check_words.py
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,7 @@
 // B sequences of H heads, each with M query rows [B, H, M, D] and its own S keys and values [B, H, S, D],
 // f16, cut into pages of S / pages neighbouring rows. Every step computes the same attention without a mask:
 //   nested    for each (b, h, page): scores, online softmax, output          3 * B * H * pages launches
-//   heads     for each page: scores of all heads, a softmax a head, output   (B * H + 2) * pages
+//   heads     for each page: scores of all heads, a softmax per head, output   (B * H + 2) * pages
 //   pages     for each page: scores, one softmax, output, of all heads       3 * pages
 //   batched   scores, softmax, output, of all heads and pages                3
 #include <cublasLt.h>
@@ -233,7 +233,7 @@ class Ladder {
   const DeviceArray<__half>& input(int index) const { return index == 0 ? q_ : index == 1 ? k_ : v_; }
   const DeviceArray<float>& out() const { return out_; }
 
-  // What a step needs beside the inputs. Planning is not timed.
+  // Prepares what a step needs beside the inputs. Planning is not timed.
   void Plan(Step step) {
     Release();
     step_ = step;
@@ -289,7 +289,7 @@ class Ladder {
   }
 
  private:
-  // Of the batch whose first query row is `row`; the number of launches.
+  // For the batch whose first query row is `row`; returns the number of launches.
   int64_t LaunchSoftmax(int64_t row, bool first, bool last) {
     const int64_t launches = step_ == Step::kHeads ? heads_ : 1;
     const int64_t rows_each = (step_ == Step::kNested ? 1 : heads_) * rows_ / launches;

@@ -37,7 +37,7 @@ SHAPES = (
 )
 
 # In the order of `enum class Step` in ladder.cu.
-STEPS = ("nested loops", "heads batched", "one softmax a page", "all batched")
+STEPS = ("nested loops", "heads batched", "one softmax per page", "all batched")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ foreach(JPA_HEAD_DIM IN LISTS JPA_FUSED_DECODE_HEAD_DIMS)
   list(APPEND JPA_FUSED_INSTANTIATIONS ${instantiation})
 endforeach()
 foreach(JPA_HEAD_DIM IN LISTS JPA_FUSED_PREFILL_HEAD_DIMS)
-  # Of the enum Loader.
+  # The values of the enum Loader.
   foreach(JPA_LOADER kTma kCpAsync)
     set(instantiation ${JPA_GENERATED}/engines/fused/prefill/head_dim_${JPA_HEAD_DIM}_${JPA_LOADER}.cu)
     configure_file(cpp/engines/fused/prefill/instantiation.cu.in ${instantiation} @ONLY)

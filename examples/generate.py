@@ -89,7 +89,7 @@ class Stream:
 
 
 class Display:
-    """Finished texts scroll by; below them, on a terminal, those in progress, pages in use and tokens a second."""
+    """Finished texts scroll by; below them, on a terminal, those in progress, pages in use and tokens per second."""
 
     def __init__(self, console: Console, engine: Engine, streams: list[Stream]):
         self._console = console

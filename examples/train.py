@@ -52,7 +52,7 @@ class TrainConfig:
 
     Attributes:
       steps: optimizer steps; the learning rate warms up linearly, then falls to 1 % along a cosine.
-      tokens: bytes a step.
+      tokens: bytes per step.
       short_steps: share of the steps with windows of half the context.
       learning_rate, warmup, weight_decay: of AdamW; weight decay acts on matrices only.
       dropout: rate, see `Llama`.

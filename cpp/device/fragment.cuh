@@ -138,7 +138,7 @@ class QueryScale {
   float first_, second_;
 };
 
-// 16 queries as first operand of Q K^T, two rows a lane.
+// 16 queries as first operand of Q K^T, two rows per lane.
 template <DType q_dtype, bool is_8bit, int head_dim>
 struct QueryFragments {
   uint32_t fragments[head_dim / 16][4];

@@ -102,7 +102,7 @@ __device__ inline void WaitForPhase(Barrier* barrier, uint32_t parity) {
   } while (ended == 0);
 }
 
-// Of some warps of a block: a barrier by number, 0 being __syncthreads'.
+// A named barrier of some warps of a block; number 0 is that of __syncthreads.
 template <int number, int threads>
 __device__ inline void NamedBarrierSync() {
   asm volatile("bar.sync %0, %1;" ::"n"(number), "n"(threads) : "memory");
@@ -128,10 +128,10 @@ __device__ inline void PrefetchToL2(const void* from, uint32_t bytes) {
 
 // ---- bulk copies -----------------------------------------------------------------------------------------
 
-// Of a multiple of 16 bytes between addresses that are such, too. Only from compute capability 9.0 on is a
-// kernel with them launched.
+// Bytes and addresses are multiples of 16. Kernels with these copies are launched only from compute
+// capability 9.0 on.
 
-// What the thread's InitBarrier did becomes visible to the engine of bulk copies.
+// Makes the thread's InitBarrier visible to bulk copies.
 __device__ inline void FenceBarrierInit() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
@@ -178,15 +178,15 @@ __device__ inline void TmaLoad(void* to, const void* map, const TensorPlace& pla
 #endif
 }
 
-// What the thread has written to shared memory becomes visible to wgmma and to bulk copies, once other
-// threads know of it by a barrier.
+// Makes what the thread has written to shared memory visible to wgmma and to bulk copies, once a barrier
+// tells other threads.
 __device__ inline void FenceSharedForAsync() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
-// What the thread knows to be in global memory is seen by its bulk copies, too.
+// Makes what the thread sees in global memory visible to its bulk copies.
 __device__ inline void FenceGlobalForAsync() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.global;" ::: "memory");
@@ -312,7 +312,7 @@ __device__ inline uint32_t PermuteBytes(uint32_t low, uint32_t high, uint32_t se
   return __byte_perm(low, high, selector);
 }
 
-// Of signed integers, in one instruction from compute capability 9.0 on.
+// The largest of three integers, in one instruction from compute capability 9.0 on.
 __device__ inline int32_t Largest(int32_t a, int32_t b, int32_t c) { return __vimax3_s32(a, b, c); }
 
 // Within 1 unit in the last place; 0 of infinity.

@@ -13,8 +13,8 @@ namespace jpa::device {
 // ---- operands in shared memory ----------------------------------------------------------------------------
 
 // A matrix of 16-bit elements is cut into blocks of 8 rows and 64 columns: rows of 128 bytes one after the
-// other, 1024 bytes in all, at a multiple of that. In row r the 16-byte chunk c lies in the place of chunk
-// c ^ (r % 8): so does the tensor memory accelerator put it with CU_TENSOR_MAP_SWIZZLE_128B.
+// other, 1024 bytes in all, at a multiple of that. In row r the 16-byte chunk c lies in the place of chunk c
+// ^ (r % 8): so TMA puts it with CU_TENSOR_MAP_SWIZZLE_128B.
 inline constexpr int kBlockRows = 8;
 inline constexpr int kBlockColumns = 64;
 inline constexpr int kBlockBytes = 1024;
@@ -76,8 +76,8 @@ __device__ inline void WgmmaWait(float (&results)[count]) {
 #endif
 }
 
-// Sums of what must be computed before the wait that follows, none below 0. Without the branch ptxas puts the
-// wait first, and then nothing runs beside the products.
+// Takes sums, none below 0, of what must be computed before the wait that follows. Without the branch ptxas
+// puts the wait first, and then nothing runs beside the MMAs.
 __device__ inline void ComputeBeforeNext(float a, float b) {
   if (a < 0.0f || b < 0.0f) asm volatile("trap;");
 }
@@ -105,7 +105,8 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
 #define JPA_NAMES_48 JPA_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define JPA_NAMES_64 JPA_NAMES_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
-// Of n columns in `count` = n / 2 registers; a0 to a5 are the numbers of the operands that follow them.
+// Defines both for n columns in `count` = n / 2 registers; a0 to a5 are the numbers of the operands that
+// follow.
 #define JPA_DEFINE_WGMMA(n, count, a0, a1, a2, a3, a4, a5)                                                 \
   template <typename T>                                                                                    \
   __device__ inline void WgmmaSS(float (&d)[count], uint64_t a, uint64_t b, bool accumulate) {             \
@@ -140,7 +141,7 @@ JPA_DEFINE_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
 JPA_DEFINE_WGMMA(96, 48, 48, 49, 50, 51, 52, 53)
 JPA_DEFINE_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
 #else
-// Of other architectures' passes, which launch no kernel with products.
+// For passes of other architectures, which launch no kernel with wgmma.
 template <typename T, int count>
 __device__ inline void WgmmaSS(float (&)[count], uint64_t, uint64_t, bool) {}
 template <typename T, int count>

@@ -52,8 +52,9 @@ void SplitsCoverEachKeyOnce() {
     int64_t next = keys.begin;
     for (int64_t i = 0; i < num_splits; ++i) {
       const KeyRange split = cpu::SplitKeys(keys, num_splits, i);
-      CHECK(split.begin == next && split.begin <= split.end, "split %d: [%d, %d) after %d", static_cast<int>(i),
-            static_cast<int>(split.begin), static_cast<int>(split.end), static_cast<int>(next));
+      CHECK(split.begin == next && split.begin <= split.end, "split %d: [%d, %d) after %d",
+            static_cast<int>(i), static_cast<int>(split.begin), static_cast<int>(split.end),
+            static_cast<int>(next));
       next = split.end;
     }
     CHECK(next == keys.end, "ends at %d of %d", static_cast<int>(next), static_cast<int>(keys.end));

@@ -82,7 +82,7 @@ DecodeArgs MakeDecodeArgs(const CallArgs& call, const Options& options, const De
 
 // ---- prefill ----------------------------------------------------------------------------------------------
 
-// Whether 32 bits can number a pool's rows of H elements.
+// True if 32 bits can number a pool's rows of H elements.
 bool RowsHaveNumbers(const AttentionProblem& problem, int64_t num_pages, const PageStrides& strides) {
   const int64_t H = problem.head_dim;
   const auto last = [](int64_t count) { return std::max<int64_t>(count, 1) - 1; };
@@ -122,7 +122,7 @@ PrefillChoice ChoosePrefill(const AttentionProblem& problem, const AttentionPara
   return {.prefill = finds_pages ? &device.prefill_by_cp_async : nullptr, .loader = Loader::kCpAsync};
 }
 
-// What TMA loads need.
+// Fills in what TMA loads need.
 Status MakeTensorMaps(const PrefillDevice& prefill, PrefillArgs* args) {
   const AttentionProblem& problem = args->call.problem;
   const AttentionParams& params = args->call.params;

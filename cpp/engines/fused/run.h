@@ -43,7 +43,7 @@ struct PrefillDevice {
   int cache_slices = 0;
 };
 
-// What the calls of one call site need on a device. They must follow each other, as those of a stream do.
+// All that the calls of one call site need on a device. They must follow each other, as those of a stream do.
 struct Device {
   int num_sms;       // multiprocessors
   int ctas_per_sm;   // that run at the same time

@@ -16,7 +16,7 @@ def gated_paged_attention(
     """`sigmoid(gate) * paged_attention(q, …)` in one call, on the CPU.
 
     Args:
-      q: `[B, N, H]` f32, one query row a sequence.
+      q: `[B, N, H]` f32, one query row per sequence.
       gate: `[B, N, H]` f32, before the sigmoid.
       k_pages: `[P, S, K, H]` f32.
       v_pages: `[P, S, K, H]` f32.

@@ -1,4 +1,4 @@
-// What every kernel of the engine is called with.
+// The arguments that all kernels of the engine have in common.
 #pragma once
 
 #include <cstdint>

@@ -16,7 +16,7 @@
 
 namespace jpa::fused {
 
-// What all sequences of a call share.
+// The numbers that all sequences of a call share.
 struct CallFacts {
   FastDivisor group;       // G, query heads per KV head
   int32_t num_kv_heads;    // K

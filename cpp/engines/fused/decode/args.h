@@ -1,4 +1,4 @@
-// What the kernels of decode are called with.
+// The arguments of the decode kernels.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ struct DecodeArgs {
   // q.
   bool split_rows_by_sequence;
 
-  // Whether prefill runs beside decode, if some sequences are for each.
+  // True where prefill runs beside decode, if some sequences are for each.
   JPA_HOST_DEVICE bool may_share_sms() const { return call.facts.decode_rows != INT32_MAX; }
 };
 

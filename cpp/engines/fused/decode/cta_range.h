@@ -113,11 +113,12 @@ class CtaRangeCursor {
   JPA_HOST_DEVICE bool done() const { return done_; }
   JPA_HOST_DEVICE const TileCursor<Sequences>& at() const { return cursor_; }
 
-  // Whether the tile is the first or the last one of its split.
+  // True at the first and at the last tile of a split.
   JPA_HOST_DEVICE bool StartsSplit() const { return cursor_.tile() == split_begin_; }
   JPA_HOST_DEVICE bool EndsSplit() const { return cursor_.tile() == split_end_ - 1; }
 
-  // Whether the split has the first and the last tile of its row block. Both hold at the split's last tile.
+  // True if the split has the first tile of its row block, or the last. Both are valid at the split's last
+  // tile.
   JPA_HOST_DEVICE bool HasRowBlockStart() const { return split_begin_ == cursor_.tiles().begin; }
   JPA_HOST_DEVICE bool HasRowBlockEnd() const { return cursor_.tile() == cursor_.tiles().end - 1; }
 

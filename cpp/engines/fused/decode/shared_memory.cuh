@@ -1,4 +1,4 @@
-// What the warps of a decode CTA share.
+// Shared memory of a decode CTA.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ inline constexpr int kCapability = __CUDA_ARCH__ / 10;
 inline constexpr int kCapability = 90;  // The host's pass compiles no kernel, but wants a number.
 #endif
 
-// What producers and consumers need to know of a key tile in flight.
+// All that producers and consumers need to know of a key tile in flight.
 struct TileDescriptor : RowBlock {
   int64_t k_offsets[kTileKeys];    // bytes into the pool, of each key's row; -1: there is no such key
   int64_t v_offsets[kTileKeys];    // likewise, unless they are the same

@@ -1,4 +1,4 @@
-// What the kernels of prefill are called with.
+// The arguments of the prefill kernels.
 #pragma once
 
 #include <cuda.h>

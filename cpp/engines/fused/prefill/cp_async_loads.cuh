@@ -178,12 +178,12 @@ class TileRows {
   const PoolRows& pool_;
   const int32_t* table_;  // of the sequence
   const char* head_;      // the head's first row in the pool
-  // Of the tile asked for: the lane's first key, and per word its column of the block table and the page id
+  // For the tile asked for: the lane's first key, and per word its column of the block table and the page id
   // there.
   int32_t key_;
   uint32_t columns_[kWords] = {};
   uint32_t ids_[kWords];
-  // Of the tile looked at.
+  // For the tile looked at.
   uint32_t rows_[kWords];
   uint32_t missing_[kWords];
 };

@@ -19,7 +19,7 @@ template <typename Traits>
 struct OutputRows {
   float blocks[Traits::kOutBlocks][Traits::kOutWidth / 2];
 
-  // Of the eight columns of block `block`, the lane's two of row r.
+  // The lane's two columns of row r, of the eight in block `block`.
   __device__ const float* Columns(int block, int r) const {
     constexpr int kOfOne = Traits::kOutWidth / 8;
     return &blocks[block / kOfOne][block % kOfOne * 4 + 2 * r];

@@ -15,7 +15,7 @@ struct PrefillKernelInfo {
   int threads = 0;
   int shared_bytes = 0;
   TileShape shape = {};
-  // Of a cached key tile, if the kernel uses the tile cache.
+  // The size of a cached key tile, if the kernel uses the tile cache.
   int cached_tile_bytes = 0;
   int cache_slices = 0;
 };

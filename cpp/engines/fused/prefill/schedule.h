@@ -84,7 +84,7 @@ JPA_HOST_DEVICE inline TileRange TilesOfSplit(const TileRange& row_block, int32_
           .end = row_block.begin + static_cast<int32_t>(size * (split + 1) / splits)};
 }
 
-// What a work tile of a sequence is, the sequence's first one being number 0.
+// A work tile's place in its sequence, whose first one is number 0.
 struct WorkTilePlace {
   int32_t head;
   int32_t row_tile;

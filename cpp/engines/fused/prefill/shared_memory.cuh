@@ -1,4 +1,4 @@
-// What the warps of a prefill kernel share, and how they find their way in it.
+// Shared memory of a prefill CTA, and the rings of stages in it.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace jpa::fused {
 
-// What all warps need to know of a work tile: a row block, and the key tiles of one KV split of it.
+// A work tile as all warps know it: a row block, and the key tiles of one KV split of it.
 struct WorkTile : RowBlock {
   int32_t exists;       // 0 behind the last one
   TileRange tiles;      // of the split
@@ -43,7 +43,7 @@ struct MissingKeys {
   }
 };
 
-// What consumers are told of a key tile.
+// A key tile as consumers know it.
 template <typename Traits>
 struct LoadedTile {
   int32_t number;

@@ -18,7 +18,7 @@
 
 namespace jpa::fused {
 
-// What a lane has of its warpgroup's scores and results (wgmma's layout of accumulators): two packed rows,
+// A lane's elements of its warpgroup's scores and results (wgmma's layout of accumulators): two packed rows,
 // and of each block of eight columns two neighbours.
 struct LaneElements {
   // The lane's packed row r (0 or 1), counted from the work tile's first.
@@ -53,7 +53,7 @@ class RowSoftmax {
       all_visible_.begin = max(all_visible_.begin, visible_[r].begin);
       all_visible_.end = min(all_visible_.end, visible_[r].end);
     }
-    // What all rows of the warp see: so a warp masks by itself.
+    // The keys that all rows of the warp see: so a warp masks by itself.
 #pragma unroll
     for (int lanes = 4; lanes < 32; lanes *= 2) {
       all_visible_.begin = max(all_visible_.begin, __shfl_xor_sync(~0u, all_visible_.begin, lanes));
@@ -67,13 +67,13 @@ class RowSoftmax {
     for (int r = 0; r < 2; ++r) factors_[r] = ldexpf(factors_[r], exponents[LaneElements::Row(r)]);
   }
 
-  // Whether some row of the warp does not see some key of a tile.
+  // True if some row of the warp does not see some key of a tile.
   __device__ bool NeedsMask(const LoadedTile<Traits>& tile) const {
     const int32_t first = tile.number * kKeys;
     const bool masks = tile.missing.any() || first < all_visible_.begin || first + kKeys > all_visible_.end;
     return __any_sync(~0u, device::LaneId() == 0 && masks);
   }
-  // What scores need before ToExponents, if anything.
+  // Does what scores need before ToExponents, if anything.
   __device__ void ScaleAndMask(const PrefillArgs& args, bool needs_mask, const LoadedTile<Traits>& tile,
                                Scores& scores) const {
     if (scales_) Scale(args.call.params.soft_cap * kLog2E, scores);

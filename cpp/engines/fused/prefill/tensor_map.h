@@ -15,7 +15,7 @@ namespace jpa::fused {
 // tile of `tile_keys` into the next.
 int32_t TmaBoxRows(int64_t page_size, int32_t tile_keys);
 
-// Whether TMA can load pages of such sizes. Boxes have eight tokens at least, since the order of 16-byte
+// True if TMA can load pages of such sizes. Boxes have eight tokens at least, since the order of 16-byte
 // chunks in shared memory repeats after eight.
 bool FitsTma(const AttentionProblem& problem);
 

@@ -30,10 +30,10 @@ class TileCacheSlice {
     first_index_ = work_tile.cache_index;
     cached_ = 0;
   }
-  // Whether some tile of the work tile may be cached.
+  // True if some key tile of the work tile may be cached.
   __device__ bool MayBeCached() const { return first_index_ < cache_.count; }
 
-  // Whether the next tile is known to be cached.
+  // True if the next tile is known to be cached.
   __device__ bool IsCached() const { return (cached_ & 1) != 0; }
   // If not: asks for the state of the step's tile, and for those of the steps that follow, one per lane. The
   // answer is used in Take.
@@ -49,7 +49,7 @@ class TileCacheSlice {
     if (!IsCached()) {
       cached_ = __ballot_sync(~0u, state_ == kReady);
       if (cached_ != 0) {
-        // What lanes have read of states, lane 0 and its bulk copies have to see as well.
+        // Lane 0 and its bulk copies have to see what lanes have read of states.
         device::FenceAcquire();
         __syncwarp();
         device::FenceGlobalForAsync();

@@ -1,4 +1,4 @@
-// What a prefill kernel is made for, and what follows from it: the one place for its sizes.
+// A prefill kernel's dtype, loader and head dim, and all sizes that follow: the one place for them.
 #pragma once
 
 #include "core/problem.h"
