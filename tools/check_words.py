@@ -1,4 +1,6 @@
-"""Fails if a text uses a private word where the field has one, or a form of words that readers stumble over (docs/vocabulary.md).
+"""Fails where a text has a private word for what the field has a word for, or a sentence to decode.
+
+docs/vocabulary.md says the words.
 
 Usage: tools/check_words.py [FILE ...]   (all tracked files that people read, if none are named)
 """

@@ -49,10 +49,12 @@ class ConsumerWarpgroup {
       ReleaseQueries();
       return;
     }
-    AttendFirstTile(work_tile, left == 1);
+    // One array for all tiles: with one per tile ptxas serialises the MMAs.
+    Scores scores;
+    AttendFirstTile(work_tile, left == 1, scores);
     bool accumulates = false;
     while (--left > 0) {
-      AttendNextTile(left == 1, accumulates);
+      AttendNextTile(left == 1, accumulates, scores);
       accumulates = true;
     }
     const Stage values = keys_.Before();
@@ -79,8 +81,7 @@ class ConsumerWarpgroup {
   static constexpr int kPingPongBarriers = 2;  // one per warpgroup: it may issue MMAs
 
   // The first tile has no values of an earlier one beside it.
-  __device__ void AttendFirstTile(const WorkTile& work_tile, bool is_last) {
-    Scores scores;
+  __device__ void AttendFirstTile(const WorkTile& work_tile, bool is_last, Scores& scores) {
     device::WaitForPhase(&shared_.keys_full[keys_.index()], keys_.parity());
     device::WgmmaFence();
     IssueQK(scores);
@@ -98,8 +99,7 @@ class ConsumerWarpgroup {
     if constexpr (!Traits::kUsesCpAsync) ZeroTail(work_tile, tile.OfLane0().number);
   }
 
-  __device__ void AttendNextTile(bool is_last, bool accumulates) {
-    Scores scores;
+  __device__ void AttendNextTile(bool is_last, bool accumulates, Scores& scores) {
     const Stage values = keys_.Before();
     device::WaitForPhase(&shared_.keys_full[keys_.index()], keys_.parity());
     WaitForPingPong();
