@@ -158,14 +158,14 @@ class Scoring:
 
     Attributes:
       scale: multiplies the products.
-      sliding_window: how many keys a row sees at most; 0 is all.
       soft_cap: c of c·tanh(score / c); 0 is none.
+      sliding_window: how many keys a row sees at most; 0 is all.
       causal: whether a row sees no key behind its own position.
     """
 
     scale: float
-    sliding_window: int
     soft_cap: float
+    sliding_window: int
     causal: bool
 
     @classmethod
