@@ -80,15 +80,17 @@ jpa::Status Run(ffi::ThreadPool& pool, const Rows& q, const Rows& gate, const Pa
   const int64_t num_pages = k_pages.dimensions()[0], page_size = k_pages.dimensions()[1],
                 num_kv_heads = k_pages.dimensions()[2];
 
-  jpa::AttentionProblem problem = {};
-  problem.q_dtype = problem.kv_dtype = jpa::DType::kF32;
-  problem.num_rows = problem.num_seqs = num_seqs;
-  problem.num_q_heads = num_q_heads;
-  problem.num_kv_heads = num_kv_heads;
-  problem.head_dim = head_dim;
-  problem.page_size = page_size;
-  problem.num_k_pages = problem.num_v_pages = num_pages;
-  problem.max_pages = block_tables.dimensions()[1];
+  const jpa::AttentionProblem problem = {.q_dtype = jpa::DType::kF32,
+                                         .kv_dtype = jpa::DType::kF32,
+                                         .num_rows = num_seqs,
+                                         .num_q_heads = num_q_heads,
+                                         .num_kv_heads = num_kv_heads,
+                                         .head_dim = head_dim,
+                                         .page_size = page_size,
+                                         .num_k_pages = num_pages,
+                                         .num_v_pages = num_pages,
+                                         .num_seqs = num_seqs,
+                                         .max_pages = block_tables.dimensions()[1]};
 
   // Decode: sequence b has row b of q and no other.
   std::vector<int32_t> q_starts(static_cast<size_t>(num_seqs)), q_counts(q_starts.size(), 1);
@@ -97,21 +99,27 @@ jpa::Status Run(ffi::ThreadPool& pool, const Rows& q, const Rows& gate, const Pa
   const int64_t workspace_bytes = jpa::AttentionWorkspaceBytes(num_seqs, num_q_heads, head_dim);
   const std::unique_ptr<float[]> workspace(new float[static_cast<size_t>(workspace_bytes) / sizeof(float)]);
 
-  jpa::AttentionParams params = {};
-  params.q = q.typed_data();
-  params.k_pages = k_pages.typed_data();
-  params.v_pages = v_pages.typed_data();
-  params.block_tables = block_tables.typed_data();
-  params.kv_lens = lengths.typed_data();
-  params.q_starts = q_starts.data();
-  params.q_counts = q_counts.data();
-  params.out = out.typed_data();
-  params.lse = lse.data();
-  params.workspace = workspace.get();
-  params.k_strides = params.v_strides =
+  const jpa::PageStrides strides =
       jpa::StridesOf(jpa::PageLayout::kSplit, num_pages, page_size, num_kv_heads, head_dim);
-  params.scale = scale;
-  params.causal = true;
+  const jpa::AttentionParams params = {.q = q.typed_data(),
+                                       .k_pages = k_pages.typed_data(),
+                                       .v_pages = v_pages.typed_data(),
+                                       .block_tables = block_tables.typed_data(),
+                                       .kv_lens = lengths.typed_data(),
+                                       .q_starts = q_starts.data(),
+                                       .q_counts = q_counts.data(),
+                                       .sinks = nullptr,
+                                       .k_scale = nullptr,
+                                       .v_scale = nullptr,
+                                       .out = out.typed_data(),
+                                       .lse = lse.data(),
+                                       .workspace = workspace.get(),
+                                       .k_strides = strides,
+                                       .v_strides = strides,
+                                       .scale = scale,
+                                       .soft_cap = 0.0f,
+                                       .sliding_window = 0,
+                                       .causal = true};
 
   XlaTaskRunner runner(pool);
   const jpa::cpu::Kernels* kernels;
