@@ -9,8 +9,6 @@
 
 namespace jpa::device {
 
-using jpa::kLog2E;
-
 struct SoftmaxState {
   // Probabilities of up to 2^8 are as exact as those of up to 1, in f16 and in bf16.
   static constexpr float kSlack = 8.0f;

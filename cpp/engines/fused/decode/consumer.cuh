@@ -85,7 +85,7 @@ class ConsumerWarp {
       float scores[2][4];
       Scores(stage + key * Traits::Rows::kStride, scores);
       if (args.call.params.soft_cap > 0.0f) {
-        Scale(scores, args.call.params.soft_cap * device::kLog2E);
+        Scale(scores, args.call.params.soft_cap * kLog2E);
       } else {
         Scale(scores);
       }
