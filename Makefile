@@ -15,9 +15,10 @@ CXX_FILES = $(shell git ls-files 'cpp/*.cc' 'cpp/*.h' 'cpp/*.cu' 'cpp/*.cuh' 'te
 generate: $(VENV)/examples.stamp
 	$(BIN)/python examples/generate.py
 
-# Most of the time goes to XLA's compilations, so code for CPUs is compiled with little optimisation; JAX 0.10 also has an
-# older and faster way to emit it, which later releases pass over. The tests of wheels compile as users do.
-QUICK_COMPILATION := --xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters
+# Most of the time goes to XLA's compilations, so code for CPUs is compiled with little optimisation, in one piece. JAX 0.10
+# also has an older and faster way to emit it, which later releases pass over. The tests of wheels compile as users do.
+QUICK_COMPILATION := --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 \
+  --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters
 PYTEST = XLA_FLAGS="$(QUICK_COMPILATION) $$XLA_FLAGS" $(BIN)/python -m pytest -n auto --dist worksteal
 
 test: $(VENV)/test.stamp

@@ -96,7 +96,11 @@ TPU_TESTS: dict[str, tuple[list[tuple[int, int]], tuple[int, int], str, str, dic
 }
 
 
-@pytest.mark.parametrize("name", TPU_TESTS)
+# Whose float64 results take seconds.
+LARGE = ("prefill_only", "mixed")
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in LARGE)) for x in TPU_TESTS])
 def test_inputs_of_the_tpu_kernels_tests(fast_engine: str, name: str) -> None:
     """Head dim 128, pages of 16 tokens, NaN in what no sequence has, and the default scale of 1."""
     seq_lens, (heads, kv_heads), dtype, page_dtype, keywords = TPU_TESTS[name]

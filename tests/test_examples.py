@@ -413,7 +413,7 @@ def test_generate_serves_prompts_together(monkeypatch: pytest.MonkeyPatch, capsy
     assert "\x1b" not in out  # no terminal, no control sequences
 
 
-@pytest.mark.parametrize("cache_dtype", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("cache_dtype", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("bf16", "fp8")), "int8"])
 def test_generate_with_other_caches(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache_dtype: str
 ):

@@ -406,7 +406,11 @@ def test_bits_do_not_depend_on_the_place_in_the_batch(engine: str, name: str) ->
         assert digest(*(x[mine] for x in emptied)) == digest(*(x[mine] for x in whole))
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+# The conformance suite runs the widest of them anyway.
+WIDE = [pytest.param(isa, marks=pytest.mark.slow) for isa in ("avx512", "avx2")]
+
+
+@pytest.mark.parametrize("isa", [*WIDE, "baseline"])
 def test_each_instruction_set_conforms(isa: str) -> None:
     cpu = pytest.importorskip("jax_paged_attn._cpu", exc_type=ModuleNotFoundError)
     if isa not in cpu.available_isas():

@@ -9,7 +9,7 @@ from cases import CASES, Case
 
 def _params() -> list[object]:
     """All cases, of which `make test` runs others than it does for the engine of that name."""
-    return [pytest.param(case, marks=[pytest.mark.slow] * harness.reference_is_slow(case, place=2)) for case in CASES]
+    return [pytest.param(case, marks=[pytest.mark.slow] * harness.reference_is_slow(case, place=4)) for case in CASES]
 
 
 @pytest.mark.parametrize("case", _params(), ids=str)
