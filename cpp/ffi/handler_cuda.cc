@@ -26,8 +26,8 @@ std::atomic<int64_t> host_calls{0};
 
 bool IsFused(const AttentionAttributes& attributes) { return attributes.engine == "fused"; }
 
-// The state of a call site of a compiled program: its sizes never change, so what its engine makes ready once
-// per device stays right. Threads share it.
+// The state of a call site of a compiled program, shared by threads. Sizes of a call site never change, so
+// what its engine prepares once per device stays valid.
 class AttentionState {
  public:
   static ffi::TypeId id;
