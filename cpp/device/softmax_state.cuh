@@ -11,9 +11,9 @@ namespace jpa::device {
 
 struct SoftmaxState {
   // Probabilities of up to 2^8 are as exact as those of up to 1, in f16 and in bf16.
-  static constexpr float kSlack = 8.0f;
+  static constexpr float kRescaleThreshold = 8.0f;
 
-  // The maximum of the scores seen so far; after RaiseIfFar it may be up to kSlack less.
+  // The maximum of the scores seen so far; after RescaleIfNeeded it may be up to kRescaleThreshold less.
   float maximum = -INFINITY;
   float sum = 0.0f;  // of 2^(score - maximum)
 
@@ -30,12 +30,12 @@ struct SoftmaxState {
   }
 
   // Likewise, for scores counted from origin(), of which the largest is `to`. But a maximum that is at most
-  // kSlack too small stays: then the factor is 1, and sums are what they were (as in FlashAttention-4).
-  // Returns what the scores have to be lowered by.
-  __device__ float RaiseIfFar(float to, float* factor) {
+  // kRescaleThreshold too small stays: then the factor is 1, and sums are what they were (as in
+  // FlashAttention-4). Returns what the scores have to be lowered by.
+  __device__ float RescaleIfNeeded(float to, float* factor) {
     const float before = origin();
     *factor = 1.0f;
-    if (maximum == -INFINITY ? to == -INFINITY : to <= kSlack) return 0.0f;
+    if (maximum == -INFINITY ? to == -INFINITY : to <= kRescaleThreshold) return 0.0f;
     *factor = Exp2(maximum == -INFINITY ? -INFINITY : -to);
     maximum = before + to;
     sum *= *factor;

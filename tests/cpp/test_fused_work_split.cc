@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "check.h"
-#include "engines/fused/decode/cta_range.h"
+#include "engines/fused/decode/cta_range_cursor.h"
 
 namespace jpa::test {
 namespace {

@@ -54,8 +54,7 @@ int64_t MaxSplitRows(const AttentionProblem& problem, bool decode) {
 PrefillLayout LayOutPrefill(const AttentionProblem& problem, const Options& options,
                             int64_t num_cached_tiles) {
   if (options.decode) return {};
-  constexpr int64_t kRows = 192;  // of a row tile of any prefill kernel, at most
-  const int64_t num_states = options.batch_invariant ? 0 : kMaxPartials * kRows;
+  const int64_t num_states = options.batch_invariant ? 0 : kMaxPartials * kMaxTileRows;
   const PrefillKernelInfo kernel = PrefillKernelFor<Loader::kCpAsync>(problem);
   PrefillLayout layout{};
   layout.stats = BytesOf<float>(num_states * problem.head_dim);

@@ -6,6 +6,7 @@
 
 #include "device/reduce.cuh"
 #include "engines/fused/common/result.cuh"
+#include "engines/fused/common/row_block.cuh"
 
 namespace jpa::fused {
 

@@ -5,7 +5,7 @@
 
 #include "device/ptx.cuh"
 #include "engines/fused/common/merge_splits.cuh"
-#include "engines/fused/common/sequences.cuh"
+#include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/decode/combine.h"
 #include "engines/fused/decode/partials.cuh"
 

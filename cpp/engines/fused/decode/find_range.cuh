@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "engines/fused/common/sequences.cuh"
+#include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/decode/args.h"
 #include "engines/fused/decode/shared_memory.cuh"
 

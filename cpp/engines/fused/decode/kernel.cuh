@@ -3,8 +3,8 @@
 //
 // find_range.cuh: every CTA works out from the lengths alone which key tiles it has (work_split.h).
 //
-// producer.cuh: one warp walks these tiles (cta_range.h), looks up their pages and leaves a descriptor per
-// tile. It and three others load keys and values into stages, as many tiles ahead as there are stages.
+// producer.cuh: one warp walks these tiles (cta_range_cursor.h), looks up their pages and leaves a descriptor
+// per tile. It and three others load keys and values into stages, as many tiles ahead as there are stages.
 //
 // consumer.cuh: four more warps compute S = Q K^T, the online softmax and O += P V.
 //
@@ -17,7 +17,7 @@
 #include <cstdint>
 
 #include "device/ptx.cuh"
-#include "engines/fused/common/sequences.cuh"
+#include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/decode/args.h"
 #include "engines/fused/decode/consumer.cuh"
 #include "engines/fused/decode/find_range.cuh"

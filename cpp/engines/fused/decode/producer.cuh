@@ -5,9 +5,9 @@
 #include <cstdint>
 
 #include "device/ptx.cuh"
-#include "engines/fused/common/sequences.cuh"
+#include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/decode/args.h"
-#include "engines/fused/decode/cta_range.h"
+#include "engines/fused/decode/cta_range_cursor.h"
 #include "engines/fused/decode/find_range.cuh"
 #include "engines/fused/decode/shared_memory.cuh"
 

@@ -4,8 +4,8 @@
 #include <cstdint>
 
 #include "device/ptx.cuh"
+#include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/common/result.cuh"
-#include "engines/fused/common/sequences.cuh"
 #include "engines/fused/decode/args.h"
 #include "engines/fused/decode/shared_memory.cuh"
 

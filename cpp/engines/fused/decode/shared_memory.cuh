@@ -4,8 +4,9 @@
 #include <cstdint>
 
 #include "device/ptx.cuh"
+#include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/common/result.cuh"
-#include "engines/fused/common/sequences.cuh"
+#include "engines/fused/common/row_block.cuh"
 #include "engines/fused/decode/args.h"
 #include "engines/fused/decode/traits.h"
 
@@ -30,6 +31,7 @@ struct TileDescriptor : RowBlock {
   int32_t partial;                 // index of the split's partial result; batch-invariant: of the split
   int32_t key;                     // the first one
 
+  static_assert(kTileKeys == 64, "two words of 32 keys");
   __device__ bool all_valid() const { return (valid[0] & valid[1]) == ~0u; }
 };
 

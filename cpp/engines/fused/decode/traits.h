@@ -1,4 +1,5 @@
-// A decode kernel's dtypes and head dim, and all sizes that follow: the one place for them.
+// A decode kernel's dtypes and head dim, and all sizes that follow: the one place for them, but for those of
+// tiles, which all decode kernels share (work_split.h).
 #pragma once
 
 #include "core/problem.h"

@@ -42,11 +42,11 @@ class ConsumerWarpgroup {
   __device__ void Attend(const WorkTile& work_tile) {
     softmax_.Start(args_, work_tile);
     device::WaitForPhase(&shared_.queries_full[queries_.index()], queries_.parity());
-    if constexpr (Traits::kIs8Bit) softmax_.TakeQueryExponents(shared_.exponents[queries_.index()]);
+    if constexpr (Traits::kIs8Bit) softmax_.ApplyQueryExponents(shared_.exponents[queries_.index()]);
     int32_t left = work_tile.tiles.size();
     if (left == 0) {
       out_.Clear();
-      ReleaseQueries();
+      ReleaseQueriesAndAdvance();
       return;
     }
     // One array for all tiles: with one per tile ptxas serialises the MMAs.
@@ -89,11 +89,11 @@ class ConsumerWarpgroup {
     const LoadedTile<Traits> tile = LookAtTile();
     const bool needs_mask = softmax_.NeedsMask(tile);
     device::WgmmaWait<0>(scores);
-    ReleaseKeys();
-    if (is_last) ReleaseQueries();
-    float factors[2] = {1.0f, 1.0f};  // of nothing
+    ReleaseKeysAndAdvance();
+    if (is_last) ReleaseQueriesAndAdvance();
+    float factors[2] = {1.0f, 1.0f};  // nothing was summed before
     softmax_.ScaleAndMask(args_, needs_mask, tile, scores);
-    softmax_.template ToExponents<0, kBlocks>(scores, factors);
+    softmax_.template ShiftScores<0, kBlocks>(scores, factors);
     softmax_.template Exponentiate<0, kBlocks>(scores);
     Pack<0, kBlocks>(scores);
     if constexpr (!Traits::kUsesCpAsync) ZeroTail(work_tile, tile.OfLane0().number);
@@ -114,13 +114,13 @@ class ConsumerWarpgroup {
     const LoadedTile<Traits> tile = LookAtTile();
     const bool needs_mask = softmax_.NeedsMask(tile);
     device::WgmmaWait<1>(scores);
-    ReleaseKeys();
-    if (is_last) ReleaseQueries();
+    ReleaseKeysAndAdvance();
+    if (is_last) ReleaseQueriesAndAdvance();
     float factors[2] = {1.0f, 1.0f};
     softmax_.ScaleAndMask(args_, needs_mask, tile, scores);
-    bool raised = softmax_.template ToExponents<0, kFirstBlocks>(scores, factors);
+    bool raised = softmax_.template ShiftScores<0, kFirstBlocks>(scores, factors);
     softmax_.template Exponentiate<0, kFirstBlocks>(scores);
-    if (softmax_.template ToExponents<kFirstBlocks, kBlocks>(scores, factors)) raised = true;
+    if (softmax_.template ShiftScores<kFirstBlocks, kBlocks>(scores, factors)) raised = true;
     softmax_.template Exponentiate<kFirstBlocks, kBlocksBeforeValues>(scores);
     device::ComputeBeforeNext(softmax_.state(0).sum, softmax_.state(1).sum);
     WaitForPV();
@@ -146,14 +146,14 @@ class ConsumerWarpgroup {
     if (device::LaneId() == 0) tile = shared_.tiles[keys_.index()];
     return tile;
   }
-  __device__ void ReleaseKeys() {
+  __device__ void ReleaseKeysAndAdvance() {
     if (device::LaneId() == 0) device::Arrive(&shared_.keys_empty[keys_.index()]);
     keys_.Next();
   }
   __device__ void ReleaseValues(const Stage& values) {
     if (device::LaneId() == 0) device::Arrive(&shared_.values_empty[values.index()]);
   }
-  __device__ void ReleaseQueries() {
+  __device__ void ReleaseQueriesAndAdvance() {
     device::Arrive(&shared_.queries_empty[queries_.index()]);
     queries_.Next();
   }
@@ -227,7 +227,7 @@ class ConsumerWarpgroup {
   const PrefillArgs& args_;
   Shared& shared_;
   const int warpgroup_;
-  PipelineState<Traits::kQueryTiles> queries_;
+  PipelineState<Traits::kQueryStages> queries_;
   Stage keys_;
   OutputRows<Traits> out_;
   uint32_t probabilities_[kBlocks][4];

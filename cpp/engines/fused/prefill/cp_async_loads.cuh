@@ -22,7 +22,7 @@ namespace jpa::fused {
 template <typename Traits>
 class TileRows {
  public:
-  static constexpr int kRows = Traits::kKeys / Traits::kTileWarps;
+  static constexpr int kRows = Traits::kKeys / Traits::kLoadWarps;
   static constexpr int kWords = kRows / 32;  // a lane looks up one row of each
   static_assert(kRows % 32 == 0);
 
@@ -35,24 +35,24 @@ class TileRows {
     head_ = Groups::Start(pool_.start + int64_t{work_tile.head} * pool_.head * kRowBytes);
   }
 
-  // Asks the block table for the pages of a key tile. The answer is used in LookAt.
-  __device__ void Ask(const WorkTile& work_tile, int32_t tile) {
+  // Asks the block table for the pages of a key tile. The answer is used in ResolveRows.
+  __device__ void PrefetchPageIds(const WorkTile& work_tile, int32_t tile) {
     key_ = tile * Traits::kKeys + FirstRow(0) + static_cast<int32_t>(device::LaneId());
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       ids_[word] = kNoPage;
-      if (key_ + 32 * word < work_tile.kv_len) Ask(word);
+      if (key_ + 32 * word < work_tile.kv_len) PrefetchPageIds(word);
     }
   }
   // Asks for those of the tile before the one that was asked for last, in fewer instructions.
-  __device__ void AskBefore() {
+  __device__ void PrefetchPageIdsBefore() {
     key_ -= Traits::kKeys;
 #pragma unroll
-    for (int word = 0; word < kWords; ++word) Ask(word);
+    for (int word = 0; word < kWords; ++word) PrefetchPageIds(word);
   }
 
   // Turns to that tile: where its rows lie, and which have no page.
-  __device__ void LookAt() {
+  __device__ void ResolveRows() {
     bool in_pool = true;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
@@ -110,7 +110,7 @@ class TileRows {
   static constexpr int kGroup = Groups::kGroup, kChunksOfLane = Groups::kChunksOfLane;
   static constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kKeys>();
 
-  __device__ void Ask(int word) {
+  __device__ void PrefetchPageIds(int word) {
     columns_[word] = static_cast<uint32_t>(args_.call.page_size.Quotient(key_ + 32 * word));
     ids_[word] = static_cast<uint32_t>(table_[columns_[word]]);
   }
@@ -213,7 +213,7 @@ class CpAsyncLoader {
       const WorkTile& work_tile = shared_.work_tiles[state.index()];
       if (!work_tile.exists) break;
       cache_.Start(work_tile);
-      if (work_tile.order.shares_tiles() || kAlwaysAsksCache) {
+      if (work_tile.order.shares_tiles() || kAlwaysUsesCache) {
         LoadWorkTile<true>(work_tile);
       } else {
         cache_.Publish();
@@ -226,7 +226,7 @@ class CpAsyncLoader {
 
  private:
   // The code of both cases would need too many registers here, and 8-bit rows take their time anyway.
-  static constexpr bool kAlwaysAsksCache = Traits::kIs8Bit;
+  static constexpr bool kAlwaysUsesCache = Traits::kIs8Bit;
 
   template <bool uses_cache>
   __device__ static int32_t TileAt(const WorkTile& work_tile, int32_t step) {
@@ -241,16 +241,16 @@ class CpAsyncLoader {
     rows_.Start(work_tile);
     if (left > 0) {
       const int32_t step = work_tile.tiles.end - 1;
-      rows_.Ask(work_tile, TileAt<uses_cache>(work_tile, step));
-      if constexpr (uses_cache) cache_.Ask(work_tile, step);
-      Take<uses_cache>();
+      rows_.PrefetchPageIds(work_tile, TileAt<uses_cache>(work_tile, step));
+      if constexpr (uses_cache) cache_.PrefetchStates(work_tile, step);
+      Advance<uses_cache>();
     }
     for (--left; left >= 0; --left, stage_.Next()) {
       const int32_t step = work_tile.tiles.begin + left, tile = TileAt<uses_cache>(work_tile, step);
-      if (left > 0) AskFor<uses_cache>(work_tile, step - 1);
+      if (left > 0) Prefetch<uses_cache>(work_tile, step - 1);
       device::WaitForPhase(&empty_[stage_.index()], stage_.parity() ^ 1);
       if constexpr (uses_cache) cache_.Publish();
-      Tell<uses_cache>(tile);
+      PublishTile<uses_cache>(tile);
       char* const to = stages_ + stage_.index() * Traits::kTileBytes;
       const bool copies = !uses_cache || !is_cached_;
       if (copies) {
@@ -268,7 +268,7 @@ class CpAsyncLoader {
       };
       // The fence waits for whatever is on its way, so the next copies of 8-bit rows come after it.
       if (Traits::kIs8Bit && copies) finish();
-      if (left > 0) Take<uses_cache>();
+      if (left > 0) Advance<uses_cache>();
       if (!Traits::kIs8Bit && copies) finish();
       if (left == kTilesAhead) RequestNextWorkTile();
     }
@@ -280,29 +280,29 @@ class CpAsyncLoader {
 
   // Asks for what has to be known of the step's tile.
   template <bool uses_cache>
-  __device__ void AskFor(const WorkTile& work_tile, int32_t step) {
+  __device__ void Prefetch(const WorkTile& work_tile, int32_t step) {
     if constexpr (uses_cache) {
       if (cache_.IsCached()) return;
-      rows_.Ask(work_tile, TileAt<true>(work_tile, step));
-      cache_.Ask(work_tile, step);
+      rows_.PrefetchPageIds(work_tile, TileAt<true>(work_tile, step));
+      cache_.PrefetchStates(work_tile, step);
     } else {
-      rows_.AskBefore();
+      rows_.PrefetchPageIdsBefore();
     }
   }
   // Turns to that tile.
   template <bool uses_cache>
-  __device__ void Take() {
+  __device__ void Advance() {
     if constexpr (uses_cache) {
-      is_cached_ = cache_.Take();
+      is_cached_ = cache_.Advance();
       if (is_cached_) return;
     }
-    rows_.LookAt();
+    rows_.ResolveRows();
     // On its way to f16, a tile is copied when the one before has left.
     if constexpr (Traits::kIs8Bit) rows_.CopyRaw(device::SharedAddress(raw_));
   }
   // Tells consumers of the tile. A cached tile has all rows.
   template <bool uses_cache>
-  __device__ void Tell(int32_t tile) {
+  __device__ void PublishTile(int32_t tile) {
     if (!keys_ || device::LaneId() != 0) return;
     LoadedTile<Traits>& loaded = shared_.tiles[stage_.index()];
     if (warp_ == 0) loaded.number = tile;

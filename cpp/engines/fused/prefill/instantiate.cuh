@@ -9,12 +9,13 @@ namespace jpa::fused {
 template <DType q_dtype, Loader loader, bool is_8bit, int head_dim>
 PrefillKernelInfo PrefillInfoOf() {
   using Traits = PrefillTraits<q_dtype, loader, is_8bit, head_dim>;
+  static_assert(Traits::kRows <= kMaxTileRows, "schedule.h has to know");
   return {.kernel = reinterpret_cast<const void*>(&PrefillKernel<Traits>),
           .threads = Traits::kThreads,
           .shared_bytes = PrefillSharedBytes<Traits>(),
           .shape = {.rows = Traits::kRows, .keys = Traits::kKeys},
           .cached_tile_bytes = Traits::kUsesCpAsync ? 2 * Traits::kTileBytes : 0,
-          .cache_slices = Traits::kUsesCpAsync ? 2 * Traits::kTileWarps : 0};
+          .cache_slices = Traits::kUsesCpAsync ? 2 * Traits::kLoadWarps : 0};
 }
 
 template <DType q_dtype, Loader loader, int head_dim>

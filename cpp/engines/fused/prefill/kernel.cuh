@@ -23,10 +23,10 @@
 
 namespace jpa::fused {
 
-// By the producers, counted from 0.
+// The producers' part; `thread` counts their threads from 0.
 template <typename Traits>
 __device__ inline void Produce(const PrefillArgs& args, PrefillShared<Traits>& shared, int thread) {
-  constexpr int kTileThreads = 2 * 32 * Traits::kTileWarps;
+  constexpr int kTileThreads = 2 * 32 * Traits::kLoadWarps;
   // Registers are given to whole warpgroups.
   if constexpr (!Traits::kTwoProducerWarpgroups) device::ShrinkRegisters<Traits::kTileRegisters>();
   if (thread >= kTileThreads) {
@@ -36,8 +36,8 @@ __device__ inline void Produce(const PrefillArgs& args, PrefillShared<Traits>& s
   }
   if constexpr (Traits::kTwoProducerWarpgroups) device::ShrinkRegisters<Traits::kTileRegisters>();
   const int warp = thread / 32;
-  const bool keys = warp < Traits::kTileWarps;
-  const int warp_of_them = warp % Traits::kTileWarps;
+  const bool keys = warp < Traits::kLoadWarps;
+  const int warp_of_them = warp % Traits::kLoadWarps;
   if constexpr (Traits::kUsesCpAsync && !Traits::kIs8Bit) {
     // The same code for keys and values: it shares the instruction cache with the consumers.
     CpAsyncLoader<Traits>(args, shared, keys, warp_of_them).Load();
@@ -72,12 +72,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       device::InitBarrier(&shared.work_tile_empty[i], Traits::kThreads);
     }
     device::InitBarrier(&shared.work_tile_ending, 1);
-    for (int i = 0; i < Traits::kQueryTiles; ++i) {
+    for (int i = 0; i < Traits::kQueryStages; ++i) {
       device::InitBarrier(&shared.queries_full[i], 32 * Traits::kQueryWarps);
       device::InitBarrier(&shared.queries_empty[i], Traits::kConsumerThreads);
     }
     // TMA loads have one arrival, by the lane that asks for them; cp.async loads have one per thread.
-    constexpr int kFullArrivals = Traits::kUsesCpAsync ? 32 * Traits::kTileWarps : 1;
+    constexpr int kFullArrivals = Traits::kUsesCpAsync ? 32 * Traits::kLoadWarps : 1;
     for (int i = 0; i < Traits::kStages; ++i) {
       device::InitBarrier(&shared.keys_full[i], kFullArrivals);
       device::InitBarrier(&shared.keys_empty[i], kConsumerWarps);

@@ -41,12 +41,12 @@ class QueryRows {
 
   // For 8-bit pages: turns rows into f16 in their places. Its range is smaller than bf16's, so each row is
   // divided by a power of two. A lane does it to what it has copied.
-  __device__ void MakeHalves(int16_t* exponents) const {
+  __device__ void ConvertToF16(int16_t* exponents) const {
     ForEach32([&](int first) {
       const uint32_t place = LanePlace(first);
       int16_t* const of_group = exponents + first + Groups::LaneRow();
 #pragma unroll 1
-      for (int i = 0; i < Groups::kGroup; i += kRowsAtOnce) MakeHalvesOfRows(place, i, of_group + i);
+      for (int i = 0; i < Groups::kGroup; i += kRowsAtOnce) ConvertRowsToF16(place, i, of_group + i);
     });
   }
 
@@ -69,7 +69,7 @@ class QueryRows {
   }
 
   // Rows of the lane's group, from row i on.
-  __device__ void MakeHalvesOfRows(uint32_t place, int i, int16_t* exponents) const {
+  __device__ void ConvertRowsToF16(uint32_t place, int i, int16_t* exponents) const {
     alignas(sizeof(uint4)) uint32_t words[kRowsAtOnce][kWords];
     // The largest even and odd elements; magnitudes are in the order of their bits.
     uint32_t largest[kRowsAtOnce] = {};

@@ -2,7 +2,7 @@
 #include "core/problem.h"
 #include "device/launch.h"
 #include "device/ptx.cuh"
-#include "engines/fused/common/sequences.cuh"
+#include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/prefill/kernels.h"
 
 namespace jpa::fused {

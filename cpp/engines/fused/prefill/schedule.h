@@ -48,6 +48,8 @@ struct PrefillPlan {
 
 // Partial results that a call may have, of a row tile each: so scratch memory has a fixed bound.
 inline constexpr int kMaxPartials = 264;
+// Packed rows of a row tile, at most, in any prefill kernel.
+inline constexpr int kMaxTileRows = 192;
 // With more splits of a row block their merging would take longer than they save.
 inline constexpr int kMaxPrefillSplits = 16;
 // A sequence with fewer row tiles, or few key tiles, pays more for the tile cache than it saves.
@@ -115,7 +117,9 @@ JPA_HOST_DEVICE inline int32_t HeadsPerSection(int32_t num_heads, int32_t kv_len
 }
 
 // Which key tile a work tile takes at which step. Steps are counted down as its tiles are. Its own tiles, one
-// in each period, stand in a circle and come ahead of their step; the others come at their step.
+// in each period, stand in a circle and come ahead of their step; the others come at their step. With 16 tiles,
+// a period of 4 and own number 1 the order is 15 14 9 12 11 10 5 8 7 6 1 4 3 2 13 0: tile 9 is in the cache by
+// the time that the other work tiles come to it.
 struct alignas(16) TileOrder {
   int32_t period;
   int32_t own;

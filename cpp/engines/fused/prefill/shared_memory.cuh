@@ -6,6 +6,7 @@
 #include "device/ptx.cuh"
 #include "device/wgmma.cuh"
 #include "engines/fused/common/result.cuh"
+#include "engines/fused/common/row_block.cuh"
 #include "engines/fused/prefill/schedule.h"
 #include "engines/fused/prefill/traits.h"
 
@@ -64,19 +65,19 @@ template <typename Traits>
 struct PrefillShared {
   static constexpr int kWorkTiles = 4;  // short ones take less time than it takes to find the next
 
-  alignas(1024) char queries[Traits::kQueryTiles][Traits::kQueryBytes];
+  alignas(1024) char queries[Traits::kQueryStages][Traits::kQueryBytes];
   alignas(1024) char keys[Traits::kStages][Traits::kTileBytes];
   alignas(1024) char values[Traits::kStages][Traits::kTileBytes];
   alignas(16) char raw[2][Traits::kRawBytes > 0 ? Traits::kRawBytes
                                                 : 16];  // 8-bit keys, and values, on their way to f16
   LoadedTile<Traits> tiles[Traits::kStages];            // whose keys those are
-  int16_t exponents[Traits::kQueryTiles]
+  int16_t exponents[Traits::kQueryStages]
                    [Traits::kIs8Bit ? Traits::kRows : 1];  // of 2: the factor of each query
   WorkTile work_tiles[kWorkTiles];
   int32_t is_last_split;
   device::Barrier work_tile_full[kWorkTiles], work_tile_empty[kWorkTiles];
   device::Barrier work_tile_ending;  // the last key tiles of a work tile are on their way
-  device::Barrier queries_full[Traits::kQueryTiles], queries_empty[Traits::kQueryTiles];
+  device::Barrier queries_full[Traits::kQueryStages], queries_empty[Traits::kQueryStages];
   device::Barrier keys_full[Traits::kStages], keys_empty[Traits::kStages];
   device::Barrier values_full[Traits::kStages], values_empty[Traits::kStages];
 };

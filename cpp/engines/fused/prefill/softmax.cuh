@@ -62,7 +62,7 @@ class RowSoftmax {
   }
 
   // For 8-bit pages: takes in the powers of two that queries were divided by.
-  __device__ void TakeQueryExponents(const int16_t* exponents) {
+  __device__ void ApplyQueryExponents(const int16_t* exponents) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) factors_[r] = ldexpf(factors_[r], exponents[LaneElements::Row(r)]);
   }
@@ -73,7 +73,7 @@ class RowSoftmax {
     const bool masks = tile.missing.any() || first < all_visible_.begin || first + kKeys > all_visible_.end;
     return __any_sync(~0u, device::LaneId() == 0 && masks);
   }
-  // Does what scores need before ToExponents, if anything.
+  // Does what scores need before ShiftScores, if anything.
   __device__ void ScaleAndMask(const PrefillArgs& args, bool needs_mask, const LoadedTile<Traits>& tile,
                                Scores& scores) const {
     if (scales_) Scale(args.call.params.soft_cap * kLog2E, scores);
@@ -84,7 +84,7 @@ class RowSoftmax {
   // `factors` are multiplied by those of what was summed before, and the probabilities of the blocks before
   // `begin` by them.
   template <int begin, int end>
-  __device__ bool ToExponents(Scores& scores, float (&factors)[2]) {
+  __device__ bool ShiftScores(Scores& scores, float (&factors)[2]) {
     // As integers, floats are in their order but for the negative ones among themselves.
     int32_t largest[2] = {INT32_MIN, INT32_MIN};
 #pragma unroll
@@ -128,7 +128,7 @@ class RowSoftmax {
 
   template <int begin, int end>
   __device__ void Raise(Scores& scores, float (&factors)[2]) {
-    rescale_bits_ = __float_as_int(device::SoftmaxState::kSlack);
+    rescale_bits_ = __float_as_int(device::SoftmaxState::kRescaleThreshold);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float maximum = -INFINITY;
@@ -139,7 +139,7 @@ class RowSoftmax {
       maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
       maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
       float factor;
-      const float lower = states_[r].RaiseIfFar(maximum, &factor);
+      const float lower = states_[r].RescaleIfNeeded(maximum, &factor);
       factors[r] *= factor;
 #pragma unroll
       for (int i = 2 * r; i < 8 * end; i += 4) {

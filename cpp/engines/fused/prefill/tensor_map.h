@@ -19,7 +19,7 @@ int32_t TmaBoxRows(int64_t page_size, int32_t tile_keys);
 // chunks in shared memory repeats after eight.
 bool FitsTma(const AttentionProblem& problem);
 
-// And whether it can load them from that pool.
+// True if TMA can load pages of such sizes from that pool.
 bool TensorMapExists(const AttentionProblem& problem, int64_t num_pages, const void* pool,
                      const PageStrides& strides);
 

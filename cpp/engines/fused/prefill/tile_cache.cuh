@@ -19,12 +19,12 @@ template <typename Traits>
 class TileCacheSlice {
  public:
   enum State : uint32_t { kNone, kClaimed, kReady };
-  static constexpr int kSlices = 2 * Traits::kTileWarps;  // of a cached tile
-  static constexpr uint32_t kSliceBytes = Traits::kTileBytes / Traits::kTileWarps;
+  static constexpr int kSlices = 2 * Traits::kLoadWarps;  // of a cached tile
+  static constexpr uint32_t kSliceBytes = Traits::kTileBytes / Traits::kLoadWarps;
   static_assert(Traits::kWholeBlocks, "a warp's rows are one piece");
 
   __device__ TileCacheSlice(const TileCache& tile_cache, bool keys, int warp)
-      : cache_(tile_cache), first_slice_((keys ? 0 : Traits::kTileWarps) + warp) {}
+      : cache_(tile_cache), first_slice_((keys ? 0 : Traits::kLoadWarps) + warp) {}
 
   __device__ void Start(const WorkTile& work_tile) {
     first_index_ = work_tile.cache_index;
@@ -36,8 +36,8 @@ class TileCacheSlice {
   // True if the next tile is known to be cached.
   __device__ bool IsCached() const { return (cached_ & 1) != 0; }
   // If not: asks for the state of the step's tile, and for those of the steps that follow, one per lane. The
-  // answer is used in Take.
-  __device__ void Ask(const WorkTile& work_tile, int32_t step) {
+  // answer is used in Advance.
+  __device__ void PrefetchStates(const WorkTile& work_tile, int32_t step) {
     const int32_t lane_step = step - static_cast<int32_t>(device::LaneId());
     state_ = kNone;
     if (!MayBeCached() || lane_step < work_tile.tiles.begin) return;
@@ -45,7 +45,7 @@ class TileCacheSlice {
     if (slice < cache_.count * kSlices) state_ = device::LoadRelaxed(cache_.states + slice);
   }
   // Turns to the next tile; returns whether it is cached.
-  __device__ bool Take() {
+  __device__ bool Advance() {
     if (!IsCached()) {
       cached_ = __ballot_sync(~0u, state_ == kReady);
       if (cached_ != 0) {

@@ -41,10 +41,10 @@ struct PrefillTraits {
   // Some producer warps load keys, as many load values, and the others queries. TMA loads take one warp each;
   // cp.async loads take two, and so a warpgroup more, unless results need its registers.
   static constexpr bool kTwoProducerWarpgroups = kUsesCpAsync && kHeadDim <= 192;
-  static constexpr int kTileWarps = kTwoProducerWarpgroups ? 2 : 1;  // of keys, and of values
+  static constexpr int kLoadWarps = kTwoProducerWarpgroups ? 2 : 1;  // of keys, and of values
   static constexpr int kQueryWarps = kTwoProducerWarpgroups ? 4 : 2;
   static constexpr int kConsumerThreads = 128 * kConsumerWarpgroups;
-  static constexpr int kThreads = kConsumerThreads + 32 * (2 * kTileWarps + kQueryWarps);
+  static constexpr int kThreads = kConsumerThreads + 32 * (2 * kLoadWarps + kQueryWarps);
   static_assert(kThreads % 128 == 0, "registers are shared out by warpgroups");
   // Registers per thread: 64 K are shared out unevenly, and nothing may spill. Producers that turn 8-bit rows
   // into f16 need more.
@@ -70,8 +70,8 @@ struct PrefillTraits {
   static constexpr int kRawBytes = kIs8Bit ? kKeys * kHeadDim : 0;  // likewise, on their way to f16
   static constexpr int kLoadBytes = 2 * (kStages * kTileBytes + kRawBytes);
   // Two row tiles of queries where they fit: then the next one is there when a work tile ends.
-  static constexpr int kQueryTiles = 2 * kQueryBytes + kLoadBytes <= kMostSharedBytes - kMiscBytes ? 2 : 1;
-  static_assert(kQueryTiles * kQueryBytes + kLoadBytes <= kMostSharedBytes - kMiscBytes);
+  static constexpr int kQueryStages = 2 * kQueryBytes + kLoadBytes <= kMostSharedBytes - kMiscBytes ? 2 : 1;
+  static_assert(kQueryStages * kQueryBytes + kLoadBytes <= kMostSharedBytes - kMiscBytes);
   // Blocks of the same rows are neighbours: then a page's tokens come in one box, and the rows of a warp are
   // one piece of memory. TMA cannot do that for heads that are no whole blocks: there blocks of the same
   // columns are neighbours, and a box has 64 columns.

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "engines/fused/common/sequences.cuh"
+#include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/prefill/args.h"
 #include "engines/fused/prefill/queries.cuh"
 #include "engines/fused/prefill/shared_memory.cuh"
@@ -80,11 +80,11 @@ __device__ inline void ScheduleAndLoadQueries(const PrefillArgs& args, PrefillSh
     device::WaitForPhase(&shared.work_tile_full[state.index()], state.parity());
     const WorkTile& work_tile = shared.work_tiles[state.index()];
     if (!work_tile.exists) return;
-    const PipelineState<Traits::kQueryTiles> tile(state);
+    const PipelineState<Traits::kQueryStages> tile(state);
     device::WaitForPhase(&shared.queries_empty[tile.index()], tile.parity() ^ 1);
     const QueryRows<Traits> rows(args, work_tile, thread / 32, shared.queries[tile.index()]);
     rows.Load();
-    if constexpr (Traits::kIs8Bit) rows.MakeHalves(shared.exponents[tile.index()]);
+    if constexpr (Traits::kIs8Bit) rows.ConvertToF16(shared.exponents[tile.index()]);
     device::FenceSharedForAsync();
     device::Arrive(&shared.queries_full[tile.index()]);
     ReleaseWorkTile(shared, state);
