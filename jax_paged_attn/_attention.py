@@ -133,7 +133,7 @@ def paged_attention_reference(
     lengths: ArrayLike,
     **options: Any,
 ) -> Array | tuple[Array, Array]:
-    """`paged_attention` in plain JAX, computed in float32: the oracle that engines are compared with.
+    """`paged_attention` in plain JAX, computed in float32: the reference that engines are compared with.
 
     Arguments, results and errors are those of `paged_attention`, without `implementation`. `batch_invariant` has no
     effect, since XLA decides about the bits.
@@ -270,7 +270,7 @@ def ragged_paged_attention_reference(
     num_seqs: ArrayLike | None = None,
     **options: Any,
 ) -> Array | tuple[Array, Array]:
-    """`ragged_paged_attention` in plain JAX, computed in float32: the oracle.
+    """`ragged_paged_attention` in plain JAX, computed in float32: the reference.
 
     Arguments, results and errors are those of `ragged_paged_attention`, without `implementation`. `batch_invariant` has
     no effect, as in `paged_attention_reference`.

@@ -2,8 +2,9 @@
 
 A keyword that changes scores, or which keys a row sees, is a line of `ScoreOptions` and a field of `Scoring`.
 `Scoring.checked` has its check, one of the other methods its effect, and the docstring of `paged_attention` its
-meaning. Everything else follows: the signatures of all public functions, the Flax layer, the reference, the
-derivatives, `cost_analysis`, the checks of `debug` and the attributes of the FFI call.
+meaning. Everything else in Python follows: the signatures of all public functions, the Flax layer, the reference,
+the derivatives, `cost_analysis`, the checks of `debug` and the attributes of the FFI call. C++ needs a new version of
+the FFI target, which must not get an attribute that it does not know; CONTRIBUTING.md names the files.
 """
 
 import dataclasses

@@ -22,18 +22,6 @@ from jax_paged_attn._folding import Axis, fold, unfold
 from jax_paged_attn._layouts import LAYOUTS
 
 # The ten operands of attention, as in docs/primitive.md.
-_OPERANDS = (
-    "q",
-    "k_pages",
-    "v_pages",
-    "block_tables",
-    "kv_lens",
-    "q_starts",
-    "q_counts",
-    "sinks",
-    "k_scale",
-    "v_scale",
-)
 _AXES = (
     Axis.ROWS,
     Axis.K_POOL,

@@ -1,4 +1,4 @@
-"""The oracle: paged attention and cache writes in plain `jnp`, one sequence after the other.
+"""The reference: paged attention and cache writes in plain `jnp`, one sequence after the other.
 
 It works on the primitive's operands (see `docs/primitive.md`), computes in float32 and is written to be read, not
 to be fast. Platforms without an engine of their own run it too.

@@ -31,7 +31,7 @@ def modules(path: Path, folder: Path) -> list[Path]:
     if path.suffix != ".whl":
         return [path]
     with zipfile.ZipFile(path) as wheel:
-        names = [name for name in wheel.namelist() if Path(name).name.startswith("_cuda.")]
+        names = [name for name in wheel.namelist() if Path(name).match("_cuda.*so")]
         return [Path(wheel.extract(name, folder)) for name in names]
 
 
