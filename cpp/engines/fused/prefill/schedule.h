@@ -117,9 +117,9 @@ JPA_HOST_DEVICE inline int32_t HeadsPerSection(int32_t num_heads, int32_t kv_len
 }
 
 // Which key tile a work tile takes at which step. Steps are counted down as its tiles are. Its own tiles, one
-// in each period, stand in a circle and come ahead of their step; the others come at their step. With 16 tiles,
-// a period of 4 and own number 1 the order is 15 14 9 12 11 10 5 8 7 6 1 4 3 2 13 0: tile 9 is in the cache by
-// the time that the other work tiles come to it.
+// in each period, stand in a circle and come ahead of their step; the others come at their step. With 16
+// tiles, a period of 4 and own number 1 the order is 15 14 9 12 11 10 5 8 7 6 1 4 3 2 13 0: tile 9 is in the
+// cache by the time that the other work tiles come to it.
 struct alignas(16) TileOrder {
   int32_t period;
   int32_t own;
