@@ -40,6 +40,8 @@ class Owner:
 
 TOKENS = st.lists(st.sampled_from("ab"), max_size=5)
 NEW = st.one_of(st.integers(0, 5), TOKENS)
+# More than a history's tokens can fill: a window gives pages back, so sequences outgrow the pool.
+MAX_PAGES = 512
 
 
 class Histories(RuleBasedStateMachine):
@@ -256,7 +258,7 @@ class Histories(RuleBasedStateMachine):
             written.append(int(self.allocator._rows.written[row]))
             assert written[-1] <= owner.computed
         counts = [min(n, len(o.tokens) - w) for n, o, w in zip(counts, owners, written, strict=False)]
-        arrays = self.allocator.step(ids, counts, num_tokens=40, max_seqs=5, max_pages=20)
+        arrays = self.allocator.step(ids, counts, num_tokens=40, max_seqs=5, max_pages=MAX_PAGES)
         assert same_arrays(arrays, self.expected_step(owners, written, counts))
         end = 0
         for owner, first, count in zip(owners, written, counts, strict=True):
@@ -273,7 +275,7 @@ class Histories(RuleBasedStateMachine):
     def expected_step(self, owners: list[Owner], written: list[int], counts: list[int]) -> StepArrays:
         """The step's arrays from the calls per sequence."""
         positions, slots = np.zeros(40, np.int32), np.full(40, -1, np.int32)
-        tables, kv_lens = np.full((5, 20), -1, np.int32), np.zeros(5, np.int32)
+        tables, kv_lens = np.full((5, MAX_PAGES), -1, np.int32), np.zeros(5, np.int32)
         cu_q_lens = np.zeros(6, np.int32)
         end = 0
         for b, (owner, first, count) in enumerate(zip(owners, written, counts, strict=True)):
