@@ -116,12 +116,12 @@ class Histories(RuleBasedStateMachine):
             best = max(best, whole * self.size)
         return best
 
-    def findable(self, salt: Hashable, tokens: list[Hashable]) -> bool:
-        """True if the page that ends this prefix can be found."""
+    def pages_found(self, salt: Hashable, tokens: list[Hashable]) -> set[int]:
+        """The pages that can be found as the last one of this prefix."""
         node = self.allocator._pool._roots.get(salt)
         for start in range(0, len(tokens), self.size):
             node = node and node.children.get(tuple(tokens[start : start + self.size]))
-        return node is not None and bool(node.pages)
+        return set(node.pages) if node else set()
 
     def told(self, owner: Owner, new: int | list[Hashable]) -> None:
         if owner.known == len(owner.tokens) and not isinstance(new, int):
@@ -230,8 +230,9 @@ class Histories(RuleBasedStateMachine):
         shared = min(owner.known, owner.marked)  # by this sequence; later tokens may stand in pages of freed ones
         for stop in range((length // self.size + 1) * self.size, shared + 1, self.size):
             others = [other for other in self.owners if other is not owner and other.salt == owner.salt]
-            held = any(other.tokens[:stop] == owner.tokens[:stop] for other in others)
-            assert held or not self.findable(owner.salt, owner.tokens[:stop])
+            has_it = any(other.tokens[:stop] == owner.tokens[:stop] for other in others)
+            # A page of others may stay: one that had these tokens and was truncated or freed.
+            assert has_it or held[stop // self.size - 1] not in self.pages_found(owner.salt, owner.tokens[:stop])
         owner.tokens = owner.tokens[:length]
         for name in ("computed", "known", "marked"):
             setattr(owner, name, min(getattr(owner, name), length))
