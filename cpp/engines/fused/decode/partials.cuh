@@ -36,14 +36,14 @@ __device__ inline void AwaitPartial(const uint32_t* ready) {
 // as the last of them is there.
 template <typename Traits>
 __device__ inline void MergeSplitRowBlock(const DecodeArgs& args, const SplitRowBlock& row_block) {
+  const int step = row_block.cta_step, first_cta = row_block.first_cta;
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int i = lane; i < row_block.num_splits; i += 32)
-    AwaitPartial(args.partial_ready + row_block.first_cta + i * row_block.cta_step);
+    AwaitPartial(args.partial_ready + first_cta + i * step);
 #pragma unroll 1
   for (int row = static_cast<int>(threadIdx.x / 32); row < row_block.num_rows; row += kConsumerWarps) {
     __syncwarp();
     const int64_t rows_each = args.call.partials.rows_each;
-    const int step = row_block.cta_step, first_cta = row_block.first_cta;
     const PartialIndices indices = {.first = (2 * first_cta + 1) * rows_each + row,
                                     .second = 2 * (first_cta + step) * rows_each + row,
                                     .step = 2 * step * args.call.partials.rows_each};
@@ -52,7 +52,7 @@ __device__ inline void MergeSplitRowBlock(const DecodeArgs& args, const SplitRow
   }
   device::NamedBarrierSync<1, Traits::kConsumerThreads>();  // no warp waits any more
   for (int i = static_cast<int>(threadIdx.x); i < row_block.num_splits; i += Traits::kConsumerThreads)
-    args.partial_ready[row_block.first_cta + i * row_block.cta_step] = 0;
+    args.partial_ready[first_cta + i * step] = 0;
 }
 
 }  // namespace jpa::fused
