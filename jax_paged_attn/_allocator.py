@@ -184,7 +184,8 @@ class PageAllocator:
         Args:
           id: the sequence.
           n: the new tokens, or just their number. Given by number their values are unknown: neither the page they
-            start in nor any later one can be found by others, until `truncate` takes the unknown tokens away.
+            start in nor any later one can be found by others, until `tell_batch` says which they are or `truncate`
+            takes them away. Tokens behind unknown ones count as unknown too, even if given here.
 
         Returns:
           ``(slots, copies)``: slots int32 ``[n]``, page · page_size + offset of each new token; and the
@@ -259,6 +260,55 @@ class PageAllocator:
         slots = r.spread(rows, start, counts)[1]
         return slots, np.array(copies, np.int32).reshape(-1, 2)
 
+    def tell_batch(self, ids: Iterable[int], tokens: Iterable[Iterable[Hashable]] | np.ndarray) -> None:
+        """Says which tokens were appended by number: the first ones of each sequence whose values are unknown.
+
+        A server that samples on the device appends the next token by number, before it has read its value. Once the
+        values are told, pages can be found by them as if they had been known from the start. All are told or, after
+        an error, none.
+
+        A fork has to be told the same as its original about the tokens that they share. After `reset_prefix_cache`,
+        what is told about sequences from before is checked, but never found.
+
+        Args:
+          ids: B sequences, none of them twice.
+          tokens: those of each sequence, in order: a list of lists, or an integer array ``[B, n]``.
+
+        Raises:
+          DoubleFree, ForeignPage: see there.
+          TypeError, ValueError: an argument is not as above, or more tokens than a sequence has unknown ones.
+
+        Example:
+          >>> import jax_paged_attn as jpa
+          >>> allocator = jpa.PageAllocator(num_pages=4, page_size=2)
+          >>> id = allocator.allocate([5]).id
+          >>> slots, copies = allocator.append_batch([id], [2])  # two tokens, still on the device
+          >>> allocator.mark_written(id, 3)
+          >>> allocator.find_prefix([5, 6, 7])
+          0
+          >>> allocator.tell_batch([id], [[6, 7]])
+          >>> allocator.find_prefix([5, 6, 7])
+          2
+        """
+        rows, items = self._batch(ids)
+        counts, values, told = arguments.numbers_or_tokens("tokens", tokens, len(rows))
+        if len(rows) and (told is None or not told.all()):
+            raise TypeError("tokens: expected the tokens of each sequence, got their number")
+        r, size = self._rows, self._page_size
+        known = r.known[rows]
+        unknown = r.length[rows] - np.maximum(known, 0)
+        if (counts > unknown).any():
+            i = int((counts > unknown).argmax())
+            raise ValueError(
+                f"tokens: expected at most {unknown[i]}, the tokens of sequence {items[i]} that are unknown, "
+                f"got {counts[i]}"
+            )
+        if told is None:
+            return
+        self._sequence_pages.extend_known(rows, known >= 0, known + counts, values)
+        if (due := (known + counts) // size > np.maximum(known, 0) // size).any():
+            self._sequence_pages.settle_batch(rows[due])
+
     def truncate(self, id: int, length: int) -> None:
         """Drops the last tokens of a sequence, as after rejected drafts, so that it has `length` tokens.
 
@@ -302,8 +352,10 @@ class PageAllocator:
             del chain[whole + 1 :]
         del r.tokens[row][length:]
         r.tables[row, keep : len(table)] = -1
-        for marks in (r.written, r.known):
+        for marks in (r.written, r.marked, r.known):
             marks[row] = min(marks[row], length)
+        if length == 0:
+            r.known[row] = 0  # nothing is left from before a reset
         r.published[row] = min(r.published[row], whole)
         r.given_back[row] = min(r.given_back[row], keep)
 
@@ -359,9 +411,8 @@ class PageAllocator:
         length = int(self._rows.length[row])
         if n > length:
             raise ValueError(f"n: expected at most {length}, the length of sequence {id}, got {n}")
-        if n > self._rows.written[row]:
-            self._rows.written[row] = n
-            self._sequence_pages.settle(row)
+        if n > self._rows.marked[row]:
+            self._sequence_pages.mark(row, n)
 
     def mark_written_batch(self, ids: Iterable[int], lengths: Iterable[int] | np.ndarray) -> None:
         """`mark_written` for many sequences at once; all of them or, after an error, none.
@@ -383,8 +434,9 @@ class PageAllocator:
             raise ValueError(
                 f"lengths: expected at most {r.length[rows[i]]}, the length of sequence {items[i]}, got {new[i]}"
             )
-        old = r.written[rows]
-        r.written[rows] = np.maximum(old, new)
+        old = r.marked[rows]
+        r.marked[rows] = np.maximum(old, new)
+        r.written[rows] = np.maximum(r.written[rows], new)
         due = new // size > old // size
         if self._window is not None:
             due |= (new - self._window) // size > r.given_back[rows]
@@ -511,7 +563,7 @@ class PageAllocator:
             root = self._pool.root(r.chains[row][0].key)
             self._pool.hold(root)
             r.tokens[row], r.chains[row] = [], [root]
-            r.known[row] = r.published[row] = 0
+            r.known[row], r.published[row] = -1 if r.length[row] else 0, 0
 
     def check(self, cache: Any) -> None:
         """Compares the pool with a cache's, anything with ``num_pages`` and ``page_size``.

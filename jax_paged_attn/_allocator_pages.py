@@ -82,13 +82,17 @@ class SequencePages:
             r.published[row] = last
             self._enter(row, first, last)
 
-    def settle(self, row: int) -> None:
-        """Shares and gives back pages after more tokens of a row were written."""
+    def mark(self, row: int, n: int) -> None:
+        """Takes note that more tokens of a row are in the cache than was said before."""
+        r = self._rows
+        r.marked[row] = n
+        if n > r.written[row]:
+            r.written[row] = n
         self.publish(row)
         self._clear(row)
 
     def settle_batch(self, rows: np.ndarray) -> None:
-        """`settle` for many rows."""
+        """Shares and gives back pages after more tokens of some rows were marked or told."""
         r = self._rows
         first, known, written = r.published[rows], r.known[rows], r.written[rows]
         last = (known if self._share == "allocated" else np.minimum(known, written)) // self._page_size
@@ -100,14 +104,14 @@ class SequencePages:
                 self._clear(row)
 
     def _clear(self, row: int) -> None:
-        """The rest of a mark, after `publish`: pages stay findable, or lie in front of the window."""
+        """The rest, after `publish`: marked pages stay findable, and go if they lie in front of the window."""
         r = self._rows
         if self._share == "allocated":
-            last = min(int(r.written[row]) // self._page_size, int(r.published[row]))
+            last = min(int(r.marked[row]) // self._page_size, int(r.published[row]))
             self._pool.vouch(r.tables[row, int(r.given_back[row]) : last][::-1].tolist())
         if self._window is None:
             return
-        first, last = int(r.given_back[row]), (int(r.written[row]) - self._window) // self._page_size
+        first, last = int(r.given_back[row]), (int(r.marked[row]) - self._window) // self._page_size
         if last > first:
             for page in r.tables[row, first:last].tolist():
                 self._pool.disown(page)
@@ -122,6 +126,8 @@ class SequencePages:
         chain, tokens, enter = r.chains[row], r.tokens[row], self._pool.enter
         held = node = chain[-1]
         for i, page in enumerate(r.tables[row, first:last].tolist(), first):
-            node = enter(page, node, tuple(tokens[i * size : (i + 1) * size]), computed)
+            key = tuple(tokens[i * size : (i + 1) * size])
+            # A page in front of the window may be given back before its tokens are told.
+            node = enter(page, node, key, computed) if page >= 0 else self._pool.child(node, key)
             chain.append(node)
         self._pool.hold(node, instead_of=held)

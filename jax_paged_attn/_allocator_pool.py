@@ -128,11 +128,10 @@ class PagePool:
 
     def enter(self, page: int, parent: Node, key: Hashable, computed: bool) -> Node:
         """Makes an owned page findable. A free page with the same content is now useless."""
-        node = parent.children.get(key)
-        if node is None:
-            node = parent.children[key] = Node(parent, key)
+        node = self.child(parent, key)
         if page in node.pages:  # a fork was first
             return node
+        self.forget(page)  # a fork was told other tokens; no page may have two nodes
         other = next(iter(node.pages), page)
         node.pages[page] = None
         self._node_of[page] = node
@@ -140,6 +139,13 @@ class PagePool:
         self.claims[page] += 1
         if self.owners[other] == 0:
             self._discard(other)
+        return node
+
+    def child(self, parent: Node, key: Hashable) -> Node:
+        """The prefix that is one page longer; a new one has no pages and the caller has to hold it."""
+        node = parent.children.get(key)
+        if node is None:
+            node = parent.children[key] = Node(parent, key)
         return node
 
     def vouch(self, pages: Iterable[int]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_paged_attn._allocator_pool import Node
 
-_MARKS = ("length", "written", "known", "published", "given_back")
+_MARKS = ("length", "written", "marked", "known", "published", "given_back")
 
 
 class Rows:
@@ -18,7 +18,10 @@ class Rows:
       tables: int32 `[R, W]`, page ids, then -1; also -1 for pages in front of the window.
       length: int64 `[R]`, tokens that have a slot.
       written: int64 `[R]`, leading tokens that are in the cache.
-      known: int64 `[R]`, leading tokens whose values are known, which `tokens` lists.
+      marked: int64 `[R]`, those that the caller said are, for this sequence or for the one that it was forked from.
+        Tokens found by `allocate` are not among them, nor, with ``share="allocated"``, are all those of a fork.
+      known: int64 `[R]`, leading tokens whose values are known, which `tokens` lists; -1 after a reset of the prefix
+        cache, since nothing of the sequence may then be found.
       published: int64 `[R]`, leading pages that others can find; those nodes follow the root in `chains`.
       given_back: int64 `[R]`, leading pages that were given back because they lie in front of the window.
       tokens, chains: per row, the known tokens; the root and the nodes of the published pages.
@@ -30,6 +33,7 @@ class Rows:
         self.tables = np.full((0, 16), -1, np.int32)
         self.length = np.zeros(0, np.int64)
         self.written = np.zeros(0, np.int64)
+        self.marked = np.zeros(0, np.int64)
         self.known = np.zeros(0, np.int64)
         self.published = np.zeros(0, np.int64)
         self.given_back = np.zeros(0, np.int64)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from allocators import SHARE_MODES, every_use, raises_unchanged, same_arrays
+from allocators import SHARE_MODES, every_use, raises_unchanged, same_arrays, snapshot
 
 import jax_paged_attn as jpa
 from jax_paged_attn._allocator import (
@@ -434,6 +434,168 @@ def test_a_prefix_with_a_gap_is_found_up_to_the_gap_and_wholly_once_it_is_filled
     assert allocator.find_prefix("abcdefg") == 2
     written(allocator, "abcd")
     assert allocator.find_prefix("abcdefg") == 6
+
+
+# ---- tokens told later
+
+
+@pytest.mark.parametrize("share", SHARE_MODES)
+@pytest.mark.parametrize("window", [None, 20])  # longer than the sequences, so no page goes before it is told
+@pytest.mark.parametrize("parts", [[7], [1, 6], [3, 1, 3], [1] * 7])
+@pytest.mark.parametrize("form", [list, np.array])
+def test_telling_later_equals_giving_the_values_at_once(share: Any, window: Any, parts: list[int], form: Any) -> None:
+    prompts, sampled = [[1, 2, 3], [1, 2, 3, 9], []], [[*range(10 * i, 10 * i + 7)] for i in range(1, 4)]
+    early, late = (PageAllocator(16, 2, share=share, window=window) for _ in range(2))
+    for allocator in (early, late):
+        ids = [allocator.allocate(prompt).id for prompt in prompts]
+        allocator.append_batch(ids, form(sampled) if allocator is early else [7] * 3)
+        allocator.mark_written_batch(ids, [9, 2, 7])  # all of one, some of another, just a full page of the last
+        ends = np.cumsum(parts).tolist() if allocator is late else []
+        for begin, end in zip([0, *ends], ends, strict=False):
+            allocator.tell_batch(form(ids), form([tokens[begin:end] for tokens in sampled]))
+    for id in (0, 1, 2, None):
+        for prompt, tokens in zip(prompts, sampled, strict=True):
+            for n in range(13):
+                prefix = [*prompt, *tokens, 0, 0][:n]
+                assert late.find_prefix(prefix) == early.find_prefix(prefix)
+        assert late.stats == early.stats
+        if id is not None:
+            early.free(id)
+            late.free(id)
+    assert late.stats.pages_cached == 4 + 0 + 3
+
+
+@pytest.mark.parametrize("share", SHARE_MODES)
+def test_values_behind_unknown_tokens_are_told_again(share: Any) -> None:
+    allocator = PageAllocator(16, 2, share=share)
+    id = written(allocator, "ab").id
+    allocator.append(id, 1)
+    allocator.append(id, "def")
+    allocator.mark_written(id, 6)
+    allocator.tell_batch([id], ["c"])
+    assert allocator.find_prefix("abcdef!") == 2
+    allocator.tell_batch([id], ["d"])
+    assert allocator.find_prefix("abcdef!") == 4
+    allocator.tell_batch([id], ["ef"])
+    allocator.append(id, "gh")  # all is known, so values count at once
+    allocator.mark_written(id, 8)
+    assert allocator.find_prefix("abcdefgh!") == 8
+
+
+def test_told_pages_that_nobody_marked_do_not_outlive_their_owners() -> None:
+    allocator = PageAllocator(16, 2, share="allocated")
+    found = [allocator.allocate("abc").id, allocator.allocate("abd").id]
+    allocator.append_batch(found, [3, 3])
+    fork = allocator.fork(found[0]).id
+    allocator.tell_batch([*found, fork], ["xyz", "uvw", "xyz"])
+    assert (allocator.find_prefix("abcxyz!"), allocator.find_prefix("abduvw!")) == (6, 6)
+    allocator.mark_written(found[1], 5)
+    for id in (fork, *found):
+        allocator.free(id)
+    assert (allocator.find_prefix("abcxyz!"), allocator.find_prefix("abduvw!")) == (2, 4)
+
+
+@pytest.mark.parametrize("share", SHARE_MODES)
+def test_a_mark_of_a_fork_counts_like_one_of_its_original(share: Any) -> None:
+    allocator = PageAllocator(16, 2, share=share)
+    a = allocator.allocate("abcd")
+    fork = allocator.fork(a.id)
+    allocator.mark_written_batch([fork.id], [4])
+    allocator.free(a.id)
+    allocator.free(fork.id)
+    assert allocator.find_prefix("abcd!") == 4
+
+
+@pytest.mark.parametrize("share", SHARE_MODES)
+def test_pages_given_back_before_their_tokens_are_told(share: Any) -> None:
+    allocator = PageAllocator(8, 2, share=share, window=3)
+    id = allocator.allocate("a").id
+    allocator.append(id, 9)
+    allocator.mark_written(id, 10)
+    assert allocator.pages(id)[:3] == (-1, -1, -1)
+    assert allocator.stats == AllocatorStats(2, 0, 6, hits=0, misses=1, evictions=0, tokens_found=0)
+    allocator.tell_batch([id], ["bcde"])
+    assert allocator.find_prefix("abcdefghij!") == 0
+    allocator.tell_batch([id], ["fghij"])
+    assert allocator.find_prefix("abcdefghij!") == 10  # though the pages in front are gone
+    assert allocator.find_prefix("abcdefgh!") == 0
+    allocator.free(id)
+    again = allocator.allocate("abcdefghij!")
+    assert (again.cached_len, again.pages[:3]) == (10, (-1, -1, -1))
+
+
+@pytest.mark.parametrize("share", SHARE_MODES)
+def test_what_is_told_after_a_reset_is_not_found(share: Any) -> None:
+    allocator = PageAllocator(16, 2, share=share)
+    id, empty = written(allocator, "ab").id, allocator.allocate([]).id
+    allocator.append(id, 4)
+    allocator.mark_written(id, 6)
+    allocator.reset_prefix_cache()
+    fork = allocator.fork(id).id
+    allocator.tell_batch([id, fork], ["cdef", "abcdef"])  # as before the reset; as if nothing were known
+    allocator.truncate(fork, 2)
+    allocator.append_batch([fork], [2])
+    allocator.tell_batch([fork], ["ab"])
+    assert [allocator.find_prefix(prompt) for prompt in ("abcdef!", "cdef!", "abab!")] == [0, 0, 0]
+    raises_unchanged(
+        allocator, ValueError, "tokens: expected at most 6, .* got 7", lambda: allocator.tell_batch([id], ["abcdefg"])
+    )
+    allocator.truncate(id, 0)
+    for restarted, tokens in ((id, "xy"), (empty, "uv")):
+        allocator.append(restarted, 2)
+        allocator.mark_written(restarted, 2)
+        allocator.tell_batch([restarted], [tokens])
+        assert allocator.find_prefix([*tokens, "!"]) == 2
+
+
+def test_a_page_is_found_by_what_was_told_last() -> None:
+    allocator = PageAllocator(4, 2)
+    a = allocator.allocate("a").id
+    allocator.append(a, 1)
+    allocator.mark_written(a, 2)
+    b = allocator.fork(a).id
+    allocator.tell_batch([a, b], ["x", "y"])  # the same token of the same page: one of the two is wrong
+    assert (allocator.find_prefix("ax!"), allocator.find_prefix("ay!")) == (0, 2)
+    allocator.free(a)
+    allocator.free(b)
+    assert allocator.stats == AllocatorStats(0, 1, 3, hits=0, misses=1, evictions=0, tokens_found=0)
+    allocator.allocate(range(8))
+    assert (allocator.find_prefix("ax!"), allocator.find_prefix("ay!")) == (0, 0)
+
+
+@pytest.mark.parametrize("share", SHARE_MODES)
+def test_bad_tellings(share: Any) -> None:
+    allocator: Any = PageAllocator(8, 2, share=share)
+    a, b, gone = (allocator.allocate(prompt).id for prompt in ("abc", "xy", "z"))
+    allocator.append_batch([a, b], [2, 1])
+    allocator.mark_written_batch([a, b], [5, 3])
+    allocator.free(gone)
+    number = "tokens: expected the tokens of each sequence, got their number"
+    calls: list[tuple[type[Exception], str, Any, Any]] = [
+        (ValueError, "tokens: expected at most 1, .* sequence 1 that are unknown, got 2", [a, b], ["de", "zz"]),
+        (ValueError, "tokens: expected at most 1, .* sequence 1 .* got 2", [a, b], np.ones((2, 2), int)),
+        (TypeError, number, [a, b], [2, 1]),
+        (TypeError, number, [a, b], np.array([2, 1])),
+        (TypeError, number, [a, b], [["d"], 1]),
+        (TypeError, r"tokens: .*, got int", [a], 1),
+        (TypeError, r"tokens: .*, got str", [a], "d"),
+        (TypeError, r"tokens\[1\]: expected an iterable of tokens, got float", [a, b], [["d"], 1.0]),
+        (TypeError, "tokens: expected hashable", [a, b], [["d"], [[]]]),
+        (ValueError, r"tokens: .* got float64\[1, 1\]", [a], np.ones((1, 1))),
+        (ValueError, "tokens: expected 2, one for each of ids, got 1", [a, b], [["d"]]),
+        (ValueError, "tokens: expected 0, one for each of ids, got 1", [], [["d"]]),
+        (ValueError, "ids: expected each sequence once, got sequence 0 twice", [a, a], ["d", "e"]),
+        (TypeError, "ids: expected a list of integers, got int", a, ["d"]),
+        (TypeError, r"ids\[0\]: expected an integer, got bool", [True], ["d"]),
+        (DoubleFree, "sequence 2 was freed", [a, gone], ["d", ""]),
+        (ForeignPage, "sequence 3 is not", [a, 3], ["d", ""]),
+    ]
+    for error, match, ids, tokens in calls:
+        raises_unchanged(allocator, error, match, lambda ids=ids, tokens=tokens: allocator.tell_batch(ids, tokens))
+    before = snapshot(allocator)
+    for ids, tokens in (([], []), ([], np.empty((0, 1), int)), ([a, b], [[], []]), ([a, b], np.empty((2, 0), int))):
+        assert allocator.tell_batch(ids, tokens) is None
+    assert snapshot(allocator) == before
 
 
 # ---- batches

@@ -1,7 +1,8 @@
 """PageAllocator: random histories beside a simulated pool that records which token stands in each slot.
 
-The simulation writes through slots, copies through the returned pairs, and marks what it wrote. Whatever is called
-cached must be exactly those tokens, whatever was truncated, forked, freed, evicted or preempted in between.
+The simulation writes through slots, copies through the returned pairs, and marks what it wrote. Tokens appended by
+number have values too, which the allocator is told later or never. Whatever is called cached must be exactly those
+tokens, whatever was truncated, forked, freed, evicted, preempted or computed with other weights in between.
 """
 
 from __future__ import annotations
@@ -30,16 +31,29 @@ class Owner:
     salt: Hashable
     tokens: list[Hashable]
     computed: int  # leading tokens that this sequence wrote, or found written
-    known: int  # leading tokens that the allocator was told
+    known: int  # leading tokens that the allocator was told; stays 0 after a reset
     marked: int  # leading tokens that the allocator may take as written
+    weights: int  # how many resets there had been when it last was without tokens
 
     def tag(self, i: int) -> tuple[Hashable, ...]:
-        """The content of the cache for token i: keys and values depend on all tokens up to it."""
-        return (self.salt, *self.tokens[: i + 1])
+        """The content of the cache for token i: keys and values depend on the weights and on all tokens up to it."""
+        return (self.weights, self.salt, *self.tokens[: i + 1])
+
+
+@dataclass
+class New:
+    """Tokens to be appended."""
+
+    tokens: list[Hashable]
+    told: bool
+
+    @property
+    def argument(self) -> int | list[Hashable]:
+        return self.tokens if self.told else len(self.tokens)
 
 
 TOKENS = st.lists(st.sampled_from("ab"), max_size=5)
-NEW = st.one_of(st.integers(0, 5), TOKENS)
+NEW = st.builds(New, TOKENS, st.booleans())
 # More than a history's tokens can fill: a window gives pages back, so sequences outgrow the pool.
 MAX_PAGES = 512
 
@@ -60,8 +74,7 @@ class Histories(RuleBasedStateMachine):
         self.owners: list[Owner] = []
         self.freed: list[int] = []
         self.seen: list[list[Hashable]] = [[*"abaabbabab"]]
-        self.fresh = itertools.count()
-        self.lookups = self.found = 0
+        self.weights = self.lookups = self.found = 0
 
     # ---- the simulation
 
@@ -123,10 +136,10 @@ class Histories(RuleBasedStateMachine):
             node = node and node.children.get(tuple(tokens[start : start + self.size]))
         return set(node.pages) if node else set()
 
-    def told(self, owner: Owner, new: int | list[Hashable]) -> None:
-        if owner.known == len(owner.tokens) and not isinstance(new, int):
-            owner.known += len(new)
-        owner.tokens = owner.tokens + ([next(self.fresh) for _ in range(new)] if isinstance(new, int) else new)
+    def appended(self, owner: Owner, new: New) -> None:
+        if owner.known == len(owner.tokens) and new.told:
+            owner.known += len(new.tokens)
+        owner.tokens = owner.tokens + new.tokens
         if self.share == "allocated":
             owner.marked = len(owner.tokens)
 
@@ -160,7 +173,7 @@ class Histories(RuleBasedStateMachine):
         self.lookups += 1
         self.found += sequence.cached_len
         marked = len(tokens) if self.share == "allocated" else sequence.cached_len
-        owner = Owner(sequence.id, salt, tokens, sequence.cached_len, len(tokens), marked)
+        owner = Owner(sequence.id, salt, tokens, sequence.cached_len, len(tokens), marked, self.weights)
         self.owners.append(owner)
         self.readable()  # what is called cached has been written, before anything else is
         if self.share == "allocated":
@@ -168,15 +181,15 @@ class Histories(RuleBasedStateMachine):
 
     @precondition(lambda self: self.owners)
     @rule(choice=st.integers(0), new=NEW)
-    def append(self, choice: int, new: int | list[Hashable]) -> None:
+    def append(self, choice: int, new: New) -> None:
         owner = self.owner(choice)
-        result = self.attempt(lambda: self.allocator.append(owner.id, new))
+        result = self.attempt(lambda: self.allocator.append(owner.id, new.argument))
         if result is None:
             return
         slots, copies = result
         start = len(owner.tokens)
         self.copy_pages(copies)
-        self.told(owner, new)
+        self.appended(owner, new)
         assert slots.dtype == np.int32
         assert np.array_equal(slots, self.allocator.slots(owner.id, start, len(owner.tokens)))
         if self.share == "allocated":
@@ -184,19 +197,18 @@ class Histories(RuleBasedStateMachine):
 
     @precondition(lambda self: self.owners)
     @rule(choices=st.lists(st.integers(0, 7), max_size=6), news=st.lists(NEW, min_size=6, max_size=6), data=st.data())
-    def append_batch(self, choices: list[int], news: list[Any], data: st.DataObject) -> None:
+    def append_batch(self, choices: list[int], news: list[New], data: st.DataObject) -> None:
         owners = list({id(o): o for o in map(self.owner, choices)}.values())
         kind = data.draw(st.sampled_from(["mixed", "numbers", "tokens"]))
-        if kind == "numbers":
-            news = [new if isinstance(new, int) else len(new) for new in news]
-        elif kind == "tokens":
-            news = [["a"] * new if isinstance(new, int) else new for new in news]
+        if kind != "mixed":
+            news = [New(new.tokens, told=kind == "tokens") for new in news]
         ids, news = [owner.id for owner in owners], news[: len(owners)]
+        arguments = [new.argument for new in news]
         twin = copy.deepcopy(self.allocator)
-        result = self.attempt(lambda: self.allocator.append_batch(ids, news))
+        result = self.attempt(lambda: self.allocator.append_batch(ids, arguments))
         if result is None:
             return
-        one_by_one = [twin.append(id, new) for id, new in zip(ids, news, strict=True)]
+        one_by_one = [twin.append(*each) for each in zip(ids, arguments, strict=True)]
         slots, copies = result
         assert (slots.dtype, copies.dtype, copies.shape[1:]) == (np.int32, np.int32, (2,))
         assert len(copies) == sum(len(pairs) for _, pairs in one_by_one)
@@ -205,12 +217,38 @@ class Histories(RuleBasedStateMachine):
         end = 0
         for owner, new in zip(owners, news, strict=True):
             start = len(owner.tokens)
-            self.told(owner, new)
+            self.appended(owner, new)
             begin, end = end, end + len(owner.tokens) - start
             assert np.array_equal(slots[begin:end], self.allocator.slots(owner.id, start, len(owner.tokens)))
         if self.share == "allocated":
             for owner in owners:
                 self.write_all(owner)
+
+    @precondition(lambda self: self.owners)
+    @rule(choices=st.lists(st.integers(0, 7), max_size=4), counts=st.lists(st.integers(0, 9), min_size=4, max_size=4))
+    def tell(self, choices: list[int], counts: list[int]) -> None:
+        """The values of tokens that were appended by number, or behind such ones."""
+        owners = list({id(o): o for o in map(self.owner, choices)}.values())
+        ids = [owner.id for owner in owners]
+        unknown = [owner.tokens[owner.known :] for owner in owners]
+        told = [tokens[:count] for tokens, count in zip(unknown, counts, strict=False)]
+        if owners:
+            too_many = [*told[:-1], [*unknown[-1], "a"]]
+            raises_unchanged(
+                self.allocator, ValueError, "tokens: .* unknown", lambda: self.allocator.tell_batch(ids, too_many)
+            )
+        one_by_one = copy.deepcopy(self.allocator)
+        for owner, tokens in zip(owners, told, strict=True):
+            for token in tokens:
+                one_by_one.tell_batch([owner.id], [[token]])
+        self.allocator.tell_batch(ids, told)
+        one_by_one._sequence_pages = self.allocator._sequence_pages  # which has no state of its own
+        assert snapshot(self.allocator) == snapshot(one_by_one)
+        for owner, tokens in zip(owners, told, strict=True):
+            owner.known += len(tokens) if owner.weights == self.weights else 0
+        for owner in owners:
+            probe = [*owner.tokens, "a"]
+            assert self.allocator.find_prefix(probe, owner.salt) >= self.must_share(probe, owner.salt)
 
     @precondition(lambda self: self.owners)
     @rule(choice=st.integers(0), back=st.integers(0, 12))
@@ -234,6 +272,8 @@ class Histories(RuleBasedStateMachine):
             # A page of others may stay: one that had these tokens and was truncated or freed.
             assert has_it or held[stop // self.size - 1] not in self.pages_found(owner.salt, owner.tokens[:stop])
         owner.tokens = owner.tokens[:length]
+        if length == 0:
+            owner.weights = self.weights
         for name in ("computed", "known", "marked"):
             setattr(owner, name, min(getattr(owner, name), length))
 
@@ -243,7 +283,7 @@ class Histories(RuleBasedStateMachine):
         """Drafts are appended and written, some are rejected."""
         owner = self.owner(choice)
         start = len(owner.tokens)
-        self.append(choice, drafts)
+        self.append(choice, New(drafts, told=True))
         if len(owner.tokens) > start:
             self.write_all(owner)
             self.truncate(choice, max(len(drafts) - accepted, 0))
@@ -324,7 +364,7 @@ class Histories(RuleBasedStateMachine):
 
     @precondition(lambda self: 0 < len(self.owners) < 8)
     @rule(choice=st.integers(0), back=st.integers(0, 5), new=NEW, kept=st.integers(0, 1))
-    def part(self, choice: int, back: int, new: int | list[Hashable], kept: int) -> None:
+    def part(self, choice: int, back: int, new: New, kept: int) -> None:
         """A fork goes back some tokens, one of the two ends, and the other goes on."""
         self.fork(choice)
         pair = [choice % (len(self.owners) - 1), len(self.owners) - 1]
@@ -361,8 +401,11 @@ class Histories(RuleBasedStateMachine):
     def reset(self) -> None:
         self.allocator.reset_prefix_cache()
         assert self.allocator.stats.pages_cached == 0
+        self.weights += 1
         for owner in self.owners:
             owner.known = 0
+            if not owner.tokens:
+                owner.weights = self.weights
             assert self.allocator.pages_in_use == len(
                 {p for o in self.owners for p in self.allocator.pages(o.id)} - {-1}
             )
@@ -389,11 +432,12 @@ class Histories(RuleBasedStateMachine):
     def cached_pages_hold_their_tokens(self) -> None:
         """Every page that can be found and was computed holds the tokens that it is found by."""
         pool = self.allocator._pool
-        pending = [((root.key,), root) for root in pool._roots.values()]
+        pending: list[tuple[tuple[Hashable, ...], Any]]
+        pending = [((self.weights, root.key), root) for root in pool._roots.values()]
         while pending:
             prefix, node = pending.pop()
             assert node.pages or node.children or node.holders
-            pending += [((*prefix, *tokens), child) for tokens, child in node.children.items()]  # type: ignore[misc]
+            pending += [((*prefix, *tokens), child) for tokens, child in node.children.items()]
             for page in node.pages:
                 slots = range(page * self.size, (page + 1) * self.size)
                 start = len(prefix) - self.size
