@@ -24,6 +24,7 @@ from jax_paged_attn._donation import check_in_place
 from jax_paged_attn._engines import Explanation
 from jax_paged_attn._explain import explain
 from jax_paged_attn._parallel import context_parallel_attention
+from jax_paged_attn._step import StepMetadata
 from jax_paged_attn._warnings import PagedAttentionWarning
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "PagedKVCache",
     "Sequence",
     "StepArrays",
+    "StepMetadata",
     "check_in_place",
     "context_parallel_attention",
     "copy_kv_pages",

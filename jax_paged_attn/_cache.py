@@ -16,6 +16,7 @@ from jax_paged_attn import _checks, _debug, _modes, _options, _primitive, _refer
 from jax_paged_attn._attention import paged_attention, ragged_paged_attention
 from jax_paged_attn._call import page_scale
 from jax_paged_attn._donation import warn_of_eager_update
+from jax_paged_attn._step import StepMetadata
 
 _PAGE_DTYPES = (*_checks.COMPUTE_DTYPES, *_checks.QUANTIZED_DTYPES)
 _OWN_SCALES: dict[str, str] = dict.fromkeys(("k_scale", "v_scale"), "expected none, since the cache has its own scales")
@@ -405,6 +406,38 @@ class PagedKVCache:
         k_pages, v_pages, tables = self._layer("layer", layer, block_tables)
         operands = (q, k_pages, v_pages, kv_lens, tables, cu_q_lens, num_seqs)
         return ragged_paged_attention(*operands, **options, **self.scales(layer))
+
+    @_options.keywords(_options.CacheOptions, refuse=_OWN_SCALES)
+    def attend_step(
+        self, layer: int | Array, q: ArrayLike, step: StepMetadata, **options: Unpack[_options.CacheOptions]
+    ) -> Array:
+        """Causal attention of the tokens of a step: `attend` in a decode step, else `attend_ragged`.
+
+        Args:
+          layer: as in `attend`.
+          q: `[T, N, H]`.
+          step: whose tokens these are; their keys and values are in the cache.
+          options: the other keywords are those of `paged_attention`, without `k_scale` and `v_scale`.
+
+        Returns:
+          As `q`.
+
+        Raises:
+          ValueError, TypeError: as `attend` and `attend_ragged`.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import jax_paged_attn as jpa
+          >>> cache = jpa.PagedKVCache.create(1, 2, page_size=4, num_kv_heads=1, head_dim=8, dtype=jnp.float32)
+          >>> step = jpa.StepMetadata.whole_sequences(num_seqs=2, length=3, page_size=4)
+          >>> cache = cache.write(0, jnp.ones((6, 1, 8)), jnp.ones((6, 1, 8)), step.slot_mapping)
+          >>> cache.attend_step(0, jnp.ones((6, 2, 8)), step).shape
+          (6, 2, 8)
+        """
+        if step.is_decode:
+            return self.attend(layer, q, step.block_tables, step.kv_lens, **options)
+        assert step.cu_q_lens is not None
+        return self.attend_ragged(layer, q, step.kv_lens, step.block_tables, step.cu_q_lens, step.num_seqs, **options)
 
     def layer(self, index: int | Array, block_tables: ArrayLike) -> tuple[Array, Array, Array]:
         """`(k_pages, v_pages, block_tables)` to give to attention in layer `index`, together with `scales(index)`.

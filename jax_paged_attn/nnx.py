@@ -39,10 +39,21 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_paged_attn import PagedKVCache, StepArrays, _checks, _modes, _options, ragged_paged_attention, write_kv_pages
+from jax_paged_attn import (
+    PagedKVCache,
+    StepMetadata,
+    _checks,
+    _modes,
+    _options,
+    paged_attention,
+    ragged_paged_attention,
+    write_kv_pages,
+)
+from jax_paged_attn._step import IntArray
 
 __all__ = [
     "CacheVariable",
+    "FusedLinear",
     "Llama3RopeScaling",
     "PagedAttention",
     "PagedSelfAttention",
@@ -51,8 +62,6 @@ __all__ = [
     "rope_frequencies",
 ]
 
-
-IntArray = Array | np.ndarray
 
 # That of RoFormer and of most models since.
 _ROPE_THETA = 10000.0
@@ -70,55 +79,6 @@ class CacheVariable(nnx.Variable):
       >>> [x.shape for x in nnx.to_flat_state(nnx.state(layer, CacheVariable)).leaves]
       [(3, 4, 1, 8), (3, 4, 1, 8)]
     """
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StepMetadata:
-    """Which sequences the T tokens of a step belong to, and where their keys and values go. All int32.
-
-    Attributes:
-      positions: `[T]`, position of each token in its sequence, from 0.
-      slot_mapping: `[T]`, page · S + offset of each token; −1 for padding, which is not written.
-      block_tables: `[B, M]`, page ids of each sequence.
-      kv_lens: `[B]`, tokens of each sequence in the cache, the new ones included.
-      cu_q_lens: `[B + 1]`, first token of each sequence in the step, then the end.
-      num_seqs: scalar, how many of the B rows are live.
-
-    Example:
-      >>> from jax_paged_attn.nnx import StepMetadata
-      >>> step = StepMetadata.whole_sequences(num_seqs=2, length=3, page_size=2)
-      >>> step.slot_mapping.tolist(), step.cu_q_lens.tolist()
-      ([0, 1, 2, 4, 5, 6], [0, 3, 6])
-    """
-
-    positions: IntArray
-    slot_mapping: IntArray
-    block_tables: IntArray
-    kv_lens: IntArray
-    cu_q_lens: IntArray
-    num_seqs: IntArray
-
-    @classmethod
-    def whole_sequences(cls, num_seqs: int, length: int, page_size: int) -> StepMetadata:
-        """Makes the step that prefills `num_seqs` sequences of `length` tokens each, with pages 0, 1, … in order."""
-        pages = -(-length // page_size)
-        tables = np.arange(num_seqs * pages, dtype=np.int32).reshape(num_seqs, pages)
-        positions = np.arange(length, dtype=np.int32)
-        slots = tables[:, positions // page_size] * page_size + positions % page_size
-        return cls(
-            positions=jnp.tile(positions, num_seqs),
-            slot_mapping=jnp.asarray(slots.reshape(-1)),
-            block_tables=jnp.asarray(tables),
-            kv_lens=jnp.full(num_seqs, length, jnp.int32),
-            cu_q_lens=jnp.arange(num_seqs + 1, dtype=jnp.int32) * length,
-            num_seqs=jnp.int32(num_seqs),
-        )
-
-    @classmethod
-    def from_arrays(cls, arrays: StepArrays) -> StepMetadata:
-        """Makes the step from the arrays of `jax_paged_attn.PageAllocator.step`."""
-        return cls(**{field.name: getattr(arrays, field.name) for field in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,6 +304,11 @@ class PagedAttention(nnx.Module):
         k_pages, v_pages = write_kv_pages(self.k_pages[...], self.v_pages[...], k, v, step.slot_mapping, **scales)
         self.k_pages.set_value(k_pages)
         self.v_pages.set_value(v_pages)
+        if step.is_decode:
+            return paged_attention(
+                q, k_pages, v_pages, step.block_tables, step.kv_lens, sinks=sinks, **options, **scales
+            )
+        assert step.cu_q_lens is not None
         return ragged_paged_attention(
             q,
             k_pages,
@@ -449,6 +414,23 @@ class PagedSelfAttention(nnx.Module):
         self.k_proj = linear(hidden_size, num_kv_heads * head_dim)
         self.v_proj = linear(hidden_size, num_kv_heads * head_dim)
         self.o_proj = linear(num_heads * head_dim, hidden_size)
+        self.qkv_proj: FusedLinear | None = nnx.data(None)
+
+    def fuse_projections(self) -> None:
+        """Puts `q_proj`, `k_proj` and `v_proj` into one, `qkv_proj`, and gives the three up: for serving.
+
+        One product reads the tokens once and fills the device better than three. The kernel `[D, K, N/K + 2, H]` has
+        the query heads of each key/value head, then its key, then its value, so it can be sharded by axis 1.
+
+        Raises:
+          ValueError: the projections are on a mesh with explicit axes.
+        """
+        if self.qkv_proj is not None:
+            return
+        heads = self.attention.num_kv_heads, -1, self.attention.head_dim
+        projections = self.q_proj, self.k_proj, self.v_proj
+        self.qkv_proj = FusedLinear.of(projections, heads)
+        del self.q_proj, self.k_proj, self.v_proj
 
     def init_cache(self, num_pages: int, page_size: int, dtype: DTypeLike, **scales: ArrayLike | None) -> None:
         """See `PagedAttention.init_cache`."""
@@ -456,8 +438,13 @@ class PagedSelfAttention(nnx.Module):
 
     def __call__(self, x: Array, step: StepMetadata | None = None) -> Array:
         """`[T, D]` tokens of a step, or `[..., T, D]` whole sequences without one; returns as `x`."""
-        x = _on_mesh_of(self.q_proj.kernel[...], x)
-        q, k, v = (self._heads(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qkv_proj is not None:
+            fused = self.qkv_proj(x)
+            q, k, v = fused[..., :-2, :], fused[..., -2, :], fused[..., -1, :]
+            q = q.reshape(*x.shape[:-1], self.attention.num_heads, self.attention.head_dim)
+        else:
+            x = _on_mesh_of(self.q_proj.kernel[...], x)
+            q, k, v = (self._heads(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
         out = self.attention(q, k, v, step)
         return _project(self.o_proj, out.reshape(*out.shape[:-2], -1), _explicit(x, jax.typeof(x).sharding.spec))
 
@@ -471,6 +458,50 @@ class PagedSelfAttention(nnx.Module):
         shape = (*x.shape[:-1], projected.shape[-1] // self.attention.head_dim, self.attention.head_dim)
         heads = _splitting(columns, jax.typeof(x).sharding.mesh.shape, self.attention.num_kv_heads, shape[-2])
         return jax.lax.reshape(projected, shape, out_sharding=_explicit(x, (*rows[:-1], None, heads, None)))
+
+
+class FusedLinear(nnx.Module):
+    """Several linear layers of the same input as one product; made by `FusedLinear.of` for serving.
+
+    Attributes:
+      kernel: `[D, groups, n, size]`.
+      bias: `[groups, n, size]`, or None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jax_paged_attn.nnx import FusedLinear
+      >>> gate, up = (nnx.Linear(8, 6, rngs=nnx.Rngs(seed)) for seed in range(2))
+      >>> fused = FusedLinear.of((gate, up), (1, 1, 6))
+      >>> fused(jnp.ones((3, 8))).shape, fused.kernel.shape
+      ((3, 1, 2, 6), (8, 1, 2, 6))
+    """
+
+    def __init__(self, kernel: Array, bias: Array | None, dtype: DTypeLike | None):
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.data(None if bias is None else nnx.Param(bias))
+        self.dtype = dtype
+
+    @classmethod
+    def of(cls, projections: Sequence[nnx.Linear], shape: tuple[int, int, int]) -> FusedLinear:
+        """Joins layers whose outputs, reshaped to `shape`, follow each other along its second axis.
+
+        Raises:
+          ValueError: the layers are on a mesh with explicit axes.
+        """
+        kernels = [projection.kernel[...] for projection in projections]
+        if AxisType.Explicit in jax.typeof(kernels[0]).sharding.mesh.axis_types:
+            raise ValueError("projections: expected weights on no mesh or one with Auto axes, got Explicit axes")
+        biases = [projection.bias[...] for projection in projections if projection.bias is not None]
+        kernel = jnp.concatenate([x.reshape(len(x), *shape) for x in kernels], axis=2)
+        bias = jnp.concatenate([x.reshape(shape) for x in biases], axis=1) if biases else None
+        return cls(kernel, bias, projections[0].dtype)
+
+    def __call__(self, x: Array) -> Array:
+        """`[..., D]` to `[..., groups, n, size]`."""
+        dtype = jnp.result_type(x, self.kernel[...]) if self.dtype is None else self.dtype
+        out = jnp.einsum("...d,dgns->...gns", x.astype(dtype), self.kernel[...].astype(dtype))
+        return out if self.bias is None else out + self.bias[...].astype(dtype)
 
 
 def _project(projection: nnx.Linear, x: Array, sharding: NamedSharding | None) -> Array:

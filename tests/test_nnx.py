@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jax_paged_attn as jpa
 from jax_paged_attn.nnx import (
     CacheVariable,
     Llama3RopeScaling,
@@ -107,6 +108,54 @@ def test_chunked_steps_over_the_cache_equal_whole_sequences(options: dict):
 
     for x, parts in zip(inputs, outs, strict=True):
         assert relative_error(jnp.concatenate(parts), layer(x)) < 1e-5
+
+
+DECODE_OPTIONS = [{}, {"sliding_window": 5, "sinks": True, "soft_cap": 2.0, "use_bias": True}]
+
+
+@pytest.mark.parametrize("options", DECODE_OPTIONS, ids=str)
+@pytest.mark.parametrize("fused", [False, True], ids=["three projections", "one projection"])
+def test_decode_steps_equal_whole_sequences(options: dict, fused: bool):
+    """Two sequences of which one ends first, token by token; a third row is padding throughout."""
+    layer = make_layer(**options)
+    inputs = [tokens_of(length, seed=length) for length in (9, 6)]
+    want = [layer(x) for x in inputs]
+    if fused:
+        layer.fuse_projections()
+        layer.fuse_projections()  # again: nothing happens
+        assert not hasattr(layer, "q_proj")
+    layer.init_cache(num_pages=6, page_size=PAGE_SIZE, dtype=jnp.float32)
+    tables = np.array([[4, 1, 3], [2, 0, -1], [-1, -1, -1]], np.int32)
+    outs: list[list[jax.Array]] = [[], []]
+    for position in range(9):
+        kv_lens = np.array([position + 1, position + 1 if position < 6 else 0, 0], np.int32)
+        step = StepMetadata.decode(tables, kv_lens, PAGE_SIZE)
+        assert step.is_decode
+        rows = [x[position] if position < len(x) else jnp.ones(HIDDEN) for x in inputs]
+        out = layer(jnp.stack([*rows, jnp.ones(HIDDEN)]), step)
+        for index, length in enumerate((9, 6)):
+            if position < length:
+                outs[index].append(out[index])
+    for whole, parts in zip(want, outs, strict=True):
+        assert relative_error(jnp.stack(parts), whole) < 1e-5
+
+
+def test_decode_steps_write_nothing_where_there_is_no_page():
+    step = StepMetadata.decode(np.array([[3, -1], [3, -1], [5, 2], [5, 2]], np.int32), np.array([4, 5, 0, 9]), 4)
+    assert step.positions.tolist() == [3, 4, 0, 8]
+    assert step.slot_mapping.tolist()[:3] == [15, -1, -1]
+
+
+def test_a_step_attends_as_its_kind_says():
+    draw = np.random.default_rng(3)
+    cache = jpa.PagedKVCache.create(2, 4, PAGE_SIZE, 2, 8, jnp.float32, stacked=True)
+    whole = StepMetadata.whole_sequences(2, 5, PAGE_SIZE)
+    k, v, q = (jnp.asarray(draw.standard_normal((10, heads, 8)), jnp.float32) for heads in (2, 2, 4))
+    cache = cache.write(1, k, v, whole.slot_mapping)
+    everything = cache.attend_step(1, q, whole, sliding_window=3)
+    decode = StepMetadata.decode(whole.block_tables, whole.kv_lens, PAGE_SIZE)
+    last = cache.attend_step(1, q[np.array([4, 9])], decode, sliding_window=3)
+    np.testing.assert_allclose(last, everything[np.array([4, 9])], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 100}, {"sinks": True, "soft_cap": 3.0}], ids=str)
