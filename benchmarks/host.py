@@ -1,19 +1,29 @@
-"""The host time of the allocator per decode step: its batched calls beside its calls per sequence.
+"""The host time of a decode step: of the allocator's batched calls, and of the serving engine around its model.
 
-`python -m benchmarks.host` from the repository's root prints a table. A step gives each sequence of some 1000 tokens a
-slot for one more, makes the arrays of the step, and marks what was computed. The calls per sequence fill the arrays as
-examples/serving.py does. Both get the same tokens in turns, and their arrays are compared before they are timed.
+`python -m benchmarks.host` from the repository's root prints two tables.
+
+The allocator: its batched calls beside its calls per sequence. A step gives each sequence of some 1000 tokens a
+slot for one more, makes the arrays of the step, and marks what was computed. Both get the same tokens in turns, and
+their arrays are compared before they are timed.
+
+The engine: steady decode of a model of 32 layers with tiny sizes, beside the same jitted step called again and again
+with operands that are ready.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jax_paged_attn as jpa
-from benchmarks import options
+from benchmarks import options, serve
 from benchmarks.timing import Contender, race
+from jax_paged_attn.serving import Engine, Request
+from jax_paged_attn.serving._programs import Kind
 
 PAGE_SIZE = 16
 MAX_PAGES = 80
@@ -21,6 +31,7 @@ LENGTHS = (960, 1024)  # tokens of a sequence at first, drawn evenly
 GROWTH = 128  # tokens after which sequences are truncated to where they began
 SIZES = (1, 4, 16, 64, 256, 1024)
 WANTED, GOAL = 15.0, 40.0  # times faster at 256 sequences
+ENGINE_WANTED, ENGINE_GOAL = 1.3, 1.1  # times its function's time
 
 Step = Callable[[np.ndarray], jpa.StepArrays]
 
@@ -97,8 +108,48 @@ def measure(num_seqs: int, budget: float) -> tuple[Contender, Contender]:
     return batched, per_sequence
 
 
+def served_step(num_seqs: int, steps: int) -> tuple[float, float]:
+    """Seconds of an engine's decode step, and of its jitted function alone: the fastest of five turns each."""
+    model = serve.tiny_model(num_layers=32)
+    engine = Engine(
+        model.served(),
+        num_pages=num_seqs * 8,
+        page_size=PAGE_SIZE,
+        max_seqs=num_seqs,
+        max_len=8 * PAGE_SIZE,
+        buckets=(num_seqs,),
+        decode_buckets=(num_seqs,),
+    )
+    for _ in range(num_seqs):
+        engine.submit(Request([1], 7 * PAGE_SIZE))
+    for _ in range(4):
+        engine.step()
+
+    kind = Kind(num_seqs, 1, samples=False, logprobs=False)
+    program, operand = engine._programs(kind), None
+    served, alone = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(steps):
+            engine.step()
+        served.append((time.perf_counter() - start) / steps)
+        engine._read_all()
+        plan = engine._plan()
+        if plan is None:
+            raise RuntimeError("expected requests that generate")
+        operand = jnp.asarray(engine._programs.operand(kind, plan, engine._allocator))
+        jax.block_until_ready((operand, engine._cache))
+        start = time.perf_counter()
+        for _ in range(steps):
+            sampled, engine._last, engine._cache = program(engine._weights, engine._cache, engine._last, operand)
+        jax.block_until_ready(sampled)
+        alone.append((time.perf_counter() - start) / steps)
+    return min(served), min(alone)
+
+
 def main() -> None:
     parser = options.parser("host", __doc__)
+    parser.add_argument("--steps", type=int, default=10, help="decode steps of the engine per turn")
     options.add_seconds(parser, 0.2)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of sequences")
     args = parser.parse_args()
@@ -115,6 +166,13 @@ def main() -> None:
         print(f"{num_seqs:>9} {times[0]:>20} {times[1]:>18} {ratio:>6.1f}x {batched.best / first:>17.1f}x", flush=True)
         if num_seqs == 256:
             print(f"          256 sequences: {ratio:.1f} times faster, wanted {WANTED:g}, goal {GOAL:g}")
+
+    print("\nms of a served decode step, 32 layers of tiny sizes")
+    print(f"{'sequences':>9} {'engine':>10} {'its function':>14} {'ratio':>7}")
+    for num_seqs in (1, 256):
+        served, alone = served_step(num_seqs, args.steps)
+        note = f" (wanted {ENGINE_WANTED:g}, goal {ENGINE_GOAL:g})" if num_seqs == 256 else ""
+        print(f"{num_seqs:>9} {1e3 * served:>10.2f} {1e3 * alone:>14.2f} {served / alone:>7.2f}{note}", flush=True)
 
 
 if __name__ == "__main__":

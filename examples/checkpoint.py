@@ -17,9 +17,9 @@ from jax import Array
 from jax.typing import DTypeLike
 from llama import Llama, LlamaConfig
 from safetensors.flax import save_file
-from tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 
 from jax_paged_attn.nnx import Llama3RopeScaling
+from jax_paged_attn.serving import ByteTokenizer, FileTokenizer, Tokenizer
 
 __all__ = [
     "ByteTokenizer",
@@ -218,7 +218,10 @@ def _hf_name(path: tuple[Any, ...]) -> str:
 
 def _tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer:
     if (folder / "tokenizer.json").exists():
-        return FileTokenizer(folder / "tokenizer.json")
+        try:
+            return FileTokenizer(folder / "tokenizer.json")
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
     if config.vocab_size == 256 and config.bos_token_id is not None:
         return ByteTokenizer(config.bos_token_id)
     raise CheckpointError(f"{folder / 'tokenizer.json'}: not found, and the vocabulary is not bytes")

@@ -128,6 +128,8 @@ def main() -> None:
         if model.config.vocab_size != 256:
             raise checkpoint.CheckpointError(f"{arguments.model}: expected a vocabulary of 256 bytes")
         heldout = corpus.token_stream(corpus.heldout_documents())
+    except ModuleNotFoundError as error:  # a tokenizer.json needs one more package
+        command_line.fail_without(error)
     except (OSError, ValueError) as error:
         command_line.fail(error)
 

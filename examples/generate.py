@@ -16,15 +16,15 @@ import jax.numpy as jnp
 import jax_paged_attn
 
 try:
-    from checkpoint import ByteTokenizer, Tokenizer, load
-    from request import Generation, Request
+    from checkpoint import load
     from rich.console import Console, Group
     from rich.live import Live
     from rich.panel import Panel
     from rich.progress import BarColumn, Progress, TextColumn
     from rich.table import Table
     from rich.text import Text
-    from serving import Engine
+
+    from jax_paged_attn.serving import ByteTokenizer, Engine, Generation, Request
 except ModuleNotFoundError as error:
     command_line.fail_without(error)
 
@@ -47,32 +47,12 @@ CACHE_DTYPES = {**DTYPES, "fp8": jnp.float8_e4m3fn, "int8": jnp.int8}
 
 
 @dataclasses.dataclass
-class Stream:
+class Output:
     """A request on its way to the screen."""
 
     prompt: str
-    tokenizer: Tokenizer
     generation: Generation
     printed: bool = False
-
-    def __post_init__(self):
-        self._restart()
-
-    @property
-    def text(self) -> str:
-        """The text to show: whole characters, none of which is taken back. The tokens since last time are added."""
-        output = self.generation.output
-        if output[: len(self._taken)] != self._taken:
-            self._restart()  # with the same prompt, but another output
-        for token in output[len(self._taken) :]:
-            self._taken.append(token)
-            self._text += self._stream.add(token)
-        return self._text + self._stream.rest() if self.generation.finish_reason else self._text
-
-    def _restart(self) -> None:
-        self._stream = self.tokenizer.stream(self.tokenizer.encode(self.prompt))
-        self._taken: list[int] = []
-        self._text = ""
 
     @property
     def title(self) -> str:
@@ -81,7 +61,7 @@ class Stream:
 
     def panel(self, lines: int | None = None) -> Panel:
         """Prompt and text; `lines` keeps the newest lines only."""
-        shown = Text(self.prompt, style="bold") + Text(self.text, style="green")
+        shown = Text(self.prompt, style="bold") + Text(self.generation.text, style="green")
         if lines is not None:
             tail = str(shown).splitlines()[-lines:]
             shown = Text("\n".join(tail), style="green", overflow="ellipsis", no_wrap=True)
@@ -91,15 +71,15 @@ class Stream:
 class Display:
     """Finished texts scroll by; below them, on a terminal, those in progress, pages in use and tokens per second."""
 
-    def __init__(self, console: Console, engine: Engine, streams: list[Stream]):
+    def __init__(self, console: Console, engine: Engine, outputs: list[Output]):
         self._console = console
         self._engine = engine
-        self._streams = streams
+        self._outputs = outputs
         self._progress = Progress(
             TextColumn("{task.description:>6}"), BarColumn(None), TextColumn("{task.fields[note]}")
         )
         self._pages = self._progress.add_task("pages", total=engine.num_pages, note="")
-        wanted = sum(stream.generation.request.max_new_tokens for stream in streams)
+        wanted = sum(output.generation.request.max_new_tokens for output in outputs)
         self._tokens = self._progress.add_task("tokens", total=wanted, note="")
         self._started = time.perf_counter()
 
@@ -115,42 +95,44 @@ class Display:
     def _serve(self, live: Live | None) -> None:
         while self._engine.has_work:
             self._engine.step()
-            for stream in self._streams:
-                if stream.generation.finish_reason and not stream.printed:
-                    stream.printed = True
-                    self._console.print(stream.panel())
+            for output in self._outputs:
+                if output.generation.finish_reason and not output.printed:
+                    output.printed = True
+                    self._console.print(output.panel())
             if live is not None:
                 live.update(self._in_progress())
 
     def _in_progress(self) -> Group:
-        engine, seconds = self._engine, time.perf_counter() - self._started
+        engine, tokens = self._engine, self._engine.stats.tokens
+        seconds = time.perf_counter() - self._started
         self._progress.update(
             self._pages, completed=engine.pages_in_use, note=f"{engine.pages_in_use}/{engine.num_pages} in use"
         )
-        self._progress.update(
-            self._tokens, completed=engine.tokens, note=f"{engine.tokens}, {engine.tokens / seconds:.0f} tokens/s"
-        )
-        return Group(*(stream.panel(lines=2) for stream in self._streams if not stream.printed), self._progress)
+        self._progress.update(self._tokens, completed=tokens, note=f"{tokens}, {tokens / seconds:.0f} tokens/s")
+        return Group(*(output.panel(lines=2) for output in self._outputs if not output.printed), self._progress)
 
 
-def summary(engine: Engine, streams: list[Stream], seconds: float) -> Group:
+def summary(engine: Engine, outputs: list[Output], seconds: float) -> Group:
     table = Table(title="summary", title_justify="left")
     table.add_column("prompt", no_wrap=True, overflow="ellipsis", max_width=30)
     for name in ("prompt tokens", "new tokens", "finished by", "preempted"):
         table.add_column(name, justify="right", min_width=max(map(len, name.split())))  # on narrow terminals, too
-    for stream in streams:
-        generation = stream.generation
+    for output in outputs:
+        generation = output.generation
         table.add_row(
-            Text(" ".join(stream.prompt.split())),
+            Text(" ".join(output.prompt.split())),
             str(len(generation.request.prompt)),
             str(len(generation.output)),
             str(generation.finish_reason),
             str(generation.preemptions),
         )
-    device = jax.devices()[0]
+    device, stats = jax.devices()[0], engine.stats
+    busy = stats.host_seconds + stats.wait_seconds
     lines = (
-        f"{engine.tokens} tokens in {seconds:.2f} s: {engine.tokens / seconds:.0f} tokens/s, {engine.steps} steps",
-        f"{engine.peak_pages} of {engine.num_pages} pages in use at the peak, {engine.preemptions} preemptions",
+        f"{stats.tokens} tokens in {seconds:.2f} s: {stats.tokens / seconds:.0f} tokens/s, {stats.steps} steps of "
+        f"{1000 * busy / stats.steps:.1f} ms, {stats.host_seconds / busy:.0%} of it the host's",
+        f"{stats.peak_pages} of {engine.num_pages} pages in use at the peak, {stats.preemptions} preemptions, "
+        f"prefix hit rate {stats.hit_rate:.0%}",
         f"attention: engine '{engine.explain().engine}' of jax_paged_attn {jax_paged_attn.__version__}, "
         f"jax {jax.__version__}, {device.platform} ({device.device_kind})",
     )
@@ -201,7 +183,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[Engine, list[Stream]]:
+def prepare(arguments: argparse.Namespace) -> tuple[Engine, list[Output]]:
     """Loads the model, sizes the cache, submits the prompts, compiles the steps."""
     name = arguments.dtype or (arguments.cache_dtype if arguments.cache_dtype in DTYPES else None)
     dtype = DTYPES[name] if name else (jnp.float32 if jax.default_backend() == "cpu" else None)
@@ -210,21 +192,22 @@ def prepare(arguments: argparse.Namespace) -> tuple[Engine, list[Stream]]:
     is_own = isinstance(tokenizer, ByteTokenizer)
     texts = arguments.prompt or (DOCUMENTATION_PROMPTS if is_own else GENERAL_PROMPTS)
     prompts = [tokenizer.encode(text) for text in texts]
+    model.fuse()
     longest = max(map(len, prompts))
     max_len = min(model.config.max_position_embeddings, longest + arguments.max_new_tokens)
     cache_dtype = CACHE_DTYPES[arguments.cache_dtype] if arguments.cache_dtype else None
     pages = [math.ceil((len(prompt) + arguments.max_new_tokens) / arguments.page_size) for prompt in prompts]
+    scales = model.int8_scales(jnp.asarray(max(prompts, key=len))) if cache_dtype == jnp.int8 else None
     engine = Engine(
-        model,
+        model.served(cache_dtype, scales),
         num_pages=arguments.num_pages or sum(sorted(pages)[-arguments.max_seqs :]),
         page_size=arguments.page_size,
         max_seqs=arguments.max_seqs,
         max_len=max_len,
         buckets=(arguments.max_seqs, arguments.max_seqs + 56, arguments.max_seqs + 248),
-        cache_dtype=cache_dtype,
-        scales=model.int8_scales(jnp.asarray(max(prompts, key=len))) if cache_dtype == jnp.int8 else None,
+        tokenizer=tokenizer,
     )
-    streams = []
+    outputs = []
     for index, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
         request = Request(
             prompt,
@@ -234,8 +217,8 @@ def prepare(arguments: argparse.Namespace) -> tuple[Engine, list[Stream]]:
             top_p=arguments.top_p,
             seed=(arguments.seed + index) % 2**32,
         )
-        streams.append(Stream(text, tokenizer, engine.submit(request)))
-    return engine, streams
+        outputs.append(Output(text, engine.submit(request)))
+    return engine, outputs
 
 
 def main() -> None:
@@ -243,12 +226,14 @@ def main() -> None:
     console = Console(highlight=False)
     try:
         with console.status("loading and compiling"):
-            engine, streams = prepare(arguments)
-            engine.warm_up()
+            engine, outputs = prepare(arguments)
+            engine.warm_up(samples=arguments.temperature > 0)
+    except ModuleNotFoundError as error:  # a tokenizer.json needs one more package
+        command_line.fail_without(error)
     except ValueError as error:
         command_line.fail(error)
-    seconds = Display(console, engine, streams).run()
-    console.print(summary(engine, streams, seconds))
+    seconds = Display(console, engine, outputs).run()
+    console.print(summary(engine, outputs, seconds))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_paged_attn.nnx import Llama3RopeScaling, PagedSelfAttention, StepMetadata
+from jax_paged_attn.nnx import FusedLinear, Llama3RopeScaling, PagedSelfAttention, StepMetadata
+from jax_paged_attn.serving import NnxModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Llama(nnx.Module):
         )
         self.norm = _norm(config, precision, rngs)
         self.dropout = nnx.Dropout(dropout)
+        self._pages_sharding: NamedSharding | None = None
         self.lm_head = nnx.data(None)
         if not config.tie_word_embeddings:
             self.lm_head = _linear(config.hidden_size, config.vocab_size, precision, rngs)
@@ -105,6 +109,47 @@ class Llama(nnx.Module):
         for index, layer in enumerate(self.layers):
             k_scale, v_scale = (None, None) if scales is None else scales[index]
             layer.self_attn.init_cache(num_pages, page_size, dtype, k_scale=k_scale, v_scale=v_scale)
+            for pages in (layer.self_attn.attention.k_pages, layer.self_attn.attention.v_pages):
+                if pages is not None and self._pages_sharding is not None:
+                    pages.set_value(jax.device_put(pages[...], self._pages_sharding))
+
+    def fuse(self) -> None:
+        """Joins products that share their input, q with k and v, gate with up: for serving, not to be saved."""
+        for layer in self.layers:
+            if layer.mlp.gate_up_proj is None:
+                layer.self_attn.fuse_projections()
+                layer.mlp.fuse()
+
+    def shard(self, mesh: Mesh, axis: str) -> None:
+        """Places the weights for tensor parallelism over an Auto axis of a mesh, and later the caches of `init_cache`.
+
+        Heads and the inner columns of the MLP are split; what follows them is split by row and summed over devices.
+
+        Raises:
+          ValueError: the heads of keys and values, or the inner columns, are no multiple of the axis' size.
+        """
+        ways = mesh.shape[axis]
+        for name in ("num_key_value_heads", "intermediate_size"):
+            if (number := getattr(self.config, name)) % ways:
+                raise ValueError(f"axis: expected a size that divides {name} = {number}, got {ways}")
+        self._pages_sharding = NamedSharding(mesh, PartitionSpec(None, None, axis))
+
+        def place(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+            spec = PartitionSpec(*(axis if split else None for split in _split_axes(path, variable.ndim)))
+            return variable.replace(jax.device_put(variable[...], NamedSharding(mesh, spec)))
+
+        nnx.update(self, nnx.map_state(place, nnx.state(self, nnx.Param)))
+
+    def served(
+        self, cache_dtype: DTypeLike | None = None, scales: Sequence[tuple[ArrayLike, ArrayLike]] | None = None
+    ) -> NnxModel:
+        """The model as `jax_paged_attn.serving.Engine` takes it; see `init_cache` for the arguments."""
+        return NnxModel(
+            self,
+            vocab_size=self.config.vocab_size,
+            max_len=self.config.max_position_embeddings,
+            init_cache=lambda twin, *pool: twin.init_cache(*pool, cache_dtype, scales),
+        )
 
     def int8_scales(self, tokens: Array) -> list[tuple[Array, Array]]:
         """Scales (k, v) of each layer, `[K]`, such that the largest key and value over `tokens [T]` become 127.
@@ -184,9 +229,30 @@ class _SwiGLU(nnx.Module):
         self.gate_proj = _linear(outer, inner, precision, rngs, bias)
         self.up_proj = _linear(outer, inner, precision, rngs, bias)
         self.down_proj = _linear(inner, outer, precision, rngs, bias)
+        self.gate_up_proj: FusedLinear | None = nnx.data(None)
+
+    def fuse(self) -> None:
+        """Puts `gate_proj` and `up_proj` into one product."""
+        inner = self.gate_proj.out_features
+        self.gate_up_proj = FusedLinear.of((self.gate_proj, self.up_proj), (1, 1, inner))
+        del self.gate_proj, self.up_proj
 
     def __call__(self, x: Array) -> Array:
+        if self.gate_up_proj is not None:
+            fused = self.gate_up_proj(x)
+            return self.down_proj(jax.nn.silu(fused[..., 0, 0, :]) * fused[..., 0, 1, :])
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _split_axes(path: tuple[Any, ...], ndim: int) -> list[bool]:
+    """Which axes of a parameter tensor parallelism splits."""
+    module, leaf = path[-2:]
+    # Axes from the last one: columns of a layer by itself, heads or inner columns of one that is joined.
+    from_end = {"q_proj": 1, "k_proj": 1, "v_proj": 1, "gate_proj": 1, "up_proj": 1, "lm_head": 1}
+    from_end |= {"qkv_proj": 3, "gate_up_proj": 1}
+    if module in ("o_proj", "down_proj"):
+        return [leaf == "kernel" and axis == 0 for axis in range(ndim)]
+    return [module in from_end and axis == ndim - from_end[module] for axis in range(ndim)]
 
 
 def _norm(config: LlamaConfig, precision: _Precision, rngs: nnx.Rngs) -> nnx.RMSNorm:

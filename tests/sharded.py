@@ -18,11 +18,13 @@ from cases import Array, Case, build
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from llama import Llama, LlamaConfig
 from test_transforms import OURS
 
 import jax_paged_attn as jpa
 from jax_paged_attn import compat
 from jax_paged_attn.nnx import CacheVariable, PagedSelfAttention, StepMetadata
+from jax_paged_attn.serving import Engine, Request
 
 DECODE = Case(
     "sharded", (1,) * 8, (1, 8, 17, 32, 0, 9, 31, 5), "paged_attention", num_heads=16, num_kv_heads=8, head_dim=16,
@@ -328,6 +330,51 @@ def test_a_layer_of_fewer_heads_than_shards_of_one_axis(with_step: bool) -> None
         y = run(placed, tokens)
         assert y.sharding.is_equivalent_to(NamedSharding(mesh, jax.typeof(tokens).sharding.spec), y.ndim)
         np.testing.assert_allclose(y, run(state, x), rtol=1e-4, atol=1e-5)
+
+
+SERVED = LlamaConfig(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=16,
+    num_key_value_heads=8, head_dim=8, max_position_embeddings=96,
+)  # fmt: skip
+
+
+def served(model: Llama, **options: Any) -> list[list[int]]:
+    """Outputs of requests that share prefixes and a pool in which they have to preempt; nothing is moved or traced."""
+    engine = Engine(model.served(), num_pages=36, page_size=4, max_seqs=6, buckets=(6, 24), **options)
+    engine.warm_up()
+    traces, places = engine.traces, pool_pointers(engine)
+    draw = np.random.default_rng(0)
+    generations = [
+        engine.submit(
+            Request(draw.integers(0, 96, draw.integers(1, 40)), int(draw.integers(1, 30)), temperature=index % 3 / 2)
+        )
+        for index in range(12)
+    ]
+    engine.run()
+    assert engine.stats.preemptions >= 1
+    assert (engine.traces, pool_pointers(engine), engine.pages_in_use) == (traces, places, 0)
+    return [generation.output for generation in generations]
+
+
+def pool_pointers(engine: Engine) -> list[int]:
+    return sorted(shard.data.unsafe_buffer_pointer() for x in engine._cache for shard in x.addressable_shards)
+
+
+def test_an_engine_is_partitioned_by_head() -> None:
+    """The serving engine on a mesh gives the tokens that it gives on one device, in f32."""
+    want = served(Llama(SERVED, rngs=nnx.Rngs(0)))
+    for fused, options in ((False, {}), (True, {"decode_steps": 4}), (True, {"num_drafts": 2})):
+        model = Llama(SERVED, rngs=nnx.Rngs(0))
+        if fused:
+            model.fuse()
+        model.shard(mesh_of(x=8), "x")
+        assert served(model, **options) == want
+
+
+def test_a_model_whose_heads_are_fewer_than_devices_is_not_partitioned() -> None:
+    model = Llama(dataclasses.replace(SERVED, num_key_value_heads=4), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="axis: expected a size that divides num_key_value_heads = 4, got 8"):
+        model.shard(mesh_of(x=8), "x")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -28,9 +28,9 @@ from evaluate import bits_per_byte, ngram_bits_per_byte, windows
 from flax import nnx
 from llama import Llama, LlamaConfig
 from safetensors.flax import load_file, save_file
-from serving import Engine, Request
 
 from jax_paged_attn.nnx import Llama3RopeScaling, StepMetadata
+from jax_paged_attn.serving import Engine, Request
 
 EXAMPLES = corpus.HELDOUT_FILE.parent
 SMALL = LlamaConfig(
@@ -324,7 +324,7 @@ def test_transformers_agrees(tmp_path: Path, config: LlamaConfig):
         error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
         print(f"logits: relative error {error:.1e}")
         assert error < 1e-5
-    engine = Engine(ours, num_pages=16, page_size=4, buckets=(8, 16))
+    engine = Engine(ours.served(), num_pages=16, page_size=4, buckets=(8, 16))
     generation = engine.submit(Request(TOKENS[:20].tolist(), 24, stop_tokens=config.eos_token_ids))
     engine.run()
     assert generation.tokens == [token for token in continued[0].tolist() if token not in config.eos_token_ids]
@@ -409,6 +409,8 @@ def test_generate_serves_prompts_together(monkeypatch: pytest.MonkeyPatch, capsy
     assert "120 tokens in" in out
     assert "8 of 8 pages in use at the peak" in out
     assert ", 0 preemptions" not in out
+    assert re.search(r"\d+ steps of \d+\.\d ms, \d+% of it the host's", out)
+    assert re.search(r"prefix hit rate \d+%", out)
     assert f"jax {jax.__version__}" in out
     assert "\x1b" not in out  # no terminal, no control sequences
 
@@ -512,7 +514,7 @@ for script, package in [pair.split(":") for pair in sys.argv[2:]]:
 
 def test_a_missing_package_is_named():
     scripts = {
-        "generate.py": ("flax", "rich", "safetensors", "tokenizers"),
+        "generate.py": ("flax", "rich", "safetensors"),
         "evaluate.py": ("flax", "safetensors"),
         "train.py": ("optax",),
     }
@@ -531,3 +533,19 @@ def test_a_missing_package_is_named():
         )
         for script, package in pairs
     ]
+
+
+def test_a_tokenizer_file_needs_a_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    folder = folder_with(tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for script, main in (("generate.py", generate.main), ("evaluate.py", evaluate.main)):
+        monkeypatch.setattr(sys, "argv", [script, f"--model={folder}"])
+        with pytest.raises(SystemExit):
+            main()
+        assert capsys.readouterr().err == (
+            f"{script}: error: needs the package 'tokenizers', which is not installed: "
+            'pip install "jax-paged-attn[examples]"\n'
+        )

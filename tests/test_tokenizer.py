@@ -2,63 +2,17 @@
 
 import itertools
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tokenizers
-from generate import Stream
+from harness import python
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizer_files import byte_level, rewriting, sentencepiece
+
+from jax_paged_attn.serving import ByteTokenizer, FileTokenizer, Generation, OutputText, Request, Tokenizer
 
 REPLACEMENT = "\ufffd"
-
-
-def with_bos(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    bos = tokenizer.token_to_id("<s>")
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
-    return tokenizer
-
-
-def sentencepiece() -> tokenizers.Tokenizer:
-    """As of Llama 2: ▁ for spaces, one of them before the text, bytes for characters that have no token."""
-    vocab = {token: index for index, token in enumerate(["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))])}
-    merges = []
-    for word in ("▁the", "▁of", "▁France", "▁is", "▁Paris", "."):
-        vocab.setdefault(word[0], len(vocab))
-        for end in range(1, len(word)):
-            vocab.setdefault(word[end], len(vocab))
-            vocab.setdefault(word[: end + 1], len(vocab))
-            merges.append((word[:end], word[end]))
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocab, list(dict.fromkeys(merges)), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return with_bos(tokenizer)
-
-
-def byte_level() -> tokenizers.Tokenizer:
-    """As of GPT-2 and Llama 3: every token is a run of bytes, which may end inside of a character."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate([*alphabet, "ĠP", "Ġð", "ĠðŁ", "Ã©"])}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [("Ġ", "P"), ("Ġ", "ð"), ("Ġð", "Ł"), ("Ã", "©")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return with_bos(tokenizer)
-
-
-def rewriting() -> tokenizers.Tokenizer:
-    """Its decoder replaces what it gave before, once the next token is there."""
-    vocab = {token: index for index, token in enumerate(["[UNK]", "a", "b", "x"])}
-    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
-    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "c")])
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -152,28 +106,33 @@ def test_a_word_after_bytes_at_the_start_keeps_its_space(by_name: dict[str, Any]
     assert "".join(streamed(tokenizer, [bos], tokens)) == tokenizer.decode([bos, *tokens]) == "😀 Paris"
 
 
+def generation_of(tokenizer: Tokenizer, prompt: list[int]) -> Generation:
+    return Generation(Request(prompt, 20), prompt.copy(), _text=OutputText(tokenizer, prompt), _decoded=len(prompt))
+
+
 def test_an_output_that_ends_with_a_replacement_character_shows_it(by_name: dict[str, Any]):
     tokenizer = by_name["byte_level"]
-    generation: Any = SimpleNamespace(output=tokenizer.encode(REPLACEMENT)[1:], finish_reason=None)
-    stream = Stream("P", tokenizer, generation)
-    assert stream.text == ""
+    generation = generation_of(tokenizer, tokenizer.encode("P"))
+    generation.tokens += tokenizer.encode(REPLACEMENT)[1:]
+    assert generation.text == ""
     generation.finish_reason = "length"
-    assert stream.text == REPLACEMENT
+    assert generation.text == generation.text == REPLACEMENT
 
 
-def test_a_stream_takes_what_came_since_the_last_look(by_name: dict[str, Any]):
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_the_text_of_a_generation_grows_with_its_tokens(by_name: dict[str, Any], every: int):
     tokenizer = by_name["sentencepiece"]
     prompt = "the of"
-    tokens = tokenizer.encode(f"{prompt} Paris é")[len(tokenizer.encode(prompt)) :]
-    generation: Any = SimpleNamespace(output=[], finish_reason=None)
-    stream = Stream(prompt, tokenizer, generation)
+    generation = generation_of(tokenizer, tokenizer.encode(prompt))
     shown = []
-    for count in range(len(tokens)):
-        generation.output = tokens[:count]  # another list each time, as `Generation.output` is
-        shown.append(stream.text)
+    for index, token in enumerate(tokenizer.encode(f"{prompt} Paris é")[len(generation.tokens) :]):
+        generation.tokens.append(token)
+        if index % every == 0:
+            shown.append(generation.text)
+    generation.finish_reason = "cancelled"
+    shown.append(generation.text)
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(shown))
-    generation.output, generation.finish_reason = tokens, "length"
-    assert prompt + stream.text == f"{prompt} Paris é"
+    assert prompt + generation.text == f"{prompt} Paris é"
 
 
 @pytest.mark.parametrize("option", ["truncation", "padding"])
@@ -187,3 +146,29 @@ def test_truncation_and_padding_are_off(tmp_path: Path, option: str):
         tokenizer.enable_padding(length=512, pad_id=2)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert FileTokenizer(tmp_path / "tokenizer.json").encode(text) == expected
+
+
+@pytest.mark.parametrize("call", ["ByteTokenizer(256)", "byte.decode([0, 256])", "byte.stream([0]).add(-1)"])
+def test_a_token_that_is_no_byte_is_named(call: str):
+    with pytest.raises(ValueError, match=r"^(bos|tokens?): expected bytes, integers in \[0, 256\), got (256|-1)$"):
+        eval(call, {"ByteTokenizer": ByteTokenizer, "byte": ByteTokenizer(bos=0)})
+
+
+def test_only_files_need_the_library(tmp_path: Path):
+    sentencepiece().save(str(tmp_path / "tokenizer.json"))
+    script = """
+import sys
+sys.modules["tokenizers"] = None  # as if it was not there
+import jax_paged_attn.serving
+from jax_paged_attn.serving import ByteTokenizer, FileTokenizer, OutputText
+print(OutputText(ByteTokenizer(0), [0]).add(97))
+try:
+    FileTokenizer(sys.argv[1])
+except ModuleNotFoundError as error:
+    print(error.name, error)
+"""
+    assert python(script, str(tmp_path / "tokenizer.json")) == [
+        "a",
+        'tokenizers FileTokenizer needs the package "tokenizers", which is not installed: '
+        'pip install "jax-paged-attn[serve]"',
+    ]

@@ -1,4 +1,4 @@
-"""Text to token ids and back, at once or as tokens come. Text that a stream has given is never taken back."""
+"""Tokenizers: UTF-8 bytes, and tokenizer.json files by the `tokenizers` library of the extra `serve`."""
 
 from __future__ import annotations
 
@@ -8,83 +8,103 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import tokenizers
-from hf_files import CheckpointError, check_file, one_line
-from tokenizers.decoders import DecodeStream
+from jax_paged_attn.serving._text import TextStream
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-class TextStream(Protocol):
-    """The text of tokens that come one by one."""
-
-    def add(self, token: int) -> str:
-        """The text that `token` completes; "" where a character is still incomplete."""
-        ...
-
-    def rest(self) -> str:
-        """The whole characters that `add` holds back, for an output that ends here; changes nothing."""
-        ...
-
-
-class Tokenizer(Protocol):
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with what a text begins with."""
-        ...
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text without special tokens; U+FFFD where a character is incomplete."""
-        ...
-
-    def stream(self, prompt: Sequence[int]) -> TextStream:
-        """A stream of what follows the prompt, so that decode(prompt) + text is decode(prompt + tokens)."""
-        ...
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class ByteTokenizer:
-    """UTF-8 bytes; a text begins with byte `bos`, which `decode` leaves out."""
+    """UTF-8 bytes as tokens 0 to 255.
+
+    Args:
+      bos: the byte that every text begins with; it has no text wherever it comes.
+
+    Raises:
+      ValueError: `bos`, or later a token, is no byte.
+
+    Example:
+      >>> from jax_paged_attn.serving import ByteTokenizer
+      >>> tokenizer = ByteTokenizer(bos=0)
+      >>> tokenizer.encode("aé")
+      [0, 97, 195, 169]
+      >>> tokenizer.decode([0, 97, 195, 169])
+      'aé'
+    """
 
     def __init__(self, bos: int):
-        self._bos = bos
+        self._bos = _byte("bos", bos)[0]
 
     def encode(self, text: str) -> list[int]:
+        """The bytes of the text after `bos`."""
         return [self._bos, *text.encode()]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(t for t in tokens if t != self._bos).decode(errors="replace")
+        """The text of the bytes that are not `bos`; U+FFFD for those that are no character."""
+        return b"".join(_byte("tokens", t) for t in tokens if t != self._bos).decode(errors="replace")
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
+        """A stream of the text after the prompt, which may end inside of a character."""
         return _ByteStream(self._bos, prompt)
 
 
 class FileTokenizer:
-    """A tokenizer.json, run by the `tokenizers` library.
+    """A tokenizer.json of Hugging Face's, run by the `tokenizers` library.
 
     Truncation and padding that the file asks for are off: they are for training, and would cut prompts silently.
 
+    Args:
+      path: the file.
+
     Raises:
-      CheckpointError: the file is missing or is no tokenizer's.
+      ValueError: the file is missing or is no tokenizer's; the message is one line that begins with the path.
+      ModuleNotFoundError: `tokenizers` is not installed.
+
+    Example:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> import tokenizers
+      >>> from jax_paged_attn.serving import FileTokenizer
+      >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[?]": 0, "paged": 1, "cache": 2}, unk_token="[?]"))
+      >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     words.save(f"{folder}/tokenizer.json")
+      ...     tokenizer = FileTokenizer(Path(folder, "tokenizer.json"))
+      >>> tokenizer.encode("paged cache")
+      [1, 2]
+      >>> tokenizer.decode([1, 2])
+      'paged cache'
     """
 
-    def __init__(self, path: Path):
-        check_file(path)
+    def __init__(self, path: str | Path):
+        library = _library()
+        path = Path(path)
+        _check_file(path)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer: tokenizers.Tokenizer = library.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises no class of its own
-            raise CheckpointError(f"{path}: expected a tokenizer's JSON, got: {one_line(error)}") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: expected a tokenizer's JSON, got: {reason}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._vocabulary = _Vocabulary.of(self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
+        """Token ids, with those that the file puts around every text."""
         return self._tokenizer.encode(text).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
+        """Text without special tokens and without ids that the file does not have."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
+        """A stream of the text after the prompt; special tokens and ids that the file does not have add no text."""
         return _FileStream(self._tokenizer, self._vocabulary, prompt)
 
 
@@ -112,7 +132,7 @@ class _ByteStream:
             self.add(token)
 
     def add(self, token: int) -> str:
-        return "" if token == self._bos else self._utf8.add(bytes([token]))
+        return "" if token == self._bos else self._utf8.add(_byte("token", token))
 
     def rest(self) -> str:
         return ""  # a whole character is never held back
@@ -211,7 +231,7 @@ class _FileStream:
         return text
 
     def _start_after(self, context: Sequence[int]) -> None:
-        self._stream = DecodeStream(ids=list(context), skip_special_tokens=True)
+        self._stream = _library().decoders.DecodeStream(ids=list(context), skip_special_tokens=True)
         self._held = []
 
     def _text_of(self, tokens: Sequence[int]) -> str:
@@ -221,6 +241,39 @@ class _FileStream:
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+def _library() -> ModuleType:
+    """The `tokenizers` library, imported when it is needed: the rest of the package works without it."""
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        if error.name != "tokenizers":
+            raise
+        raise ModuleNotFoundError(
+            'FileTokenizer needs the package "tokenizers", which is not installed: pip install "jax-paged-attn[serve]"',
+            name=error.name,
+        ) from error
+    return tokenizers
+
+
+def _check_file(path: Path) -> None:
+    """Raises `ValueError` if there is no such file, or if it is the pointer that git-lfs left in its place."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not found") from None
+    except OSError as error:
+        raise ValueError(f"{path}: expected a file that can be read, got: {error.strerror}") from None
+    if start == _LFS_POINTER:
+        raise ValueError(f"{path}: expected the file itself, got a git-lfs pointer to it: run `git lfs pull`")
+
+
+def _byte(name: str, token: int) -> bytes:
+    if not 0 <= token < 256:
+        raise ValueError(f"{name}: expected bytes, integers in [0, 256), got {token}")
+    return bytes([token])
 
 
 def _types(decoder: dict[str, Any] | None) -> Iterator[str]:
