@@ -51,7 +51,8 @@ class Engine:
       max_len: prompt and output of a request together; by default the model's context.
       buckets: numbers of tokens that a step with prompts may have, the largest at least `max_seqs`. The largest is the
         budget of a step: what is left of it after one token per generating request goes to chunks of prompts.
-      decode_buckets: numbers of sequences that a step without prompts may have; `max_seqs` is added.
+      decode_buckets: numbers of sequences that a step without prompts may have; those below `max_seqs` count, and
+        `max_seqs` is added.
       decode_steps: decode steps that run in one dispatch while no request can come, go or be preempted. Tokens then
         arrive in as many at a time. With drafts it is always one step.
       num_drafts: tokens per request and step that are proposed by prompt lookup and verified by the model. With drafts
@@ -100,7 +101,7 @@ class Engine:
         max_seqs: int = 8,
         max_len: int | None = None,
         buckets: Sequence[int] = (8, 64, 256),
-        decode_buckets: Sequence[int] = (1,),
+        decode_buckets: Sequence[int] = (1, 8, 64),
         decode_steps: int = 1,
         num_drafts: int = 0,
         max_waiting: int | None = None,
