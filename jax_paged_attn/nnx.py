@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Unpack, get_type_hints
 
 import jax
@@ -49,7 +49,7 @@ from jax_paged_attn import (
     ragged_paged_attention,
     write_kv_pages,
 )
-from jax_paged_attn._step import IntArray
+from jax_paged_attn.rope import ROPE_THETA, Llama3RopeScaling, RopeScaling, apply_rope, rope_frequencies, rotated
 
 __all__ = [
     "CacheVariable",
@@ -61,10 +61,6 @@ __all__ = [
     "apply_rope",
     "rope_frequencies",
 ]
-
-
-# That of RoFormer and of most models since.
-_ROPE_THETA = 10000.0
 
 
 class CacheVariable(nnx.Variable):
@@ -81,109 +77,26 @@ class CacheVariable(nnx.Variable):
     """
 
 
-@dataclasses.dataclass(frozen=True)
-class Llama3RopeScaling:
-    """The rotary frequencies of Llama 3.1 and later, stretched to contexts longer than the pretrained one.
-
-    Frequencies whose wavelength is above ``original_max_position_embeddings / low_freq_factor`` are divided by
-    `factor`, those below ``original_max_position_embeddings / high_freq_factor`` stay, and those between are
-    interpolated. Field names are those of `rope_scaling` in Hugging Face's config.json.
-
-    Attributes:
-      factor: how many times longer contexts are than in pretraining, > 0.
-      low_freq_factor: see above, > 0.
-      high_freq_factor: see above, > `low_freq_factor`.
-      original_max_position_embeddings: the context length of pretraining in tokens, > 0.
-
-    Raises:
-      ValueError: a number outside of its range.
-
-    Example:
-      >>> from jax_paged_attn.nnx import Llama3RopeScaling, rope_frequencies
-      >>> scaling = Llama3RopeScaling(8.0, 1.0, 4.0, 8192)  # Llama 3.1
-      >>> float(rope_frequencies(128, 500000.0)[-1] / rope_frequencies(128, 500000.0, scaling)[-1])
-      8.0
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self):
-        if self.factor <= 0 or self.original_max_position_embeddings <= 0:
-            raise ValueError(f"rope scaling: expected a positive factor and original length, got {self}")
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(f"rope scaling: expected 0 < low_freq_factor < high_freq_factor, got {self}")
-
-
-def rope_frequencies(head_dim: int, theta: float = _ROPE_THETA, scaling: Llama3RopeScaling | None = None) -> np.ndarray:
-    """Rotary frequencies in radians per token (RoFormer, Su et al. 2021), float32 `[head_dim / 2]`.
-
-    Args:
-      head_dim: H, even.
-      theta: the base, positive: frequency i is theta^(−2i / H).
-      scaling: Llama 3's stretched frequencies.
-
-    Raises:
-      ValueError: `head_dim` is odd or `theta` is not positive and finite.
-
-    Example:
-      >>> from jax_paged_attn.nnx import rope_frequencies
-      >>> [f"{frequency:.2f}" for frequency in rope_frequencies(4)]
-      ['1.00', '0.01']
-    """
-    if head_dim % 2:
-        raise ValueError(f"head_dim: expected an even number for rotary embeddings, got {head_dim}")
-    theta = _checks.static_positive("theta", theta)
-    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling is not None:
-        wavelengths_in_context = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-        keep = (wavelengths_in_context - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        keep = np.clip(keep, 0.0, 1.0)
-        frequencies = keep * frequencies + (1 - keep) * frequencies / scaling.factor
-    return frequencies.astype(np.float32)
-
-
-def apply_rope(x: Array, positions: IntArray, frequencies: ArrayLike) -> Array:
-    """Rotates pairs (i, i + H/2) of each head by position · frequency: the halves convention of GPT-NeoX and Llama.
-
-    Args:
-      x: `[..., heads, H]`.
-      positions: int32, the leading axes of `x`.
-      frequencies: `[H / 2]`, see `rope_frequencies`.
-
-    Returns:
-      As `x`, in its dtype; the rotation is computed in float32.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jax_paged_attn.nnx import apply_rope, rope_frequencies
-      >>> x = jnp.array([[[1.0, 0.0]], [[1.0, 0.0]]])  # two tokens of one head, H = 2
-      >>> [f"{number:.2f}" for number in apply_rope(x, jnp.array([0, 1]), rope_frequencies(2)).ravel()]
-      ['1.00', '0.00', '0.54', '0.84']
-    """
-    return _rotated(x, jnp.asarray(positions), jnp.asarray(frequencies, jnp.float32))
-
-
-@_modes.compiled
-def _rotated(x: Array, positions: Array, frequencies: Array) -> Array:
-    per_pair = frequencies.reshape(*[1] * (x.ndim - 1), -1)
-    angles = (
-        positions.astype(jnp.float32).reshape(*[1] * (x.ndim - 2 - positions.ndim), *positions.shape, 1, 1) * per_pair
-    )
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-@functools.partial(_modes.compiled, static_argnums=(3, 4))
-def _rotated_heads(
-    q: Array, k: Array, positions: Array, theta: float, scaling: Llama3RopeScaling | None
-) -> tuple[Array, Array]:
+@functools.partial(_modes.compiled, static_argnums=3)
+def _rotated_heads(q: Array, k: Array, positions: Array, rope: _Rope) -> tuple[Array, Array]:
     """Queries and keys, rotated; the frequencies are constants of the compiled function."""
-    frequencies = jnp.asarray(rope_frequencies(q.shape[-1], theta, scaling))
-    return _rotated(q, positions, frequencies), _rotated(k, positions, frequencies)
+    frequencies = jnp.asarray(rope.frequencies)
+    factor = 1.0 if rope.scaling is None else rope.scaling.rotation_factor
+    return tuple(rotated(x, positions, frequencies, rope.interleaved, factor) for x in (q, k))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rope:
+    """The rotary embedding of a layer."""
+
+    columns: int  # of a head that are rotated
+    theta: float
+    scaling: RopeScaling | None
+    interleaved: bool
+
+    @property
+    def frequencies(self) -> np.ndarray:
+        return rope_frequencies(self.columns, self.theta, self.scaling)
 
 
 class PagedAttention(nnx.Module):
@@ -192,7 +105,9 @@ class PagedAttention(nnx.Module):
     Args:
       num_heads, num_kv_heads, head_dim: N, K, H.
       rope_theta: base of the rotary frequencies; None for no rotation.
-      rope_scaling: Llama 3's stretched frequencies.
+      rope_scaling: stretches the frequencies to longer contexts, see `jax_paged_attn.rope`.
+      rotary_dim: the first columns of a head that are rotated; None for all.
+      rope_interleaved: True rotates columns (2i, 2i + 1), as GPT-J, in place of (i, i + rotary_dim / 2), as Llama.
       sinks: True gives each head a learnt sink logit, an `nnx.Param` `[N]` float32, initially 0.
       options: the other keywords are those of `jax_paged_attn.ragged_paged_attention`, kept as attributes of the layer.
         `implementation` and `batch_invariant` are for calls with a step.
@@ -219,8 +134,10 @@ class PagedAttention(nnx.Module):
         num_kv_heads: int,
         head_dim: int,
         *,
-        rope_theta: float | None = _ROPE_THETA,
-        rope_scaling: Llama3RopeScaling | None = None,
+        rope_theta: float | None = ROPE_THETA,
+        rope_scaling: RopeScaling | None = None,
+        rotary_dim: int | None = None,
+        rope_interleaved: bool = False,
         sinks: bool = False,
         **options: Unpack[_options.LayerOptions],
     ):
@@ -236,6 +153,14 @@ class PagedAttention(nnx.Module):
         self.head_dim = head_dim
         self.rope_theta = rope_theta
         self.rope_scaling = rope_scaling
+        self.rope = None
+        if rope_theta is not None:
+            columns = head_dim if rotary_dim is None else _checks.static_count("rotary_dim", rotary_dim)
+            if columns > head_dim:
+                raise ValueError(f"rotary_dim: expected at most head_dim = {head_dim}, got {columns}")
+            interleaved = _checks.static_bool("rope_interleaved", rope_interleaved)
+            self.rope = _Rope(columns, rope_theta, rope_scaling, interleaved)
+            rope_frequencies(columns, rope_theta, rope_scaling)
         for name, value in options.items():  # such as `self.scale`
             setattr(self, name, value)
         self.sinks = nnx.data(nnx.Param(_modes.zeros((num_heads,), jnp.float32)) if sinks else None)
@@ -243,8 +168,6 @@ class PagedAttention(nnx.Module):
         self.v_pages: CacheVariable | None = nnx.data(None)
         self.k_scale: nnx.Variable | None = nnx.data(None)
         self.v_scale: nnx.Variable | None = nnx.data(None)
-        if rope_theta is not None:
-            rope_frequencies(head_dim, rope_theta, rope_scaling)
 
     def init_cache(
         self,
@@ -288,8 +211,8 @@ class PagedAttention(nnx.Module):
           ValueError: a step, but no cache.
         """
         positions = jnp.arange(q.shape[-3], dtype=jnp.int32) if step is None else step.positions
-        if self.rope_theta is not None:
-            q, k = _rotated_heads(q, k, jnp.asarray(positions), self.rope_theta, self.rope_scaling)
+        if self.rope is not None:
+            q, k = _rotated_heads(q, k, jnp.asarray(positions), self.rope)
         options: Any = {name: getattr(self, name) for name in get_type_hints(_options.LayerOptions)}
         sinks = None if self.sinks is None else self.sinks[...]
         if step is None:
@@ -360,7 +283,9 @@ class _AttentionOptions(_options.LayerOptions, total=False):
     """The keywords of `PagedAttention`."""
 
     rope_theta: float | None
-    rope_scaling: Llama3RopeScaling | None
+    rope_scaling: RopeScaling | None
+    rotary_dim: int | None
+    rope_interleaved: bool
     sinks: bool
 
 
@@ -374,7 +299,9 @@ class PagedSelfAttention(nnx.Module):
     Args:
       hidden_size: D, size of the tokens' vectors.
       num_heads, num_kv_heads, head_dim: N, K, H.
-      use_bias: True gives the projections a bias.
+      use_bias: True gives every projection a bias; or the names of those that have one, of "q", "k", "v" and "o".
+      qk_norm: makes a norm over the last axis from a head's size, such as ``lambda size: nnx.RMSNorm(size, rngs=r)``.
+        The layer then normalises each head of q and k, before the rotation, by its `q_norm` and `k_norm`.
       dtype: of the computation; None for that of inputs and weights.
       param_dtype: of the weights.
       rngs: for the weights' initial values.
@@ -392,7 +319,7 @@ class PagedSelfAttention(nnx.Module):
       (3, 5, 16)
     """
 
-    @_options.keywords(_AttentionOptions, rope_theta=_ROPE_THETA, sinks=False)
+    @_options.keywords(_AttentionOptions, rope_theta=ROPE_THETA, rope_interleaved=False, sinks=False)
     def __init__(
         self,
         hidden_size: int,
@@ -400,20 +327,26 @@ class PagedSelfAttention(nnx.Module):
         num_kv_heads: int,
         head_dim: int,
         *,
-        use_bias: bool = False,
+        use_bias: bool | Collection[str] = False,
+        qk_norm: Callable[[int], nnx.Module] | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         **options: Unpack[_AttentionOptions],
     ):
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        with_bias = _projections_with_bias(use_bias)
+
+        def linear(name: str, inputs: int, outputs: int) -> nnx.Linear:
+            return nnx.Linear(
+                inputs, outputs, use_bias=name in with_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
 
         self.attention = PagedAttention(num_heads, num_kv_heads, head_dim, **options)
-        self.q_proj = linear(hidden_size, num_heads * head_dim)
-        self.k_proj = linear(hidden_size, num_kv_heads * head_dim)
-        self.v_proj = linear(hidden_size, num_kv_heads * head_dim)
-        self.o_proj = linear(num_heads * head_dim, hidden_size)
+        self.q_proj = linear("q", hidden_size, num_heads * head_dim)
+        self.k_proj = linear("k", hidden_size, num_kv_heads * head_dim)
+        self.v_proj = linear("v", hidden_size, num_kv_heads * head_dim)
+        self.o_proj = linear("o", num_heads * head_dim, hidden_size)
+        self.q_norm, self.k_norm = (nnx.data(None if qk_norm is None else qk_norm(head_dim)) for _ in "qk")
         self.qkv_proj: FusedLinear | None = nnx.data(None)
 
     def fuse_projections(self) -> None:
@@ -445,6 +378,8 @@ class PagedSelfAttention(nnx.Module):
         else:
             x = _on_mesh_of(self.q_proj.kernel[...], x)
             q, k, v = (self._heads(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         out = self.attention(q, k, v, step)
         return _project(self.o_proj, out.reshape(*out.shape[:-2], -1), _explicit(x, jax.typeof(x).sharding.spec))
 
@@ -492,9 +427,12 @@ class FusedLinear(nnx.Module):
         kernels = [projection.kernel[...] for projection in projections]
         if AxisType.Explicit in jax.typeof(kernels[0]).sharding.mesh.axis_types:
             raise ValueError("projections: expected weights on no mesh or one with Auto axes, got Explicit axes")
-        biases = [projection.bias[...] for projection in projections if projection.bias is not None]
         kernel = jnp.concatenate([x.reshape(len(x), *shape) for x in kernels], axis=2)
-        bias = jnp.concatenate([x.reshape(shape) for x in biases], axis=1) if biases else None
+        bias = None
+        if any(projection.bias is not None for projection in projections):
+            zeros = [jnp.zeros(x.shape[1], x.dtype) for x in kernels]  # for those without
+            biases = [z if p.bias is None else p.bias[...] for z, p in zip(zeros, projections, strict=True)]
+            bias = jnp.concatenate([x.reshape(shape) for x in biases], axis=1)
         return cls(kernel, bias, projections[0].dtype)
 
     def __call__(self, x: Array) -> Array:
@@ -502,6 +440,16 @@ class FusedLinear(nnx.Module):
         dtype = jnp.result_type(x, self.kernel[...]) if self.dtype is None else self.dtype
         out = jnp.einsum("...d,dgns->...gns", x.astype(dtype), self.kernel[...].astype(dtype))
         return out if self.bias is None else out + self.bias[...].astype(dtype)
+
+
+def _projections_with_bias(use_bias: bool | Collection[str]) -> Collection[str]:
+    """The names of the projections that have a bias, checked."""
+    names = ("q", "k", "v", "o")
+    if isinstance(use_bias, bool):
+        return names if use_bias else ()
+    if isinstance(use_bias, str) or not isinstance(use_bias, Collection) or not set(use_bias) <= set(names):
+        raise ValueError(f"use_bias: expected True, False, or names of {names}, got {use_bias!r}")
+    return use_bias
 
 
 def _project(projection: nnx.Linear, x: Array, sharding: NamedSharding | None) -> Array:

@@ -8,7 +8,13 @@ import inspect
 
 import pytest
 
-MODULES = ["jax_paged_attn", "jax_paged_attn.compat", "jax_paged_attn.nnx", "jax_paged_attn.serving"]
+MODULES = [
+    "jax_paged_attn",
+    "jax_paged_attn.compat",
+    "jax_paged_attn.nnx",
+    "jax_paged_attn.rope",
+    "jax_paged_attn.serving",
+]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 

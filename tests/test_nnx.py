@@ -18,6 +18,7 @@ from jax_paged_attn.nnx import (
     apply_rope,
     rope_frequencies,
 )
+from jax_paged_attn.rope import YarnRopeScaling
 
 LLAMA3 = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 24, 6, 2, 8
@@ -26,9 +27,16 @@ PAGE_SIZE = 4
 
 def make_layer(seed: int = 0, **options) -> PagedSelfAttention:
     layer = PagedSelfAttention(HIDDEN, HEADS, KV_HEADS, HEAD_DIM, rngs=nnx.Rngs(seed), **options)
+    for projection in (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj):
+        if projection.bias is not None:  # which is 0 at first
+            projection.bias.set_value(jnp.linspace(-1.0, 1.0, projection.out_features))
     if layer.attention.sinks is not None:
         layer.attention.sinks.set_value(jnp.linspace(-1.0, 2.0, HEADS))
     return layer
+
+
+def head_norm(size: int) -> nnx.RMSNorm:
+    return nnx.RMSNorm(size, scale_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(7))
 
 
 def tokens_of(length: int, seed: int = 0) -> jax.Array:
@@ -74,6 +82,8 @@ def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones():
         {"sinks": True, "sliding_window": 3, "soft_cap": 5.0, "scale": 0.5, "use_bias": True},
         {"implementation": "reference"},
         {"batch_invariant": True},
+        {"rotary_dim": 4, "rope_interleaved": True, "use_bias": ("q", "k", "v")},
+        {"rope_scaling": YarnRopeScaling(4.0, 8), "qk_norm": head_norm},
     ],
     ids=str,
 )
@@ -110,7 +120,11 @@ def test_chunked_steps_over_the_cache_equal_whole_sequences(options: dict):
         assert relative_error(jnp.concatenate(parts), layer(x)) < 1e-5
 
 
-DECODE_OPTIONS = [{}, {"sliding_window": 5, "sinks": True, "soft_cap": 2.0, "use_bias": True}]
+DECODE_OPTIONS = [
+    {},
+    {"sliding_window": 5, "sinks": True, "soft_cap": 2.0, "use_bias": True},
+    {"use_bias": ("q", "v"), "qk_norm": head_norm, "rotary_dim": 4},
+]
 
 
 @pytest.mark.parametrize("options", DECODE_OPTIONS, ids=str)
@@ -236,3 +250,26 @@ def test_bad_arguments_are_named():
         layer.init_cache(0, PAGE_SIZE, jnp.float32)
     with pytest.raises(ValueError, match="init_cache was never called"):
         layer(tokens_of(4), StepMetadata.whole_sequences(1, 4, PAGE_SIZE))
+
+
+def test_biases_are_those_that_are_named():
+    layer = make_layer(use_bias=("q", "v"))
+    projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)
+    assert [projection.bias is not None for projection in projections] == [True, False, True, False]
+    for wrong in ("q", ("q", "x"), 3):
+        with pytest.raises(ValueError, match="use_bias: expected True, False, or names of"):
+            make_layer(use_bias=wrong)
+
+
+def test_norms_are_per_head_and_before_the_rotation():
+    layer = make_layer(qk_norm=head_norm)
+    x = tokens_of(5)
+    q, k, v = (p(x).reshape(5, -1, HEAD_DIM) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    want = layer.o_proj(layer.attention(head_norm(HEAD_DIM)(q), head_norm(HEAD_DIM)(k), v).reshape(5, -1))
+    assert relative_error(layer(x), want) < 1e-6
+
+
+def test_partial_rotations_are_checked():
+    for columns, message in ((10, "rotary_dim: expected at most head_dim = 8, got 10"), (3, "expected an even number")):
+        with pytest.raises(ValueError, match=message):
+            make_layer(rotary_dim=columns)
