@@ -1,4 +1,6 @@
-"""Llama checkpoints in Hugging Face's layout: config.json, model.safetensors (or shards with an index), tokenizer.json.
+"""Checkpoints in Hugging Face's layout: config.json, model.safetensors (or shards with an index), tokenizer.json.
+
+`families.py` says which kinds of models there are.
 
 A checkpoint without tokenizer.json and with a vocabulary of 256 is one over bytes, like the one that `train.py` writes.
 """
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from families import config_from_hf
 from flax import nnx
 from hf_files import CheckpointError, Fields, read_json, read_tensors
 from jax import Array
@@ -18,7 +21,7 @@ from jax.typing import DTypeLike
 from llama import Llama, LlamaConfig
 from safetensors.flax import save_file
 
-from jax_paged_attn.nnx import Llama3RopeScaling
+from jax_paged_attn.rope import Llama3RopeScaling, RopeScaling
 from jax_paged_attn.serving import ByteTokenizer, FileTokenizer, Tokenizer
 
 __all__ = [
@@ -34,8 +37,6 @@ __all__ = [
 ]
 
 _DTYPES = ("float32", "float16", "bfloat16")
-# Defaults of `transformers.LlamaConfig`, for files that leave the field out.
-_DEFAULT_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def load(folder: Path, *, dtype: DTypeLike | None = None, implementation: str | 
       implementation: engine of every attention; None for the best one.
 
     Raises:
-      CheckpointError: a file is missing, is damaged, or is not a Llama's; the message is one line that names it.
+      CheckpointError: a file is missing, is damaged, or belongs to no model here; the message names it, in one line.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -117,54 +118,17 @@ def save(model: Llama, folder: Path, *, dtype: DTypeLike = jnp.bfloat16) -> None
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
-def config_from_hf(data: dict[str, Any], source: Path) -> LlamaConfig:
-    """The config of a Hugging Face config.json, old (`rope_scaling`) or new (`rope_parameters`).
-
-    A field that is missing or null has the default of `transformers.LlamaConfig`. Only for the ids of tokens the two
-    differ, as there: null means that there is none.
+def config_to_hf(config: LlamaConfig, dtype: jnp.dtype) -> dict[str, Any]:
+    """What `config_from_hf` and `transformers` read, for a Llama.
 
     Raises:
-      CheckpointError: a field has a value that no Llama has.
+      ValueError: the model has what no Llama has.
     """
-    fields = Fields(data, source)
-    fields.choice("model_type", ("llama",), "llama")
-    fields.choice("hidden_act", ("silu",), "silu")
-    vocab_size = fields.integer("vocab_size")
-    hidden_size = fields.integer("hidden_size")
-    heads = fields.integer("num_attention_heads")
-    kv_heads = fields.integer("num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads = {heads}")
-    head_dim = fields.integer("head_dim", None)
-    if head_dim is None and hidden_size % heads:
-        raise fields.error("hidden_size", f"a multiple of num_attention_heads = {heads}, as there is no head_dim")
-    head_dim = head_dim or hidden_size // heads
-    if head_dim % 2:
-        raise CheckpointError(f"{source}: head_dim: expected an even number, got {head_dim}")
-    rope = fields.section("rope_scaling" if data.get("rope_parameters") is None else "rope_parameters")
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size"),
-        num_hidden_layers=fields.integer("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=fields.integer("max_position_embeddings", 2048),
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope_theta=rope.number("rope_theta", fields.number("rope_theta", 10000.0)),
-        rope_scaling=_rope_scaling(rope),
-        attention_bias=fields.boolean("attention_bias", False),
-        mlp_bias=fields.boolean("mlp_bias", False),
-        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-        bos_token_id=next(iter(_token_ids(fields, "bos_token_id", vocab_size)), None),
-        eos_token_ids=_token_ids(fields, "eos_token_id", vocab_size),
-    )
-
-
-def config_to_hf(config: LlamaConfig, dtype: jnp.dtype) -> dict[str, Any]:
-    """What `config_from_hf` and `transformers` read."""
     data = dataclasses.asdict(config)
+    unlike = {"qk_norm": data.pop("qk_norm"), "sliding_windows": data.pop("sliding_windows")}
+    scaling = config.rope_scaling
+    if any(unlike.values()) or not isinstance(config.attention_bias, bool) or not _is_llama3(scaling):
+        raise ValueError(f"config: expected a Llama's, which alone can be saved, got {config}")
     eos = data.pop("eos_token_ids")
     scaling = data.pop("rope_scaling")
     return {
@@ -178,16 +142,8 @@ def config_to_hf(config: LlamaConfig, dtype: jnp.dtype) -> dict[str, Any]:
     }
 
 
-def _rope_scaling(rope: Fields) -> Llama3RopeScaling | None:
-    """Checks the kind of rotary embeddings; None for the plain one."""
-    kind = rope.choice("rope_type" if "rope_type" in rope else "type", ("default", "llama3"), "default")
-    if kind == "default":
-        return None
-    original = rope.integer("original_max_position_embeddings")
-    factors = {name: rope.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
-    if factors["low_freq_factor"] >= factors["high_freq_factor"]:
-        raise rope.error("low_freq_factor", f"less than high_freq_factor = {factors['high_freq_factor']}")
-    return Llama3RopeScaling(**factors, original_max_position_embeddings=original)
+def _is_llama3(scaling: RopeScaling | None) -> bool:
+    return scaling is None or isinstance(scaling, Llama3RopeScaling)
 
 
 def _with_stop_tokens_of(generation: Fields, config: LlamaConfig, data: dict[str, Any]) -> LlamaConfig:
@@ -196,12 +152,6 @@ def _with_stop_tokens_of(generation: Fields, config: LlamaConfig, data: dict[str
     if named and "eos_token_id" not in data:  # a default counts where neither file names any
         return dataclasses.replace(config, eos_token_ids=named)
     return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *named))))
-
-
-def _token_ids(fields: Fields, name: str, vocab_size: int) -> tuple[int, ...]:
-    if name in fields:
-        return fields.token_ids(name, vocab_size)
-    return tuple(token for token in (_DEFAULT_TOKENS[name],) if token < vocab_size)
 
 
 def _dtype(fields: Fields) -> str:

@@ -98,9 +98,13 @@ class Fields:
         got = _shown(self._data[name]) if name in self._data else "no such field"
         return CheckpointError(f"{self._source}: {name}: expected {expected}, got {got}")
 
-    def integer(self, name: str, default: Any = _REQUIRED) -> Any:
-        """At least 1. Without a default the field has to be there."""
-        return self._read(name, default, "an integer of at least 1", _is_positive_integer)
+    def has(self, name: str) -> bool:
+        """True if the field is there and not null."""
+        return self._data.get(name) is not None
+
+    def integer(self, name: str, default: Any = _REQUIRED, *, least: int = 1) -> Any:
+        """At least `least`. Without a default the field has to be there."""
+        return self._read(name, default, f"an integer of at least {least}", lambda value: _is_integer(value, least))
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
         """Positive and finite."""
@@ -113,6 +117,15 @@ class Fields:
         """One of a few strings."""
         expected = " or ".join(map(repr, choices))
         return self._read(name, default, expected, lambda value: isinstance(value, str) and value in choices)
+
+    def strings(self, name: str, choices: tuple[str, ...], count: int) -> tuple[str, ...] | None:
+        """A list of so many strings, each one of a few; None if there is no such field."""
+
+        def is_right(value: Any) -> bool:
+            return isinstance(value, list) and len(value) == count and all(item in choices for item in value)
+
+        value = self._read(name, None, f"a list of {count} of {' or '.join(map(repr, choices))}", is_right)
+        return None if value is None else tuple(value)
 
     def section(self, name: str) -> Fields:
         """The object in the field; an empty one if there is none."""
@@ -147,8 +160,8 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _is_positive_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _LARGEST_INTEGER
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST_INTEGER
 
 
 def _is_positive_number(value: Any) -> bool:

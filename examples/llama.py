@@ -1,4 +1,6 @@
-"""A small Llama in Flax NNX: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU.
+"""Llama and its relatives in Flax NNX: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU.
+
+Mistral adds sliding windows, Qwen 2 biases of q, k and v, Qwen 3 norms of q and k. `families.py` reads which it is.
 
 Module and field names follow Hugging Face's, so that `checkpoint.py` is a plain renaming. Every attention goes through
 `jax_paged_attn.nnx.PagedSelfAttention`.
@@ -18,13 +20,20 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_paged_attn.nnx import FusedLinear, Llama3RopeScaling, PagedSelfAttention, StepMetadata
+from jax_paged_attn.nnx import FusedLinear, PagedSelfAttention, StepMetadata
+from jax_paged_attn.rope import RopeScaling
 from jax_paged_attn.serving import NnxModel
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of the model, named as in Hugging Face's config.json."""
+    """Sizes of the model, named as in Hugging Face's config.json where that has the field.
+
+    Attributes:
+      attention_bias: True for biases of all four projections, or the names of those that have one.
+      qk_norm: whether each head of q and k is normalised before its rotation.
+      sliding_windows: per layer, how many keys a row sees at most, None for all; None where no layer has a window.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -36,9 +45,11 @@ class LlamaConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: Llama3RopeScaling | None = None
-    attention_bias: bool = False
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool | tuple[str, ...] = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_windows: tuple[int | None, ...] | None = None
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -82,7 +93,7 @@ class Llama(nnx.Module):
             rngs=rngs,
         )
         self.layers = nnx.List(
-            [_Block(config, precision, dropout, implementation, rngs) for _ in range(config.num_hidden_layers)]
+            [_Block(config, i, precision, dropout, implementation, rngs) for i in range(config.num_hidden_layers)]
         )
         self.norm = _norm(config, precision, rngs)
         self.dropout = nnx.Dropout(dropout)
@@ -193,7 +204,13 @@ class Llama(nnx.Module):
 
 class _Block(nnx.Module):
     def __init__(
-        self, config: LlamaConfig, precision: _Precision, dropout: float, implementation: str | None, rngs: nnx.Rngs
+        self,
+        config: LlamaConfig,
+        layer: int,
+        precision: _Precision,
+        dropout: float,
+        implementation: str | None,
+        rngs: nnx.Rngs,
     ):
         self.input_layernorm = _norm(config, precision, rngs)
         self.self_attn = PagedSelfAttention(
@@ -202,6 +219,8 @@ class _Block(nnx.Module):
             config.num_key_value_heads,
             config.head_dim,
             use_bias=config.attention_bias,
+            qk_norm=(lambda size: _norm(config, precision, rngs, size)) if config.qk_norm else None,
+            sliding_window=None if config.sliding_windows is None else config.sliding_windows[layer],
             rope_theta=config.rope_theta,
             rope_scaling=config.rope_scaling,
             implementation=implementation,
@@ -255,9 +274,9 @@ def _split_axes(path: tuple[Any, ...], ndim: int) -> list[bool]:
     return [module in from_end and axis == ndim - from_end[module] for axis in range(ndim)]
 
 
-def _norm(config: LlamaConfig, precision: _Precision, rngs: nnx.Rngs) -> nnx.RMSNorm:
+def _norm(config: LlamaConfig, precision: _Precision, rngs: nnx.Rngs, size: int | None = None) -> nnx.RMSNorm:
     return nnx.RMSNorm(
-        config.hidden_size,
+        config.hidden_size if size is None else size,
         epsilon=config.rms_norm_eps,
         dtype=precision.dtype,
         param_dtype=precision.param_dtype,

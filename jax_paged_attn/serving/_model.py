@@ -72,8 +72,8 @@ class NnxModel:
     """A Flax NNX module as a `Model`. The module stays as it is: the engine works with a twin that shares its arrays.
 
     Args:
-      module: has ``hidden(tokens, step)`` and ``logits(hidden)``, and `jax_paged_attn.nnx.CacheVariable`s once
-        `init_cache` was called. Its `nnx.Param`s are the weights of the model.
+      module: has ``hidden(tokens, step)`` and ``logits(hidden)``, and `jax_paged_attn.nnx.CacheVariable` pages once
+        `init_cache` was called. Its ``nnx.Param`` variables are the weights of the model.
       vocab_size, max_len: see `Model`.
       init_cache: called as ``init_cache(module, num_pages, page_size)`` on the twin; by default the module's own
         ``init_cache(num_pages, page_size)``. It may choose a dtype and scales, or shard the pages.

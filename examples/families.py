@@ -1,0 +1,144 @@
+"""Families of models, told by `model_type` of Hugging Face's config.json: what is special about each, and its defaults.
+
+All are decoders of `llama.py`. A field that is missing or null has the default of the family's config in
+`transformers`. Where missing and null differ there, they do here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hf_files import CheckpointError, Fields
+from llama import LlamaConfig
+
+from jax_paged_attn.rope import LinearRopeScaling, Llama3RopeScaling, RopeScaling, YarnRopeScaling
+
+
+def config_from_hf(data: dict[str, Any], source: Path) -> LlamaConfig:
+    """The config of a Hugging Face config.json, old (`rope_scaling`) or new (`rope_parameters`).
+
+    Raises:
+      CheckpointError: the model is of no family here, or a field has a value that none of the family has.
+    """
+    fields = Fields(data, source)
+    family = fields.choice("model_type", tuple(_FAMILIES), "llama")
+    special = _FAMILIES[family](fields)
+    defaults = _DEFAULTS[family]
+    fields.choice("hidden_act", ("silu",), "silu")
+    vocab_size = fields.integer("vocab_size")
+    hidden_size = fields.integer("hidden_size")
+    heads = fields.integer("num_attention_heads")
+    kv_heads = fields.integer("num_key_value_heads", defaults.get("num_key_value_heads", heads))
+    if heads % kv_heads:
+        raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads = {heads}")
+    head_dim = fields.integer("head_dim", defaults.get("head_dim"))
+    if head_dim is None and hidden_size % heads:
+        raise fields.error("hidden_size", f"a multiple of num_attention_heads = {heads}, as there is no head_dim")
+    head_dim = head_dim or hidden_size // heads
+    if head_dim % 2:
+        raise CheckpointError(f"{source}: head_dim: expected an even number, got {head_dim}")
+    context = fields.integer("max_position_embeddings", defaults["max_position_embeddings"])
+    rope = fields.section("rope_scaling" if data.get("rope_parameters") is None else "rope_parameters")
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_hidden_layers=fields.integer("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=context,
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rope_theta=rope.number("rope_theta", fields.number("rope_theta", 10000.0)),
+        rope_scaling=_rope_scaling(rope, context),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        bos_token_id=next(iter(_token_ids(fields, "bos_token_id", vocab_size, defaults)), None),
+        eos_token_ids=_token_ids(fields, "eos_token_id", vocab_size, defaults),
+        **special,
+    )
+
+
+def _llama(fields: Fields) -> dict[str, Any]:
+    return {
+        "attention_bias": fields.boolean("attention_bias", False),
+        "mlp_bias": fields.boolean("mlp_bias", False),
+    }
+
+
+def _mistral(fields: Fields) -> dict[str, Any]:
+    """Every layer has the same window. Null is none; a missing field is the first Mistral's."""
+    window = fields.integer("sliding_window", None if "sliding_window" in fields else 4096)
+    return {"sliding_windows": None if window is None else (window,) * fields.integer("num_hidden_layers")}
+
+
+def _qwen2(fields: Fields) -> dict[str, Any]:
+    return {"attention_bias": ("q", "k", "v"), "sliding_windows": _qwen_windows(fields)}
+
+
+def _qwen3(fields: Fields) -> dict[str, Any]:
+    bias = fields.boolean("attention_bias", False)
+    return {"attention_bias": bias, "qk_norm": True, "sliding_windows": _qwen_windows(fields)}
+
+
+def _qwen_windows(fields: Fields) -> tuple[int | None, ...] | None:
+    """Some of the layers, or those from one on, have a window, if windows are used at all."""
+    if not fields.boolean("use_sliding_window", False):
+        return None
+    layers = fields.integer("num_hidden_layers")
+    window = fields.integer("sliding_window", None if "sliding_window" in fields else 4096)
+    first = fields.integer("max_window_layers", 28, least=0)
+    kinds = fields.strings("layer_types", ("full_attention", "sliding_attention"), layers)
+    if kinds is None:
+        kinds = tuple("sliding_attention" if layer >= first else "full_attention" for layer in range(layers))
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+_FAMILIES: dict[str, Callable[[Fields], dict[str, Any]]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+}
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+}
+
+
+def _rope_scaling(rope: Fields, context: int) -> RopeScaling | None:
+    """The kind of rotary embeddings and its numbers; None for the plain one."""
+    name = "rope_type" if "rope_type" in rope else "type"
+    kind = rope.choice(name, ("default", "linear", "llama3", "yarn"), "default")
+    if kind == "default":
+        return None
+    if kind == "llama3":
+        original = rope.integer("original_max_position_embeddings")
+        factor, low, high = (rope.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        if low >= high:
+            raise rope.error("low_freq_factor", f"less than high_freq_factor = {high}")
+        return Llama3RopeScaling(factor, low, high, original)
+    factor = rope.number("factor")
+    if kind == "linear":
+        return LinearRopeScaling(factor)
+    fast, slow = rope.number("beta_fast", 32.0), rope.number("beta_slow", 1.0)
+    if slow >= fast:
+        raise rope.error("beta_slow", f"less than beta_fast = {fast}")
+    original = rope.integer("original_max_position_embeddings", context)
+    factors = {key: rope.number(key) for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.has(key)}
+    return YarnRopeScaling(factor, original, fast, slow, truncate=rope.boolean("truncate", True), **factors)
+
+
+def _token_ids(fields: Fields, name: str, vocab_size: int, defaults: dict[str, int]) -> tuple[int, ...]:
+    """Only for these do missing and null differ: null means that there is none."""
+    if name in fields:
+        return fields.token_ids(name, vocab_size)
+    return tuple(token for token in (defaults.get(name),) if token is not None and token < vocab_size)

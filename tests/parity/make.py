@@ -1,0 +1,83 @@
+# pyright: reportMissingImports=false
+"""Makes the folders beside this file: tiny random models by `transformers`, and what they give.
+
+`python tests/parity/make.py`, in an environment with torch 2.13 and transformers 5.24. Weights are large, so that no
+model is nearly linear and every difference shows. `tests/test_families.py` compares without either library.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from safetensors.numpy import save_file
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+LENGTH, PROMPT = 40, 18
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama-yarn": (
+        "Llama",
+        {
+            "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 4.0,
+                "rope_theta": 1e4,
+            },
+        },
+    ),
+    "mistral": ("Mistral", {"sliding_window": 7}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+}
+
+
+def make(name: str, kind: str, options: dict[str, Any], folder: Path) -> None:
+    torch.manual_seed(sum(name.encode()))
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **options}, attn_implementation="eager")
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.3)
+        tokens = torch.randint(0, config.vocab_size, (1, LENGTH))
+        logits = model(tokens).logits[0]
+        prompt = tokens[:, :PROMPT]
+        greedy = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=LENGTH - PROMPT, do_sample=False
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    words = tokenizers.models.WordLevel({f"t{i}": i for i in range(config.vocab_size)}, unk_token="t0")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tensors = {"tokens": tokens[0], "logits": logits, "greedy": greedy[0]}
+    arrays = {key: np.ascontiguousarray(value.numpy()) for key, value in tensors.items()}
+    save_file(arrays, folder / "expected.safetensors")
+
+
+if __name__ == "__main__":
+    for name, (kind, options) in MODELS.items():
+        make(name, kind, options, Path(__file__).parent / name)

@@ -1,0 +1,144 @@
+"""Every family of models against what `transformers` computes: see tests/parity/make.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint import CheckpointError
+from families import config_from_hf
+from llama import Llama
+from safetensors.numpy import load_file
+
+from jax_paged_attn.nnx import StepMetadata
+from jax_paged_attn.rope import LinearRopeScaling, YarnRopeScaling
+from jax_paged_attn.serving import Engine, Request
+
+PARITY = Path(__file__).parent / "parity"
+FOLDERS = sorted(path.parent for path in PARITY.glob("*/config.json"))
+PAGE_SIZE = 4
+
+
+def relative_error(got: Any, want: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(got) - want) / np.linalg.norm(want))
+
+
+@pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
+def loaded(request: pytest.FixtureRequest) -> tuple[Llama, dict[str, np.ndarray]]:
+    folder = request.param
+    found = checkpoint.load(folder)
+    assert found.tokenizer.encode("t3 t1") == [3, 1]
+    return found.model, load_file(folder / "expected.safetensors")
+
+
+def test_there_are_all_families() -> None:
+    kinds = {json.loads((folder / "config.json").read_text())["model_type"] for folder in FOLDERS}
+    assert kinds == {"llama", "mistral", "qwen2", "qwen3"}
+
+
+def test_logits_are_those_of_transformers(loaded: tuple[Llama, dict[str, np.ndarray]]) -> None:
+    """Dense, over pages at once, over pages in chunks, and with joined projections."""
+    model, want = loaded
+    tokens = jnp.asarray(want["tokens"], jnp.int32)
+    length = len(tokens)
+    assert relative_error(model(tokens), want["logits"]) < 1e-5
+    model.init_cache(length // PAGE_SIZE, PAGE_SIZE)
+    whole = StepMetadata.whole_sequences(1, length, PAGE_SIZE)
+    assert relative_error(model(tokens, whole), want["logits"]) < 1e-5
+
+    chunks = []
+    for begin, end in ((0, 13), (13, 14), (14, length)):
+        step = StepMetadata(
+            positions=whole.positions[begin:end],
+            slot_mapping=whole.slot_mapping[begin:end],
+            block_tables=whole.block_tables,
+            kv_lens=jnp.array([end], jnp.int32),
+            cu_q_lens=jnp.array([0, end - begin], jnp.int32),
+            num_seqs=jnp.int32(1),
+        )
+        chunks.append(model(tokens[begin:end], step))
+    assert relative_error(jnp.concatenate(chunks), want["logits"]) < 1e-5
+
+
+def test_engines_give_the_greedy_tokens_of_transformers(loaded: tuple[Llama, dict[str, np.ndarray]]) -> None:
+    """Requests that share a prefix, in chunks, in a pool that makes them preempt; windows roll on the way."""
+    model, want = loaded
+    greedy = want["greedy"].tolist()
+    prompt = greedy[:18]
+    engine = Engine(model.served(), num_pages=24, page_size=PAGE_SIZE, max_seqs=3, buckets=(3, 8), decode_steps=2)
+    generations = [engine.submit(Request(prompt, len(greedy) - 18)) for _ in range(3)]
+    engine.run()
+    late = engine.submit(Request(prompt, len(greedy) - 18))
+    engine.run()
+    assert [generation.tokens for generation in (*generations, late)] == [greedy] * 4
+    assert engine.stats.preemptions >= 1
+    assert engine.stats.cached_tokens >= 16
+
+
+def test_joined_projections_change_nothing(loaded: tuple[Llama, dict[str, np.ndarray]]) -> None:
+    model, want = loaded
+    model.fuse()  # the last test of this model
+    assert relative_error(model(jnp.asarray(want["tokens"], jnp.int32)), want["logits"]) < 1e-5
+
+
+# ---- fields of config.json
+
+
+def config_of(name: str, **changes: Any) -> Any:
+    """The config of a folder with some fields changed, or left out where the value is `...`."""
+    data = {**json.loads((PARITY / name / "config.json").read_text()), **changes}
+    return config_from_hf({key: value for key, value in data.items() if value is not ...}, Path("config.json"))
+
+
+def test_what_is_special_is_read() -> None:
+    assert config_of("mistral").sliding_windows == (7, 7, 7)
+    assert config_of("mistral", sliding_window=None).sliding_windows is None
+    assert config_of("mistral", sliding_window=...).sliding_windows == (4096,) * 3
+    assert config_of("qwen2").sliding_windows == (None, 9, 9)
+    assert config_of("qwen2", layer_types=...).sliding_windows == (None, 9, 9)
+    assert config_of("qwen2", layer_types=None, max_window_layers=0).sliding_windows == (9, 9, 9)
+    assert config_of("qwen2", use_sliding_window=False).sliding_windows is None
+    assert config_of("qwen2").attention_bias == ("q", "k", "v")
+    qwen3 = config_of("qwen3", head_dim=..., num_attention_heads=32, num_key_value_heads=...)
+    assert (qwen3.head_dim, qwen3.num_key_value_heads, qwen3.qk_norm) == (128, 32, True)
+    assert config_of("llama-linear").rope_scaling == LinearRopeScaling(4.0)
+    assert config_of("llama-yarn").rope_scaling == YarnRopeScaling(4.0, 16, 4.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "qwen2",
+            {"model_type": "gemma"},
+            "model_type: expected 'llama' or 'mistral' or 'qwen2' or 'qwen3', got 'gemma'",
+        ),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types: expected a list of 3 of 'full_attention' or"),
+        ("qwen2", {"layer_types": ["full", "full", "full"]}, "layer_types: expected a list of 3"),
+        ("qwen2", {"max_window_layers": -1}, "max_window_layers: expected an integer of at least 0, got -1"),
+        ("qwen2", {"use_sliding_window": 1}, "use_sliding_window: expected true or false, got 1"),
+        ("mistral", {"sliding_window": 0}, "sliding_window: expected an integer of at least 1, got 0"),
+        ("llama-yarn", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: expected 'default'"),
+        ("llama-yarn", {"rope_parameters": {"rope_type": "yarn"}}, "factor: expected a positive number"),
+        (
+            "llama-yarn",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 1.0}},
+            "beta_slow: expected less than beta_fast = 1.0",
+        ),
+    ],
+)
+def test_wrong_fields_are_named(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        config_of(name, **changes)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "llama-yarn"])
+def test_only_llamas_are_saved(name: str, tmp_path: Path) -> None:
+    model = checkpoint.load(PARITY / name).model
+    with pytest.raises(ValueError, match="config: expected a Llama's, which alone can be saved"):
+        checkpoint.save(model, tmp_path)
