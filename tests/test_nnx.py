@@ -39,6 +39,11 @@ def head_norm(size: int) -> nnx.RMSNorm:
     return nnx.RMSNorm(size, scale_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(7))
 
 
+def shown(options: dict) -> str:
+    """The same in every process, unlike the text of a function."""
+    return ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in options.items()) or "defaults"
+
+
 def tokens_of(length: int, seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (length, HIDDEN))
 
@@ -85,7 +90,7 @@ def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones():
         {"rotary_dim": 4, "rope_interleaved": True, "use_bias": ("q", "k", "v")},
         {"rope_scaling": YarnRopeScaling(4.0, 8), "qk_norm": head_norm},
     ],
-    ids=str,
+    ids=shown,
 )
 def test_chunked_steps_over_the_cache_equal_whole_sequences(options: dict):
     """Two sequences, computed in two steps, the second in the middle of pages; padding between nothing and nowhere."""
@@ -127,7 +132,7 @@ DECODE_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", DECODE_OPTIONS, ids=str)
+@pytest.mark.parametrize("options", DECODE_OPTIONS, ids=shown)
 @pytest.mark.parametrize("fused", [False, True], ids=["three projections", "one projection"])
 def test_decode_steps_equal_whole_sequences(options: dict, fused: bool):
     """Two sequences of which one ends first, token by token; a third row is padding throughout."""
