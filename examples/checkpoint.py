@@ -8,7 +8,9 @@ A checkpoint without tokenizer.json and with a vocabulary of 256 is one over byt
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,11 @@ __all__ = [
 ]
 
 _DTYPES = ("float32", "float16", "bfloat16")
+# Fields of `LlamaConfig` that are other families'.
+_NO_FIELDS_OF_A_LLAMA = (
+    *("qk_norm", "sliding_windows", "rotary_dim", "local_rope_theta", "hidden_act", "norm_offset", "sandwich_norms"),
+    *("embedding_scale", "attention_scale", "attention_soft_cap", "logit_soft_cap"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +90,7 @@ def _load_weights(model: Llama, folder: Path, dtype: jnp.dtype) -> None:
     by_name = {_hf_name(path): (path, variable) for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     missing = dict.fromkeys(by_name)
     loaded: dict[tuple[Any, ...], Any] = {}
-    for file, name, tensor in read_tensors(folder):
+    for file, name, tensor in _in_parts(read_tensors(folder), model.config):
         if name not in by_name:
             if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
                 continue  # what older files repeat
@@ -106,6 +113,24 @@ def _load_weights(model: Llama, folder: Path, dtype: jnp.dtype) -> None:
     nnx.update(model, nnx.from_flat_state(loaded))
 
 
+def _in_parts(tensors: Iterable[tuple[Path, str, Array]], config: LlamaConfig) -> Iterator[tuple[Path, str, Array]]:
+    """Cuts tensors that hold several projections, as Phi 3 has them: q, k and v, or gate and up."""
+    heads = [config.num_attention_heads, *[config.num_key_value_heads] * 2]
+    parts = {
+        "qkv_proj": (("q_proj", "k_proj", "v_proj"), [number * config.head_dim for number in heads]),
+        "gate_up_proj": (("gate_proj", "up_proj"), [config.intermediate_size] * 2),
+    }
+    for file, name, tensor in tensors:
+        module = name.split(".")[-2] if "." in name else ""
+        names, sizes = parts.get(module, ((), []))
+        if not names or len(tensor) != sum(sizes):
+            yield file, name, tensor
+            continue
+        ends = list(itertools.accumulate(sizes))
+        for part, size, end in zip(names, sizes, ends, strict=True):
+            yield file, name.replace(module, part), tensor[end - size : end]
+
+
 def save(model: Llama, folder: Path, *, dtype: DTypeLike = jnp.bfloat16) -> None:
     """Writes config.json and model.safetensors with the weights in `dtype`; makes the folder if need be."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,9 +150,9 @@ def config_to_hf(config: LlamaConfig, dtype: jnp.dtype) -> dict[str, Any]:
       ValueError: the model has what no Llama has.
     """
     data = dataclasses.asdict(config)
-    unlike = {"qk_norm": data.pop("qk_norm"), "sliding_windows": data.pop("sliding_windows")}
-    scaling = config.rope_scaling
-    if any(unlike.values()) or not isinstance(config.attention_bias, bool) or not _is_llama3(scaling):
+    defaults = {field.name: field.default for field in dataclasses.fields(LlamaConfig)}
+    is_llama = all(data.pop(name) == defaults[name] for name in _NO_FIELDS_OF_A_LLAMA)
+    if not is_llama or not isinstance(config.attention_bias, bool) or not _is_llama3(config.rope_scaling):
         raise ValueError(f"config: expected a Llama's, which alone can be saved, got {config}")
     eos = data.pop("eos_token_ids")
     scaling = data.pop("rope_scaling")

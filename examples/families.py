@@ -6,6 +6,7 @@ All are decoders of `llama.py`. A field that is missing or null has the default 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ from typing import Any
 from hf_files import CheckpointError, Fields
 from llama import LlamaConfig
 
-from jax_paged_attn.rope import LinearRopeScaling, Llama3RopeScaling, RopeScaling, YarnRopeScaling
+from jax_paged_attn.rope import (
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    RopeScaling,
+    YarnRopeScaling,
+)
 
 
 def config_from_hf(data: dict[str, Any], source: Path) -> LlamaConfig:
@@ -26,7 +33,8 @@ def config_from_hf(data: dict[str, Any], source: Path) -> LlamaConfig:
     family = fields.choice("model_type", tuple(_FAMILIES), "llama")
     special = _FAMILIES[family](fields)
     defaults = _DEFAULTS[family]
-    fields.choice("hidden_act", ("silu",), "silu")
+    if "hidden_act" not in special:
+        fields.choice("hidden_act", ("silu",), "silu")
     vocab_size = fields.integer("vocab_size")
     hidden_size = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
@@ -40,7 +48,7 @@ def config_from_hf(data: dict[str, Any], source: Path) -> LlamaConfig:
     if head_dim % 2:
         raise CheckpointError(f"{source}: head_dim: expected an even number, got {head_dim}")
     context = fields.integer("max_position_embeddings", defaults["max_position_embeddings"])
-    rope = fields.section("rope_scaling" if data.get("rope_parameters") is None else "rope_parameters")
+    rope = special.pop("rope", None) or _rope_fields(fields)
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -51,9 +59,9 @@ def config_from_hf(data: dict[str, Any], source: Path) -> LlamaConfig:
         head_dim=head_dim,
         max_position_embeddings=context,
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope_theta=rope.number("rope_theta", fields.number("rope_theta", 10000.0)),
-        rope_scaling=_rope_scaling(rope, context),
-        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        rope_theta=rope.number("rope_theta", fields.number("rope_theta", defaults.get("rope_theta", 10000.0))),
+        rope_scaling=_rope_scaling(rope, context, fields),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", defaults.get("tie_word_embeddings", False)),
         bos_token_id=next(iter(_token_ids(fields, "bos_token_id", vocab_size, defaults)), None),
         eos_token_ids=_token_ids(fields, "eos_token_id", vocab_size, defaults),
         **special,
@@ -89,19 +97,85 @@ def _qwen_windows(fields: Fields) -> tuple[int | None, ...] | None:
     layers = fields.integer("num_hidden_layers")
     window = fields.integer("sliding_window", None if "sliding_window" in fields else 4096)
     first = fields.integer("max_window_layers", 28, least=0)
-    kinds = fields.strings("layer_types", ("full_attention", "sliding_attention"), layers)
+    kinds = fields.strings("layer_types", _KINDS, layers)
     if kinds is None:
         kinds = tuple("sliding_attention" if layer >= first else "full_attention" for layer in range(layers))
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
+def _phi3(fields: Fields) -> dict[str, Any]:
+    """Tensors hold q, k and v, and gate and up, together; a part of each head is rotated, by LongRoPE's frequencies."""
+    window = fields.integer("sliding_window", None)
+    rope = _rope_fields(fields)
+    share = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
+    head_dim = fields.integer("head_dim", None)
+    head_dim = head_dim or fields.integer("hidden_size") // fields.integer("num_attention_heads")
+    return {
+        "sliding_windows": None if window is None else (window,) * fields.integer("num_hidden_layers"),
+        "rotary_dim": None if share == 1.0 else int(head_dim * share),
+    }
+
+
+def _gemma2(fields: Fields) -> dict[str, Any]:
+    """Every second layer has a window, from the first one on; scores and logits are capped."""
+    return {
+        **_gemma(fields, period=2),
+        "attention_soft_cap": fields.number("attn_logit_softcapping", _missing(fields, "attn_logit_softcapping", 50.0)),
+        "logit_soft_cap": fields.number("final_logit_softcapping", _missing(fields, "final_logit_softcapping", 30.0)),
+    }
+
+
+def _gemma3(fields: Fields) -> dict[str, Any]:
+    """Five of six layers have a window and a rotary base of their own; q and k are normalised."""
+    special = {**_gemma(fields, period=fields.integer("sliding_window_pattern", 6)), "qk_norm": True}
+    rope = fields.section("rope_parameters")
+    if rope.has("full_attention") or rope.has("sliding_attention"):
+        local = rope.section("sliding_attention")
+        special["rope"] = rope.section("full_attention")
+    else:
+        local = fields
+    special["local_rope_theta"] = local.number("rope_theta" if local is not fields else "rope_local_base_freq", 10000.0)
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if fields.has(name):
+            raise fields.error(name, "null, as all Gemma 3 have it")
+    return special
+
+
+def _gemma(fields: Fields, period: int) -> dict[str, Any]:
+    layers = fields.integer("num_hidden_layers")
+    kinds = fields.strings("layer_types", _KINDS, layers) or tuple(
+        "sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(layers)
+    )
+    window = fields.integer("sliding_window", 4096)
+    name = "hidden_activation" if fields.has("hidden_activation") else "hidden_act"
+    fields.choice(name, ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
+    return {
+        "attention_bias": fields.boolean("attention_bias", False),
+        "sliding_windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        "hidden_act": "gelu_tanh",
+        "norm_offset": True,
+        "sandwich_norms": True,
+        "embedding_scale": math.sqrt(fields.integer("hidden_size")),
+        "attention_scale": fields.number("query_pre_attn_scalar", 256.0) ** -0.5,
+    }
+
+
+def _missing(fields: Fields, name: str, default: float) -> float | None:
+    """The default of a field that is missing; null is none."""
+    return None if name in fields else default
+
+
+_KINDS = ("full_attention", "sliding_attention")
 _FAMILIES: dict[str, Callable[[Fields], dict[str, Any]]] = {
     "llama": _llama,
     "mistral": _mistral,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "phi3": _phi3,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
 }
-_DEFAULTS: dict[str, dict[str, int]] = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
     "mistral": {
         "max_position_embeddings": 131072,
@@ -111,13 +185,36 @@ _DEFAULTS: dict[str, dict[str, int]] = {
     },
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "phi3": {"max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 32000},
+    "gemma2": {
+        "max_position_embeddings": 8192,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+    },
+    "gemma3_text": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+    },
 }
 
 
-def _rope_scaling(rope: Fields, context: int) -> RopeScaling | None:
+def _rope_fields(fields: Fields) -> Fields:
+    """The object with the kind of rotary embeddings, under its new name or its old one."""
+    return fields.section("rope_parameters" if fields.has("rope_parameters") else "rope_scaling")
+
+
+def _rope_scaling(rope: Fields, context: int, fields: Fields) -> RopeScaling | None:
     """The kind of rotary embeddings and its numbers; None for the plain one."""
     name = "rope_type" if "rope_type" in rope else "type"
-    kind = rope.choice(name, ("default", "linear", "llama3", "yarn"), "default")
+    kind = rope.choice(name, ("default", "linear", "llama3", "yarn", "longrope"), "default")
     if kind == "default":
         return None
     if kind == "llama3":
@@ -126,6 +223,8 @@ def _rope_scaling(rope: Fields, context: int) -> RopeScaling | None:
         if low >= high:
             raise rope.error("low_freq_factor", f"less than high_freq_factor = {high}")
         return Llama3RopeScaling(factor, low, high, original)
+    if kind == "longrope":
+        return _long_rope(rope, context, fields)
     factor = rope.number("factor")
     if kind == "linear":
         return LinearRopeScaling(factor)
@@ -135,6 +234,16 @@ def _rope_scaling(rope: Fields, context: int) -> RopeScaling | None:
     original = rope.integer("original_max_position_embeddings", context)
     factors = {key: rope.number(key) for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.has(key)}
     return YarnRopeScaling(factor, original, fast, slow, truncate=rope.boolean("truncate", True), **factors)
+
+
+def _long_rope(rope: Fields, context: int, fields: Fields) -> LongRopeScaling:
+    """The long factors where contexts may be longer than in pretraining: keys in the cache must be rotated alike."""
+    name = "original_max_position_embeddings"
+    original = rope.integer(name, fields.integer(name, context))
+    if context <= original:
+        return LongRopeScaling(rope.numbers("short_factor"), rope.number("attention_factor", 1.0))
+    factor = math.sqrt(1 + math.log(rope.number("factor", context / original)) / math.log(original))
+    return LongRopeScaling(rope.numbers("long_factor"), rope.number("attention_factor", factor))
 
 
 def _token_ids(fields: Fields, name: str, vocab_size: int, defaults: dict[str, int]) -> tuple[int, ...]:

@@ -106,9 +106,18 @@ class Fields:
         """At least `least`. Without a default the field has to be there."""
         return self._read(name, default, f"an integer of at least {least}", lambda value: _is_integer(value, least))
 
-    def number(self, name: str, default: Any = _REQUIRED) -> float:
-        """Positive and finite."""
-        return float(self._read(name, default, "a positive number", _is_positive_number))
+    def number(self, name: str, default: Any = _REQUIRED) -> Any:
+        """Positive and finite; the default may be None."""
+        value = self._read(name, default, "a positive number", _is_positive_number)
+        return None if value is None else float(value)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of positive and finite numbers, at least one."""
+
+        def is_right(value: Any) -> bool:
+            return isinstance(value, list) and bool(value) and all(map(_is_positive_number, value))
+
+        return tuple(map(float, self._read(name, _REQUIRED, "a list of positive numbers", is_right)))
 
     def boolean(self, name: str, default: bool) -> bool:
         return self._read(name, default, "true or false", lambda value: isinstance(value, bool))

@@ -1,6 +1,7 @@
 """Llama and its relatives in Flax NNX: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU.
 
-Mistral adds sliding windows, Qwen 2 biases of q, k and v, Qwen 3 norms of q and k. `families.py` reads which it is.
+Mistral adds sliding windows, Qwen 2 biases of q, k and v, Qwen 3 norms of q and k; Gemma has norms on both sides of
+attention and MLP, scaled embeddings, soft caps and a second rotary base. `families.py` reads which it is.
 
 Module and field names follow Hugging Face's, so that `checkpoint.py` is a plain renaming. Every attention goes through
 `jax_paged_attn.nnx.PagedSelfAttention`.
@@ -9,6 +10,7 @@ Module and field names follow Hugging Face's, so that `checkpoint.py` is a plain
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +35,14 @@ class LlamaConfig:
       attention_bias: True for biases of all four projections, or the names of those that have one.
       qk_norm: whether each head of q and k is normalised before its rotation.
       sliding_windows: per layer, how many keys a row sees at most, None for all; None where no layer has a window.
+      rotary_dim: the first columns of a head that are rotated; None for all.
+      local_rope_theta: the rotary base of layers with a window, which then have no scaling; None for `rope_theta`.
+      hidden_act: of the MLP: "silu" or "gelu_tanh".
+      norm_offset: whether a norm's weights are what is added to 1.
+      sandwich_norms: whether attention and MLP are normalised on both sides, before their results are added.
+      embedding_scale: multiplies the embeddings of tokens.
+      attention_scale: multiplies q · k; None for head_dim^(−1/2).
+      attention_soft_cap, logit_soft_cap: c of c · tanh(x / c), for scores and for logits; None for none.
     """
 
     vocab_size: int
@@ -50,6 +60,15 @@ class LlamaConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...] | None = None
+    rotary_dim: int | None = None
+    local_rope_theta: float | None = None
+    hidden_act: str = "silu"
+    norm_offset: bool = False
+    sandwich_norms: bool = False
+    embedding_scale: float | None = None
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -181,6 +200,8 @@ class Llama(nnx.Module):
     def hidden(self, tokens: Array, step: StepMetadata | None = None, rngs: nnx.Rngs | None = None) -> Array:
         """`[..., T]` token ids to normalised hidden states `[..., T, D]`. See `__call__`."""
         x = self.embed_tokens(tokens)
+        if self.config.embedding_scale is not None:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
         for layer in self.layers:
             x = layer(x, step, rngs)
@@ -189,7 +210,9 @@ class Llama(nnx.Module):
     def logits(self, hidden: Array) -> Array:
         """`[..., D]` to float32 `[..., vocab]`."""
         out = self.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
-        return out.astype(jnp.float32)
+        out = out.astype(jnp.float32)
+        cap = self.config.logit_soft_cap
+        return out if cap is None else cap * jnp.tanh(out / cap)
 
     def __call__(self, tokens: Array, step: StepMetadata | None = None, rngs: nnx.Rngs | None = None) -> Array:
         """Logits, float32 `[..., T, vocab]`.
@@ -212,6 +235,8 @@ class _Block(nnx.Module):
         implementation: str | None,
         rngs: nnx.Rngs,
     ):
+        window = None if config.sliding_windows is None else config.sliding_windows[layer]
+        is_local = window is not None and config.local_rope_theta is not None
         self.input_layernorm = _norm(config, precision, rngs)
         self.self_attn = PagedSelfAttention(
             config.hidden_size,
@@ -220,28 +245,42 @@ class _Block(nnx.Module):
             config.head_dim,
             use_bias=config.attention_bias,
             qk_norm=(lambda size: _norm(config, precision, rngs, size)) if config.qk_norm else None,
-            sliding_window=None if config.sliding_windows is None else config.sliding_windows[layer],
-            rope_theta=config.rope_theta,
-            rope_scaling=config.rope_scaling,
+            sliding_window=window,
+            scale=config.attention_scale,
+            soft_cap=config.attention_soft_cap,
+            rope_theta=config.local_rope_theta if is_local else config.rope_theta,
+            rope_scaling=None if is_local else config.rope_scaling,
+            rotary_dim=config.rotary_dim,
             implementation=implementation,
             dtype=precision.dtype,
             param_dtype=precision.param_dtype,
             rngs=rngs,
         )
         self.post_attention_layernorm = _norm(config, precision, rngs)
-        self.mlp = _SwiGLU(config, precision, rngs)
+        self.pre_feedforward_layernorm = self.post_feedforward_layernorm = nnx.data(None)
+        if config.sandwich_norms:
+            self.pre_feedforward_layernorm = _norm(config, precision, rngs)
+            self.post_feedforward_layernorm = _norm(config, precision, rngs)
+        self.mlp = _GatedMlp(config, precision, rngs)
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(self, x: Array, step: StepMetadata | None, rngs: nnx.Rngs | None) -> Array:
         def drop(y: Array) -> Array:
             return self.dropout(y, deterministic=rngs is None, rngs=rngs)
 
-        x = x + drop(self.self_attn(self.input_layernorm(x), step))
-        return x + drop(self.mlp(self.post_attention_layernorm(x)))
+        attended = self.self_attn(self.input_layernorm(x), step)
+        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
+            x = x + drop(attended)
+            return x + drop(self.mlp(self.post_attention_layernorm(x)))
+        x = x + drop(self.post_attention_layernorm(attended))
+        return x + drop(self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))))
 
 
-class _SwiGLU(nnx.Module):
-    """down(silu(gate(x)) · up(x)) (Shazeer 2020)."""
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+class _GatedMlp(nnx.Module):
+    """down(act(gate(x)) · up(x)) (Shazeer 2020)."""
 
     def __init__(self, config: LlamaConfig, precision: _Precision, rngs: nnx.Rngs):
         outer, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -249,6 +288,7 @@ class _SwiGLU(nnx.Module):
         self.up_proj = _linear(outer, inner, precision, rngs, bias)
         self.down_proj = _linear(inner, outer, precision, rngs, bias)
         self.gate_up_proj: FusedLinear | None = nnx.data(None)
+        self.hidden_act = config.hidden_act
 
     def fuse(self) -> None:
         """Puts `gate_proj` and `up_proj` into one product."""
@@ -259,8 +299,24 @@ class _SwiGLU(nnx.Module):
     def __call__(self, x: Array) -> Array:
         if self.gate_up_proj is not None:
             fused = self.gate_up_proj(x)
-            return self.down_proj(jax.nn.silu(fused[..., 0, 0, :]) * fused[..., 0, 1, :])
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+            gate, up = fused[..., 0, 0, :], fused[..., 0, 1, :]
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(_ACTIVATIONS[self.hidden_act](gate) * up)
+
+
+class _OffsetNorm(nnx.Module):
+    """RMSNorm whose weights are added to 1, in float32, so that weights near 0 keep their precision in bf16."""
+
+    def __init__(self, size: int, epsilon: float, precision: _Precision):
+        self.scale = nnx.Param(jnp.zeros(size, precision.param_dtype))
+        self.epsilon = epsilon
+        self.dtype = precision.dtype
+
+    def __call__(self, x: Array) -> Array:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * (1.0 + self.scale[...].astype(jnp.float32))).astype(self.dtype)
 
 
 def _split_axes(path: tuple[Any, ...], ndim: int) -> list[bool]:
@@ -274,9 +330,14 @@ def _split_axes(path: tuple[Any, ...], ndim: int) -> list[bool]:
     return [module in from_end and axis == ndim - from_end[module] for axis in range(ndim)]
 
 
-def _norm(config: LlamaConfig, precision: _Precision, rngs: nnx.Rngs, size: int | None = None) -> nnx.RMSNorm:
+def _norm(
+    config: LlamaConfig, precision: _Precision, rngs: nnx.Rngs, size: int | None = None
+) -> nnx.RMSNorm | _OffsetNorm:
+    size = config.hidden_size if size is None else size
+    if config.norm_offset:
+        return _OffsetNorm(size, config.rms_norm_eps, precision)
     return nnx.RMSNorm(
-        config.hidden_size if size is None else size,
+        size,
         epsilon=config.rms_norm_eps,
         dtype=precision.dtype,
         param_dtype=precision.param_dtype,

@@ -16,7 +16,7 @@ from llama import Llama
 from safetensors.numpy import load_file
 
 from jax_paged_attn.nnx import StepMetadata
-from jax_paged_attn.rope import LinearRopeScaling, YarnRopeScaling
+from jax_paged_attn.rope import LinearRopeScaling, LongRopeScaling, YarnRopeScaling
 from jax_paged_attn.serving import Engine, Request
 
 PARITY = Path(__file__).parent / "parity"
@@ -38,7 +38,7 @@ def loaded(request: pytest.FixtureRequest) -> tuple[Llama, dict[str, np.ndarray]
 
 def test_there_are_all_families() -> None:
     kinds = {json.loads((folder / "config.json").read_text())["model_type"] for folder in FOLDERS}
-    assert kinds == {"llama", "mistral", "qwen2", "qwen3"}
+    assert kinds == {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"}
 
 
 def test_logits_are_those_of_transformers(loaded: tuple[Llama, dict[str, np.ndarray]]) -> None:
@@ -106,6 +106,18 @@ def test_what_is_special_is_read() -> None:
     assert config_of("qwen2").attention_bias == ("q", "k", "v")
     qwen3 = config_of("qwen3", head_dim=..., num_attention_heads=32, num_key_value_heads=...)
     assert (qwen3.head_dim, qwen3.num_key_value_heads, qwen3.qk_norm) == (128, 32, True)
+    gemma = config_of("gemma2", layer_types=..., attn_logit_softcapping=None, final_logit_softcapping=...)
+    assert gemma.sliding_windows == (6, None, 6)
+    assert (gemma.attention_soft_cap, gemma.logit_soft_cap) == (None, 30.0)
+    old = {"rope_parameters": None, "rope_theta": 2e6, "rope_local_base_freq": 500.0, "layer_types": None}
+    gemma = config_of("gemma3", **old, num_hidden_layers=7, sliding_window_pattern=3)
+    assert (gemma.rope_theta, gemma.local_rope_theta, gemma.rope_scaling) == (2e6, 500.0, None)
+    assert gemma.sliding_windows == (5, 5, None, 5, 5, None, 5)
+    phi = config_of("phi3")
+    assert (phi.rotary_dim, phi.sliding_windows) == (6, (11, 11, 11))
+    assert isinstance(phi.rope_scaling, LongRopeScaling)
+    assert phi.rope_scaling.factors == (1.5, 2.5, 4.0)
+    assert config_of("phi3", max_position_embeddings=16).rope_scaling == LongRopeScaling((1.0, 1.1, 1.2))
     assert config_of("llama-linear").rope_scaling == LinearRopeScaling(4.0)
     assert config_of("llama-yarn").rope_scaling == YarnRopeScaling(4.0, 16, 4.0, 1.0)
 
@@ -115,8 +127,8 @@ def test_what_is_special_is_read() -> None:
     [
         (
             "qwen2",
-            {"model_type": "gemma"},
-            "model_type: expected 'llama' or 'mistral' or 'qwen2' or 'qwen3', got 'gemma'",
+            {"model_type": "gpt2"},
+            "model_type: expected 'llama' or .*, got 'gpt2'",
         ),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types: expected a list of 3 of 'full_attention' or"),
         ("qwen2", {"layer_types": ["full", "full", "full"]}, "layer_types: expected a list of 3"),
@@ -137,7 +149,7 @@ def test_wrong_fields_are_named(name: str, changes: dict[str, Any], message: str
         config_of(name, **changes)
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "llama-yarn"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "llama-yarn", "gemma3", "phi3"])
 def test_only_llamas_are_saved(name: str, tmp_path: Path) -> None:
     model = checkpoint.load(PARITY / name).model
     with pytest.raises(ValueError, match="config: expected a Llama's, which alone can be saved"):

@@ -49,6 +49,45 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("Mistral", {"sliding_window": 7}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 12,
+            "attn_logit_softcapping": 4.0,
+            "final_logit_softcapping": 8.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 10,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "phi3": (
+        "Phi3",
+        {
+            "hidden_size": 32,
+            "sliding_window": 11,
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.2],
+                "long_factor": [1.5, 2.5, 4.0],
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
 }
 
@@ -56,7 +95,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def make(name: str, kind: str, options: dict[str, Any], folder: Path) -> None:
     torch.manual_seed(sum(name.encode()))
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **options}, attn_implementation="eager")
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().float()
+    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.3)
