@@ -41,8 +41,8 @@ __all__ = [
 _DTYPES = ("float32", "float16", "bfloat16")
 # Fields of `LlamaConfig` that are other families'.
 _NO_FIELDS_OF_A_LLAMA = (
-    *("qk_norm", "sliding_windows", "rotary_dim", "local_rope_theta", "hidden_act", "norm_offset", "sandwich_norms"),
-    *("embedding_scale", "attention_scale", "attention_soft_cap", "logit_soft_cap"),
+    *("qk_norm", "sliding_windows", "rotary_dim", "experts", "dense_layers", "local_rope_theta", "hidden_act"),
+    *("norm_offset", "sandwich_norms", "embedding_scale", "attention_scale", "attention_soft_cap", "logit_soft_cap"),
 )
 
 
@@ -114,13 +114,16 @@ def _load_weights(model: Llama, folder: Path, dtype: jnp.dtype) -> None:
 
 
 def _in_parts(tensors: Iterable[tuple[Path, str, Array]], config: LlamaConfig) -> Iterator[tuple[Path, str, Array]]:
-    """Cuts tensors that hold several projections, as Phi 3 has them: q, k and v, or gate and up."""
+    """The tensors under Llama's names; those that hold several projections, as Phi 3 has them, are cut."""
     heads = [config.num_attention_heads, *[config.num_key_value_heads] * 2]
     parts = {
         "qkv_proj": (("q_proj", "k_proj", "v_proj"), [number * config.head_dim for number in heads]),
         "gate_up_proj": (("gate_proj", "up_proj"), [config.intermediate_size] * 2),
     }
-    for file, name, tensor in tensors:
+    for file, original, tensor in tensors:
+        name = original.replace(".block_sparse_moe.", ".mlp.")  # Mixtral's names
+        for theirs, ours in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+            name = name.replace(f".{theirs}.weight", f".{ours}.weight")
         module = name.split(".")[-2] if "." in name else ""
         names, sizes = parts.get(module, ((), []))
         if not names or len(tensor) != sum(sizes):
@@ -149,9 +152,9 @@ def config_to_hf(config: LlamaConfig, dtype: jnp.dtype) -> dict[str, Any]:
     Raises:
       ValueError: the model has what no Llama has.
     """
-    data = dataclasses.asdict(config)
+    data = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NO_FIELDS_OF_A_LLAMA}
     defaults = {field.name: field.default for field in dataclasses.fields(LlamaConfig)}
-    is_llama = all(data.pop(name) == defaults[name] for name in _NO_FIELDS_OF_A_LLAMA)
+    is_llama = all(getattr(config, name) == defaults[name] for name in _NO_FIELDS_OF_A_LLAMA)
     if not is_llama or not isinstance(config.attention_bias, bool) or not _is_llama3(config.rope_scaling):
         raise ValueError(f"config: expected a Llama's, which alone can be saved, got {config}")
     eos = data.pop("eos_token_ids")

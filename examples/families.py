@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_files import CheckpointError, Fields
-from llama import LlamaConfig
+from llama import Experts, LlamaConfig
 
 from jax_paged_attn.rope import (
     LinearRopeScaling,
@@ -88,6 +88,35 @@ def _qwen2(fields: Fields) -> dict[str, Any]:
 def _qwen3(fields: Fields) -> dict[str, Any]:
     bias = fields.boolean("attention_bias", False)
     return {"attention_bias": bias, "qk_norm": True, "sliding_windows": _qwen_windows(fields)}
+
+
+def _mixtral(fields: Fields) -> dict[str, Any]:
+    window = fields.integer("sliding_window", None)
+    return {
+        "sliding_windows": None if window is None else (window,) * fields.integer("num_hidden_layers"),
+        "experts": Experts(
+            number=fields.integer("num_local_experts", 8),
+            per_token=fields.integer("num_experts_per_tok", 2),
+            size=fields.integer("intermediate_size"),
+            normalised=True,
+        ),
+    }
+
+
+def _qwen3_moe(fields: Fields) -> dict[str, Any]:
+    """As Qwen 3, with experts in every n-th layer, but for layers that are named."""
+    layers = fields.integer("num_hidden_layers")
+    period, dense = fields.integer("decoder_sparse_step", 1), fields.indices("mlp_only_layers", layers)
+    return {
+        **_qwen3(fields),
+        "experts": Experts(
+            number=fields.integer("num_experts", fields.integer("num_local_experts", 128)),
+            per_token=fields.integer("num_experts_per_tok", 8),
+            size=fields.integer("moe_intermediate_size", 768),
+            normalised=fields.boolean("norm_topk_prob", False),
+        ),
+        "dense_layers": tuple(layer for layer in range(layers) if layer in dense or (layer + 1) % period),
+    }
 
 
 def _qwen_windows(fields: Fields) -> tuple[int | None, ...] | None:
@@ -172,6 +201,8 @@ _FAMILIES: dict[str, Callable[[Fields], dict[str, Any]]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "phi3": _phi3,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
 }
@@ -185,6 +216,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "mixtral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "rope_theta": 1e6,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "qwen3_moe": {"max_position_embeddings": 32768, "num_key_value_heads": 4},
     "phi3": {"max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 32000},
     "gemma2": {
         "max_position_embeddings": 8192,

@@ -127,6 +127,14 @@ class Fields:
         expected = " or ".join(map(repr, choices))
         return self._read(name, default, expected, lambda value: isinstance(value, str) and value in choices)
 
+    def indices(self, name: str, below: int) -> tuple[int, ...]:
+        """A list of integers in [0, below); none if there is no such field."""
+
+        def is_right(value: Any) -> bool:
+            return isinstance(value, list) and all(_is_integer(item, 0) and item < below for item in value)
+
+        return tuple(self._read(name, [], f"a list of integers in [0, {below})", is_right))
+
     def strings(self, name: str, choices: tuple[str, ...], count: int) -> tuple[str, ...] | None:
         """A list of so many strings, each one of a few; None if there is no such field."""
 

@@ -1,7 +1,7 @@
 """Llama and its relatives in Flax NNX: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU.
 
-Mistral adds sliding windows, Qwen 2 biases of q, k and v, Qwen 3 norms of q and k; Gemma has norms on both sides of
-attention and MLP, scaled embeddings, soft caps and a second rotary base. `families.py` reads which it is.
+Mistral adds sliding windows, Mixtral experts, Qwen 2 biases of q, k and v, Qwen 3 norms of q and k; Gemma has norms on
+both sides of attention and MLP, scaled embeddings, soft caps and a second rotary base. `families.py` reads which it is.
 
 Module and field names follow Hugging Face's, so that `checkpoint.py` is a plain renaming. Every attention goes through
 `jax_paged_attn.nnx.PagedSelfAttention`.
@@ -28,6 +28,23 @@ from jax_paged_attn.serving import NnxModel
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of an MLP.
+
+    Attributes:
+      number: of experts.
+      per_token: how many of them each token goes to.
+      size: inner columns of each.
+      normalised: whether the weights of a token's experts are scaled to a sum of 1.
+    """
+
+    number: int
+    per_token: int
+    size: int
+    normalised: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """Sizes of the model, named as in Hugging Face's config.json where that has the field.
 
@@ -37,6 +54,8 @@ class LlamaConfig:
       sliding_windows: per layer, how many keys a row sees at most, None for all; None where no layer has a window.
       rotary_dim: the first columns of a head that are rotated; None for all.
       local_rope_theta: the rotary base of layers with a window, which then have no scaling; None for `rope_theta`.
+      experts: None where all layers have a plain MLP.
+      dense_layers: layers with a plain MLP in spite of that.
       hidden_act: of the MLP: "silu" or "gelu_tanh".
       norm_offset: whether a norm's weights are what is added to 1.
       sandwich_norms: whether attention and MLP are normalised on both sides, before their results are added.
@@ -62,6 +81,8 @@ class LlamaConfig:
     sliding_windows: tuple[int | None, ...] | None = None
     rotary_dim: int | None = None
     local_rope_theta: float | None = None
+    experts: Experts | None = None
+    dense_layers: tuple[int, ...] = ()
     hidden_act: str = "silu"
     norm_offset: bool = False
     sandwich_norms: bool = False
@@ -146,9 +167,8 @@ class Llama(nnx.Module):
     def fuse(self) -> None:
         """Joins products that share their input, q with k and v, gate with up: for serving, not to be saved."""
         for layer in self.layers:
-            if layer.mlp.gate_up_proj is None:
-                layer.self_attn.fuse_projections()
-                layer.mlp.fuse()
+            layer.self_attn.fuse_projections()
+            layer.mlp.fuse()
 
     def shard(self, mesh: Mesh, axis: str) -> None:
         """Places the weights for tensor parallelism over an Auto axis of a mesh, and later the caches of `init_cache`.
@@ -261,7 +281,10 @@ class _Block(nnx.Module):
         if config.sandwich_norms:
             self.pre_feedforward_layernorm = _norm(config, precision, rngs)
             self.post_feedforward_layernorm = _norm(config, precision, rngs)
-        self.mlp = _GatedMlp(config, precision, rngs)
+        if config.experts is None or layer in config.dense_layers:
+            self.mlp = _GatedMlp(config, config.intermediate_size, precision, rngs)
+        else:
+            self.mlp = _ExpertsMlp(config, config.experts, precision, rngs)
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(self, x: Array, step: StepMetadata | None, rngs: nnx.Rngs | None) -> Array:
@@ -282,8 +305,8 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu,
 class _GatedMlp(nnx.Module):
     """down(act(gate(x)) · up(x)) (Shazeer 2020)."""
 
-    def __init__(self, config: LlamaConfig, precision: _Precision, rngs: nnx.Rngs):
-        outer, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    def __init__(self, config: LlamaConfig, inner: int, precision: _Precision, rngs: nnx.Rngs):
+        outer, bias = config.hidden_size, config.mlp_bias
         self.gate_proj = _linear(outer, inner, precision, rngs, bias)
         self.up_proj = _linear(outer, inner, precision, rngs, bias)
         self.down_proj = _linear(inner, outer, precision, rngs, bias)
@@ -291,7 +314,9 @@ class _GatedMlp(nnx.Module):
         self.hidden_act = config.hidden_act
 
     def fuse(self) -> None:
-        """Puts `gate_proj` and `up_proj` into one product."""
+        """Puts `gate_proj` and `up_proj` into one product, if they are not yet."""
+        if self.gate_up_proj is not None:
+            return
         inner = self.gate_proj.out_features
         self.gate_up_proj = FusedLinear.of((self.gate_proj, self.up_proj), (1, 1, inner))
         del self.gate_proj, self.up_proj
@@ -303,6 +328,52 @@ class _GatedMlp(nnx.Module):
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(_ACTIVATIONS[self.hidden_act](gate) * up)
+
+
+class _ExpertsMlp(nnx.Module):
+    """A sum of a few experts per token, weighted by a router's softmax (Shazeer et al. 2017)."""
+
+    def __init__(self, config: LlamaConfig, experts: Experts, precision: _Precision, rngs: nnx.Rngs):
+        self.config = experts
+        self.hidden_act = config.hidden_act
+        self.gate = _linear(config.hidden_size, experts.number, precision, rngs)
+        self.experts = nnx.data(
+            nnx.List([_GatedMlp(config, experts.size, precision, rngs) for _ in range(experts.number)])
+        )
+        self.gate_up: nnx.Param | None = nnx.data(None)  # `[E, D, 2 · size]`
+        self.down: nnx.Param | None = nnx.data(None)  # `[E, size, D]`
+
+    def fuse(self) -> None:
+        """Puts the weights of all experts into two arrays, if they are not yet, so that no step has to."""
+        if self.gate_up is None:
+            gate_up, down = self._stacked()
+            self.gate_up, self.down = nnx.Param(gate_up), nnx.Param(down)
+            self.experts = nnx.data(None)
+
+    def __call__(self, x: Array) -> Array:
+        flat = x.reshape(-1, x.shape[-1])
+        probabilities = jax.nn.softmax(self.gate(flat).astype(jnp.float32), axis=-1)
+        weights, chosen = jax.lax.top_k(probabilities, self.config.per_token)
+        if self.config.normalised:
+            weights /= weights.sum(axis=-1, keepdims=True)
+
+        # Rows sorted by expert, so that each expert's rows follow each other.
+        order = jnp.argsort(chosen.reshape(-1), stable=True)
+        tokens = order // self.config.per_token
+        counts = jnp.bincount(chosen.reshape(-1), length=self.config.number).astype(jnp.int32)
+        gate_up, down = self._stacked()
+        gate, up = jnp.split(jax.lax.ragged_dot(flat[tokens], gate_up.astype(flat.dtype), counts), 2, axis=-1)
+        inner = _ACTIVATIONS[self.hidden_act](gate) * up
+        out = jax.lax.ragged_dot(inner, down.astype(flat.dtype), counts)
+        out = out.astype(jnp.float32) * weights.reshape(-1)[order][:, None]
+        return jnp.zeros(flat.shape, jnp.float32).at[tokens].add(out).astype(x.dtype).reshape(x.shape)
+
+    def _stacked(self) -> tuple[Array, Array]:
+        if self.gate_up is not None and self.down is not None:
+            return self.gate_up[...], self.down[...]
+        experts = list(self.experts or ())
+        both = [jnp.concatenate([x.gate_proj.kernel[...], x.up_proj.kernel[...]], axis=1) for x in experts]
+        return jnp.stack(both), jnp.stack([expert.down_proj.kernel[...] for expert in experts])
 
 
 class _OffsetNorm(nnx.Module):
