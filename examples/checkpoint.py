@@ -41,7 +41,8 @@ __all__ = [
 _DTYPES = ("float32", "float16", "bfloat16")
 # Fields of `LlamaConfig` that are other families'.
 _NO_FIELDS_OF_A_LLAMA = (
-    *("qk_norm", "sliding_windows", "rotary_dim", "experts", "dense_layers", "local_rope_theta", "hidden_act"),
+    *("qk_norm", "sliding_windows", "rotary_dim", "experts", "dense_layers", "local_rope_theta", "sinks"),
+    *("hidden_act", "swiglu_limit"),
     *("norm_offset", "sandwich_norms", "embedding_scale", "attention_scale", "attention_soft_cap", "logit_soft_cap"),
 )
 
@@ -189,9 +190,10 @@ def _dtype(fields: Fields) -> str:
 
 def _hf_name(path: tuple[Any, ...]) -> str:
     """("layers", 0, "mlp", "up_proj", "kernel") is "model.layers.0.mlp.up_proj.weight"."""
-    *modules, leaf = path
+    *modules, leaf = (part for part in path if part != "attention")
     prefix = [] if modules[0] == "lm_head" else ["model"]
-    return ".".join([*prefix, *map(str, modules), "bias" if leaf == "bias" else "weight"])
+    ours = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+    return ".".join([*prefix, *map(str, modules), str(ours.get(leaf, leaf))])
 
 
 def _tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer:

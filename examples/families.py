@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_files import CheckpointError, Fields
-from llama import Experts, LlamaConfig
+from llama import LlamaConfig
+from mlp import Experts
 
 from jax_paged_attn.rope import (
     LinearRopeScaling,
@@ -58,7 +59,7 @@ def config_from_hf(data: dict[str, Any], source: Path) -> LlamaConfig:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=context,
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=fields.number("rms_norm_eps", defaults.get("rms_norm_eps", 1e-6)),
         rope_theta=rope.number("rope_theta", fields.number("rope_theta", defaults.get("rope_theta", 10000.0))),
         rope_scaling=_rope_scaling(rope, context, fields),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", defaults.get("tie_word_embeddings", False)),
@@ -145,6 +146,34 @@ def _phi3(fields: Fields) -> dict[str, Any]:
     }
 
 
+def _gpt_oss(fields: Fields) -> dict[str, Any]:
+    """Every second layer has a window, from the first one on; sinks, biases and experts everywhere."""
+    window = fields.integer("sliding_window", 128)
+    if fields.number("swiglu_alpha", 1.702) != 1.702:
+        raise fields.error("swiglu_alpha", "1.702")
+    return {
+        "attention_bias": fields.boolean("attention_bias", True),
+        "sinks": True,
+        "sliding_windows": _windows(fields, window, period=2),
+        "experts": Experts(
+            number=fields.integer("num_local_experts", 128),
+            per_token=fields.integer("num_experts_per_tok", 4),
+            size=fields.integer("intermediate_size"),
+            normalised=True,
+        ),
+        "swiglu_limit": fields.number("swiglu_limit", 7.0),
+    }
+
+
+def _windows(fields: Fields, window: int, period: int) -> tuple[int | None, ...]:
+    """All layers but every n-th one have a window, unless `layer_types` says otherwise."""
+    layers = fields.integer("num_hidden_layers")
+    kinds = fields.strings("layer_types", _KINDS, layers) or tuple(
+        "sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(layers)
+    )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
 def _gemma2(fields: Fields) -> dict[str, Any]:
     """Every second layer has a window, from the first one on; scores and logits are capped."""
     return {
@@ -171,16 +200,11 @@ def _gemma3(fields: Fields) -> dict[str, Any]:
 
 
 def _gemma(fields: Fields, period: int) -> dict[str, Any]:
-    layers = fields.integer("num_hidden_layers")
-    kinds = fields.strings("layer_types", _KINDS, layers) or tuple(
-        "sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(layers)
-    )
-    window = fields.integer("sliding_window", 4096)
     name = "hidden_activation" if fields.has("hidden_activation") else "hidden_act"
     fields.choice(name, ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
     return {
         "attention_bias": fields.boolean("attention_bias", False),
-        "sliding_windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        "sliding_windows": _windows(fields, fields.integer("sliding_window", 4096), period),
         "hidden_act": "gelu_tanh",
         "norm_offset": True,
         "sandwich_norms": True,
@@ -201,6 +225,7 @@ _FAMILIES: dict[str, Callable[[Fields], dict[str, Any]]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "phi3": _phi3,
+    "gpt_oss": _gpt_oss,
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
     "gemma2": _gemma2,
@@ -216,6 +241,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "gpt_oss": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+    },
     "mixtral": {
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,

@@ -1,7 +1,8 @@
 """Llama and its relatives in Flax NNX: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU.
 
-Mistral adds sliding windows, Mixtral experts, Qwen 2 biases of q, k and v, Qwen 3 norms of q and k; Gemma has norms on
-both sides of attention and MLP, scaled embeddings, soft caps and a second rotary base. `families.py` reads which it is.
+Mistral adds sliding windows, Mixtral experts, Qwen 2 biases of q, k and v, Qwen 3 norms of q and k. Gemma has norms on
+both sides of attention and MLP, scaled embeddings, soft caps and a second rotary base; gpt-oss has sinks. `families.py`
+reads which it is.
 
 Module and field names follow Hugging Face's, so that `checkpoint.py` is a plain renaming. Every attention goes through
 `jax_paged_attn.nnx.PagedSelfAttention`.
@@ -10,7 +11,6 @@ Module and field names follow Hugging Face's, so that `checkpoint.py` is a plain
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,27 +21,11 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
+from mlp import ClampedExpertsMlp, Experts, ExpertsMlp, GatedMlp, Precision, linear
 
-from jax_paged_attn.nnx import FusedLinear, PagedSelfAttention, StepMetadata
+from jax_paged_attn.nnx import PagedSelfAttention, StepMetadata
 from jax_paged_attn.rope import RopeScaling
 from jax_paged_attn.serving import NnxModel
-
-
-@dataclasses.dataclass(frozen=True)
-class Experts:
-    """A mixture of experts in place of an MLP.
-
-    Attributes:
-      number: of experts.
-      per_token: how many of them each token goes to.
-      size: inner columns of each.
-      normalised: whether the weights of a token's experts are scaled to a sum of 1.
-    """
-
-    number: int
-    per_token: int
-    size: int
-    normalised: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +40,8 @@ class LlamaConfig:
       local_rope_theta: the rotary base of layers with a window, which then have no scaling; None for `rope_theta`.
       experts: None where all layers have a plain MLP.
       dense_layers: layers with a plain MLP in spite of that.
+      swiglu_limit: bounds the inner columns of gpt-oss' experts; None for other models.
+      sinks: whether each head has a learnt logit without a value.
       hidden_act: of the MLP: "silu" or "gelu_tanh".
       norm_offset: whether a norm's weights are what is added to 1.
       sandwich_norms: whether attention and MLP are normalised on both sides, before their results are added.
@@ -83,6 +69,8 @@ class LlamaConfig:
     local_rope_theta: float | None = None
     experts: Experts | None = None
     dense_layers: tuple[int, ...] = ()
+    swiglu_limit: float | None = None
+    sinks: bool = False
     hidden_act: str = "silu"
     norm_offset: bool = False
     sandwich_norms: bool = False
@@ -93,12 +81,6 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Precision:
-    dtype: DTypeLike
-    param_dtype: DTypeLike
 
 
 class Llama(nnx.Module):
@@ -123,7 +105,7 @@ class Llama(nnx.Module):
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        precision = _Precision(dtype, param_dtype)
+        precision = Precision(dtype, param_dtype)
         self.embed_tokens = nnx.Embed(
             config.vocab_size,
             config.hidden_size,
@@ -140,7 +122,7 @@ class Llama(nnx.Module):
         self._pages_sharding: NamedSharding | None = None
         self.lm_head = nnx.data(None)
         if not config.tie_word_embeddings:
-            self.lm_head = _linear(config.hidden_size, config.vocab_size, precision, rngs)
+            self.lm_head = linear(config.hidden_size, config.vocab_size, precision, rngs)
 
     def init_cache(
         self,
@@ -250,7 +232,7 @@ class _Block(nnx.Module):
         self,
         config: LlamaConfig,
         layer: int,
-        precision: _Precision,
+        precision: Precision,
         dropout: float,
         implementation: str | None,
         rngs: nnx.Rngs,
@@ -268,6 +250,7 @@ class _Block(nnx.Module):
             sliding_window=window,
             scale=config.attention_scale,
             soft_cap=config.attention_soft_cap,
+            sinks=config.sinks,
             rope_theta=config.local_rope_theta if is_local else config.rope_theta,
             rope_scaling=None if is_local else config.rope_scaling,
             rotary_dim=config.rotary_dim,
@@ -281,10 +264,14 @@ class _Block(nnx.Module):
         if config.sandwich_norms:
             self.pre_feedforward_layernorm = _norm(config, precision, rngs)
             self.post_feedforward_layernorm = _norm(config, precision, rngs)
+        sizes: dict[str, Any] = {"size": config.hidden_size, "precision": precision, "rngs": rngs}
         if config.experts is None or layer in config.dense_layers:
-            self.mlp = _GatedMlp(config, config.intermediate_size, precision, rngs)
+            bias, inner = config.mlp_bias, config.intermediate_size
+            self.mlp = GatedMlp(inner, activation=config.hidden_act, use_bias=bias, **sizes)
+        elif config.swiglu_limit is None:
+            self.mlp = ExpertsMlp(config.experts, activation=config.hidden_act, **sizes)
         else:
-            self.mlp = _ExpertsMlp(config, config.experts, precision, rngs)
+            self.mlp = ClampedExpertsMlp(config.experts, limit=config.swiglu_limit, **sizes)
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(self, x: Array, step: StepMetadata | None, rngs: nnx.Rngs | None) -> Array:
@@ -299,87 +286,10 @@ class _Block(nnx.Module):
         return x + drop(self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))))
 
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
-
-
-class _GatedMlp(nnx.Module):
-    """down(act(gate(x)) · up(x)) (Shazeer 2020)."""
-
-    def __init__(self, config: LlamaConfig, inner: int, precision: _Precision, rngs: nnx.Rngs):
-        outer, bias = config.hidden_size, config.mlp_bias
-        self.gate_proj = _linear(outer, inner, precision, rngs, bias)
-        self.up_proj = _linear(outer, inner, precision, rngs, bias)
-        self.down_proj = _linear(inner, outer, precision, rngs, bias)
-        self.gate_up_proj: FusedLinear | None = nnx.data(None)
-        self.hidden_act = config.hidden_act
-
-    def fuse(self) -> None:
-        """Puts `gate_proj` and `up_proj` into one product, if they are not yet."""
-        if self.gate_up_proj is not None:
-            return
-        inner = self.gate_proj.out_features
-        self.gate_up_proj = FusedLinear.of((self.gate_proj, self.up_proj), (1, 1, inner))
-        del self.gate_proj, self.up_proj
-
-    def __call__(self, x: Array) -> Array:
-        if self.gate_up_proj is not None:
-            fused = self.gate_up_proj(x)
-            gate, up = fused[..., 0, 0, :], fused[..., 0, 1, :]
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(_ACTIVATIONS[self.hidden_act](gate) * up)
-
-
-class _ExpertsMlp(nnx.Module):
-    """A sum of a few experts per token, weighted by a router's softmax (Shazeer et al. 2017)."""
-
-    def __init__(self, config: LlamaConfig, experts: Experts, precision: _Precision, rngs: nnx.Rngs):
-        self.config = experts
-        self.hidden_act = config.hidden_act
-        self.gate = _linear(config.hidden_size, experts.number, precision, rngs)
-        self.experts = nnx.data(
-            nnx.List([_GatedMlp(config, experts.size, precision, rngs) for _ in range(experts.number)])
-        )
-        self.gate_up: nnx.Param | None = nnx.data(None)  # `[E, D, 2 · size]`
-        self.down: nnx.Param | None = nnx.data(None)  # `[E, size, D]`
-
-    def fuse(self) -> None:
-        """Puts the weights of all experts into two arrays, if they are not yet, so that no step has to."""
-        if self.gate_up is None:
-            gate_up, down = self._stacked()
-            self.gate_up, self.down = nnx.Param(gate_up), nnx.Param(down)
-            self.experts = nnx.data(None)
-
-    def __call__(self, x: Array) -> Array:
-        flat = x.reshape(-1, x.shape[-1])
-        probabilities = jax.nn.softmax(self.gate(flat).astype(jnp.float32), axis=-1)
-        weights, chosen = jax.lax.top_k(probabilities, self.config.per_token)
-        if self.config.normalised:
-            weights /= weights.sum(axis=-1, keepdims=True)
-
-        # Rows sorted by expert, so that each expert's rows follow each other.
-        order = jnp.argsort(chosen.reshape(-1), stable=True)
-        tokens = order // self.config.per_token
-        counts = jnp.bincount(chosen.reshape(-1), length=self.config.number).astype(jnp.int32)
-        gate_up, down = self._stacked()
-        gate, up = jnp.split(jax.lax.ragged_dot(flat[tokens], gate_up.astype(flat.dtype), counts), 2, axis=-1)
-        inner = _ACTIVATIONS[self.hidden_act](gate) * up
-        out = jax.lax.ragged_dot(inner, down.astype(flat.dtype), counts)
-        out = out.astype(jnp.float32) * weights.reshape(-1)[order][:, None]
-        return jnp.zeros(flat.shape, jnp.float32).at[tokens].add(out).astype(x.dtype).reshape(x.shape)
-
-    def _stacked(self) -> tuple[Array, Array]:
-        if self.gate_up is not None and self.down is not None:
-            return self.gate_up[...], self.down[...]
-        experts = list(self.experts or ())
-        both = [jnp.concatenate([x.gate_proj.kernel[...], x.up_proj.kernel[...]], axis=1) for x in experts]
-        return jnp.stack(both), jnp.stack([expert.down_proj.kernel[...] for expert in experts])
-
-
 class _OffsetNorm(nnx.Module):
     """RMSNorm whose weights are added to 1, in float32, so that weights near 0 keep their precision in bf16."""
 
-    def __init__(self, size: int, epsilon: float, precision: _Precision):
+    def __init__(self, size: int, epsilon: float, precision: Precision):
         self.scale = nnx.Param(jnp.zeros(size, precision.param_dtype))
         self.epsilon = epsilon
         self.dtype = precision.dtype
@@ -402,7 +312,7 @@ def _split_axes(path: tuple[Any, ...], ndim: int) -> list[bool]:
 
 
 def _norm(
-    config: LlamaConfig, precision: _Precision, rngs: nnx.Rngs, size: int | None = None
+    config: LlamaConfig, precision: Precision, rngs: nnx.Rngs, size: int | None = None
 ) -> nnx.RMSNorm | _OffsetNorm:
     size = config.hidden_size if size is None else size
     if config.norm_offset:
@@ -413,10 +323,4 @@ def _norm(
         dtype=precision.dtype,
         param_dtype=precision.param_dtype,
         rngs=rngs,
-    )
-
-
-def _linear(inputs: int, outputs: int, precision: _Precision, rngs: nnx.Rngs, use_bias: bool = False) -> nnx.Linear:
-    return nnx.Linear(
-        inputs, outputs, use_bias=use_bias, dtype=precision.dtype, param_dtype=precision.param_dtype, rngs=rngs
     )

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from checkpoint import CheckpointError
 from families import config_from_hf
-from llama import Experts, Llama
+from llama import Llama
+from mlp import Experts
 from safetensors.numpy import load_file
 
 from jax_paged_attn.nnx import StepMetadata
@@ -38,7 +39,18 @@ def loaded(request: pytest.FixtureRequest) -> tuple[Llama, dict[str, np.ndarray]
 
 def test_there_are_all_families() -> None:
     kinds = {json.loads((folder / "config.json").read_text())["model_type"] for folder in FOLDERS}
-    assert kinds == {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe"}
+    assert kinds == {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "mixtral",
+        "qwen3_moe",
+        "gpt_oss",
+    }
 
 
 def test_logits_are_those_of_transformers(loaded: tuple[Llama, dict[str, np.ndarray]]) -> None:
@@ -122,6 +134,8 @@ def test_what_is_special_is_read() -> None:
     assert (moe.experts, moe.dense_layers) == (Experts(5, 2, 12, normalised=False), (0, 1, 2))
     assert config_of("qwen3-moe").dense_layers == (1,)
     assert config_of("mixtral").experts == Experts(4, 2, 40, normalised=True)
+    oss = config_of("gpt-oss", layer_types=..., swiglu_limit=...)
+    assert (oss.sliding_windows, oss.swiglu_limit, oss.sinks) == ((6, None, 6), 7.0, True)
     assert config_of("llama-linear").rope_scaling == LinearRopeScaling(4.0)
     assert config_of("llama-yarn").rope_scaling == YarnRopeScaling(4.0, 16, 4.0, 1.0)
 
@@ -139,6 +153,7 @@ def test_what_is_special_is_read() -> None:
         ("qwen2", {"max_window_layers": -1}, "max_window_layers: expected an integer of at least 0, got -1"),
         ("qwen2", {"use_sliding_window": 1}, "use_sliding_window: expected true or false, got 1"),
         ("qwen3-moe", {"mlp_only_layers": [3]}, r"mlp_only_layers: expected a list of integers in \[0, 3\), got \[3\]"),
+        ("gpt-oss", {"swiglu_alpha": 1.0}, "swiglu_alpha: expected 1.702, got 1.0"),
         ("mistral", {"sliding_window": 0}, "sliding_window: expected an integer of at least 1, got 0"),
         ("llama-yarn", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: expected 'default'"),
         ("llama-yarn", {"rope_parameters": {"rope_type": "yarn"}}, "factor: expected a positive number"),
@@ -154,7 +169,7 @@ def test_wrong_fields_are_named(name: str, changes: dict[str, Any], message: str
         config_of(name, **changes)
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "llama-yarn", "gemma3", "phi3", "mixtral"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "llama-yarn", "gemma3", "phi3", "mixtral", "gpt-oss"])
 def test_only_llamas_are_saved(name: str, tmp_path: Path) -> None:
     model = checkpoint.load(PARITY / name).model
     with pytest.raises(ValueError, match="config: expected a Llama's, which alone can be saved"):
