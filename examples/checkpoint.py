@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import mxfp4
 from families import config_from_hf
 from flax import nnx
 from hf_files import CheckpointError, Fields, read_json, read_tensors
@@ -91,7 +92,7 @@ def _load_weights(model: Llama, folder: Path, dtype: jnp.dtype) -> None:
     by_name = {_hf_name(path): (path, variable) for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     missing = dict.fromkeys(by_name)
     loaded: dict[tuple[Any, ...], Any] = {}
-    for file, name, tensor in _in_parts(read_tensors(folder), model.config):
+    for file, name, tensor in _in_parts(_dequantised(read_tensors(folder)), model.config):
         if name not in by_name:
             if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
                 continue  # what older files repeat
@@ -112,6 +113,27 @@ def _load_weights(model: Llama, folder: Path, dtype: jnp.dtype) -> None:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(f"{folder}: missing tensors: {first}{more}")
     nnx.update(model, nnx.from_flat_state(loaded))
+
+
+def _dequantised(tensors: Iterable[tuple[Path, str, Array]]) -> Iterator[tuple[Path, str, Array]]:
+    """The tensors, where gpt-oss has MXFP4 the numbers that blocks and scales stand for, `[E, inputs, outputs]`."""
+    halves: dict[str, dict[str, Array]] = {}
+    for file, name, tensor in tensors:
+        stem, _, kind = name.rpartition("_")
+        if kind not in ("blocks", "scales") or tensor.dtype != jnp.uint8:
+            yield file, name, tensor
+            continue
+        halves.setdefault(stem, {})[kind] = tensor
+        if len(halves[stem]) == 2:
+            both = halves.pop(stem)
+            if both["blocks"].shape != (*both["scales"].shape, 16):
+                shapes = both["blocks"].shape, both["scales"].shape
+                raise CheckpointError(
+                    f"{file}: {stem!r}: expected blocks [..., G, 16] and scales [..., G], got {shapes}"
+                )
+            yield file, stem, mxfp4.dequantised(both["blocks"], both["scales"]).swapaxes(-1, -2)
+    for stem, one in halves.items():
+        raise CheckpointError(f"{stem!r}: expected blocks and scales, got {next(iter(one))} alone")
 
 
 def _in_parts(tensors: Iterable[tuple[Path, str, Array]], config: LlamaConfig) -> Iterator[tuple[Path, str, Array]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 from checkpoint import CheckpointError
 from families import config_from_hf
+from flax import nnx
 from llama import Llama
 from mlp import Experts
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jax_paged_attn.nnx import StepMetadata
 from jax_paged_attn.rope import LinearRopeScaling, LongRopeScaling, YarnRopeScaling
@@ -174,3 +176,66 @@ def test_only_llamas_are_saved(name: str, tmp_path: Path) -> None:
     model = checkpoint.load(PARITY / name).model
     with pytest.raises(ValueError, match="config: expected a Llama's, which alone can be saved"):
         checkpoint.save(model, tmp_path)
+
+
+# ---- quantised weights
+
+
+def e2m1(code: int) -> float:
+    """A four-bit float, from its bits."""
+    sign, exponent, mantissa = code >> 3, code >> 1 & 3, code & 1
+    magnitude = mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2.0 ** (exponent - 1)
+    return -magnitude if sign else magnitude
+
+
+def dequantised(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """As `mxfp4.dequantised`, a number at a time."""
+    out = np.empty((*scales.shape, 32), np.float32)
+    for index in np.ndindex(*blocks.shape):
+        *block, byte = index
+        for half in range(2):
+            code = int(blocks[index]) >> 4 * half & 15
+            out[(*block, 2 * byte + half)] = e2m1(code) * 2.0 ** (int(scales[tuple(block)]) - 127)
+    return out.reshape(*scales.shape[:-1], -1)
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gpt-oss whose experts are MXFP4, and in `plain` beside it the same with the numbers that these stand for."""
+    draw, folder = np.random.default_rng(0), tmp_path_factory.mktemp("quantised")
+    data = json.loads((PARITY / "gpt-oss" / "config.json").read_text())
+    data |= {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "layer_types": None}
+    (folder / "plain").mkdir()
+    config = config_from_hf(data, folder)
+    model = Llama(config, rngs=nnx.Rngs(0))
+    tensors = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        value = np.asarray(variable[...])
+        tensors[checkpoint._hf_name(path)] = np.ascontiguousarray(value.T) if path[-1] == "kernel" else value
+    packed = dict(tensors)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        number, inputs, outputs = packed.pop(name).shape
+        blocks = draw.integers(0, 256, (number, outputs, inputs // 32, 16), np.uint8)
+        scales = draw.integers(120, 130, blocks.shape[:-1], np.uint8)
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        tensors[name] = np.ascontiguousarray(dequantised(blocks, scales).swapaxes(-1, -2))
+    for where, content in ((folder, packed), (folder / "plain", tensors)):
+        save_file(content, where / "model.safetensors")
+        (where / "config.json").write_text(json.dumps(data))
+        shutil.copy(PARITY / "gpt-oss" / "tokenizer.json", where)
+    return folder
+
+
+def test_mxfp4_experts_are_dequantised(quantised: Path) -> None:
+    tokens = jnp.arange(10)
+    got, want = (checkpoint.load(folder).model(tokens) for folder in (quantised, quantised / "plain"))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_half_a_quantised_tensor_is_named(quantised: Path, tmp_path: Path) -> None:
+    shutil.copytree(quantised, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name in tensors if name.endswith("_scales"))
+    save_file({name: value for name, value in tensors.items() if name != lost}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"experts.*: expected blocks and scales, got blocks alone"):
+        checkpoint.load(tmp_path)
