@@ -126,7 +126,7 @@ def served_step(num_seqs: int, steps: int) -> tuple[float, float]:
         engine.step()
 
     kind = Kind(num_seqs, 1, samples=False, logprobs=False)
-    program, operand = engine._programs(kind), None
+    program = engine._programs(kind)
     served, alone = [], []
     for _ in range(5):
         start = time.perf_counter()

@@ -135,6 +135,7 @@ class Engine:
             budget=self._buckets[-1],
             decode_steps=self._decode_steps,
             num_drafts=self._num_drafts,
+            stats=self.stats,
         )
         self._submitted = 0
         self._is_stepping = False
@@ -326,20 +327,10 @@ class Engine:
 
     def _plan(self) -> Plan | None:
         while True:
-            admitted = len(self._scheduler.running)
             try:
-                plan = self._scheduler.plan(in_flight=bool(self._tickets))
+                return self._scheduler.plan(in_flight=bool(self._tickets))
             except NeedsResults:
                 self._read_all()
-            else:
-                self._count_admissions(self._scheduler.running[admitted:])
-                return plan
-
-    def _count_admissions(self, generations: list[Generation]) -> None:
-        for generation in generations:
-            if not generation.preemptions:  # else its own tokens are found
-                self.stats.prompt_tokens += len(generation.tokens)
-                self.stats.cached_tokens += generation._computed
 
     def _dispatch(self, plan: Plan) -> None:
         requests = [chunk.generation.request for chunk in plan.chunks]
@@ -363,7 +354,6 @@ class Engine:
         self.stats.dispatches += 1
         self.stats.steps += max(repeats, 1)
         self.stats.peak_pages = max(self.stats.peak_pages, self.pages_in_use)
-        self.stats.preemptions = self._scheduler.preemptions
 
     def _read_all(self) -> None:
         while self._tickets:

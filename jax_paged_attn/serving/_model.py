@@ -109,10 +109,9 @@ class NnxModel:
         max_len: int,
         init_cache: Callable[[Any, int, int], object] | None = None,
     ):
-        from flax import nnx
-
         self.vocab_size, self.max_len = vocab_size, max_len
-        self._twin: Any = nnx.merge(*nnx.split(module))
+        self._nnx, self._pages = _flax()
+        self._twin: Any = self._nnx.merge(*self._nnx.split(module))
         self._init_cache = init_cache or (lambda twin, num_pages, page_size: twin.init_cache(num_pages, page_size))
 
     @property
@@ -130,27 +129,26 @@ class NnxModel:
 
     def hidden(self, weights: list[Array], cache: list[Array], tokens: Array, step: StepMetadata) -> tuple[Array, Any]:
         """See `Model.hidden`."""
-        from flax import nnx
-
-        from jax_paged_attn.nnx import CacheVariable
-
         module = self._merged(weights, cache)
         hidden = module.hidden(tokens, step)
-        return hidden, jax.tree.leaves(nnx.state(module, CacheVariable))
+        return hidden, jax.tree.leaves(self._nnx.state(module, self._pages))
 
     def logits(self, weights: list[Array], hidden: Array) -> Array:
         """See `Model.logits`."""
         return self._merged(weights, [jnp.zeros(())] * self._cache_tree.num_leaves).logits(hidden)
 
     def _split(self) -> Any:
-        from flax import nnx
-
-        from jax_paged_attn.nnx import CacheVariable
-
-        return nnx.split(self._twin, CacheVariable, nnx.Param, ...)
+        return self._nnx.split(self._twin, self._pages, self._nnx.Param, ...)
 
     def _merged(self, weights: list[Array], cache: list[Array]) -> Any:
-        from flax import nnx
-
         states = jax.tree.unflatten(self._cache_tree, cache), jax.tree.unflatten(self._weights_tree, weights)
-        return nnx.merge(self._graph, *states, self._constants)
+        return self._nnx.merge(self._graph, *states, self._constants)
+
+
+def _flax() -> tuple[Any, type]:
+    """`flax.nnx` and the type of pages, which only `NnxModel` needs: the engine itself runs without Flax."""
+    from flax import nnx
+
+    from jax_paged_attn.nnx import CacheVariable
+
+    return nnx, CacheVariable

@@ -103,6 +103,7 @@ class Programs:
         self._max_logprobs = max_logprobs
         self._compiler_options = None if compiler_options is None else dict(compiler_options)
         self._programs: dict[Kind, Program] = {}
+        self._fields_of: dict[Kind, _Fields] = {}
         self._out_shardings = _out_shardings(cache_leaves)
         self.replicated = None if self._out_shardings is None else self._out_shardings[1]
 
@@ -175,6 +176,11 @@ class Programs:
         return kind.size if kind.repeats else self._max_seqs
 
     def _fields(self, kind: Kind) -> _Fields:
+        if kind not in self._fields_of:
+            self._fields_of[kind] = self._make_fields(kind)
+        return self._fields_of[kind]
+
+    def _make_fields(self, kind: Kind) -> _Fields:
         rows, int32 = self._rows(kind), np.int32
         fields: dict[str, tuple[tuple[int, ...], Any, float]] = {
             "block_tables": ((rows, self._table_width), int32, -1),

@@ -8,6 +8,7 @@ import dataclasses
 from jax_paged_attn import OutOfPages, PageAllocator
 from jax_paged_attn.serving._drafts import PromptLookup
 from jax_paged_attn.serving._requests import Generation
+from jax_paged_attn.serving._stats import Stats
 
 
 class NeedsResults(Exception):
@@ -65,17 +66,27 @@ class Scheduler:
       budget: tokens that a step may have.
       decode_steps: decode steps in one dispatch, where nothing can change on the host in between.
       num_drafts: drafts per request and step.
+      stats: where preemptions and the tokens of admitted prompts are counted.
     """
 
-    def __init__(self, allocator: PageAllocator, *, max_seqs: int, budget: int, decode_steps: int, num_drafts: int):
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        *,
+        max_seqs: int,
+        budget: int,
+        decode_steps: int,
+        num_drafts: int,
+        stats: Stats,
+    ):
         self.waiting: list[Generation] = []  # by rank
         self.running: list[Generation] = []  # in the order of admission
-        self.preemptions = 0
         self._allocator = allocator
         self._budget = budget
         self._decode_steps = decode_steps
         self._num_drafts = num_drafts
         self._rows = list(range(max_seqs))[::-1]  # vacant; the last one goes first
+        self._stats = stats
         self._lookups: dict[Generation, PromptLookup] = {}
 
     # ---- requests
@@ -87,7 +98,7 @@ class Scheduler:
     def remove(self, generation: Generation) -> None:
         """Takes a request out, wherever it is, and frees its pages."""
         self._lookups.pop(generation, None)
-        if generation in self.running:
+        if generation._sequence >= 0:
             self._release(generation)
         elif generation in self.waiting:
             self.waiting.remove(generation)
@@ -108,7 +119,7 @@ class Scheduler:
         Raises:
           NeedsResults: only what is in flight can say who gives up pages.
         """
-        self._tell()
+        self._tell(self.running)
         generating = [g for g in self.running if g._pending == 1 and g._length < g._end]
         repeats = self._repeats(generating)
         chunks, preempted = self._grow(self._next_tokens(generating, repeats), in_flight)
@@ -143,9 +154,9 @@ class Scheduler:
     def _mark(self, generations: list[Generation]) -> None:
         self._allocator.mark_written_batch([g._sequence for g in generations], [g._computed for g in generations])
 
-    def _tell(self) -> None:
+    def _tell(self, generations: list[Generation]) -> None:
         """Tells the allocator the values of tokens that it knew by number only, so that others can find them."""
-        new = [g for g in self.running if g._told < len(g.tokens) and g._told < g._slots]
+        new = [g for g in generations if g._told < len(g.tokens) and g._told < g._slots]
         if new:
             stops = [min(len(g.tokens), g._slots) for g in new]
             tokens = [g.tokens[g._told : stop] for g, stop in zip(new, stops, strict=True)]
@@ -216,6 +227,9 @@ class Scheduler:
             generation._computed = sequence.cached_len
             generation._slots = generation._told = len(generation.tokens)
             self.running.append(generation)
+            if not generation.preemptions:  # else its own tokens are found
+                self._stats.prompt_tokens += len(generation.tokens)
+                self._stats.cached_tokens += sequence.cached_len
 
     def _prompts(self, taken: set[int], budget: int) -> list[Chunk]:
         """Chunks of the prompts that are still to be computed, as far as the budget goes."""
@@ -231,11 +245,11 @@ class Scheduler:
     def _preempt(self, generation: Generation) -> None:
         self._release(generation)
         generation.preemptions += 1
-        self.preemptions += 1
+        self._stats.preemptions += 1
         self.add(generation)
 
     def _release(self, generation: Generation) -> None:
-        self._tell()
+        self._tell([generation])
         self.running.remove(generation)
         self._allocator.free(generation._sequence)
         self._rows.append(generation._row)
