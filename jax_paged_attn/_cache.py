@@ -434,9 +434,8 @@ class PagedKVCache:
           >>> cache.attend_step(0, jnp.ones((6, 2, 8)), step).shape
           (6, 2, 8)
         """
-        if step.is_decode:
+        if step.cu_q_lens is None:
             return self.attend(layer, q, step.block_tables, step.kv_lens, **options)
-        assert step.cu_q_lens is not None
         return self.attend_ragged(layer, q, step.kv_lens, step.block_tables, step.cu_q_lens, step.num_seqs, **options)
 
     def layer(self, index: int | Array, block_tables: ArrayLike) -> tuple[Array, Array, Array]:

@@ -25,7 +25,6 @@ The pages are `CacheVariable`s, so a step can take them apart from the weights a
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -39,17 +38,8 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_paged_attn import (
-    PagedKVCache,
-    StepMetadata,
-    _checks,
-    _modes,
-    _options,
-    paged_attention,
-    ragged_paged_attention,
-    write_kv_pages,
-)
-from jax_paged_attn.rope import ROPE_THETA, Llama3RopeScaling, RopeScaling, apply_rope, rope_frequencies, rotated
+from jax_paged_attn import PagedKVCache, StepMetadata, _checks, _modes, _options
+from jax_paged_attn.rope import ROPE_THETA, Llama3RopeScaling, RopeScaling, apply_rope, rope_frequencies
 
 __all__ = [
     "CacheVariable",
@@ -77,26 +67,20 @@ class CacheVariable(nnx.Variable):
     """
 
 
-@functools.partial(_modes.compiled, static_argnums=3)
-def _rotated_heads(q: Array, k: Array, positions: Array, rope: _Rope) -> tuple[Array, Array]:
+@functools.partial(_modes.compiled, static_argnums=(3, 4, 5, 6))
+def _rotated_heads(
+    q: Array,
+    k: Array,
+    positions: Array,
+    columns: int,
+    theta: float,
+    scaling: RopeScaling | None,
+    interleaved: bool,
+) -> tuple[Array, Array]:
     """Queries and keys, rotated; the frequencies are constants of the compiled function."""
-    frequencies = jnp.asarray(rope.frequencies)
-    factor = 1.0 if rope.scaling is None else rope.scaling.rotation_factor
-    return tuple(rotated(x, positions, frequencies, rope.interleaved, factor) for x in (q, k))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rope:
-    """The rotary embedding of a layer."""
-
-    columns: int  # of a head that are rotated
-    theta: float
-    scaling: RopeScaling | None
-    interleaved: bool
-
-    @property
-    def frequencies(self) -> np.ndarray:
-        return rope_frequencies(self.columns, self.theta, self.scaling)
+    frequencies = rope_frequencies(columns, theta, scaling)
+    options: Any = {"interleaved": interleaved, "factor": 1.0 if scaling is None else scaling.rotation_factor}
+    return apply_rope(q, positions, frequencies, **options), apply_rope(k, positions, frequencies, **options)
 
 
 class PagedAttention(nnx.Module):
@@ -153,14 +137,12 @@ class PagedAttention(nnx.Module):
         self.head_dim = head_dim
         self.rope_theta = rope_theta
         self.rope_scaling = rope_scaling
-        self.rope = None
+        self.rotary_dim = head_dim if rotary_dim is None else _checks.static_count("rotary_dim", rotary_dim)
+        self.rope_interleaved = _checks.static_bool("rope_interleaved", rope_interleaved)
+        if self.rotary_dim > head_dim:
+            raise ValueError(f"rotary_dim: expected at most head_dim = {head_dim}, got {rotary_dim}")
         if rope_theta is not None:
-            columns = head_dim if rotary_dim is None else _checks.static_count("rotary_dim", rotary_dim)
-            if columns > head_dim:
-                raise ValueError(f"rotary_dim: expected at most head_dim = {head_dim}, got {columns}")
-            interleaved = _checks.static_bool("rope_interleaved", rope_interleaved)
-            self.rope = _Rope(columns, rope_theta, rope_scaling, interleaved)
-            rope_frequencies(columns, rope_theta, rope_scaling)
+            rope_frequencies(self.rotary_dim, rope_theta, rope_scaling)
         for name, value in options.items():  # such as `self.scale`
             setattr(self, name, value)
         self.sinks = nnx.data(nnx.Param(_modes.zeros((num_heads,), jnp.float32)) if sinks else None)
@@ -211,8 +193,9 @@ class PagedAttention(nnx.Module):
           ValueError: a step, but no cache.
         """
         positions = jnp.arange(q.shape[-3], dtype=jnp.int32) if step is None else step.positions
-        if self.rope is not None:
-            q, k = _rotated_heads(q, k, jnp.asarray(positions), self.rope)
+        if self.rope_theta is not None:
+            rope = (self.rotary_dim, self.rope_theta, self.rope_scaling, self.rope_interleaved)
+            q, k = _rotated_heads(q, k, jnp.asarray(positions), *rope)
         options: Any = {name: getattr(self, name) for name in get_type_hints(_options.LayerOptions)}
         sinks = None if self.sinks is None else self.sinks[...]
         if step is None:
@@ -220,30 +203,12 @@ class PagedAttention(nnx.Module):
         if self.k_pages is None or self.v_pages is None:
             raise ValueError("step: expected a layer with a cache, but init_cache was never called")
 
-        scales: dict[str, Any] = {
-            "k_scale": None if self.k_scale is None else self.k_scale[...],
-            "v_scale": None if self.v_scale is None else self.v_scale[...],
-        }
-        k_pages, v_pages = write_kv_pages(self.k_pages[...], self.v_pages[...], k, v, step.slot_mapping, **scales)
-        self.k_pages.set_value(k_pages)
-        self.v_pages.set_value(v_pages)
-        if step.is_decode:
-            return paged_attention(
-                q, k_pages, v_pages, step.block_tables, step.kv_lens, sinks=sinks, **options, **scales
-            )
-        assert step.cu_q_lens is not None
-        return ragged_paged_attention(
-            q,
-            k_pages,
-            v_pages,
-            step.kv_lens,
-            step.block_tables,
-            step.cu_q_lens,
-            step.num_seqs,
-            sinks=sinks,
-            **options,
-            **scales,
-        )
+        k_scale, v_scale = (None if scale is None else scale[...] for scale in (self.k_scale, self.v_scale))
+        cache = PagedKVCache((self.k_pages[...],), (self.v_pages[...],), k_scale, v_scale)
+        cache = cache.write(0, k, v, step.slot_mapping)
+        self.k_pages.set_value(cache.k_pages[0])
+        self.v_pages.set_value(cache.v_pages[0])
+        return cache.attend_step(0, q, step, sinks=sinks, **options)
 
 
 @functools.partial(_modes.compiled, static_argnames="scoring")

@@ -284,12 +284,11 @@ def apply_rope(
     frequencies = jnp.asarray(frequencies, jnp.float32)
     if 2 * len(frequencies) > x.shape[-1]:
         raise ValueError(f"frequencies: expected at most H / 2 = {x.shape[-1] // 2}, got {len(frequencies)}")
-    return rotated(x, jnp.asarray(positions), frequencies, interleaved, factor)
+    return _rotated(x, jnp.asarray(positions), frequencies, interleaved, factor)
 
 
 @functools.partial(_modes.compiled, static_argnums=(3, 4))
-def rotated(x: Array, positions: Array, frequencies: Array, interleaved: bool, factor: float) -> Array:
-    """See `apply_rope`."""
+def _rotated(x: Array, positions: Array, frequencies: Array, interleaved: bool, factor: float) -> Array:
     columns = 2 * frequencies.shape[-1]
     per_pair = frequencies.reshape(*[1] * (x.ndim - 1), -1)
     angles = (
