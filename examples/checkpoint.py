@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import mxfp4
 from families import config_from_hf
 from flax import nnx
-from hf_files import CheckpointError, Fields, read_json, read_tensors
+from hf_files import CheckpointError, Fields, check_file, read_json, read_tensors
 from jax import Array
 from jax.typing import DTypeLike
 from llama import Llama, LlamaConfig
@@ -220,6 +220,7 @@ def _hf_name(path: tuple[Any, ...]) -> str:
 
 def _tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer:
     if (folder / "tokenizer.json").exists():
+        check_file(folder / "tokenizer.json")
         try:
             return FileTokenizer(folder / "tokenizer.json")
         except ValueError as error:

@@ -31,9 +31,9 @@ def config_from_hf(data: dict[str, Any], source: Path) -> LlamaConfig:
       CheckpointError: the model is of no family here, or a field has a value that none of the family has.
     """
     fields = Fields(data, source)
-    family = fields.choice("model_type", tuple(_FAMILIES), "llama")
-    special = _FAMILIES[family](fields)
-    defaults = _DEFAULTS[family]
+    family = fields.choice("model_type", tuple(FAMILIES), "llama")
+    special = FAMILIES[family](fields)
+    defaults = DEFAULTS[family]
     if "hidden_act" not in special:
         fields.choice("hidden_act", ("silu",), "silu")
     vocab_size = fields.integer("vocab_size")
@@ -78,8 +78,7 @@ def _llama(fields: Fields) -> dict[str, Any]:
 
 def _mistral(fields: Fields) -> dict[str, Any]:
     """Every layer has the same window. Null is none; a missing field is the first Mistral's."""
-    window = fields.integer("sliding_window", None if "sliding_window" in fields else 4096)
-    return {"sliding_windows": None if window is None else (window,) * fields.integer("num_hidden_layers")}
+    return {"sliding_windows": _windows(fields, _missing(fields, "sliding_window", 4096))}
 
 
 def _qwen2(fields: Fields) -> dict[str, Any]:
@@ -92,9 +91,8 @@ def _qwen3(fields: Fields) -> dict[str, Any]:
 
 
 def _mixtral(fields: Fields) -> dict[str, Any]:
-    window = fields.integer("sliding_window", None)
     return {
-        "sliding_windows": None if window is None else (window,) * fields.integer("num_hidden_layers"),
+        "sliding_windows": _windows(fields, None),
         "experts": Experts(
             number=fields.integer("num_local_experts", 8),
             per_token=fields.integer("num_experts_per_tok", 2),
@@ -124,37 +122,30 @@ def _qwen_windows(fields: Fields) -> tuple[int | None, ...] | None:
     """Some of the layers, or those from one on, have a window, if windows are used at all."""
     if not fields.boolean("use_sliding_window", False):
         return None
-    layers = fields.integer("num_hidden_layers")
-    window = fields.integer("sliding_window", None if "sliding_window" in fields else 4096)
     first = fields.integer("max_window_layers", 28, least=0)
-    kinds = fields.strings("layer_types", _KINDS, layers)
-    if kinds is None:
-        kinds = tuple("sliding_attention" if layer >= first else "full_attention" for layer in range(layers))
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return _windows(fields, _missing(fields, "sliding_window", 4096), lambda layer: layer >= first)
 
 
 def _phi3(fields: Fields) -> dict[str, Any]:
     """Tensors hold q, k and v, and gate and up, together; a part of each head is rotated, by LongRoPE's frequencies."""
-    window = fields.integer("sliding_window", None)
     rope = _rope_fields(fields)
     share = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
     head_dim = fields.integer("head_dim", None)
     head_dim = head_dim or fields.integer("hidden_size") // fields.integer("num_attention_heads")
     return {
-        "sliding_windows": None if window is None else (window,) * fields.integer("num_hidden_layers"),
+        "sliding_windows": _windows(fields, None),
         "rotary_dim": None if share == 1.0 else int(head_dim * share),
     }
 
 
 def _gpt_oss(fields: Fields) -> dict[str, Any]:
     """Every second layer has a window, from the first one on; sinks, biases and experts everywhere."""
-    window = fields.integer("sliding_window", 128)
     if fields.number("swiglu_alpha", 1.702) != 1.702:
         raise fields.error("swiglu_alpha", "1.702")
     return {
         "attention_bias": fields.boolean("attention_bias", True),
         "sinks": True,
-        "sliding_windows": _windows(fields, window, period=2),
+        "sliding_windows": _windows(fields, 128, lambda layer: (layer + 1) % 2 > 0),
         "experts": Experts(
             number=fields.integer("num_local_experts", 128),
             per_token=fields.integer("num_experts_per_tok", 4),
@@ -165,13 +156,21 @@ def _gpt_oss(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _windows(fields: Fields, window: int, period: int) -> tuple[int | None, ...]:
-    """All layers but every n-th one have a window, unless `layer_types` says otherwise."""
-    layers = fields.integer("num_hidden_layers")
-    kinds = fields.strings("layer_types", _KINDS, layers) or tuple(
-        "sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(layers)
-    )
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+def _windows(
+    fields: Fields, default: int | None, has_window: Callable[[int], bool] = lambda layer: True
+) -> tuple[int | None, ...] | None:
+    """The window of each layer: as `layer_types` says, else as `has_window` does; None where there is no window.
+
+    Args:
+      default: the window where the field has none.
+      has_window: which layers have it.
+    """
+    window, layers = fields.integer("sliding_window", default), fields.integer("num_hidden_layers")
+    kinds = fields.strings("layer_types", ("full_attention", "sliding_attention"), layers)
+    if window is None:
+        return None
+    local = [has_window(layer) if kinds is None else kinds[layer] == "sliding_attention" for layer in range(layers)]
+    return tuple(window if is_local else None for is_local in local)
 
 
 def _gemma2(fields: Fields) -> dict[str, Any]:
@@ -204,7 +203,7 @@ def _gemma(fields: Fields, period: int) -> dict[str, Any]:
     fields.choice(name, ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
     return {
         "attention_bias": fields.boolean("attention_bias", False),
-        "sliding_windows": _windows(fields, fields.integer("sliding_window", 4096), period),
+        "sliding_windows": _windows(fields, 4096, lambda layer: (layer + 1) % period > 0),
         "hidden_act": "gelu_tanh",
         "norm_offset": True,
         "sandwich_norms": True,
@@ -213,13 +212,12 @@ def _gemma(fields: Fields, period: int) -> dict[str, Any]:
     }
 
 
-def _missing(fields: Fields, name: str, default: float) -> float | None:
+def _missing(fields: Fields, name: str, default: Any) -> Any:
     """The default of a field that is missing; null is none."""
     return None if name in fields else default
 
 
-_KINDS = ("full_attention", "sliding_attention")
-_FAMILIES: dict[str, Callable[[Fields], dict[str, Any]]] = {
+FAMILIES: dict[str, Callable[[Fields], dict[str, Any]]] = {
     "llama": _llama,
     "mistral": _mistral,
     "qwen2": _qwen2,
@@ -231,7 +229,7 @@ _FAMILIES: dict[str, Callable[[Fields], dict[str, Any]]] = {
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
 }
-_DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
     "mistral": {
         "max_position_embeddings": 131072,
@@ -318,7 +316,7 @@ def _long_rope(rope: Fields, context: int, fields: Fields) -> LongRopeScaling:
 
 
 def _token_ids(fields: Fields, name: str, vocab_size: int, defaults: dict[str, int]) -> tuple[int, ...]:
-    """Only for these do missing and null differ: null means that there is none."""
+    """Missing and null differ: null means that there is none."""
     if name in fields:
         return fields.token_ids(name, vocab_size)
     return tuple(token for token in (defaults.get(name),) if token is not None and token < vocab_size)

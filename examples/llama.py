@@ -35,7 +35,8 @@ class LlamaConfig:
     Attributes:
       attention_bias: True for biases of all four projections, or the names of those that have one.
       qk_norm: whether each head of q and k is normalised before its rotation.
-      sliding_windows: per layer, how many keys a row sees at most, None for all; None where no layer has a window.
+      sliding_windows: the most keys that a row sees, for each layer; a layer without a window has None.
+        None in place of the tuple means that no layer has one.
       rotary_dim: the first columns of a head that are rotated; None for all.
       local_rope_theta: the rotary base of layers with a window, which then have no scaling; None for `rope_theta`.
       experts: None where all layers have a plain MLP.

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class ByteTokenizer:
@@ -85,7 +84,6 @@ class FileTokenizer:
     def __init__(self, path: str | Path):
         library = _library()
         path = Path(path)
-        _check_file(path)
         try:
             self._tokenizer: tokenizers.Tokenizer = library.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises no class of its own
@@ -255,19 +253,6 @@ def _library() -> ModuleType:
             name=error.name,
         ) from error
     return tokenizers
-
-
-def _check_file(path: Path) -> None:
-    """Raises `ValueError` if there is no such file, or if it is the pointer that git-lfs left in its place."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(_LFS_POINTER))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not found") from None
-    except OSError as error:
-        raise ValueError(f"{path}: expected a file that can be read, got: {error.strerror}") from None
-    if start == _LFS_POINTER:
-        raise ValueError(f"{path}: expected the file itself, got a git-lfs pointer to it: run `git lfs pull`")
 
 
 def _byte(name: str, token: int) -> bytes:
