@@ -94,6 +94,8 @@ def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones():
 )
 def test_chunked_steps_over_the_cache_equal_whole_sequences(options: dict):
     """Two sequences, computed in two steps, the second in the middle of pages; padding between nothing and nowhere."""
+    if options.get("batch_invariant") and jax.default_backend() != "cpu":
+        pytest.skip("on other platforms no engine guarantees it for float32")
     layer = make_layer(**options)
     layer.init_cache(num_pages=9, page_size=PAGE_SIZE, dtype=jnp.float32)
     lengths, split = (11, 7), (6, 3)

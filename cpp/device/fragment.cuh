@@ -56,42 +56,60 @@ __device__ inline uint32_t PairOfBytes(uint32_t word) {
   return bits;
 }
 
-// Elements [16 i, 16 i + 16) of 16 keys' rows as second operand of Q K^T: fragment[0..1] for the first eight
-// keys, [2..3] for the others. `keys` is the address of the first row; its number in the tile is a multiple
-// of 8.
+// Keys of a load: ldmatrix takes 32 chunks, and 16 elements of a row fill two of them, or one with 8 bits.
+template <DType dtype>
+inline constexpr int kKeysPerLoad = ByteWidth(dtype) == 1 ? 32 : 16;
+
+// Where the row is whose chunks a lane gives ldmatrix, in bytes from the first of kKeysPerLoad keys. The
+// number of that key in its tile is a multiple of 8, and the tile's address one of 128.
 template <DType dtype, typename Rows>
-__device__ inline void LoadKeys(uint32_t keys, int i, uint32_t (&fragment)[4]) {
+__device__ inline uint32_t LaneRowOfKeys() {
   const uint32_t lane = LaneId();
+  return ByteWidth(dtype) == 1 ? Rows::Offset(lane, 0)
+                               : Rows::Chunk(Rows::Offset(lane / 16 * 8 + lane % 8, 0), lane / 8 % 2);
+}
+
+// Likewise for values; with 8-bit rows it is the same place.
+template <DType dtype, typename Rows>
+__device__ inline uint32_t LaneRowOfValues() {
+  const uint32_t lane = LaneId();
+  return ByteWidth(dtype) == 1 ? Rows::Offset(lane, 0) : Rows::Chunk(Rows::Offset(lane % 16, 0), lane / 16);
+}
+
+// Elements [16 i, 16 i + 16) of kKeysPerLoad keys' rows as second operand of Q K^T: a fragment per eight
+// keys. `row` is the address of the lane's row (LaneRowOfKeys).
+template <DType dtype, typename Rows>
+__device__ inline void LoadKeys(uint32_t row, int i, uint32_t (&fragments)[kKeysPerLoad<dtype> / 8][2]) {
+  uint32_t words[4];
   if constexpr (ByteWidth(dtype) == 2) {
-    const uint32_t first = Rows::Chunk(Rows::FirstChunk(keys, lane / 16 * 8 + lane % 8), lane / 8 % 2);
-    Ldmatrix(Rows::Chunk(first, 2 * i), fragment);
-  } else {
-    uint32_t words[2];
-    Ldmatrix(Rows::Chunk(Rows::FirstChunk(keys, lane % 16), i), words);
+    Ldmatrix(Rows::Chunk(row, 2 * i), words);
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      fragment[2 * t] = PairOfBytes<dtype, 0, 1>(words[t]);
-      fragment[2 * t + 1] = PairOfBytes<dtype, 2, 3>(words[t]);
+    for (int t = 0; t < 4; ++t) fragments[t / 2][t % 2] = words[t];
+  } else {
+    Ldmatrix(Rows::Chunk(row, i), words);
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      fragments[t][0] = PairOfBytes<dtype, 0, 1>(words[t]);
+      fragments[t][1] = PairOfBytes<dtype, 2, 3>(words[t]);
     }
   }
 }
 
-// Columns [16 i, 16 i + 16) of 16 keys' rows as second operand of P V: eight columns in fragment[0..1], the
-// others in [2..3]; FragmentLayout says which. `values` as `keys` above.
+// Columns [16 i, 16 i + 16) of kKeysPerLoad keys' rows as second operand of P V: a fragment per 16 keys, of
+// which [0..1] has eight columns and [2..3] the others; FragmentLayout says which. `row` is the address of
+// the lane's row (LaneRowOfValues).
 template <DType dtype, typename Rows>
-__device__ inline void LoadValues(uint32_t values, int i, uint32_t (&fragment)[4]) {
-  const uint32_t lane = LaneId();
+__device__ inline void LoadValues(uint32_t row, int i, uint32_t (&fragments)[kKeysPerLoad<dtype> / 16][4]) {
   if constexpr (ByteWidth(dtype) == 2) {
-    const uint32_t first = Rows::Chunk(Rows::FirstChunk(values, lane % 16), lane / 16);
-    LdmatrixTransposed(Rows::Chunk(first, 2 * i), fragment);
+    LdmatrixTransposed(Rows::Chunk(row, 2 * i), fragments[0]);
   } else {
+    uint32_t words[4];
     // Pairs of columns change places with keys: a word has two columns of two keys.
-    uint32_t words[2];
-    LdmatrixTransposed(Rows::Chunk(Rows::FirstChunk(values, lane % 16), i), words);
+    LdmatrixTransposed(Rows::Chunk(row, i), words);
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      fragment[t] = PairOfBytes<dtype, 0, 2>(words[t]);
-      fragment[2 + t] = PairOfBytes<dtype, 1, 3>(words[t]);
+    for (int t = 0; t < 4; ++t) {
+      fragments[t / 2][t % 2] = PairOfBytes<dtype, 0, 2>(words[t]);
+      fragments[t / 2][2 + t % 2] = PairOfBytes<dtype, 1, 3>(words[t]);
     }
   }
 }

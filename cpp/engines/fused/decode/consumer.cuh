@@ -32,8 +32,10 @@ template <typename Traits>
 class ConsumerWarp {
  public:
   static constexpr int kHeadDim = Traits::kHeadDim;
-  static constexpr int kOutputs = kHeadDim / 8;  // blocks of eight columns
-  static constexpr int kKeys = 16;               // of a step
+  static constexpr int kOutputs = kHeadDim / 8;                    // blocks of eight columns
+  static constexpr int kKeys = device::kKeysPerLoad<Traits::kKV>;  // of a step
+  static constexpr int kKeyBlocks = kKeys / 8;                     // of eight keys
+  static constexpr int kSteps = kTileKeys / kKeys;                 // of a tile
 
   // Loads the queries, and forgets the state of the row block before.
   __device__ void Start(const DecodeArgs& args, const TileDescriptor& descriptor) {
@@ -43,6 +45,9 @@ class ConsumerWarp {
     first_row_ = warp % row_groups * 16;
     num_key_slices_ = kConsumerWarps / row_groups;
     key_slice_ = warp / row_groups;
+    turn_ = 0;
+    keys_row_ = device::Opaque(device::LaneRowOfKeys<Traits::kKV, typename Traits::Rows>());
+    values_row_ = device::Opaque(device::LaneRowOfValues<Traits::kKV, typename Traits::Rows>());
     all_visible_ = {.begin = 0, .end = INT32_MAX};
     const CallArgs& call = args.call;
     const float k_scale = ScaleOf(call.params.k_scale, call.seqs_per_k_scale, call.facts.num_kv_heads,
@@ -75,15 +80,24 @@ class ConsumerWarp {
     for (auto& block : outputs_) block[0] = block[1] = block[2] = block[3] = 0.0f;
   }
 
-  // Attends to the warp's keys of a tile.
-  __device__ void Attend(const DecodeArgs& args, const TileDescriptor& descriptor, uint32_t stage) {
+  // The warp's first step of the next tile; kSteps or more if it has none. Where a tile has fewer steps than
+  // there are slices, these take turns: a warp with more keys per tile waits and reduces less often.
+  __device__ int NextStep() {
+    const int step = (key_slice_ - turn_) & (num_key_slices_ - 1);
+    if (kSteps < kConsumerWarps) turn_ = (turn_ + kSteps) & (num_key_slices_ - 1);
+    return step;
+  }
+
+  // Attends to the warp's keys of a tile, from that step on.
+  __device__ void Attend(const DecodeArgs& args, const TileDescriptor& descriptor, int step, uint32_t stage) {
     const bool all_visible = descriptor.key >= all_visible_.begin &&
                              descriptor.key <= all_visible_.end - kTileKeys && descriptor.all_valid();
 #pragma unroll 1
-    for (int i = key_slice_; i < kTileKeys / kKeys; i += num_key_slices_) {
+    for (int i = step; i < kSteps; i += num_key_slices_) {
       const int key = i * kKeys;
-      float scores[2][4];
-      Scores(stage + key * Traits::Rows::kStride, scores);
+      const uint32_t rows = stage + key * Traits::Rows::kStride;
+      float scores[kKeyBlocks][4];
+      Scores(rows + keys_row_, scores);
       if (args.call.params.soft_cap > 0.0f) {
         Scale(scores, args.call.params.soft_cap * kLog2E);
       } else {
@@ -91,7 +105,8 @@ class ConsumerWarp {
       }
       if (!all_visible) Mask(descriptor, key, scores);
       Softmax(scores);
-      AddValues(stage + Traits::kTileBytes + key * Traits::Rows::kStride, scores);
+      // One register for both rows, where they are the same.
+      AddValues(rows + Traits::kTileBytes + (Traits::kIs8Bit ? keys_row_ : values_row_), scores);
     }
   }
 
@@ -181,19 +196,20 @@ class ConsumerWarp {
 
   __device__ int Row(int r) const { return first_row_ + r * 8 + static_cast<int>(threadIdx.x % 32) / 4; }
 
-  __device__ void Scores(uint32_t keys, float (&scores)[2][4]) const {
+  __device__ void Scores(uint32_t keys, float (&scores)[kKeyBlocks][4]) const {
 #pragma unroll
     for (auto& block : scores) block[0] = block[1] = block[2] = block[3] = 0.0f;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
-      uint32_t fragment[4];
-      device::LoadKeys<Traits::kKV, typename Traits::Rows>(keys, i, fragment);
-      device::MmaM16N8K16(scores[0], queries_.fragments[i], fragment[0], fragment[1], Math());
-      device::MmaM16N8K16(scores[1], queries_.fragments[i], fragment[2], fragment[3], Math());
+      uint32_t fragments[kKeyBlocks][2];
+      device::LoadKeys<Traits::kKV, typename Traits::Rows>(keys, i, fragments);
+#pragma unroll
+      for (int t = 0; t < kKeyBlocks; ++t)
+        device::MmaM16N8K16(scores[t], queries_.fragments[i], fragments[t][0], fragments[t][1], Math());
     }
   }
 
-  __device__ void Scale(float (&scores)[2][4]) const {
+  __device__ void Scale(float (&scores)[kKeyBlocks][4]) const {
 #pragma unroll
     for (auto& block : scores) {
 #pragma unroll
@@ -202,7 +218,7 @@ class ConsumerWarp {
   }
 
   // Also caps scores, at `cap` in units of log 2.
-  __device__ void Scale(float (&scores)[2][4], float cap) const {
+  __device__ void Scale(float (&scores)[kKeyBlocks][4], float cap) const {
 #pragma unroll
     for (auto& block : scores) {
 #pragma unroll
@@ -212,10 +228,10 @@ class ConsumerWarp {
     }
   }
 
-  __device__ void Mask(const TileDescriptor& descriptor, int key, float (&scores)[2][4]) const {
+  __device__ void Mask(const TileDescriptor& descriptor, int key, float (&scores)[kKeyBlocks][4]) const {
     const int lane_key = key + static_cast<int>(threadIdx.x % 4) * 2;
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
+    for (int t = 0; t < kKeyBlocks; ++t) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int k = lane_key + 8 * t + j % 2, r = j / 2;
@@ -227,13 +243,15 @@ class ConsumerWarp {
   }
 
   // Scores to probabilities, relative to the rows' maxima so far.
-  __device__ void Softmax(float (&scores)[2][4]) {
+  __device__ void Softmax(float (&scores)[kKeyBlocks][4]) {
     bool raises = false;
     float maxima[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float maximum =
-          fmaxf(fmaxf(scores[0][2 * r], scores[0][2 * r + 1]), fmaxf(scores[1][2 * r], scores[1][2 * r + 1]));
+      float maximum = fmaxf(scores[0][2 * r], scores[0][2 * r + 1]);
+#pragma unroll
+      for (int t = 1; t < kKeyBlocks; ++t)
+        maximum = fmaxf(maximum, fmaxf(scores[t][2 * r], scores[t][2 * r + 1]));
       maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
       maxima[r] = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
       raises |= maxima[r] > states_[r].maximum;
@@ -253,7 +271,7 @@ class ConsumerWarp {
     for (int r = 0; r < 2; ++r) {
       const float origin = states_[r].origin();
 #pragma unroll
-      for (int t = 0; t < 2; ++t) {
+      for (int t = 0; t < kKeyBlocks; ++t) {
 #pragma unroll
         for (int j = 2 * r; j < 2 * r + 2; ++j) {
           scores[t][j] = device::Exp2(scores[t][j] - origin);
@@ -263,20 +281,26 @@ class ConsumerWarp {
     }
   }
 
-  __device__ void AddValues(uint32_t values, const float (&probabilities)[2][4]) {
+  __device__ void AddValues(uint32_t values, const float (&probabilities)[kKeyBlocks][4]) {
     // The result of one MMA is laid out as the first operand of the next one.
-    uint32_t fragment[4];
+    uint32_t fragments[kKeyBlocks / 2][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      fragment[i] =
-          device::PackPair<Math>(probabilities[i / 2][i % 2 * 2], probabilities[i / 2][i % 2 * 2 + 1]);
+    for (int t = 0; t < kKeyBlocks; ++t) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        fragments[t / 2][t % 2 * 2 + r] =
+            device::PackPair<Math>(probabilities[t][r * 2], probabilities[t][r * 2 + 1]);
+      }
     }
 #pragma unroll
     for (int i = 0; i < kOutputs / 2; ++i) {
-      uint32_t columns[4];
+      uint32_t columns[kKeyBlocks / 2][4];
       device::LoadValues<Traits::kKV, typename Traits::Rows>(values, i, columns);
-      device::MmaM16N8K16(outputs_[2 * i], fragment, columns[0], columns[1], Math());
-      device::MmaM16N8K16(outputs_[2 * i + 1], fragment, columns[2], columns[3], Math());
+#pragma unroll
+      for (int t = 0; t < kKeyBlocks / 2; ++t) {
+        device::MmaM16N8K16(outputs_[2 * i], fragments[t], columns[t][0], columns[t][1], Math());
+        device::MmaM16N8K16(outputs_[2 * i + 1], fragments[t], columns[t][2], columns[t][3], Math());
+      }
     }
   }
 
@@ -295,7 +319,9 @@ class ConsumerWarp {
   KeyRange visible_[2];             // by each of the lane's rows
   KeyRange all_visible_;            // by every row of the warp
   int first_row_;                   // of the row block's packed rows
-  int key_slice_, num_key_slices_;  // of the keys of a tile
+  int key_slice_, num_key_slices_;  // of the keys
+  int turn_;                        // steps of all tiles before, modulo the slices
+  uint32_t keys_row_, values_row_;  // LaneRowOfKeys, LaneRowOfValues
 };
 
 }  // namespace jpa::fused

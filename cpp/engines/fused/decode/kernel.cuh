@@ -4,7 +4,7 @@
 // find_range.cuh: every CTA works out from the lengths alone which key tiles it has (work_split.h).
 //
 // producer.cuh: one warp walks these tiles (cta_range_cursor.h), looks up their pages and leaves a descriptor
-// per tile. It and three others load keys and values into stages, as many tiles ahead as there are stages.
+// per tile. Three others load keys and values into stages, as many tiles ahead as there are stages.
 //
 // consumer.cuh: four more warps compute S = Q K^T, the online softmax and O += P V.
 //
@@ -47,42 +47,47 @@ template <typename Traits>
 __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, DecodeShared<Traits>& shared,
                                char* stages) {
   StageCursor<DecodeShared<Traits>::kStages> stage;
-  const auto load_next = [&] {
-    const TileDescriptor& descriptor = shared.descriptors[stage.index];
-    device::WaitForPhase(&shared.described[stage.index], stage.parity);
-    if (!descriptor.exists) return false;
-    LoadTile<Traits>(args, descriptor, device::SharedAddress(stages + stage.index * Traits::kStageBytes));
-    device::ArriveAfterCpAsync(&shared.full[stage.index]);
-    stage.Next();
-    return true;
-  };
-  if (threadIdx.x >= Traits::kConsumerThreads + 32) {
-    while (load_next()) {
+  if (threadIdx.x >= Traits::kThreads - Traits::kLoaderThreads) {
+    for (;; stage.Next()) {
+      const TileDescriptor& descriptor = shared.descriptors[stage.index];
+      device::WaitForPhase(&shared.described[stage.index], stage.parity);
+      if (!descriptor.exists) return;
+      LoadTile<Traits>(args, descriptor, device::SharedAddress(stages + stage.index * Traits::kStageBytes));
+      device::ArriveAfterCpAsync(&shared.full[stage.index]);
     }
-    return;
   }
   SequencesAhead sequences(args.call, shared.raw_sequence);
   DescriptorMaker descriptors(args, range, sequences, shared.range_seq, shared.range_offset);
+  bool exists;
   do {
     device::WaitForPhase(&shared.empty[stage.index], stage.parity ^ 1);
-    descriptors.Make<Traits>(&shared.descriptors[stage.index], &shared.row_block);
+    exists = descriptors.Make<Traits>(&shared.descriptors[stage.index], &shared.row_block);
     device::Arrive(&shared.described[stage.index]);
-  } while (load_next());
+    stage.Next();
+  } while (exists);
 }
 
 template <typename Traits>
 __device__ inline void Consume(const DecodeArgs& args, DecodeShared<Traits>& shared, char* stages) {
   StageCursor<DecodeShared<Traits>::kStages> stage;
   ConsumerWarp<Traits> rows;
-  for (;; stage.Next()) {
+  for (bool starts_split = true;; stage.Next()) {
     const TileDescriptor& descriptor = shared.descriptors[stage.index];
-    device::WaitForPhase(&shared.described[stage.index], stage.parity);
-    if (!descriptor.exists) break;
-    if (descriptor.starts_split) rows.Start(args, descriptor);
-    device::WaitForPhase(&shared.full[stage.index], stage.parity);
+    if (starts_split) {
+      device::WaitForPhase(&shared.described[stage.index], stage.parity);
+      if (!descriptor.exists) break;
+      rows.Start(args, descriptor);  // while the tile arrives
+    }
+    const int step = rows.NextStep();
     char* const tile = stages + stage.index * Traits::kStageBytes;
-    rows.Attend(args, descriptor, device::SharedAddress(tile));
-    if (descriptor.ends_split) rows.Epilogue(args, descriptor, tile);
+    if (step < rows.kSteps) {
+      device::WaitForPhases(&shared.described[stage.index], &shared.full[stage.index], stage.parity);
+      rows.Attend(args, descriptor, step, device::SharedAddress(tile));
+    } else {
+      device::WaitForPhase(&shared.described[stage.index], stage.parity);
+    }
+    starts_split = descriptor.ends_split;
+    if (starts_split) rows.Epilogue(args, descriptor, tile);
     device::Arrive(&shared.empty[stage.index]);  // a consumer frees a stage here
   }
   if (shared.row_block.num_splits > 0) {
@@ -95,7 +100,8 @@ template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapability))
     DecodeKernel(const __grid_constant__ DecodeArgs args) {
   using Shared = DecodeShared<Traits>;
-  extern __shared__ __align__(128) char stages[];
+  extern __shared__ __align__(128) char shared_memory[];
+  char* const stages = device::KeptShared(shared_memory);
   auto& shared = *reinterpret_cast<Shared*>(stages + Shared::kStages * Traits::kStageBytes);
 
   if (blockIdx.x == static_cast<unsigned>(args.num_ctas)) {
@@ -110,7 +116,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   if (threadIdx.x < Shared::kStages) {
     // Every lane arrives for itself: one per warp would do, but racecheck does not follow that.
     device::InitBarrier(&shared.described[threadIdx.x], 32);
-    device::InitBarrier(&shared.full[threadIdx.x], Traits::kProducerThreads);
+    device::InitBarrier(&shared.full[threadIdx.x], Traits::kLoaderThreads);
     device::InitBarrier(&shared.empty[threadIdx.x], Traits::kConsumerThreads);
   }
   if (threadIdx.x == 0) shared.row_block.num_splits = 0;

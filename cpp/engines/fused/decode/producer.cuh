@@ -1,5 +1,5 @@
 // Producers: one warp walks the CTA's key tiles, looks up their pages and leaves a descriptor per tile in
-// shared memory; it and three others load the tiles' keys and values into stages by cp.async.
+// shared memory; three others load the tiles' keys and values into stages by cp.async.
 #pragma once
 
 #include <cstdint>
@@ -28,39 +28,38 @@ class DescriptorMaker {
     LookUpPages();
   }
 
-  // Leaves the descriptor of the next tile, or word that there is none.
+  // Leaves the descriptor of the next tile, or word that there is none: then returns false.
   template <typename Traits>
-  __device__ void Make(TileDescriptor* descriptor, SplitRowBlock* row_block) {
+  __device__ bool Make(TileDescriptor* descriptor, SplitRowBlock* row_block) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (range_.done()) {
       if (lane == 0) descriptor->exists = 0;
-      return;
+      return false;
     }
+    uint32_t valid[kKeysPerLane];
 #pragma unroll
-    for (int i = 0; i < kKeysPerLane; ++i) {
-      const int32_t key = Key(i), page = pages_[i];
-      const bool valid = page >= 0 && page < call_.num_pages;
-      const int32_t token = key - call_.page_size.Quotient(key) * call_.page_size.divisor();
-      descriptor->k_offsets[lane + 32 * i] =
-          valid ? Offset<Traits>(call_.params.k_strides, page, call_.problem.num_k_pages, token) : -1;
-      if (!args_.same_offsets) {
-        descriptor->v_offsets[lane + 32 * i] =
-            valid ? Offset<Traits>(call_.params.v_strides, page, call_.problem.num_v_pages, token) : -1;
-      }
-      const unsigned all = __ballot_sync(~0u, valid);
-      if (lane == 0) descriptor->valid[i] = all;
+    for (int i = 0; i < kKeysPerLane; ++i) valid[i] = __ballot_sync(~0u, IsPage(pages_[i]));
+    // The way of nearly all tiles is short: other warps wait for the descriptor where memory is fast.
+    if (args_.same_offsets && (valid[0] & valid[1]) == ~0u) {
+#pragma unroll
+      for (int i = 0; i < kKeysPerLane; ++i)
+        descriptor->k_offsets[lane + 32 * i] = Offset<Traits>(call_.params.k_strides, pages_[i], tokens_[i]);
+    } else {
+      StoreOffsets<Traits>(call_.params.k_strides, call_.problem.num_k_pages, descriptor->k_offsets);
+      StoreOffsets<Traits>(call_.params.v_strides, call_.problem.num_v_pages, descriptor->v_offsets);
     }
-    if (lane == 0) Describe(descriptor, row_block);
+    if (lane == 0) {
+#pragma unroll
+      for (int i = 0; i < kKeysPerLane; ++i) descriptor->valid[i] = valid[i];
+      Describe(descriptor, row_block);
+    }
     range_.Next();
     LookUpPages();
+    return true;
   }
 
  private:
   static constexpr int kKeysPerLane = kTileKeys / 32;
-
-  __device__ int32_t Key(int i) const {
-    return range_.at().tile() * kTileKeys + static_cast<int32_t>(threadIdx.x % 32) + 32 * i;
-  }
 
   // Reads the block table for the lane's keys.
   __device__ void LookUpPages() {
@@ -68,24 +67,34 @@ class DescriptorMaker {
     const int32_t* table = call_.params.block_tables + range_.at().index() * call_.problem.max_pages;
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i) {
-      pages_[i] = Key(i) < range_.at().sequence().kv_len ? table[call_.page_size.Quotient(Key(i))] : -1;
+      const int32_t key = range_.at().tile() * kTileKeys + static_cast<int32_t>(threadIdx.x % 32) + 32 * i;
+      const int32_t entry = call_.page_size.Quotient(key);
+      pages_[i] = static_cast<uint32_t>(key < range_.at().sequence().kv_len ? table[entry] : -1);
+      tokens_[i] = static_cast<uint32_t>(key - entry * call_.page_size.divisor());
     }
   }
 
+  __device__ bool IsPage(uint32_t page) const { return page < static_cast<uint32_t>(call_.num_pages); }
+
   template <typename Traits>
-  __device__ int64_t Offset(const PageStrides& strides, int32_t page, int64_t num_pages,
-                            int32_t token) const {
-    // The smaller of two pools is repeated.
-    const uint32_t own =
-        page < num_pages ? page : static_cast<uint32_t>(page) % static_cast<uint32_t>(num_pages);
-    return (int64_t{own} * strides.page + token * strides.token + range_.at().head() * strides.head) *
+  __device__ int64_t Offset(const PageStrides& strides, uint32_t page, uint32_t token) const {
+    return (page * strides.page + token * strides.token + range_.at().head() * strides.head) *
            ByteWidth(Traits::kKV);
+  }
+
+  // For any pools and any pages. The smaller of two pools is repeated.
+  template <typename Traits>
+  __device__ void StoreOffsets(const PageStrides& strides, int64_t num_pages, int64_t* offsets) const {
+#pragma unroll
+    for (int i = 0; i < kKeysPerLane; ++i) {
+      const uint32_t page = pages_[i] % static_cast<uint32_t>(num_pages);
+      offsets[threadIdx.x % 32 + 32 * i] = IsPage(pages_[i]) ? Offset<Traits>(strides, page, tokens_[i]) : -1;
+    }
   }
 
   __device__ void Describe(TileDescriptor* descriptor, SplitRowBlock* row_block) const {
     const auto& at = range_.at();
     descriptor->exists = 1;
-    descriptor->starts_split = range_.StartsSplit();
     descriptor->ends_split = range_.EndsSplit();
     descriptor->key = at.tile() * kTileKeys;
     descriptor->seq = at.index();
@@ -113,7 +122,8 @@ class DescriptorMaker {
   const int32_t cta_;
   const int32_t num_queues_;
   CtaRangeCursor<SequencesAhead> range_;
-  int32_t pages_[kKeysPerLane];
+  uint32_t pages_[kKeysPerLane];   // of the next tile's keys; a negative id is a large number here
+  uint32_t tokens_[kKeysPerLane];  // within these pages
 };
 
 // A 16-byte chunk of a key tile.
@@ -123,28 +133,35 @@ struct ChunkPlace {
   uint32_t chunk;  // of the row
 };
 
-// By all producers: starts the loads of a tile's keys and values into the stage at shared address `stage`.
+// By the loaders: starts the loads of a tile's keys and values into the stage at shared address `stage`.
 template <typename Traits>
 __device__ inline void LoadTile(const DecodeArgs& args, const TileDescriptor& descriptor, uint32_t stage) {
   using Rows = typename Traits::Rows;
   constexpr int kChunks = kTileKeys * Rows::kChunks,
-                kEach = (kChunks + Traits::kProducerThreads - 1) / Traits::kProducerThreads;
-  uint32_t thread = threadIdx.x - Traits::kConsumerThreads;
+                kEach = (kChunks + Traits::kLoaderThreads - 1) / Traits::kLoaderThreads;
+  uint32_t thread = threadIdx.x - (Traits::kThreads - Traits::kLoaderThreads);
   // Shifts find places at once. If divisions had to, the compiler would keep their results from tile to tile,
   // and these warps lack the registers for that.
   if constexpr ((Rows::kChunks & (Rows::kChunks - 1)) != 0) thread = device::Opaque(thread);
   const char* const k_pages = static_cast<const char*>(args.call.params.k_pages);
   const char* const v_pages = static_cast<const char*>(args.call.params.v_pages);
   const auto place_of = [&](int i) {
-    const uint32_t number = i * Traits::kProducerThreads + thread;
-    return ChunkPlace{
-        .exists = number < kChunks, .key = number / Rows::kChunks, .chunk = number % Rows::kChunks};
+    const uint32_t number = i * Traits::kLoaderThreads + thread;
+    if constexpr (Traits::kLoaderThreads % Rows::kChunks == 0) {
+      // The same, with one division for all i.
+      return ChunkPlace{.exists = number < kChunks,
+                        .key = i * (Traits::kLoaderThreads / Rows::kChunks) + thread / Rows::kChunks,
+                        .chunk = thread % Rows::kChunks};
+    } else {
+      return ChunkPlace{
+          .exists = number < kChunks, .key = number / Rows::kChunks, .chunk = number % Rows::kChunks};
+    }
   };
   if (args.same_offsets && descriptor.all_valid()) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const ChunkPlace place = place_of(i);
-      if (kChunks % Traits::kProducerThreads != 0 && !place.exists) break;
+      if (kChunks % Traits::kLoaderThreads != 0 && !place.exists) break;
       const uint32_t to = stage + Rows::Offset(place.key, place.chunk);
       const int64_t offset = descriptor.k_offsets[place.key] + place.chunk * 16;
       device::CpAsync16(to, k_pages + offset);
@@ -158,8 +175,7 @@ __device__ inline void LoadTile(const DecodeArgs& args, const TileDescriptor& de
     if (!place.exists) break;
     const uint32_t to = stage + Rows::Offset(place.key, place.chunk);
     const int byte = place.chunk * 16;
-    const int64_t k_offset = descriptor.k_offsets[place.key];
-    const int64_t v_offset = args.same_offsets ? k_offset : descriptor.v_offsets[place.key];
+    const int64_t k_offset = descriptor.k_offsets[place.key], v_offset = descriptor.v_offsets[place.key];
     device::CpAsync16(to, k_pages + (k_offset < 0 ? 0 : k_offset + byte), k_offset >= 0);
     device::CpAsync16(to + Traits::kTileBytes, v_pages + (v_offset < 0 ? 0 : v_offset + byte), v_offset >= 0);
   }

@@ -21,11 +21,10 @@ inline constexpr int kCapability = 90;  // The host's pass compiles no kernel, b
 // All that producers and consumers need to know of a key tile in flight.
 struct TileDescriptor : RowBlock {
   int64_t k_offsets[kTileKeys];    // bytes into the pool, of each key's row; -1: there is no such key
-  int64_t v_offsets[kTileKeys];    // likewise, unless they are the same
+  int64_t v_offsets[kTileKeys];    // likewise; unset where all keys are there and the offsets are the same
   uint32_t valid[kTileKeys / 32];  // a bit per key: whether it exists
   int32_t exists;                  // 0 behind the last tile
-  int32_t starts_split;            // the tile is the first of a KV split
-  int32_t ends_split;              // it is the last one
+  int32_t ends_split;              // the tile is the last one of a KV split
   int32_t is_whole;                // that split is all of the row block
   int32_t continues;               // the next CTA of the queue goes on with the row block
   int32_t partial;                 // index of the split's partial result; batch-invariant: of the split

@@ -29,13 +29,15 @@ struct DecodeTraits {
   static constexpr DType kMath = kIs8Bit ? DType::kF16 : kv_dtype_;
 
   static constexpr int kConsumerThreads = 32 * kConsumerWarps;
-  // One warp could not issue loads as fast as memory answers them: it took 2.4 us per tile on an H100, of
-  // which two CTAs need one in 2.8 us. So there are as many producers as consumers.
-  static constexpr int kProducerThreads = kConsumerThreads;
+  // A warp that makes tile descriptors, and loaders. One loader could not issue loads as fast as memory
+  // answers them: it took 2.4 us per tile on an H100, of which two CTAs need one in 2.8 us. Descriptors take
+  // as long as loads, so whoever makes them does nothing else.
+  static constexpr int kLoaderThreads = 32 * 3;
+  static constexpr int kProducerThreads = 32 + kLoaderThreads;
   static constexpr int kThreads = kConsumerThreads + kProducerThreads;
   // Registers per thread where two CTAs share a multiprocessor's 65,536. MMAs need more than loads.
-  static constexpr int kProducerRegisters = 80;
-  static constexpr int kConsumerRegisters = 176;
+  static constexpr int kProducerRegisters = 72;
+  static constexpr int kConsumerRegisters = 184;
 
   static constexpr int kRowBytes = kHeadDim * static_cast<int>(ByteWidth(kKV));
   using Rows = device::SwizzledRows<kRowBytes>;
@@ -63,10 +65,10 @@ struct DecodeTraits {
   }
   // As many stages as keep 72 KB per multiprocessor in flight, and one more where no other CTA fills the gap
   // while MMAs hold one. More would only lengthen memory's queues: on an H100 three stages of 35 KB were 0.3
-  // to 0.8 % slower than two. 8-bit tiles hold a stage as long and arrive in half the time: three stages of
-  // 18 KB were 1 to 3.5 % faster than two, and four no faster.
+  // to 0.8 % slower than two. Of 8-bit tiles, which arrive in half the time, two are held at once, each by
+  // two warps (ConsumerWarp::NextStep): on an H200 five stages of 18 KB were 11 % faster than three.
   static constexpr int Stages(int capability) {
-    constexpr int kBytesInFlight = (kIs8Bit ? 108 : 72) * 1024;
+    constexpr int kBytesInFlight = (kIs8Bit ? 180 : 72) * 1024;
     const int ctas = CtasPerSm(capability), fit = StagesThatFit(capability, ctas);
     const int stages = (kBytesInFlight + ctas * kStageBytes - 1) / (ctas * kStageBytes) + (ctas == 1 ? 1 : 0);
     return fit < 2 || stages > fit ? fit : stages < 2 ? 2 : stages;
