@@ -146,7 +146,7 @@ def parse_arguments() -> argparse.Namespace:
         "--model",
         type=Path,
         default=Path(__file__).parent / "checkpoint",
-        help="folder of a model in Hugging Face's layout, see families.py; by default the small byte-level one here",
+        help="folder of a model in Hugging Face's layout, see models/; by default the small byte-level one here",
     )
     parser.add_argument(
         "--prompt",

@@ -18,7 +18,7 @@ from cases import Array, Case, build
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from llama import Llama, LlamaConfig
+from models import Decoder, DecoderConfig
 from test_transforms import OURS
 
 import jax_paged_attn as jpa
@@ -332,13 +332,13 @@ def test_a_layer_of_fewer_heads_than_shards_of_one_axis(with_step: bool) -> None
         np.testing.assert_allclose(y, run(state, x), rtol=1e-4, atol=1e-5)
 
 
-SERVED = LlamaConfig(
+SERVED = DecoderConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=16,
     num_key_value_heads=8, head_dim=8, max_position_embeddings=96,
 )  # fmt: skip
 
 
-def served(model: Llama, **options: Any) -> list[list[int]]:
+def served(model: Decoder, **options: Any) -> list[list[int]]:
     """Outputs of requests that share prefixes and a pool in which they have to preempt; nothing is moved or traced."""
     engine = Engine(model.served(), num_pages=36, page_size=4, max_seqs=6, buckets=(6, 24), **options)
     engine.warm_up()
@@ -362,9 +362,9 @@ def pool_pointers(engine: Engine) -> list[int]:
 
 def test_an_engine_is_partitioned_by_head() -> None:
     """The serving engine on a mesh gives the tokens that it gives on one device, in f32."""
-    want = served(Llama(SERVED, rngs=nnx.Rngs(0)))
+    want = served(Decoder(SERVED, rngs=nnx.Rngs(0)))
     for fused, options in ((False, {}), (True, {"decode_steps": 4}), (True, {"num_drafts": 2})):
-        model = Llama(SERVED, rngs=nnx.Rngs(0))
+        model = Decoder(SERVED, rngs=nnx.Rngs(0))
         if fused:
             model.fuse()
         model.shard(mesh_of(x=8), "x")
@@ -372,7 +372,7 @@ def test_an_engine_is_partitioned_by_head() -> None:
 
 
 def test_a_model_whose_heads_are_fewer_than_devices_is_not_partitioned() -> None:
-    model = Llama(dataclasses.replace(SERVED, num_key_value_heads=4), rngs=nnx.Rngs(0))
+    model = Decoder(dataclasses.replace(SERVED, num_key_value_heads=4), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="axis: expected a size that divides num_key_value_heads = 4, got 8"):
         model.shard(mesh_of(x=8), "x")
 

@@ -26,14 +26,14 @@ import train
 from checkpoint import CheckpointError
 from evaluate import bits_per_byte, ngram_bits_per_byte, windows
 from flax import nnx
-from llama import Llama, LlamaConfig
+from models import Decoder, DecoderConfig
 from safetensors.flax import load_file, save_file
 
 from jax_paged_attn.nnx import Llama3RopeScaling, StepMetadata
 from jax_paged_attn.serving import Engine, Request
 
 EXAMPLES = corpus.HELDOUT_FILE.parent
-SMALL = LlamaConfig(
+SMALL = DecoderConfig(
     vocab_size=256,
     hidden_size=32,
     intermediate_size=48,
@@ -49,8 +49,8 @@ SCALED = dataclasses.replace(SMALL, rope_theta=500.0, rope_scaling=Llama3RopeSca
 TIED = dataclasses.replace(SCALED, tie_word_embeddings=True)
 
 
-def small_model(config: LlamaConfig = SMALL) -> Llama:
-    return Llama(config, rngs=nnx.Rngs(0))
+def small_model(config: DecoderConfig = SMALL) -> Decoder:
+    return Decoder(config, rngs=nnx.Rngs(0))
 
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 256, 40), jnp.int32)
@@ -60,7 +60,7 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 256, 40), jnp.int32)
 
 
 @pytest.mark.parametrize("config", [SCALED, TIED], ids=["untied", "tied"])
-def test_saved_models_load_unchanged(tmp_path: Path, config: LlamaConfig):
+def test_saved_models_load_unchanged(tmp_path: Path, config: DecoderConfig):
     model = small_model(config)
     checkpoint.save(model, tmp_path, dtype=jnp.float32)
     loaded = checkpoint.load(tmp_path)
@@ -196,7 +196,7 @@ def test_fields_left_out_have_the_defaults_of_transformers(absent: object):
         ]
     )
     data = {**sizes, "num_attention_heads": 4, **(optional if absent is None else {})}
-    assert checkpoint.config_from_hf(data, Path("config.json")) == LlamaConfig(
+    assert checkpoint.config_from_hf(data, Path("config.json")) == DecoderConfig(
         **sizes,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -304,11 +304,11 @@ def test_damaged_folders_end_generate_with_one_line(
 
 
 @pytest.mark.parametrize("config", [SCALED, TIED], ids=["untied", "tied"])
-def test_transformers_agrees(tmp_path: Path, config: LlamaConfig):
+def test_transformers_agrees(tmp_path: Path, config: DecoderConfig):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    theirs_config = transformers.LlamaConfig(**checkpoint.config_to_hf(config, jnp.dtype("float32")))
+    theirs_config = transformers.LlamaConfig(**checkpoint.config_to_hf(config, "float32"))
     theirs = transformers.LlamaForCausalLM(theirs_config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():  # far from their nearly linear initial values

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint import CheckpointError
-from families import config_from_hf
 from flax import nnx
-from llama import Llama
-from mlp import Experts
+from models import Decoder, config_from_hf
+from models.gpt_oss import ClampedExperts
+from models.layers import Experts
 from safetensors.numpy import load_file, save_file
 
 from jax_paged_attn.nnx import StepMetadata
@@ -32,7 +32,7 @@ def relative_error(got: Any, want: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
-def loaded(request: pytest.FixtureRequest) -> tuple[Llama, dict[str, np.ndarray]]:
+def loaded(request: pytest.FixtureRequest) -> tuple[Decoder, dict[str, np.ndarray]]:
     folder = request.param
     found = checkpoint.load(folder)
     assert found.tokenizer.encode("t3 t1") == [3, 1]
@@ -55,7 +55,7 @@ def test_there_are_all_families() -> None:
     }
 
 
-def test_logits_are_those_of_transformers(loaded: tuple[Llama, dict[str, np.ndarray]]) -> None:
+def test_logits_are_those_of_transformers(loaded: tuple[Decoder, dict[str, np.ndarray]]) -> None:
     """Dense, over pages at once, over pages in chunks, and with joined projections."""
     model, want = loaded
     tokens = jnp.asarray(want["tokens"], jnp.int32)
@@ -79,7 +79,7 @@ def test_logits_are_those_of_transformers(loaded: tuple[Llama, dict[str, np.ndar
     assert relative_error(jnp.concatenate(chunks), want["logits"]) < 1e-5
 
 
-def test_engines_give_the_greedy_tokens_of_transformers(loaded: tuple[Llama, dict[str, np.ndarray]]) -> None:
+def test_engines_give_the_greedy_tokens_of_transformers(loaded: tuple[Decoder, dict[str, np.ndarray]]) -> None:
     """Requests that share a prefix, in chunks, in a pool that makes them preempt; windows roll on the way."""
     model, want = loaded
     greedy = want["greedy"].tolist()
@@ -94,7 +94,7 @@ def test_engines_give_the_greedy_tokens_of_transformers(loaded: tuple[Llama, dic
     assert engine.stats.cached_tokens >= 16
 
 
-def test_joined_projections_change_nothing(loaded: tuple[Llama, dict[str, np.ndarray]]) -> None:
+def test_joined_projections_change_nothing(loaded: tuple[Decoder, dict[str, np.ndarray]]) -> None:
     model, want = loaded
     model.fuse()  # the last test of this model
     assert relative_error(model(jnp.asarray(want["tokens"], jnp.int32)), want["logits"]) < 1e-5
@@ -137,7 +137,7 @@ def test_what_is_special_is_read() -> None:
     assert config_of("qwen3-moe").dense_layers == (1,)
     assert config_of("mixtral").experts == Experts(4, 2, 40, normalised=True)
     oss = config_of("gpt-oss", layer_types=..., swiglu_limit=...)
-    assert (oss.sliding_windows, oss.swiglu_limit, oss.sinks) == ((6, None, 6), 7.0, True)
+    assert (oss.sliding_windows, oss.experts, oss.sinks) == ((6, None, 6), ClampedExperts(4, 2, 12), True)
     assert config_of("llama-linear").rope_scaling == LinearRopeScaling(4.0)
     assert config_of("llama-yarn").rope_scaling == YarnRopeScaling(4.0, 16, 4.0, 1.0)
 
@@ -207,7 +207,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data |= {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "layer_types": None}
     (folder / "plain").mkdir()
     config = config_from_hf(data, folder)
-    model = Llama(config, rngs=nnx.Rngs(0))
+    model = Decoder(config, rngs=nnx.Rngs(0))
     tensors = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         value = np.asarray(variable[...])
