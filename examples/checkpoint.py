@@ -48,15 +48,19 @@ class Checkpoint:
     tokenizer: Tokenizer
 
 
-def load(folder: Path, *, dtype: DTypeLike | None = None, implementation: str | None = None) -> Checkpoint:
+def load(
+    folder: Path, *, dtype: DTypeLike | None = None, max_len: int | None = None, implementation: str | None = None
+) -> Checkpoint:
     """Reads a checkpoint folder.
 
     Args:
       folder: with config.json, model.safetensors or model.safetensors.index.json, and mostly tokenizer.json.
       dtype: of weights and computation; None for the one that config.json names.
+      max_len: the longest context to be served, in tokens; None for the model's. See `models.family.Family.config`.
       implementation: engine of every attention; None for the best one.
 
     Raises:
+      ValueError: the model has no contexts of `max_len` tokens.
       CheckpointError: a file is missing, is damaged, or belongs to no model here; the message names it, in one line.
     """
     folder = Path(folder)
@@ -66,7 +70,7 @@ def load(folder: Path, *, dtype: DTypeLike | None = None, implementation: str | 
     data = read_json(source)
     fields = Fields(data, source)
     family = family_of(fields)
-    config = family.config(fields)
+    config = family.config(fields, max_len)
     generation_file = folder / "generation_config.json"
     if generation_file.exists():
         config = _with_stop_tokens_of(Fields(read_json(generation_file), generation_file), config, data)

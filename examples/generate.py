@@ -165,6 +165,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-seqs", type=positive, default=8, metavar="N", help="requests per step, default %(default)s"
     )
+    parser.add_argument(
+        "--max-len",
+        type=positive,
+        metavar="N",
+        help="longest context in tokens, by default the model's; with dynamic rotary scaling it may be longer",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="by default f32 on CPUs, elsewhere the checkpoint's")
     parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="by default as --dtype")
     parser.add_argument(
@@ -187,7 +193,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Engine, list[Output]]:
     """Loads the model, sizes the cache, submits the prompts, compiles the steps."""
     name = arguments.dtype or (arguments.cache_dtype if arguments.cache_dtype in DTYPES else None)
     dtype = DTYPES[name] if name else (jnp.float32 if jax.default_backend() == "cpu" else None)
-    checkpoint = load(arguments.model, dtype=dtype)
+    checkpoint = load(arguments.model, dtype=dtype, max_len=arguments.max_len)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     is_own = isinstance(tokenizer, ByteTokenizer)
     texts = arguments.prompt or (DOCUMENTATION_PROMPTS if is_own else GENERAL_PROMPTS)

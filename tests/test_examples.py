@@ -153,8 +153,8 @@ LLAMA3_ROPE = {
         ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters: rope_theta: expected a positive number, got 0"),
         ({"rope_scaling": "llama3"}, "rope_scaling: expected an object, got 'llama3'"),
         (
-            {"rope_scaling": {"rope_type": "dynamic"}},
-            "rope_scaling: rope_type: expected 'default' or .*, got 'dynamic'",
+            {"rope_scaling": {"rope_type": "ntk"}},
+            "rope_scaling: rope_type: expected 'default' or .*, got 'ntk'",
         ),
         (
             {"rope_scaling": {"type": "longrope"}},

@@ -19,7 +19,7 @@ from models.layers import Experts
 from safetensors.numpy import load_file, save_file
 
 from jax_paged_attn.nnx import StepMetadata
-from jax_paged_attn.rope import LinearRopeScaling, LongRopeScaling, YarnRopeScaling
+from jax_paged_attn.rope import DynamicRopeScaling, LinearRopeScaling, LongRopeScaling, YarnRopeScaling
 from jax_paged_attn.serving import Engine, Request
 
 PARITY = Path(__file__).parent / "parity"
@@ -100,13 +100,32 @@ def test_joined_projections_change_nothing(loaded: tuple[Decoder, dict[str, np.n
     assert relative_error(model(jnp.asarray(want["tokens"], jnp.int32)), want["logits"]) < 1e-5
 
 
+def test_dynamic_frequencies_are_those_of_the_longest_context() -> None:
+    """Beyond the original length `transformers` has the frequencies of each length: here those of all 96 tokens."""
+    folder = PARITY / "llama-dynamic"
+    want = load_file(folder / "expected.safetensors")
+    tokens = jnp.asarray(want["long_tokens"], jnp.int32)
+    model = checkpoint.load(folder, max_len=len(tokens)).model
+    assert model.served().max_len == len(tokens) > 64
+    assert relative_error(model(tokens), want["long_logits"]) < 1e-5
+    model.init_cache(len(tokens) // PAGE_SIZE, PAGE_SIZE)
+    paged = model(tokens, StepMetadata.whole_sequences(1, len(tokens), PAGE_SIZE))
+    assert relative_error(paged, want["long_logits"]) < 1e-5
+
+
+def test_other_models_reach_no_further_than_they_were_made_for() -> None:
+    for name, max_len in (("llama-yarn", 65), ("mistral", 0), ("llama-dynamic", 0)):
+        with pytest.raises(ValueError, match=f"max_len: expected 1 to max_position_embeddings = 64, got {max_len}"):
+            checkpoint.load(PARITY / name, max_len=max_len)
+
+
 # ---- fields of config.json
 
 
-def config_of(name: str, **changes: Any) -> Any:
+def config_of(name: str, max_len: int | None = None, **changes: Any) -> Any:
     """The config of a folder with some fields changed, or left out where the value is `...`."""
     data = {**json.loads((PARITY / name / "config.json").read_text()), **changes}
-    return config_from_hf({key: value for key, value in data.items() if value is not ...}, Path("config.json"))
+    return config_from_hf({key: value for key, value in data.items() if value is not ...}, Path("config.json"), max_len)
 
 
 def test_what_is_special_is_read() -> None:
@@ -132,6 +151,9 @@ def test_what_is_special_is_read() -> None:
     assert isinstance(phi.rope_scaling, LongRopeScaling)
     assert phi.rope_scaling.factors == (1.5, 2.5, 4.0)
     assert config_of("phi3", max_position_embeddings=16).rope_scaling == LongRopeScaling((1.0, 1.1, 1.2))
+    short = config_of("phi3", max_len=16)
+    assert short.max_position_embeddings == 16
+    assert short.rope_scaling == LongRopeScaling((1.0, 1.1, 1.2), phi.rope_scaling.attention_factor)
     moe = config_of("qwen3-moe", norm_topk_prob=..., decoder_sparse_step=2)
     assert (moe.experts, moe.dense_layers) == (Experts(5, 2, 12, normalised=False), (0, 1, 2))
     assert config_of("qwen3-moe").dense_layers == (1,)
@@ -139,6 +161,7 @@ def test_what_is_special_is_read() -> None:
     oss = config_of("gpt-oss", layer_types=..., swiglu_limit=...)
     assert (oss.sliding_windows, oss.experts, oss.sinks) == ((6, None, 6), ClampedExperts(4, 2, 12), True)
     assert config_of("llama-linear").rope_scaling == LinearRopeScaling(4.0)
+    assert config_of("llama-dynamic").rope_scaling == DynamicRopeScaling(3.0, 64, 64)
     assert config_of("llama-yarn").rope_scaling == YarnRopeScaling(4.0, 16, 4.0, 1.0)
 
 
@@ -157,7 +180,8 @@ def test_what_is_special_is_read() -> None:
         ("qwen3-moe", {"mlp_only_layers": [3]}, r"mlp_only_layers: expected a list of integers in \[0, 3\), got \[3\]"),
         ("gpt-oss", {"swiglu_alpha": 1.0}, "swiglu_alpha: expected 1.702, got 1.0"),
         ("mistral", {"sliding_window": 0}, "sliding_window: expected an integer of at least 1, got 0"),
-        ("llama-yarn", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: expected 'default'"),
+        ("llama-yarn", {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "rope_type: expected 'default'"),
+        ("llama-dynamic", {"rope_parameters": {"rope_type": "dynamic"}}, "factor: expected a positive number"),
         ("llama-yarn", {"rope_parameters": {"rope_type": "yarn"}}, "factor: expected a positive number"),
         (
             "llama-yarn",

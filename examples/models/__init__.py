@@ -49,11 +49,11 @@ def family_of(fields: Fields) -> Family:
     return FAMILIES[fields.choice("model_type", tuple(FAMILIES), "llama")]
 
 
-def config_from_hf(data: dict[str, Any], source: Path) -> DecoderConfig:
-    """The config of a Hugging Face config.json.
+def config_from_hf(data: dict[str, Any], source: Path, max_len: int | None = None) -> DecoderConfig:
+    """The config of a Hugging Face config.json; see `Family.config`.
 
     Raises:
       CheckpointError: the model is of no family here, or a field has a value that none of the family has.
     """
     fields = Fields(data, source)
-    return family_of(fields).config(fields)
+    return family_of(fields).config(fields, max_len)

@@ -15,7 +15,7 @@ from jax import Array
 
 from .decoder import DecoderConfig
 from .fields import CheckpointError, Fields
-from .rotary import rope_scaling, rope_section
+from .rotary import rope_kind, rope_scaling, rope_section
 
 # File, name and value of each.
 Tensors = Iterable[tuple[Path, str, Array]]
@@ -43,11 +43,17 @@ class Family:
     rope: Callable[[Fields], Fields] = rope_section
     tensors: Callable[[Tensors, DecoderConfig], Tensors] = _unchanged
 
-    def config(self, fields: Fields) -> DecoderConfig:
+    def config(self, fields: Fields, max_len: int | None = None) -> DecoderConfig:
         """The config of a config.json.
+
+        Args:
+          fields: those of config.json.
+          max_len: the longest context to be served, in tokens; None for max_position_embeddings. Models with dynamic
+            rotary scaling may have longer ones: for all their tokens frequencies are those of this length.
 
         Raises:
           CheckpointError: a field has a value that no model of the family has.
+          ValueError: `max_len` is below 1 or more than the model reaches.
         """
         special, defaults = self.special(fields), self.defaults
         self.activation(fields)
@@ -58,6 +64,9 @@ class Family:
             raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads = {heads}")
         context = fields.integer("max_position_embeddings", defaults["max_position_embeddings"])
         rope = self.rope(fields)
+        served = context if max_len is None else max_len
+        if served < 1 or (served > context and rope_kind(rope) != "dynamic"):
+            raise ValueError(f"max_len: expected 1 to max_position_embeddings = {context}, got {served}")
         return DecoderConfig(
             vocab_size=vocab_size,
             hidden_size=fields.integer("hidden_size"),
@@ -66,10 +75,10 @@ class Family:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim(fields, defaults.get("head_dim")),
-            max_position_embeddings=context,
+            max_position_embeddings=served,
             rms_norm_eps=fields.number("rms_norm_eps", defaults.get("rms_norm_eps", 1e-6)),
             rope_theta=rope.number("rope_theta", fields.number("rope_theta", defaults.get("rope_theta", 10000.0))),
-            rope_scaling=rope_scaling(rope, context, fields),
+            rope_scaling=rope_scaling(rope, fields, context, served),
             tie_word_embeddings=fields.boolean("tie_word_embeddings", defaults.get("tie_word_embeddings", False)),
             bos_token_id=next(iter(self._token_ids(fields, "bos_token_id", vocab_size)), None),
             eos_token_ids=self._token_ids(fields, "eos_token_id", vocab_size),

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 
-from jax_paged_attn.rope import LinearRopeScaling, Llama3RopeScaling, LongRopeScaling, RopeScaling, YarnRopeScaling
+from jax_paged_attn.rope import (
+    DynamicRopeScaling,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    RopeScaling,
+    YarnRopeScaling,
+)
 
 from .fields import Fields
 
-KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def rope_section(fields: Fields) -> Fields:
@@ -16,24 +23,32 @@ def rope_section(fields: Fields) -> Fields:
     return fields.section("rope_parameters" if fields.has("rope_parameters") else "rope_scaling")
 
 
-def rope_scaling(rope: Fields, context: int, fields: Fields) -> RopeScaling | None:
+def rope_scaling(rope: Fields, fields: Fields, context: int, max_len: int) -> RopeScaling | None:
     """The scaling of frequencies; None for none.
 
     Args:
       rope: the object that says the kind.
-      context: the longest one, in tokens.
       fields: those around the object, where Phi 3 has one of its numbers.
+      context: the longest one that the model was made for, in tokens.
+      max_len: the longest one that is served. Where frequencies depend on the length, they are those of this one, since
+        keys in a cache have to be rotated alike.
     """
-    kind = rope.choice("rope_type" if "rope_type" in rope else "type", KINDS, "default")
+    kind = rope_kind(rope)
     if kind == "default":
         return None
     if kind == "llama3":
         return _llama3(rope)
     if kind == "longrope":
-        return _long(rope, context, fields)
-    if kind == "linear":
-        return LinearRopeScaling(rope.number("factor"))
-    return _yarn(rope, context)
+        return _long(rope, fields, context, max_len)
+    if kind == "yarn":
+        return _yarn(rope, context)
+    factor = rope.number("factor")
+    return LinearRopeScaling(factor) if kind == "linear" else DynamicRopeScaling(factor, context, max_len)
+
+
+def rope_kind(rope: Fields) -> str:
+    """One of `KINDS`."""
+    return rope.choice("rope_type" if "rope_type" in rope else "type", KINDS, "default")
 
 
 def _llama3(rope: Fields) -> Llama3RopeScaling:
@@ -53,11 +68,12 @@ def _yarn(rope: Fields, context: int) -> YarnRopeScaling:
     return YarnRopeScaling(factor, original, fast, slow, truncate=rope.boolean("truncate", True), **factors)
 
 
-def _long(rope: Fields, context: int, fields: Fields) -> LongRopeScaling:
-    """The long factors where contexts may be longer than in pretraining: keys in the cache must be rotated alike."""
+def _long(rope: Fields, fields: Fields, context: int, max_len: int) -> LongRopeScaling:
+    """The long factors where contexts may be longer than in pretraining."""
     name = "original_max_position_embeddings"
     original = rope.integer(name, fields.integer(name, context))
-    if context <= original:
-        return LongRopeScaling(rope.numbers("short_factor"), rope.number("attention_factor", 1.0))
-    factor = math.sqrt(1 + math.log(rope.number("factor", context / original)) / math.log(original))
-    return LongRopeScaling(rope.numbers("long_factor"), rope.number("attention_factor", factor))
+    factor = 1.0
+    if context > original:
+        factor = math.sqrt(1 + math.log(rope.number("factor", context / original)) / math.log(original))
+    factors = rope.numbers("long_factor" if max_len > original else "short_factor")
+    return LongRopeScaling(factors, rope.number("attention_factor", factor))
