@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_paged_attn.nnx import PagedSelfAttention, StepMetadata
@@ -150,7 +150,7 @@ class Decoder(nnx.Module):
       implementation: engine that every attention runs on; None for the best one.
     """
 
-    split_axes: ClassVar = {"lm_head.kernel": -1}
+    split_axes: ClassVar = {"embed_tokens.embedding": 0, "lm_head.kernel": -1}
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([config.block(config, layer, build) for layer in range(config.num_hidden_layers)])
         self.norm = config.norm(config.hidden_size, config.rms_norm_eps, build)
         self.dropout = nnx.Dropout(dropout)
-        self._pages_sharding: NamedSharding | None = None
+        self._placed: tuple[Mesh, str] | None = None
         self.lm_head = nnx.data(None)
         if not config.tie_word_embeddings:
             self.lm_head = build.linear(config.hidden_size, config.vocab_size)
@@ -200,37 +200,51 @@ class Decoder(nnx.Module):
             k_scale, v_scale = (None, None) if scales is None else scales[index]
             layer.self_attn.init_cache(num_pages, page_size, dtype, k_scale=k_scale, v_scale=v_scale)
             for pages in (layer.self_attn.attention.k_pages, layer.self_attn.attention.v_pages):
-                if pages is not None and self._pages_sharding is not None:
-                    pages.set_value(jax.device_put(pages[...], self._pages_sharding))
+                if pages is not None and self._placed is not None:
+                    mesh, axis = self._placed
+                    pages.set_value(jax.device_put(pages[...], NamedSharding(mesh, PartitionSpec(None, None, axis))))
 
     def fuse(self) -> None:
         """Joins products that share their input, q with k and v, gate with up: for serving, not to be saved."""
         for layer in self.layers:
             layer.self_attn.fuse_projections()
             layer.mlp.fuse()
+        if self._placed is not None:
+            self.shard(*self._placed)
 
-    def shard(self, mesh: Mesh, axis: str) -> None:
-        """Places the weights for tensor parallelism over an Auto axis of a mesh, and later the caches of `init_cache`.
-
-        Heads and the inner columns of the MLP are split; what follows them is split by row and summed over devices.
-
-        Raises:
-          ValueError: the heads of keys and values, or the inner columns, are no multiple of the axis' size.
-        """
+    def shardings(self, mesh: Mesh, axis: str) -> dict[tuple[Any, ...], NamedSharding]:
+        """Where `shard` places each weight, by its path in the model; the weights may be abstract."""
+        if axis not in mesh.shape or mesh.axis_types[mesh.axis_names.index(axis)] != AxisType.Auto:
+            raise ValueError(f"axis: expected an Auto axis of the mesh, got {axis!r} of {mesh}")
         ways = mesh.shape[axis]
         for name, number in self.config.split_sizes().items():
             if number % ways:
                 raise ValueError(f"axis: expected a size that divides {name} = {number}, got {ways}")
-        self._pages_sharding = NamedSharding(mesh, PartitionSpec(None, None, axis))
 
-        def place(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
-            spec: list[str | None] = [None] * variable.ndim
+        def sharding(path: tuple[Any, ...], variable: nnx.Variable) -> NamedSharding:
+            spec: list[str | None] = [None] * len(variable.shape)
             split = _split_axis(self, path)
             if split is not None and variable.shape[split] % ways == 0:  # a vocabulary may be no multiple
                 spec[split] = axis
-            return variable.replace(jax.device_put(variable[...], NamedSharding(mesh, PartitionSpec(*spec))))
+            return NamedSharding(mesh, PartitionSpec(*spec))
 
-        nnx.update(self, nnx.map_state(place, nnx.state(self, nnx.Param)))
+        return {path: sharding(path, variable) for path, variable in nnx.to_flat_state(nnx.state(self, nnx.Param))}
+
+    def shard(self, mesh: Mesh, axis: str) -> None:
+        """Places the weights for tensor parallelism over an Auto axis of a mesh, and later the caches of `init_cache`.
+
+        Heads, the inner columns of MLPs and of all experts, and the vocabulary are split. Attention and MLP each end in
+        one sum over devices. A vocabulary that is no multiple of the axis' size is on all devices.
+
+        Raises:
+          ValueError: the heads of keys and values, or the inner columns, are no multiple of the axis' size, or the mesh
+            has no such Auto axis.
+        """
+        shardings = self.shardings(mesh, axis)
+        for path, variable in nnx.iter_graph(self):  # one at a time, so that no more than one is there twice
+            if isinstance(variable, nnx.Param):
+                variable.set_value(jax.device_put(variable[...], shardings[path]))
+        self._placed = mesh, axis
 
     def served(
         self, cache_dtype: DTypeLike | None = None, scales: Sequence[tuple[ArrayLike, ArrayLike]] | None = None
