@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from hf_files import check_file, read_json, read_tensors
 from jax import Array
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from models import CheckpointError, Decoder, DecoderConfig, config_from_hf, family_of
-from models.family import Tensors
+from models.family import Tensor, Tensors
 from models.fields import Fields
 from models.llama import config_to_hf
 from safetensors.flax import save_file
@@ -49,18 +54,28 @@ class Checkpoint:
 
 
 def load(
-    folder: Path, *, dtype: DTypeLike | None = None, max_len: int | None = None, implementation: str | None = None
+    folder: Path,
+    *,
+    dtype: DTypeLike | None = None,
+    max_len: int | None = None,
+    implementation: str | None = None,
+    mesh: Mesh | None = None,
+    axis: str = "model",
+    progress: Callable[[int, int], object] | None = None,
 ) -> Checkpoint:
-    """Reads a checkpoint folder.
+    """Reads a checkpoint folder, a tensor at a time: no more than one is in the host's memory.
 
     Args:
       folder: with config.json, model.safetensors or model.safetensors.index.json, and mostly tokenizer.json.
       dtype: of weights and computation; None for the one that config.json names.
       max_len: the longest context to be served, in tokens; None for the model's. See `models.family.Family.config`.
       implementation: engine of every attention; None for the best one.
+      mesh, axis: for tensor parallelism over this axis, as `Decoder.shard` does it. Each device's share of a tensor
+        goes there straight from the file. None for the default device.
+      progress: called after each tensor with the bytes of weights that are loaded, and those of all.
 
     Raises:
-      ValueError: the model has no contexts of `max_len` tokens.
+      ValueError: the model has no contexts of `max_len` tokens, or is not to be split so; see `Decoder.shard`.
       CheckpointError: a file is missing, is damaged, or belongs to no model here; the message names it, in one line.
     """
     folder = Path(folder)
@@ -81,15 +96,46 @@ def load(
         return Decoder(config, dtype=dtype, param_dtype=dtype, implementation=implementation, rngs=nnx.Rngs(0))
 
     model = nnx.eval_shape(build)
-    _load_weights(model, folder, family.tensors(read_tensors(folder), config), jnp.dtype(dtype))
+    shardings = {} if mesh is None else model.shardings(mesh, axis)
+    placing = _Placing(jnp.dtype(dtype), shardings, progress or (lambda done, total: None))
+    _load_weights(model, folder, family.tensors(read_tensors(folder), config), placing)
+    if mesh is not None:
+        model.shard(mesh, axis)
     return Checkpoint(model, _tokenizer(folder, config))
 
 
-def _load_weights(model: Decoder, folder: Path, tensors: Tensors, dtype: jnp.dtype) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Placing:
+    """How weights get to their devices.
+
+    Attributes:
+      dtype: that of the weights.
+      shardings: by path in the model; the default device for those without.
+      progress: see `load`.
+    """
+
+    dtype: jnp.dtype
+    shardings: dict[tuple[Any, ...], NamedSharding]
+    progress: Callable[[int, int], object]
+
+    def place(self, path: tuple[Any, ...], tensor: Tensor) -> Array:
+        """The tensor on its devices, each share read and cast by itself."""
+
+        def piece(index: Any) -> np.ndarray:
+            return np.array(tensor[index], self.dtype)
+
+        if path not in self.shardings:
+            return jax.device_put(piece((slice(None),) * len(tensor.shape))).block_until_ready()
+        return jax.make_array_from_callback(tensor.shape, self.shardings[path], piece).block_until_ready()
+
+
+def _load_weights(model: Decoder, folder: Path, tensors: Tensors, placing: _Placing) -> None:
     """Puts the folder's tensors in the place of the model's abstract weights."""
     by_name = {_hf_name(path): (path, variable) for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     missing = dict.fromkeys(by_name)
     loaded: dict[tuple[Any, ...], Any] = {}
+    total = sum(math.prod(variable.shape) for _, variable in by_name.values()) * placing.dtype.itemsize
+    done = 0
     for file, name, tensor in tensors:
         if name not in by_name:
             if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
@@ -105,7 +151,10 @@ def _load_weights(model: Decoder, folder: Path, tensors: Tensors, dtype: jnp.dty
             raise CheckpointError(f"{file}: {name!r}: expected shape {variable.shape}, got {tensor.shape}")
         if tensor.dtype.name not in _DTYPES:
             raise CheckpointError(f"{file}: {name!r}: expected {' or '.join(_DTYPES)}, got {tensor.dtype}")
-        loaded[path] = variable.replace(tensor.astype(dtype))
+        placed = placing.place(path, tensor)
+        loaded[path] = variable.replace(placed)
+        done += placed.nbytes
+        placing.progress(done, total)
     if missing:
         first = ", ".join(sorted(missing)[:3])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

@@ -7,10 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jax import Array
+import jax.numpy as jnp
+import numpy as np
 from models.fields import CheckpointError, shown
 from safetensors import SafetensorError, safe_open
 
+# The names that safetensors files have for dtypes.
+_DTYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool"},
+    **{f"{kind}{bits}": f"{name}{bits}" for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+}
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -43,8 +50,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[Path, str, Array]]:
-    """File, name and value of every tensor of the folder, one in memory at a time.
+def read_tensors(folder: Path) -> Iterator[tuple[Path, str, np.ndarray]]:
+    """File, name and value of every tensor of the folder.
+
+    The values are views of mapped files, of which one is open at a time: only what is copied from them is read.
 
     Raises:
       CheckpointError: a file is missing, is cut off, or is something else.
@@ -52,11 +61,26 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, Array]]:
     for path in _tensor_files(folder):
         check_file(path)
         try:
-            with safe_open(path, framework="flax") as file:
-                for key in file.keys():  # noqa: SIM118 (the file is no dict)
-                    yield path, key, file.get_tensor(key)
+            with safe_open(path, framework="numpy"):  # which checks the header and the size
+                pass
         except SafetensorError as error:
             raise CheckpointError(f"{path}: expected a whole safetensors file, got: {one_line(error)}") from error
+        for name, tensor in _mapped(path):
+            yield path, name, tensor
+
+
+def _mapped(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a checked file: the length of its header, the header in JSON, and the numbers."""
+    file = np.memmap(path, np.uint8, mode="r")
+    start = 8 + int.from_bytes(file[:8].tobytes(), "little")
+    header = json.loads(file[8:start].tobytes())
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{path}: {name!r}: expected a dtype of {', '.join(_DTYPES)}, got {entry['dtype']}")
+        begin, end = entry["data_offsets"]
+        numbers = file[start + begin : start + end].view(jnp.dtype(_DTYPES[entry["dtype"]]))
+        yield name, numbers.reshape(entry["shape"])
 
 
 def _tensor_files(folder: Path) -> list[Path]:

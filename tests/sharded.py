@@ -397,20 +397,21 @@ def test_what_is_special_about_a_family_is_partitioned(name: str) -> None:
     config = FAMILY_OF_ALL[name]
     want = served(Decoder(config, rngs=nnx.Rngs(0)), requests=6)
     model = Decoder(config, rngs=nnx.Rngs(0))
-    model.shard(mesh_of(x=8), "x")
+    mesh = mesh_of(x=8)
+    model.shard(mesh, "x")
     model.fuse()  # keeps the joined weights where they were
     assert served(model, requests=6) == want
-    kernel = model.layers[1].self_attn.qkv_proj.kernel[...]
-    assert kernel.sharding.spec == P(None, "x", None, None)
+    joined = model.layers[1].self_attn.qkv_proj
+    assert joined is not None
+    assert joined.kernel[...].sharding == NamedSharding(mesh, P(None, "x", None, None))
 
 
 @pytest.mark.parametrize("folder", sorted(PARITY.glob("*/")), ids=lambda folder: folder.name)
 def test_a_loaded_family_gives_the_tokens_of_transformers(folder: Path) -> None:
     """On half of the axes of a mesh, since these have two key/value heads: sums alone, and no page is moved."""
     want, mesh = load_file(folder / "expected.safetensors"), mesh_of(x=4, y=2)
-    model = checkpoint.load(folder).model
+    model = checkpoint.load(folder, mesh=mesh, axis="y").model
     model.fuse()
-    model.shard(mesh, "y")
     tokens, greedy = jnp.asarray(want["tokens"], jnp.int32), want["greedy"].tolist()
     model.init_cache(10, 4)
     graphdef, cache, weights = nnx.split(model, CacheVariable, ...)

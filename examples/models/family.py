@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jax import Array
-
 from .decoder import DecoderConfig
 from .fields import CheckpointError, Fields
 from .rotary import rope_kind, rope_scaling, rope_section
 
+# NumPy's arrays, mostly views of mapped files, or what is sliced as these are.
+Tensor = Any
 # File, name and value of each.
-Tensors = Iterable[tuple[Path, str, Array]]
+Tensors = Iterable[tuple[Path, str, Tensor]]
 
 
-def _unchanged(tensors: Tensors, config: DecoderConfig) -> Iterator[tuple[Path, str, Array]]:
+def _unchanged(tensors: Tensors, config: DecoderConfig) -> Iterator[tuple[Path, str, Tensor]]:
     yield from tensors
 
 

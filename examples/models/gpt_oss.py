@@ -12,14 +12,15 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
-from . import mxfp4
 from .decoder import DecoderConfig
-from .family import Family, Tensors, windows
+from .family import Family, Tensor, Tensors, windows
 from .fields import CheckpointError, Fields
 from .layers import Build, Experts, alternating, mixture
+from .mxfp4 import Quantised
 
 _ALPHA = 1.702
 
@@ -95,12 +96,12 @@ class _Arrays(nnx.Module):
         self.down_proj, self.down_proj_bias = parameter(number, inner, size), parameter(number, size)
 
 
-def _tensors(tensors: Tensors, config: DecoderConfig) -> Iterator[tuple[Path, str, Array]]:
+def _tensors(tensors: Tensors, config: DecoderConfig) -> Iterator[tuple[Path, str, Tensor]]:
     """Where weights are MXFP4, the numbers that blocks and scales stand for, `[E, inputs, outputs]`."""
-    halves: dict[str, dict[str, Array]] = {}
+    halves: dict[str, dict[str, Tensor]] = {}
     for file, name, tensor in tensors:
         stem, _, kind = name.rpartition("_")
-        if kind not in ("blocks", "scales") or tensor.dtype != jnp.uint8:
+        if kind not in ("blocks", "scales") or tensor.dtype != np.uint8:
             yield file, name, tensor
             continue
         halves.setdefault(stem, {})[kind] = tensor
@@ -111,7 +112,7 @@ def _tensors(tensors: Tensors, config: DecoderConfig) -> Iterator[tuple[Path, st
                 raise CheckpointError(
                     f"{file}: {stem!r}: expected blocks [..., G, 16] and scales [..., G], got {shapes}"
                 )
-            yield file, stem, mxfp4.dequantised(both["blocks"], both["scales"]).swapaxes(-1, -2)
+            yield file, stem, Quantised(**both)
     for stem, one in halves.items():
         raise CheckpointError(f"{stem!r}: expected blocks and scales, got {next(iter(one))} alone")
 

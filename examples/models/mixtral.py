@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jax import Array
-
 from .decoder import DecoderConfig
-from .family import Family, Tensors, windows
+from .family import Family, Tensor, Tensors, windows
 from .fields import Fields
 from .layers import Experts
 
@@ -27,7 +25,7 @@ def _special(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _tensors(tensors: Tensors, config: DecoderConfig) -> Iterator[tuple[Path, str, Array]]:
+def _tensors(tensors: Tensors, config: DecoderConfig) -> Iterator[tuple[Path, str, Tensor]]:
     """Files have names of their own for the experts and their projections."""
     for file, name, tensor in tensors:
         yield file, ".".join(_NAMES.get(part, part) for part in name.split(".")), tensor

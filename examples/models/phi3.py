@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jax import Array
-
 from .decoder import DecoderConfig
-from .family import Family, Tensors, head_dim, windows
+from .family import Family, Tensor, Tensors, head_dim, windows
 from .fields import Fields
 from .rotary import rope_section
 
@@ -23,7 +21,7 @@ def _special(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _tensors(tensors: Tensors, config: DecoderConfig) -> Iterator[tuple[Path, str, Array]]:
+def _tensors(tensors: Tensors, config: DecoderConfig) -> Iterator[tuple[Path, str, Tensor]]:
     """Those that hold several projections are cut."""
     heads = [config.num_attention_heads, *[config.num_key_value_heads] * 2]
     parts = {
