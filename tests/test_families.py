@@ -52,6 +52,8 @@ def test_there_are_all_families() -> None:
         "mixtral",
         "qwen3_moe",
         "gpt_oss",
+        "olmo2",
+        "smollm3",
     }
 
 
@@ -160,6 +162,12 @@ def test_what_is_special_is_read() -> None:
     assert config_of("mixtral").experts == Experts(4, 2, 40, normalised=True)
     oss = config_of("gpt-oss", layer_types=..., swiglu_limit=...)
     assert (oss.sliding_windows, oss.experts, oss.sinks) == ((6, None, 6), ClampedExperts(4, 2, 12), True)
+    smol = config_of("smollm3", layer_types=...)
+    assert (smol.unrotated_layers, smol.sliding_windows) == ((1, 3), (None, 8, None, 8))
+    smol = config_of("smollm3", no_rope_layers=None, no_rope_layer_interval=..., use_sliding_window=...)
+    assert (smol.unrotated_layers, smol.sliding_windows) == ((3,), None)
+    assert config_of("smollm3", num_key_value_heads=None, num_attention_heads=8).num_key_value_heads == 8
+    assert config_of("smollm3", num_key_value_heads=..., num_attention_heads=8).num_key_value_heads == 4
     assert config_of("llama-linear").rope_scaling == LinearRopeScaling(4.0)
     assert config_of("llama-dynamic").rope_scaling == DynamicRopeScaling(3.0, 64, 64)
     assert config_of("llama-yarn").rope_scaling == YarnRopeScaling(4.0, 16, 4.0, 1.0)
@@ -178,6 +186,7 @@ def test_what_is_special_is_read() -> None:
         ("qwen2", {"max_window_layers": -1}, "max_window_layers: expected an integer of at least 0, got -1"),
         ("qwen2", {"use_sliding_window": 1}, "use_sliding_window: expected true or false, got 1"),
         ("qwen3-moe", {"mlp_only_layers": [3]}, r"mlp_only_layers: expected a list of integers in \[0, 3\), got \[3\]"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers: expected a list of at least 4 zeros and ones"),
         ("gpt-oss", {"swiglu_alpha": 1.0}, "swiglu_alpha: expected 1.702, got 1.0"),
         ("mistral", {"sliding_window": 0}, "sliding_window: expected an integer of at least 1, got 0"),
         ("llama-yarn", {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "rope_type: expected 'default'"),
@@ -195,7 +204,9 @@ def test_wrong_fields_are_named(name: str, changes: dict[str, Any], message: str
         config_of(name, **changes)
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "llama-yarn", "gemma3", "phi3", "mixtral", "gpt-oss"])
+@pytest.mark.parametrize(
+    "name", ["mistral", "qwen2", "qwen3", "llama-yarn", "gemma3", "phi3", "mixtral", "gpt-oss", "smollm3"]
+)
 def test_only_llamas_are_saved(name: str, tmp_path: Path) -> None:
     model = checkpoint.load(PARITY / name).model
     with pytest.raises(ValueError, match="config: expected a Llama's, which alone can be saved"):

@@ -18,10 +18,12 @@ from .gpt_oss import GPT_OSS
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
+from .olmo2 import OLMO2
 from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
+from .smollm3 import SMOLLM3
 
 __all__ = ["FAMILIES", "CheckpointError", "Decoder", "DecoderConfig", "config_from_hf", "family_of"]
 
@@ -37,6 +39,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": GEMMA3,
     "phi3": PHI3,
     "gpt_oss": GPT_OSS,
+    "olmo2": OLMO2,
+    "smollm3": SMOLLM3,
 }
 
 

@@ -39,6 +39,7 @@ class Block(nnx.Module):
         size, epsilon = config.hidden_size, config.rms_norm_eps
         window = None if config.sliding_windows is None else config.sliding_windows[layer]
         is_local = window is not None and config.local_rope_theta is not None
+        rope_theta = config.local_rope_theta if is_local else config.rope_theta
         self.input_layernorm = config.norm(size, epsilon, build)
         self.self_attn = PagedSelfAttention(
             size,
@@ -51,7 +52,7 @@ class Block(nnx.Module):
             scale=config.attention_scale,
             soft_cap=config.attention_soft_cap,
             sinks=config.sinks,
-            rope_theta=config.local_rope_theta if is_local else config.rope_theta,
+            rope_theta=None if layer in config.unrotated_layers else rope_theta,
             rope_scaling=None if is_local else config.rope_scaling,
             rotary_dim=config.rotary_dim,
             implementation=build.implementation,
@@ -87,6 +88,7 @@ class DecoderConfig:
       sliding_windows: the most keys that a row sees, for each layer; a layer without a window has None.
         None in place of the tuple means that no layer has one.
       rotary_dim: the first columns of a head that are rotated; None for all.
+      unrotated_layers: layers without rotary embeddings.
       local_rope_theta: the rotary base of layers with a window, which then have no scaling; None for `rope_theta`.
       experts: None where all layers have a plain MLP.
       dense_layers: layers with a plain MLP in spite of that.
@@ -115,6 +117,7 @@ class DecoderConfig:
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...] | None = None
     rotary_dim: int | None = None
+    unrotated_layers: tuple[int, ...] = ()
     local_rope_theta: float | None = None
     experts: Experts | None = None
     dense_layers: tuple[int, ...] = ()

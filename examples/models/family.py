@@ -59,7 +59,8 @@ class Family:
         self.activation(fields)
         vocab_size = fields.integer("vocab_size")
         heads = fields.integer("num_attention_heads")
-        kv_heads = fields.integer("num_key_value_heads", defaults.get("num_key_value_heads", heads))
+        default = if_missing(fields, "num_key_value_heads", defaults.get("num_key_value_heads"))
+        kv_heads = fields.integer("num_key_value_heads", default or heads)
         if heads % kv_heads:
             raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads = {heads}")
         context = fields.integer("max_position_embeddings", defaults["max_position_embeddings"])

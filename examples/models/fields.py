@@ -71,6 +71,15 @@ class Fields:
 
         return tuple(self._read(name, [], f"a list of integers in [0, {below})", is_right))
 
+    def flags(self, name: str, least_count: int) -> tuple[bool, ...] | None:
+        """A list of zeros and ones, at least so many; None if there is no such field."""
+
+        def is_right(value: Any) -> bool:
+            return isinstance(value, list) and len(value) >= least_count and all(item in (0, 1) for item in value)
+
+        value = self._read(name, None, f"a list of at least {least_count} zeros and ones", is_right)
+        return None if value is None else tuple(map(bool, value))
+
     def strings(self, name: str, choices: tuple[str, ...], count: int) -> tuple[str, ...] | None:
         """A list of so many strings, each one of a few; None if there is no such field."""
 

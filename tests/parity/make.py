@@ -122,6 +122,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "olmo2": ("Olmo2", {}),
+    "smollm3": (
+        "SmolLM3",
+        {"num_hidden_layers": 4, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 8},
+    ),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
 }
 
