@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from hf_files import check_file, read_json, read_tensors
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from models import CheckpointError, Decoder, DecoderConfig, config_from_hf, family_of
 from models.family import Tensor, Tensors
@@ -119,14 +119,20 @@ class _Placing:
     progress: Callable[[int, int], object]
 
     def place(self, path: tuple[Any, ...], tensor: Tensor) -> Array:
-        """The tensor on its devices, each share read and cast by itself."""
+        """The tensor on its devices, each share read and cast by itself. Kernels are transposed there."""
 
         def piece(index: Any) -> np.ndarray:
             return np.array(tensor[index], self.dtype)
 
-        if path not in self.shardings:
-            return jax.device_put(piece((slice(None),) * len(tensor.shape))).block_until_ready()
-        return jax.make_array_from_callback(tensor.shape, self.shardings[path], piece).block_until_ready()
+        sharding, is_kernel = self.shardings.get(path), path[-1] == "kernel"
+        if sharding is None:
+            placed = jax.device_put(piece((slice(None),) * len(tensor.shape)))
+            return (placed.T if is_kernel else placed).block_until_ready()
+        if not is_kernel:
+            return jax.make_array_from_callback(tensor.shape, sharding, piece).block_until_ready()
+        as_in_file = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[::-1]))
+        placed = jax.make_array_from_callback(tensor.shape, as_in_file, piece)
+        return jax.device_put(placed.T, sharding).block_until_ready()
 
 
 def _load_weights(model: Decoder, folder: Path, tensors: Tensors, placing: _Placing) -> None:
@@ -145,10 +151,9 @@ def _load_weights(model: Decoder, folder: Path, tensors: Tensors, placing: _Plac
             raise CheckpointError(f"{file}: {name!r}: expected in one file, got it in a second one")
         del missing[name]
         path, variable = by_name[name]
-        if path[-1] == "kernel":
-            tensor = tensor.T
-        if tensor.shape != variable.shape:
-            raise CheckpointError(f"{file}: {name!r}: expected shape {variable.shape}, got {tensor.shape}")
+        shape = variable.shape[::-1] if path[-1] == "kernel" else variable.shape
+        if tensor.shape != shape:
+            raise CheckpointError(f"{file}: {name!r}: expected shape {shape}, got {tensor.shape}")
         if tensor.dtype.name not in _DTYPES:
             raise CheckpointError(f"{file}: {name!r}: expected {' or '.join(_DTYPES)}, got {tensor.dtype}")
         placed = placing.place(path, tensor)

@@ -118,17 +118,20 @@ def test_loading_tells_how_far_it_is(tmp_path: Path, on_mesh: bool):
 
 
 LOAD_LARGE = """
-import resource, sys
+import re, sys
 from pathlib import Path
-import jax, jax.numpy as jnp
+import jax
 import checkpoint
 from flax import nnx
-unit = 1 if sys.platform == "darwin" else 1024
+
+def memory(kind):
+    return 1024 * int(re.search(rf"{kind}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
 mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,)) if sys.argv[2] == "mesh" else None
-jnp.ones(3).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+checkpoint.load(Path(checkpoint.__file__).with_suffix(""))  # a small one, since the first needs memory of its own
+before = memory("VmRSS")
 model = checkpoint.load(Path(sys.argv[1]), mesh=mesh).model
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
+grown = memory("VmHWM") - before
 by_device = dict.fromkeys(jax.devices(), 0)
 for weight in jax.tree.leaves(nnx.state(model, nnx.Param)):
     for shard in weight.addressable_shards:
@@ -138,6 +141,7 @@ print(grown, *by_device.values())
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux, which tells the peak of a process")
 @pytest.mark.parametrize("mode", ["one", "mesh"])
 def test_a_model_is_never_in_memory_twice(tmp_path: Path, mode: str):
     """Files of one tensor each, since mapped ones count as memory; the largest has 32 MiB of some 230."""
@@ -169,7 +173,8 @@ def test_a_model_is_never_in_memory_twice(tmp_path: Path, mode: str):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     grown, *by_device = map(int, run.stdout.split())
-    assert grown < total + 3 * largest
+    print(f"{grown / 2**20:.0f} MiB for {total / 2**20:.0f} MiB of weights")
+    assert total < grown < 1.5 * total  # a tensor may be mapped, copied and placed at once
     share = total / 8 if mode == "mesh" else total
     assert share <= max(by_device) < 1.01 * share
     assert min(by_device) == (max(by_device) if mode == "mesh" else 0)

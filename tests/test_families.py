@@ -31,7 +31,14 @@ def relative_error(got: Any, want: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(got) - want) / np.linalg.norm(want))
 
 
-@pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
+# llama-dynamic differs from llama-linear by its frequencies alone, which have a test of their own.
+MODELS = [
+    pytest.param(folder, id=folder.name, marks=[pytest.mark.slow] * (folder.name == "llama-dynamic"))
+    for folder in FOLDERS
+]
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def loaded(request: pytest.FixtureRequest) -> tuple[Decoder, dict[str, np.ndarray]]:
     folder = request.param
     found = checkpoint.load(folder)
