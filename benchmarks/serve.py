@@ -1,7 +1,7 @@
 """A served step beside what its bytes cost: steady decode, prompts, and a load that comes and goes, with an 8B Llama.
 
-`python -m benchmarks.serve` from the repository's root, on a GPU. The weights are random; the model is that of
-examples/llama.py with joined projections, the engine `jax_paged_attn.serving.Engine`.
+`python -m benchmarks.serve` from the repository's root, on a GPU. The weights are random; the model is a Llama of
+examples/models with joined projections, the engine `jax_paged_attn.serving.Engine`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from benchmarks.device import Event, trace
 from jax_paged_attn.serving import Engine, Generation, Request
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from llama import Llama, LlamaConfig
+from models import Decoder, DecoderConfig
 
 PAGE_SIZE = 16
 SIZES = {
-    "8b": LlamaConfig(
+    "8b": DecoderConfig(
         vocab_size=128256,
         hidden_size=4096,
         intermediate_size=14336,
@@ -43,7 +43,7 @@ SIZES = {
         rope_theta=500000.0,
     ),
     # For a first look, and for machines without a GPU.
-    "tiny": LlamaConfig(
+    "tiny": DecoderConfig(
         vocab_size=512,
         hidden_size=64,
         intermediate_size=128,
@@ -56,9 +56,9 @@ SIZES = {
 }
 
 
-def tiny_model(num_layers: int) -> Llama:
+def tiny_model(num_layers: int) -> Decoder:
     """A model whose steps cost little beside what is around them."""
-    return Llama(dataclasses.replace(SIZES["tiny"], num_hidden_layers=num_layers), rngs=nnx.Rngs(0))
+    return Decoder(dataclasses.replace(SIZES["tiny"], num_hidden_layers=num_layers), rngs=nnx.Rngs(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Bench:
         config = self.config = SIZES[args.size]
         max_seqs, budget, decode_steps, devices = args.max_seqs, args.budget, args.decode_steps, args.devices
         self.ceilings = ceilings
-        self.model = Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        self.model = Decoder(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
         self.model.fuse()
         if devices > 1:
             mesh = jax.make_mesh((devices,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])

@@ -23,7 +23,7 @@ try:
     import checkpoint
     import corpus
     from flax import nnx
-    from llama import Llama
+    from models import Decoder
 
     from jax_paged_attn.nnx import CacheVariable, StepMetadata
 except ModuleNotFoundError as error:
@@ -43,7 +43,7 @@ def windows(stream: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray, n
 
 
 def bits_per_byte(
-    model: Llama, stream: np.ndarray, *, paged: bool, context: int | None = None, batch: int = 8
+    model: Decoder, stream: np.ndarray, *, paged: bool, context: int | None = None, batch: int = 8
 ) -> float:
     """Mean −log₂ p of the bytes of `stream` after the first.
 
@@ -84,7 +84,7 @@ def bits_per_byte(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _bits(
-    graphdef: nnx.GraphDef[Llama],
+    graphdef: nnx.GraphDef[Decoder],
     rest: nnx.State,
     step: StepMetadata | None,
     cache: nnx.State,

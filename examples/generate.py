@@ -8,19 +8,21 @@ import functools
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import command_line
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 import jax_paged_attn
 
 try:
-    from checkpoint import load
+    from checkpoint import Checkpoint, load
     from rich.console import Console, Group
     from rich.live import Live
     from rich.panel import Panel
-    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
     from rich.table import Table
     from rich.text import Text
 
@@ -146,7 +148,7 @@ def parse_arguments() -> argparse.Namespace:
         "--model",
         type=Path,
         default=Path(__file__).parent / "checkpoint",
-        help="folder of a model in Hugging Face's layout, see families.py; by default the small byte-level one here",
+        help="folder of a model in Hugging Face's layout, see models/; by default the small byte-level one here",
     )
     parser.add_argument(
         "--prompt",
@@ -165,7 +167,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-seqs", type=positive, default=8, metavar="N", help="requests per step, default %(default)s"
     )
+    parser.add_argument(
+        "--max-len",
+        type=positive,
+        metavar="N",
+        help="longest context in tokens, by default the model's; with dynamic rotary scaling it may be longer",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="by default f32 on CPUs, elsewhere the checkpoint's")
+    parser.add_argument(
+        "--devices", type=positive, default=1, metavar="N", help="heads are split over so many, default %(default)s"
+    )
     parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="by default as --dtype")
     parser.add_argument(
         "--temperature",
@@ -183,11 +194,32 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[Engine, list[Output]]:
-    """Loads the model, sizes the cache, submits the prompts, compiles the steps."""
+def load_showing_progress(arguments: argparse.Namespace, console: Console, dtype: Any) -> Checkpoint:
+    """The model and its tokenizer; on a terminal, a bar says how much is loaded."""
+    mesh = None
+    if arguments.devices > 1:
+        if arguments.devices > jax.device_count():
+            raise ValueError(f"--devices: expected at most {jax.device_count()}, got {arguments.devices}")
+        devices = jax.devices()[: arguments.devices]
+        mesh = jax.make_mesh((len(devices),), ("model",), axis_types=(AxisType.Auto,), devices=devices)
+    with Progress(
+        TextColumn("loading"), BarColumn(None), DownloadColumn(binary_units=True), console=console, transient=True
+    ) as bar:
+        task = bar.add_task("loading", total=None)
+        return load(
+            arguments.model,
+            dtype=dtype,
+            max_len=arguments.max_len,
+            mesh=mesh,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def prepare(arguments: argparse.Namespace, console: Console) -> tuple[Engine, list[Output]]:
+    """Loads the model, sizes the cache, submits the prompts."""
     name = arguments.dtype or (arguments.cache_dtype if arguments.cache_dtype in DTYPES else None)
     dtype = DTYPES[name] if name else (jnp.float32 if jax.default_backend() == "cpu" else None)
-    checkpoint = load(arguments.model, dtype=dtype)
+    checkpoint = load_showing_progress(arguments, console, dtype)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     is_own = isinstance(tokenizer, ByteTokenizer)
     texts = arguments.prompt or (DOCUMENTATION_PROMPTS if is_own else GENERAL_PROMPTS)
@@ -225,8 +257,8 @@ def main() -> None:
     arguments = parse_arguments()
     console = Console(highlight=False)
     try:
-        with console.status("loading and compiling"):
-            engine, outputs = prepare(arguments)
+        engine, outputs = prepare(arguments, console)
+        with console.status("compiling"):
             engine.warm_up(samples=arguments.temperature > 0)
     except ModuleNotFoundError as error:  # a tokenizer.json needs one more package
         command_line.fail_without(error)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jax import Array
+import jax.numpy as jnp
+import numpy as np
+from models.fields import CheckpointError, shown
 from safetensors import SafetensorError, safe_open
 
-_LARGEST_INTEGER = 2**31 - 1
+# The names that safetensors files have for dtypes.
+_DTYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool"},
+    **{f"{kind}{bits}": f"{name}{bits}" for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+}
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_REQUIRED: Any = object()
-
-
-class CheckpointError(ValueError):
-    """A folder that holds no checkpoint that this model can run; the message names the file and what was expected."""
 
 
 def check_file(path: Path) -> None:
@@ -45,12 +46,14 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {one_line(error)}") from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {_shown(data)}")
+        raise CheckpointError(f"{path}: expected a JSON object, got {shown(data)}")
     return data
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[Path, str, Array]]:
-    """File, name and value of every tensor of the folder, one in memory at a time.
+def read_tensors(folder: Path) -> Iterator[tuple[Path, str, np.ndarray]]:
+    """File, name and value of every tensor of the folder.
+
+    The values are views of mapped files, of which one is open at a time: only what is copied from them is read.
 
     Raises:
       CheckpointError: a file is missing, is cut off, or is something else.
@@ -58,11 +61,26 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, Array]]:
     for path in _tensor_files(folder):
         check_file(path)
         try:
-            with safe_open(path, framework="flax") as file:
-                for key in file.keys():  # noqa: SIM118 (the file is no dict)
-                    yield path, key, file.get_tensor(key)
+            with safe_open(path, framework="numpy"):  # which checks the header and the size
+                pass
         except SafetensorError as error:
             raise CheckpointError(f"{path}: expected a whole safetensors file, got: {one_line(error)}") from error
+        for name, tensor in _mapped(path):
+            yield path, name, tensor
+
+
+def _mapped(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a checked file: the length of its header, the header in JSON, and the numbers."""
+    file = np.memmap(path, np.uint8, mode="r")
+    start = 8 + int.from_bytes(file[:8].tobytes(), "little")
+    header = json.loads(file[8:start].tobytes())
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{path}: {name!r}: expected a dtype of {', '.join(_DTYPES)}, got {entry['dtype']}")
+        begin, end = entry["data_offsets"]
+        numbers = file[start + begin : start + end].view(jnp.dtype(_DTYPES[entry["dtype"]]))
+        yield name, numbers.reshape(entry["shape"])
 
 
 def _tensor_files(folder: Path) -> list[Path]:
@@ -71,7 +89,7 @@ def _tensor_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise CheckpointError(f"{index}: weight_map: expected file names by tensor, got {_shown(shards)}")
+        raise CheckpointError(f"{index}: weight_map: expected file names by tensor, got {shown(shards)}")
     files = [folder / name for name in sorted(set(shards.values()))]
     for path in files:
         if not path.is_file():
@@ -79,112 +97,6 @@ def _tensor_files(folder: Path) -> list[Path]:
     return files
 
 
-class Fields:
-    """The fields of one JSON object, each checked as it is read. A field that is null is as good as absent.
-
-    Args:
-      data: the object.
-      source: where it stands, for messages.
-    """
-
-    def __init__(self, data: dict[str, Any], source: Path | str):
-        self._data = data
-        self._source = source
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._data
-
-    def error(self, name: str, expected: str) -> CheckpointError:
-        got = _shown(self._data[name]) if name in self._data else "no such field"
-        return CheckpointError(f"{self._source}: {name}: expected {expected}, got {got}")
-
-    def has(self, name: str) -> bool:
-        """True if the field is there and not null."""
-        return self._data.get(name) is not None
-
-    def integer(self, name: str, default: Any = _REQUIRED, *, least: int = 1) -> Any:
-        """At least `least`. Without a default the field has to be there."""
-        return self._read(name, default, f"an integer of at least {least}", lambda value: _is_integer(value, least))
-
-    def number(self, name: str, default: Any = _REQUIRED) -> Any:
-        """Positive and finite; the default may be None."""
-        value = self._read(name, default, "a positive number", _is_positive_number)
-        return None if value is None else float(value)
-
-    def numbers(self, name: str) -> tuple[float, ...]:
-        """A list of positive and finite numbers, at least one."""
-
-        def is_right(value: Any) -> bool:
-            return isinstance(value, list) and bool(value) and all(map(_is_positive_number, value))
-
-        return tuple(map(float, self._read(name, _REQUIRED, "a list of positive numbers", is_right)))
-
-    def boolean(self, name: str, default: bool) -> bool:
-        return self._read(name, default, "true or false", lambda value: isinstance(value, bool))
-
-    def choice(self, name: str, choices: tuple[str, ...], default: str) -> str:
-        """One of a few strings."""
-        expected = " or ".join(map(repr, choices))
-        return self._read(name, default, expected, lambda value: isinstance(value, str) and value in choices)
-
-    def indices(self, name: str, below: int) -> tuple[int, ...]:
-        """A list of integers in [0, below); none if there is no such field."""
-
-        def is_right(value: Any) -> bool:
-            return isinstance(value, list) and all(_is_integer(item, 0) and item < below for item in value)
-
-        return tuple(self._read(name, [], f"a list of integers in [0, {below})", is_right))
-
-    def strings(self, name: str, choices: tuple[str, ...], count: int) -> tuple[str, ...] | None:
-        """A list of so many strings, each one of a few; None if there is no such field."""
-
-        def is_right(value: Any) -> bool:
-            return isinstance(value, list) and len(value) == count and all(item in choices for item in value)
-
-        value = self._read(name, None, f"a list of {count} of {' or '.join(map(repr, choices))}", is_right)
-        return None if value is None else tuple(value)
-
-    def section(self, name: str) -> Fields:
-        """The object in the field; an empty one if there is none."""
-        data = self._read(name, {}, "an object", lambda value: isinstance(value, dict))
-        return Fields(data, f"{self._source}: {name}")
-
-    def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """One id or a list of them."""
-
-        def is_token(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
-
-        value = self._read(
-            name,
-            [],
-            f"token ids in [0, {vocab_size})",
-            lambda value: all(map(is_token, value)) if isinstance(value, list) else is_token(value),
-        )
-        return tuple(value) if isinstance(value, list) else (value,)
-
-    def _read(self, name: str, default: Any, expected: str, is_right: Any) -> Any:
-        value = self._data.get(name)
-        if value is None and default is not _REQUIRED:
-            return default
-        if not is_right(value):
-            raise self.error(name, expected)
-        return value
-
-
 def one_line(error: BaseException) -> str:
     """The error's message, however many lines it has."""
     return " ".join(str(error).split())
-
-
-def _is_integer(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST_INTEGER
-
-
-def _is_positive_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -27,11 +27,11 @@ try:
     import optax
     from evaluate import bits_per_byte
     from flax import nnx
-    from llama import Llama, LlamaConfig
+    from models import Decoder, DecoderConfig
 except ModuleNotFoundError as error:
     command_line.fail_without(error)
 
-MODEL = LlamaConfig(
+MODEL = DecoderConfig(
     vocab_size=256,
     hidden_size=192,
     intermediate_size=512,
@@ -55,7 +55,7 @@ class TrainConfig:
       tokens: bytes per step.
       short_steps: share of the steps with windows of half the context.
       learning_rate, warmup, weight_decay: of AdamW; weight decay acts on matrices only.
-      dropout: rate, see `Llama`.
+      dropout: rate, see `Decoder`.
       average: decay of the moving average of the weights.
       evaluate_every: steps between two looks at the validation text.
       seed: of weights, windows and dropout.
@@ -76,10 +76,10 @@ class TrainConfig:
 TrainState = tuple[Any, Any, optax.OptState]  # weights, their average, AdamW's
 
 
-def train(model_config: LlamaConfig, config: TrainConfig) -> tuple[Llama, float]:
+def train(model_config: DecoderConfig, config: TrainConfig) -> tuple[Decoder, float]:
     """Returns the averaged model that was best on the validation text, and its bits per byte there."""
     training, validation = (corpus.token_stream(d) for d in corpus.training_and_validation_documents())
-    model = Llama(model_config, dropout=config.dropout, rngs=nnx.Rngs(config.seed))
+    model = Decoder(model_config, dropout=config.dropout, rngs=nnx.Rngs(config.seed))
     graphdef, weights, rest = nnx.split(model, nnx.Param, ...)
     optimizer = _adamw(config)
     state: TrainState = (weights, jax.tree.map(jnp.copy, weights), optimizer.init(weights))
@@ -126,7 +126,7 @@ def _adamw(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def _train_step(
-    graphdef: nnx.GraphDef[Llama],
+    graphdef: nnx.GraphDef[Decoder],
     rest: nnx.State,
     optimizer: optax.GradientTransformation,
     decay: float,

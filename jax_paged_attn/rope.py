@@ -18,6 +18,7 @@ from jax_paged_attn import _checks, _modes
 from jax_paged_attn._step import IntArray
 
 __all__ = [
+    "DynamicRopeScaling",
     "LinearRopeScaling",
     "Llama3RopeScaling",
     "LongRopeScaling",
@@ -74,6 +75,44 @@ class LinearRopeScaling(RopeScaling):
     def scaled(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
         """See `RopeScaling.scaled`."""
         return frequencies / self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicRopeScaling(RopeScaling):
+    """Dynamic NTK: the base grows with the context, so that high frequencies stay and the lowest are divided.
+
+    The method (u/emozilla 2023, after u/bloc97) takes the length that a sequence has right now, and `transformers` does
+    so. Keys in a cache keep the rotation that they were written with. So here, as in vLLM, the length is that of the
+    longest context that is served, for every sequence. A sequence of exactly `max_len` tokens has the frequencies that
+    it has in `transformers`; shorter ones have lower frequencies than there.
+
+    Attributes:
+      factor: how fast the base grows, > 0.
+      original_max_position_embeddings: the context length of pretraining in tokens, > 0.
+      max_len: the longest context that is served, in tokens; up to the original one nothing is stretched.
+
+    Raises:
+      ValueError: a number that is not positive.
+
+    Example:
+      >>> from jax_paged_attn.rope import DynamicRopeScaling, rope_frequencies
+      >>> scaling = DynamicRopeScaling(factor=2.0, original_max_position_embeddings=4096, max_len=8192)
+      >>> (rope_frequencies(64) / rope_frequencies(64, scaling=scaling))[[0, -1]].round(4).tolist()
+      [1.0, 3.0]
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    max_len: int
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "factor", "original_max_position_embeddings", "max_len")
+
+    def scaled(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
+        """See `RopeScaling.scaled`."""
+        growth = self.factor * max(self.max_len / self.original_max_position_embeddings, 1.0) - (self.factor - 1)
+        shares = np.arange(len(frequencies)) / max(len(frequencies) - 1, 1)  # the base grows by growth^(H / (H − 2))
+        return frequencies * growth**-shares
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,10 @@ import functools
 import itertools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import checkpoint
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,11 @@ from cases import Array, Case, build
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from llama import Llama, LlamaConfig
+from models import Decoder, DecoderConfig
+from models.gemma2 import OffsetNorm, SandwichBlock
+from models.gpt_oss import ClampedExperts
+from models.layers import Experts
+from safetensors.numpy import load_file
 from test_transforms import OURS
 
 import jax_paged_attn as jpa
@@ -26,6 +32,7 @@ from jax_paged_attn import compat
 from jax_paged_attn.nnx import CacheVariable, PagedSelfAttention, StepMetadata
 from jax_paged_attn.serving import Engine, Request
 
+PARITY = Path(__file__).parent / "parity"
 DECODE = Case(
     "sharded", (1,) * 8, (1, 8, 17, 32, 0, 9, 31, 5), "paged_attention", num_heads=16, num_kv_heads=8, head_dim=16,
     page_size=8, sinks=True, k_scale=(0.5, 1.0, 1.5, 2.0, 0.7, 0.9, 1.1, 1.3),
@@ -332,15 +339,15 @@ def test_a_layer_of_fewer_heads_than_shards_of_one_axis(with_step: bool) -> None
         np.testing.assert_allclose(y, run(state, x), rtol=1e-4, atol=1e-5)
 
 
-SERVED = LlamaConfig(
+SERVED = DecoderConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=16,
     num_key_value_heads=8, head_dim=8, max_position_embeddings=96,
 )  # fmt: skip
 
 
-def served(model: Llama, **options: Any) -> list[list[int]]:
+def served(model: Decoder, requests: int = 12, **options: Any) -> list[list[int]]:
     """Outputs of requests that share prefixes and a pool in which they have to preempt; nothing is moved or traced."""
-    engine = Engine(model.served(), num_pages=36, page_size=4, max_seqs=6, buckets=(6, 24), **options)
+    engine = Engine(model.served(), num_pages=3 * requests, page_size=4, max_seqs=6, buckets=(6, 24), **options)
     engine.warm_up()
     traces, places = engine.traces, pool_pointers(engine)
     draw = np.random.default_rng(0)
@@ -348,7 +355,7 @@ def served(model: Llama, **options: Any) -> list[list[int]]:
         engine.submit(
             Request(draw.integers(0, 96, draw.integers(1, 40)), int(draw.integers(1, 30)), temperature=index % 3 / 2)
         )
-        for index in range(12)
+        for index in range(requests)
     ]
     engine.run()
     assert engine.stats.preemptions >= 1
@@ -362,19 +369,86 @@ def pool_pointers(engine: Engine) -> list[int]:
 
 def test_an_engine_is_partitioned_by_head() -> None:
     """The serving engine on a mesh gives the tokens that it gives on one device, in f32."""
-    want = served(Llama(SERVED, rngs=nnx.Rngs(0)))
+    want = served(Decoder(SERVED, rngs=nnx.Rngs(0)))
     for fused, options in ((False, {}), (True, {"decode_steps": 4}), (True, {"num_drafts": 2})):
-        model = Llama(SERVED, rngs=nnx.Rngs(0))
+        model = Decoder(SERVED, rngs=nnx.Rngs(0))
         if fused:
             model.fuse()
         model.shard(mesh_of(x=8), "x")
         assert served(model, **options) == want
 
 
-def test_a_model_whose_heads_are_fewer_than_devices_is_not_partitioned() -> None:
-    model = Llama(dataclasses.replace(SERVED, num_key_value_heads=4), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="axis: expected a size that divides num_key_value_heads = 4, got 8"):
-        model.shard(mesh_of(x=8), "x")
+FAMILY_OF_ALL = {
+    "gemma with experts": dataclasses.replace(
+        SERVED, norm=OffsetNorm, block=SandwichBlock, qk_norm=True, sliding_windows=(9, None), local_rope_theta=50.0,
+        embedding_scale=3.0, attention_soft_cap=2.0, logit_soft_cap=5.0, tie_word_embeddings=True,
+        experts=Experts(4, 2, 16, normalised=False), dense_layers=(0,),
+    ),
+    "gpt-oss": dataclasses.replace(
+        SERVED, vocab_size=97, sinks=True, attention_bias=True, rotary_dim=4,
+        experts=ClampedExperts(5, 3, 8, limit=0.5),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILY_OF_ALL)
+def test_what_is_special_about_a_family_is_partitioned(name: str) -> None:
+    """Models with 8 key/value heads on 8 devices, beside the same on one device."""
+    config = FAMILY_OF_ALL[name]
+    want = served(Decoder(config, rngs=nnx.Rngs(0)), requests=6)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    mesh = mesh_of(x=8)
+    model.shard(mesh, "x")
+    model.fuse()  # keeps the joined weights where they were
+    assert served(model, requests=6) == want
+    joined = model.layers[1].self_attn.qkv_proj
+    assert joined is not None
+    assert joined.kernel[...].sharding == NamedSharding(mesh, P(None, "x", None, None))
+
+
+@pytest.mark.parametrize("folder", sorted(PARITY.glob("*/")), ids=lambda folder: folder.name)
+def test_a_loaded_family_gives_the_tokens_of_transformers(folder: Path) -> None:
+    """On half of the axes of a mesh, since these have two key/value heads: sums alone, and no page is moved."""
+    want, mesh = load_file(folder / "expected.safetensors"), mesh_of(x=4, y=2)
+    model = checkpoint.load(folder, mesh=mesh, axis="y").model
+    model.fuse()
+    tokens, greedy = jnp.asarray(want["tokens"], jnp.int32), want["greedy"].tolist()
+    model.init_cache(10, 4)
+    graphdef, cache, weights = nnx.split(model, CacheVariable, ...)
+
+    def run(cache: Any, weights: Any, step: StepMetadata) -> Any:
+        merged = nnx.merge(graphdef, cache, weights)
+        return merged(tokens, step), nnx.state(merged, CacheVariable)
+
+    step = StepMetadata.whole_sequences(1, len(tokens), 4)
+    compiled = jax.jit(run, donate_argnums=0).lower(cache, weights, step).compile()
+    assert set(collectives(compiled)) == {"all-reduce"}
+    logits, _ = compiled(cache, weights, step)
+    assert np.linalg.norm(logits - want["logits"]) < 1e-5 * np.linalg.norm(want["logits"])
+
+    engine = Engine(model.served(), num_pages=24, page_size=4, max_seqs=3, buckets=(3, 8), decode_steps=2)
+    generations = [engine.submit(Request(greedy[:18], len(greedy) - 18)) for _ in range(3)]
+    engine.run()
+    assert [generation.tokens for generation in generations] == [greedy] * 3
+    assert engine.stats.preemptions >= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "axis", "message"),
+    [
+        ({"num_key_value_heads": 4}, "x", "axis: expected a size that divides num_key_value_heads = 4, got 8"),
+        ({"intermediate_size": 36}, "x", "axis: expected a size that divides intermediate_size = 36, got 8"),
+        ({"experts": Experts(8, 2, 12)}, "x", "axis: expected a size that divides experts.size = 12, got 8"),
+        ({}, "y", "axis: expected an Auto axis of the mesh, got 'y'"),
+    ],
+    ids=["heads", "inner columns", "experts", "axis"],
+)
+def test_a_model_that_no_axis_divides_is_not_partitioned(changes: dict[str, Any], axis: str, message: str) -> None:
+    model = Decoder(dataclasses.replace(SERVED, **changes), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        model.shard(mesh_of(x=8), axis)
+    with pytest.raises(ValueError, match="axis: expected an Auto axis of the mesh"):
+        model.shard(mesh_of(AxisType.Explicit, x=8), "x")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

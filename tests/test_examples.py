@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -26,14 +27,16 @@ import train
 from checkpoint import CheckpointError
 from evaluate import bits_per_byte, ngram_bits_per_byte, windows
 from flax import nnx
-from llama import Llama, LlamaConfig
+from jax.sharding import AxisType, NamedSharding
+from models import Decoder, DecoderConfig
+from safetensors import numpy as safetensors_numpy
 from safetensors.flax import load_file, save_file
 
 from jax_paged_attn.nnx import Llama3RopeScaling, StepMetadata
 from jax_paged_attn.serving import Engine, Request
 
 EXAMPLES = corpus.HELDOUT_FILE.parent
-SMALL = LlamaConfig(
+SMALL = DecoderConfig(
     vocab_size=256,
     hidden_size=32,
     intermediate_size=48,
@@ -49,8 +52,8 @@ SCALED = dataclasses.replace(SMALL, rope_theta=500.0, rope_scaling=Llama3RopeSca
 TIED = dataclasses.replace(SCALED, tie_word_embeddings=True)
 
 
-def small_model(config: LlamaConfig = SMALL) -> Llama:
-    return Llama(config, rngs=nnx.Rngs(0))
+def small_model(config: DecoderConfig = SMALL) -> Decoder:
+    return Decoder(config, rngs=nnx.Rngs(0))
 
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 256, 40), jnp.int32)
@@ -60,7 +63,7 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 256, 40), jnp.int32)
 
 
 @pytest.mark.parametrize("config", [SCALED, TIED], ids=["untied", "tied"])
-def test_saved_models_load_unchanged(tmp_path: Path, config: LlamaConfig):
+def test_saved_models_load_unchanged(tmp_path: Path, config: DecoderConfig):
     model = small_model(config)
     checkpoint.save(model, tmp_path, dtype=jnp.float32)
     loaded = checkpoint.load(tmp_path)
@@ -98,6 +101,83 @@ def test_shards_and_tokenizer_file(tmp_path: Path):
     np.testing.assert_array_equal(loaded.model(TOKENS), model(TOKENS))
     assert loaded.tokenizer.encode("attention paged") == [2, 1]
     assert loaded.tokenizer.decode([1, 2]) == "paged attention"
+
+
+@pytest.mark.parametrize("on_mesh", [False, True], ids=["no mesh", "mesh"])
+def test_loading_tells_how_far_it_is(tmp_path: Path, on_mesh: bool):
+    model = small_model(TIED)
+    checkpoint.save(model, tmp_path, dtype=jnp.bfloat16)
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,)) if on_mesh else None
+    told: list[tuple[int, int]] = []
+    loaded = checkpoint.load(tmp_path, dtype="float32", mesh=mesh, progress=lambda *bytes_: told.append(bytes_)).model
+    weights = jax.tree.leaves(nnx.state(loaded, nnx.Param))
+    assert told == sorted(told)
+    assert len(told) == len(weights)
+    assert told[-1] == (sum(x.nbytes for x in weights),) * 2
+    assert {x.sharding.is_fully_addressable and isinstance(x.sharding, NamedSharding) for x in weights} == {on_mesh}
+
+
+LOAD_LARGE = """
+import re, sys
+from pathlib import Path
+import jax
+import checkpoint
+from flax import nnx
+
+def memory(kind):
+    return 1024 * int(re.search(rf"{kind}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,)) if sys.argv[2] == "mesh" else None
+checkpoint.load(Path(checkpoint.__file__).with_suffix(""))  # a small one, since the first needs memory of its own
+before = memory("VmRSS")
+model = checkpoint.load(Path(sys.argv[1]), mesh=mesh).model
+grown = memory("VmHWM") - before
+by_device = dict.fromkeys(jax.devices(), 0)
+for weight in jax.tree.leaves(nnx.state(model, nnx.Param)):
+    for shard in weight.addressable_shards:
+        by_device[shard.device] += shard.data.nbytes
+print(grown, *by_device.values())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux, which tells the peak of a process")
+@pytest.mark.parametrize("mode", ["one", "mesh"])
+def test_a_model_is_never_in_memory_twice(tmp_path: Path, mode: str):
+    """Files of one tensor each, since mapped ones count as memory; the largest has 32 MiB of some 230."""
+    config = DecoderConfig(
+        vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_hidden_layers=3, num_attention_heads=16,
+        num_key_value_heads=16, head_dim=64, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=0,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.config_to_hf(config, "float32")))
+    shutil.copy(EXAMPLES.parent / "tests" / "parity" / "mistral" / "tokenizer.json", tmp_path)
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    weight_map, sizes = {}, []
+    for path, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Param)):
+        shape = variable.shape[::-1] if path[-1] == "kernel" else variable.shape
+        name, file = checkpoint._hf_name(path), f"{len(sizes)}.safetensors"
+        safetensors_numpy.save_file({name: np.zeros(shape, np.float32)}, tmp_path / file)
+        weight_map[name] = file
+        sizes.append(4 * math.prod(shape))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    total, largest = sum(sizes), max(sizes)
+    assert largest < total / 6
+
+    command = [sys.executable, "-c", LOAD_LARGE, str(tmp_path), mode]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    grown, *by_device = map(int, run.stdout.split())
+    print(f"{grown / 2**20:.0f} MiB for {total / 2**20:.0f} MiB of weights")
+    assert total < grown < 1.5 * total  # a tensor may be mapped, copied and placed at once
+    share = total / 8 if mode == "mesh" else total
+    assert share <= max(by_device) < 1.01 * share
+    assert min(by_device) == (max(by_device) if mode == "mesh" else 0)
 
 
 @functools.cache
@@ -153,8 +233,8 @@ LLAMA3_ROPE = {
         ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters: rope_theta: expected a positive number, got 0"),
         ({"rope_scaling": "llama3"}, "rope_scaling: expected an object, got 'llama3'"),
         (
-            {"rope_scaling": {"rope_type": "dynamic"}},
-            "rope_scaling: rope_type: expected 'default' or .*, got 'dynamic'",
+            {"rope_scaling": {"rope_type": "ntk"}},
+            "rope_scaling: rope_type: expected 'default' or .*, got 'ntk'",
         ),
         (
             {"rope_scaling": {"type": "longrope"}},
@@ -196,7 +276,7 @@ def test_fields_left_out_have_the_defaults_of_transformers(absent: object):
         ]
     )
     data = {**sizes, "num_attention_heads": 4, **(optional if absent is None else {})}
-    assert checkpoint.config_from_hf(data, Path("config.json")) == LlamaConfig(
+    assert checkpoint.config_from_hf(data, Path("config.json")) == DecoderConfig(
         **sizes,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -304,11 +384,11 @@ def test_damaged_folders_end_generate_with_one_line(
 
 
 @pytest.mark.parametrize("config", [SCALED, TIED], ids=["untied", "tied"])
-def test_transformers_agrees(tmp_path: Path, config: LlamaConfig):
+def test_transformers_agrees(tmp_path: Path, config: DecoderConfig):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    theirs_config = transformers.LlamaConfig(**checkpoint.config_to_hf(config, jnp.dtype("float32")))
+    theirs_config = transformers.LlamaConfig(**checkpoint.config_to_hf(config, "float32"))
     theirs = transformers.LlamaForCausalLM(theirs_config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():  # far from their nearly linear initial values
@@ -436,6 +516,8 @@ def test_generate_with_other_caches(
         (["--temperature=nan"], "expected at least 0, got nan"),
         (["--top-p=0"], "top_p: expected a number in (0, 1], got 0.0"),
         (["--top-p=1.5"], "expected at most 1, got 1.5"),
+        (["--devices=99"], "--devices: expected at most"),
+        (["--max-len=513"], "max_len: expected 1 to max_position_embeddings = 512, got 513"),
         (["--seed=-1"], "expected at least 0, got -1"),
         (["--seed=4294967296"], "expected at most 4294967295, got 4294967296"),
         (["--prompt=\udcff"], "expected UTF-8 text"),

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint import CheckpointError
-from families import config_from_hf
 from flax import nnx
-from llama import Llama
-from mlp import Experts
+from models import Decoder, config_from_hf
+from models.gpt_oss import ClampedExperts
+from models.layers import Experts
 from safetensors.numpy import load_file, save_file
 
 from jax_paged_attn.nnx import StepMetadata
-from jax_paged_attn.rope import LinearRopeScaling, LongRopeScaling, YarnRopeScaling
+from jax_paged_attn.rope import DynamicRopeScaling, LinearRopeScaling, LongRopeScaling, YarnRopeScaling
 from jax_paged_attn.serving import Engine, Request
 
 PARITY = Path(__file__).parent / "parity"
@@ -31,8 +31,15 @@ def relative_error(got: Any, want: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(got) - want) / np.linalg.norm(want))
 
 
-@pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
-def loaded(request: pytest.FixtureRequest) -> tuple[Llama, dict[str, np.ndarray]]:
+# llama-dynamic differs from llama-linear by its frequencies alone, which have a test of their own.
+MODELS = [
+    pytest.param(folder, id=folder.name, marks=[pytest.mark.slow] * (folder.name == "llama-dynamic"))
+    for folder in FOLDERS
+]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def loaded(request: pytest.FixtureRequest) -> tuple[Decoder, dict[str, np.ndarray]]:
     folder = request.param
     found = checkpoint.load(folder)
     assert found.tokenizer.encode("t3 t1") == [3, 1]
@@ -52,10 +59,12 @@ def test_there_are_all_families() -> None:
         "mixtral",
         "qwen3_moe",
         "gpt_oss",
+        "olmo2",
+        "smollm3",
     }
 
 
-def test_logits_are_those_of_transformers(loaded: tuple[Llama, dict[str, np.ndarray]]) -> None:
+def test_logits_are_those_of_transformers(loaded: tuple[Decoder, dict[str, np.ndarray]]) -> None:
     """Dense, over pages at once, over pages in chunks, and with joined projections."""
     model, want = loaded
     tokens = jnp.asarray(want["tokens"], jnp.int32)
@@ -79,7 +88,7 @@ def test_logits_are_those_of_transformers(loaded: tuple[Llama, dict[str, np.ndar
     assert relative_error(jnp.concatenate(chunks), want["logits"]) < 1e-5
 
 
-def test_engines_give_the_greedy_tokens_of_transformers(loaded: tuple[Llama, dict[str, np.ndarray]]) -> None:
+def test_engines_give_the_greedy_tokens_of_transformers(loaded: tuple[Decoder, dict[str, np.ndarray]]) -> None:
     """Requests that share a prefix, in chunks, in a pool that makes them preempt; windows roll on the way."""
     model, want = loaded
     greedy = want["greedy"].tolist()
@@ -94,19 +103,38 @@ def test_engines_give_the_greedy_tokens_of_transformers(loaded: tuple[Llama, dic
     assert engine.stats.cached_tokens >= 16
 
 
-def test_joined_projections_change_nothing(loaded: tuple[Llama, dict[str, np.ndarray]]) -> None:
+def test_joined_projections_change_nothing(loaded: tuple[Decoder, dict[str, np.ndarray]]) -> None:
     model, want = loaded
     model.fuse()  # the last test of this model
     assert relative_error(model(jnp.asarray(want["tokens"], jnp.int32)), want["logits"]) < 1e-5
 
 
+def test_dynamic_frequencies_are_those_of_the_longest_context() -> None:
+    """Beyond the original length `transformers` has the frequencies of each length: here those of all 96 tokens."""
+    folder = PARITY / "llama-dynamic"
+    want = load_file(folder / "expected.safetensors")
+    tokens = jnp.asarray(want["long_tokens"], jnp.int32)
+    model = checkpoint.load(folder, max_len=len(tokens)).model
+    assert model.served().max_len == len(tokens) > 64
+    assert relative_error(model(tokens), want["long_logits"]) < 1e-5
+    model.init_cache(len(tokens) // PAGE_SIZE, PAGE_SIZE)
+    paged = model(tokens, StepMetadata.whole_sequences(1, len(tokens), PAGE_SIZE))
+    assert relative_error(paged, want["long_logits"]) < 1e-5
+
+
+def test_other_models_reach_no_further_than_they_were_made_for() -> None:
+    for name, max_len in (("llama-yarn", 65), ("mistral", 0), ("llama-dynamic", 0)):
+        with pytest.raises(ValueError, match=f"max_len: expected 1 to max_position_embeddings = 64, got {max_len}"):
+            checkpoint.load(PARITY / name, max_len=max_len)
+
+
 # ---- fields of config.json
 
 
-def config_of(name: str, **changes: Any) -> Any:
+def config_of(name: str, max_len: int | None = None, **changes: Any) -> Any:
     """The config of a folder with some fields changed, or left out where the value is `...`."""
     data = {**json.loads((PARITY / name / "config.json").read_text()), **changes}
-    return config_from_hf({key: value for key, value in data.items() if value is not ...}, Path("config.json"))
+    return config_from_hf({key: value for key, value in data.items() if value is not ...}, Path("config.json"), max_len)
 
 
 def test_what_is_special_is_read() -> None:
@@ -132,13 +160,23 @@ def test_what_is_special_is_read() -> None:
     assert isinstance(phi.rope_scaling, LongRopeScaling)
     assert phi.rope_scaling.factors == (1.5, 2.5, 4.0)
     assert config_of("phi3", max_position_embeddings=16).rope_scaling == LongRopeScaling((1.0, 1.1, 1.2))
+    short = config_of("phi3", max_len=16)
+    assert short.max_position_embeddings == 16
+    assert short.rope_scaling == LongRopeScaling((1.0, 1.1, 1.2), phi.rope_scaling.attention_factor)
     moe = config_of("qwen3-moe", norm_topk_prob=..., decoder_sparse_step=2)
     assert (moe.experts, moe.dense_layers) == (Experts(5, 2, 12, normalised=False), (0, 1, 2))
     assert config_of("qwen3-moe").dense_layers == (1,)
     assert config_of("mixtral").experts == Experts(4, 2, 40, normalised=True)
     oss = config_of("gpt-oss", layer_types=..., swiglu_limit=...)
-    assert (oss.sliding_windows, oss.swiglu_limit, oss.sinks) == ((6, None, 6), 7.0, True)
+    assert (oss.sliding_windows, oss.experts, oss.sinks) == ((6, None, 6), ClampedExperts(4, 2, 12), True)
+    smol = config_of("smollm3", layer_types=...)
+    assert (smol.unrotated_layers, smol.sliding_windows) == ((1, 3), (None, 8, None, 8))
+    smol = config_of("smollm3", no_rope_layers=None, no_rope_layer_interval=..., use_sliding_window=...)
+    assert (smol.unrotated_layers, smol.sliding_windows) == ((3,), None)
+    assert config_of("smollm3", num_key_value_heads=None, num_attention_heads=8).num_key_value_heads == 8
+    assert config_of("smollm3", num_key_value_heads=..., num_attention_heads=8).num_key_value_heads == 4
     assert config_of("llama-linear").rope_scaling == LinearRopeScaling(4.0)
+    assert config_of("llama-dynamic").rope_scaling == DynamicRopeScaling(3.0, 64, 64)
     assert config_of("llama-yarn").rope_scaling == YarnRopeScaling(4.0, 16, 4.0, 1.0)
 
 
@@ -155,9 +193,11 @@ def test_what_is_special_is_read() -> None:
         ("qwen2", {"max_window_layers": -1}, "max_window_layers: expected an integer of at least 0, got -1"),
         ("qwen2", {"use_sliding_window": 1}, "use_sliding_window: expected true or false, got 1"),
         ("qwen3-moe", {"mlp_only_layers": [3]}, r"mlp_only_layers: expected a list of integers in \[0, 3\), got \[3\]"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers: expected a list of at least 4 zeros and ones"),
         ("gpt-oss", {"swiglu_alpha": 1.0}, "swiglu_alpha: expected 1.702, got 1.0"),
         ("mistral", {"sliding_window": 0}, "sliding_window: expected an integer of at least 1, got 0"),
-        ("llama-yarn", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: expected 'default'"),
+        ("llama-yarn", {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "rope_type: expected 'default'"),
+        ("llama-dynamic", {"rope_parameters": {"rope_type": "dynamic"}}, "factor: expected a positive number"),
         ("llama-yarn", {"rope_parameters": {"rope_type": "yarn"}}, "factor: expected a positive number"),
         (
             "llama-yarn",
@@ -171,7 +211,9 @@ def test_wrong_fields_are_named(name: str, changes: dict[str, Any], message: str
         config_of(name, **changes)
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "llama-yarn", "gemma3", "phi3", "mixtral", "gpt-oss"])
+@pytest.mark.parametrize(
+    "name", ["mistral", "qwen2", "qwen3", "llama-yarn", "gemma3", "phi3", "mixtral", "gpt-oss", "smollm3"]
+)
 def test_only_llamas_are_saved(name: str, tmp_path: Path) -> None:
     model = checkpoint.load(PARITY / name).model
     with pytest.raises(ValueError, match="config: expected a Llama's, which alone can be saved"):
@@ -207,7 +249,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data |= {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "layer_types": None}
     (folder / "plain").mkdir()
     config = config_from_hf(data, folder)
-    model = Llama(config, rngs=nnx.Rngs(0))
+    model = Decoder(config, rngs=nnx.Rngs(0))
     tensors = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         value = np.asarray(variable[...])

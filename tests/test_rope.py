@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jax_paged_attn.rope import (
+    DynamicRopeScaling,
     LinearRopeScaling,
     Llama3RopeScaling,
     LongRopeScaling,
@@ -106,10 +107,21 @@ def test_simple_kinds_divide() -> None:
     assert scaling.rotation_factor == 1.2
 
 
+@pytest.mark.parametrize(("size", "max_len"), [(12, 100), (128, 16384), (2, 100), (12, 64), (12, 7)])
+def test_dynamic_scaling_is_that_of_its_longest_context(size: int, max_len: int) -> None:
+    """The base grows; up to the original context nothing changes. The first frequency never does."""
+    original = 64
+    growth = 3.0 * max(max_len, original) / original - 2.0
+    theta = 500.0 * growth ** (size / (size - 2)) if size > 2 else 500.0
+    got = rope_frequencies(size, 500.0, DynamicRopeScaling(3.0, original, max_len))
+    np.testing.assert_allclose(got, rope_frequencies(size, theta), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: LinearRopeScaling(0.0), "expected positive factor"),
+        (lambda: DynamicRopeScaling(2.0, 64, 0), "expected positive factor and .* and max_len"),
         (lambda: Llama3RopeScaling(8.0, 4.0, 1.0, 8192), "expected 0 < low_freq_factor < high_freq_factor"),
         (lambda: YarnRopeScaling(4.0, 0), "expected positive factor and original_max_position_embeddings"),
         (lambda: YarnRopeScaling(4.0, 64, beta_fast=1.0), "expected 0 < beta_slow < beta_fast"),
@@ -129,9 +141,10 @@ def test_every_kind_can_be_part_of_a_program() -> None:
     """Layers keep a scaling as a static part of jitted functions."""
     kinds: list[RopeScaling] = [
         LinearRopeScaling(2.0),
+        DynamicRopeScaling(2.0, 64, 128),
         Llama3RopeScaling(8.0, 1.0, 4.0, 64),
         YarnRopeScaling(4.0, 64),
         LongRopeScaling((1.0, 2.0)),
     ]
-    assert len({hash(kind) for kind in kinds}) == 4
+    assert len({hash(kind) for kind in kinds}) == len(kinds)
     assert all(kind == type(kind)(**vars(kind)) for kind in kinds)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from llama import Llama, LlamaConfig
+from models import Decoder, DecoderConfig
 
 from jax_paged_attn.serving import ByteTokenizer, Engine, Generation, Request, Sampling, sample
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=97,
     hidden_size=32,
     intermediate_size=48,
@@ -36,12 +36,12 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def model() -> Llama:
+def model() -> Decoder:
     return make_model()
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def small_pool(request: pytest.FixtureRequest, model: Llama) -> Engine:
+def small_pool(request: pytest.FixtureRequest, model: Decoder) -> Engine:
     """Engines that have to preempt where several long requests meet; each is compiled once for all tests."""
     engine = make_engine(model, num_pages=36, tokenizer=ByteTokenizer(bos=0), **ENGINES[request.param])
     engine.warm_up()
@@ -49,16 +49,16 @@ def small_pool(request: pytest.FixtureRequest, model: Llama) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def alone(model: Llama) -> Engine:
+def alone(model: Decoder) -> Engine:
     """An engine for one request at a time, without repeats and drafts."""
     return Engine(model.served(), num_pages=24, page_size=PAGE_SIZE, max_seqs=1, buckets=(24,))
 
 
-def make_model() -> Llama:
-    return Llama(CONFIG, rngs=nnx.Rngs(0))
+def make_model() -> Decoder:
+    return Decoder(CONFIG, rngs=nnx.Rngs(0))
 
 
-def make_engine(model: Llama, num_pages: int, **options) -> Engine:
+def make_engine(model: Decoder, num_pages: int, **options) -> Engine:
     sizes: dict[str, Any] = {"page_size": PAGE_SIZE, "max_seqs": 6, "buckets": (6, 24), "decode_buckets": (6,)}
     return Engine(model.served(), num_pages=num_pages, **(sizes | options))
 
@@ -151,7 +151,7 @@ def test_batched_equals_alone_under_preemption(small_pool: Engine, alone: Engine
     assert small_pool.pages_in_use == alone.pages_in_use == 0
 
 
-def test_greedy_tokens_are_the_models_own(model: Llama, small_pool: Engine):
+def test_greedy_tokens_are_the_models_own(model: Decoder, small_pool: Engine):
     [generation] = serve(small_pool, random_requests(1, seed=3))
     logits = np.asarray(model(jnp.asarray(generation.tokens, jnp.int32)))
     start = len(generation.request.prompt)
@@ -170,7 +170,7 @@ def test_nothing_is_traced_or_moved_after_warm_up(small_pool: Engine):
     ("options", "kinds"),
     [({}, 3), ({"decode_steps": 4}, 5), ({"num_drafts": 2}, 3), ({"num_drafts": 2, "decode_steps": 4}, 3)],
 )
-def test_a_warm_up_traces_each_kind_once(model: Llama, options: dict[str, int], kinds: int):
+def test_a_warm_up_traces_each_kind_once(model: Decoder, options: dict[str, int], kinds: int):
     """One size with prompts, two without, once or twice."""
     engine = make_engine(model, num_pages=4, max_seqs=2, buckets=(2,), decode_buckets=(1,), **options)
     for _ in range(2):
@@ -426,7 +426,7 @@ def test_malformed_requests_are_refused_beside_good_ones(small_pool: Engine):
     assert small_pool.pages_in_use == 0
 
 
-def test_too_long_requests_are_refused(model: Llama, alone: Engine):
+def test_too_long_requests_are_refused(model: Decoder, alone: Engine):
     with pytest.raises(ValueError, match="at most 96 tokens"):
         alone.submit(Request([1], 96))
     with pytest.raises(ValueError, match="at most 8 tokens"):
@@ -660,17 +660,17 @@ def test_an_on_token_may_cancel_and_submit_but_not_step(small_pool: Engine):
         ({"model": None}, "model: expected a Model, which has 'vocab_size', .*, got None"),
     ],
 )
-def test_bad_engines_are_refused(model: Llama, options: dict[str, Any], message: str):
+def test_bad_engines_are_refused(model: Decoder, options: dict[str, Any], message: str):
     with pytest.raises((ValueError, TypeError), match=message):
         Engine(**{"model": model.served(), "num_pages": 4, "max_seqs": 8, **options})
 
 
-def test_as_many_scales_as_layers_are_expected(model: Llama):
+def test_as_many_scales_as_layers_are_expected(model: Decoder):
     with pytest.raises(ValueError, match="scales: expected one pair for each of 2 layers, got 1"):
         Engine(model.served(scales=[(1.0, 1.0)]), num_pages=4)
 
 
-def test_only_its_own_generations_can_be_cancelled(model: Llama, small_pool: Engine):
+def test_only_its_own_generations_can_be_cancelled(model: Decoder, small_pool: Engine):
     other = make_engine(model, num_pages=4).submit(Request([1], 2))
     with pytest.raises(ValueError, match="another engine's"):
         small_pool.cancel(other)

@@ -26,7 +26,7 @@ def environment(devices: int) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["partitioned", "not partitioned"])
+@pytest.mark.parametrize("part", ["family", "partitioned and not family", "not partitioned and not family"])
 def test_on_eight_devices(part: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", part]
     done = subprocess.run(

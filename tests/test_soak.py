@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama import Llama
+from models import Decoder
 from test_serving import CONFIG, ENGINES, PAGE_SIZE, Oracle, make_engine, make_model, pool_pointers
 
 from jax_paged_attn.serving import Generation, Request
@@ -51,7 +51,7 @@ class Failure(Exception):
 class Soak:
     """An engine under load, and what is known of it from outside."""
 
-    def __init__(self, model: Llama, seed: int, **options: Any):
+    def __init__(self, model: Decoder, seed: int, **options: Any):
         self.engine = make_engine(model, NUM_PAGES, **options)
         self.engine.warm_up()
         self.draw = np.random.default_rng(seed)

@@ -1,13 +1,14 @@
 # pyright: reportMissingImports=false
 """Makes the folders beside this file: tiny random models by `transformers`, and what they give.
 
-`python tests/parity/make.py`, in an environment with torch 2.13 and transformers 5.24. Weights are large, so that no
-model is nearly linear and every difference shows. `tests/test_families.py` compares without either library.
+`python tests/parity/make.py [NAME ...]`, in an environment with torch 2.13 and transformers 5.24. Weights are large, so
+that no model is nearly linear and every difference shows. `tests/test_families.py` compares without either library.
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ SIZES: dict[str, Any] = {
     "pad_token_id": None,
 }
 LENGTH, PROMPT = 40, 18
+# A second, longer text: frequencies depend on its length.
+LONG = {"llama-dynamic": 96}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama-dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4}}),
     "llama-yarn": (
         "Llama",
         {
@@ -118,6 +122,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "olmo2": ("Olmo2", {}),
+    "smollm3": (
+        "SmolLM3",
+        {"num_hidden_layers": 4, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 8},
+    ),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
 }
 
@@ -135,6 +144,8 @@ def make(name: str, kind: str, options: dict[str, Any], folder: Path) -> None:
         greedy = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=LENGTH - PROMPT, do_sample=False
         )
+        long_tokens = torch.randint(0, config.vocab_size, (1, LONG.get(name, 0)))
+        long_logits = model(long_tokens).logits[0] if name in LONG else None
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -143,10 +154,12 @@ def make(name: str, kind: str, options: dict[str, Any], folder: Path) -> None:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     tensors = {"tokens": tokens[0], "logits": logits, "greedy": greedy[0]}
+    if long_logits is not None:
+        tensors |= {"long_tokens": long_tokens[0], "long_logits": long_logits}
     arrays = {key: np.ascontiguousarray(value.numpy()) for key, value in tensors.items()}
     save_file(arrays, folder / "expected.safetensors")
 
 
 if __name__ == "__main__":
-    for name, (kind, options) in MODELS.items():
-        make(name, kind, options, Path(__file__).parent / name)
+    for name in sys.argv[1:] or MODELS:
+        make(name, *MODELS[name], Path(__file__).parent / name)

@@ -1,11 +1,8 @@
-"""Llama and its relatives in Flax NNX: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU.
+"""One decoder for all families, in Flax NNX: grouped-query attention and MLPs between residual connections.
 
-Mistral adds sliding windows, Mixtral experts, Qwen 2 biases of q, k and v, Qwen 3 norms of q and k. Gemma has norms on
-both sides of attention and MLP, scaled embeddings, soft caps and a second rotary base; gpt-oss has sinks. `families.py`
-reads which it is.
-
-Module and field names follow Hugging Face's, so that `checkpoint.py` is a plain renaming. Every attention goes through
-`jax_paged_attn.nnx.PagedSelfAttention`.
+A family says by a `DecoderConfig` which options of attention it has, and which norm, block and experts of its own.
+Every attention goes through `jax_paged_attn.nnx.PagedSelfAttention`. Module and field names follow Hugging Face's, so
+that `checkpoint.py` is a plain renaming.
 """
 
 from __future__ import annotations
@@ -13,24 +10,77 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
-from mlp import ClampedExpertsMlp, Experts, ExpertsMlp, GatedMlp, Precision, linear
 
 from jax_paged_attn.nnx import PagedSelfAttention, StepMetadata
 from jax_paged_attn.rope import RopeScaling
 from jax_paged_attn.serving import NnxModel
 
+from .layers import Build, Experts, GatedMlp, Norm, rms_norm
+
+
+class Block(nnx.Module):
+    """Attention and MLP: each sees its input normalised, and its result is added to that input."""
+
+    split_axes: ClassVar = {
+        **dict.fromkeys([f"self_attn.{name}_proj.{leaf}" for name in "qkv" for leaf in ("kernel", "bias")], -1),
+        **dict.fromkeys(("self_attn.qkv_proj.kernel", "self_attn.qkv_proj.bias"), -3),
+        "self_attn.o_proj.kernel": 0,
+    }
+
+    def __init__(self, config: DecoderConfig, layer: int, build: Build):
+        size, epsilon = config.hidden_size, config.rms_norm_eps
+        window = None if config.sliding_windows is None else config.sliding_windows[layer]
+        is_local = window is not None and config.local_rope_theta is not None
+        rope_theta = config.local_rope_theta if is_local else config.rope_theta
+        self.input_layernorm = config.norm(size, epsilon, build)
+        self.self_attn = PagedSelfAttention(
+            size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            use_bias=config.attention_bias,
+            qk_norm=(lambda head_dim: config.norm(head_dim, epsilon, build)) if config.qk_norm else None,
+            sliding_window=window,
+            scale=config.attention_scale,
+            soft_cap=config.attention_soft_cap,
+            sinks=config.sinks,
+            rope_theta=None if layer in config.unrotated_layers else rope_theta,
+            rope_scaling=None if is_local else config.rope_scaling,
+            rotary_dim=config.rotary_dim,
+            implementation=build.implementation,
+            dtype=build.dtype,
+            param_dtype=build.param_dtype,
+            rngs=build.rngs,
+        )
+        self.post_attention_layernorm = config.norm(size, epsilon, build)
+        if config.experts is None or layer in config.dense_layers:
+            options: Any = {"activation": config.hidden_act, "use_bias": config.mlp_bias}
+            self.mlp = GatedMlp(size, config.intermediate_size, build, **options)
+        else:
+            self.mlp = config.experts.mlp(size, build, config.hidden_act)
+        self.dropout = nnx.Dropout(build.dropout)
+
+    def __call__(self, x: Array, step: StepMetadata | None, rngs: nnx.Rngs | None) -> Array:
+        """`[..., T, D]` to the same. See `Decoder.__call__`."""
+        x = x + self.dropped(self.self_attn(self.input_layernorm(x), step), rngs)
+        return x + self.dropped(self.mlp(self.post_attention_layernorm(x)), rngs)
+
+    def dropped(self, y: Array, rngs: nnx.Rngs | None) -> Array:
+        """What is added to the input, after dropout."""
+        return self.dropout(y, deterministic=rngs is None, rngs=rngs)
+
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes of the model, named as in Hugging Face's config.json where that has the field.
+class DecoderConfig:
+    """Sizes and options, named as in Hugging Face's config.json where that has the field. The defaults are a Llama's.
 
     Attributes:
       attention_bias: True for biases of all four projections, or the names of those that have one.
@@ -38,14 +88,14 @@ class LlamaConfig:
       sliding_windows: the most keys that a row sees, for each layer; a layer without a window has None.
         None in place of the tuple means that no layer has one.
       rotary_dim: the first columns of a head that are rotated; None for all.
+      unrotated_layers: layers without rotary embeddings.
       local_rope_theta: the rotary base of layers with a window, which then have no scaling; None for `rope_theta`.
       experts: None where all layers have a plain MLP.
       dense_layers: layers with a plain MLP in spite of that.
-      swiglu_limit: bounds the inner columns of gpt-oss' experts; None for other models.
       sinks: whether each head has a learnt logit without a value.
       hidden_act: of the MLP: "silu" or "gelu_tanh".
-      norm_offset: whether a norm's weights are what is added to 1.
-      sandwich_norms: whether attention and MLP are normalised on both sides, before their results are added.
+      norm: makes every norm.
+      block: attention, MLP, and the norms around them.
       embedding_scale: multiplies the embeddings of tokens.
       attention_scale: multiplies q · k; None for head_dim^(−1/2).
       attention_soft_cap, logit_soft_cap: c of c · tanh(x / c), for scores and for logits; None for none.
@@ -67,14 +117,14 @@ class LlamaConfig:
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...] | None = None
     rotary_dim: int | None = None
+    unrotated_layers: tuple[int, ...] = ()
     local_rope_theta: float | None = None
     experts: Experts | None = None
     dense_layers: tuple[int, ...] = ()
-    swiglu_limit: float | None = None
     sinks: bool = False
     hidden_act: str = "silu"
-    norm_offset: bool = False
-    sandwich_norms: bool = False
+    norm: Norm = rms_norm
+    block: type[Block] = Block
     embedding_scale: float | None = None
     attention_scale: float | None = None
     attention_soft_cap: float | None = None
@@ -83,20 +133,31 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
+    def split_sizes(self) -> dict[str, int]:
+        """What tensor parallelism splits, by name: the number of devices has to divide each."""
+        sizes = {"num_key_value_heads": self.num_key_value_heads}
+        if self.experts is None or self.dense_layers:
+            sizes["intermediate_size"] = self.intermediate_size
+        if self.experts is not None:
+            sizes["experts.size"] = self.experts.size
+        return sizes
 
-class Llama(nnx.Module):
+
+class Decoder(nnx.Module):
     """Tokens to next-token logits.
 
     Args:
-      config: the sizes.
+      config: sizes and options.
       dtype, param_dtype: of the computation and of the weights.
       dropout: rate on the embeddings and on what each block adds, in training only.
       implementation: engine that every attention runs on; None for the best one.
     """
 
+    split_axes: ClassVar = {"embed_tokens.embedding": 0, "lm_head.kernel": -1}
+
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         *,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
@@ -106,7 +167,7 @@ class Llama(nnx.Module):
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        precision = Precision(dtype, param_dtype)
+        build = Build(dtype, param_dtype, rngs, dropout, implementation)
         self.embed_tokens = nnx.Embed(
             config.vocab_size,
             config.hidden_size,
@@ -115,15 +176,13 @@ class Llama(nnx.Module):
             embedding_init=nnx.initializers.normal(0.02),
             rngs=rngs,
         )
-        self.layers = nnx.List(
-            [_Block(config, i, precision, dropout, implementation, rngs) for i in range(config.num_hidden_layers)]
-        )
-        self.norm = _norm(config, precision, rngs)
+        self.layers = nnx.List([config.block(config, layer, build) for layer in range(config.num_hidden_layers)])
+        self.norm = config.norm(config.hidden_size, config.rms_norm_eps, build)
         self.dropout = nnx.Dropout(dropout)
-        self._pages_sharding: NamedSharding | None = None
+        self._placed: tuple[Mesh, str] | None = None
         self.lm_head = nnx.data(None)
         if not config.tie_word_embeddings:
-            self.lm_head = linear(config.hidden_size, config.vocab_size, precision, rngs)
+            self.lm_head = build.linear(config.hidden_size, config.vocab_size)
 
     def init_cache(
         self,
@@ -144,34 +203,51 @@ class Llama(nnx.Module):
             k_scale, v_scale = (None, None) if scales is None else scales[index]
             layer.self_attn.init_cache(num_pages, page_size, dtype, k_scale=k_scale, v_scale=v_scale)
             for pages in (layer.self_attn.attention.k_pages, layer.self_attn.attention.v_pages):
-                if pages is not None and self._pages_sharding is not None:
-                    pages.set_value(jax.device_put(pages[...], self._pages_sharding))
+                if pages is not None and self._placed is not None:
+                    mesh, axis = self._placed
+                    pages.set_value(jax.device_put(pages[...], NamedSharding(mesh, PartitionSpec(None, None, axis))))
 
     def fuse(self) -> None:
         """Joins products that share their input, q with k and v, gate with up: for serving, not to be saved."""
         for layer in self.layers:
             layer.self_attn.fuse_projections()
             layer.mlp.fuse()
+        if self._placed is not None:
+            self.shard(*self._placed)
+
+    def shardings(self, mesh: Mesh, axis: str) -> dict[tuple[Any, ...], NamedSharding]:
+        """Where `shard` places each weight, by its path in the model; the weights may be abstract."""
+        if axis not in mesh.shape or mesh.axis_types[mesh.axis_names.index(axis)] != AxisType.Auto:
+            raise ValueError(f"axis: expected an Auto axis of the mesh, got {axis!r} of {mesh}")
+        ways = mesh.shape[axis]
+        for name, number in self.config.split_sizes().items():
+            if number % ways:
+                raise ValueError(f"axis: expected a size that divides {name} = {number}, got {ways}")
+
+        def sharding(path: tuple[Any, ...], variable: nnx.Variable) -> NamedSharding:
+            spec: list[str | None] = [None] * len(variable.shape)
+            split = _split_axis(self, path)
+            if split is not None and variable.shape[split] % ways == 0:  # a vocabulary may be no multiple
+                spec[split] = axis
+            return NamedSharding(mesh, PartitionSpec(*spec))
+
+        return {path: sharding(path, variable) for path, variable in nnx.to_flat_state(nnx.state(self, nnx.Param))}
 
     def shard(self, mesh: Mesh, axis: str) -> None:
         """Places the weights for tensor parallelism over an Auto axis of a mesh, and later the caches of `init_cache`.
 
-        Heads and the inner columns of the MLP are split; what follows them is split by row and summed over devices.
+        Heads, the inner columns of MLPs and of all experts, and the vocabulary are split. Attention and MLP each end in
+        one sum over devices. A vocabulary that is no multiple of the axis' size is on all devices.
 
         Raises:
-          ValueError: the heads of keys and values, or the inner columns, are no multiple of the axis' size.
+          ValueError: the heads of keys and values, or the inner columns, are no multiple of the axis' size, or the mesh
+            has no such Auto axis.
         """
-        ways = mesh.shape[axis]
-        for name in ("num_key_value_heads", "intermediate_size"):
-            if (number := getattr(self.config, name)) % ways:
-                raise ValueError(f"axis: expected a size that divides {name} = {number}, got {ways}")
-        self._pages_sharding = NamedSharding(mesh, PartitionSpec(None, None, axis))
-
-        def place(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
-            spec = PartitionSpec(*(axis if split else None for split in _split_axes(path, variable.ndim)))
-            return variable.replace(jax.device_put(variable[...], NamedSharding(mesh, spec)))
-
-        nnx.update(self, nnx.map_state(place, nnx.state(self, nnx.Param)))
+        shardings = self.shardings(mesh, axis)
+        for path, variable in nnx.iter_graph(self):  # one at a time, so that no more than one is there twice
+            if isinstance(variable, nnx.Param):
+                variable.set_value(jax.device_put(variable[...], shardings[path]))
+        self._placed = mesh, axis
 
     def served(
         self, cache_dtype: DTypeLike | None = None, scales: Sequence[tuple[ArrayLike, ArrayLike]] | None = None
@@ -228,100 +304,11 @@ class Llama(nnx.Module):
         return self.logits(self.hidden(tokens, step, rngs))
 
 
-class _Block(nnx.Module):
-    def __init__(
-        self,
-        config: LlamaConfig,
-        layer: int,
-        precision: Precision,
-        dropout: float,
-        implementation: str | None,
-        rngs: nnx.Rngs,
-    ):
-        window = None if config.sliding_windows is None else config.sliding_windows[layer]
-        is_local = window is not None and config.local_rope_theta is not None
-        self.input_layernorm = _norm(config, precision, rngs)
-        self.self_attn = PagedSelfAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            use_bias=config.attention_bias,
-            qk_norm=(lambda size: _norm(config, precision, rngs, size)) if config.qk_norm else None,
-            sliding_window=window,
-            scale=config.attention_scale,
-            soft_cap=config.attention_soft_cap,
-            sinks=config.sinks,
-            rope_theta=config.local_rope_theta if is_local else config.rope_theta,
-            rope_scaling=None if is_local else config.rope_scaling,
-            rotary_dim=config.rotary_dim,
-            implementation=implementation,
-            dtype=precision.dtype,
-            param_dtype=precision.param_dtype,
-            rngs=rngs,
-        )
-        self.post_attention_layernorm = _norm(config, precision, rngs)
-        self.pre_feedforward_layernorm = self.post_feedforward_layernorm = nnx.data(None)
-        if config.sandwich_norms:
-            self.pre_feedforward_layernorm = _norm(config, precision, rngs)
-            self.post_feedforward_layernorm = _norm(config, precision, rngs)
-        sizes: dict[str, Any] = {"size": config.hidden_size, "precision": precision, "rngs": rngs}
-        if config.experts is None or layer in config.dense_layers:
-            bias, inner = config.mlp_bias, config.intermediate_size
-            self.mlp = GatedMlp(inner, activation=config.hidden_act, use_bias=bias, **sizes)
-        elif config.swiglu_limit is None:
-            self.mlp = ExpertsMlp(config.experts, activation=config.hidden_act, **sizes)
-        else:
-            self.mlp = ClampedExpertsMlp(config.experts, limit=config.swiglu_limit, **sizes)
-        self.dropout = nnx.Dropout(dropout)
-
-    def __call__(self, x: Array, step: StepMetadata | None, rngs: nnx.Rngs | None) -> Array:
-        def drop(y: Array) -> Array:
-            return self.dropout(y, deterministic=rngs is None, rngs=rngs)
-
-        attended = self.self_attn(self.input_layernorm(x), step)
-        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
-            x = x + drop(attended)
-            return x + drop(self.mlp(self.post_attention_layernorm(x)))
-        x = x + drop(self.post_attention_layernorm(attended))
-        return x + drop(self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))))
-
-
-class _OffsetNorm(nnx.Module):
-    """RMSNorm whose weights are added to 1, in float32, so that weights near 0 keep their precision in bf16."""
-
-    def __init__(self, size: int, epsilon: float, precision: Precision):
-        self.scale = nnx.Param(jnp.zeros(size, precision.param_dtype))
-        self.epsilon = epsilon
-        self.dtype = precision.dtype
-
-    def __call__(self, x: Array) -> Array:
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * (1.0 + self.scale[...].astype(jnp.float32))).astype(self.dtype)
-
-
-def _split_axes(path: tuple[Any, ...], ndim: int) -> list[bool]:
-    """Which axes of a parameter tensor parallelism splits."""
-    module, leaf = path[-2:]
-    # Axes from the last one: columns of a layer by itself, heads or inner columns of one that is joined.
-    from_end = {"q_proj": 1, "k_proj": 1, "v_proj": 1, "gate_proj": 1, "up_proj": 1, "lm_head": 1}
-    from_end |= {"qkv_proj": 3, "gate_up_proj": 1}
-    if module in ("o_proj", "down_proj"):
-        return [leaf == "kernel" and axis == 0 for axis in range(ndim)]
-    return [module in from_end and axis == ndim - from_end[module] for axis in range(ndim)]
-
-
-def _norm(
-    config: LlamaConfig, precision: Precision, rngs: nnx.Rngs, size: int | None = None
-) -> nnx.RMSNorm | _OffsetNorm:
-    size = config.hidden_size if size is None else size
-    if config.norm_offset:
-        return _OffsetNorm(size, config.rms_norm_eps, precision)
-    return nnx.RMSNorm(
-        size,
-        epsilon=config.rms_norm_eps,
-        dtype=precision.dtype,
-        param_dtype=precision.param_dtype,
-        rngs=rngs,
-    )
+def _split_axis(module: Any, path: tuple[Any, ...]) -> int | None:
+    """The axis of a parameter that tensor parallelism splits, as the `split_axes` of the modules around it say."""
+    for depth, name in enumerate(path):
+        axes = getattr(module, "split_axes", {})
+        if (rest := ".".join(map(str, path[depth:]))) in axes:
+            return axes[rest]
+        module = module[name] if isinstance(name, int) else getattr(module, name)
+    return None
