@@ -137,7 +137,7 @@ def served_step(num_seqs: int, steps: int) -> tuple[float, float]:
         plan = engine._plan()
         if plan is None:
             raise RuntimeError("expected requests that generate")
-        operand = jnp.asarray(engine._programs.operand(kind, plan, engine._allocator))
+        operand = jnp.asarray(engine._programs.operand(kind, plan, engine._groups))
         jax.block_until_ready((operand, engine._cache))
         start = time.perf_counter()
         for _ in range(steps):

@@ -182,7 +182,7 @@ def test_a_warm_up_traces_each_kind_once(model: Decoder, options: dict[str, int]
 
 @pytest.mark.parametrize("small_pool", ["plain", "repeated"], indirect=True)
 def test_a_step_costs_four_calls_of_the_allocator(small_pool: Engine, monkeypatch: pytest.MonkeyPatch):
-    allocator, calls = small_pool._allocator, []
+    allocator, calls = small_pool._groups.allocators[0], []
     generations = [small_pool.submit(Request([token, token], 11)) for token in range(6)]
     small_pool.step()
     small_pool.step()  # the first result is here

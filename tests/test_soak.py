@@ -117,7 +117,7 @@ def test_soak(name: str) -> None:
     assert engine.traces == traces
     assert pool_pointers(engine) == pointers
     assert engine.pages_in_use == engine.num_running == engine.num_waiting == 0
-    everything = engine._allocator.allocate(range(engine.num_pages * PAGE_SIZE))
+    everything = engine._groups.allocators[0].allocate(range(engine.num_pages * PAGE_SIZE))
     assert sorted(everything.pages) == list(range(engine.num_pages))
     assert sorted(engine._scheduler._rows) == list(range(6))
     assert not engine._scheduler._lookups
