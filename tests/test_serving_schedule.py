@@ -126,15 +126,21 @@ def next_token(sums: Any, position: Any, surprise: Any, where: Callable) -> Any:
     return where(number % 8 < surprise, (number >> 8) % VOCAB, position % 5)
 
 
-def oracle(prompt: tuple[int, ...], count: int, surprise: int = ALWAYS, window: int | None = None) -> list[int]:
+def oracle(
+    prompt: tuple[int, ...],
+    count: int,
+    surprise: int = ALWAYS,
+    windows: tuple[int | None, int | None] = (None, None),
+) -> list[int]:
     """The `count` tokens after a prompt, without a cache."""
-    tokens, first, second = list(prompt), [], 0
+    tokens, layers = list(prompt), ([], [])
     for position in range(len(prompt) + count - 1):
-        first.append(mix((mix(tokens[position] * 1000 + position + 1) + position) & 0xFFFFFFFF))
-        seen = sum(first if window is None else first[-window:])
-        second += mix((mix(seen & 0xFFFFFFFF) + position) & 0xFFFFFFFF)
+        sums = tokens[position] * 1000 + position + 1
+        for keys, window in zip(layers, windows, strict=True):
+            keys.append(mix((mix(sums) + position) & 0xFFFFFFFF))
+            sums = sum(keys if window is None else keys[-window:]) & 0xFFFFFFFF
         if position >= len(prompt) - 1:
-            tokens.append(int(next_token(second & 0xFFFFFFFF, position, surprise, np.where)))
+            tokens.append(int(next_token(sums, position, surprise, np.where)))
     return tokens[len(prompt) :]
 
 
@@ -155,6 +161,7 @@ def make_engine(
         page_size=PAGE_SIZE,
         max_seqs=MAX_SEQS,
         buckets=(MAX_SEQS, 14),
+        decode_buckets=(MAX_SEQS,),
         num_drafts=num_drafts,
         **options,
     )
@@ -237,7 +244,7 @@ class Traffic(RuleBasedStateMachine):
     def start(self, surprise: int, num_pages: int, decode_steps: int, num_drafts: int, groups: dict[str, Any]) -> None:
         options = {"decode_steps": decode_steps, "max_waiting": MAX_WAITING, **groups}
         self.engine = make_engine(surprise, num_pages, num_drafts, **options)
-        self.surprise, self.window = surprise, WINDOW if groups else None
+        self.surprise, self.windows = surprise, (WINDOW, None) if groups else (None, None)
         self.sent: list[Sent] = []
 
     # ---- rules
@@ -272,7 +279,7 @@ class Traffic(RuleBasedStateMachine):
             self.submit_one((*prompt[:-1], (prompt[-1] + copy) % VOCAB), most, action, at, **options)
 
     def submit_one(self, prompt: tuple[int, ...], most: int, action: str | None, at: int, **options: Any) -> None:
-        sent = Sent(len(self.sent), oracle(prompt, most, self.surprise, self.window), at, action)
+        sent = Sent(len(self.sent), oracle(prompt, most, self.surprise, self.windows), at, action)
 
         def take(token: int) -> None:
             sent.seen.append(token)
