@@ -54,8 +54,8 @@ def alone(model: Decoder) -> Engine:
     return Engine(model.served(), num_pages=24, page_size=PAGE_SIZE, max_seqs=1, buckets=(24,))
 
 
-def make_model() -> Decoder:
-    return Decoder(CONFIG, rngs=nnx.Rngs(0))
+def make_model(config: DecoderConfig = CONFIG) -> Decoder:
+    return Decoder(config, rngs=nnx.Rngs(0))
 
 
 def make_engine(model: Decoder, num_pages: int, **options) -> Engine:
@@ -86,10 +86,10 @@ def pool_pointers(engine: Engine) -> list[int]:
 class Oracle:
     """The model without a cache, in one call per request: what comes after each of its tokens."""
 
-    def __init__(self):
-        self._length = CONFIG.max_position_embeddings  # padding comes after the tokens, which do not see it
+    def __init__(self, config: DecoderConfig = CONFIG):
+        self._length = config.max_position_embeddings  # padding comes after the tokens, which do not see it
         self._logits = nnx.jit(lambda model, tokens: model(tokens))
-        self._model = make_model()  # of its own, since an engine takes the cache of its model away
+        self._model = make_model(config)  # of its own, since an engine takes the cache of its model away
         self._sample = jax.jit(sample)
 
     def check(self, generation: Generation) -> bool:
