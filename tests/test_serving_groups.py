@@ -15,7 +15,7 @@ import pytest
 from test_serving_schedule import MAX_NEW, MAX_SEQS, PAGE_SIZE, WINDOW, HistoryModel, make_engine, oracle, run
 
 from jax_paged_attn import OutOfPages, StepMetadata
-from jax_paged_attn.serving import Engine, Generation, Request, Stats, group_pages
+from jax_paged_attn.serving import Engine, Generation, Request, Stats, _groups, group_pages
 from jax_paged_attn.serving._groups import LayerGroups
 from jax_paged_attn.serving._schedule import Scheduler
 
@@ -28,22 +28,12 @@ class WatchedGroups(LayerGroups):
         return stop
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_windows_never_run_out_of_the_pages_that_they_get(seed: int) -> None:
-    """No request is preempted, and no chunk is shorter; without a model, whose tokens would come at once."""
-    draw = np.random.default_rng(seed)
-    windows = (int(draw.integers(1, 40)), None)
-    page_size, max_seqs, decode_steps = (int(draw.integers(1, most)) for most in (9, 7, 5))
-    step_tokens = max_seqs + int(draw.integers(0, 60))
-    sizes = {"max_seqs": max_seqs, "decode_steps": decode_steps}
-    pages = group_pages(windows, num_pages=10_000, page_size=page_size, step_tokens=step_tokens, **sizes)
-    assert pages[0] < pages[1] == 10_000
-    groups, stats = WatchedGroups(windows, pages, page_size), Stats()
-    scheduler = Scheduler(groups, budget=step_tokens, num_drafts=0, stats=stats, **sizes)
-    stem = draw.integers(0, 9, 200).tolist()
-    for _ in range(3 * max_seqs):
-        prompt = (*stem[: draw.integers(200)], *draw.integers(0, 9, draw.integers(1, 100)).tolist())
-        scheduler.add(Generation(Request(prompt, int(draw.integers(1, 100))), list(prompt)))
+def scheduled(groups: LayerGroups, prompts: list[tuple[int, ...]], most: int, **sizes: int) -> Stats:
+    """What the scheduler counts without a model: all tokens are random, and there at once."""
+    draw, stats = np.random.default_rng(0), Stats()
+    scheduler = Scheduler(groups, num_drafts=0, stats=stats, **sizes)
+    for prompt in prompts:
+        scheduler.add(Generation(Request(prompt, int(draw.integers(1, most))), list(prompt)))
     while scheduler.waiting or scheduler.running:
         plan = scheduler.plan(in_flight=False)
         assert plan is not None
@@ -55,8 +45,43 @@ def test_windows_never_run_out_of_the_pages_that_they_get(seed: int) -> None:
                 generation._in_flight -= number
                 if len(generation.tokens) == generation._end:
                     scheduler.remove(generation)
-    assert stats.preemptions == 0
     assert groups.pages_in_use == (0, 0)
+    return stats
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_windows_never_run_out_of_the_pages_that_they_get(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No request is preempted, and no chunk is shorter, even without pages to keep."""
+    monkeypatch.setattr(_groups, "_STEPS_KEPT", 0)
+    draw = np.random.default_rng(seed)
+    windows = (int(draw.integers(1, 40)), None)
+    page_size, max_seqs, decode_steps = (int(draw.integers(1, most)) for most in (9, 7, 5))
+    budget = max_seqs + int(draw.integers(0, 60))
+    sizes = {"max_seqs": max_seqs, "decode_steps": decode_steps}
+    pages = group_pages(windows, num_pages=10_000, page_size=page_size, step_tokens=budget, **sizes)
+    assert pages[0] < pages[1] == 10_000
+    stem = draw.integers(0, 9, 200).tolist()
+    prompts = [
+        (*stem[: draw.integers(200)], *draw.integers(0, 9, draw.integers(1, 100)).tolist()) for _ in range(3 * max_seqs)
+    ]
+    stats = scheduled(WatchedGroups(windows, pages, page_size), prompts, 100, budget=budget, **sizes)
+    assert stats.preemptions == 0
+    assert stats.cached_tokens > 0 or max_seqs == 1
+
+
+def test_prefixes_of_busy_engines_are_found() -> None:
+    """Nearly as often as if all pages were kept, and hardly ever without the pages for some more steps."""
+    draw = np.random.default_rng(0)
+    stems = [draw.integers(0, 30_000, 512).tolist() for _ in range(4)]
+    prompts = [(*stems[i % 4], *draw.integers(0, 30_000, 100).tolist()) for i in range(48)]
+    sizes = {"max_seqs": 16, "decode_steps": 1}
+    rates = []
+    for steps_kept in (0, 8, 1000):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_groups, "_STEPS_KEPT", steps_kept)
+            pages = group_pages((128, None), num_pages=16 * 64, page_size=16, step_tokens=256, **sizes)
+        rates.append(scheduled(LayerGroups((128, None), pages, 16), prompts, 120, budget=256, **sizes).hit_rate)
+    assert rates[0] < 0.1 < 0.9 * rates[2] < rates[1], rates
 
 
 # ---- the groups agree
@@ -159,11 +184,9 @@ def test_the_pools_of_an_engine() -> None:
     pages = group_pages(
         TwoWindows.windows, num_pages=100, page_size=PAGE_SIZE, max_seqs=MAX_SEQS, step_tokens=14, decode_steps=4
     )
-    assert pages == (100, 19, 22)
-    assert tuple((pool.window, pool.num_pages) for pool in engine.pools) == tuple(
-        zip(TwoWindows.windows, pages, strict=True)
-    )
-    assert (engine.num_pages, engine.cache_bytes) == (141, 141 * PAGE_SIZE * 4)
+    assert pages == (100, 47, 50)
+    assert [(pool.window, pool.num_pages) for pool in engine.pools] == [(None, 100), (WINDOW, 47), (9, 50)]
+    assert (engine.num_pages, engine.cache_bytes) == (197, 197 * PAGE_SIZE * 4)
     assert [pool.num_pages for pool in Engine(TwoWindows(), **sizes, window_pages=7).pools] == [100, 7, 7]
     sizes["num_pages"] = 12
     assert [pool.num_pages for pool in Engine(TwoWindows(), **sizes).pools] == [12, 12, 12]

@@ -226,7 +226,8 @@ STEMS = [oracle((stem,), MAX_PROMPT - 4) for stem in range(2)]
 
 
 # One group; two; two of which that with a window often runs out of pages.
-GROUPS = [{}, {"model": WindowedHistoryModel}, {"model": WindowedHistoryModel, "window_pages": 5}]
+WITH_WINDOW = {"model": WindowedHistoryModel}
+GROUPS = [{}, {**WITH_WINDOW, "window_pages": 16}, {**WITH_WINDOW, "window_pages": 5}]
 
 
 class Traffic(RuleBasedStateMachine):
@@ -237,9 +238,7 @@ class Traffic(RuleBasedStateMachine):
         num_pages=st.sampled_from([FEWEST_PAGES, FEWEST_PAGES + 3, MOST_PAGES]),
         decode_steps=st.sampled_from([1, 4]),
         num_drafts=st.sampled_from([0, 3]),
-        groups=st.sampled_from(
-            [{}, {"model": WindowedHistoryModel}, {"model": WindowedHistoryModel, "window_pages": 5}]
-        ),
+        groups=st.sampled_from(GROUPS),
     )
     def start(self, surprise: int, num_pages: int, decode_steps: int, num_drafts: int, groups: dict[str, Any]) -> None:
         options = {"decode_steps": decode_steps, "max_waiting": MAX_WAITING, **groups}

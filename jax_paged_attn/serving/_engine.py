@@ -50,7 +50,7 @@ class Pool:
 
     Example:
       >>> from jax_paged_attn.serving import Pool
-      >>> Pool(window=1024, num_pages=2142, pages_in_use=0).window
+      >>> Pool(window=1024, num_pages=2398, pages_in_use=0).window
       1024
     """
 

@@ -16,6 +16,10 @@ from jax_paged_attn.serving._requests import integer
 
 Ids = tuple[int, ...]  # a sequence: what each group's allocator calls it
 
+# With none, the pages in front of windows are overwritten at once: of 160 requests with four prompts of 2048 tokens in
+# front of their own, 32 at a time and a window of 128, 2 % of the prompts' tokens were found in place of 75 %.
+_STEPS_KEPT = 8
+
 
 def group_pages(
     windows: Sequence[int | None],
@@ -29,7 +33,8 @@ def group_pages(
     """The pages that an `Engine` gives each layer of a layer group, where `window_pages` does not say it.
 
     A group with a window gets what `max_seqs` windows and the new tokens of a step can hold at most, so it never runs
-    out before a group without one does.
+    out before a group without one does. It also gets pages for the tokens of 8 more steps: as many stay in the cache in
+    front of windows, where prefixes are found.
 
     Args:
       windows: the window of each group in tokens; None for layers that see everything.
@@ -47,10 +52,10 @@ def group_pages(
       >>> sizes = {"page_size": 16, "max_seqs": 32, "step_tokens": 512}
       >>> full, window = group_pages([None, 1024], num_pages=32 * 1024, **sizes)
       >>> full, window
-      (32768, 2142)
+      (32768, 2398)
       >>> page_bytes = 2 * 16 * 16 * 128 * 2  # keys and values of 16 tokens, 16 heads of 128 columns, bf16
       >>> round((10 + 52) * full * page_bytes / 1e9), round((10 * full + 52 * window) * page_bytes / 1e9)  # GB
-      (266, 58)
+      (266, 59)
     """
     return tuple(
         num_pages if window is None else min(num_pages, _most(window, page_size, max_seqs, step_tokens, decode_steps))
@@ -59,8 +64,9 @@ def group_pages(
 
 
 def _most(window: int, page_size: int, max_seqs: int, step_tokens: int, decode_steps: int) -> int:
-    """Pages that all sequences hold at most. A sequence's last n tokens touch at most (n − 2) // S + 2 pages."""
-    return (max_seqs * (window + decode_steps - 2) + step_tokens) // page_size + 2 * max_seqs
+    """Pages that all sequences hold at most, and those to keep: n tokens in a row are in at most (n − 2) // S + 2."""
+    tokens = max_seqs * (window + decode_steps - 2) + (1 + _STEPS_KEPT) * step_tokens
+    return tokens // page_size + 2 * max_seqs
 
 
 class LayerGroups:

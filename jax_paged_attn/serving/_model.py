@@ -100,7 +100,7 @@ class GroupedModel(Protocol):
       ...         return jnp.einsum("bkh,vkh->bv", hidden, weights["embedding"])
       >>> engine = Engine(TwoLayers(), num_pages=64, page_size=4, max_seqs=2, buckets=(8,))
       >>> [pool.num_pages for pool in engine.pools]
-      [9, 64]
+      [25, 64]
       >>> generation = engine.submit(Request([1, 2, 3], max_new_tokens=50))
       >>> engine.run()
       >>> len(generation.output)
