@@ -225,7 +225,7 @@ TOKENS = st.integers(0, VOCAB - 1)
 STEMS = [oracle((stem,), MAX_PROMPT - 4) for stem in range(2)]
 
 
-# One group; two; two of which that with a window often runs out of pages.
+# The last one has so few pages for windows that they often run out.
 WITH_WINDOW = {"model": WindowedHistoryModel}
 GROUPS = [{}, {**WITH_WINDOW, "window_pages": 16}, {**WITH_WINDOW, "window_pages": 5}]
 

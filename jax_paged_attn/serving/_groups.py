@@ -16,8 +16,8 @@ from jax_paged_attn.serving._requests import integer
 
 Ids = tuple[int, ...]  # a sequence: what each group's allocator calls it
 
-# With none, the pages in front of windows are overwritten at once: of 160 requests with four prompts of 2048 tokens in
-# front of their own, 32 at a time and a window of 128, 2 % of the prompts' tokens were found in place of 75 %.
+# Without these, pages in front of a window are overwritten at once, and few prefixes are found. With a window of 128,
+# 160 requests, 32 at a time, that shared four prompts of 2048 tokens found 2 % of their tokens in place of 75 %.
 _STEPS_KEPT = 8
 
 
