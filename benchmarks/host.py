@@ -7,11 +7,12 @@ slot for one more, makes the arrays of the step, and marks what was computed. Bo
 their arrays are compared before they are timed.
 
 The engine: steady decode of a model of 32 layers with tiny sizes, beside the same jitted step called again and again
-with operands that are ready.
+with operands that are ready; also with a window in every second layer, which makes two layer groups.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 
@@ -108,9 +109,13 @@ def measure(num_seqs: int, budget: float) -> tuple[Contender, Contender]:
     return batched, per_sequence
 
 
-def served_step(num_seqs: int, steps: int) -> tuple[float, float]:
-    """Seconds of an engine's decode step, and of its jitted function alone: the fastest of five turns each."""
-    model = serve.tiny_model(num_layers=32)
+def served_step(num_seqs: int, steps: int, windows: tuple[int | None, ...]) -> tuple[float, float]:
+    """Seconds of an engine's decode step, and of its jitted function alone: the fastest of five turns each.
+
+    Args:
+      windows: of the layers, in turns.
+    """
+    model = serve.tiny_model(num_layers=32, sliding_windows=windows * (32 // len(windows)))
     engine = Engine(
         model.served(),
         num_pages=num_seqs * 8,
@@ -137,7 +142,7 @@ def served_step(num_seqs: int, steps: int) -> tuple[float, float]:
         plan = engine._plan()
         if plan is None:
             raise RuntimeError("expected requests that generate")
-        operand = jnp.asarray(engine._programs.operand(kind, plan, engine._allocator))
+        operand = jnp.asarray(engine._programs.operand(kind, plan, engine._groups))
         jax.block_until_ready((operand, engine._cache))
         start = time.perf_counter()
         for _ in range(steps):
@@ -168,11 +173,12 @@ def main() -> None:
             print(f"          256 sequences: {ratio:.1f} times faster, wanted {WANTED:g}, goal {GOAL:g}")
 
     print("\nms of a served decode step, 32 layers of tiny sizes")
-    print(f"{'sequences':>9} {'engine':>10} {'its function':>14} {'ratio':>7}")
-    for num_seqs in (1, 256):
-        served, alone = served_step(num_seqs, args.steps)
-        note = f" (wanted {ENGINE_WANTED:g}, goal {ENGINE_GOAL:g})" if num_seqs == 256 else ""
-        print(f"{num_seqs:>9} {1e3 * served:>10.2f} {1e3 * alone:>14.2f} {served / alone:>7.2f}{note}", flush=True)
+    print(f"{'sequences':>9} {'groups':>7} {'engine':>10} {'its function':>14} {'ratio':>7}")
+    for num_seqs, windows in itertools.product((1, 256), ((None,), (2 * PAGE_SIZE, None))):
+        served, alone = served_step(num_seqs, args.steps, windows)
+        note = f" (wanted {ENGINE_WANTED:g}, goal {ENGINE_GOAL:g})" if num_seqs == 256 and len(windows) == 1 else ""
+        times = f"{1e3 * served:>10.2f} {1e3 * alone:>14.2f} {served / alone:>7.2f}"
+        print(f"{num_seqs:>9} {len(windows):>7} {times}{note}", flush=True)
 
 
 if __name__ == "__main__":

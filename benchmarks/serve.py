@@ -56,9 +56,9 @@ SIZES = {
 }
 
 
-def tiny_model(num_layers: int) -> Decoder:
+def tiny_model(num_layers: int, **changes: Any) -> Decoder:
     """A model whose steps cost little beside what is around them."""
-    return Decoder(dataclasses.replace(SIZES["tiny"], num_hidden_layers=num_layers), rngs=nnx.Rngs(0))
+    return Decoder(dataclasses.replace(SIZES["tiny"], num_hidden_layers=num_layers, **changes), rngs=nnx.Rngs(0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ try:
     from rich.table import Table
     from rich.text import Text
 
-    from jax_paged_attn.serving import ByteTokenizer, Engine, Generation, Request
+    from jax_paged_attn.serving import ByteTokenizer, Engine, Generation, Pool, Request
 except ModuleNotFoundError as error:
     command_line.fail_without(error)
 
@@ -135,10 +135,17 @@ def summary(engine: Engine, outputs: list[Output], seconds: float) -> Group:
         f"{1000 * busy / stats.steps:.1f} ms, {stats.host_seconds / busy:.0%} of it the host's",
         f"{stats.peak_pages} of {engine.num_pages} pages in use at the peak, {stats.preemptions} preemptions, "
         f"prefix hit rate {stats.hit_rate:.0%}",
+        f"cache: {engine.cache_bytes / 1e6:.1f} MB, {' and '.join(map(pool_size, engine.pools))}",
         f"attention: engine '{engine.explain().engine}' of jax_paged_attn {jax_paged_attn.__version__}, "
         f"jax {jax.__version__}, {device.platform} ({device.device_kind})",
     )
     return Group(table, *map(Text, lines))
+
+
+def pool_size(pool: Pool) -> str:
+    """The pages of each layer of a layer group, in words."""
+    window = "" if pool.window is None else f" with a window of {pool.window}"
+    return f"{pool.num_pages} pages per layer{window}"
 
 
 def parse_arguments() -> argparse.Namespace:

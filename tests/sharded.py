@@ -341,7 +341,7 @@ def test_a_layer_of_fewer_heads_than_shards_of_one_axis(with_step: bool) -> None
 
 SERVED = DecoderConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=16,
-    num_key_value_heads=8, head_dim=8, max_position_embeddings=96,
+    num_key_value_heads=8, head_dim=8, max_position_embeddings=96, sliding_windows=(9, None),
 )  # fmt: skip
 
 
@@ -368,7 +368,7 @@ def pool_pointers(engine: Engine) -> list[int]:
 
 
 def test_an_engine_is_partitioned_by_head() -> None:
-    """The serving engine on a mesh gives the tokens that it gives on one device, in f32."""
+    """The serving engine on a mesh gives the tokens that it gives on one device, in f32, with two layer groups."""
     want = served(Decoder(SERVED, rngs=nnx.Rngs(0)))
     for fused, options in ((False, {}), (True, {"decode_steps": 4}), (True, {"num_drafts": 2})):
         model = Decoder(SERVED, rngs=nnx.Rngs(0))

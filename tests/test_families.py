@@ -89,18 +89,24 @@ def test_logits_are_those_of_transformers(loaded: tuple[Decoder, dict[str, np.nd
 
 
 def test_engines_give_the_greedy_tokens_of_transformers(loaded: tuple[Decoder, dict[str, np.ndarray]]) -> None:
-    """Requests that share a prefix, in chunks, in a pool that makes them preempt; windows roll on the way."""
+    """Requests that share a prefix, in chunks, in pools that make them preempt; layers with windows give pages back."""
     model, want = loaded
     greedy = want["greedy"].tolist()
-    prompt = greedy[:18]
-    engine = Engine(model.served(), num_pages=24, page_size=PAGE_SIZE, max_seqs=3, buckets=(3, 8), decode_steps=2)
+    prompt, windows = greedy[:18], model.config.windows
+    window_pages = 12 if None in windows else 6
+    pools: dict[str, Any] = {"num_pages": 24, "window_pages": window_pages, "page_size": PAGE_SIZE}
+    engine = Engine(model.served(), **pools, max_seqs=3, buckets=(3, 8), decode_buckets=(3,), decode_steps=2)
+    assert [pool.num_pages for pool in engine.pools] == [24 if window is None else window_pages for window in windows]
     generations = [engine.submit(Request(prompt, len(greedy) - 18)) for _ in range(3)]
     engine.run()
+    assert engine.stats.preemptions >= 1
+    before = engine.submit(Request(prompt, 1))
+    engine.run()
+    found = engine.stats.cached_tokens
     late = engine.submit(Request(prompt, len(greedy) - 18))
     engine.run()
-    assert [generation.tokens for generation in (*generations, late)] == [greedy] * 4
-    assert engine.stats.preemptions >= 1
-    assert engine.stats.cached_tokens >= 16
+    assert [generation.tokens for generation in (*generations, before, late)] == [*[greedy] * 3, greedy[:19], greedy]
+    assert engine.stats.cached_tokens == found + 16
 
 
 def test_joined_projections_change_nothing(loaded: tuple[Decoder, dict[str, np.ndarray]]) -> None:

@@ -54,8 +54,8 @@ def alone(model: Decoder) -> Engine:
     return Engine(model.served(), num_pages=24, page_size=PAGE_SIZE, max_seqs=1, buckets=(24,))
 
 
-def make_model() -> Decoder:
-    return Decoder(CONFIG, rngs=nnx.Rngs(0))
+def make_model(config: DecoderConfig = CONFIG) -> Decoder:
+    return Decoder(config, rngs=nnx.Rngs(0))
 
 
 def make_engine(model: Decoder, num_pages: int, **options) -> Engine:
@@ -86,10 +86,10 @@ def pool_pointers(engine: Engine) -> list[int]:
 class Oracle:
     """The model without a cache, in one call per request: what comes after each of its tokens."""
 
-    def __init__(self):
-        self._length = CONFIG.max_position_embeddings  # padding comes after the tokens, which do not see it
+    def __init__(self, config: DecoderConfig = CONFIG):
+        self._length = config.max_position_embeddings  # padding comes after the tokens, which do not see it
         self._logits = nnx.jit(lambda model, tokens: model(tokens))
-        self._model = make_model()  # of its own, since an engine takes the cache of its model away
+        self._model = make_model(config)  # of its own, since an engine takes the cache of its model away
         self._sample = jax.jit(sample)
 
     def check(self, generation: Generation) -> bool:
@@ -182,7 +182,7 @@ def test_a_warm_up_traces_each_kind_once(model: Decoder, options: dict[str, int]
 
 @pytest.mark.parametrize("small_pool", ["plain", "repeated"], indirect=True)
 def test_a_step_costs_four_calls_of_the_allocator(small_pool: Engine, monkeypatch: pytest.MonkeyPatch):
-    allocator, calls = small_pool._allocator, []
+    allocator, calls = small_pool._groups.allocators[0], []
     generations = [small_pool.submit(Request([token, token], 11)) for token in range(6)]
     small_pool.step()
     small_pool.step()  # the first result is here

@@ -18,12 +18,12 @@ from jax import Array
 
 from jax_paged_attn import PagedKVCache, StepMetadata
 from jax_paged_attn.nnx import PagedAttention
-from jax_paged_attn.serving import Engine, Generation, Model, NnxModel, Request
+from jax_paged_attn.serving import Engine, Generation, GroupedModel, Model, NnxModel, Request
 
 VOCAB, WIDTH, INNER, HEADS, KV_HEADS, HEAD_DIM, MAX_LEN = 61, 16, 32, 4, 2, 8, 48
 LAYERS = 2
 PAGE_SIZE = 4
-WINDOWS = (5, None)  # of the Linen model
+WINDOWS = (5, None)  # of the layers of some models
 
 Weights = dict[str, Any]  # "embed" [V, D], "positions" [max_len, D], "head" [D, V]; of all layers [L, inputs, outputs]
 MATRICES = ("q", "k", "v", "o", "up", "down")
@@ -114,8 +114,37 @@ class Scanned:
         return hidden @ weights["head"]
 
 
-class NnxTransformer(nnx.Module):
+class Grouped:
+    """Plain JAX with a layer group, and so a cache, per layer."""
+
+    vocab_size, max_len, windows = VOCAB, MAX_LEN, WINDOWS
+
     def __init__(self, weights: Weights):
+        self.weights = jax.tree.map(jnp.asarray, weights)
+
+    def make_cache(self, num_pages: tuple[int, ...], page_size: int) -> list[PagedKVCache]:
+        return [PagedKVCache.create(1, pages, page_size, KV_HEADS, HEAD_DIM, dtype=jnp.float32) for pages in num_pages]
+
+    def hidden(
+        self, weights: Weights, caches: list[PagedKVCache], tokens: Array, steps: tuple[StepMetadata, ...]
+    ) -> tuple[Array, list[PagedKVCache]]:
+        x, caches = weights["embed"][tokens] + weights["positions"][steps[0].positions], list(caches)
+        for layer, (step, window) in enumerate(zip(steps, self.windows, strict=True)):
+            w = {name: weights[name][layer] for name in MATRICES}
+            q, k, v = (heads(norm(x) @ w[name]) for name in "qkv")
+            caches[layer] = caches[layer].write(0, k, v, step.slot_mapping)
+            x = x + caches[layer].attend_step(0, q, step, sliding_window=window).reshape(len(x), -1) @ w["o"]
+            x = x + jax.nn.silu(norm(x) @ w["up"]) @ w["down"]
+        return norm(x), caches
+
+    def logits(self, weights: Weights, hidden: Array) -> Array:
+        return hidden @ weights["head"]
+
+
+class NnxTransformer(nnx.Module):
+    """Layers see everything; or each has a window of `windows`, and is a layer group."""
+
+    def __init__(self, weights: Weights, windows: tuple[int | None, ...] = (None, None)):
         rngs = nnx.Rngs(0)
 
         def linear(kernel: np.ndarray) -> nnx.Linear:
@@ -128,16 +157,18 @@ class NnxTransformer(nnx.Module):
         self.projections = nnx.List(
             [nnx.Dict({name: linear(weights[name][layer]) for name in MATRICES}) for layer in range(LAYERS)]
         )
-        self.attentions = nnx.List([PagedAttention(HEADS, KV_HEADS, HEAD_DIM, rope_theta=None) for _ in range(LAYERS)])
+        sizes = (HEADS, KV_HEADS, HEAD_DIM)
+        self.attentions = nnx.List([PagedAttention(*sizes, rope_theta=None, sliding_window=w) for w in windows])
         self.head = linear(weights["head"])
 
-    def init_cache(self, num_pages: int, page_size: int) -> None:
-        for attention in self.attentions:
-            attention.init_cache(num_pages, page_size, jnp.float32)
+    def init_cache(self, num_pages: int | tuple[int, ...], page_size: int) -> None:
+        for attention, pages in zip(self.attentions, _of_layers(num_pages), strict=True):
+            attention.init_cache(pages, page_size, jnp.float32)
 
-    def hidden(self, tokens: Array, step: StepMetadata) -> Array:
-        x = self.embed(tokens) + self.positions(jnp.asarray(step.positions))
-        for w, attention in zip(self.projections, self.attentions, strict=True):
+    def hidden(self, tokens: Array, steps: StepMetadata | tuple[StepMetadata, ...]) -> Array:
+        of_layers = _of_layers(steps)
+        x = self.embed(tokens) + self.positions(jnp.asarray(of_layers[0].positions))
+        for w, attention, step in zip(self.projections, self.attentions, of_layers, strict=True):
             q, k, v = (heads(w[name](norm(x))) for name in "qkv")
             x = x + w["o"](attention(q, k, v, step).reshape(len(x), -1))
             x = x + w["down"](jax.nn.silu(w["up"](norm(x))))
@@ -145,6 +176,11 @@ class NnxTransformer(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         return self.head(hidden)
+
+
+def _of_layers(values: Any) -> tuple[Any, ...]:
+    """What the engine gives a model, for each layer: of its group, or the same for all."""
+    return values if isinstance(values, tuple) else (values,) * LAYERS
 
 
 class LinenLayer(nn.Module):
@@ -265,7 +301,11 @@ def nnx_model(weights: Weights) -> Model:
     return NnxModel(NnxTransformer(weights), vocab_size=VOCAB, max_len=MAX_LEN)
 
 
-def make_engine(model: Model, **options: Any) -> Engine:
+def grouped_nnx_model(weights: Weights) -> Model:
+    return NnxModel(NnxTransformer(weights, WINDOWS), vocab_size=VOCAB, max_len=MAX_LEN, windows=WINDOWS)
+
+
+def make_engine(model: Model | GroupedModel, **options: Any) -> Engine:
     return Engine(model, page_size=PAGE_SIZE, max_seqs=4, buckets=(4, 16), **{"num_pages": 20, **options})
 
 
@@ -282,13 +322,17 @@ def prompt(seed: int, length: int) -> list[int]:
 # ---- all of them give the tokens of the dense pass
 
 
-@pytest.mark.parametrize("make_model", [nnx_model, LinenModel, equinox_model, Scanned], ids=lambda make: make.__name__)
+MODELS = [nnx_model, LinenModel, equinox_model, Scanned, grouped_nnx_model, Grouped]
+WITH_WINDOWS = (LinenModel, grouped_nnx_model, Grouped)
+
+
+@pytest.mark.parametrize("make_model", MODELS, ids=lambda make: make.__name__)
 def test_tokens_are_those_of_a_dense_pass(make_model: Callable[[Weights], Model]) -> None:
     """Prompts longer than a step, prefixes that are found, repeated decode steps, and a pool that is too small."""
     engine = make_engine(make_model(OLD), decode_steps=4, num_pages=14)
     requests = [Request([*prompt(0, 18)[: 6 * (i % 4)], *prompt(i, 8)], 19 - i) for i in range(8)]
     generations = run(engine, requests)
-    check(generations, OLD, windows=WINDOWS if make_model is LinenModel else (None, None))
+    check(generations, OLD, windows=WINDOWS if make_model in WITH_WINDOWS else (None, None))
     stats = engine.stats
     assert any(len(request.prompt) > 16 for request in requests)
     assert min(stats.preemptions, stats.cached_tokens) > 0
@@ -296,11 +340,12 @@ def test_tokens_are_those_of_a_dense_pass(make_model: Callable[[Weights], Model]
     assert engine.pages_in_use == 0
 
 
-def test_drafts_give_the_tokens_of_a_dense_pass() -> None:
+@pytest.mark.parametrize(("make_model", "windows"), [(Scanned, (None, None)), (Grouped, WINDOWS)])
+def test_drafts_give_the_tokens_of_a_dense_pass(make_model: Any, windows: tuple[int | None, ...]) -> None:
     """With weak positions the model repeats itself, so that some drafts are right."""
     weights = OLD | {"positions": OLD["positions"] / 10}
-    engine = make_engine(Scanned(weights), num_drafts=3)
-    check(run(engine, [Request(prompt(seed, 6), 30) for seed in range(4)]), weights)
+    engine = make_engine(make_model(weights), num_drafts=3)
+    check(run(engine, [Request(prompt(seed, 6), 30) for seed in range(4)]), weights, windows=windows)
     assert 0 < engine.stats.accepted < engine.stats.drafted
 
 

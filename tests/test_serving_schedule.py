@@ -28,6 +28,7 @@ MAX_PROMPT, MAX_NEW = 24, 20
 MAX_SEQS = 4
 MAX_WAITING = 6
 MOST_PAGES, FEWEST_PAGES = 24, 11  # the longest request needs 11
+WINDOW = 6  # of the first layer, where the model has layer groups
 ALWAYS, RARELY = 8, 1  # in how many of 8 cases the hash decides
 
 
@@ -63,29 +64,61 @@ class HistoryModel:
     def hidden(
         self, weights: jax.Array, cache: list[jax.Array], tokens: jax.Array, step: StepMetadata
     ) -> tuple[jax.Array, list[jax.Array]]:
-        number, (pages, page_size) = len(tokens), cache[0].shape
-        slots = jnp.where(step.slot_mapping >= 0, step.slot_mapping, pages * page_size)
-        if step.cu_q_lens is None:
-            rows, positions = jnp.arange(number), step.kv_lens - 1
-        else:
-            index = jnp.arange(number)
-            rows = jnp.clip(jnp.searchsorted(step.cu_q_lens, index, side="right") - 1, 0, len(step.kv_lens) - 1)
-            positions = step.kv_lens[rows] - (step.cu_q_lens[rows + 1] - index)
-        tables = jnp.where(step.block_tables < 0, pages, step.block_tables)[rows]
-        places = jnp.arange(tables.shape[1] * page_size, dtype=jnp.uint32)
-        is_seen = places <= positions[:, None]
+        return self.two_layers(cache, tokens, (step, step), (None, None))
 
-        def attend(layer: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-            layer = layer.reshape(-1).at[slots].set(values, mode="drop").reshape(layer.shape)
-            keys = layer.at[tables].get(mode="fill", fill_value=0).reshape(number, -1)
-            return layer, jnp.sum(jnp.where(is_seen, mix(keys + places), 0), axis=1, dtype=jnp.uint32)
-
-        first, sums = attend(cache[0], mix((tokens * 1000 + step.positions + 1).astype(jnp.uint32)))
-        second, sums = attend(cache[1], mix(sums))
-        return jnp.stack([sums, step.positions.astype(jnp.uint32)], axis=1), [first, second]
+    def two_layers(
+        self,
+        cache: list[jax.Array],
+        tokens: jax.Array,
+        steps: tuple[StepMetadata, StepMetadata],
+        windows: tuple[int | None, int | None],
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        positions = jnp.asarray(steps[0].positions)
+        first, sums = attend(cache[0], mix((tokens * 1000 + positions + 1).astype(jnp.uint32)), steps[0], windows[0])
+        second, sums = attend(cache[1], mix(sums), steps[1], windows[1])
+        return jnp.stack([sums, positions.astype(jnp.uint32)], axis=1), [first, second]
 
     def logits(self, weights: jax.Array, hidden: jax.Array) -> jax.Array:
         return jax.nn.one_hot(next_token(hidden[:, 0], hidden[:, 1], weights, jnp.where), VOCAB)
+
+
+class WindowedHistoryModel(HistoryModel):
+    """The same with two layer groups: the first layer has a window. So it forgets nothing, but must keep its pages."""
+
+    windows = (WINDOW, None)
+
+    def make_cache(self, num_pages: tuple[int, ...], page_size: int) -> list[jax.Array]:
+        assert len(num_pages) == 2
+        return super().make_cache(max(num_pages), page_size)
+
+    def hidden(
+        self,
+        weights: jax.Array,
+        cache: list[jax.Array],
+        tokens: jax.Array,
+        steps: tuple[StepMetadata, StepMetadata],
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        return self.two_layers(cache, tokens, steps, self.windows)
+
+
+def attend(layer: jax.Array, values: jax.Array, step: StepMetadata, window: int | None) -> tuple[jax.Array, jax.Array]:
+    """The layer `[P, S]` with the values `[T]` of a step, and for each of these the sum over what it sees, `[T]`."""
+    number, (pages, page_size) = len(values), layer.shape
+    slots = jnp.where(step.slot_mapping >= 0, step.slot_mapping, pages * page_size)
+    if step.cu_q_lens is None:
+        rows, positions = jnp.arange(number), step.kv_lens - 1
+    else:
+        index = jnp.arange(number)
+        rows = jnp.clip(jnp.searchsorted(step.cu_q_lens, index, side="right") - 1, 0, len(step.kv_lens) - 1)
+        positions = step.kv_lens[rows] - (step.cu_q_lens[rows + 1] - index)
+    tables = jnp.where(step.block_tables < 0, pages, step.block_tables)[rows]
+    places = jnp.arange(tables.shape[1] * page_size, dtype=jnp.uint32)
+    is_seen = places <= positions[:, None]
+    if window is not None:
+        is_seen &= places.astype(jnp.int32) > positions[:, None] - window
+    layer = layer.reshape(-1).at[slots].set(values, mode="drop").reshape(layer.shape)
+    keys = layer.at[tables].get(mode="fill", fill_value=0).reshape(number, -1)
+    return layer, jnp.sum(jnp.where(is_seen, mix(keys + places), 0), axis=1, dtype=jnp.uint32)
 
 
 def next_token(sums: Any, position: Any, surprise: Any, where: Callable) -> Any:
@@ -93,32 +126,46 @@ def next_token(sums: Any, position: Any, surprise: Any, where: Callable) -> Any:
     return where(number % 8 < surprise, (number >> 8) % VOCAB, position % 5)
 
 
-def oracle(prompt: tuple[int, ...], count: int, surprise: int = ALWAYS) -> list[int]:
+def oracle(
+    prompt: tuple[int, ...],
+    count: int,
+    surprise: int = ALWAYS,
+    windows: tuple[int | None, int | None] = (None, None),
+) -> list[int]:
     """The `count` tokens after a prompt, without a cache."""
-    tokens, first, second = list(prompt), 0, 0
+    tokens, layers = list(prompt), ([], [])
     for position in range(len(prompt) + count - 1):
-        first += mix((mix(tokens[position] * 1000 + position + 1) + position) & 0xFFFFFFFF)
-        second += mix((mix(first & 0xFFFFFFFF) + position) & 0xFFFFFFFF)
+        sums = tokens[position] * 1000 + position + 1
+        for keys, window in zip(layers, windows, strict=True):
+            keys.append(mix((mix(sums) + position) & 0xFFFFFFFF))
+            sums = sum(keys if window is None else keys[-window:]) & 0xFFFFFFFF
         if position >= len(prompt) - 1:
-            tokens.append(int(next_token(second & 0xFFFFFFFF, position, surprise, np.where)))
+            tokens.append(int(next_token(sums, position, surprise, np.where)))
     return tokens[len(prompt) :]
 
 
-_PROGRAMS: dict[int, dict] = {}
+_PROGRAMS: dict[tuple[Any, int], dict] = {}
 
 
-def make_engine(surprise: int = ALWAYS, num_pages: int = MOST_PAGES, num_drafts: int = 0, **options: Any) -> Engine:
-    """An engine whose programs are compiled once for all engines of as many drafts."""
+def make_engine(
+    surprise: int = ALWAYS,
+    num_pages: int = MOST_PAGES,
+    num_drafts: int = 0,
+    model: Any = HistoryModel,
+    **options: Any,
+) -> Engine:
+    """An engine whose programs are compiled once for all engines of the model with as many drafts."""
     engine = Engine(
-        HistoryModel(surprise),
+        model(surprise),
         num_pages=num_pages,
         page_size=PAGE_SIZE,
         max_seqs=MAX_SEQS,
         buckets=(MAX_SEQS, 14),
+        decode_buckets=(MAX_SEQS,),
         num_drafts=num_drafts,
         **options,
     )
-    engine._programs._programs = _PROGRAMS.setdefault(num_drafts, engine._programs._programs)
+    engine._programs._programs = _PROGRAMS.setdefault((model, num_drafts), engine._programs._programs)
     return engine
 
 
@@ -178,6 +225,11 @@ TOKENS = st.integers(0, VOCAB - 1)
 STEMS = [oracle((stem,), MAX_PROMPT - 4) for stem in range(2)]
 
 
+# The last one has so few pages for windows that they often run out.
+WITH_WINDOW = {"model": WindowedHistoryModel}
+GROUPS = [{}, {**WITH_WINDOW, "window_pages": 16}, {**WITH_WINDOW, "window_pages": 5}]
+
+
 class Traffic(RuleBasedStateMachine):
     """Requests come and go at random, over pools that hold few of them."""
 
@@ -186,11 +238,12 @@ class Traffic(RuleBasedStateMachine):
         num_pages=st.sampled_from([FEWEST_PAGES, FEWEST_PAGES + 3, MOST_PAGES]),
         decode_steps=st.sampled_from([1, 4]),
         num_drafts=st.sampled_from([0, 3]),
+        groups=st.sampled_from(GROUPS),
     )
-    def start(self, surprise: int, num_pages: int, decode_steps: int, num_drafts: int) -> None:
-        options = {"decode_steps": decode_steps, "max_waiting": MAX_WAITING}
+    def start(self, surprise: int, num_pages: int, decode_steps: int, num_drafts: int, groups: dict[str, Any]) -> None:
+        options = {"decode_steps": decode_steps, "max_waiting": MAX_WAITING, **groups}
         self.engine = make_engine(surprise, num_pages, num_drafts, **options)
-        self.surprise = surprise
+        self.surprise, self.windows = surprise, (WINDOW, None) if groups else (None, None)
         self.sent: list[Sent] = []
 
     # ---- rules
@@ -225,7 +278,7 @@ class Traffic(RuleBasedStateMachine):
             self.submit_one((*prompt[:-1], (prompt[-1] + copy) % VOCAB), most, action, at, **options)
 
     def submit_one(self, prompt: tuple[int, ...], most: int, action: str | None, at: int, **options: Any) -> None:
-        sent = Sent(len(self.sent), oracle(prompt, most, self.surprise), at, action)
+        sent = Sent(len(self.sent), oracle(prompt, most, self.surprise, self.windows), at, action)
 
         def take(token: int) -> None:
             sent.seen.append(token)
@@ -267,6 +320,11 @@ class Traffic(RuleBasedStateMachine):
         self.engine.cancel(sent.generation)
         assert sent.generation.finish_reason is not None
 
+    @rule()
+    def update_weights(self) -> None:
+        """Prefixes are forgotten while requests run."""
+        self.engine.update_weights(jnp.uint32(self.surprise))
+
     @rule(count=st.sampled_from([1, 2, 3, 8]))
     def step(self, count: int) -> None:
         for _ in range(count):
@@ -303,7 +361,8 @@ class Traffic(RuleBasedStateMachine):
         assert engine.num_waiting + engine.num_running == len(self.sent) - len(ended)
         # Nobody holds more than its whole length needs.
         lengths = [len(g.request.prompt) + g.request.max_new_tokens for g in engine._scheduler.running]
-        assert engine.pages_in_use <= sum(math.ceil(length / PAGE_SIZE) for length in lengths)
+        most = sum(math.ceil(length / PAGE_SIZE) for length in lengths)
+        assert all(pool.pages_in_use <= min(most, pool.num_pages) for pool in engine.pools)
         assert stats.finished == len(ended)
         assert stats.tokens == sum(len(sent.seen) for sent in self.sent)
         assert 0 <= stats.accepted <= stats.drafted
@@ -319,9 +378,14 @@ class Traffic(RuleBasedStateMachine):
                 self.step_once()
         self.check()
         assert not self.engine.has_work
-        # No page is lost: a prompt of new tokens takes each once.
-        everything = self.engine._allocator.allocate([object() for _ in range(self.engine.num_pages * PAGE_SIZE)])
-        assert sorted(everything.pages) == list(range(self.engine.num_pages))
+        check_pages(self.engine)
+
+
+def check_pages(engine: Engine) -> None:
+    """No page is lost: a prompt of new tokens takes each once."""
+    for allocator in engine._groups.allocators:
+        everything = allocator.allocate([object() for _ in range(allocator.num_pages * PAGE_SIZE)])
+        assert sorted(everything.pages) == list(range(allocator.num_pages))
 
 
 TestTraffic = Traffic.TestCase

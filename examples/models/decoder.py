@@ -25,6 +25,8 @@ from jax_paged_attn.serving import NnxModel
 
 from .layers import Build, Experts, GatedMlp, Norm, rms_norm
 
+Step = StepMetadata | tuple[StepMetadata, ...] | None
+
 
 class Block(nnx.Module):
     """Attention and MLP: each sees its input normalised, and its result is added to that input."""
@@ -40,6 +42,7 @@ class Block(nnx.Module):
         window = None if config.sliding_windows is None else config.sliding_windows[layer]
         is_local = window is not None and config.local_rope_theta is not None
         rope_theta = config.local_rope_theta if is_local else config.rope_theta
+        self.group = config.windows.index(window)
         self.input_layernorm = config.norm(size, epsilon, build)
         self.self_attn = PagedSelfAttention(
             size,
@@ -133,6 +136,11 @@ class DecoderConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The windows of the layer groups, each once."""
+        return tuple(dict.fromkeys(self.sliding_windows or (None,)))
+
     def split_sizes(self) -> dict[str, int]:
         """What tensor parallelism splits, by name: the number of devices has to divide each."""
         sizes = {"num_key_value_heads": self.num_key_value_heads}
@@ -186,12 +194,17 @@ class Decoder(nnx.Module):
 
     def init_cache(
         self,
-        num_pages: int,
+        num_pages: int | tuple[int, ...],
         page_size: int,
         dtype: DTypeLike | None = None,
         scales: Sequence[tuple[ArrayLike, ArrayLike]] | None = None,
     ) -> None:
-        """Gives every layer a cache of pages in `dtype`, by default that of the computation; scales: (k, v) per layer.
+        """Gives every layer an empty cache.
+
+        Args:
+          num_pages, page_size: pages of every layer, or of those of each layer group; and tokens per page.
+          dtype: of the pages, by default that of the computation.
+          scales: (k, v) of each layer.
 
         Raises:
           ValueError: as many scales as layers are expected; see also `PagedAttention.init_cache`.
@@ -201,7 +214,8 @@ class Decoder(nnx.Module):
         dtype = self.dtype if dtype is None else dtype
         for index, layer in enumerate(self.layers):
             k_scale, v_scale = (None, None) if scales is None else scales[index]
-            layer.self_attn.init_cache(num_pages, page_size, dtype, k_scale=k_scale, v_scale=v_scale)
+            pages_of_layer = _of_group(num_pages, layer.group)
+            layer.self_attn.init_cache(pages_of_layer, page_size, dtype, k_scale=k_scale, v_scale=v_scale)
             for pages in (layer.self_attn.attention.k_pages, layer.self_attn.attention.v_pages):
                 if pages is not None and self._placed is not None:
                     mesh, axis = self._placed
@@ -257,6 +271,7 @@ class Decoder(nnx.Module):
             self,
             vocab_size=self.config.vocab_size,
             max_len=self.config.max_position_embeddings,
+            windows=self.config.windows,
             init_cache=lambda twin, *pool: twin.init_cache(*pool, cache_dtype, scales),
         )
 
@@ -276,14 +291,14 @@ class Decoder(nnx.Module):
         caches = [layer.self_attn.attention for layer in self.layers]
         return [(scale(cache.k_pages), scale(cache.v_pages)) for cache in caches]
 
-    def hidden(self, tokens: Array, step: StepMetadata | None = None, rngs: nnx.Rngs | None = None) -> Array:
+    def hidden(self, tokens: Array, step: Step = None, rngs: nnx.Rngs | None = None) -> Array:
         """`[..., T]` token ids to normalised hidden states `[..., T, D]`. See `__call__`."""
         x = self.embed_tokens(tokens)
         if self.config.embedding_scale is not None:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
         for layer in self.layers:
-            x = layer(x, step, rngs)
+            x = layer(x, _of_group(step, layer.group), rngs)
         return self.norm(x)
 
     def logits(self, hidden: Array) -> Array:
@@ -293,15 +308,21 @@ class Decoder(nnx.Module):
         cap = self.config.logit_soft_cap
         return out if cap is None else cap * jnp.tanh(out / cap)
 
-    def __call__(self, tokens: Array, step: StepMetadata | None = None, rngs: nnx.Rngs | None = None) -> Array:
+    def __call__(self, tokens: Array, step: Step = None, rngs: nnx.Rngs | None = None) -> Array:
         """Logits, float32 `[..., T, vocab]`.
 
         Args:
           tokens: int32 `[T]`, the tokens of a step over the cache; or `[..., T]`, whole sequences, without one.
-          step: see `StepMetadata`; None reads and writes no cache.
+          step: see `StepMetadata`; one for all layers or, as the engine has it, one for each layer group. None reads
+            and writes no cache.
           rngs: for dropout, in training; None drops nothing.
         """
         return self.logits(self.hidden(tokens, step, rngs))
+
+
+def _of_group(values: Any, group: int) -> Any:
+    """What the layers of a group get: their own, if there is one for each group."""
+    return values[group] if isinstance(values, tuple) else values
 
 
 def _split_axis(module: Any, path: tuple[Any, ...]) -> int | None:

@@ -6,11 +6,13 @@
     generation.output
 
 One file per concern: `_requests` (what is asked for), `_schedule` (who runs in a step), `_programs` (what the device
-does), `_sampling`, `_drafts`, `_text`, and `_engine`, which ties them together.
+does), `_groups` (the pages of layers with windows), `_sampling`, `_drafts`, `_text`, and `_engine`, which ties them
+together.
 """
 
-from jax_paged_attn.serving._engine import Engine
-from jax_paged_attn.serving._model import Model, NnxModel
+from jax_paged_attn.serving._engine import Engine, Pool
+from jax_paged_attn.serving._groups import group_pages
+from jax_paged_attn.serving._model import GroupedModel, Model, NnxModel
 from jax_paged_attn.serving._requests import Generation, QueueFull, Request, TokenLogprobs
 from jax_paged_attn.serving._sampling import LogProbabilities, Sampling, greedy, log_probabilities, sample
 from jax_paged_attn.serving._stats import Stats
@@ -22,10 +24,12 @@ __all__ = [
     "Engine",
     "FileTokenizer",
     "Generation",
+    "GroupedModel",
     "LogProbabilities",
     "Model",
     "NnxModel",
     "OutputText",
+    "Pool",
     "QueueFull",
     "Request",
     "Sampling",
@@ -34,6 +38,7 @@ __all__ = [
     "TokenLogprobs",
     "Tokenizer",
     "greedy",
+    "group_pages",
     "log_probabilities",
     "sample",
 ]

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_paged_attn import Explanation, PageAllocator, explain
+from jax_paged_attn import Explanation, explain
 from jax_paged_attn.serving._drafts import accepted
-from jax_paged_attn.serving._model import Model
+from jax_paged_attn.serving._groups import LayerGroups, checked_windows, group_pages
+from jax_paged_attn.serving._model import GroupedModel, Model, grouped
 from jax_paged_attn.serving._programs import Kind, Programs, Sampled
 from jax_paged_attn.serving._requests import Generation, QueueFull, Request, TokenLogprobs, checked_request, integer
 from jax_paged_attn.serving._schedule import NeedsResults, Plan, Scheduler
@@ -38,6 +39,26 @@ class _Ticket:
     sampled: Sampled
 
 
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """The pages of a layer group: each of its layers has a pool of so many.
+
+    Attributes:
+      window: of the group's layers, in tokens; None if they see everything.
+      num_pages: pages in the pool.
+      pages_in_use: pages that running requests hold now.
+
+    Example:
+      >>> from jax_paged_attn.serving import Pool
+      >>> Pool(window=1024, num_pages=2398, pages_in_use=0).window
+      1024
+    """
+
+    window: int | None
+    num_pages: int
+    pages_in_use: int
+
+
 class Engine:
     """Serves requests with a model.
 
@@ -45,8 +66,10 @@ class Engine:
     So nothing is compiled after `warm_up`, or after the first step of each kind.
 
     Args:
-      model: see `Model`.
-      num_pages, page_size: the pool of every layer.
+      model: see `Model`, and `GroupedModel` for layers with different windows.
+      num_pages, page_size: the pool of every layer, but for those of layer groups with a window.
+      window_pages: the pool of every layer of a layer group with a window; by default what `group_pages` says. With
+        fewer pages, requests may be preempted; with more, prefixes stay longer in the cache.
       max_seqs: requests that may run at once.
       max_len: prompt and output of a request together; by default the model's context.
       buckets: numbers of tokens that a step with prompts may have, the largest at least `max_seqs`. The largest is the
@@ -94,10 +117,11 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | GroupedModel,
         *,
         num_pages: int,
         page_size: int = 16,
+        window_pages: int | None = None,
         max_seqs: int = 8,
         max_len: int | None = None,
         buckets: Sequence[int] = (8, 64, 256),
@@ -125,12 +149,12 @@ class Engine:
         self._max_waiting = None if max_waiting is None else integer("max_waiting", max_waiting, least=0)
         self._max_logprobs = min(integer("max_logprobs", max_logprobs, least=0), model.vocab_size)
         self._decode_steps = integer("decode_steps", decode_steps, least=1)
-        self._model = model
+        self._model = grouped(model)
         self._tokenizer = tokenizer
         self.stats = Stats()
-        self._allocator = PageAllocator(num_pages, page_size, share="written")
+        self._groups = self._make_groups(num_pages, page_size, window_pages)
         self._scheduler = Scheduler(
-            self._allocator,
+            self._groups,
             max_seqs=self._max_seqs,
             budget=self._buckets[-1],
             decode_steps=self._decode_steps,
@@ -143,11 +167,11 @@ class Engine:
         self._undelivered: deque[tuple[Generation, int, TokenLogprobs | None]] = deque()
 
         # The cache comes first: a module may keep its scales among its weights.
-        self._cache, cache_tree = jax.tree.flatten(model.make_cache(num_pages, page_size))
+        self._cache, cache_tree = jax.tree.flatten(self._model.make_cache(self._groups.num_pages, page_size))
         leaves, weights_tree = jax.tree.flatten(model.weights)
         self._weights = [jnp.asarray(leaf) for leaf in leaves]  # else NumPy's would go to the device in each step
         self._programs = Programs(
-            model,
+            self._model,
             self._cache,
             cache_tree,
             weights_tree,
@@ -160,15 +184,35 @@ class Engine:
         )
         self._last = self._no_tokens()
 
+    def _make_groups(self, num_pages: int, page_size: int, window_pages: int | None) -> LayerGroups:
+        windows = checked_windows(self._model.windows)
+        if window_pages is None:
+            sizes = {"max_seqs": self._max_seqs, "step_tokens": self._buckets[-1], "decode_steps": self._decode_steps}
+            pages = group_pages(windows, num_pages=num_pages, page_size=page_size, **sizes)
+        else:
+            window_pages = integer("window_pages", window_pages, least=1)
+            pages = tuple(num_pages if window is None else window_pages for window in windows)
+        return LayerGroups(windows, pages, page_size)
+
     @property
     def num_pages(self) -> int:
-        """Pages of the pool."""
-        return self._allocator.num_pages
+        """Pages of the pool; those of all layer groups together."""
+        return sum(self._groups.num_pages)
 
     @property
     def pages_in_use(self) -> int:
-        """Pages that running requests hold."""
-        return self._allocator.pages_in_use
+        """Pages that running requests hold; those of all layer groups together."""
+        return sum(self._groups.pages_in_use)
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        """The pages of each layer group, in the order of the model's windows."""
+        return tuple(Pool(a.window, a.num_pages, a.pages_in_use) for a in self._groups.allocators)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache, of all layers and devices together."""
+        return sum(leaf.nbytes for leaf in self._cache)
 
     @property
     def num_waiting(self) -> int:
@@ -193,7 +237,7 @@ class Engine:
     def explain(self) -> Explanation:
         """Which attention engine steps with prompts run on, and why on no other."""
         kind = Kind(self._buckets[0], 0, samples=False, logprobs=False)
-        operand = self._programs.operand(kind, None, self._allocator)
+        operand = self._programs.operand(kind, None, self._groups)
         return explain(self._programs.function(kind), self._weights, self._cache, self._last, operand)
 
     # ---- requests
@@ -213,11 +257,12 @@ class Engine:
             has_tokenizer=self._tokenizer is not None,
         )
         length = len(request.prompt) + request.max_new_tokens
-        room = min(self.max_len, self._allocator.num_pages * self._allocator.page_size)
+        longest, pages = self._groups.longest, " and ".join(map(str, self._groups.num_pages))
+        room = self.max_len if longest is None else min(self.max_len, longest)
         if length > room:
             raise ValueError(
                 f"prompt, max_new_tokens: expected at most {room} tokens together (max_len is {self.max_len}, the pool "
-                f"has {self._allocator.num_pages} pages of {self._allocator.page_size}), got {length}"
+                f"has {pages} pages of {self._groups.page_size}), got {length}"
             )
         if self._max_waiting is not None and self.num_waiting >= self._max_waiting:
             raise QueueFull(f"request: expected fewer than max_waiting = {self._max_waiting} requests in the queue")
@@ -270,7 +315,7 @@ class Engine:
                     f"got {jnp.result_type(new)}{list(np.shape(new))}"
                 )
         self._weights = [jax.device_put(new, old.sharding) for old, new in zip(self._weights, leaves, strict=True)]
-        self._allocator.reset_prefix_cache()
+        self._groups.reset_prefix_cache()
 
     def run(self) -> None:
         """Steps until every request has finished."""
@@ -289,7 +334,7 @@ class Engine:
         for draws in (False, True) if samples is None else (samples,):
             for size, repeat in sizes:
                 kind = Kind(size, repeat, draws, logprobs)
-                operand = self._programs.operand(kind, None, self._allocator)
+                operand = self._programs.operand(kind, None, self._groups)
                 _, self._last, self._cache = self._programs(kind)(self._weights, self._cache, self._last, operand)
 
     # ---- one step
@@ -341,7 +386,7 @@ class Engine:
         else:
             size, repeats = _smallest(self._buckets, plan.num_tokens), 0
         kind = Kind(size, repeats, samples, logprobs)
-        operand = self._programs.operand(kind, plan, self._allocator)
+        operand = self._programs.operand(kind, plan, self._groups)
         try:
             sampled, self._last, self._cache = self._programs(kind)(self._weights, self._cache, self._last, operand)
         except Exception:
@@ -396,13 +441,13 @@ class Engine:
             return
         self._tickets.clear()
         self._scheduler.requeue_all()
-        self._allocator.reset_prefix_cache()
+        self._groups.reset_prefix_cache()
         self._cache = []  # its memory is needed for the new one
         self._renew_cache()
 
     def _renew_cache(self) -> None:
         """Makes an empty cache in place of a lost one. If there is no memory for it now, the next step tries again."""
-        pool = self._allocator.num_pages, self._allocator.page_size
+        pool = self._groups.num_pages, self._groups.page_size
         self._cache = jax.tree.leaves(self._model.make_cache(*pool))
         self._last = self._no_tokens()
 

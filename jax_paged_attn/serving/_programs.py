@@ -18,9 +18,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_paged_attn import PageAllocator
 from jax_paged_attn._step import StepMetadata
-from jax_paged_attn.serving._model import Model
+from jax_paged_attn.serving._groups import LayerGroups
+from jax_paged_attn.serving._model import GroupedModel
 from jax_paged_attn.serving._requests import Generation
 from jax_paged_attn.serving._sampling import LogProbabilities, Sampling, greedy, log_probabilities, sample
 from jax_paged_attn.serving._schedule import Plan
@@ -80,7 +80,7 @@ class Programs:
 
     def __init__(
         self,
-        model: Model,
+        model: GroupedModel,
         cache_leaves: list[Array],
         cache_tree: Any,
         weights_tree: Any,
@@ -94,6 +94,7 @@ class Programs:
     ):
         self.traces = 0
         self._model = model
+        self._groups = range(len(model.windows))
         self._cache_tree = cache_tree
         self.weights_tree = weights_tree
         self._page_size = page_size
@@ -139,28 +140,30 @@ class Programs:
 
     # ---- operands
 
-    def operand(self, kind: Kind, plan: Plan | None, allocator: PageAllocator) -> np.ndarray:
+    def operand(self, kind: Kind, plan: Plan | None, groups: LayerGroups) -> np.ndarray:
         """The array of a step; without a plan, of one that holds no token."""
         chunks = [] if plan is None else plan.chunks
         generations = [chunk.generation for chunk in chunks]
         number = len(chunks)
         counts = np.fromiter((chunk.count for chunk in chunks), np.int32, number)
         rows = self._rows(kind)
-        arrays = allocator.step(
+        of_groups = groups.step(
             [g._sequence for g in generations],
             counts,
             num_tokens=kind.size * max(kind.repeats, 1),
             max_seqs=rows,
             max_pages=self._table_width,
         )
-        values: dict[str, Any] = {"block_tables": arrays.block_tables}
+        values: dict[str, Any] = {_tables(group): of_groups[group].block_tables for group in self._groups}
+        arrays = of_groups[0]
         if kind.repeats:
             kv_lens = np.zeros(rows, np.int32)
             kv_lens[:number] = arrays.kv_lens[:number] - counts + 1
             values |= {"kv_lens": kv_lens, "steps_left": counts, "rows": [g._row for g in generations]}
             values["tokens"] = [_source(g, g._computed) for g in generations]
         else:
-            values |= {name: getattr(arrays, name) for name in ("positions", "slot_mapping", "kv_lens", "cu_q_lens")}
+            values |= {_slots(group): of_groups[group].slot_mapping for group in self._groups}
+            values |= {name: getattr(arrays, name) for name in ("positions", "kv_lens", "cu_q_lens")}
             values["num_seqs"] = arrays.num_seqs.reshape(1)
             values["rows"] = [chunk.generation._row if chunk.samples else self._max_seqs for chunk in chunks]
             values["drafts"] = [len(chunk.drafts) for chunk in chunks]
@@ -182,8 +185,9 @@ class Programs:
 
     def _make_fields(self, kind: Kind) -> _Fields:
         rows, int32 = self._rows(kind), np.int32
+        tables = ((rows, self._table_width), int32, -1)
         fields: dict[str, tuple[tuple[int, ...], Any, float]] = {
-            "block_tables": ((rows, self._table_width), int32, -1),
+            **dict.fromkeys(map(_tables, self._groups), tables),
             "kv_lens": ((rows,), int32, 0),
             "rows": ((rows,), int32, self._max_seqs),
             "tokens": ((kind.size,), int32, 0),
@@ -191,7 +195,7 @@ class Programs:
         if kind.repeats:
             fields["steps_left"] = ((rows,), int32, 0)
         else:
-            fields |= dict.fromkeys(("positions", "slot_mapping"), ((kind.size,), int32, 0))
+            fields |= dict.fromkeys(("positions", *map(_slots, self._groups)), ((kind.size,), int32, 0))
             fields |= {"cu_q_lens": ((rows + 1,), int32, 0), "num_seqs": ((1,), int32, 0)}
             fields["drafts"] = ((rows,), int32, 0)
         if kind.samples:
@@ -206,9 +210,12 @@ class Programs:
         self, kind: Kind, weights: Any, cache: Any, last: Array, x: dict[str, Array]
     ) -> tuple[Sampled, Array, Any]:
         """Chunks of prompts, single tokens, and tokens with drafts behind them."""
-        names = ("positions", "slot_mapping", "block_tables", "kv_lens", "cu_q_lens")
-        step = StepMetadata(**{name: x[name] for name in names}, num_seqs=x["num_seqs"][0])
-        hidden, cache = self._model.hidden(weights, cache, _known(x["tokens"], last), step)
+        common = {"num_seqs": x["num_seqs"][0], **{name: x[name] for name in ("positions", "kv_lens", "cu_q_lens")}}
+        steps = tuple(
+            StepMetadata(slot_mapping=x[_slots(group)], block_tables=x[_tables(group)], **common)
+            for group in self._groups
+        )
+        hidden, cache = self._model.hidden(weights, cache, _known(x["tokens"], last), steps)
         # From the token in front of the first draft to the last one; a request with fewer drafts repeats its last row.
         back = jnp.maximum(x["drafts"][:, None] - jnp.arange(1 + self._num_drafts), 0)
         ends = jnp.maximum(x["cu_q_lens"][1:] - 1, 0)[:, None]
@@ -225,8 +232,8 @@ class Programs:
             cache, tokens = carry
             is_live = index < x["steps_left"]
             kv_lens = jnp.where(is_live, x["kv_lens"] + index, 0)
-            step = StepMetadata.decode(x["block_tables"], kv_lens, self._page_size)
-            hidden, cache = self._model.hidden(weights, cache, tokens, step)
+            steps = tuple(StepMetadata.decode(x[_tables(group)], kv_lens, self._page_size) for group in self._groups)
+            hidden, cache = self._model.hidden(weights, cache, tokens, steps)
             sampled = self._sample(kind, weights, hidden, kv_lens[:, None], x)
             return (cache, jnp.where(is_live, sampled.tokens[:, 0], tokens)), jax.tree.map(lambda y: y[:, 0], sampled)
 
@@ -282,6 +289,14 @@ class _Fields:
             values[name] = jax.lax.bitcast_convert_type(flat, dtype).reshape(shape)
             start += math.prod(shape)
         return values
+
+
+def _tables(group: int) -> str:
+    return f"block_tables of group {group}"
+
+
+def _slots(group: int) -> str:
+    return f"slot_mapping of group {group}"
 
 
 def _sampling_names() -> list[str]:

@@ -121,7 +121,7 @@ class Generation:
     _arrival: int = 0  # its place among all requests
     _submitted: float = 0.0  # seconds of the monotonic clock
     _last_token: float = 0.0  # likewise, when the last token was handed out
-    _sequence: int = -1  # the allocator's id, while admitted
+    _sequence: tuple[int, ...] = ()  # the id in each layer group's allocator, while admitted
     _row: int = -1  # where the device keeps its last token, while admitted
     _computed: int = 0  # leading tokens that are in the cache once the dispatched steps have run
     _slots: int = 0  # leading tokens that have slots in its pages

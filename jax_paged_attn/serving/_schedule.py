@@ -5,8 +5,9 @@ from __future__ import annotations
 import bisect
 import dataclasses
 
-from jax_paged_attn import OutOfPages, PageAllocator
+from jax_paged_attn import OutOfPages
 from jax_paged_attn.serving._drafts import PromptLookup
+from jax_paged_attn.serving._groups import LayerGroups
 from jax_paged_attn.serving._requests import Generation
 from jax_paged_attn.serving._stats import Stats
 
@@ -61,7 +62,7 @@ class Scheduler:
     it generated are computed anew later, less what the cache still holds of them.
 
     Args:
-      allocator: of the pages.
+      groups: of the pages.
       max_seqs: rows, which is how many requests may run at once.
       budget: tokens that a step may have.
       decode_steps: decode steps in one dispatch, where nothing can change on the host in between.
@@ -71,7 +72,7 @@ class Scheduler:
 
     def __init__(
         self,
-        allocator: PageAllocator,
+        groups: LayerGroups,
         *,
         max_seqs: int,
         budget: int,
@@ -81,7 +82,7 @@ class Scheduler:
     ):
         self.waiting: list[Generation] = []  # by rank
         self.running: list[Generation] = []  # in the order of admission
-        self._allocator = allocator
+        self._groups = groups
         self._budget = budget
         self._decode_steps = decode_steps
         self._num_drafts = num_drafts
@@ -98,7 +99,7 @@ class Scheduler:
     def remove(self, generation: Generation) -> None:
         """Takes a request out, wherever it is, and frees its pages."""
         self._lookups.pop(generation, None)
-        if generation._sequence >= 0:
+        if generation._sequence:
             self._release(generation)
         elif generation in self.waiting:
             self.waiting.remove(generation)
@@ -130,6 +131,9 @@ class Scheduler:
             self._admit_waiting()
         if repeats == 1:
             chunks += self._prompts({id(c.generation) for c in chunks}, self._budget - sum(c.count for c in chunks))
+            while not chunks and any(map(_has_prompt, self.running)):
+                self._preempt_last(in_flight)
+                chunks = self._prompts(set(), self._budget)
         return Plan(chunks, repeats) if chunks else None
 
     def commit(self, plan: Plan) -> None:
@@ -148,11 +152,11 @@ class Scheduler:
         generation._computed += 1 + num_accepted
         generation._slots = generation._computed
         generation._in_flight += 1 + num_accepted
-        self._allocator.truncate(generation._sequence, generation._computed)
+        self._groups.truncate(generation._sequence, generation._computed)
         self._mark([generation])
 
     def _mark(self, generations: list[Generation]) -> None:
-        self._allocator.mark_written_batch([g._sequence for g in generations], [g._computed for g in generations])
+        self._groups.mark_written_batch([g._sequence for g in generations], [g._computed for g in generations])
 
     def _tell(self, generations: list[Generation]) -> None:
         """Tells the allocator the values of tokens that it knew by number only, so that others can find them."""
@@ -160,7 +164,7 @@ class Scheduler:
         if new:
             stops = [min(len(g.tokens), g._slots) for g in new]
             tokens = [g.tokens[g._told : stop] for g, stop in zip(new, stops, strict=True)]
-            self._allocator.tell_batch([g._sequence for g in new], tokens)
+            self._groups.tell_batch([g._sequence for g in new], tokens)
             for generation, stop in zip(new, stops, strict=True):
                 generation._told = stop
 
@@ -199,15 +203,12 @@ class Scheduler:
             counts = [max(c.generation._computed + c.count - c.generation._slots, 0) for c in chunks]
             try:
                 # Whole pages alone are shared, so there is never a page to copy.
-                self._allocator.append_batch([c.generation._sequence for c in chunks], counts)
+                self._groups.append_batch([c.generation._sequence for c in chunks], counts)
             except OutOfPages:
                 if any(chunk.count > 1 for chunk in chunks):
                     chunks = [Chunk(chunk.generation, 1) for chunk in chunks]
                     continue
-                if in_flight:
-                    raise NeedsResults from None
-                last = max(self.running, key=_rank)
-                self._preempt(last)
+                last = self._preempt_last(in_flight)
                 preempted = True
                 chunks = [chunk for chunk in chunks if chunk.generation is not last]
             else:
@@ -219,28 +220,40 @@ class Scheduler:
         while self.waiting and self._rows:
             generation = self.waiting[0]
             try:
-                sequence = self._allocator.allocate(generation.tokens, generation.request.salt)
+                sequence, cached_len = self._groups.allocate(generation.tokens, generation.request.salt)
             except OutOfPages:
                 return
             del self.waiting[0]
-            generation._sequence, generation._row = sequence.id, self._rows.pop()
-            generation._computed = sequence.cached_len
+            generation._sequence, generation._row = sequence, self._rows.pop()
+            generation._computed = cached_len
             generation._slots = generation._told = len(generation.tokens)
             self.running.append(generation)
             if not generation.preemptions:  # else its own tokens are found
                 self._stats.prompt_tokens += len(generation.tokens)
-                self._stats.cached_tokens += sequence.cached_len
+                self._stats.cached_tokens += cached_len
 
     def _prompts(self, taken: set[int], budget: int) -> list[Chunk]:
-        """Chunks of the prompts that are still to be computed, as far as the budget goes."""
+        """Chunks of the prompts that are still to be computed, as far as the budget and the pages of windows go."""
         chunks = []
         for generation in self.running:
-            pending = generation._pending
-            if budget > 0 and pending > 0 and id(generation) not in taken and generation._length < generation._end:
-                count = min(budget, pending)
-                chunks.append(Chunk(generation, count, samples=count == pending))
-                budget -= count
+            if budget == 0:
+                break
+            if _has_prompt(generation) and id(generation) not in taken:
+                computed, pending = generation._computed, generation._pending
+                stop = computed + min(budget, pending)
+                count = self._groups.reach(generation._sequence, generation.tokens, stop) - computed
+                if count > 0:
+                    chunks.append(Chunk(generation, count, samples=count == pending))
+                    budget -= count
         return chunks
+
+    def _preempt_last(self, in_flight: bool) -> Generation:
+        """Preempts the running request that would go last, unless results in flight may give pages back."""
+        if in_flight:
+            raise NeedsResults from None
+        last = max(self.running, key=_rank)
+        self._preempt(last)
+        return last
 
     def _preempt(self, generation: Generation) -> None:
         self._release(generation)
@@ -251,10 +264,15 @@ class Scheduler:
     def _release(self, generation: Generation) -> None:
         self._tell([generation])
         self.running.remove(generation)
-        self._allocator.free(generation._sequence)
+        self._groups.free(generation._sequence)
         self._rows.append(generation._row)
-        generation._sequence = generation._row = -1
+        generation._sequence, generation._row = (), -1
         generation._slots = generation._computed = generation._told = generation._in_flight = 0
+
+
+def _has_prompt(generation: Generation) -> bool:
+    """True if tokens of a running request are still to be computed before it can go on."""
+    return generation._pending > 0 and generation._length < generation._end
 
 
 def _rank(generation: Generation) -> tuple[int, int]:
