@@ -593,7 +593,7 @@ def scales_from_largest(name: str, largest: np.ndarray, dtype: jax.typing.DTypeL
     scales = np.clip(scales, np.finfo(np.float32).tiny, 2.0**127)  # what float32 holds in full precision
     if page_dtype != jnp.int8:
         scales = 2.0 ** np.ceil(np.log2(scales))
-    return jnp.asarray(np.where(largest > 0, scales, 1.0), jnp.float32)
+    return jax.device_put(np.where(largest > 0, scales, 1.0).astype(np.float32))
 
 
 def _replaced(pools: tuple[Array, ...], index: int, pool: Array) -> tuple[Array, ...]:

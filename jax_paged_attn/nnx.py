@@ -25,7 +25,6 @@ The pages are `CacheVariable`s, so a step can take them apart from the weights a
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import re
@@ -569,15 +568,15 @@ def _prompt(name: str, tokens: ArrayLike | Sequence[int]) -> np.ndarray:
 
 
 def _padded(prompt: np.ndarray, length: int) -> tuple[Array, StepMetadata]:
-    """The prompt as a step of `length` tokens, of which the last ones are padding."""
-    step = StepMetadata.whole_sequences(1, length, page_size=length)
+    """The prompt as a step of `length` tokens, of which the last ones are padding, on one page."""
+    positions = np.arange(length, dtype=np.int32)
     count = len(prompt)
-    tokens = np.zeros(length, np.int32)
-    tokens[:count] = prompt
-    slots = np.where(np.arange(length) < count, np.arange(length), -1)
-    return jnp.asarray(tokens), dataclasses.replace(
-        step,
-        slot_mapping=jnp.asarray(slots, jnp.int32),
-        kv_lens=jnp.full(1, count, jnp.int32),
-        cu_q_lens=jnp.asarray([0, count], jnp.int32),
+    step = StepMetadata(
+        positions=positions,
+        slot_mapping=np.where(positions < count, positions, np.int32(-1)),
+        block_tables=np.zeros((1, 1), np.int32),
+        kv_lens=np.array([count], np.int32),
+        cu_q_lens=np.array([0, count], np.int32),
+        num_seqs=np.array(1, np.int32),
     )
+    return jax.device_put((np.pad(prompt, (0, length - count)), step))
