@@ -1,23 +1,27 @@
 """Bits per byte of a byte-level checkpoint on the held-out text: `python evaluate.py [--model DIR]`.
 
 The text is cut into windows of the model's context that overlap by half, so that every byte after the first window is
-predicted from at least half a context. Attention runs over the paged cache; beside it stands the figure of
-attention without one, and those of n-gram models fitted to the same training text.
+predicted from at least half a context. Attention runs over the paged cache, of each dtype that it may have. Beside
+these stands the figure of attention without a cache, and those of n-gram models fitted to the same training text.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import functools
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import command_line
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike, DTypeLike
 
 try:
     import checkpoint
@@ -25,9 +29,13 @@ try:
     from flax import nnx
     from models import Decoder
 
-    from jax_paged_attn.nnx import CacheVariable, StepMetadata
+    from jax_paged_attn.nnx import CacheVariable, StepMetadata, calibrate
 except ModuleNotFoundError as error:
     command_line.fail_without(error)
+
+PAGE_SIZE = 16
+CACHE_TEXT_BYTES = 12_000  # of the held-out text, for the costs of cache dtypes
+EIGHT_BITS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2, "int8": jnp.int8}
 
 
 def windows(stream: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -42,15 +50,23 @@ def windows(stream: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray, n
     return padded[starts], padded[starts + 1], weights
 
 
-def bits_per_byte(
-    model: Decoder, stream: np.ndarray, *, paged: bool, context: int | None = None, batch: int = 8
-) -> float:
-    """Mean −log₂ p of the bytes of `stream` after the first.
+def log_probabilities(
+    model: Decoder,
+    stream: np.ndarray,
+    *,
+    paged: bool,
+    cache_dtype: DTypeLike | None = None,
+    scales: Sequence[Mapping[str, ArrayLike]] | None = None,
+    context: int | None = None,
+    batch: int = 8,
+) -> np.ndarray:
+    """log₂ p of every byte that might follow each byte of `stream` but the last, float32 `[n − 1, 256]`.
 
     Args:
       model: over bytes. With `paged` its cache is replaced.
-      stream: uint8, see `corpus.token_stream`.
+      stream: n bytes, uint8, see `corpus.token_stream`.
       paged: whether attention goes through the paged cache.
+      cache_dtype, scales: of that cache, see `Decoder.init_cache`.
       context: length of the windows; by default the model's.
       batch: windows at a time.
 
@@ -63,39 +79,84 @@ def bits_per_byte(
             "stream, context, batch: expected at least 2 bytes, 2 bytes and 1 window, "
             f"got {len(stream)}, {context} and {batch}"
         )
-    inputs, targets, weights = windows(stream, context)
-    bits = 0.0
+    inputs, _, weights = windows(stream, context)
     step = None
     if paged:
-        page_size = 16
-        model.init_cache(batch * math.ceil(context / page_size), page_size)
-        step = StepMetadata.whole_sequences(batch, context, page_size)
+        model.init_cache(batch * math.ceil(context / PAGE_SIZE), PAGE_SIZE, cache_dtype, scales)
+        step = StepMetadata.whole_sequences(batch, context, PAGE_SIZE)
     graphdef, cache, rest = nnx.split(model, CacheVariable, ...)
-    score = functools.partial(_bits, graphdef, rest, step)
+    found = []
     for first in range(0, len(inputs), batch):
-        group = [np.zeros((batch, context), x.dtype) for x in (inputs, targets, weights)]
-        for padded, x in zip(group, (inputs, targets, weights), strict=True):
-            padded[: len(x[first : first + batch])] = x[first : first + batch]
-        total, cache = score(cache, *group)
-        bits += float(total)
+        group = inputs[first : first + batch]
+        padded = np.zeros((batch, context), inputs.dtype)
+        padded[: len(group)] = group
+        scores, cache = _scores(graphdef, rest, step, cache, padded)
+        found.append(np.asarray(scores)[: len(group)][weights[first : first + batch] == 1])
     nnx.update(model, cache)
-    return bits / float(weights.sum())
+    return np.concatenate(found)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _bits(
-    graphdef: nnx.GraphDef[Decoder],
-    rest: nnx.State,
-    step: StepMetadata | None,
-    cache: nnx.State,
-    inputs: Array,
-    targets: Array,
-    weights: Array,
+def _scores(
+    graphdef: nnx.GraphDef[Decoder], rest: nnx.State, step: StepMetadata | None, cache: nnx.State, inputs: Array
 ) -> tuple[Array, nnx.State]:
     model = nnx.merge(graphdef, cache, rest)
     logits = model(inputs) if step is None else model(inputs.reshape(-1), step).reshape(*inputs.shape, -1)
-    likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-    return -(likelihood * weights).sum() / math.log(2), nnx.state(model, CacheVariable)
+    return jax.nn.log_softmax(logits) / math.log(2), nnx.state(model, CacheVariable)
+
+
+def bits_per_byte(model: Decoder, stream: np.ndarray, *, paged: bool, **options: Any) -> float:
+    """Mean −log₂ p of the bytes of `stream` after the first; see `log_probabilities`."""
+    return mean_bits(log_probabilities(model, stream, paged=paged, **options), stream)
+
+
+def mean_bits(log_probabilities: np.ndarray, stream: np.ndarray) -> float:
+    """Mean −log₂ p of the bytes that do follow in `stream`."""
+    return -float(np.take_along_axis(log_probabilities, stream[1:, None].astype(np.intp), axis=1).mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheCost:
+    """What a cache dtype costs.
+
+    Attributes:
+      bits: per byte of the text.
+      divergence: mean Kullback-Leibler divergence of the predictions from those with float32, in bits.
+      bytes_per_token: of all layers' keys and values.
+    """
+
+    name: str
+    bits: float
+    divergence: float
+    bytes_per_token: int
+
+
+def cache_costs(folder: Path, stream: np.ndarray, prompts: Sequence[np.ndarray]) -> Iterator[CacheCost]:
+    """The costs of all cache dtypes, first float32; 8-bit ones without scales and calibrated on `prompts`."""
+    model = checkpoint.load(folder, dtype="float32").model
+    config = model.config
+    full = log_probabilities(model, stream, paged=True)
+
+    def cost(name: str, log_p: np.ndarray, dtype: DTypeLike) -> CacheCost:
+        divergence = float((np.exp2(full) * (full - log_p)).sum(axis=1).mean())
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return CacheCost(name, mean_bits(log_p, stream), divergence, numbers * jnp.dtype(dtype).itemsize)
+
+    yield cost("f32", full, jnp.float32)
+    half = checkpoint.load(folder, dtype="bfloat16").model
+    yield cost("bf16, weights too", log_probabilities(half, stream, paged=True), jnp.bfloat16)
+    for name, dtype in EIGHT_BITS.items():
+        scales = calibrate(model, prompts, dtype)
+        if dtype != jnp.int8:
+            log_p = log_probabilities(model, stream, paged=True, cache_dtype=dtype)
+            yield cost(f"{name}, no scales", log_p, dtype)
+        log_p = log_probabilities(model, stream, paged=True, cache_dtype=dtype, scales=scales)
+        yield cost(f"{name}, calibrated", log_p, dtype)
+
+
+def calibration_prompts(stream: np.ndarray, length: int, count: int = 4) -> list[np.ndarray]:
+    """Parts of the training text, from all over it."""
+    return [stream[start : start + length] for start in range(0, count * (len(stream) // count), len(stream) // count)]
 
 
 def ngram_bits_per_byte(training: bytes, text: bytes, order: int, discount: float = 0.75) -> float:
@@ -139,6 +200,14 @@ def main() -> None:
     print(f"  no cache      {bits_per_byte(model, heldout, paged=False):.4f}")
     for order in (3, 5):
         print(f"  {order}-gram        {ngram_bits_per_byte(training.tobytes(), heldout.tobytes(), order):.4f}")
+    print(f"its first {CACHE_TEXT_BYTES:,} bytes, by dtype of the paged cache:")
+    print(f"{'':20} bits per byte  difference  divergence  bytes per token")
+    prompts = calibration_prompts(training, model.config.max_position_embeddings)
+    f32 = None
+    for cost in cache_costs(arguments.model, heldout[:CACHE_TEXT_BYTES], prompts):
+        f32 = f32 or cost
+        figures = f"{cost.bits:13.4f} {cost.bits - f32.bits:+11.4f} {cost.divergence:11.5f} {cost.bytes_per_token:16}"
+        print(f"  {cost.name:18} {figures}")
 
 
 if __name__ == "__main__":

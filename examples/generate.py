@@ -26,6 +26,7 @@ try:
     from rich.table import Table
     from rich.text import Text
 
+    from jax_paged_attn.nnx import calibrate
     from jax_paged_attn.serving import ByteTokenizer, Engine, Generation, Pool, Request
 except ModuleNotFoundError as error:
     command_line.fail_without(error)
@@ -184,7 +185,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--devices", type=positive, default=1, metavar="N", help="heads are split over so many, default %(default)s"
     )
-    parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="by default as --dtype")
+    parser.add_argument(
+        "--cache-dtype", choices=CACHE_DTYPES, help="by default as --dtype; fp8 and int8 are calibrated"
+    )
     parser.add_argument(
         "--temperature",
         type=functools.partial(command_line.number, float, 0),
@@ -236,7 +239,9 @@ def prepare(arguments: argparse.Namespace, console: Console) -> tuple[Engine, li
     max_len = min(model.config.max_position_embeddings, longest + arguments.max_new_tokens)
     cache_dtype = CACHE_DTYPES[arguments.cache_dtype] if arguments.cache_dtype else None
     pages = [math.ceil((len(prompt) + arguments.max_new_tokens) / arguments.page_size) for prompt in prompts]
-    scales = model.int8_scales(jnp.asarray(max(prompts, key=len))) if cache_dtype == jnp.int8 else None
+    scales = None
+    if cache_dtype is not None and arguments.cache_dtype not in DTYPES:  # the prompts alone may be short
+        scales = calibrate(model, [*prompts, *map(tokenizer.encode, GENERAL_PROMPTS)], cache_dtype)
     engine = Engine(
         model.served(cache_dtype, scales),
         num_pages=arguments.num_pages or sum(sorted(pages)[-arguments.max_seqs :]),

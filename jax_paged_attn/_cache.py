@@ -460,6 +460,46 @@ class PagedKVCache:
         layer = self._number("index", index)
         return {"k_scale": _row("k_scale", self.k_scale, layer), "v_scale": _row("v_scale", self.v_scale, layer)}
 
+    def calibrated_scales(self, dtype: jax.typing.DTypeLike, *, margin: float = 1.1) -> _Scales:
+        """Scales for an 8-bit cache, by the largest key and the largest value of each head in this one.
+
+        The largest magnitude, times the margin, becomes the largest number of the dtype. fp8 scales are then rounded up
+        to a power of two, which costs no precision and leaves more room. Run sample prompts through the model with this
+        cache first. All pages count, also those of no sequence. Not for traced caches.
+
+        Args:
+          dtype: of the cache to come: float8_e4m3fn, float8_e5m2 or int8.
+          margin: multiplies the largest magnitudes, as room for numbers beyond those of the prompts.
+
+        Returns:
+          A dict of `k_scale` and `v_scale`, float32 `[L, K]`, keywords of `create`. A head that is zero throughout has
+          scale 1.
+
+        Raises:
+          ValueError: a dtype of other than 8 bits, pages that have 8 bits already, a margin that is not positive, or
+            keys or values that are NaN or infinite.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import jax_paged_attn as jpa
+          >>> sizes = {"num_pages": 2, "page_size": 4, "num_kv_heads": 2, "head_dim": 8}
+          >>> full = jpa.PagedKVCache.create(3, **sizes, dtype=jnp.float32)
+          >>> full = full.write(0, jnp.full((1, 2, 8), -127.0), jnp.ones((1, 2, 8)), jnp.array([0], jnp.int32))
+          >>> scales = full.calibrated_scales(jnp.int8, margin=2)
+          >>> scales["k_scale"].tolist()
+          [[2.0, 2.0], [1.0, 1.0], [1.0, 1.0]]
+          >>> cache = jpa.PagedKVCache.create(3, **sizes, dtype=jnp.int8, **scales)
+        """
+        if str(self.k_pages[0].dtype) in _checks.QUANTIZED_DTYPES:
+            raise ValueError(f"k_pages: expected {' or '.join(_checks.COMPUTE_DTYPES)}, got {self.k_pages[0].dtype}")
+        k_largest, v_largest = (
+            jax.device_get(_largest_per_head(pools, self.num_layers)) for pools in (self.k_pages, self.v_pages)
+        )
+        return {
+            "k_scale": scales_from_largest("k_pages", k_largest, dtype, margin),
+            "v_scale": scales_from_largest("v_pages", v_largest, dtype, margin),
+        }
+
     def write(self, index: int | Array, k: ArrayLike, v: ArrayLike, slot_mapping: ArrayLike) -> "PagedKVCache":
         """The cache after `write_kv_pages` of `k`, `v` `[T, K, H]` at `slot_mapping [T]` in layer `index`.
 
@@ -532,6 +572,28 @@ class PagedKVCache:
 def _shifted(ids: Array, layer: Array, per_layer: int, num_layers: int) -> Array:
     inside = (ids >= 0) & (ids < per_layer) & (layer >= 0) & (layer < num_layers)
     return jnp.where(inside, ids + layer * per_layer, -1)
+
+
+@functools.partial(_modes.compiled, static_argnums=1)
+def _largest_per_head(pools: tuple[Array, ...], num_layers: int) -> Array:
+    """The largest magnitudes in the pools of all layers, float32 `[L, K]`."""
+    layers = [part for pool in pools for part in jnp.split(pool, num_layers // len(pools))]
+    return jnp.stack([jnp.abs(pages).max((0, 1, 3)).astype(jnp.float32) for pages in layers])
+
+
+def scales_from_largest(name: str, largest: np.ndarray, dtype: jax.typing.DTypeLike, margin: float) -> Array:
+    """The scales, float32, for numbers up to these magnitudes, which errors call `name`; see `calibrated_scales`."""
+    page_dtype = _page_dtype(dtype)
+    if str(page_dtype) not in _checks.QUANTIZED_DTYPES:
+        raise ValueError(f"dtype: expected {' or '.join(_checks.QUANTIZED_DTYPES)}, got {page_dtype}")
+    if not np.isfinite(largest).all():
+        raise ValueError(f"{name}: expected finite numbers, got {largest[~np.isfinite(largest)][0]}")
+    limits = jnp.iinfo(page_dtype) if page_dtype == jnp.int8 else jnp.finfo(page_dtype)
+    scales = largest.astype(np.float64) * _checks.static_positive("margin", margin) / float(limits.max)
+    scales = np.clip(scales, np.finfo(np.float32).tiny, 2.0**127)  # what float32 holds in full precision
+    if page_dtype != jnp.int8:
+        scales = 2.0 ** np.ceil(np.log2(scales))
+    return jax.device_put(np.where(largest > 0, scales, 1.0).astype(np.float32))
 
 
 def _replaced(pools: tuple[Array, ...], index: int, pool: Array) -> tuple[Array, ...]:

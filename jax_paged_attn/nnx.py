@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Unpack, get_type_hints
 
@@ -39,6 +40,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_paged_attn import PagedKVCache, StepMetadata, _checks, _modes, _options
+from jax_paged_attn._cache import scales_from_largest
 from jax_paged_attn.rope import ROPE_THETA, Llama3RopeScaling, RopeScaling, apply_rope, rope_frequencies
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "PagedSelfAttention",
     "StepMetadata",
     "apply_rope",
+    "calibrate",
     "rope_frequencies",
 ]
 
@@ -150,6 +153,7 @@ class PagedAttention(nnx.Module):
         self.v_pages: CacheVariable | None = nnx.data(None)
         self.k_scale: nnx.Variable | None = nnx.data(None)
         self.v_scale: nnx.Variable | None = nnx.data(None)
+        self._largest: nnx.Variable | None = nnx.data(None)  # `[2, K]`; `calibrate` has one in its twin of the model
 
     def init_cache(
         self,
@@ -198,6 +202,9 @@ class PagedAttention(nnx.Module):
             q, k = _rotated_heads(q, k, jnp.asarray(positions), *rope)
         options: Any = {name: getattr(self, name) for name in get_type_hints(_options.LayerOptions)}
         sinks = None if self.sinks is None else self.sinks[...]
+        if step is not None and self._largest is not None:
+            self._largest.set_value(_largest_per_head(k, v, step.slot_mapping))
+            step = None  # the one sequence of such a step is whole
         if step is None:
             return _attend_within(q, k, v, sinks, _options.Scoring.checked(options, self.head_dim))
         if self.k_pages is None or self.v_pages is None:
@@ -242,6 +249,12 @@ def _attend_within(q: Array, k: Array, v: Array, sinks: Array | None, scoring: _
         weights = jax.nn.softmax(scores, axis=-1)[..., : stop - first].astype(v.dtype)
         outs.append(jnp.einsum("...kgqs,...skh->...qkgh", weights, v[..., first:stop, :, :]))
     return jnp.concatenate(outs, axis=-4).reshape(q.shape)
+
+
+def _largest_per_head(k: Array, v: Array, slot_mapping: ArrayLike) -> Array:
+    """The largest magnitudes among keys and among values of the tokens that have a slot, float32 `[2, K]`."""
+    is_token = (jnp.asarray(slot_mapping) >= 0)[:, None, None]
+    return jnp.stack([jnp.where(is_token, jnp.abs(x), 0).max((0, 2)).astype(jnp.float32) for x in (k, v)])
 
 
 class _AttentionOptions(_options.LayerOptions, total=False):
@@ -447,3 +460,123 @@ def _splitting(axes: tuple[str, ...], sizes: Mapping[str, int], kv_heads: int, h
     ways = [math.prod(sizes[axis] for axis in axes[:n]) for n in range(len(axes) + 1)]
     fits = [kv_heads % way == 0 or (kv_heads in ways and heads % way == 0) for way in ways]
     return axes[: max(n for n, fit in enumerate(fits) if fit)]
+
+
+def calibrate(
+    model: nnx.Module, prompts: Sequence[ArrayLike | Sequence[int]], dtype: DTypeLike, *, margin: float = 1.1
+) -> list[dict[str, Array]]:
+    """Scales for an 8-bit cache of a model, by the largest key and the largest value of each head in some prompts.
+
+    The largest magnitude, times the margin, becomes the largest number of the dtype. fp8 scales are then rounded up to
+    a power of two, which costs no precision and leaves more room.
+
+    The prompts run through the model in its own precision, one at a time and padded to the longest, so that they
+    compile once. No cache is needed, and the model stays as it is. Keys are looked at after their rotation, as they
+    will be stored.
+
+    Args:
+      model: has `PagedAttention` or `PagedSelfAttention` layers, and is called as ``model.hidden(tokens, step)`` or,
+        without such a method, as ``model(tokens, step)``.
+      prompts: token ids, `[T]` integers each; lengths may differ. A few of some hundred tokens will do, of the kind
+        that the model is to serve.
+      dtype: of the cache: float8_e4m3fn, float8_e5m2 or int8.
+      margin: multiplies the largest magnitudes, as room for numbers beyond those of the prompts.
+
+    Returns:
+      For each layer a dict of `k_scale` and `v_scale`, float32 `[K]`: value = stored · scale. A head that is zero
+      throughout has scale 1. Layers are in the order of their paths in the model, numbers in these by value.
+
+    Raises:
+      ValueError: no prompts, an empty one, ids that are not integers in one row, a dtype of other than 8 bits, a margin
+        that is not positive, a model without layers, or keys or values that are NaN or infinite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jax_paged_attn.nnx import PagedSelfAttention, calibrate
+      >>> class Model(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.embed = nnx.Embed(32, 16, rngs=rngs)
+      ...         self.layers = nnx.List([PagedSelfAttention(16, 4, 2, 8, rngs=rngs) for _ in range(3)])
+      ...     def __call__(self, tokens, step=None):
+      ...         x = self.embed(tokens)
+      ...         for layer in self.layers:
+      ...             x = x + layer(x, step)
+      ...         return x
+      >>> model = Model(nnx.Rngs(0))
+      >>> scales = calibrate(model, [[1, 2, 3], [4, 5, 6, 7, 8]], jnp.int8)
+      >>> for layer, of_layer in zip(model.layers, scales):
+      ...     layer.init_cache(num_pages=4, page_size=4, dtype=jnp.int8, **of_layer)
+      >>> scales[0]["k_scale"].shape
+      (2,)
+
+      `PagedKVCache.create` takes those of all layers at once, `[L, K]`:
+
+      >>> import jax
+      >>> import jax_paged_attn as jpa
+      >>> stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *scales)
+      >>> cache = jpa.PagedKVCache.create(3, 4, 4, num_kv_heads=2, head_dim=8, dtype=jnp.int8, **stacked)
+      >>> cache.k_scale.shape
+      (3, 2)
+    """
+    checked = [_prompt(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
+    if not checked:
+        raise ValueError("prompts: expected at least one, got none")
+    twin = nnx.merge(*nnx.split(model))
+    layers = _attention_layers(twin)
+    if not layers:
+        raise ValueError(f"model: expected PagedAttention layers, got none in {type(model).__name__}")
+    for layer in layers:
+        layer.k_pages = layer.v_pages = layer.k_scale = layer.v_scale = None  # those of the model may be donated
+        layer._largest = nnx.Variable(_modes.zeros((2, layer.num_kv_heads), jnp.float32))
+    graphdef, state = nnx.split(twin)
+    longest = max(map(len, checked))
+    found = [jax.device_get(_largest_of(graphdef, state, *_padded(prompt, longest))) for prompt in checked]
+    scales: list[dict[str, Array]] = []
+    for index, of_layer in enumerate(zip(*found, strict=True)):
+        names = (f"keys of layer {index}", f"values of layer {index}")
+        pairs = zip(names, np.max(of_layer, axis=0), strict=True)
+        k_scale, v_scale = (scales_from_largest(name, largest, dtype, margin) for name, largest in pairs)
+        scales.append({"k_scale": k_scale, "v_scale": v_scale})
+    return scales
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _largest_of(graphdef: nnx.GraphDef[Any], state: nnx.State, tokens: Array, step: StepMetadata) -> list[Array]:
+    """The largest magnitudes of each layer, `[2, K]`, over the tokens of one sequence."""
+    model: Any = nnx.merge(graphdef, state)
+    getattr(model, "hidden", model)(tokens, step)
+    return [layer._largest[...] for layer in _attention_layers(model) if layer._largest is not None]
+
+
+def _attention_layers(model: nnx.Module) -> list[PagedAttention]:
+    """In the order of their paths, with numbers in these by value: `layer_2` before `layer_10`."""
+    layers = [(path, module) for path, module in nnx.iter_modules(model) if isinstance(module, PagedAttention)]
+
+    def key(entry: tuple[Any, PagedAttention]) -> list[str | int]:
+        parts = re.split(r"(\d+)", ".".join(map(str, entry[0])))
+        return [int(part) if part.isdigit() else part for part in parts]
+
+    return [layer for _, layer in sorted(layers, key=key)]
+
+
+def _prompt(name: str, tokens: ArrayLike | Sequence[int]) -> np.ndarray:
+    ids = np.asarray(_checks.as_int32(name, tokens))  # pyright: ignore[reportArgumentType]
+    if ids.ndim != 1 or not ids.size:
+        raise ValueError(f"{name}: expected at least one token, shape [T], got shape {ids.shape}")
+    return ids
+
+
+def _padded(prompt: np.ndarray, length: int) -> tuple[Array, StepMetadata]:
+    """The prompt as a step of `length` tokens, of which the last ones are padding, on one page."""
+    positions = np.arange(length, dtype=np.int32)
+    count = len(prompt)
+    step = StepMetadata(
+        positions=positions,
+        slot_mapping=np.where(positions < count, positions, np.int32(-1)),
+        block_tables=np.zeros((1, 1), np.int32),
+        kv_lens=np.array([count], np.int32),
+        cu_q_lens=np.array([0, count], np.int32),
+        num_seqs=np.array(1, np.int32),
+    )
+    return jax.device_put((np.pad(prompt, (0, length - count)), step))

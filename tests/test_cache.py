@@ -639,6 +639,31 @@ def test_cache_rejects_bad_scales(scale: Any, error: type[Exception], message: s
             jpa.PagedKVCache.create(LAYERS, P, S, K, H, jnp.int8, **{name: scale, other: 0.5})
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_calibrated_scales_hold_what_the_cache_holds(stacked: bool, dtype: str) -> None:
+    """Heads of very different sizes, of which layer 1 has none."""
+    full = jpa.PagedKVCache.create(LAYERS, P, S, K, H, jnp.float32, stacked=stacked)
+    sizes = np.float32(10.0) ** np.arange(-30, -30 + 15 * K, 15)[:, None]
+    k, v = sizes * np.random.default_rng(0).standard_normal((2, S, K, H)).astype(np.float32)
+    slots = np.arange(S, dtype=np.int32)
+    for layer in (0, *range(2, LAYERS)):
+        full = full.write(layer, k, v, slots)
+    scales = full.calibrated_scales(dtype)
+    assert np.all(np.array([scales["k_scale"], scales["v_scale"]])[:, 1] == 1.0)
+    cache = jpa.PagedKVCache.create(LAYERS, P, S, K, H, dtype, **scales).write(0, k, v, slots)
+    for name, tokens in (("k", k), ("v", v)):
+        stored = np.float32(getattr(cache, f"{name}_pages")[0][0]) * cache.scales(0)[f"{name}_scale"][:, None]
+        largest = np.abs(tokens).max((0, 2), keepdims=True)
+        bound = {"int8": 1.1 * 0.5 / 127, "float8_e4m3fn": 1 / 16, "float8_e5m2": 1 / 8}[dtype]
+        assert (np.abs(stored - tokens) <= 1.001 * bound * largest).all()
+        assert np.abs(stored - tokens).max() > 0.0
+    with pytest.raises(ValueError, match="k_pages: expected float32 or bfloat16 or float16, got"):
+        cache.calibrated_scales(dtype)
+    with pytest.raises(ValueError, match="v_pages: expected finite numbers, got inf"):
+        full.write(0, k, v * np.float32(np.inf), slots).calibrated_scales(dtype)
+
+
 def test_one_scale_of_two_is_enough_for_fp8() -> None:
     cache = jpa.PagedKVCache.create(1, P, S, K, H, jnp.float8_e4m3fn, k_scale=0.5)
     ones = jnp.ones((1, K, H))

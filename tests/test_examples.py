@@ -465,6 +465,25 @@ def test_the_committed_model_on_heldout_text_through_the_paged_cache():
     assert abs(paged - bits_per_byte(model, part, paged=False)) < 1e-4
 
 
+def test_costs_of_cache_dtypes_on_the_committed_model():
+    text = corpus.token_stream(corpus.heldout_documents())[:2000]
+    training = corpus.token_stream(corpus.training_and_validation_documents()[0])
+    prompts = evaluate.calibration_prompts(training, 256)
+    assert len({prompt.tobytes() for prompt in prompts}) == 4
+    assert {len(prompt) for prompt in prompts} == {256}
+    costs = {cost.name: cost for cost in evaluate.cache_costs(EXAMPLES / "checkpoint", text, prompts)}
+    f32 = costs.pop("f32")
+    assert f32.divergence == 0.0
+    assert f32.bytes_per_token == 2 * 5 * 64 * 4  # keys and values, layers, columns, bytes
+    bounds = {"bf16": (0.0005, 2), "e4m3": (0.004, 4), "e5m2": (0.016, 4), "int8": (0.0005, 4)}
+    for name, cost in costs.items():
+        divergence, times_smaller = bounds[name.partition(",")[0]]
+        assert 0.0 < cost.divergence < divergence, name
+        assert abs(cost.bits - f32.bits) < 0.01, name
+        assert cost.bytes_per_token * times_smaller == f32.bytes_per_token
+    assert {"e4m3, no scales", "e4m3, calibrated", "int8, calibrated"} < set(costs)
+
+
 def test_training_learns(capsys: pytest.CaptureFixture[str]):
     config = train.TrainConfig(steps=40, tokens=512, warmup=5, learning_rate=1e-2, average=0.9, evaluate_every=20)
     config_small = dataclasses.replace(SMALL, tie_word_embeddings=True)

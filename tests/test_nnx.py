@@ -16,6 +16,7 @@ from jax_paged_attn.nnx import (
     PagedSelfAttention,
     StepMetadata,
     apply_rope,
+    calibrate,
     rope_frequencies,
 )
 from jax_paged_attn.rope import YarnRopeScaling
@@ -199,6 +200,76 @@ def test_eight_bit_cache_with_scales(dtype, bound: float):
     assert layer.attention.k_pages is not None
     assert layer.attention.k_pages[...].dtype == dtype
     assert 1e-4 < relative_error(out, expected) < bound
+
+
+class Chain(nnx.Module):
+    """Two layers by attributes whose alphabetical order is not that of the numbers."""
+
+    def __init__(self, **options):
+        self.embed = nnx.Embed(32, HIDDEN, rngs=nnx.Rngs(0))
+        self.layer_2, self.layer_10 = make_layer(2, **options), make_layer(10, **options)
+        self.unused = make_layer()
+
+    def __call__(self, tokens: jax.Array, step: StepMetadata | None = None) -> jax.Array:
+        x = self.embed(tokens)
+        x = x + self.layer_2(x, step)
+        return x + self.layer_10(x, step)
+
+
+PROMPTS = [[3, 1, 4], list(range(9)), [31]]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+def test_calibration_finds_the_largest_number_of_each_head_in_the_pages(dtype):
+    model = Chain(dtype=dtype, rope_theta=100.0, sliding_window=5)
+    layers = [model.layer_2.attention, model.layer_10.attention]
+    largest = np.zeros((2, 2, KV_HEADS), np.float32)
+    for prompt in PROMPTS:
+        for layer in layers:
+            layer.init_cache(num_pages=3, page_size=4, dtype=dtype)
+        model(jnp.array(prompt), StepMetadata.whole_sequences(1, len(prompt), page_size=4))
+        pages = [[np.asarray(x, np.float32) for x in jax.tree.leaves(nnx.state(x, CacheVariable))] for x in layers]
+        largest = np.maximum(largest, np.abs(pages).max((2, 3, 5)))
+
+    rtol = 1e-5 if dtype == jnp.float32 else 2e-2
+    for got, want in zip(calibrate(model, PROMPTS, jnp.int8), largest, strict=False):
+        np.testing.assert_allclose((got["k_scale"], got["v_scale"]), 1.1 * want / 127, rtol=rtol)
+    if dtype == jnp.float32:
+        for got, want in zip(calibrate(model, PROMPTS, jnp.float8_e4m3fn, margin=1), largest, strict=False):
+            np.testing.assert_array_equal((got["k_scale"], got["v_scale"]), 2 ** np.ceil(np.log2(want / 448)))
+    assert len(jax.tree.leaves(nnx.state(model, CacheVariable))) == 4  # the model's own cache is left alone
+
+
+def test_calibration_without_numbers():
+    """Heads of zeros have scale 1; layers that do not run, too. Donated pages do not matter."""
+    model = Chain()
+    model.layer_2.k_proj.kernel.set_value(model.layer_2.k_proj.kernel[...].at[:, :HEAD_DIM].set(0.0))
+    model.layer_2.init_cache(1, 1, jnp.float32)
+    for pages in jax.tree.leaves(nnx.state(model, CacheVariable)):
+        pages.delete()
+    of_layer, _, of_unused = calibrate(model, PROMPTS, jnp.int8)
+    assert of_layer["k_scale"][0] == 1.0 > of_layer["k_scale"][1] > 0.0
+    assert jax.tree.all(jax.tree.map(lambda scales: (scales == 1.0).all(), of_unused))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": []}, "prompts: expected at least one, got none"),
+        ({"prompts": [[1], []]}, r"prompts\[1\]: expected at least one token, shape \[T\], got shape \(0,\)"),
+        ({"prompts": [1, 2]}, r"prompts\[0\]: expected at least one token, shape \[T\], got shape \(\)"),
+        ({"prompts": [[0.5]]}, r"prompts\[0\]: expected dtype int32, or another integer one, got float64"),
+        ({"dtype": jnp.bfloat16}, "dtype: expected float8_e4m3fn or float8_e5m2 or int8, got bfloat16"),
+        ({"dtype": "int4"}, "dtype: expected .*, got int4"),
+        ({"margin": 0}, "margin: expected a positive number, got 0"),
+        ({"model": nnx.Linear(2, 2, rngs=nnx.Rngs(0))}, "model: expected PagedAttention layers, got none in Linear"),
+        ({"prompts": [[99]]}, "keys of layer 0: expected finite numbers, got nan"),  # `nnx.Embed` has no such token
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_calibration_refuses(change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        calibrate(**{"model": Chain(), "prompts": PROMPTS, "dtype": jnp.int8, **change})
 
 
 def test_dtypes_of_weights_and_computation():

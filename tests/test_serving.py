@@ -666,8 +666,8 @@ def test_bad_engines_are_refused(model: Decoder, options: dict[str, Any], messag
 
 
 def test_as_many_scales_as_layers_are_expected(model: Decoder):
-    with pytest.raises(ValueError, match="scales: expected one pair for each of 2 layers, got 1"):
-        Engine(model.served(scales=[(1.0, 1.0)]), num_pages=4)
+    with pytest.raises(ValueError, match="scales: expected those of 2 layers, got 1"):
+        Engine(model.served(scales=[{"k_scale": 1.0, "v_scale": 1.0}]), num_pages=4)
 
 
 def test_only_its_own_generations_can_be_cancelled(model: Decoder, small_pool: Engine):

@@ -8,8 +8,7 @@ that `checkpoint.py` is a plain renaming.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -197,25 +196,24 @@ class Decoder(nnx.Module):
         num_pages: int | tuple[int, ...],
         page_size: int,
         dtype: DTypeLike | None = None,
-        scales: Sequence[tuple[ArrayLike, ArrayLike]] | None = None,
+        scales: Sequence[Mapping[str, ArrayLike]] | None = None,
     ) -> None:
         """Gives every layer an empty cache.
 
         Args:
           num_pages, page_size: pages of every layer, or of those of each layer group; and tokens per page.
           dtype: of the pages, by default that of the computation.
-          scales: (k, v) of each layer.
+          scales: keywords of each layer's `init_cache`, as `jax_paged_attn.nnx.calibrate` returns them.
 
         Raises:
           ValueError: as many scales as layers are expected; see also `PagedAttention.init_cache`.
         """
         if scales is not None and len(scales) != len(self.layers):
-            raise ValueError(f"scales: expected one pair for each of {len(self.layers)} layers, got {len(scales)}")
+            raise ValueError(f"scales: expected those of {len(self.layers)} layers, got {len(scales)}")
         dtype = self.dtype if dtype is None else dtype
         for index, layer in enumerate(self.layers):
-            k_scale, v_scale = (None, None) if scales is None else scales[index]
             pages_of_layer = _of_group(num_pages, layer.group)
-            layer.self_attn.init_cache(pages_of_layer, page_size, dtype, k_scale=k_scale, v_scale=v_scale)
+            layer.self_attn.init_cache(pages_of_layer, page_size, dtype, **(scales[index] if scales else {}))
             for pages in (layer.self_attn.attention.k_pages, layer.self_attn.attention.v_pages):
                 if pages is not None and self._placed is not None:
                     mesh, axis = self._placed
@@ -264,7 +262,7 @@ class Decoder(nnx.Module):
         self._placed = mesh, axis
 
     def served(
-        self, cache_dtype: DTypeLike | None = None, scales: Sequence[tuple[ArrayLike, ArrayLike]] | None = None
+        self, cache_dtype: DTypeLike | None = None, scales: Sequence[Mapping[str, ArrayLike]] | None = None
     ) -> NnxModel:
         """The model as `jax_paged_attn.serving.Engine` takes it; see `init_cache` for the arguments."""
         return NnxModel(
@@ -274,22 +272,6 @@ class Decoder(nnx.Module):
             windows=self.config.windows,
             init_cache=lambda twin, *pool: twin.init_cache(*pool, cache_dtype, scales),
         )
-
-    def int8_scales(self, tokens: Array) -> list[tuple[Array, Array]]:
-        """Scales (k, v) of each layer, `[K]`, such that the largest key and value over `tokens [T]` become 127.
-
-        Replaces the cache.
-        """
-        page_size = 16
-        self.init_cache(math.ceil(len(tokens) / page_size), page_size)
-        self.hidden(tokens, StepMetadata.whole_sequences(1, len(tokens), page_size))
-
-        def scale(pages: nnx.Variable | None) -> Array:
-            assert pages is not None
-            return jnp.abs(pages[...].astype(jnp.float32)).max((0, 1, 3)) / 127
-
-        caches = [layer.self_attn.attention for layer in self.layers]
-        return [(scale(cache.k_pages), scale(cache.v_pages)) for cache in caches]
 
     def hidden(self, tokens: Array, step: Step = None, rngs: nnx.Rngs | None = None) -> Array:
         """`[..., T]` token ids to normalised hidden states `[..., T, D]`. See `__call__`."""
