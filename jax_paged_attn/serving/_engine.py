@@ -166,6 +166,11 @@ class Engine:
         return self._allocator.num_pages
 
     @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self._allocator.page_size
+
+    @property
     def pages_in_use(self) -> int:
         """Pages that running requests hold."""
         return self._allocator.pages_in_use
