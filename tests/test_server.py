@@ -77,10 +77,10 @@ class Running:
 
     @property
     def service(self) -> Any:
-        return self.server._service
+        return self.server.service
 
     def ask(self, function: Callable[[], Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(self.service._running.run(function), self._loop).result(60)
+        return asyncio.run_coroutine_threadsafe(self.service.engine_thread.run(function), self._loop).result(60)
 
     def alone(self, *requests: Request) -> list[Generation]:
         """What the engine gives without the server."""
@@ -453,13 +453,13 @@ def test_a_key_opens_all_but_the_health(counting_engine: Engine) -> None:
 
 def test_a_full_queue_says_try_later(counting: Running) -> None:
     is_free = threading.Event()
-    blocked = asyncio.run_coroutine_threadsafe(counting.service._running.run(lambda: is_free.wait(30)), counting._loop)
+    blocked = asyncio.run_coroutine_threadsafe(counting.service.engine_thread.run(lambda: is_free.wait(30)), counting._loop)
     answers: list[httpx.Response] = []
     body = {"prompt": "a", "max_tokens": 3, "temperature": 0}
     threads = [threading.Thread(target=lambda: answers.append(counting.post(body))) for _ in range(MOST_WAITING + 3)]
     for thread in threads:
         thread.start()
-    while counting.service._running._inbox.qsize() < len(threads):
+    while counting.service.engine_thread._inbox.qsize() < len(threads):
         time.sleep(0.01)
     is_free.set()
     for thread in threads:

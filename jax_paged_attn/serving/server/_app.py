@@ -39,6 +39,7 @@ def create_app(
     api_key: str | None = None,
     max_prompt_tokens: int | None = None,
     max_body_bytes: int = 8 * 2**20,
+    events_per_second: float = 1000.0,
     routes: Sequence[BaseRoute] = (),
 ) -> Starlette:
     """An application with OpenAI's interface, for any ASGI server.
@@ -55,6 +56,8 @@ def create_app(
       api_key: what clients have to send as bearer token, for everything but `/health`; None for no check.
       max_prompt_tokens: tokens per prompt; None for what the engine holds.
       max_body_bytes: bytes per request's body.
+      events_per_second: about how many events all streams together get. With more tokens than that, an event has
+        several of a stream's tokens; first and last ones do not wait.
       routes: more paths, behind the same key.
 
     Raises:
@@ -93,7 +96,9 @@ def create_app(
     room = min(engine.max_len, engine.num_pages * engine.page_size)
     most = room - 1 if max_prompt_tokens is None else min(max_prompt_tokens, room - 1)
     served = Served(model_name, tokenizer, room, most, frozenset(stop_tokens), chat_template)
-    service = Service(engine, served, max_body_bytes)
+    if not events_per_second > 0:
+        raise ValueError(f"events_per_second: expected a positive number, got {events_per_second}")
+    service = Service(engine, served, max_body_bytes, events_per_second)
     app = Starlette(
         routes=[*service.routes(), *routes],
         middleware=[] if api_key is None else [Middleware(RequireKey, key=api_key, open_paths=_OPEN_PATHS)],
@@ -111,10 +116,12 @@ class Service:
       engine: used by its thread alone.
       served: what is served.
       max_body_bytes: bytes per request's body.
+      events_per_second: see `create_app`.
     """
 
-    def __init__(self, engine: Engine, served: Served, max_body_bytes: int):
+    def __init__(self, engine: Engine, served: Served, max_body_bytes: int, events_per_second: float):
         self._engine = engine
+        self._events_per_second = events_per_second
         self._served = served
         self._max_body_bytes = max_body_bytes
         self._pieces = Pieces(served.tokenizer)
@@ -137,7 +144,7 @@ class Service:
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """The time in which the engine is the thread's."""
-        self._thread, self._is_draining = EngineThread(self._engine), False
+        self._thread, self._is_draining = EngineThread(self._engine, self._events_per_second), False
         try:
             yield
         finally:
@@ -149,10 +156,11 @@ class Service:
 
     def end_all(self) -> None:
         """Ends what is under way; clients get an error."""
-        self._running.end_all()
+        self.engine_thread.end_all()
 
     @property
-    def _running(self) -> EngineThread:
+    def engine_thread(self) -> EngineThread:
+        """The thread, once the lifespan has begun."""
         if self._thread is None:
             raise RuntimeError("create_app: expected an application whose lifespan has begun")
         return self._thread
@@ -166,7 +174,7 @@ class Service:
     async def _answer(self, request: Request, form_of: _Form) -> Response:
         arrival = time.perf_counter()
         try:
-            if self._is_draining or not self._running.is_alive:
+            if self._is_draining or not self.engine_thread.is_alive:
                 raise shutting_down()
             form = await form_of(await json_body(request, self._max_body_bytes), self._served)
         except ClientDisconnect:
@@ -176,7 +184,7 @@ class Service:
             is_refusal = isinstance(error, ApiError) and error.status < 500
             self._metrics.count("refused" if is_refusal else "failed")
             raise
-        return Answer(form, self._served, self._pieces, self._running, self._metrics, arrival)
+        return Answer(form, self._served, self._pieces, self.engine_thread, self._metrics, arrival)
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._description()]})
@@ -196,12 +204,12 @@ class Service:
         }
 
     async def _health(self, request: Request) -> Response:
-        if self._is_draining or not self._running.is_alive:
+        if self._is_draining or not self.engine_thread.is_alive:
             raise shutting_down()
         return JSONResponse({"status": "ok"})
 
     async def _numbers(self, request: Request) -> Response:
-        snapshot = await self._running.run(lambda: Snapshot.of(self._engine))
+        snapshot = await self.engine_thread.run(lambda: Snapshot.of(self._engine))
         return Response(self._metrics.text(snapshot), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

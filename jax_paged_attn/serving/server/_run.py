@@ -20,18 +20,22 @@ class Server(uvicorn.Server):
 
     Args:
       config: of the application of `create_app`.
+      service: that application's.
       grace: seconds that requests may take to end.
+
+    Attributes:
+      service: see above.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service, grace: float):
         super().__init__(config)
-        self._service = service
+        self.service = service
         self._grace = grace
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends the server within the grace period and a few seconds."""
-        self._service.drain()
-        ending = asyncio.get_running_loop().call_later(self._grace, self._service.end_all)
+        self.service.drain()
+        ending = asyncio.get_running_loop().call_later(self._grace, self.service.end_all)
         try:
             await super().shutdown(sockets)
         finally:

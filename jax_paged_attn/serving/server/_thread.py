@@ -1,7 +1,7 @@
 """The engine's thread, which alone touches the engine, and the calls through which an event loop waits for it.
 
-Requests, cancellations and questions reach the thread by a queue, and are taken between two steps. After a step all
-that it gave goes to the event loop at once.
+Requests, cancellations and questions reach the thread by a queue, and are taken between two steps. All that is new goes
+to the event loop together: after each step while there are few streams, and less often the more there are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import functools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -107,11 +108,17 @@ class EngineThread:
 
     Args:
       engine: nobody else may use it until `stop` has returned.
+      events_per_second: about how often calls hear of new tokens, all of them together.
+
+    Attributes:
+      loop: the event loop that made it.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, events_per_second: float):
         self._engine = engine
-        self._loop = asyncio.get_running_loop()
+        self._seconds_per_event = 1 / events_per_second
+        self._next_report = 0.0  # until then only first and last tokens are told
+        self.loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._calls: list[Call] = []  # in the order of their arrival
         self._failures: list[tuple[Call, Exception]] = []  # to be told to the event loop
@@ -251,16 +258,31 @@ class EngineThread:
         self._has_stopped = True
 
     def _report(self) -> None:
-        """Hands all that is new to the event loop at once: waking it is what costs most."""
-        news = [(call, new) for call in self._calls if (new := _news_of(call))]
+        """Hands what is new to the event loop, all at once, since waking it costs most."""
+        now = time.monotonic()
+        is_due = now >= self._next_report
+        news = [(call, _news_of(call)) for call in self._calls if is_due or _cannot_wait(call)]
+        news = [(call, new) for call, new in news if new]
         failures, self._failures = self._failures, []
         if not news and not failures:
             return
+        if is_due:
+            self._next_report = now + self._seconds_per_event * len(news)
         self._calls = [call for call in self._calls if call._generations]
         try:
-            self._loop.call_soon_threadsafe(_deliver, news, failures)
+            self.loop.call_soon_threadsafe(_deliver, news, failures)
         except RuntimeError:  # the loop is closed, so nobody waits
             self._has_stopped = True
+
+
+def _cannot_wait(call: Call) -> bool:
+    """True if a generation has ended, or has its first tokens."""
+    for index, generation in call._generations.items():
+        if generation.finish_reason is not None:
+            return True
+        if call._seen[index] == len(generation.request.prompt) < len(generation.tokens):
+            return True
+    return False
 
 
 def _news_of(call: Call) -> list[News]:
