@@ -300,7 +300,7 @@ def test_page_streams_text_and_colours_pages() -> None:
         page.wait_for("document.getElementById('said').textContent === '400: prompt: too rude'")
         server.answers = False
         page.wait_for("!document.getElementById('gone').hidden")
-        assert text_of(page, "connection") == "no answer"
+        assert text_of(page, "connection") == "refused"
         server.answers = True
         page.wait_for("document.getElementById('gone').hidden")
         assert text_of(page, "connection") == "live"
