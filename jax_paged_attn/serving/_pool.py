@@ -45,7 +45,7 @@ class PoolView:
 
     Attributes:
       page_size: tokens per page.
-      owners: int32 `[P]`, who has each page: the number of a running request, 0 for a free page, -1 for a page that
+      owners: int64 `[P]`, who has each page: the number of a running request, 0 for a free page, -1 for a page that
         only the prefix cache keeps. Where several requests share a page, the number is that of the one that runs
         longest.
       sharers: int32 `[P]`, how many running requests have each page.
@@ -135,9 +135,9 @@ def view_pool(allocator: PageAllocator, running: Sequence[Generation], *, waitin
     tables = allocator.block_tables(sequences, -(-longest // allocator.page_size))
     is_page = tables >= 0
     sharers = np.bincount(tables[is_page], minlength=allocator.num_pages).astype(np.int32)
-    numbers = np.array([generation._arrival for generation in running], np.int32)
+    numbers = np.array([generation._arrival for generation in running], np.int64)
 
-    owners = np.full(allocator.num_pages, _FREE, np.int32)
+    owners = np.full(allocator.num_pages, _FREE, np.int64)
     owners[list(allocator.cached_pages)] = _CACHED
     # Where a page comes several times, the last assignment stays, so the first request has to come last.
     owners[tables[::-1][is_page[::-1]]] = numbers[::-1].repeat(is_page[::-1].sum(1))
