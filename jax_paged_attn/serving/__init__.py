@@ -6,11 +6,12 @@
     generation.output
 
 One file per concern: `_requests` (what is asked for), `_schedule` (who runs in a step), `_programs` (what the device
-does), `_sampling`, `_drafts`, `_text`, and `_engine`, which ties them together.
+does), `_sampling`, `_drafts`, `_text`, `_pool` (who has which page), and `_engine`, which ties them together.
 """
 
 from jax_paged_attn.serving._engine import Engine
 from jax_paged_attn.serving._model import Model, NnxModel
+from jax_paged_attn.serving._pool import PoolRequest, PoolView
 from jax_paged_attn.serving._requests import Generation, QueueFull, Request, TokenLogprobs
 from jax_paged_attn.serving._sampling import LogProbabilities, Sampling, greedy, log_probabilities, sample
 from jax_paged_attn.serving._stats import Stats
@@ -26,6 +27,8 @@ __all__ = [
     "Model",
     "NnxModel",
     "OutputText",
+    "PoolRequest",
+    "PoolView",
     "QueueFull",
     "Request",
     "Sampling",

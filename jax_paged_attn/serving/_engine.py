@@ -23,6 +23,7 @@ from jax import Array
 from jax_paged_attn import Explanation, PageAllocator, explain
 from jax_paged_attn.serving._drafts import accepted
 from jax_paged_attn.serving._model import Model
+from jax_paged_attn.serving._pool import PoolView, view_pool
 from jax_paged_attn.serving._programs import Kind, Programs, Sampled
 from jax_paged_attn.serving._requests import Generation, QueueFull, Request, TokenLogprobs, checked_request, integer
 from jax_paged_attn.serving._schedule import NeedsResults, Plan, Scheduler
@@ -194,6 +195,13 @@ class Engine:
     def has_work(self) -> bool:
         """True while some request has not ended."""
         return bool(self._scheduler.waiting or self._scheduler.running or self._undelivered)
+
+    def pool_view(self) -> PoolView:
+        """Who has which page now, and what was counted so far; for a display. Not while `step` runs in another thread.
+
+        The time that it takes grows with the pages in use, and does not touch the device.
+        """
+        return view_pool(self._allocator, self._scheduler.running, waiting=self.num_waiting, stats=self.stats)
 
     def explain(self) -> Explanation:
         """Which attention engine steps with prompts run on, and why on no other."""
