@@ -24,10 +24,10 @@ from benchmarks import http_client, options
 from jax_paged_attn.serving import Engine, Request, Tokenizer
 from jax_paged_attn.serving.server._run import Server, make_server
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.append(str(EXAMPLES))
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from checkpoint import load
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 NAME = "small"
 PROMPT_TOKENS = 32
 MAX_LEN = 256
@@ -102,7 +102,8 @@ class Bench:
             {"model": NAME, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
             for prompt in self.prompts(number)
         ]
-        assert self._client.stdin and self._client.stdout
+        assert self._client.stdin
+        assert self._client.stdout
         self._client.stdin.write(json.dumps(bodies) + "\n")
         self._client.stdin.flush()
         firsts, lasts = zip(*json.loads(self._client.stdout.readline()), strict=True)
@@ -129,19 +130,22 @@ def run(args: argparse.Namespace) -> None:
         bench.close()
     first = {name: 1e3 * statistics.median(times[3:]) for name, times in firsts.items()}
     rate = {name: statistics.median(values[1:]) for name, values in rates.items()}
+    # Neighbours in time are compared, since others may use the machine.
+    ratios = [served / alone for alone, served in zip(rates["alone"], rates["served"], strict=True)][1:]
+    first_ratio, ratio = first["served"] / first["alone"], statistics.median(ratios)
+    print(
+        f"first byte: engine {first['alone']:.2f} ms, server {first['served']:.2f}, ratio {first_ratio:.2f} "
+        "(wanted at most 1.5)\n"
+        f"{args.streams} streams: engine {rate['alone']:.0f} tokens/s, server {rate['served']:.0f}, "
+        f"ratio {ratio:.3f} (wanted 0.85, goal 0.95)"
+    )
     record = {
         "first_byte_ms": first,
-        "first_byte_ratio": first["served"] / first["alone"],
+        "first_byte_ratio": first_ratio,
         "tokens_per_s": rate,
-        "rate_ratio": rate["served"] / rate["alone"],
-        "ratios": [served / alone for alone, served in zip(rates["alone"], rates["served"], strict=True)][1:],
+        "rate_ratio": ratio,
+        "rate_ratios": ratios,
     }
-    print(
-        f"first byte: engine {first['alone']:.2f} ms, server {first['served']:.2f}, ratio {record['first_byte_ratio']:.2f}"
-        " (wanted at most 1.5)\n"
-        f"{args.streams} streams: engine {rate['alone']:.0f} tokens/s, server {rate['served']:.0f}, "
-        f"ratio {record['rate_ratio']:.3f} (wanted 0.85, goal 0.95)"
-    )
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "server.json").write_text(json.dumps(record, indent=1))
 

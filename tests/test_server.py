@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jax_paged_attn.serving import ByteTokenizer, Engine, Generation, Request, Tokenizer
-from jax_paged_attn.serving.server import ChatTemplate
+from jax_paged_attn.serving.server import ChatTemplate, create_app
 from jax_paged_attn.serving.server._run import Server, make_server
 
 FOLDER = Path(checkpoint.__file__).parent / "checkpoint"
@@ -302,6 +306,8 @@ def test_models_health_and_metrics(small: Running, client: openai.OpenAI) -> Non
     assert [model.id for model in client.models.list()] == ["small"]
     assert client.models.retrieve("small").id == "small"
     assert small.http.get("/health").json() == {"status": "ok"}
+    pool = small.http.get("/pool").json()
+    assert pool == small.ask(small.engine.pool_view).as_dict()
     client.completions.create(model="small", prompt="x", max_tokens=2)
     lines = small.http.get("/metrics").text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
@@ -438,7 +444,8 @@ def test_no_body_makes_the_server_fail(counting: Running, path: str, changes: di
 
 def test_a_key_opens_all_but_the_health(counting_engine: Engine) -> None:
     with running(counting_engine, ByteTokenizer(bos=0), api_key="sesame") as server:
-        assert server.http.get("/health").status_code == 200
+        assert server.http.get("/health").status_code == server.http.get("/").status_code == 200
+        assert server.http.get("/pool").status_code == 401
         for header in ("", "sesame", "Bearer", "Bearer sesam", "Basic sesame", "Bearer sésame"):
             answer = server.http.get("/metrics", headers=[(b"authorization", header.encode())])
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
@@ -453,7 +460,9 @@ def test_a_key_opens_all_but_the_health(counting_engine: Engine) -> None:
 
 def test_a_full_queue_says_try_later(counting: Running) -> None:
     is_free = threading.Event()
-    blocked = asyncio.run_coroutine_threadsafe(counting.service.engine_thread.run(lambda: is_free.wait(30)), counting._loop)
+    blocked = asyncio.run_coroutine_threadsafe(
+        counting.service.engine_thread.run(lambda: is_free.wait(30)), counting._loop
+    )
     answers: list[httpx.Response] = []
     body = {"prompt": "a", "max_tokens": 3, "temperature": 0}
     threads = [threading.Thread(target=lambda: answers.append(counting.post(body))) for _ in range(MOST_WAITING + 3)]
@@ -566,3 +575,94 @@ def test_the_end_lets_requests_end_or_ends_them(counting_engine: Engine, grace: 
                 list(stream)
         server.stop()
     assert counting_engine.num_running == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"model_name": ""}, "^model_name: expected a string that is not empty"),
+        ({"api_key": ""}, "^api_key: expected a string that is not empty"),
+        ({"events_per_second": 0}, "^events_per_second: expected a positive number, got 0"),
+    ],
+)
+def test_wrong_options_are_refused(counting_engine: Engine, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        create_app(counting_engine, ByteTokenizer(bos=0), **{"model_name": "small", **options})
+
+
+def test_many_tokens_come_in_few_events(counting_engine: Engine) -> None:
+    with running(counting_engine, ByteTokenizer(bos=0), events_per_second=1) as server, server.client() as client:
+        stream = client.completions.create(model="small", prompt="!", max_tokens=60, temperature=0, stream=True)
+        texts = [event.choices[0].text for event in stream]
+    assert "".join(texts) == counted("!", 60)
+    assert texts[0] == chr(ord("!") + 1)  # the first one does not wait
+    assert len(texts) <= 4
+
+
+# ---- the long tail
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.slow
+def test_many_streams_of_which_a_third_is_killed(small: Running) -> None:
+    number, tokens = 200, 60
+    prompts = [[0, *f"{index} is a number that ".encode()] for index in range(number)]
+    requests = [Request(p, tokens, stop_tokens=[0], temperature=1.0, seed=i) for i, p in enumerate(prompts)]
+    expected = [generation.text for generation in small.alone(*requests)]
+
+    async def one(client: httpx.AsyncClient, index: int) -> str:
+        body = {"model": "small", "prompt": prompts[index], "max_tokens": tokens, "seed": index, "stream": True}
+        text = ""
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            assert answer.status_code == 200
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+                if index % 3 == 0 and len(text) > index % 20:
+                    break
+        return text
+
+    async def all_of_them() -> list[str]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=small.url, timeout=None, limits=limits, verify=False) as client:
+            return await asyncio.gather(*(one(client, index) for index in range(number)))
+
+    memory = []
+    for _ in range(4):
+        texts = asyncio.run(all_of_them())
+        for index, text in enumerate(texts):
+            if index % 3:
+                assert text == expected[index]
+            else:
+                assert expected[index].startswith(text)
+        small.wait_for(lambda: small.engine.num_running == small.engine.num_waiting == small.engine.pages_in_use == 0)
+        memory.append(resident_bytes())
+    assert memory[-1] - memory[1] < 8 * 2**20
+    everything = small.ask(lambda: small.engine._allocator.allocate([object()] * 16 * small.engine.num_pages))
+    assert sorted(everything.pages) == list(range(small.engine.num_pages))
+    small.ask(lambda: small.engine._allocator.free(everything.id))
+
+
+@pytest.mark.slow
+def test_the_example_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, FOLDER.parent / "serve.py", "--port", "0", "--max-seqs", "2", "--api-key", "sesame"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr
+        url = next(match[0] for line in process.stderr if (match := re.search(r"http://127.0.0.1:\d+", line)))
+        headers = {"authorization": "Bearer sesame"}
+        body = {"model": "checkpoint", "prompt": "import ", "max_tokens": 400, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers, timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: {")
+            process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        process.communicate(timeout=60)
+        # uvicorn gives the signal on once all has ended.
+        assert process.returncode in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+        process.communicate()

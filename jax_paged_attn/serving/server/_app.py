@@ -22,11 +22,12 @@ from jax_paged_attn.serving.server._chat import ChatTemplate
 from jax_paged_attn.serving.server._choices import Pieces
 from jax_paged_attn.serving.server._errors import ApiError, failed, shutting_down
 from jax_paged_attn.serving.server._forms import Form, Served, chat_form, completion_form
+from jax_paged_attn.serving.server._live import live_routes
 from jax_paged_attn.serving.server._metrics import Metrics, Snapshot
 from jax_paged_attn.serving.server._thread import EngineThread
 
 _Form = Callable[[dict[str, Any], Served], Awaitable[Form]]
-_OPEN_PATHS = frozenset({"/health"})
+_OPEN_PATHS = frozenset({"/health", "/"})  # the page at / holds nothing secret, and asks for the key
 
 
 def create_app(
@@ -53,7 +54,7 @@ def create_app(
       model_name: what clients call the model.
       stop_tokens: ids that end every output.
       chat_template: for `/v1/chat/completions`; without one, chats are refused.
-      api_key: what clients have to send as bearer token, for everything but `/health`; None for no check.
+      api_key: what clients have to send as bearer token, for all but `/health` and the page at `/`; None for no check.
       max_prompt_tokens: tokens per prompt; None for what the engine holds.
       max_body_bytes: bytes per request's body.
       events_per_second: about how many events all streams together get. With more tokens than that, an event has
@@ -139,6 +140,7 @@ class Service:
             Route("/v1/models/{name:path}", self._model, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
             Route("/metrics", self._numbers, methods=["GET"]),
+            *live_routes(self._view),
         ]
 
     @contextlib.asynccontextmanager
@@ -211,6 +213,10 @@ class Service:
     async def _numbers(self, request: Request) -> Response:
         snapshot = await self.engine_thread.run(lambda: Snapshot.of(self._engine))
         return Response(self._metrics.text(snapshot), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _view(self) -> dict[str, Any]:
+        """Who has which page now. The copy is the thread's work, its form for JSON is not."""
+        return (await self.engine_thread.run(self._engine.pool_view)).as_dict()
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
