@@ -84,7 +84,7 @@ class Running:
         return self.server.service
 
     def ask(self, function: Callable[[], Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(self.service.engine_thread.run(function), self._loop).result(60)
+        return asyncio.run_coroutine_threadsafe(self.service.engine_thread.run(function), self._loop).result(300)
 
     def alone(self, *requests: Request) -> list[Generation]:
         """What the engine gives without the server."""
@@ -128,20 +128,18 @@ def running(engine: Engine, tokenizer: Tokenizer, grace: float = 10.0, **options
     assert engine.pages_in_use == 0
 
 
-@pytest.fixture(scope="module")
-def small() -> Iterator[Running]:
+@contextlib.contextmanager
+def running_small(**sizes: Any) -> Iterator[Running]:
     """A server of the committed checkpoint."""
     loaded = checkpoint.load(FOLDER, dtype="float32")
-    engine = Engine(
-        loaded.model.served(),
-        num_pages=96,
-        max_seqs=8,
-        max_len=192,
-        buckets=(64,),
-        decode_buckets=(8,),
-        tokenizer=loaded.tokenizer,
-    )
+    engine = Engine(loaded.model.served(), max_len=192, tokenizer=loaded.tokenizer, **sizes)
     with running(engine, loaded.tokenizer, stop_tokens=[0]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[Running]:
+    with running_small(num_pages=96, max_seqs=8, buckets=(64,), decode_buckets=(8,)) as server:
         yield server
 
 
@@ -607,11 +605,10 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.slow
-def test_many_streams_of_which_a_third_is_killed(small: Running) -> None:
-    number, tokens = 200, 60
+def test_many_streams_of_which_a_third_is_killed() -> None:
+    number, tokens = 200, 48
     prompts = [[0, *f"{index} is a number that ".encode()] for index in range(number)]
     requests = [Request(p, tokens, stop_tokens=[0], temperature=1.0, seed=i) for i, p in enumerate(prompts)]
-    expected = [generation.text for generation in small.alone(*requests)]
 
     async def one(client: httpx.AsyncClient, index: int) -> str:
         body = {"model": "small", "prompt": prompts[index], "max_tokens": tokens, "seed": index, "stream": True}
@@ -625,25 +622,26 @@ def test_many_streams_of_which_a_third_is_killed(small: Running) -> None:
                     break
         return text
 
-    async def all_of_them() -> list[str]:
+    async def all_of_them(url: str) -> list[str]:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=small.url, timeout=None, limits=limits, verify=False) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits, verify=False) as client:
             return await asyncio.gather(*(one(client, index) for index in range(number)))
 
     memory = []
-    for _ in range(4):
-        texts = asyncio.run(all_of_them())
-        for index, text in enumerate(texts):
-            if index % 3:
-                assert text == expected[index]
-            else:
-                assert expected[index].startswith(text)
-        small.wait_for(lambda: small.engine.num_running == small.engine.num_waiting == small.engine.pages_in_use == 0)
-        memory.append(resident_bytes())
+    with running_small(num_pages=200, max_seqs=64, buckets=(256,), decode_buckets=(64,)) as server:
+        engine = server.engine
+        expected = [generation.text for generation in server.alone(*requests)]
+        for _ in range(4):
+            for index, text in enumerate(asyncio.run(all_of_them(server.url))):
+                if index % 3:
+                    assert text == expected[index]
+                else:
+                    assert expected[index].startswith(text)
+            server.wait_for(lambda: engine.num_running == engine.num_waiting == engine.pages_in_use == 0)
+            memory.append(resident_bytes())
     assert memory[-1] - memory[1] < 8 * 2**20
-    everything = small.ask(lambda: small.engine._allocator.allocate([object()] * 16 * small.engine.num_pages))
-    assert sorted(everything.pages) == list(range(small.engine.num_pages))
-    small.ask(lambda: small.engine._allocator.free(everything.id))
+    everything = engine._allocator.allocate([object() for _ in range(engine.num_pages * engine.page_size)])
+    assert sorted(everything.pages) == list(range(engine.num_pages))
 
 
 @pytest.mark.slow
