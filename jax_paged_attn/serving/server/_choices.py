@@ -71,21 +71,25 @@ class Choice:
 
     def add(self, news: News) -> tuple[str, list[Entry]]:
         """What can be shown now: text that no stop string can take back, and the entries of its tokens."""
-        given = ""
         self.num_tokens += len(news.tokens)
-        for index, token in enumerate(news.tokens):
-            start = self._reached
-            text = self._text.add(token)
-            self._length += len(text)
-            given += text
-            if news.logprobs:
-                self._held.append((Entry(token, news.logprobs[index], start), self._reached))
+        if news.logprobs:
+            given = "".join(map(self._add_with_entry, news.tokens, news.logprobs))
+        else:
+            given = "".join(map(self._text.add, news.tokens))
+            self._length += len(given)
         self.finish_reason = news.finish_reason
         if news.finish_reason is not None:
             rest = self._text.end()
             self._length += len(rest)
             given += rest
         return given, self._shown_entries()
+
+    def _add_with_entry(self, token: int, logprobs: TokenLogprobs) -> str:
+        start = self._reached
+        text = self._text.add(token)
+        self._length += len(text)
+        self._held.append((Entry(token, logprobs, start), self._reached))
+        return text
 
     @property
     def _reached(self) -> int:
