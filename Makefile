@@ -10,10 +10,14 @@ SHELL_FILES = $(shell git grep -l '^\#!/usr/bin/env bash' -- .ci tools)
 MARKDOWN_FILES = $(shell git ls-files '*.md')
 CXX_FILES = $(shell git ls-files 'cpp/*.cc' 'cpp/*.h' 'cpp/*.cu' 'cpp/*.cuh' 'tests/cpp/*.cc' 'tests/cpp/*.h' 'examples/downstream/*.cc')
 
-.PHONY: generate test fuzz soak train bench docs lint format stubs sanitize wheel sdist gpu-test clean
+.PHONY: generate serve test fuzz soak train bench docs lint format stubs sanitize wheel sdist gpu-test clean
 
 generate: $(VENV)/examples.stamp
 	$(BIN)/python examples/generate.py
+
+# OpenAI's interface at http://127.0.0.1:8000/v1; `make serve SERVE="--model DIR --port 9000"` passes options on.
+serve: $(VENV)/examples.stamp
+	$(BIN)/python examples/serve.py $(SERVE)
 
 # Most of the time goes to XLA's compilations, so code for CPUs is compiled with little optimisation, in one piece. JAX 0.10
 # also has an older and faster way to emit it, which later releases pass over. The tests of wheels compile as users do.

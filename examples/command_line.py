@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-_PACKAGES = ("flax", "optax", "rich", "safetensors", "tokenizers")
+_PACKAGES = (
+    *("flax", "optax", "rich", "safetensors", "tokenizers"),
+    *("jinja2", "prometheus_client", "starlette", "uvicorn"),
+)
 
 
 def number(kind: type, least: float, text: str, *, most: float = math.inf) -> float:

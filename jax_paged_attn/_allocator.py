@@ -594,6 +594,21 @@ class PageAllocator:
         )
 
     @property
+    def cached_pages(self) -> tuple[int, ...]:
+        """Pages without an owner that can still be found by their tokens, in the order in which they are evicted.
+
+        Example:
+          >>> import jax_paged_attn as jpa
+          >>> allocator = jpa.PageAllocator(num_pages=4, page_size=2)
+          >>> sequence = allocator.allocate([5, 6, 7, 8, 9])
+          >>> allocator.mark_written(sequence.id, 5)
+          >>> allocator.free(sequence.id)
+          >>> allocator.cached_pages  # the third one was not full
+          (1, 0)
+        """
+        return self._pool.cached
+
+    @property
     def num_pages(self) -> int:
         return self._num_pages
 

@@ -57,6 +57,11 @@ class PagePool:
     def num_cached(self) -> int:
         return len(self._cached)
 
+    @property
+    def cached(self) -> tuple[int, ...]:
+        """Pages without an owner that are findable, freed longest ago first."""
+        return tuple(self._cached)
+
     def require(self, needed: int, reserved: int = 0) -> None:
         """Raises OutOfPages unless `needed` pages can be taken while `reserved` free ones stay."""
         free = len(self._blank) + len(self._cached) - reserved

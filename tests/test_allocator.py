@@ -202,8 +202,11 @@ def test_blank_pages_go_first_then_the_least_recently_used_tails_before_prefixes
     c = written(allocator, "c")
     allocator.free(ab.id)
     allocator.free(c.id)
+    cached = allocator.cached_pages
+    assert cached == (ab.pages[1], ab.pages[0], c.pages[0])
     takes = [written(allocator, letter).pages[0] for letter in "wxyz"]
-    assert takes == [3, ab.pages[1], ab.pages[0], c.pages[0]]
+    assert takes == [3, *cached]
+    assert allocator.cached_pages == ()
 
 
 def test_finding_a_page_makes_it_recently_used() -> None:

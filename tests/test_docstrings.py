@@ -14,6 +14,7 @@ MODULES = [
     "jax_paged_attn.nnx",
     "jax_paged_attn.rope",
     "jax_paged_attn.serving",
+    "jax_paged_attn.serving.server",
 ]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

@@ -6,13 +6,14 @@
     generation.output
 
 One file per concern: `_requests` (what is asked for), `_schedule` (who runs in a step), `_programs` (what the device
-does), `_groups` (the pages of layers with windows), `_sampling`, `_drafts`, `_text`, and `_engine`, which ties them
-together.
+does), `_groups` (the pages of layers with windows), `_sampling`, `_drafts`, `_text`, `_pool` (who has which page), and
+`_engine`, which ties them together.
 """
 
 from jax_paged_attn.serving._engine import Engine, Pool
 from jax_paged_attn.serving._groups import group_pages
 from jax_paged_attn.serving._model import GroupedModel, Model, NnxModel
+from jax_paged_attn.serving._pool import PoolRequest, PoolView
 from jax_paged_attn.serving._requests import Generation, QueueFull, Request, TokenLogprobs
 from jax_paged_attn.serving._sampling import LogProbabilities, Sampling, greedy, log_probabilities, sample
 from jax_paged_attn.serving._stats import Stats
@@ -30,6 +31,8 @@ __all__ = [
     "NnxModel",
     "OutputText",
     "Pool",
+    "PoolRequest",
+    "PoolView",
     "QueueFull",
     "Request",
     "Sampling",

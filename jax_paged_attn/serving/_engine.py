@@ -24,6 +24,7 @@ from jax_paged_attn import Explanation, explain
 from jax_paged_attn.serving._drafts import accepted
 from jax_paged_attn.serving._groups import LayerGroups, checked_windows, group_pages
 from jax_paged_attn.serving._model import GroupedModel, Model, grouped
+from jax_paged_attn.serving._pool import PoolView, view_pool
 from jax_paged_attn.serving._programs import Kind, Programs, Sampled
 from jax_paged_attn.serving._requests import Generation, QueueFull, Request, TokenLogprobs, checked_request, integer
 from jax_paged_attn.serving._schedule import NeedsResults, Plan, Scheduler
@@ -200,6 +201,11 @@ class Engine:
         return sum(self._groups.num_pages)
 
     @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self._groups.page_size
+
+    @property
     def pages_in_use(self) -> int:
         """Pages that running requests hold; those of all layer groups together."""
         return sum(self._groups.pages_in_use)
@@ -233,6 +239,13 @@ class Engine:
     def has_work(self) -> bool:
         """True while some request has not ended."""
         return bool(self._scheduler.waiting or self._scheduler.running or self._undelivered)
+
+    def pool_view(self) -> PoolView:
+        """Who has which page now, and what was counted so far; for a display. Not while `step` runs in another thread.
+
+        The time that it takes grows with the pages in use, and does not touch the device.
+        """
+        return view_pool(self._groups, self._scheduler.running, waiting=self.num_waiting, stats=self.stats)
 
     def explain(self) -> Explanation:
         """Which attention engine steps with prompts run on, and why on no other."""

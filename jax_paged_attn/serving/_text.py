@@ -36,8 +36,8 @@ class Tokenizer(Protocol):
       5
     """
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the one that every text begins with."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; with the one that every text begins with, unless `add_special_tokens` is False."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:

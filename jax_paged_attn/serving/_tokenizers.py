@@ -40,9 +40,9 @@ class ByteTokenizer:
     def __init__(self, bos: int):
         self._bos = _byte("bos", bos)[0]
 
-    def encode(self, text: str) -> list[int]:
-        """The bytes of the text after `bos`."""
-        return [self._bos, *text.encode()]
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The bytes of the text after `bos`; without it if `add_special_tokens` is False."""
+        return [self._bos, *text.encode()] if add_special_tokens else [*text.encode()]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of the bytes that are not `bos`; U+FFFD for those that are no character."""
@@ -51,6 +51,10 @@ class ByteTokenizer:
     def stream(self, prompt: Sequence[int]) -> TextStream:
         """A stream of the text after the prompt, which may end inside of a character."""
         return _ByteStream(self._bos, prompt)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The byte; none for `bos`."""
+        return b"" if token == self._bos else _byte("token", token)
 
 
 class FileTokenizer:
@@ -93,9 +97,9 @@ class FileTokenizer:
         self._tokenizer.no_padding()
         self._vocabulary = _Vocabulary.of(self._tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with those that the file puts around every text."""
-        return self._tokenizer.encode(text).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; with those that the file puts around every text, unless `add_special_tokens` is False."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens and without ids that the file does not have."""
@@ -104,6 +108,18 @@ class FileTokenizer:
     def stream(self, prompt: Sequence[int]) -> TextStream:
         """A stream of the text after the prompt; special tokens and ids that the file does not have add no text."""
         return _FileStream(self._tokenizer, self._vocabulary, prompt)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token adds to a text, which may be part of a character; none for special tokens."""
+        spelling = self._tokenizer.id_to_token(token)
+        if token in self._vocabulary.special or spelling is None:
+            return b""
+        if token in self._vocabulary.fallback:
+            return self._vocabulary.fallback[token]
+        if self._vocabulary.alphabet:
+            return self._vocabulary.spelled(spelling)
+        anchor = self._vocabulary.anchor
+        return self.decode([*anchor, token])[len(self.decode(anchor)) :].encode()
 
 
 class _Utf8:
