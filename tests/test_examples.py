@@ -465,6 +465,7 @@ def test_the_committed_model_on_heldout_text_through_the_paged_cache():
     assert abs(paged - bits_per_byte(model, part, paged=False)) < 1e-4
 
 
+@pytest.mark.slow
 def test_costs_of_cache_dtypes_on_the_committed_model():
     text = corpus.token_stream(corpus.heldout_documents())[:2000]
     training = corpus.token_stream(corpus.training_and_validation_documents()[0])

@@ -31,10 +31,10 @@ def relative_error(got: Any, want: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(got) - want) / np.linalg.norm(want))
 
 
-# llama-dynamic differs from llama-linear by its frequencies alone, which have a test of their own.
+# Each of these differs from another one by little; the long tail has them.
+ALIKE = ("llama-dynamic", "llama-linear", "mixtral", "olmo2", "qwen2", "smollm3")
 MODELS = [
-    pytest.param(folder, id=folder.name, marks=[pytest.mark.slow] * (folder.name == "llama-dynamic"))
-    for folder in FOLDERS
+    pytest.param(folder, id=folder.name, marks=[pytest.mark.slow] * (folder.name in ALIKE)) for folder in FOLDERS
 ]
 
 

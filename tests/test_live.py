@@ -59,7 +59,7 @@ def make_engine(num_pages: int) -> Engine:
 def check(engine: Engine, generations: list[Generation]) -> PoolView:
     """The view, compared page by page with what the allocator says of each running request."""
     view, stats = engine.pool_view(), engine._groups.allocators[0].stats
-    running = sorted((g for g in generations if g._sequence >= 0), key=engine._scheduler.running.index)
+    running = sorted((g for g in generations if g.is_running), key=engine._scheduler.running.index)
     holders: dict[int, list[int]] = {}
     for generation in running:
         for page in engine._groups.allocators[0].pages(generation._sequence[0]):

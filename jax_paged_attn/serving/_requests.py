@@ -129,6 +129,11 @@ class Generation:
     _in_flight: int = 0  # tokens that dispatched steps give and the host has not read
 
     @property
+    def is_running(self) -> bool:
+        """True while it holds pages: not in the queue, and not ended."""
+        return bool(self._sequence)
+
+    @property
     def output(self) -> list[int]:
         """The generated tokens."""
         return self.tokens[len(self.request.prompt) :]

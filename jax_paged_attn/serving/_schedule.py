@@ -99,7 +99,7 @@ class Scheduler:
     def remove(self, generation: Generation) -> None:
         """Takes a request out, wherever it is, and frees its pages."""
         self._lookups.pop(generation, None)
-        if generation._sequence:
+        if generation.is_running:
             self._release(generation)
         elif generation in self.waiting:
             self.waiting.remove(generation)

@@ -219,7 +219,7 @@ class EngineThread:
 
     def _end_last(self, error: Exception) -> None:
         """Ends the call that came last among those that had a part in steps."""
-        ran = [c for c in self._calls if any(g._sequence >= 0 or g.preemptions for g in c._generations.values())]
+        ran = [c for c in self._calls if any(g.is_running or g.preemptions for g in c._generations.values())]
         if call := next(reversed(ran or self._calls), None):
             _LOGGER.error("ends the newest request, as steps fail: %r", error)
             self._end(call, failed())
