@@ -108,7 +108,9 @@ class Soak:
             self.step()
 
 
-@pytest.mark.parametrize("name", SOAKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("plain", "repeated"))) for name in SOAKS]
+)
 def test_soak(name: str) -> None:
     config = WITH_WINDOW if name == "windows" else CONFIG
     soak = Soak(make_model(config), seed=list(SOAKS).index(name), **SOAKS[name])
