@@ -426,7 +426,8 @@ def test_a_loaded_family_gives_the_tokens_of_transformers(folder: Path) -> None:
     logits, _ = compiled(cache, weights, step)
     assert np.linalg.norm(logits - want["logits"]) < 1e-5 * np.linalg.norm(want["logits"])
 
-    engine = Engine(model.served(), num_pages=24, page_size=4, max_seqs=3, buckets=(3, 8), decode_steps=2)
+    pools: Any = {"num_pages": 24, "window_pages": 12 if None in model.config.windows else 6, "page_size": 4}
+    engine = Engine(model.served(), **pools, max_seqs=3, buckets=(3, 8), decode_steps=2)
     generations = [engine.submit(Request(greedy[:18], len(greedy) - 18)) for _ in range(3)]
     engine.run()
     assert [generation.tokens for generation in generations] == [greedy] * 3
