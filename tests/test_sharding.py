@@ -26,7 +26,14 @@ def environment(devices: int) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["family", "partitioned and not family", "not partitioned and not family"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "family",
+        pytest.param("partitioned and not family", marks=pytest.mark.partitioning),
+        pytest.param("not partitioned and not family", marks=pytest.mark.partitioning),
+    ],
+)
 def test_on_eight_devices(part: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", part]
     done = subprocess.run(
