@@ -12,12 +12,12 @@ from typing import Any
 
 import command_line
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType
 
 import jax_paged_attn
 
 try:
+    import dtypes
     from checkpoint import Checkpoint, load
     from rich.console import Console, Group
     from rich.live import Live
@@ -26,7 +26,6 @@ try:
     from rich.table import Table
     from rich.text import Text
 
-    from jax_paged_attn.nnx import calibrate
     from jax_paged_attn.serving import ByteTokenizer, Engine, Generation, Pool, Request
 except ModuleNotFoundError as error:
     command_line.fail_without(error)
@@ -39,14 +38,6 @@ DOCUMENTATION_PROMPTS = (
     "The following methods are called when ",
     ">>> def f(x):\n...     return ",
 )
-GENERAL_PROMPTS = (
-    "The capital of France is",
-    "Once upon a time",
-    "A list of prime numbers: 2, 3, 5,",
-    "Water boils at a lower temperature on a mountain because",
-)
-DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
-CACHE_DTYPES = {**DTYPES, "fp8": jnp.float8_e4m3fn, "int8": jnp.int8}
 
 
 @dataclasses.dataclass
@@ -181,12 +172,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="longest context in tokens, by default the model's; with dynamic rotary scaling it may be longer",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="by default f32 on CPUs, elsewhere the checkpoint's")
+    dtypes.add_arguments(parser)
     parser.add_argument(
         "--devices", type=positive, default=1, metavar="N", help="heads are split over so many, default %(default)s"
-    )
-    parser.add_argument(
-        "--cache-dtype", choices=CACHE_DTYPES, help="by default as --dtype; fp8 and int8 are calibrated"
     )
     parser.add_argument(
         "--temperature",
@@ -199,8 +187,7 @@ def parse_arguments() -> argparse.Namespace:
     seed = functools.partial(command_line.number, int, 0, most=2**32 - 1)
     parser.add_argument("--seed", type=seed, default=3, help="of the first prompt, default %(default)s")
     arguments = parser.parse_args()
-    if arguments.cache_dtype in DTYPES and arguments.dtype not in (None, arguments.cache_dtype):
-        parser.error(f"--cache-dtype {arguments.cache_dtype}: expected --dtype to be the same, or an 8-bit cache")
+    dtypes.check_arguments(parser, arguments)
     return arguments
 
 
@@ -227,23 +214,17 @@ def load_showing_progress(arguments: argparse.Namespace, console: Console, dtype
 
 def prepare(arguments: argparse.Namespace, console: Console) -> tuple[Engine, list[Output]]:
     """Loads the model, sizes the cache, submits the prompts."""
-    name = arguments.dtype or (arguments.cache_dtype if arguments.cache_dtype in DTYPES else None)
-    dtype = DTYPES[name] if name else (jnp.float32 if jax.default_backend() == "cpu" else None)
-    checkpoint = load_showing_progress(arguments, console, dtype)
+    checkpoint = load_showing_progress(arguments, console, dtypes.dtype_of(arguments))
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     is_own = isinstance(tokenizer, ByteTokenizer)
-    texts = arguments.prompt or (DOCUMENTATION_PROMPTS if is_own else GENERAL_PROMPTS)
+    texts = arguments.prompt or (DOCUMENTATION_PROMPTS if is_own else dtypes.GENERAL_PROMPTS)
     prompts = [tokenizer.encode(text) for text in texts]
     model.fuse()
     longest = max(map(len, prompts))
     max_len = min(model.config.max_position_embeddings, longest + arguments.max_new_tokens)
-    cache_dtype = CACHE_DTYPES[arguments.cache_dtype] if arguments.cache_dtype else None
     pages = [math.ceil((len(prompt) + arguments.max_new_tokens) / arguments.page_size) for prompt in prompts]
-    scales = None
-    if cache_dtype is not None and arguments.cache_dtype not in DTYPES:  # the prompts alone may be short
-        scales = calibrate(model, [*prompts, *map(tokenizer.encode, GENERAL_PROMPTS)], cache_dtype)
     engine = Engine(
-        model.served(cache_dtype, scales),
+        dtypes.served(model, tokenizer, arguments, prompts),
         num_pages=arguments.num_pages or sum(sorted(pages)[-arguments.max_seqs :]),
         page_size=arguments.page_size,
         max_seqs=arguments.max_seqs,

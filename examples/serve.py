@@ -9,10 +9,9 @@ import os
 from pathlib import Path
 
 import command_line
-import jax
-import jax.numpy as jnp
 
 try:
+    import dtypes
     from checkpoint import load
 
     from jax_paged_attn.serving import Engine
@@ -20,8 +19,6 @@ try:
 except ModuleNotFoundError as error:
     command_line.fail_without(error)
 
-DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
-CACHE_DTYPES = {**DTYPES, "fp8": jnp.float8_e4m3fn}
 KEY_VARIABLE = "JAX_PAGED_ATTN_API_KEY"
 LONGEST_BY_DEFAULT = 4096
 TOP_LOGPROBS = 20  # as many as OpenAI's interface has
@@ -34,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
         "--model",
         type=Path,
         default=Path(__file__).parent / "checkpoint",
-        help="folder of a model in Hugging Face's layout, see families.py; by default the small byte-level one here",
+        help="folder of a model in Hugging Face's layout, see models/; by default the small byte-level one here",
     )
     parser.add_argument(
         "--model-name", type=command_line.text, help="what clients call it; by default the folder's name"
@@ -53,8 +50,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="KEY",
         help=f"what clients have to know; by default the environment's {KEY_VARIABLE}, else nothing",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="by default f32 on CPUs, elsewhere the checkpoint's")
-    parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="by default as --dtype")
+    dtypes.add_arguments(parser)
     parser.add_argument(
         "--max-seqs", type=positive, default=16, metavar="N", help="requests per step, default %(default)s"
     )
@@ -80,24 +76,21 @@ def parse_arguments() -> argparse.Namespace:
         help="that requests may take at the server's end, default %(default)s",
     )
     arguments = parser.parse_args()
-    if arguments.cache_dtype in DTYPES and arguments.dtype not in (None, arguments.cache_dtype):
-        parser.error(f"--cache-dtype {arguments.cache_dtype}: expected --dtype to be the same, or an 8-bit cache")
+    dtypes.check_arguments(parser, arguments)
     return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
-    name = arguments.dtype or (arguments.cache_dtype if arguments.cache_dtype in DTYPES else None)
-    dtype = DTYPES[name] if name else (jnp.float32 if jax.default_backend() == "cpu" else None)
     try:
-        checkpoint = load(arguments.model, dtype=dtype)
+        checkpoint = load(arguments.model, dtype=dtypes.dtype_of(arguments))
         template = ChatTemplate.from_folder(arguments.model)
         model, tokenizer = checkpoint.model, checkpoint.tokenizer
         model.fuse()
         context = model.config.max_position_embeddings
         max_len = min(context, arguments.max_len or LONGEST_BY_DEFAULT)
         engine = Engine(
-            model.served(CACHE_DTYPES[arguments.cache_dtype] if arguments.cache_dtype else None),
+            dtypes.served(model, tokenizer, arguments),
             num_pages=arguments.num_pages or arguments.max_seqs * math.ceil(max_len / arguments.page_size),
             page_size=arguments.page_size,
             max_seqs=arguments.max_seqs,
