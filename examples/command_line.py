@@ -36,6 +36,16 @@ def text(argument: str) -> str:
     return argument
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds --model."""
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path(__file__).parent / "checkpoint",
+        help="folder of a model in Hugging Face's layout, see models/; by default the small byte-level one here",
+    )
+
+
 def fail(message: object) -> NoReturn:
     """Ends the program with status 2, as `argparse` does, and with a line that says why."""
     line = " ".join(str(message).split())

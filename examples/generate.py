@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import command_line
@@ -143,12 +142,7 @@ def pool_size(pool: Pool) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Serves several prompts together over one paged key/value cache.")
     positive = functools.partial(command_line.number, int, 1)
-    parser.add_argument(
-        "--model",
-        type=Path,
-        default=Path(__file__).parent / "checkpoint",
-        help="folder of a model in Hugging Face's layout, see models/; by default the small byte-level one here",
-    )
+    command_line.add_model(parser)
     parser.add_argument(
         "--prompt",
         type=command_line.text,

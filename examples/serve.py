@@ -6,7 +6,6 @@ import argparse
 import functools
 import math
 import os
-from pathlib import Path
 
 import command_line
 
@@ -27,12 +26,7 @@ TOP_LOGPROBS = 20  # as many as OpenAI's interface has
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Serves a model over HTTP with OpenAI's interface.")
     positive = functools.partial(command_line.number, int, 1)
-    parser.add_argument(
-        "--model",
-        type=Path,
-        default=Path(__file__).parent / "checkpoint",
-        help="folder of a model in Hugging Face's layout, see models/; by default the small byte-level one here",
-    )
+    command_line.add_model(parser)
     parser.add_argument(
         "--model-name", type=command_line.text, help="what clients call it; by default the folder's name"
     )

@@ -190,6 +190,13 @@ def test_the_pools_of_an_engine() -> None:
     assert [pool.num_pages for pool in Engine(TwoWindows(), **sizes, window_pages=7).pools] == [100, 7, 7]
     sizes["num_pages"] = 12
     assert [pool.num_pages for pool in Engine(TwoWindows(), **sizes).pools] == [12, 12, 12]
+    # Each group holds a request by itself, so their pages do not add up.
+    sizes["num_pages"] = 10
+    engine = Engine(TwoWindows(), **sizes)
+    assert engine.longest == 10 * PAGE_SIZE < engine.max_len
+    engine.submit(Request([1], engine.longest - 1))
+    with pytest.raises(ValueError, match=f"expected at most {engine.longest} tokens together"):
+        engine.submit(Request([1], engine.longest))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -21,7 +20,7 @@ from jax_paged_attn.nnx import StepMetadata
 from .decoder import Block, DecoderConfig
 from .family import Family, if_missing, windows
 from .fields import Fields
-from .layers import Build
+from .layers import Build, normalised
 
 
 class OffsetNorm(nnx.Module):
@@ -33,9 +32,7 @@ class OffsetNorm(nnx.Module):
         self.dtype = build.dtype
 
     def __call__(self, x: Array) -> Array:
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * (1.0 + self.scale[...].astype(jnp.float32))).astype(self.dtype)
+        return (normalised(x, self.epsilon) * (1.0 + self.scale[...].astype(jnp.float32))).astype(self.dtype)
 
 
 class SandwichBlock(Block):

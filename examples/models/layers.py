@@ -53,6 +53,12 @@ def rms_norm(size: int, epsilon: float, build: Build) -> nnx.RMSNorm:
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
+def normalised(x: Array, epsilon: float, axes: int | tuple[int, ...] = -1) -> Array:
+    """x over the root of its mean square along some axes, in float32: an RMSNorm without weights."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + epsilon)
+
+
 class GatedMlp(nnx.Module):
     """down(act(gate(x)) · up(x)) (Shazeer 2020)."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -14,7 +13,7 @@ from jax_paged_attn.nnx import StepMetadata
 from .decoder import Block, DecoderConfig
 from .family import Family
 from .fields import Fields
-from .layers import Build
+from .layers import Build, normalised
 
 
 class AllHeadsNorm(nnx.Module):
@@ -28,8 +27,7 @@ class AllHeadsNorm(nnx.Module):
         self.dtype = build.dtype
 
     def __call__(self, x: Array) -> Array:
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=(-2, -1), keepdims=True) + self.epsilon)
+        x = normalised(x, self.epsilon, (-2, -1))
         return (x * self.scale[...].astype(jnp.float32).reshape(x.shape[-2:])).astype(self.dtype)
 
 

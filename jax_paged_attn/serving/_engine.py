@@ -206,6 +206,12 @@ class Engine:
         return self._groups.page_size
 
     @property
+    def longest(self) -> int:
+        """The most tokens that prompt and output of a request may have: as many as `max_len` and each pool hold."""
+        in_pools = self._groups.longest
+        return self.max_len if in_pools is None else min(self.max_len, in_pools)
+
+    @property
     def pages_in_use(self) -> int:
         """Pages that running requests hold; those of all layer groups together."""
         return sum(self._groups.pages_in_use)
@@ -270,12 +276,11 @@ class Engine:
             has_tokenizer=self._tokenizer is not None,
         )
         length = len(request.prompt) + request.max_new_tokens
-        longest, pages = self._groups.longest, " and ".join(map(str, self._groups.num_pages))
-        room = self.max_len if longest is None else min(self.max_len, longest)
-        if length > room:
+        if length > self.longest:
+            pages = " and ".join(map(str, self._groups.num_pages))
             raise ValueError(
-                f"prompt, max_new_tokens: expected at most {room} tokens together (max_len is {self.max_len}, the pool "
-                f"has {pages} pages of {self._groups.page_size}), got {length}"
+                f"prompt, max_new_tokens: expected at most {self.longest} tokens together (max_len is {self.max_len}, "
+                f"the pool has {pages} pages of {self._groups.page_size}), got {length}"
             )
         if self._max_waiting is not None and self.num_waiting >= self._max_waiting:
             raise QueueFull(f"request: expected fewer than max_waiting = {self._max_waiting} requests in the queue")

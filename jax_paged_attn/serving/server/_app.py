@@ -94,9 +94,10 @@ def create_app(
         raise ValueError(f"model_name: expected a string that is not empty, got {model_name!r}")
     if api_key is not None and (not isinstance(api_key, str) or not api_key):
         raise ValueError("api_key: expected a string that is not empty, or None")
-    room = min(engine.max_len, engine.num_pages * engine.page_size)
-    most = room - 1 if max_prompt_tokens is None else min(max_prompt_tokens, room - 1)
-    served = Served(model_name, tokenizer, room, most, frozenset(stop_tokens), chat_template)
+    most = engine.longest - 1
+    if max_prompt_tokens is not None:
+        most = min(max_prompt_tokens, most)
+    served = Served(model_name, tokenizer, engine.longest, most, frozenset(stop_tokens), chat_template)
     if not events_per_second > 0:
         raise ValueError(f"events_per_second: expected a positive number, got {events_per_second}")
     service = Service(engine, served, max_body_bytes, events_per_second)
