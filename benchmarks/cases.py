@@ -41,6 +41,7 @@ class Workload:
     page_dtype: str | None = None  # None: as dtype; 8-bit pages have scales
     table_pages: int | None = None  # columns of the block table; None: pages of the longest sequence
     batch_invariant: bool = False
+    ragged: bool = False  # decode rows go through `ragged_paged_attention`
 
     @property
     def batch(self) -> int:
@@ -111,7 +112,7 @@ CPU = DECODE + PREFILL
 PLAN: dict[str, Any] = {"num_heads": 16, "num_kv_heads": 16, "page_size": 128}
 # Rows of 128 bytes, and of 64 in 8 bits.
 _SMALL_HEADS: dict[str, Any] = {"num_heads": 8, "head_dim": 64}
-_64X4K = ((1, 4096),) * 64
+_64X4K, _64X1K, _32X4K = ((1, 4096),) * 64, ((1, 1024),) * 64, ((1, 4096),) * 32
 GPU_DECODE = (
     Workload("decode 64x4k", "bf16", _64X4K),
     Workload("decode 64x4k page 1", "bf16", _64X4K, page_size=1),
@@ -135,8 +136,28 @@ GPU_DECODE = (
     Workload("decode 120x2k 8/8 heads head dim 64 e4m3", "bf16", ((1, 2048),) * 120, **_SMALL_HEADS, page_dtype="e4m3"),
     Workload("decode 64x4k head dim 96", "bf16", _64X4K, head_dim=96),
     Workload("decode 63x<=1k 1x64k", "bf16", _skewed(64, 1024, 65536)),
-    Workload("decode 64x1k table 64", "bf16", ((1, 1024),) * 64),
-    Workload("decode 64x1k table 8192", "bf16", ((1, 1024),) * 64, table_pages=8192),
+    # Other groups and heads, among them those of a layer split over several GPUs.
+    Workload("decode 32x4k 64/4 heads", "bf16", _32X4K, num_heads=64, num_kv_heads=4),
+    Workload("decode 32x4k 128/4 heads", "bf16", _32X4K, num_heads=128, num_kv_heads=4),
+    Workload("decode 32x4k 256/4 heads", "bf16", _32X4K, num_heads=256, num_kv_heads=4),
+    Workload("decode 32x4k 28/4 heads", "bf16", _32X4K, num_heads=28, num_kv_heads=4),
+    Workload("decode 64x4k 40/8 heads page 32", "bf16", _64X4K, num_heads=40, page_size=32),
+    Workload("decode 64x1k 16/2 heads", "bf16", _64X1K, num_heads=16, num_kv_heads=2),
+    Workload("decode 64x1k 16/4 heads", "bf16", _64X1K, num_heads=16, num_kv_heads=4),
+    Workload("decode 64x4k 64/8 heads head dim 64", "bf16", _64X4K, num_heads=64, head_dim=64),
+    Workload("decode 32x4k 64/8 heads drafts of 4", "bf16", ((4, 4096),) * 32, num_heads=64),
+    Workload("decode 4x512 64/8 heads", "bf16", ((1, 512),) * 4, num_heads=64),
+    Workload("decode 16x512", "bf16", ((1, 512),) * 16),
+    Workload("decode 1x1k batch-invariant", "bf16", ((1, 1024),), batch_invariant=True),
+    Workload("decode 8x1k batch-invariant", "bf16", ((1, 1024),) * 8, batch_invariant=True),
+    # Decode rows as servers pass them.
+    Workload("decode 1x1k ragged", "bf16", ((1, 1024),), ragged=True),
+    Workload("decode 8x1k ragged", "bf16", ((1, 1024),) * 8, ragged=True),
+    Workload("decode 64x1k ragged", "bf16", _64X1K, ragged=True),
+    Workload("decode 64x4k ragged", "bf16", _64X4K, ragged=True),
+    Workload("decode 256x1k ragged", "bf16", ((1, 1024),) * 256, ragged=True),
+    Workload("decode 64x1k table 64", "bf16", _64X1K),
+    Workload("decode 64x1k table 8192", "bf16", _64X1K, table_pages=8192),
 )
 GPU_PREFILL = (
     Workload("prefill 1x16k", "bf16", ((16384, 16384),)),
@@ -177,6 +198,11 @@ RELATIONS = (
     ("prefill 4x4k page 1", "prefill 4x4k", 1.05),
     ("prefill 4x4k page 20", "prefill 4x4k", 1.05),
     ("decode 64x4k batch-invariant", "decode 64x4k", 1.05),
+    ("decode 8x1k batch-invariant", "decode 8x1k", 1.3),
+    ("decode 1x1k batch-invariant", "decode 1x1k", 1.4),
+    ("decode 64x1k ragged", "decode 64x1k table 64", 1.02),
+    ("decode 64x4k ragged", "decode 64x4k", 1.02),
+    ("decode 256x1k ragged", "decode 256x1k", 1.02),
 )
 
 # The workloads for which the host's share of a call is measured.
@@ -211,6 +237,28 @@ class Inputs:
     pools: tuple[tuple[Array, Array], ...]  # copies of (k_pages, v_pages), each [P, S, K, H]: equal values, own memory
     block_tables: Array  # [B, M]
     kv_lens: Array  # [B]
+
+
+def random_decode(count: int, seed: int) -> tuple[Workload, ...]:
+    """Decode of uniform batches that nobody chose, of at most 2 GiB of keys and values each."""
+    rng, workloads = np.random.default_rng(seed), []
+    while len(workloads) < count:
+        batch, keys = (int(2 ** rng.uniform(0, np.log2(most))) for most in (200, 60_000))
+        group, kv_heads = int(rng.integers(1, 17)), int(rng.choice((1, 2, 4, 8, 16)))
+        page_size, head_dim = int(rng.choice((1, 8, 16, 20, 32, 64, 128))), int(rng.choice((64, 96, 128, 192, 256)))
+        heads = f"{group * kv_heads}/{kv_heads} heads of {head_dim}"
+        workload = Workload(
+            f"decode {batch}x{max(keys, 16)} {heads} page {page_size}",
+            "bf16",
+            ((1, max(keys, 16)),) * batch,
+            num_heads=group * kv_heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            page_size=page_size,
+        )
+        if workload.bytes() <= 2 << 30:
+            workloads.append(workload)
+    return tuple(workloads)
 
 
 def make(workload: Workload, copies: int, seed: int = 0) -> Inputs:
@@ -260,6 +308,7 @@ class Operands(NamedTuple):
     block_tables: Array  # [B, M], 0 where a sequence has no page
     kv_lens: Array  # [B]
     cu_q_lens: Array  # [B + 1]
+    q_lens: Array  # [B], their differences: an operand, so that no peer is charged with a kernel that makes them
     k_scale: Array  # [K], ones where pages are as q
     v_scale: Array
 
@@ -298,8 +347,8 @@ def make_in_pools(workload: Workload, pools: tuple[Array, Array], copies: int, s
     for i in range(copies):
         tables = np.zeros(mine.shape, np.int32)
         tables[mine] = (ids + i * len(ids)) % len(pools[0])
-        block_tables, kv_lens, cu_q_lens = map(jnp.asarray, (tables, keys, starts))
-        sets.append(Operands(q if i == 0 else q.copy(), *pools, block_tables, kv_lens, cu_q_lens, scale, scale))
+        numbers = map(jnp.asarray, (tables, keys, starts, rows))
+        sets.append(Operands(q if i == 0 else q.copy(), *pools, *numbers, scale, scale))
     return tuple(sets)
 
 

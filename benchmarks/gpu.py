@@ -21,7 +21,7 @@ import jax
 
 from benchmarks import attention, options, peers, plots, report, steps, sweep, writes
 from benchmarks.attention import Ceilings, Result
-from benchmarks.cases import GPU, GPU_DECODE, GPU_PREFILL, Workload
+from benchmarks.cases import GPU, GPU_DECODE, GPU_PREFILL, Workload, random_decode
 
 # The commands that measure attention, with their workloads.
 ATTENTION = {
@@ -29,12 +29,14 @@ ATTENTION = {
     "decode": GPU_DECODE,
     "prefill": tuple(w for w in GPU_PREFILL if w.name.startswith("prefill")),
     "mixed": tuple(w for w in GPU_PREFILL if w.name.startswith("mixed")),
+    "random": random_decode(20, seed=0),
 }
 HELP = {
     "all": "every attention workload, and the writes",
     "decode": "one query token per sequence",
     "prefill": "prompts and chunks of prompts",
     "mixed": "decode rows and a chunk of a prompt in one call",
+    "random": "decode of twenty shapes drawn at random",
     "writes": "new tokens into pages, beside a plain copy",
     "sweep": "how the cost of decode grows with batch, length and group",
     "host": "what one jitted call costs from Python",
@@ -56,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
             sub.add_argument("--contenders", default="", metavar="A,B", help="names; default: all, or a few")
         if command in ATTENTION:
             options.add_only(sub)
-        if command == "decode":
+        if command in ATTENTION:
             sub.add_argument("--short", action="store_true", help="fused beside FA3 and cuDNN, one table")
         if command not in ("host", "layers"):
             options.add_calls(sub, 12)

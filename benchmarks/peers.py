@@ -66,8 +66,9 @@ def _need(condition: bool, reason: str) -> None:
 
 
 def _plain(workload: Workload) -> None:
-    """Requires pages of the queries' dtype, and a workload that does not ask for batch invariance."""
+    """Requires pages of the queries' dtype, and a workload that asks for nothing that only this package has."""
     _need(not workload.quantized, "pages of the queries' dtype only")
+    _need(not workload.ragged, "as the call of one row per sequence")
     _need(not workload.batch_invariant, "not asked for it: as without")
 
 
@@ -82,7 +83,7 @@ def _engine(name: str, workload: Workload) -> Iterator[Variant]:
         options: dict[str, Any] = {"implementation": name, "batch_invariant": w.batch_invariant}
         if w.quantized:
             options |= {"k_scale": x.k_scale, "v_scale": x.v_scale}
-        if w.decode:
+        if w.decode and not w.ragged:
             return jnp.asarray(jpa.paged_attention(x.q, x.k_pages, x.v_pages, x.block_tables, x.kv_lens, **options))
         operands = (x.q, x.k_pages, x.v_pages, x.kv_lens, x.block_tables, x.cu_q_lens)
         return jnp.asarray(jpa.ragged_paged_attention(*operands, causal=w.causal, **options))
@@ -126,8 +127,7 @@ def _cudnn(workload: Workload) -> Iterator[Variant]:
     def attend(x: Operands) -> Array:
         rows = x.q.reshape(w.batch, w.rows, w.num_heads, w.head_dim)
         pages = x.block_tables[:, None, :, None]
-        q_lens = jnp.full(w.batch, w.rows, jnp.int32)
-        operands = (rows, x.k_pages, x.v_pages, q_lens, x.kv_lens, pages, pages)
+        operands = (rows, x.k_pages, x.v_pages, x.q_lens, x.kv_lens, pages, pages)
         out = cudnn.paged_attention(*operands, scale=w.head_dim**-0.5, mask_type=mask)
         return (out[0] if isinstance(out, (tuple, list)) else out).reshape(x.q.shape)
 
