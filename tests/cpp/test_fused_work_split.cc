@@ -131,6 +131,7 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
                                       batch_invariant);
     int64_t walked = 0;
     Split split{};
+    range.Next();
     for (; !range.done(); range.Next(), ++walked) {
       const auto& at = range.at();
       if (range.StartsSplit()) split = {cta, at.tile(), at.tile(), false, false, 0, 0};

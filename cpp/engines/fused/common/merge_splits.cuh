@@ -41,11 +41,9 @@ __device__ inline float4 MergeSplits(const CallArgs& call, int32_t num_splits, c
     float2 stats = {-INFINITY, 0.0f};
     float4 values[kSplitsAtOnce];
     if (lane < min(left, kSplitsAtOnce)) stats = __ldcg(next_stats);
+    // Behind the last split comes the last one again, with a weight of 0: no load needs a predicate.
 #pragma unroll
-    for (int j = 0; j < kSplitsAtOnce; ++j) {
-      values[j] = {0, 0, 0, 0};
-      if (j < left) values[j] = load(next + j * stride);
-    }
+    for (int j = 0; j < kSplitsAtOnce; ++j) values[j] = load(next + min(j, left - 1) * stride);
     next_stats += kSplitsAtOnce * indices.step;
     next += kSplitsAtOnce * stride;
     const float factor = state->Raise(device::ReduceRow<32>(stats.x, device::Max()));

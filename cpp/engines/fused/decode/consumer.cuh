@@ -12,19 +12,11 @@
 #include "device/ptx.cuh"
 #include "device/softmax_state.cuh"
 #include "engines/fused/decode/args.h"
+#include "engines/fused/decode/merge_rows.cuh"
 #include "engines/fused/decode/partials.cuh"
 #include "engines/fused/decode/shared_memory.cuh"
 
 namespace jpa::fused {
-
-// Adds some columns of another state's sums, and that state.
-__device__ inline void MergeColumns(const device::SoftmaxState& other, const float4& others,
-                                    device::SoftmaxState* state, float4* sum) {
-  float mine, theirs;
-  state->Merge(other, &mine, &theirs);
-  *sum = {sum->x * mine + others.x * theirs, sum->y * mine + others.y * theirs,
-          sum->z * mine + others.z * theirs, sum->w * mine + others.w * theirs};
-}
 
 // One consumer warp's packed rows of a KV split: 16 of them, and some of the keys of each tile. A lane has
 // two rows.
@@ -110,26 +102,28 @@ class ConsumerWarp {
     }
   }
 
-  // Ends a KV split: the warps bring their states together in the stage, which is no longer used. Every
-  // thread merges and writes some columns of some row: results of a whole row block, or a partial result to
-  // scratch memory. All consumer warps come here.
-  __device__ void Epilogue(const DecodeArgs& args, const TileDescriptor& descriptor, char* stage) {
+  // Ends a KV split: the warps bring their states together in the stage, which is no longer used. They become
+  // results of a whole row block, or a partial result in scratch memory. All consumer warps come here.
+  __device__ void Epilogue(const DecodeArgs& args, const TileDescriptor& descriptor, MergedRow* merged,
+                           char* stage) {
     auto& exchange = *reinterpret_cast<Exchange*>(stage);
-    // The first eight rows of each warp, then the others, if there are any.
+    const RowParts parts = {.states = exchange.states,
+                            .columns = exchange.values[0],
+                            .stride = sizeof(exchange.values[0]) / sizeof(float),
+                            .rows = kConsumerWarps * 8 / num_key_slices_,
+                            .count = num_key_slices_};
+    // The first eight rows of each warp, then the others, if there are any. One copy of the code for both: it
+    // runs too seldom to be in the instruction cache.
     const int passes = descriptor.num_rows > 8 ? 2 : 1;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (r == passes) break;
+#pragma unroll 1
+    for (int r = 0; r < passes; ++r) {
       device::NamedBarrierSync<1, Traits::kConsumerThreads>();
       Put(r, &exchange);
       device::NamedBarrierSync<1, Traits::kConsumerThreads>();
-      const int row_groups = kConsumerWarps / num_key_slices_;
-#pragma unroll 1
-      for (int i = static_cast<int>(threadIdx.x); i < row_groups * 8 * kVectors;
-           i += Traits::kConsumerThreads) {
-        const int exchanged = i / kVectors, row = exchanged / 8 * 16 + r * 8 + exchanged % 8;
-        if (row < descriptor.num_rows) Write(args, descriptor, exchange, exchanged, row, i % kVectors * 4);
-      }
+      MergeRows<Traits>(args, parts, merged, descriptor.is_whole,
+                        [&](int exchanged, const device::SoftmaxState& state, MergedRow* row) {
+                          Finish(args, descriptor, exchanged / 8 * 16 + r * 8 + exchanged % 8, state, row);
+                        });
     }
     if (descriptor.continues) {
       device::NamedBarrierSync<1, Traits::kConsumerThreads>();
@@ -150,7 +144,7 @@ class ConsumerWarp {
   static_assert(sizeof(Exchange) <= Traits::kExchangeBytes, "traits.h has to know");
 
   __device__ void Put(int r, Exchange* exchange) {
-    device::SoftmaxState& state = states_[r];
+    device::SoftmaxState state = r == 0 ? states_[0] : states_[1];
     state.sum += __shfl_xor_sync(~0u, state.sum, 1);
     state.sum += __shfl_xor_sync(~0u, state.sum, 2);
     const int row = static_cast<int>(threadIdx.x) / 4;  // warps are in the order of key slices, then rows
@@ -168,30 +162,20 @@ class ConsumerWarp {
     }
   }
 
-  // Writes four columns of a packed row, which is row `exchanged` of the first key slice.
-  __device__ void Write(const DecodeArgs& args, const TileDescriptor& descriptor, const Exchange& exchange,
-                        int exchanged, int row, int column) const {
-    const int rows_of_slice = kConsumerWarps * 8 / num_key_slices_;
-    device::SoftmaxState state;
-    float4 sum = {0, 0, 0, 0};
-#pragma unroll 4
-    for (int slice = 0; slice < num_key_slices_; ++slice, exchanged += rows_of_slice) {
-      const float4 values = *reinterpret_cast<const float4*>(&exchange.values[exchanged][column]);
-      MergeColumns(exchange.states[exchanged], values, &state, &sum);
-    }
+  // Says where a packed row's columns go, and stores what there is one of per row.
+  __device__ static void Finish(const DecodeArgs& args, const TileDescriptor& descriptor, int row,
+                                const device::SoftmaxState& state, MergedRow* merged) {
+    merged->to = -1;
+    if (row >= descriptor.num_rows) return;
     const QueryHead where = QueryHeadOf(args.call, descriptor, row);
-    if (descriptor.is_whole) {
-      const float factor = FactorOfResult(args.call, where.seq, where.kv_head, where.head, &state);
-      WriteResult<Traits::kQ>(args.call, where.row, where.head, column, sum, factor, state);
-    } else {
-      const int32_t token = static_cast<int32_t>(where.row) - descriptor.row;
-      const int64_t index =
-          args.call.batch_invariant
-              ? PartialOfRow(args, descriptor.seq, descriptor.row, token, where.head) + descriptor.partial
-              : int64_t{descriptor.partial} * args.call.partials.rows_each + row;
-      *reinterpret_cast<float4*>(args.call.partials.out + index * kHeadDim + column) = sum;
-      if (column == 0) args.call.partials.stats[index] = {state.maximum, state.sum};
-    }
+    if (descriptor.is_whole) return FinishResult(args, where, state, merged);
+    const int32_t token = static_cast<int32_t>(where.row) - descriptor.row;
+    const int64_t index =
+        args.call.batch_invariant
+            ? PartialOfRow(args, descriptor.seq, descriptor.row, token, where.head) + descriptor.partial
+            : int64_t{descriptor.partial} * args.call.partials.rows_each + row;
+    merged->to = index * kHeadDim;
+    args.call.partials.stats[index] = {state.maximum, state.sum};
   }
 
   __device__ int Row(int r) const { return first_row_ + r * 8 + static_cast<int>(threadIdx.x % 32) / 4; }
@@ -306,8 +290,9 @@ class ConsumerWarp {
 
   // Columns of output blocks i and i + 1, in their order (FragmentLayout).
   __device__ float4 Neighbours(int i, int r) const {
-    return Layout::Neighbours(outputs_[i][2 * r], outputs_[i][2 * r + 1], outputs_[i + 1][2 * r],
-                              outputs_[i + 1][2 * r + 1]);
+    const auto of_row = [&](const float (&block)[4], int j) { return r == 0 ? block[j] : block[2 + j]; };
+    return Layout::Neighbours(of_row(outputs_[i], 0), of_row(outputs_[i], 1), of_row(outputs_[i + 1], 0),
+                              of_row(outputs_[i + 1], 1));
   }
 
   using Math = device::TypeOf<Traits::kMath>;

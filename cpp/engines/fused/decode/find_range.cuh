@@ -54,6 +54,17 @@ __device__ inline int64_t SumPrefillTiles(const CallArgs& call, int begin, int e
   return tiles;
 }
 
+// Starts to bring a sequence's page ids into the L2 cache, where some CTA looks for them once it knows its
+// range.
+__device__ inline void PrefetchTable(const CallArgs& call, int index, int32_t kv_len) {
+  const int32_t* table = call.params.block_tables + index * call.problem.max_pages;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(table) / 16 * 16;
+  const int32_t tokens = min(max(kv_len, 0), call.facts.capacity);
+  const uintptr_t bytes = reinterpret_cast<uintptr_t>(table + call.page_size.Quotient(tokens)) - begin;
+  if (bytes >= 16)
+    device::PrefetchToL2(reinterpret_cast<const void*>(begin), static_cast<uint32_t>(bytes / 16 * 16));
+}
+
 // Tells every thread which range the CTA has; leaves where it starts in shared memory. A thread adds up
 // neighbouring sequences, so that only the one that finds the start walks them again.
 template <typename Traits>
@@ -68,6 +79,7 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, DecodeShared<Tra
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {
     raw = RawSequence(call, i);
+    if (i == static_cast<int>(blockIdx.x)) PrefetchTable(call, i, raw.kv_len);
     mine.Add(call.facts, raw.Clipped(call.facts));
   }
   const int64_t prefill = args.may_share_sms() ? SumPrefillTiles<Traits>(call, begin, end, shared) : 0;

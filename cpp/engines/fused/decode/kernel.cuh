@@ -48,6 +48,7 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
                                char* stages) {
   StageCursor<DecodeShared<Traits>::kStages> stage;
   if (threadIdx.x >= Traits::kThreads - Traits::kLoaderThreads) {
+#pragma unroll 1
     for (;; stage.Next()) {
       const TileDescriptor& descriptor = shared.descriptors[stage.index];
       device::WaitForPhase(&shared.described[stage.index], stage.parity);
@@ -58,19 +59,27 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
   }
   SequencesAhead sequences(args.call, shared.raw_sequence);
   DescriptorMaker descriptors(args, range, sequences, shared.range_seq, shared.range_offset);
-  bool exists;
-  do {
+#pragma unroll 1
+  for (;; stage.Next()) {
+    descriptors.Next();
     device::WaitForPhase(&shared.empty[stage.index], stage.parity ^ 1);
-    exists = descriptors.Make<Traits>(&shared.descriptors[stage.index], &shared.row_block);
+    TileDescriptor* const descriptor = &shared.descriptors[stage.index];
+    const bool done = descriptors.done();
+    if (done) {
+      if (device::LaneId() == 0) descriptor->exists = 0;
+    } else {
+      descriptors.template Make<Traits>(descriptor, &shared.row_block);
+    }
     device::Arrive(&shared.described[stage.index]);
-    stage.Next();
-  } while (exists);
+    if (done) return;
+  }
 }
 
 template <typename Traits>
 __device__ inline void Consume(const DecodeArgs& args, DecodeShared<Traits>& shared, char* stages) {
   StageCursor<DecodeShared<Traits>::kStages> stage;
   ConsumerWarp<Traits> rows;
+#pragma unroll 1
   for (bool starts_split = true;; stage.Next()) {
     const TileDescriptor& descriptor = shared.descriptors[stage.index];
     if (starts_split) {
@@ -87,12 +96,12 @@ __device__ inline void Consume(const DecodeArgs& args, DecodeShared<Traits>& sha
       device::WaitForPhase(&shared.described[stage.index], stage.parity);
     }
     starts_split = descriptor.ends_split;
-    if (starts_split) rows.Epilogue(args, descriptor, tile);
+    if (starts_split) rows.Epilogue(args, descriptor, shared.merged, tile);
     device::Arrive(&shared.empty[stage.index]);  // a consumer frees a stage here
   }
   if (shared.row_block.num_splits > 0) {
     device::NamedBarrierSync<1, Traits::kConsumerThreads>();  // its own partial result is in memory
-    MergeSplitRowBlock<Traits>(args, shared.row_block);
+    MergeSplitRowBlock<Traits>(args, shared.row_block, shared, stages);
   }
 }
 

@@ -6,7 +6,9 @@
 
 #include "device/ptx.cuh"
 #include "engines/fused/common/merge_splits.cuh"
+#include "engines/fused/common/row_block.cuh"
 #include "engines/fused/decode/args.h"
+#include "engines/fused/decode/merge_rows.cuh"
 #include "engines/fused/decode/shared_memory.cuh"
 
 namespace jpa::fused {
@@ -32,27 +34,83 @@ __device__ inline void AwaitPartial(const uint32_t* ready) {
   }
 }
 
-// By the consumers. A warp waits for partial results by itself, so that their columns are asked for as soon
-// as the last of them is there.
+// Brings all partial results of some rows of a row block into shared memory. They are all asked for at once.
 template <typename Traits>
-__device__ inline void MergeSplitRowBlock(const DecodeArgs& args, const SplitRowBlock& row_block) {
-  const int step = row_block.cta_step, first_cta = row_block.first_cta;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  for (int i = lane; i < row_block.num_splits; i += 32)
-    AwaitPartial(args.partial_ready + first_cta + i * step);
+__device__ inline void LoadPartials(const DecodeArgs& args, const SplitRowBlock& row_block, int first_row,
+                                    const RowParts& parts, float* columns) {
+  const Partials& partials = args.call.partials;
+  const int thread = static_cast<int>(threadIdx.x), rows = parts.rows;
 #pragma unroll 1
-  for (int row = static_cast<int>(threadIdx.x / 32); row < row_block.num_rows; row += kConsumerWarps) {
-    __syncwarp();
-    const int64_t rows_each = args.call.partials.rows_each;
-    const PartialIndices indices = {.first = (2 * first_cta + 1) * rows_each + row,
-                                    .second = 2 * (first_cta + step) * rows_each + row,
-                                    .step = 2 * step * args.call.partials.rows_each};
-    WriteMergedSplits<Traits::kQ>(args.call, row_block.num_splits + 1, indices,
-                                  [&] { return QueryHeadOf(args.call, row_block, row); });
+  for (int split = 0; split < parts.count; ++split) {
+    const int64_t partial = 2 * (row_block.first_cta + split * row_block.cta_step) + (split == 0 ? 1 : 0);
+    const int64_t index = partial * partials.rows_each + first_row;
+    const float* from = partials.out + index * Traits::kHeadDim;
+    float* const to = columns + split * rows * Traits::kHeadDim;
+#pragma unroll 1
+    for (int i = thread * 4; i < rows * Traits::kHeadDim; i += Traits::kConsumerThreads * 4)
+      device::CpAsync16(device::SharedAddress(to + i), from + i);
+    if (thread < rows) {
+      const float2 stats = __ldcg(partials.stats + index + thread);
+      parts.states[split * rows + thread] = {stats.x, stats.y};
+    }
   }
-  device::NamedBarrierSync<1, Traits::kConsumerThreads>();  // no warp waits any more
-  for (int i = static_cast<int>(threadIdx.x); i < row_block.num_splits; i += Traits::kConsumerThreads)
-    args.partial_ready[first_cta + i * step] = 0;
+  device::WaitForCpAsync();
+}
+
+// Row blocks with few rows, or with many splits, are merged row by row: a warp has these columns in flight.
+inline constexpr int kSplitsAtOnce = 16;
+
+// By the consumers, when nothing else needs the stages.
+template <typename Traits>
+__device__ inline void MergeSplitRowBlock(const DecodeArgs& args, const SplitRowBlock& row_block,
+                                          DecodeShared<Traits>& shared, char* stages) {
+  constexpr int kThreads = Traits::kConsumerThreads;
+  // Partial rows that the stages have room for.
+  constexpr int kCapacity = DecodeShared<Traits>::kStages * Traits::kStageBytes /
+                            (4 * Traits::kHeadDim + static_cast<int>(sizeof(device::SoftmaxState)));
+  const int thread = static_cast<int>(threadIdx.x), num_splits = row_block.num_splits + 1;
+  // A warp waits for partial results by itself, so that their columns are asked for as soon as the last of
+  // them is there.
+  for (int i = thread % 32; i < row_block.num_splits; i += 32)
+    AwaitPartial(args.partial_ready + row_block.first_cta + i * row_block.cta_step);
+  __syncwarp();
+  if (row_block.num_rows <= 2 * kConsumerWarps || num_splits > kSplitsAtOnce) {
+#pragma unroll 1
+    for (int row = thread / 32; row < row_block.num_rows; row += kConsumerWarps) {
+      const int64_t rows_each = args.call.partials.rows_each;
+      const PartialIndices indices = {
+          .first = (2 * row_block.first_cta + 1) * rows_each + row,
+          .second = 2 * (row_block.first_cta + row_block.cta_step) * rows_each + row,
+          .step = 2 * row_block.cta_step * args.call.partials.rows_each};
+      WriteMergedSplits<Traits::kQ, kSplitsAtOnce>(args.call, num_splits, indices,
+                                                   [&] { return QueryHeadOf(args.call, row_block, row); });
+    }
+  } else {
+    auto* const columns = reinterpret_cast<float*>(stages);
+    static_assert(kCapacity >= kSplitsAtOnce);
+    const int rows_at_once = kCapacity / num_splits;
+#pragma unroll 1
+    for (int first_row = 0; first_row < row_block.num_rows; first_row += rows_at_once) {
+      const int rows = min(rows_at_once, row_block.num_rows - first_row);
+      const RowParts parts = {
+          .states = reinterpret_cast<device::SoftmaxState*>(columns + num_splits * rows * Traits::kHeadDim),
+          .columns = columns,
+          .stride = Traits::kHeadDim,
+          .rows = rows,
+          .count = num_splits};
+      LoadPartials<Traits>(args, row_block, first_row, parts, columns);
+      device::NamedBarrierSync<1, kThreads>();
+      MergeRows<Traits>(args, parts, shared.merged, true,
+                        [&](int row, const device::SoftmaxState& state, MergedRow* merged) {
+                          FinishResult(args, QueryHeadOf(args.call, row_block, first_row + row), state,
+                                       merged);
+                        });
+      device::NamedBarrierSync<1, kThreads>();
+    }
+  }
+  device::NamedBarrierSync<1, kThreads>();  // no warp waits any more
+  for (int i = thread; i < row_block.num_splits; i += kThreads)
+    args.partial_ready[row_block.first_cta + i * row_block.cta_step] = 0;
 }
 
 }  // namespace jpa::fused

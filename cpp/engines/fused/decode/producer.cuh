@@ -24,18 +24,21 @@ class DescriptorMaker {
         cta_(range.cta),
         num_queues_(range.queues.num_queues),
         range_(call_.facts, range.heads, static_cast<int32_t>(call_.problem.num_seqs), sequences, seq, offset,
-               range.tiles, call_.batch_invariant) {
+               range.tiles, call_.batch_invariant) {}
+
+  // True behind the last tile.
+  __device__ bool done() const { return range_.done(); }
+
+  // To the next tile, or to the first.
+  __device__ void Next() {
+    range_.Next();
     LookUpPages();
   }
 
-  // Leaves the descriptor of the next tile, or word that there is none: then returns false.
+  // Leaves the tile's descriptor.
   template <typename Traits>
-  __device__ bool Make(TileDescriptor* descriptor, SplitRowBlock* row_block) {
+  __device__ void Make(TileDescriptor* descriptor, SplitRowBlock* row_block) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    if (range_.done()) {
-      if (lane == 0) descriptor->exists = 0;
-      return false;
-    }
     uint32_t valid[kKeysPerLane];
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i) valid[i] = __ballot_sync(~0u, IsPage(pages_[i]));
@@ -45,17 +48,18 @@ class DescriptorMaker {
       for (int i = 0; i < kKeysPerLane; ++i)
         descriptor->k_offsets[lane + 32 * i] = Offset<Traits>(call_.params.k_strides, pages_[i], tokens_[i]);
     } else {
-      StoreOffsets<Traits>(call_.params.k_strides, call_.problem.num_k_pages, descriptor->k_offsets);
-      StoreOffsets<Traits>(call_.params.v_strides, call_.problem.num_v_pages, descriptor->v_offsets);
+#pragma unroll 1
+      for (int side = 0; side < 2; ++side) {
+        StoreOffsets<Traits>(side == 0 ? call_.params.k_strides : call_.params.v_strides,
+                             side == 0 ? call_.problem.num_k_pages : call_.problem.num_v_pages,
+                             side == 0 ? descriptor->k_offsets : descriptor->v_offsets);
+      }
     }
     if (lane == 0) {
 #pragma unroll
       for (int i = 0; i < kKeysPerLane; ++i) descriptor->valid[i] = valid[i];
       Describe(descriptor, row_block);
     }
-    range_.Next();
-    LookUpPages();
-    return true;
   }
 
  private:
@@ -158,7 +162,8 @@ __device__ inline void LoadTile(const DecodeArgs& args, const TileDescriptor& de
     }
   };
   if (args.same_offsets && descriptor.all_valid()) {
-#pragma unroll
+    // A short loop: memory idles while a CTA fetches this code for its first tile.
+#pragma unroll 2
     for (int i = 0; i < kEach; ++i) {
       const ChunkPlace place = place_of(i);
       if (kChunks % Traits::kLoaderThreads != 0 && !place.exists) break;

@@ -17,6 +17,7 @@ __device__ inline void WriteNoKeys(const CallArgs& call, int64_t row, int32_t he
                                    const device::SoftmaxState& state) {
   const int64_t index = row * call.problem.num_q_heads + head;
   auto* out = static_cast<device::TypeOf<q_dtype>*>(call.params.out) + index * call.problem.head_dim;
+#pragma unroll 1
   for (int64_t i = threadIdx.x % 32; i < call.problem.head_dim; i += 32) device::FromF32(0.0f, out + i);
   if (threadIdx.x % 32 == 0) call.params.lse[index] = state.LogSumExp();
 }
@@ -30,6 +31,7 @@ __device__ inline void FindRowOwners(const CallArgs& call, int64_t first, int co
                                      DecodeShared<Traits>& shared) {
   const SequencesInMemory sequences(call);
   const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll 1
   for (int i = thread; i < count; i += Traits::kConsumerThreads) shared.row_owners[i] = kNoSequence;
   device::NamedBarrierSync<1, Traits::kConsumerThreads>();
 #pragma unroll 1
@@ -51,6 +53,7 @@ template <typename Traits>
 __device__ inline void FillRow(const CallArgs& call, int64_t row, int owner) {
   const Sequence sequence = owner == kNoSequence ? Sequence{} : SequencesInMemory(call)(owner);
   const FastDivisor& group = call.facts.group;
+#pragma unroll 1
   for (int head = 0; head < call.problem.num_q_heads; ++head) {
     if (owner != kNoSequence) {
       const int32_t packed = static_cast<int32_t>(row - sequence.row) * group.divisor() + head -
@@ -75,6 +78,7 @@ __device__ inline void FillRowsWithoutKeys(const DecodeArgs& args, DecodeShared<
     device::NamedBarrierSync<1, Traits::kConsumerThreads>();  // the last rows' owners have been read
     FindRowOwners(args.call, first, count, shared);
     device::NamedBarrierSync<1, Traits::kConsumerThreads>();
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x) / 32; i < count; i += kConsumerWarps) {
       const int owner = shared.row_owners[i];
       if (owner != kHasTiles) FillRow<Traits>(args.call, first + i, owner);

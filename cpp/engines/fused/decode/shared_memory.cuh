@@ -42,6 +42,12 @@ struct SplitRowBlock : RowBlock {
   int32_t cta_step;
 };
 
+// A packed row whose states were merged (merge_rows.cuh).
+struct MergedRow {
+  float factor;  // of the sums of values
+  int64_t to;    // where the first column goes, in elements; negative: nowhere
+};
+
 template <typename Traits>
 struct DecodeShared {
   static constexpr int kStages = Traits::Stages(kCapability);
@@ -57,6 +63,7 @@ struct DecodeShared {
   int32_t range_seq;     // that sequence's index, -1 if the range is empty
   RawSequence raw_sequence;
   SplitRowBlock row_block;
+  MergedRow merged[kTileRows];
   int32_t row_owners[kFilledRows];
 };
 

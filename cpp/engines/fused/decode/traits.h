@@ -51,7 +51,7 @@ struct DecodeTraits {
 
   // At least what a tile in flight needs beside its keys and values, and what a CTA needs beside its stages.
   static constexpr int kDescriptorBytes = 1152;
-  static constexpr int kMiscBytes = 2048;
+  static constexpr int kMiscBytes = 3072;
 
   // Stages that fit into the shared memory of a CTA.
   static constexpr int StagesThatFit(int capability, int ctas) {

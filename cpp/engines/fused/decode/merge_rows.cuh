@@ -1,0 +1,89 @@
+// Softmax states of the same packed rows, side by side in shared memory, become one: those of a CTA's warps
+// when a KV split ends, and those of a row block's splits.
+//
+// This code runs once or a few times per CTA, so the time to fetch it counts. There is one copy for both
+// uses, and what a row needs is worked out once, by one thread.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "device/exp2.cuh"
+#include "device/packed.cuh"
+#include "device/ptx.cuh"
+#include "device/softmax_state.cuh"
+#include "engines/fused/common/result.cuh"
+#include "engines/fused/decode/args.h"
+#include "engines/fused/decode/shared_memory.cuh"
+
+namespace jpa::fused {
+
+// The states of `count` parts of each of `rows` packed rows: state [count, rows], and sums of values [count,
+// rows, H], each row `stride` floats behind the last one.
+struct RowParts {
+  device::SoftmaxState* states;
+  const float* columns;
+  int stride;
+  int rows;
+  int count;
+};
+
+// By the consumers: merges all parts of each row. `finish(row, state, &merged_row)` says where a row goes; it
+// is asked by one thread per row, which also stores what there is one of per row.
+template <typename Traits, typename Finish>
+__device__ inline void MergeRows(const DecodeArgs& args, const RowParts& parts, MergedRow* merged,
+                                 bool to_results, const Finish& finish) {
+  constexpr int kVectors = Traits::kHeadDim / 4;
+  const int thread = static_cast<int>(threadIdx.x), rows = parts.rows;
+  if (thread < rows) {
+    device::SoftmaxState* const states = parts.states + thread;
+    device::SoftmaxState state;
+#pragma unroll 4
+    for (int i = 0; i < parts.count; ++i) state.maximum = fmaxf(state.maximum, states[i * rows].maximum);
+#pragma unroll 4
+    for (int i = 0; i < parts.count; ++i) {
+      const float weight = device::Exp2(states[i * rows].maximum - state.origin());
+      state.sum += states[i * rows].sum * weight;
+      states[i * rows].maximum = weight;
+    }
+    finish(thread, state, &merged[thread]);
+  }
+  device::NamedBarrierSync<1, Traits::kConsumerThreads>();
+#pragma unroll 1
+  for (int i = thread; i < rows * kVectors; i += Traits::kConsumerThreads) {
+    const int row = i / kVectors, column = i % kVectors * 4;
+    const MergedRow& where = merged[row];
+    if (where.to < 0) continue;
+    float4 sum = {0, 0, 0, 0};
+    const device::SoftmaxState* state = parts.states + row;
+    const float* columns = parts.columns + row * parts.stride + column;
+#pragma unroll 4
+    for (int part = 0; part < parts.count; ++part) {
+      const float weight = state[part * rows].maximum;
+      const float4 values = *reinterpret_cast<const float4*>(columns + part * rows * parts.stride);
+      sum = {sum.x + values.x * weight, sum.y + values.y * weight, sum.z + values.z * weight,
+             sum.w + values.w * weight};
+    }
+    if (to_results) {
+      using T = device::TypeOf<Traits::kQ>;
+      const device::Unpacked<float, 4> scaled = {
+          {sum.x * where.factor, sum.y * where.factor, sum.z * where.factor, sum.w * where.factor}};
+      device::StorePacked<4>(static_cast<T*>(args.call.params.out) + where.to + column,
+                             device::PackFromF32<T>(scaled));
+    } else {
+      *reinterpret_cast<float4*>(args.call.partials.out + where.to + column) = sum;
+    }
+  }
+}
+
+// Where the result of a packed row goes, and its factor; stores the row's lse.
+__device__ inline void FinishResult(const DecodeArgs& args, const QueryHead& where,
+                                    device::SoftmaxState state, MergedRow* row) {
+  const CallArgs& call = args.call;
+  row->factor = FactorOfResult(call, where.seq, where.kv_head, where.head, &state);
+  const int64_t index = where.row * call.problem.num_q_heads + where.head;
+  row->to = index * call.problem.head_dim;
+  call.params.lse[index] = state.LogSumExp();
+}
+
+}  // namespace jpa::fused
