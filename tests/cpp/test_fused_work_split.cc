@@ -131,7 +131,8 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
                                       batch_invariant);
     int64_t walked = 0;
     Split split{};
-    range.Next();
+    if (range.skips()) range.Next();
+    CHECK(!range.skips(), "CTA %d skips a second tile", static_cast<int>(cta));
     for (; !range.done(); range.Next(), ++walked) {
       const auto& at = range.at();
       if (range.StartsSplit()) split = {cta, at.tile(), at.tile(), false, false, 0, 0};

@@ -8,14 +8,14 @@
 
 namespace jpa::fused {
 
-// Stands at a tile of a head queue, and goes on from there. `Sequences` is a callable from an index to the
+// Stands at a tile of a head queue, and steps to the next. `Sequences` is a callable from an index to the
 // sequence.
 template <typename Sequences>
 class TileCursor {
  public:
-  // At the first tile of a sequence, if it has any.
+  // At tile `offset` of a sequence that has more tiles than that.
   JPA_HOST_DEVICE TileCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs,
-                             Sequences& sequences, int32_t index)
+                             Sequences& sequences, int32_t index, int64_t offset)
       : call_(call),
         heads_(heads),
         num_seqs_(num_seqs),
@@ -23,23 +23,27 @@ class TileCursor {
         index_(index),
         sequence_(sequences(index)),
         head_(heads.begin),
-        row_tile_(0),
-        tiles_(VisibleTiles(call, sequence_, 0)),
-        tile_(tiles_.begin) {}
-
-  // To a later tile; false behind the last one.
-  JPA_HOST_DEVICE bool Advance(int64_t tiles) {
-    int64_t tile = tile_ + tiles;
-    // Row blocks without tiles are passed over.
-    JPA_KEEP_LOOP
-    while (tile >= tiles_.end) {
-      tile -= tiles_.end;
-      if (!NextRowBlock()) return false;
-      tile += tiles_.begin;
+        row_tile_(0) {
+    tiles_ = VisibleTiles(call, sequence_, 0);
+    tile_ = tiles_.begin;
+    for (; offset >= tiles_.size(); tile_ = tiles_.begin) {
+      offset -= tiles_.size();
+      NextRowBlock();
     }
-    tile_ = static_cast<int32_t>(tile);
+    tile_ += static_cast<int32_t>(offset);
+  }
+
+  // To the next tile; false behind the last one.
+  JPA_HOST_DEVICE bool Next() {
+    // Row blocks without tiles are passed over.
+    for (++tile_; tile_ == tiles_.end; tile_ = tiles_.begin) {
+      if (!NextRowBlock()) return false;
+    }
     return true;
   }
+
+  // To a later tile of the row block.
+  JPA_HOST_DEVICE void SkipTo(int32_t tile) { tile_ = tile; }
 
   JPA_HOST_DEVICE int32_t index() const { return index_; }
   JPA_HOST_DEVICE const Sequence& sequence() const { return sequence_; }
@@ -76,55 +80,43 @@ class TileCursor {
 };
 
 // The tiles of one CTA, one after the other, and the KV splits that they make: from where the CTA starts a
-// row block, or TilesPerSplit cuts it, to where the next split or the CTA's range ends. `Next` has all of the
-// code, since a CTA has to fetch it before it can load anything.
+// row block, or TilesPerSplit cuts it, to where the next split or the CTA's range ends.
 template <typename Sequences>
 class CtaRangeCursor {
  public:
-  // In front of a range of `per_cta` tiles, whose first is tile `offset` of sequence `index`.
+  // From tile `offset` of sequence `index` on, the first one of a range of `per_cta` tiles.
   JPA_HOST_DEVICE CtaRangeCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs,
                                  Sequences& sequences, int32_t index, int64_t offset, int64_t per_cta,
                                  bool batch_invariant)
-      : cursor_(call, heads, num_seqs, sequences, index),
-        offset_(offset),
+      : cursor_(call, heads, num_seqs, sequences, index, offset),
         per_cta_(static_cast<int32_t>(per_cta < INT32_MAX ? per_cta : INT32_MAX)),
         left_(per_cta),
-        batch_invariant_(batch_invariant) {}
-
-  // To the next tile, or to the first.
-  JPA_HOST_DEVICE void Next() {
-    bool split_ends = true, row_block_ends = true;
-    int64_t tiles = offset_;
-    if (has_started_) {
-      split_ends = EndsSplit();
-      row_block_ends = HasRowBlockEnd();
-      tiles = 1;
-      if (--left_ <= 0 && (split_ends || !batch_invariant_)) done_ = true;
+        batch_invariant_(batch_invariant) {
+    if (!batch_invariant) {
+      StartSplit(cursor_.tile(), 0);
+      return;
     }
-    JPA_KEEP_LOOP
-    while (tiles > 0 || !has_started_) {
-      if (done_ || !cursor_.Advance(tiles)) {
-        done_ = true;
-        return;
-      }
-      tiles = 0;
-      int32_t begin = cursor_.tile(), split = row_block_ends ? 0 : split_ + 1;
-      if (!has_started_ && batch_invariant_) {
-        const int32_t each = TilesPerSplit(cursor_.sequence(), cursor_.tiles()),
-                      first = cursor_.tiles().begin;
-        split = (begin - first) / each;
-        begin = first + split * each;
-      }
-      has_started_ = true;
-      if (!split_ends) return;
-      StartSplit(begin, split);
-      if (begin == cursor_.tile()) return;
-      // A split that starts before the range belongs to the CTA that has its start: the range starts behind
-      // it.
-      row_block_ends = split_end_ == cursor_.tiles().end;
-      tiles = split_end_ - cursor_.tile();
-      left_ -= tiles;
-      done_ = left_ <= 0;
+    const int32_t tiles_per_split = TilesPerSplit(cursor_.sequence(), cursor_.tiles());
+    const int32_t split = (cursor_.tile() - cursor_.tiles().begin) / tiles_per_split;
+    StartSplit(cursor_.tiles().begin + split * tiles_per_split, split);
+    if (cursor_.tile() == split_begin_) return;
+    // A split that starts before the range belongs to the CTA that has its start: to its last tile.
+    skips_ = true;
+    left_ -= split_end_ - 1 - cursor_.tile();
+    cursor_.SkipTo(split_end_ - 1);
+  }
+
+  // True if the tile is another CTA's: the first one of the range is behind it.
+  JPA_HOST_DEVICE bool skips() const { return skips_; }
+
+  JPA_HOST_DEVICE void Next() {
+    skips_ = false;
+    const bool split_ends = EndsSplit(), row_block_ends = HasRowBlockEnd();
+    --left_;
+    if ((left_ <= 0 && (split_ends || !batch_invariant_)) || !cursor_.Next()) {
+      done_ = true;
+    } else if (split_ends) {
+      StartSplit(cursor_.tile(), row_block_ends ? 0 : split_ + 1);
     }
   }
 
@@ -162,12 +154,11 @@ class CtaRangeCursor {
   }
 
   TileCursor<Sequences> cursor_;
-  const int64_t offset_;
-  const int32_t per_cta_;
+  int32_t per_cta_;
   int64_t left_;  // tiles of the range from this one on
-  const bool batch_invariant_;
-  bool has_started_ = false, done_ = false;
-  int32_t split_ = 0, split_begin_ = 0, split_end_ = 0;
+  bool batch_invariant_;
+  bool done_ = false, skips_ = false;
+  int32_t split_, split_begin_, split_end_;
 };
 
 }  // namespace jpa::fused

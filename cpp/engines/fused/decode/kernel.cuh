@@ -60,8 +60,8 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
   SequencesAhead sequences(args.call, shared.raw_sequence);
   DescriptorMaker descriptors(args, range, sequences, shared.range_seq, shared.range_offset);
 #pragma unroll 1
-  for (;; stage.Next()) {
-    descriptors.Next();
+  for (;; descriptors.Advance()) {
+    if (descriptors.skips()) continue;
     device::WaitForPhase(&shared.empty[stage.index], stage.parity ^ 1);
     TileDescriptor* const descriptor = &shared.descriptors[stage.index];
     const bool done = descriptors.done();
@@ -72,6 +72,7 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
     }
     device::Arrive(&shared.described[stage.index]);
     if (done) return;
+    stage.Next();
   }
 }
 

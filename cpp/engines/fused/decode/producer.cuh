@@ -24,13 +24,17 @@ class DescriptorMaker {
         cta_(range.cta),
         num_queues_(range.queues.num_queues),
         range_(call_.facts, range.heads, static_cast<int32_t>(call_.problem.num_seqs), sequences, seq, offset,
-               range.tiles, call_.batch_invariant) {}
+               range.tiles, call_.batch_invariant) {
+    LookUpPages();
+  }
 
-  // True behind the last tile.
+  // True if the range has no more tiles.
   __device__ bool done() const { return range_.done(); }
+  // True if the tile is another CTA's, which can only be the first one.
+  __device__ bool skips() const { return range_.skips(); }
 
-  // To the next tile, or to the first.
-  __device__ void Next() {
+  // To the next tile.
+  __device__ void Advance() {
     range_.Next();
     LookUpPages();
   }
@@ -162,8 +166,7 @@ __device__ inline void LoadTile(const DecodeArgs& args, const TileDescriptor& de
     }
   };
   if (args.same_offsets && descriptor.all_valid()) {
-    // A short loop: memory idles while a CTA fetches this code for its first tile.
-#pragma unroll 2
+#pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const ChunkPlace place = place_of(i);
       if (kChunks % Traits::kLoaderThreads != 0 && !place.exists) break;
