@@ -8,6 +8,7 @@ this package, whatever platform they ask for:
     ejkernel.register()
 """
 
+import importlib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -130,16 +131,16 @@ def register(platforms: Sequence[str] = _PLATFORMS, *, priority: int = 100) -> N
     if unknown:
         raise ValueError(f"platforms: expected some of {', '.join(_PLATFORMS)}, got {', '.join(unknown)}")
     try:
-        from ejkernel.kernels import _xla  # noqa: F401  # pyright: ignore[reportMissingImports]
-        from ejkernel.kernels._registry import kernel_registry  # pyright: ignore[reportMissingImports]
+        importlib.import_module("ejkernel.kernels")  # which registers its own
+        registry = importlib.import_module("ejkernel.kernels._registry").kernel_registry
     except ImportError as error:
         raise ImportError(f"register: ejkernel could not be imported ({error}); pip install ejkernel") from error
-    registered = kernel_registry.list_implementations(_ALGORITHM)
+    registered = registry.list_implementations(_ALGORITHM)
     ours = {spec.platform for spec in registered if _is_ours(spec.implementation)}
     theirs = next(spec.implementation for spec in registered if not _is_ours(spec.implementation))
     for platform in platforms:
         if platform not in ours:
-            kernel_registry.register(_ALGORITHM, platform, "any", priority)(_with_signature_of(theirs))
+            registry.register(_ALGORITHM, platform, "any", priority)(_with_signature_of(theirs))
 
 
 def _is_ours(implementation: Any) -> bool:
@@ -154,5 +155,5 @@ def _with_signature_of(theirs: Any) -> Any:
 
     implementation.__name__ = implementation.__qualname__ = _ALGORITHM
     implementation.__doc__ = unified_attention.__doc__
-    implementation.__signature__ = inspect.signature(theirs)  # pyright: ignore[reportFunctionMemberAccess]
+    vars(implementation)["__signature__"] = inspect.signature(theirs)
     return implementation

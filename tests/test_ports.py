@@ -1,0 +1,246 @@
+"""`examples/ports`: the calls of other JAX stacks, held to their own code or to what it gave (`parity/ports.py`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import call
+from ports import lalamo_after, lalamo_before, levanter_after
+
+from jax_paged_attn import compat
+
+PORTS = Path(lalamo_after.__file__).parent
+PARITY = Path(__file__).parent / "parity" / "ports"
+GPU_KERNEL = "jax.experimental.pallas.ops.gpu.paged_attention"
+
+
+def parity(name: str, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """What `parity/ports.py` wrote; numbers with a fraction are drawn in float16."""
+    with np.load(PARITY / f"{name}.npz") as arrays:
+        return {n: jnp.asarray(x, dtype if x.dtype == np.float16 else x.dtype) for n, x in arrays.items()}
+
+
+@pytest.mark.parametrize(
+    ("stack", "before", "after"),
+    [
+        (
+            "lalamo",
+            [f"from {GPU_KERNEL} import paged_attention"],
+            ["from jax_paged_attn.compat import paged_attention"],
+        ),
+        (
+            "levanter",
+            [
+                "from levanter.layers.attention import ragged_paged_attention",
+                "from levanter.layers.kv_cache import kv_update_unified_prefix",
+            ],
+            ["from jax_paged_attn.compat.levanter import kv_update_unified_prefix, ragged_paged_attention"],
+        ),
+    ],
+)
+def test_a_port_is_another_import(stack: str, before: list[str], after: list[str]) -> None:
+    """All but the docstring, and what tells a type checker that the stack is not installed."""
+    code: list[list[str]] = []
+    for when in ("before", "after"):
+        text = (PORTS / f"{stack}_{when}.py").read_text().split('"""', 2)[2]
+        code.append([line.split("  # pyright")[0] for line in text.splitlines()])
+    assert [line for line in code[0] if line not in code[1]] == before
+    assert [line for line in code[1] if line not in code[0]] == after
+
+
+# ---- marin-levanter --------------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Named:
+    """All that `compat.levanter` knows of haliax's NamedArray; the generator of the files has the real one."""
+
+    array: Any
+    axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 2e-5), (jnp.bfloat16, 0.03)])
+def test_levanter(dtype: Any, bound: float) -> None:
+    """Dead sequences of both marks, a scale that is traced, tokens beyond the last one that are not written."""
+    arrays = parity("levanter", dtype)
+    want, where, before = np.asarray(arrays.pop("out"), np.float32), arrays["where"], arrays["kv_pages"].copy()
+    named = ("q", "kv_pages", "kv_lens", "page_indices", "cu_q_lens")
+    step: Any = levanter_after.paged_step
+    operands = [Named(x, (name,)) if name in named else x for name, x in arrays.items()]
+    out, kv_pages = step(*operands)
+    assert (out.axes, out.array.dtype, out.array.shape) == (("q",), dtype, want.shape)
+    np.testing.assert_allclose(np.asarray(out.array, np.float32), want, rtol=bound, atol=bound)
+    live = where[0] >= 0
+    stored = np.array(before)
+    stored[where[0][live], where[1][live], 0::2] = arrays["k"][live]
+    stored[where[0][live], where[1][live], 1::2] = arrays["v"][live]
+    np.testing.assert_array_equal(kv_pages.array, stored)
+
+
+def test_levanters_scale_may_be_traced_or_static() -> None:
+    """A traced scale rounds q once, and it has a gradient; `[1]` counts, plain arrays and engines are taken."""
+    arrays = parity("levanter")
+    names = ("q", "kv_pages", "kv_lens", "page_indices", "cu_q_lens", "num_seqs")
+    q, *rest = (arrays[name] for name in names)
+    rest[-1] = rest[-1].reshape(1)
+    static = compat.levanter.ragged_paged_attention(q, *rest, sm_scale=0.3, implementation="reference")
+    traced = jax.jit(compat.levanter.ragged_paged_attention)(q, *rest, 0.3)
+    np.testing.assert_allclose(traced, static, rtol=1e-5, atol=1e-6)
+
+    def loss(scale: Any) -> Any:
+        return compat.levanter.ragged_paged_attention(q, *rest, scale).sum()
+
+    step = 1e-2
+    slope = (loss(0.3 + step) - loss(0.3 - step)) / (2 * step)
+    np.testing.assert_allclose(jax.grad(loss)(0.3), slope, rtol=2e-2)
+
+
+LEVANTER_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"q": jnp.ones((3, 2, 8))}, ValueError, "q: expected rank 4"),
+    ({"kv_pages": jnp.ones((3, 4, 2, 8), jnp.int8)}, ValueError, "kv_pages: expected dtype float32 or float8"),
+    ({"kv_pages": jnp.ones((3, 4, 4, 8))}, ValueError, "kv_pages: expected .*2K = 2"),
+    ({"kv_lens": jnp.ones(2)}, ValueError, "kv_lens: "),
+    ({"page_indices": jnp.ones((2, 1), jnp.int32)}, ValueError, "page_indices: expected .*B = 1"),
+    ({"sm_scale": "one"}, TypeError, "sm_scale: "),
+    ({"soft_cap": 0.0}, ValueError, "soft_cap: "),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"), LEVANTER_ERRORS, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_errors_of_levanters_call(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    good: dict[str, Any] = {
+        "q": jnp.ones((3, 1, 2, 8)),
+        "kv_pages": jnp.ones((3, 4, 2, 8)),
+        "kv_lens": jnp.array([3], jnp.int32),
+        "page_indices": jnp.array([[2]], jnp.int32),
+        "cu_q_lens": jnp.array([0, 3], jnp.int32),
+        "num_seqs": 1,
+    }
+    compat.levanter.ragged_paged_attention(**good)
+    with pytest.raises(error, match=f"^{message}"):
+        compat.levanter.ragged_paged_attention(**good | changes)
+
+
+# ---- lalamo ----------------------------------------------------------------------------------------------------------
+
+
+def reference_of_the_gpu_kernel(
+    q: Any, k_pages: Any, v_pages: Any, tables: Any, lengths: Any, cap: float | None
+) -> Any:
+    """The plain function beside JAX's GPU kernel, which wants each sequence's keys in one piece."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        theirs = importlib.import_module(GPU_KERNEL).paged_attention_reference
+    k, v = (jnp.moveaxis(x[:, tables], 0, 3).reshape(len(q), -1, x.shape[0], x.shape[3]) for x in (k_pages, v_pages))
+    with jax.default_matmul_precision("highest"):
+        return theirs(q, k, v, lengths, attn_logits_soft_cap=cap)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+def test_lalamo(soft_cap: float | None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        before = importlib.reload(lalamo_before)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((4, n, 64), np.float32) for n in (8, 2, 2))
+    pools = [jnp.asarray(x) for x in rng.standard_normal((2, 2, 20, 16, 64), np.float32)]
+    tables = jnp.asarray(rng.permutation(20).reshape(4, 5).astype(np.int32))
+    lengths = jnp.array([40, 0, 79, 16], jnp.int32)
+    operands, static = (q, k, v, *pools, tables, lengths), {"scale": 0.125, "soft_cap": soft_cap}
+    shapes = jax.eval_shape(lambda *x: lalamo_after.paged_decode(*x, **static), *operands)
+    assert jax.eval_shape(lambda *x: before.paged_decode(*x, **static), *operands) == shapes
+    out, key_pages, value_pages = lalamo_after.paged_decode(*operands, **static)
+    want = reference_of_the_gpu_kernel(q * 0.125, key_pages, value_pages, tables, lengths + 1, soft_cap)
+    np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(value_pages[:, tables[2, 4], 15], v[2])
+
+
+# ---- EasyDeL ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ejkernel() -> Iterator[Any]:
+    """ejkernel, whose registry is as before afterwards. It wants JAX 0.10, the last one for Python 3.11."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        modules = pytest.importorskip("ejkernel.modules")
+        registry = importlib.import_module("ejkernel.kernels._registry").kernel_registry
+    kept = registry.list_implementations("unified_attention")
+    yield modules
+    registry._registry["unified_attention"] = kept
+
+
+# Rows and keys of each sequence, N, K, H, page size, keywords: what ejkernel's own tests call.
+EJKERNEL_TESTS: dict[str, tuple[list[tuple[int, int]], tuple[int, int, int, int], dict[str, Any]]] = {
+    "basic": ([(6, 24), (1, 17)], (8, 4, 32, 8), {}),
+    "three": ([(16, 64), (1, 31), (4, 17)], (8, 2, 64, 16), {"softmax_scale": 0.125}),
+    "features": ([(4, 16), (1, 19), (2, 23)], (8, 2, 32, 8), {"sliding_window": 8, "logits_soft_cap": 10.0}),
+    "decode": ([(1, 32), (1, 33), (1, 17), (1, 48)], (8, 4, 64, 16), {"sliding_window": 32, "logits_soft_cap": 20.0}),
+}
+
+
+def ejkernel_inputs(seq_lens: list[tuple[int, int]], sizes: tuple[int, int, int, int], dtype: Any) -> list[Any]:
+    heads, kv_heads, head_dim, page_size = sizes
+    q_lens, kv_lens = (np.array(x, np.int32) for x in zip(*seq_lens, strict=True))
+    tables = np.arange(len(kv_lens) * -(-kv_lens.max() // page_size), dtype=np.int32).reshape(len(kv_lens), -1)
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = jax.random.normal(keys[0], (q_lens.sum(), heads, head_dim), dtype)
+    pools = (jax.random.normal(key, (tables.size, page_size, kv_heads, head_dim), dtype) for key in keys[1:3])
+    where = (jnp.asarray(x) for x in (kv_lens, tables, np.cumsum([0, *q_lens], dtype=np.int32)))
+    return [q, *pools, *where, None, None, jax.random.normal(keys[3], (heads,))]
+
+
+@pytest.mark.parametrize("name", EJKERNEL_TESTS)
+def test_easydels_registry_runs_us(ejkernel: Any, name: str) -> None:
+    """The call of EasyDeL's server, before and after `register()`, for the platform it asks for and for the default."""
+    seq_lens, sizes, keywords = EJKERNEL_TESTS[name]
+    operands = ejkernel_inputs(seq_lens, sizes, jnp.bfloat16)
+    theirs = ejkernel.unified_attention(*operands, **keywords)
+    compat.ejkernel.register()
+    compat.ejkernel.register()  # no second entry
+    for platform in (None, "triton"):
+        ours = jax.jit(lambda *x, p=platform: ejkernel.unified_attention(*x, platform=p, **keywords))
+        assert "jax_paged_attn" in ours.lower(*operands).as_text()
+        got = np.asarray(ours(*operands), np.float32)
+        np.testing.assert_allclose(got, np.asarray(theirs, np.float32), rtol=1e-2, atol=1e-2)
+
+
+def test_easydels_registry_finds_the_same_signature(ejkernel: Any) -> None:
+    registry = importlib.import_module("ejkernel.kernels._registry").kernel_registry
+    compat.ejkernel.register(["triton"], priority=5)
+    first, *_ = registry.list_implementations("unified_attention")
+    assert (first.platform, first.priority) == ("triton", 5)
+    assert registry.validate_signatures("unified_attention")
+    q, *rest = ejkernel_inputs(*EJKERNEL_TESTS["basic"][:2], jnp.float32)
+    rest[5] = jnp.ones(8)
+    with pytest.raises(importlib.import_module("ejkernel.errors").EjkernelRuntimeError, match="alibi_slopes: "):
+        ejkernel.unified_attention(q, *rest, platform="triton")
+
+
+def test_unified_attention_without_ejkernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, kv_lens, tables, rows, _, _, sinks = ejkernel_inputs(*EJKERNEL_TESTS["features"][:2], jnp.float32)
+    ours: Any = compat.ejkernel.unified_attention
+    off = ours(q, k, v, kv_lens, tables, rows, sliding_window=0, logits_soft_cap=0.0, num_warps=4)
+    np.testing.assert_array_equal(off, call("ragged_paged_attention", q, k, v, kv_lens, tables, rows))
+    wider = ours(q.astype(jnp.bfloat16), k, v, kv_lens, tables, rows, softmax_aux=sinks.astype(jnp.bfloat16))
+    assert wider.dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match=r"^qq_bias: expected None"):
+        ours(q, k, v, kv_lens, tables, rows, qq_bias=jnp.ones((4, 4)))
+    with pytest.raises(ValueError, match=r"^platforms: expected some of triton, cuda, xla, got rocm"):
+        compat.ejkernel.register(["rocm"])
+    monkeypatch.setitem(sys.modules, "ejkernel.kernels", None)
+    with pytest.raises(ImportError, match="pip install ejkernel"):
+        compat.ejkernel.register()
