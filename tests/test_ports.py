@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import call
-from ports import lalamo_after, lalamo_before, levanter_after
+from ports import lalamo_after, levanter_after
 
 from jax_paged_attn import compat
 
@@ -94,12 +94,13 @@ def test_levanters_scale_may_be_traced_or_static() -> None:
     names = ("q", "kv_pages", "kv_lens", "page_indices", "cu_q_lens", "num_seqs")
     q, *rest = (arrays[name] for name in names)
     rest[-1] = rest[-1].reshape(1)
-    static = compat.levanter.ragged_paged_attention(q, *rest, sm_scale=0.3, implementation="reference")
-    traced = jax.jit(compat.levanter.ragged_paged_attention)(q, *rest, 0.3)
+    attend: Any = compat.levanter.ragged_paged_attention
+    static = attend(q, *rest, sm_scale=0.3, implementation="reference")
+    traced = jax.jit(attend)(q, *rest, 0.3)
     np.testing.assert_allclose(traced, static, rtol=1e-5, atol=1e-6)
 
     def loss(scale: Any) -> Any:
-        return compat.levanter.ragged_paged_attention(q, *rest, scale).sum()
+        return attend(q, *rest, scale).sum()
 
     step = 1e-2
     slope = (loss(0.3 + step) - loss(0.3 - step)) / (2 * step)
@@ -153,7 +154,7 @@ def reference_of_the_gpu_kernel(
 def test_lalamo(soft_cap: float | None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        before = importlib.reload(lalamo_before)
+        before = importlib.import_module("ports.lalamo_before")
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((4, n, 64), np.float32) for n in (8, 2, 2))
     pools = [jnp.asarray(x) for x in rng.standard_normal((2, 2, 20, 16, 64), np.float32)]
@@ -197,7 +198,7 @@ def ejkernel_inputs(seq_lens: list[tuple[int, int]], sizes: tuple[int, int, int,
     q_lens, kv_lens = (np.array(x, np.int32) for x in zip(*seq_lens, strict=True))
     tables = np.arange(len(kv_lens) * -(-kv_lens.max() // page_size), dtype=np.int32).reshape(len(kv_lens), -1)
     keys = jax.random.split(jax.random.key(0), 4)
-    q = jax.random.normal(keys[0], (q_lens.sum(), heads, head_dim), dtype)
+    q = jax.random.normal(keys[0], (int(q_lens.sum()), heads, head_dim), dtype)
     pools = (jax.random.normal(key, (tables.size, page_size, kv_heads, head_dim), dtype) for key in keys[1:3])
     where = (jnp.asarray(x) for x in (kv_lens, tables, np.cumsum([0, *q_lens], dtype=np.int32)))
     return [q, *pools, *where, None, None, jax.random.normal(keys[3], (heads,))]
