@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import call
+from ports import dot_product_attention as dense
 from ports import lalamo_after, levanter_after
 
 from jax_paged_attn import compat
@@ -135,6 +138,57 @@ def test_errors_of_levanters_call(changes: dict[str, Any], error: type[Exception
         compat.levanter.ragged_paged_attention(**good | changes)
 
 
+# ---- sglang-jax ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sglang_jax(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The port on a base class with all that it uses of theirs; `parity/ports.py` runs it on the real one."""
+
+    class FlashAttention:
+        page_size, attention_data_partition_axis, kv_partition_axis = 8, "data", "tensor"
+
+        def _get_fused_kv_cache(self, forward_batch: Any, pool: Any, layer_id: int) -> Any:
+            return pool[layer_id]
+
+    name = "sgl_jax.srt.layers.attention.flashattention_backend"
+    for parent in [name[: dot.start()] for dot in re.finditer(r"\.", name)]:
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    vars(sys.modules[name])["FlashAttention"] = FlashAttention
+    monkeypatch.delitem(sys.modules, "ports.sglang_jax", raising=False)
+    return importlib.import_module("ports.sglang_jax")
+
+
+@pytest.mark.parametrize("max_context_len", [None, 24])
+def test_sglang_jax(sglang_jax: Any, max_context_len: int | None) -> None:
+    """A prompt, a chunk and a decode row; the pool of five axes gets the new tokens."""
+    arrays = parity("sglang_jax", jnp.bfloat16)
+    want, pool = np.asarray(arrays["out"]), np.asarray(arrays["pool"])
+    backend = sglang_jax.PagedAttention()
+    backend.max_context_len = max_context_len
+    names = ("seq_lens", "page_indices", "cu_q_lens", "cu_kv_lens", "distribution")
+    backend.forward_metadata = types.SimpleNamespace(
+        custom_mask=None, swa_page_indices=None, **{name: arrays[name] for name in names}
+    )
+    layer = types.SimpleNamespace(
+        **{"layer_id": 1, "head_dim": 128, "scaling": 128**-0.5, "sliding_window_size": 11, "logit_cap": 20.0},
+        **{"xai_temperature_len": -1, "attn_type": None},
+    )
+    flat = [arrays[name].reshape(15, -1) for name in "qkv"]
+    step = jax.jit(lambda *x: backend(*x[:3], layer, None, {1: x[3]}, attention_sink=x[4]))
+    with jax.set_mesh(jax.make_mesh((1, 1), ("data", "tensor"))):
+        out, stored = step(*flat, arrays["pool"], arrays["sinks"].astype(jnp.float32))
+    np.testing.assert_allclose(np.asarray(out, np.float32), want, rtol=2e-2, atol=1e-2)
+    changed = np.argwhere((np.asarray(stored) != pool).any((2, 3, 4)))
+    assert len(changed) == 15
+    page, place = changed[-1]  # the decode row's
+    np.testing.assert_array_equal(stored[page, place], jnp.stack([arrays["k"], arrays["v"]], axis=2)[-1])
+    layer.xai_temperature_len = 512
+    with pytest.raises(NotImplementedError, match="xai_temperature_len: "):
+        backend(*flat, layer, None, {1: arrays["pool"]})
+
+
 # ---- lalamo ----------------------------------------------------------------------------------------------------------
 
 
@@ -245,3 +299,77 @@ def test_unified_attention_without_ejkernel(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "ejkernel.kernels", None)
     with pytest.raises(ImportError, match="pip install ejkernel"):
         compat.ejkernel.register()
+
+
+# ---- `jax.nn.dot_product_attention` and tokamax's --------------------------------------------------------------------
+
+# Rows, keys, keywords of `jax.nn.dot_product_attention`.
+DENSE: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "decode": (1, 9, {"key_value_seq_lengths": np.array([9, 0, 4], np.int32)}),
+    "prefill": (6, 6, {"is_causal": True, "scale": 0.3}),
+    "window": (4, 9, {"is_causal": True, "local_window_size": (2, 5)}),
+    "around": (4, 9, {"local_window_size": 3}),
+    "all": (4, 9, {}),
+}
+# What this package has no counterpart for.
+OTHER: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "padded": (6, 6, {"is_causal": True, "key_value_seq_lengths": np.array([6, 1, 4], np.int32)}),
+    "more rows than keys": (6, 4, {}),
+    "behind": (6, 9, {"local_window_size": (2, 4)}),
+    "bias": (6, 6, {"bias": np.ones((1, 4, 6, 6), np.float32)}),
+    "left alone": (1, 9, {"key_value_seq_lengths": np.array([9, 1, 4], np.int32), "local_window_size": (2, 0)}),
+}
+
+
+def dense_operands(rows: int, keys: int) -> list[Any]:
+    rng = np.random.default_rng(rows)
+    return [jnp.asarray(rng.standard_normal((3, n, h, 32), np.float32)) for n, h in ((rows, 4), (keys, 2), (keys, 2))]
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_jax_nn_runs_us(name: str) -> None:
+    rows, keys, keywords = DENSE[name]
+    operands = dense_operands(rows, keys)
+    attend = jax.jit(lambda *x: dense.dot_product_attention(*x, **keywords))
+    assert "jax_paged_attn" in attend.lower(*operands).as_text()
+    with jax.default_matmul_precision("highest"):
+        want = np.asarray(jax.nn.dot_product_attention(*operands, **keywords))
+    if name == "decode":  # a sequence without keys: 0 here, whose mean JAX takes
+        want = np.where(keywords["key_value_seq_lengths"][:, None, None, None] > 0, want, 0)
+    np.testing.assert_allclose(attend(*operands), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_jax_nn_runs_what_we_have_not(name: str) -> None:
+    rows, keys, keywords = OTHER[name]
+    operands = dense_operands(rows, keys)
+    want = jax.nn.dot_product_attention(*operands, **keywords)
+    np.testing.assert_array_equal(dense.dot_product_attention(*operands, **keywords), want)
+    with pytest.raises(NotImplementedError, match="expected"):
+        dense.dot_product_attention(*operands, **keywords, implementation="paged")
+
+
+@dataclasses.dataclass
+class Mask:
+    """tokamax's mask, as far as the port knows it; `parity/ports.py` has the real one."""
+
+    causal_mask: Any = None
+    k_end: Any = None
+    bool_mask: Any = None
+    q_start: Any = None
+    q_end: Any = None
+    k_start: Any = None
+
+
+def test_tokamax() -> None:
+    """One of its implementations; `python tests/parity/ports.py tokamax` calls tokamax itself."""
+    q, k, v = dense_operands(1, 9)
+    options = {"bias": None, "logits_scale": 0.25, "logits_soft_cap": 3.0}
+    lengths = jnp.array([9, 2, 4], jnp.int32)
+    got = dense.for_tokamax(q, k, v, mask=Mask(k_end=lengths[:, None, None]), **options)
+    keywords = {"scale": 0.25, "soft_cap": 3.0}
+    tables = jnp.arange(3, dtype=jnp.int32)[:, None]
+    np.testing.assert_array_equal(got[:, 0], call("paged_attention", q[:, 0], k, v, tables, lengths, **keywords))
+    for mask in (Mask(bool_mask=jnp.ones((1, 1, 1, 9), bool)), Mask(k_end=jnp.ones((3, 4, 1), jnp.int32))):
+        with pytest.raises(NotImplementedError, match="expected"):
+            dense.for_tokamax(q, k, v, mask=mask, **options)
