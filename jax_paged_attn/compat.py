@@ -5,11 +5,7 @@ Code written for `jax.experimental.pallas.ops.tpu.ragged_paged_attention` or for
 lie. All that holds of `paged_attention` and `ragged_paged_attention` holds here: edges, gradients, `vmap`, export,
 `explain`.
 
-Such code writes its pages with plain JAX, in place where they are donated (XLA copies 16-bit ones on CPU). With slots
-`page · S + offset`:
-
-    kv_pages.reshape(P * S, 2 * K, H).at[slots].set(jnp.stack([k, v], axis=2).reshape(T, 2 * K, H), mode="drop")
-    k_pages.reshape(K, P * S, H).at[:, slots].set(k.swapaxes(0, 1), mode="drop")
+`write_interleaved_kv_pages` and `write_head_major_kv_pages` write such pages, in place where they are donated.
 """
 
 from typing import Any, Literal, Unpack, overload
@@ -20,9 +16,15 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jax_paged_attn import _checks, _options, _primitive
-from jax_paged_attn._call import paged, ragged
+from jax_paged_attn._call import paged, ragged, write
 
-__all__ = ["DEFAULT_MASK_VALUE", "paged_attention", "ragged_paged_attention"]
+__all__ = [
+    "DEFAULT_MASK_VALUE",
+    "paged_attention",
+    "ragged_paged_attention",
+    "write_head_major_kv_pages",
+    "write_interleaved_kv_pages",
+]
 
 # The default of both kernels.
 DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
@@ -241,6 +243,83 @@ def paged_attention(
     options |= {"scale": 1.0, "sliding_window": None, "soft_cap": cap, **_scales(options, k_pages)}
     operands = (q, k_pages, v_pages, block_tables, lengths)
     return paged(_primitive.attention, *operands, options, layout="head_major")
+
+
+def write_interleaved_kv_pages(
+    kv_pages: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    slot_mapping: ArrayLike,
+    *,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+) -> Array:
+    """`jax_paged_attn.write_kv_pages` for the pages of `ragged_paged_attention`; in place where they are donated.
+
+    Args:
+      kv_pages: `[P, S, 2K, H]` float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8: key head k is head 2k,
+        value head k is head 2k + 1.
+      k, v, slot_mapping, k_scale, v_scale: as in `jax_paged_attn.write_kv_pages`.
+
+    Returns:
+      The new pages.
+
+    Raises:
+      ValueError, TypeError: as `jax_paged_attn.write_kv_pages`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax_paged_attn.compat import write_interleaved_kv_pages
+      >>> write = jax.jit(write_interleaved_kv_pages, donate_argnums=0)
+      >>> k, v = jnp.full((1, 1, 8), 2.0), jnp.full((1, 1, 8), 3.0)
+      >>> kv_pages = write(jnp.zeros((3, 4, 2, 8)), k, v, jnp.array([5], jnp.int32))  # token 1 of page 1
+      >>> kv_pages[1, 1, :, 0].tolist()
+      [2.0, 3.0]
+    """
+    scales = (k_scale, v_scale)
+    name = "write_interleaved_kv_pages"
+    (kv_new,) = write(name, (kv_pages,), (k, v), slot_mapping, scales, layout="interleaved")
+    return kv_new
+
+
+def write_head_major_kv_pages(
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    slot_mapping: ArrayLike,
+    *,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+) -> tuple[Array, Array]:
+    """`jax_paged_attn.write_kv_pages` for the pages of `paged_attention`; in place where they are donated.
+
+    Args:
+      k_pages: `[K, P, S, H]` float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8.
+      v_pages: as `k_pages`.
+      k, v, slot_mapping, k_scale, v_scale: as in `jax_paged_attn.write_kv_pages`.
+
+    Returns:
+      The new `(k_pages, v_pages)`.
+
+    Raises:
+      ValueError, TypeError: as `jax_paged_attn.write_kv_pages`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax_paged_attn.compat import write_head_major_kv_pages
+      >>> write = jax.jit(write_head_major_kv_pages, donate_argnums=(0, 1))
+      >>> k_pages, v_pages, new = jnp.zeros((1, 3, 4, 8)), jnp.zeros((1, 3, 4, 8)), jnp.ones((1, 1, 8))
+      >>> k_pages, v_pages = write(k_pages, v_pages, new, new, jnp.array([5], jnp.int32))  # token 1 of page 1
+      >>> float(k_pages[0, 1, 1, 0])
+      1.0
+    """
+    scales = (k_scale, v_scale)
+    name = "write_head_major_kv_pages"
+    k_new, v_new = write(name, (k_pages, v_pages), (k, v), slot_mapping, scales, layout="head_major")
+    return k_new, v_new
 
 
 def _check_mask_value(mask_value: float | None) -> None:
