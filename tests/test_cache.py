@@ -370,8 +370,8 @@ def test_derivatives_of_a_write_to_other_layouts_are_those_of_split_pools(layout
         *np.random.default_rng(3).standard_normal((2, 4, K, H)).astype(np.float32),
     )
 
-    def split(*operands: Any) -> Any:
-        return jpa.write_kv_pages(*operands, slots, **scales)
+    def split(k_pages: Any, v_pages: Any, k: Any, v: Any) -> Any:
+        return jpa.write_kv_pages(k_pages, v_pages, k, v, slots, **scales)
 
     def write(k_pages: Any, v_pages: Any, k: Any, v: Any) -> Any:
         own = harness.in_layout(layout, k_pages, v_pages, xp=jnp)
