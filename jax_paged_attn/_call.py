@@ -1,7 +1,7 @@
 """The way from a user's arguments to the primitive, for pools of any layout: arrays checked and brought into shape."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jax_paged_attn import _checks, _debug, _modes, _options, _primitive
+from jax_paged_attn._donation import warn_of_eager_update
 from jax_paged_attn._layouts import LAYOUTS
 
 Attend = Callable[..., tuple[Array, Array]]
@@ -49,10 +50,16 @@ def ragged(
     options: Mapping[str, Any],
     layout: str = "split",
     tables_name: str = "block_tables",
+    kv_heads: int | None = None,
 ) -> Array | tuple[Array, Array]:
-    """Ragged attention through `attend`; `tables_name` is the name of the tables in errors."""
-    dims = _checks.Dims()
-    q, k_pages, v_pages = _query_and_pages(dims, "T N H", q, k_pages, v_pages, layout)
+    """Ragged attention through `attend`.
+
+    Args:
+      tables_name: the name of the tables in errors.
+      kv_heads: K, if the pool may have padding heads; None if K follows from its shape.
+    """
+    dims = _known(kv_heads)
+    q, k_pages, v_pages = _query_and_pages(dims, "T N H", q, k_pages, v_pages, layout, kv_heads is not None)
     kv_lens = _int32(dims, "kv_lens", kv_lens, "B")
     block_tables = _int32(dims, tables_name, block_tables, "B M")
     cu_q_lens = _int32(dims, "cu_q_lens", cu_q_lens, "B+1")
@@ -66,6 +73,42 @@ def ragged(
     _debug.check_attention(*arrays, per_head, scoring, **rows)
     static = {"scoring": scoring, "decode": False, "layout": layout}
     return _attend(attend, static, options, (*arrays, *_rows_of_each(cu_q_lens, num_seqs, dims["T"]), *per_head))
+
+
+def write(
+    name: str,
+    pools: Sequence[ArrayLike],
+    k_and_v: tuple[ArrayLike, ArrayLike],
+    slot_mapping: ArrayLike,
+    scales: tuple[ArrayLike | None, ArrayLike | None],
+    layout: str = "split",
+    kv_heads: int | None = None,
+) -> tuple[Array, ...]:
+    """The pools of a layout, one or two, after a write.
+
+    Args:
+      name: of the public function, for a warning.
+      scales: `k_scale` and `v_scale`.
+      kv_heads: K, if a pool may have padding heads, which stay as they are; None if K follows from its shape.
+    """
+    dims = _known(kv_heads)
+    shape = LAYOUTS[layout].shape if kv_heads is None else LAYOUTS[layout].padded_shape
+    names = LAYOUTS[layout].pools[: len(pools)]
+    pools = [_checks.as_array(pool_name, pool) for pool_name, pool in zip(names, pools, strict=True)]
+    for pool_name, pool in zip(names, pools, strict=True):
+        dims.match(pool_name, pool, shape, _checks.PAGE_DTYPES if pool is pools[0] else (str(pools[0].dtype),))
+    k, v = (_checks.as_array(*named) for named in zip("kv", k_and_v, strict=True))
+    dims.match("k", k, "T K H", _checks.COMPUTE_DTYPES)
+    dims.match("v", v, "T K H", (str(k.dtype),))
+    slot_mapping = _int32(dims, "slot_mapping", slot_mapping, "T")
+    k_scale, v_scale = (page_scale(dims, f"{x}_scale", scale, pools[0]) for x, scale in zip("kv", scales, strict=True))
+    warn_of_eager_update(name, pools[0], stacklevel=5)
+    _debug.check_write(LAYOUTS[layout].num_slots(pools[0]), k, v, slot_mapping, k_scale, v_scale)
+    return _primitive.write(*pools, k, v, slot_mapping, k_scale, v_scale, layout=layout)
+
+
+def _known(kv_heads: int | None) -> _checks.Dims:
+    return _checks.Dims() if kv_heads is None else _checks.Dims(K=kv_heads)
 
 
 @functools.partial(_modes.compiled, static_argnums=0)
@@ -86,9 +129,16 @@ def _rows_of_each(cu_q_lens: Array, num_seqs: Array | None, num_rows: int) -> tu
 
 
 def _query_and_pages(
-    dims: _checks.Dims, q_letters: str, q: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike, layout: str
+    dims: _checks.Dims,
+    q_letters: str,
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    layout: str,
+    padded: bool = False,
 ) -> tuple[Array, Array, Array]:
-    shape, (k_name, v_name) = LAYOUTS[layout].shape, LAYOUTS[layout].pools
+    shape = LAYOUTS[layout].padded_shape if padded else LAYOUTS[layout].shape
+    k_name, v_name = LAYOUTS[layout].pools
     q, k_pages, v_pages = (_checks.as_array(name, x) for name, x in (("q", q), (k_name, k_pages), (v_name, v_pages)))
     dims.match("q", q, q_letters, _checks.COMPUTE_DTYPES)
     dims.match(k_name, k_pages, shape, (str(q.dtype), *_checks.QUANTIZED_DTYPES))

@@ -192,6 +192,7 @@ def _times(cost: Cost, count: int) -> Cost:
 
 def _cost_of_call(avals: Sequence[Any], known: Sequence[_Known], params: dict[str, Any]) -> Cost:
     q, k_pages, _, tables, *_ = avals
+    k_scale = avals[8]
     kv_lens, q_counts = known[4], known[6]
     num_rows, heads, head_dim = q.shape
     num_seqs, max_pages = tables.shape
@@ -208,7 +209,7 @@ def _cost_of_call(avals: Sequence[Any], known: Sequence[_Known], params: dict[st
         pairs = num_rows * int(min(lengths.max(initial=0), scoring.sliding_window or capacity))
         tokens = int(lengths.sum())
 
-    token_bytes = 2 * layout.kv_heads(k_pages) * head_dim * k_pages.dtype.itemsize
+    token_bytes = 2 * k_scale.shape[1] * head_dim * k_pages.dtype.itemsize
     others = [x for i, x in enumerate(avals) if i not in (1, 2)]
     operand_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in others)
     result_bytes = num_rows * heads * (head_dim * q.dtype.itemsize + 4)

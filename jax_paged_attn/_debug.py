@@ -151,17 +151,17 @@ def _observe_attention(
     positions = jnp.arange(block_tables.shape[1] * page_size, dtype=jnp.int32)[None]
     used = (positions >= first_used[:, None]) & (positions < lengths[:, None])
     known = (block_tables >= 0) & (block_tables < num_pages)
+    sinks, k_scale, v_scale = per_head
 
     def first_not_finite(pool: Array, which: int) -> Array:
         """The first position of each sequence whose key or value is not finite; −1 if all are."""
         if pool.dtype == jnp.int8 or not positions.size or not num_pages:
             return jnp.full(lengths.shape, -1, jnp.int32)
-        bad_slots = ~_whole(_finite(LAYOUTS[layout].split(pool, which)))  # [P, S]
+        bad_slots = ~_whole(_finite(LAYOUTS[layout].split(pool, which, k_scale.shape[-1])))  # [P, S]
         bad = bad_slots[jnp.where(known, block_tables, 0)] & known[..., None]  # [B, M, S]
         bad = bad.reshape(used.shape) & used
         return jnp.where(bad.any(axis=1), bad.argmax(axis=1).astype(jnp.int32), jnp.int32(-1))
 
-    sinks, k_scale, v_scale = per_head
     return {
         "num_seqs": num_seqs,
         "cu_q_lens": cu_q_lens,
@@ -289,11 +289,11 @@ def _report_shared_pages(
 # ---- The cache -------------------------------------------------------------------------------------------------------
 
 
-def check_write(pages: Array, k: Array, v: Array, slot_mapping: Array, k_scale: Array, v_scale: Array) -> None:
-    """Checks one write to pools like `pages`; scales are `[0 or 1, K]`."""
+def check_write(num_slots: int, k: Array, v: Array, slot_mapping: Array, k_scale: Array, v_scale: Array) -> None:
+    """Checks one write to pools of so many slots; scales are `[0 or 1, K]`."""
     if not _state.active:
         return
-    report = functools.partial(_report_write, num_slots=pages.shape[0] * pages.shape[1])
+    report = functools.partial(_report_write, num_slots=num_slots)
     _check(_observe_write, report, k, v, slot_mapping, k_scale, v_scale)
 
 

@@ -68,10 +68,10 @@ def tangent(
     layout: str,
 ) -> tuple[Array, Array]:
     """Tangents `(out_dot [T, N, H], lse_dot [T, N])`; an argument that is None has no tangent."""
-    k_dot, v_dot = (None if x is None else LAYOUTS[layout].split(x, i) for i, x in enumerate((k_dot, v_dot)))
+    kv_heads = saved.k_scale.shape[1]
+    k_dot, v_dot = (None if x is None else LAYOUTS[layout].split(x, i, kv_heads) for i, x in enumerate((k_dot, v_dot)))
     saved = _split(saved, layout)
     num_rows, heads, head_dim = saved.q.shape
-    kv_heads = saved.k_pages.shape[2]
     group = (kv_heads, heads // kv_heads)
     q = _grouped(saved.q, kv_heads)
     q_dots = None if q_dot is None else _grouped(q_dot, kv_heads)
@@ -153,7 +153,8 @@ def cotangent(
 
 def _split(saved: Saved, layout: str) -> Saved:
     """With pools `[P, S, K, H]`, whatever the layout."""
-    k_pages, v_pages = (LAYOUTS[layout].split(x, i) for i, x in enumerate((saved.k_pages, saved.v_pages)))
+    kv_heads, pools = saved.k_scale.shape[1], (saved.k_pages, saved.v_pages)
+    k_pages, v_pages = (LAYOUTS[layout].split(x, i, kv_heads) for i, x in enumerate(pools))
     return dataclasses.replace(saved, k_pages=k_pages, v_pages=v_pages)
 
 

@@ -25,14 +25,18 @@ _XLA_NAMES = {
 }
 
 
-def warn_of_eager_update(function: str, pages: Array) -> None:
-    """Warns once if the function updates a large pool outside of `jit`, where nothing can be donated."""
+def warn_of_eager_update(function: str, pages: Array, stacklevel: int = 4) -> None:
+    """Warns once if the function updates a large pool outside of `jit`, where nothing can be donated.
+
+    Args:
+      stacklevel: 4 where the public function calls this, one more for each function between.
+    """
     if not isinstance(pages, Tracer) and pages.nbytes >= _LARGE:
         warn_once(
             f"{function} outside of jit",
-            f"{function}: outside of jax.jit it copies both pools, of {pages.nbytes >> 20} MiB each; "
+            f"{function}: outside of jax.jit it copies its pools, of {pages.nbytes >> 20} MiB each; "
             "call it in a jitted function that donates them (jax.jit(..., donate_argnums=...))",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 

@@ -27,7 +27,10 @@ _XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 ATTENTION_TARGET = "jax_paged_attn.attention.v1"
 # For pools of every layout. "split" ones stay with v1, so that programs exported with them stay as they were.
 ATTENTION_LAYOUT_TARGET = "jax_paged_attn.attention.v2"
+# For pools with padding heads, too.
+ATTENTION_PADDED_TARGET = "jax_paged_attn.attention.v3"
 WRITE_TARGET = "jax_paged_attn.write.v1"
+WRITE_LAYOUT_TARGET = "jax_paged_attn.write.v2"
 
 # The most KV splits of a sequence; kMaxSplits in cpp/core/workspace.h.
 _MAX_SPLITS = 16
@@ -49,7 +52,7 @@ class AttentionOperands(NamedTuple):
 
 
 class WriteOperands(NamedTuple):
-    """Operands of the write target, in the order of kWriteTensors in cpp/ffi/targets.h."""
+    """Operands of the write targets, in the order of kWriteTensors in cpp/ffi/targets.h."""
 
     k_pages: Array
     v_pages: Array
@@ -157,6 +160,7 @@ def cublaslt_workspace_bytes(
     batch_invariant: bool,
     workspace_limit: int,
     layout: str = "split",
+    num_padding_heads: int = 0,
 ) -> Any:
     """Size of the workspace of "cublaslt", exact for known sizes and enough for symbolic ones.
 
@@ -165,8 +169,9 @@ def cublaslt_workspace_bytes(
     """
     del batch_invariant  # which it does not guarantee
     module = compiled("cuda")
-    fixed, variable = _sizes(q, k_pages, block_tables, layout)
-    options = {"workspace_limit": workspace_limit, "layout": layout}
+    fixed, variable = _sizes(q, k_pages, block_tables, layout, num_padding_heads)
+    options: dict[str, Any] = {"workspace_limit": workspace_limit, "layout": layout}
+    options["num_padding_heads"] = num_padding_heads
     if _are_known(variable):
         return module.attention_plan(**fixed, **variable, **options, decode=decode)["workspace_bytes"]
     rows_and_seqs = variable["num_rows"] + variable["num_seqs"]
@@ -182,6 +187,7 @@ def fused_workspace_bytes(
     batch_invariant: bool,
     workspace_limit: int,
     layout: str = "split",
+    num_padding_heads: int = 0,
 ) -> Any:
     """Size of the workspace of "fused", exact for known sizes and enough for symbolic ones.
 
@@ -190,7 +196,7 @@ def fused_workspace_bytes(
     tile cache may take up to half of the limit.
     """
     module = compiled("cuda")
-    fixed, variable = _sizes(q, k_pages, block_tables, layout)
+    fixed, variable = _sizes(q, k_pages, block_tables, layout, num_padding_heads)
     options = {"decode": decode, "batch_invariant": batch_invariant, "workspace_limit": workspace_limit}
     if _are_known(variable):
         return module.fused_workspace_bytes(**fixed, **variable, **options)
@@ -203,7 +209,9 @@ def fused_workspace_bytes(
     return workspace
 
 
-def _sizes(q: Array, k_pages: Array, block_tables: Array, layout: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _sizes(
+    q: Array, k_pages: Array, block_tables: Array, layout: str, num_padding_heads: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """A call's dtypes and sizes by the keywords of `_cuda`: those that are always known, and those that may not be."""
     num_rows, num_q_heads, head_dim = q.shape
     num_seqs, max_pages = block_tables.shape
@@ -211,7 +219,7 @@ def _sizes(q: Array, k_pages: Array, block_tables: Array, layout: str) -> tuple[
         "q_dtype": str(q.dtype),
         "kv_dtype": str(k_pages.dtype),
         "num_q_heads": num_q_heads,
-        "num_kv_heads": LAYOUTS[layout].kv_heads(k_pages),
+        "num_kv_heads": LAYOUTS[layout].kv_heads(k_pages, num_padding_heads),
         "head_dim": head_dim,
         "page_size": LAYOUTS[layout].page_size(k_pages),
     }
@@ -262,6 +270,7 @@ def attention_cuda(
         batch_invariant=batch_invariant,
         workspace_limit=limit,
         layout=layout,
+        num_padding_heads=_padding_heads(named, layout),
     )
     attributes = {
         "decode": bool(decode),
@@ -292,6 +301,8 @@ def _attention(
         jax.ShapeDtypeStruct((workspace_bytes,), jnp.uint8),
     )
     target, of_layout = (ATTENTION_TARGET, {}) if layout == "split" else (ATTENTION_LAYOUT_TARGET, {"layout": layout})
+    if _padding_heads(operands, layout):
+        target = ATTENTION_PADDED_TARGET
     out, lse, _ = jax.ffi.ffi_call(target, results)(
         *operands,
         **scoring.attributes(),
@@ -301,30 +312,29 @@ def _attention(
     return out, lse
 
 
-def write(
-    k_pages: Array,
-    v_pages: Array,
-    k: Array,
-    v: Array,
-    slot_mapping: Array,
-    k_scale: Array,
-    v_scale: Array,
-) -> tuple[Array, Array]:
+def _padding_heads(operands: AttentionOperands, layout: str) -> int:
+    return LAYOUTS[layout].padding_heads(operands.k_pages, operands.k_scale.shape[1])
+
+
+def write(*operands: Array, layout: str = "split") -> tuple[Array, ...]:
     """Writes new keys and values, on a platform with a compiled module; operands as in docs/primitive.md.
 
     Returns:
-      Both pools, in the buffers of the operands where these are donated.
+      The pools, in the buffers of the operands where these are donated.
     """
-    call = jax.ffi.ffi_call(
-        WRITE_TARGET,
-        (jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype), jax.ShapeDtypeStruct(v_pages.shape, v_pages.dtype)),
-        input_output_aliases={0: 0, 1: 1},
-    )
-    operands = WriteOperands(
+    *pools, k, v, slot_mapping, k_scale, v_scale = operands
+    num_pools = len(pools)
+    if LAYOUTS[layout].interleaved:
+        (pool,) = pools
+        pools.append(jnp.zeros((0, *pool.shape[1:]), pool.dtype))  # in place of values' own
+    k_pages, v_pages = pools
+    target, of_layout = (WRITE_TARGET, {}) if layout == "split" else (WRITE_LAYOUT_TARGET, {"layout": layout})
+    results = tuple(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools)
+    call = jax.ffi.ffi_call(target, results, input_output_aliases={i: i for i in range(num_pools)})
+    named = WriteOperands(
         k_pages=k_pages, v_pages=v_pages, k=k, v=v, slot_mapping=slot_mapping, k_scale=k_scale, v_scale=v_scale
     )
-    k_pages, v_pages = call(*operands)
-    return k_pages, v_pages
+    return tuple(call(*named, **of_layout))[:num_pools]
 
 
 # The attention call of each compiled engine.

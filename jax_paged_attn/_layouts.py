@@ -17,7 +17,8 @@ class Layout:
       page_axis: the axis that counts pages.
       token_axis: the axis that counts the tokens of a page.
       head_axis: the axis that counts heads.
-      interleaved: True if one array holds both pools: key head k is its head 2k, value head k its head 2k + 1.
+      interleaved: True if one array holds both pools: key head k is its head 2k, value head k its head 2k + 1. Padding
+        heads may follow, which no operation reads or writes.
     """
 
     shape: str
@@ -27,23 +28,41 @@ class Layout:
     head_axis: int = 2
     interleaved: bool = False
 
+    @property
+    def padded_shape(self) -> str:
+        """The shape of a pool that may have padding heads."""
+        return self.shape.replace("2K", ">=2K")
+
+    @property
+    def num_pools(self) -> int:
+        """How many arrays hold keys and values."""
+        return 1 if self.interleaved else 2
+
     def page_size(self, pool: Array) -> int:
         """S, the tokens per page, of a pool or its abstract value."""
         return pool.shape[self.token_axis]
 
-    def kv_heads(self, pool: Array) -> int:
-        """K, the key/value heads, of a pool or its abstract value."""
-        return pool.shape[self.head_axis] // (2 if self.interleaved else 1)
+    def num_slots(self, pool: Array) -> int:
+        """P·S, the slots of a pool or its abstract value."""
+        return pool.shape[self.page_axis] * pool.shape[self.token_axis]
 
-    def split(self, pool: Array, which: int) -> Array:
+    def kv_heads(self, pool: Array, num_padding_heads: int) -> int:
+        """K, the key/value heads, of a pool or its abstract value."""
+        return (pool.shape[self.head_axis] - num_padding_heads) // (2 if self.interleaved else 1)
+
+    def padding_heads(self, pool: Array, kv_heads: int) -> int:
+        """How many heads of a pool, or its abstract value, are none of the K key/value heads."""
+        return pool.shape[self.head_axis] - kv_heads * (2 if self.interleaved else 1)
+
+    def split(self, pool: Array, which: int, kv_heads: int) -> Array:
         """Keys (`which` 0) or values (1) as `[P, S, K, H]`: a view as far as XLA can make it one."""
-        heads = pool[:, :, which::2] if self.interleaved else pool
+        heads = pool[:, :, which : 2 * kv_heads : 2] if self.interleaved else pool
         return jnp.moveaxis(heads, (self.page_axis, self.token_axis), (0, 1))
 
     def merge(self, pages: Array, which: int, pool: Array) -> Array:
         """The transpose of `split`: `[P, S, K, H]` in the place of `pool`, whose values are not used, else zeros."""
         aval = jax.ShapeDtypeStruct(pool.shape, pages.dtype)
-        (merged,) = jax.linear_transpose(lambda pool: self.split(pool, which), aval)(pages)
+        (merged,) = jax.linear_transpose(lambda pool: self.split(pool, which, pages.shape[2]), aval)(pages)
         return merged
 
 

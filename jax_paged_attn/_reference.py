@@ -35,10 +35,9 @@ def attention(
     layout: str,
 ) -> tuple[Array, Array]:
     """Returns `out [T, N, H]` in q's dtype and `lse [T, N]` float32, for the primitive's operands and parameters."""
-    k_pages, v_pages = (LAYOUTS[layout].split(pool, which) for which, pool in enumerate((k_pages, v_pages)))
     num_rows, num_heads, head_dim = q.shape
-    num_seqs = block_tables.shape[0]
-    kv_heads = k_pages.shape[2]
+    num_seqs, kv_heads = block_tables.shape[0], k_scale.shape[1]
+    k_pages, v_pages = (LAYOUTS[layout].split(pool, i, kv_heads) for i, pool in enumerate((k_pages, v_pages)))
     nothing = (jnp.zeros(q.shape, jnp.float32), jnp.full((num_rows, num_heads), -jnp.inf, jnp.float32))
     if num_seqs == 0:  # under `jax.disable_jit` JAX refuses loops of zero steps
         return nothing[0].astype(q.dtype), nothing[1]
@@ -121,14 +120,16 @@ def _softmax_average(scores: Array, visible: Array, sink: Array, values: Array) 
     return out, jnp.where(some, shift + jnp.log(divisor), -jnp.inf)
 
 
-@jax.jit
-def write(
-    k_pages: Array, v_pages: Array, k: Array, v: Array, slot_mapping: Array, k_scale: Array, v_scale: Array
-) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnames="layout")
+def write(*operands: Array, layout: str = "split") -> tuple[Array, ...]:
     """Returns the pools with the tokens of `k`, `v` `[T, K, H]` stored at `slot_mapping [T]`."""
-    num_slots = k_pages.shape[0] * k_pages.shape[1]
+    *pools, k, v, slot_mapping, k_scale, v_scale = operands
+    num_slots = LAYOUTS[layout].num_slots(pools[0])
     targets = jnp.where(last_writer(slot_mapping, num_slots), slot_mapping, num_slots)
-    return _scatter(k_pages, k, targets, k_scale), _scatter(v_pages, v, targets, v_scale)
+    stored = [_stored(x, scale, pools[0].dtype) for x, scale in ((k, k_scale), (v, v_scale))]
+    if LAYOUTS[layout].interleaved:
+        stored = [jnp.stack(stored, axis=2).reshape(k.shape[0], 2 * k.shape[1], k.shape[2])]
+    return tuple(_scatter(pool, tokens, targets, layout) for pool, tokens in zip(pools, stored, strict=True))
 
 
 def last_writer(slots: Array, num_slots: int) -> Array:
@@ -141,14 +142,23 @@ def last_writer(slots: Array, num_slots: int) -> Array:
     return in_pool & jnp.zeros(slots.shape, bool).at[order].set(ends_run)
 
 
-def _scatter(pages: Array, tokens: Array, targets: Array, scale: Array) -> Array:
-    num_pages, page_size, kv_heads, head_dim = pages.shape
-    scale = row_of_each_sequence(scale, tokens.shape[0], kv_heads, 1.0)
+def _stored(tokens: Array, scale: Array, dtype: jnp.dtype) -> Array:
+    """New tokens `[T, K, H]` as pages hold them."""
+    scale = row_of_each_sequence(scale, tokens.shape[0], tokens.shape[1], 1.0)
     # The barrier keeps XLA from multiplying by a rounded reciprocal where it sees one divisor for many values.
     divisor = jax.lax.optimization_barrier(jnp.broadcast_to(scale[:, :, None], tokens.shape))
-    stored = quantize(tokens.astype(jnp.float32) / divisor, pages.dtype)
-    flat = pages.reshape(num_pages * page_size, kv_heads, head_dim)
-    return flat.at[targets].set(stored, mode="drop", unique_indices=False).reshape(pages.shape)
+    return quantize(tokens.astype(jnp.float32) / divisor, dtype)
+
+
+def _scatter(pool: Array, tokens: Array, targets: Array, layout: str) -> Array:
+    """The pool with `tokens [T, heads, H]` in the slots `targets`; heads beyond those stay."""
+    shape, page_axis = pool.shape, LAYOUTS[layout].page_axis
+    flat = pool.reshape(*shape[:page_axis], LAYOUTS[layout].num_slots(pool), *shape[page_axis + 2 :])
+    if page_axis:
+        return flat.at[:, targets].set(tokens.swapaxes(0, 1), mode="drop").reshape(shape)
+    heads = tokens.shape[1]
+    where = targets if heads == flat.shape[1] else (targets, slice(heads))
+    return flat.at[where].set(tokens, mode="drop").reshape(shape)
 
 
 def quantize(values: Array, dtype: jnp.dtype) -> Array:
@@ -162,12 +172,13 @@ def quantize(values: Array, dtype: jnp.dtype) -> Array:
     return values.astype(dtype)
 
 
-@jax.jit
-def read_tokens(pages: Array, slots: Array, scale: Array) -> Array:
-    """The value in the slot of each token, `[T, K, H]` float32, divided by its scale; 0 if the token is not there.
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def read_tokens(pool: Array, slots: Array, scale: Array, which: int, layout: str) -> Array:
+    """The key (`which` 0) or value (1) in the slot of each token, `[T, K, H]` float32, divided by its scale.
 
-    As a linear map this is the transpose of the write.
+    It is 0 if the token is not there. As a linear map this is the transpose of the write.
     """
+    pages = LAYOUTS[layout].split(pool, which, scale.shape[1])
     num_pages, page_size, kv_heads, head_dim = pages.shape
     num_slots = num_pages * page_size
     targets = jnp.where(last_writer(slots, num_slots), slots, num_slots)

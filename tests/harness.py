@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 import oracle
-from cases import BY_NAME, DTYPES, FAMILIES, LSE_BOUND, OUT_BOUND, Array, Case, build
+from cases import BY_NAME, DTYPES, FAMILIES, LSE_BOUND, OUT_BOUND, Array, Case, build, poison
 
 import jax_paged_attn as jpa
-from jax_paged_attn import _engines, compat
+from jax_paged_attn import _call, _engines, _primitive, compat
 
 # A single row may be this much worse than the bound on the whole output: the bound alone would let one wrong row of
 # many pass, while a row of small values may exceed it by rounding.
@@ -45,7 +45,8 @@ def reference_is_slow(case: Case, place: int) -> bool:
 def compiled(function: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     """`jit` of a function of the package, one for each set of static keywords, so that cases share compilations."""
     module, _, name = function.rpartition(".")
-    return jax.jit(functools.partial(getattr(compat if module else jpa, name), **dict(static)))
+    where = {"": jpa, "compat": compat, "harness": sys.modules[__name__]}[module]
+    return jax.jit(functools.partial(getattr(where, name), **dict(static)))
 
 
 def call(function: str, *args: Any, **kwargs: Any) -> Any:
@@ -73,19 +74,58 @@ def arguments(case: Case) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     if case.layout == "interleaved":
         kv_lens, tables, cu_q_lens, num_seqs = rest
         num_seqs = np.array([len(kv_lens)], np.int32) if num_seqs is None else num_seqs
+        pools = (interleave(k_pages, v_pages, case.padding_heads),)
+        if case.padding_heads:
+            named["kv_heads"] = case.num_kv_heads
+            return "harness.padded_attention", (q, *pools, kv_lens, tables, cu_q_lens, num_seqs), named
         named["sm_scale"] = named.pop("scale", case.head_dim**-0.5)
-        pools = (interleave(k_pages, v_pages),)
         return "compat.ragged_paged_attention", (q, *pools, kv_lens, tables, cu_q_lens, num_seqs), named
     assert named.pop("scale") == 1
     named["attn_logits_soft_cap"] = named.pop("soft_cap", None)
-    pools = tuple(np.ascontiguousarray(np.moveaxis(x, 2, 0)) for x in (k_pages, v_pages))
-    return "compat.paged_attention", (q, *pools, *rest), named
+    return "compat.paged_attention", (q, *in_layout("head_major", k_pages, v_pages), *rest), named
 
 
-def interleave(k_pages: Any, v_pages: Any) -> Any:
-    """`[P, S, K, H]` each -> `[P, S, 2K, H]`, each key head in front of its value head."""
+def in_layout(layout: str, k_pages: Any, v_pages: Any, xp: Any = np) -> tuple[Any, ...]:
+    """Pools `[P, S, K, H]` as a layout has them: the name of one, or "padded", interleaved with a padding head.
+
+    Traced ones need `jax.numpy` as `xp`.
+    """
+    if layout == "split":
+        return k_pages, v_pages
+    if layout == "head_major":
+        return tuple(xp.moveaxis(x, 2, 0).copy() for x in (k_pages, v_pages))
+    return (interleave(k_pages, v_pages, padding_heads=int(layout == "padded"), xp=xp),)
+
+
+def write_in_layout(*operands: Any, layout: str, **scales: Any) -> tuple[Any, ...]:
+    """The pools of `in_layout` after a write of k and v to slots, as the public functions and `compat` write."""
+    *pools, k, v, slots = operands
+    if layout == "padded":
+        of_keys_and_values = (scales.get("k_scale"), scales.get("v_scale"))
+        keywords = {"layout": "interleaved", "kv_heads": k.shape[1]}
+        return _call.write("write", pools, (k, v), slots, of_keys_and_values, **keywords)
+    write: Any = {
+        "split": jpa.write_kv_pages,
+        "interleaved": compat.write_interleaved_kv_pages,
+        "head_major": compat.write_head_major_kv_pages,
+    }[layout]
+    written = write(*operands, **scales)
+    return (written,) if layout == "interleaved" else written
+
+
+def interleave(k_pages: Any, v_pages: Any, padding_heads: int = 0, xp: Any = np) -> Any:
+    """`[P, S, K, H]` each -> `[P, S, 2K, H]`, each key head in front of its value head, poisoned heads behind."""
     pages, page_size, kv_heads, head_dim = k_pages.shape
-    return np.stack([k_pages, v_pages], axis=3).reshape(pages, page_size, 2 * kv_heads, head_dim)
+    pool = xp.stack([k_pages, v_pages], axis=3).reshape(pages, page_size, 2 * kv_heads, head_dim)
+    return xp.concatenate([pool, poison((pages, page_size, padding_heads, head_dim), pool.dtype)], axis=2)
+
+
+def padded_attention(q: Any, kv_pages: Any, *rest: Any, kv_heads: int, **options: Any) -> Any:
+    """Ragged attention to an interleaved pool with padding heads, as `compat` asks for it."""
+    defaults = dict.fromkeys(("scale", "sliding_window", "soft_cap", "implementation"))
+    options = {**defaults, "batch_invariant": False, "return_lse": False, **options}
+    operands: tuple[Any, ...] = (_primitive.attention, q, kv_pages, kv_pages, *rest, options)
+    return _call.ragged(*operands, layout="interleaved", kv_heads=kv_heads)
 
 
 _expected: dict[str, tuple[Array, Array]] = {}

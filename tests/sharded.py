@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,19 +151,36 @@ def test_partitioned_without_moving_an_operand(kind: AxisType, split: str, deriv
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
 
 
-def test_partitioned_over_pools_of_other_layouts() -> None:
-    """Sequences are split, heads are not: right, whatever is sharded."""
-    q, k_pages, v_pages, *_ = finite(Problem.of(DECODE).operands)
-    lengths, tables = np.asarray(DECODE.kv_lens, np.int32), np.arange(32, dtype=np.int32).reshape(8, 4) % len(k_pages)
-    pools = [np.moveaxis(pages, 2, 0) for pages in (k_pages, v_pages)]
-    mesh = mesh_of(x=2, y=4)
-    want = jpa.paged_attention(q, k_pages, v_pages, tables, lengths, scale=1.0)
-    for heads in (None, "y"):
-        pool = P(heads)
-        specs = (P("x", heads), pool, pool, P("x"), P("x"))
-        compiled, placed = compile_sharded(compat.paged_attention, (q, *pools, tables, lengths), mesh, specs)
+POOLS = {"split": P(None, None, "x"), "interleaved": P(None, None, "x"), "head_major": P("x")}
+
+
+@pytest.mark.parametrize("derivative", ["forward", "gradient"])
+@pytest.mark.parametrize("layout", ["interleaved", "head_major"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_partitioned_over_pools_of_other_layouts(kind: AxisType, layout: str, derivative: str) -> None:
+    """Heads are split where the pools lie, without moving an operand; forward, queries may be on every device."""
+    case: Case = {"interleaved": RAGGED, "head_major": DECODE}[layout]
+    scaled = functools.partial(compat.ragged_paged_attention, sm_scale=0.25)
+    function: Any = {"interleaved": scaled, "head_major": compat.paged_attention}[layout]
+    q, k_pages, v_pages, sinks, k_scale, *where = finite(Problem.of(case).operands)
+    pools = harness.in_layout(layout, k_pages, v_pages)
+    if layout == "interleaved":
+        where.append(np.full(1, len(case.kv_lens), np.int32))
+
+    def attend(q: Any, sinks: Any, k_scale: Any, *operands: Any) -> Any:
+        return function(q, *operands, sinks=sinks, k_scale=k_scale, return_lse=True)
+
+    def gradient(*operands: Any) -> Any:
+        return jax.grad(lambda *xs: loss(attend(*xs)), (0, 1, *range(3, 3 + len(pools))))(*operands)
+
+    run, heads = (attend, None) if derivative == "forward" else (gradient, "x")
+    operands, mesh = (q, sinks, k_scale, *pools, *where), mesh_of(kind, x=8)
+    want = jax.jit(run)(*operands)
+    specs = (P(None, heads), P("x"), P("x"), *[POOLS[layout]] * len(pools), *[P()] * len(where))
+    with within(mesh):
+        compiled, placed = compile_sharded(run, operands, mesh, specs)
         assert_same(compiled(*placed), want)
-        assert bool(collectives(compiled)) == (heads is not None)
+    assert collectives(compiled) == []
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -199,29 +217,33 @@ def test_other_shardings_give_the_same(kind: AxisType, case: Case, pool: P, q: P
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("dtype", [np.float32, np.int8])
-def test_write_is_in_place_on_each_device(kind: AxisType, dtype: Any) -> None:
-    mesh, pool = mesh_of(kind, x=8), P(None, None, "x")
-    rng = np.random.default_rng(0)
-    pools = tuple(rng.integers(-9, 9, (6, 4, 8, 16)).astype(dtype) for _ in "kv")
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("split", np.float32), ("split", np.int8), ("interleaved", np.int8), ("head_major", np.float32)],
+)
+def test_write_is_in_place_on_each_device(kind: AxisType, layout: str, dtype: Any) -> None:
+    mesh, rng = mesh_of(kind, x=8), np.random.default_rng(0)
+    pools = harness.in_layout(layout, *(rng.integers(-9, 9, (6, 4, 8, 16)).astype(dtype) for _ in "kv"))
     tokens = tuple(rng.standard_normal((5, 8, 16), np.float32) for _ in "kv")
     slots, scale = np.array([3, -1, 23, 3, 24], np.int32), np.linspace(0.1, 0.8, 8, dtype=np.float32)
 
     def write(*args: Any) -> Any:
-        return jpa.write_kv_pages(*args[:-1], k_scale=args[-1], v_scale=args[-1])
+        return harness.write_in_layout(*args[:-1], layout=layout, k_scale=args[-1], v_scale=args[-1])
 
     def addresses(arrays: Any) -> list[int]:
         return [shard.data.unsafe_buffer_pointer() for x in arrays for shard in x.addressable_shards]
 
-    operands, specs = (*pools, *tokens, slots, scale), (pool, pool, P(None, "x"), P(None, "x"), P(), P("x"))
+    operands, count = (*pools, *tokens, slots, scale), len(pools)
+    specs = (*[POOLS[layout]] * count, P(None, "x"), P(None, "x"), P(), P("x"))
     want = jax.jit(write)(*operands)
     with within(mesh):
-        compiled, placed = compile_sharded(write, operands, mesh, specs, donate_argnums=(0, 1))
-        before = addresses(placed[:2])
+        compiled, placed = compile_sharded(write, operands, mesh, specs, donate_argnums=range(count))
+        before = addresses(placed[:count])
         got = compiled(*placed)
     assert addresses(got) == before
     assert collectives(compiled) == []
-    assert not re.search(r"\[6,4,1,16\]\S* copy\(", compiled.as_text())
+    shard = {"split": "6,4,1,16", "interleaved": "6,4,2,16", "head_major": "1,6,4,16"}[layout]
+    assert not re.search(rf"\[{shard}\]\S* copy\(", compiled.as_text())
     for mine, theirs in zip(got, want, strict=True):
         np.testing.assert_array_equal(mine, theirs)
 

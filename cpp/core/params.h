@@ -14,17 +14,16 @@ struct PageStrides {
   int64_t head;
 };
 
-// The strides of a pool of `num_pages` pages without gaps.
+// The strides of a pool of `num_pages` pages without gaps; an interleaved one may have padding heads.
 constexpr PageStrides StridesOf(PageLayout layout, int64_t num_pages, int64_t page_size, int64_t num_kv_heads,
-                                int64_t head_dim) {
+                                int64_t head_dim, int64_t num_padding_heads = 0) {
+  const int64_t interleaved_token = (2 * num_kv_heads + num_padding_heads) * head_dim;
   switch (layout) {
     case PageLayout::kSplit:
       return {
           .page = page_size * num_kv_heads * head_dim, .token = num_kv_heads * head_dim, .head = head_dim};
     case PageLayout::kInterleaved:
-      return {.page = 2 * page_size * num_kv_heads * head_dim,
-              .token = 2 * num_kv_heads * head_dim,
-              .head = 2 * head_dim};
+      return {.page = page_size * interleaved_token, .token = interleaved_token, .head = 2 * head_dim};
     case PageLayout::kHeadMajor:
       return {.page = page_size * head_dim, .token = head_dim, .head = num_pages * page_size * head_dim};
   }

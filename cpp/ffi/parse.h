@@ -89,6 +89,12 @@ inline Status Expect(const NamedBuffer& argument, const std::vector<int64_t>& sh
   return Status::Internal(std::string(argument.spec->name) + ": its dtype depends on the call");
 }
 
+// The dtype and shape of another tensor.
+inline Status ExpectLike(const NamedBuffer& argument, const NamedBuffer& other) {
+  const auto dims = other.buffer.dimensions();
+  return Expect(argument, other.dtype(), {dims.begin(), dims.end()});
+}
+
 // [X, columns] in f32, where X is 0 or divides `period`.
 inline Status ExpectRepeated(const NamedBuffer& argument, int64_t columns, int64_t period,
                              const char* letter) {
@@ -151,11 +157,17 @@ constexpr PoolShape ShapeOfPool(PageLayout layout) {
 // The facts that both pools share.
 struct Pools {
   DType dtype;
-  int64_t num_k_pages, num_v_pages, page_size, num_kv_heads, head_dim;
+  int64_t num_k_pages, num_v_pages, page_size, num_kv_heads, num_padding_heads, head_dim;
 };
 
+// Bytes in front of a pool's first value; a pool without pages has no memory to point into.
+constexpr int64_t FirstValue(PageLayout layout, int64_t num_pages, int64_t head_dim, DType dtype) {
+  return layout == PageLayout::kInterleaved && num_pages > 0 ? head_dim * ByteWidth(dtype) : 0;
+}
+
+// An interleaved pool has at least 2 * `num_kv_heads` heads; 0: as many key/value heads as it has room for.
 inline Status ParsePages(const NamedBuffer& k_pages, const NamedBuffer& v_pages, PageLayout layout,
-                         Pools* pools) {
+                         int64_t num_kv_heads, Pools* pools) {
   const PoolShape shape = ShapeOfPool(layout);
   if (Status s = ExpectRank(k_pages, shape.text); !s.ok()) return s;
   if (!ParseDType(k_pages.dtype(), &pools->dtype)) {
@@ -168,8 +180,17 @@ inline Status ParsePages(const NamedBuffer& k_pages, const NamedBuffer& v_pages,
   if (pools->page_size < 1 || heads < 1 || pools->head_dim < 1) {
     return Mismatch(k_pages, "at least 1 in dimensions S, K and H");
   }
-  if (heads % shape.heads_per_kv_head != 0) return Mismatch(k_pages, std::string("shape ") + shape.text);
-  pools->num_kv_heads = heads / shape.heads_per_kv_head;
+  if (layout == PageLayout::kInterleaved && num_kv_heads > 0) {
+    pools->num_kv_heads = num_kv_heads;
+    pools->num_padding_heads = heads - 2 * num_kv_heads;
+    if (pools->num_padding_heads < 0) {
+      return Mismatch(k_pages, "at least " + std::to_string(2 * num_kv_heads) + " heads");
+    }
+  } else {
+    if (heads % shape.heads_per_kv_head != 0) return Mismatch(k_pages, std::string("shape ") + shape.text);
+    pools->num_kv_heads = heads / shape.heads_per_kv_head;
+    pools->num_padding_heads = 0;
+  }
   if (Status s = ExpectRank(v_pages, shape.text); !s.ok()) return s;
   pools->num_v_pages = v_pages.dim(shape.pages);
   std::vector<int64_t> expected(k_pages.buffer.dimensions().begin(), k_pages.buffer.dimensions().end());
@@ -195,8 +216,8 @@ inline Status CheckAttributes(const AttentionAttributes& attributes) {
 }
 
 // Dtypes and shapes of all tensors against each other.
-inline Status ParseAttentionProblem(const AttentionTensors& tensors, const AttentionAttributes& attributes,
-                                    AttentionProblem* problem) {
+inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Target& target,
+                                    const AttentionAttributes& attributes, AttentionProblem* problem) {
   const NamedBuffer &q = tensors["q"], &k_pages = tensors["k_pages"], &block_tables = tensors["block_tables"];
   DType q_dtype{};
   PageLayout layout{};
@@ -204,7 +225,9 @@ inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Atten
   if (Status s = ParseLayout(attributes.layout, &layout); !s.ok()) return s;
   if (Status s = ExpectRank(q); !s.ok()) return s;
   if (Status s = ParseFloating(q, &q_dtype); !s.ok()) return s;
-  if (Status s = ParsePages(k_pages, tensors["v_pages"], layout, &pools); !s.ok()) return s;
+  if (Status s = ExpectRank(tensors["k_scale"]); !s.ok()) return s;
+  const int64_t given_kv_heads = target.version >= kPaddingSince ? tensors["k_scale"].dim(1) : 0;
+  if (Status s = ParsePages(k_pages, tensors["v_pages"], layout, given_kv_heads, &pools); !s.ok()) return s;
   if (pools.dtype != q_dtype && ByteWidth(pools.dtype) > 1) {
     return Mismatch(k_pages, std::string("the dtype of q, ") + NameOf(q.dtype()) + ", or an 8-bit dtype");
   }
@@ -249,22 +272,23 @@ inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Atten
               .num_sinks = tensors["sinks"].dim(0),
               .num_k_scales = tensors["k_scale"].dim(0),
               .num_v_scales = tensors["v_scale"].dim(0),
-              .layout = layout};
+              .layout = layout,
+              .num_padding_heads = pools.num_padding_heads};
   return Status::Ok();
 }
 
-inline Status ParseAttention(const AttentionTensors& tensors, const AttentionAttributes& attributes,
-                             AttentionProblem* problem, AttentionParams* params) {
-  if (Status s = ParseAttentionProblem(tensors, attributes, problem); !s.ok()) return s;
+inline Status ParseAttention(const AttentionTensors& tensors, const Target& target,
+                             const AttentionAttributes& attributes, AttentionProblem* problem,
+                             AttentionParams* params) {
+  if (Status s = ParseAttentionProblem(tensors, target, attributes, problem); !s.ok()) return s;
   if (Status s = CheckAttributes(attributes); !s.ok()) return s;
 
   const auto strides_of = [&](int64_t num_pages) {
-    return StridesOf(problem->layout, num_pages, problem->page_size, problem->num_kv_heads,
-                     problem->head_dim);
+    return StridesOf(problem->layout, num_pages, problem->page_size, problem->num_kv_heads, problem->head_dim,
+                     problem->num_padding_heads);
   };
-  // Bytes in front of the first value; a pool without pages has no memory to point into.
-  const bool behind_key = problem->layout == PageLayout::kInterleaved && problem->num_v_pages > 0;
-  const int64_t first_value = behind_key ? problem->head_dim * ByteWidth(problem->kv_dtype) : 0;
+  const int64_t first_value =
+      FirstValue(problem->layout, problem->num_v_pages, problem->head_dim, problem->kv_dtype);
   *params = {.q = tensors["q"].data<const void>(),
              .k_pages = tensors["k_pages"].data<const void>(),
              .v_pages = tensors["v_pages"].data<const char>() + first_value,
@@ -287,17 +311,23 @@ inline Status ParseAttention(const AttentionTensors& tensors, const AttentionAtt
   return Status::Ok();
 }
 
-inline Status ParseWrite(const WriteTensors& tensors, WriteProblem* problem, WriteParams* params) {
+inline Status ParseWrite(const WriteTensors& tensors, const WriteAttributes& attributes,
+                         WriteProblem* problem, WriteParams* params) {
   const NamedBuffer &k_pages = tensors["k_pages"], &v_pages = tensors["v_pages"], &k = tensors["k"];
   const NamedBuffer &k_result = tensors["k_pages (result)"], &v_result = tensors["v_pages (result)"];
   DType new_dtype{};
+  PageLayout layout{};
   Pools pools{};
-  if (Status s = ParsePages(k_pages, v_pages, PageLayout::kSplit, &pools); !s.ok()) return s;
+  if (Status s = ParseLayout(attributes.layout, &layout); !s.ok()) return s;
+  if (Status s = ExpectRank(k); !s.ok()) return s;
+  if (Status s = ParsePages(k_pages, v_pages, layout, k.dim(1), &pools); !s.ok()) return s;
+  const bool one_pool = layout == PageLayout::kInterleaved;
   const int64_t num_pages = pools.num_k_pages;
-  if (pools.num_v_pages != num_pages)
+  if (one_pool && pools.num_v_pages != 0)
+    return Mismatch(v_pages, "no pages, since k_pages holds the values");
+  if (!one_pool && pools.num_v_pages != num_pages)
     return Mismatch(v_pages, "as many pages as k_pages, " + std::to_string(num_pages));
   if (Status s = ParseFloating(k, &new_dtype); !s.ok()) return s;
-  if (Status s = ExpectRank(k); !s.ok()) return s;
   const int64_t num_tokens = k.dim(0);
   const std::vector<int64_t> rows = {num_tokens, pools.num_kv_heads, pools.head_dim};
   if (Status s = Expect(k, k.dtype(), rows); !s.ok()) return s;
@@ -305,18 +335,20 @@ inline Status ParseWrite(const WriteTensors& tensors, WriteProblem* problem, Wri
   if (Status s = Expect(tensors["slot_mapping"], {num_tokens}); !s.ok()) return s;
   if (Status s = ExpectRepeated(tensors["k_scale"], pools.num_kv_heads, num_tokens, "T"); !s.ok()) return s;
   if (Status s = ExpectRepeated(tensors["v_scale"], pools.num_kv_heads, num_tokens, "T"); !s.ok()) return s;
-  const std::vector<int64_t> pool = {num_pages, pools.page_size, pools.num_kv_heads, pools.head_dim};
-  if (Status s = Expect(k_result, k_pages.dtype(), pool); !s.ok()) return s;
-  if (Status s = Expect(v_result, k_pages.dtype(), pool); !s.ok()) return s;
+  if (Status s = ExpectLike(k_result, k_pages); !s.ok()) return s;
+  if (Status s = ExpectLike(v_result, v_pages); !s.ok()) return s;
   // The call is made with both pools aliased; anything else would return pages with only the new tokens in
   // them.
-  if (k_result.data<void>() != k_pages.data<void>() || v_result.data<void>() != v_pages.data<void>()) {
+  const bool are_aliased = k_result.data<void>() == k_pages.data<void>() &&
+                           (one_pool || v_result.data<void>() == v_pages.data<void>());
+  if (!are_aliased) {
     return Status::InvalidArgument(
         "k_pages, v_pages: expected results aliased to these operands, got others");
   }
 
-  const PageStrides strides =
-      StridesOf(PageLayout::kSplit, num_pages, pools.page_size, pools.num_kv_heads, pools.head_dim);
+  const PageStrides strides = StridesOf(layout, num_pages, pools.page_size, pools.num_kv_heads,
+                                        pools.head_dim, pools.num_padding_heads);
+  const int64_t first_value = FirstValue(layout, num_pages, pools.head_dim, pools.dtype);
   *problem = {.new_dtype = new_dtype,
               .kv_dtype = pools.dtype,
               .num_tokens = num_tokens,
@@ -332,7 +364,7 @@ inline Status ParseWrite(const WriteTensors& tensors, WriteProblem* problem, Wri
              .k_scale = tensors["k_scale"].data_or_null<const float>(),
              .v_scale = tensors["v_scale"].data_or_null<const float>(),
              .k_pages = k_result.data<void>(),
-             .v_pages = v_result.data<void>(),
+             .v_pages = one_pool ? k_result.data<char>() + first_value : v_result.data<void>(),
              .k_strides = strides,
              .v_strides = strides};
   return Status::Ok();

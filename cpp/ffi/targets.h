@@ -14,7 +14,9 @@ namespace jpa {
 
 inline constexpr char kAttentionV1[] = "jax_paged_attn.attention.v1";
 inline constexpr char kAttentionV2[] = "jax_paged_attn.attention.v2";  // v1 with an attribute for the layout
+inline constexpr char kAttentionV3[] = "jax_paged_attn.attention.v3";  // v2 with padding heads
 inline constexpr char kWriteV1[] = "jax_paged_attn.write.v1";
+inline constexpr char kWriteV2[] = "jax_paged_attn.write.v2";  // v1 with an attribute for the layout
 
 enum class ElementType : uint8_t {
   kFloat,  // float32, bfloat16 or float16
@@ -70,15 +72,16 @@ inline constexpr TensorTable<7, 2> kWriteTensors = {
         {.name = "slot_mapping", .dtype = ElementType::kS32, .rank = 1, .shape = "[T]"},
         {.name = "k_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
         {.name = "v_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
-        // Aliased to the first two operands.
+        // Aliased to the first two operands; an interleaved call has one pool, the first, and an empty second
+        // one.
         {.name = "k_pages (result)", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
         {.name = "v_pages (result)", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
     }}};
 
 enum class Platform : uint8_t { kCpu, kCuda };
 
-// A version of the attention target on a platform.
-struct AttentionTarget {
+// A version of a target on a platform.
+struct Target {
   Platform platform;
   int version;
 };
@@ -88,7 +91,7 @@ struct AttributeSpec {
   bool on_cpu = true;
   int since = 1;  // version of the target
 
-  constexpr bool BelongsTo(const AttentionTarget& target) const {
+  constexpr bool BelongsTo(const Target& target) const {
     return target.version >= since && (on_cpu || target.platform == Platform::kCuda);
   }
 };
@@ -104,6 +107,10 @@ inline constexpr auto kAttentionAttributes = std::to_array<AttributeSpec>({
     {.name = "workspace_limit", .on_cpu = false},
     {.name = "layout", .since = 2},
 });
+inline constexpr auto kWriteAttributes = std::to_array<AttributeSpec>({{.name = "layout", .since = 2}});
+
+// From this version on, an interleaved pool may have padding heads.
+inline constexpr int kPaddingSince = 3;
 
 // The index of an entry by its name; does not compile where there is none.
 template <typename Entries>

@@ -5,11 +5,7 @@ Code written for `jax.experimental.pallas.ops.tpu.ragged_paged_attention` or for
 lie. All that holds of `paged_attention` and `ragged_paged_attention` holds here: edges, gradients, `vmap`, export,
 `explain`. The modules `compat.levanter` and `compat.ejkernel` have the calls of other stacks.
 
-Such code writes its pages with plain JAX, in place where they are donated (XLA copies 16-bit ones on CPU). With slots
-`page · S + offset`:
-
-    kv_pages.reshape(P * S, 2 * K, H).at[slots].set(jnp.stack([k, v], axis=2).reshape(T, 2 * K, H), mode="drop")
-    k_pages.reshape(K, P * S, H).at[:, slots].set(k.swapaxes(0, 1), mode="drop")
+`write_interleaved_kv_pages` and `write_head_major_kv_pages` write such pages, in place where they are donated.
 """
 
 from jax_paged_attn.compat import ejkernel as ejkernel
@@ -17,5 +13,12 @@ from jax_paged_attn.compat import levanter as levanter
 from jax_paged_attn.compat._gpu import paged_attention
 from jax_paged_attn.compat._keywords import DEFAULT_MASK_VALUE
 from jax_paged_attn.compat._tpu import ragged_paged_attention
+from jax_paged_attn.compat._write import write_head_major_kv_pages, write_interleaved_kv_pages
 
-__all__ = ["DEFAULT_MASK_VALUE", "paged_attention", "ragged_paged_attention"]
+__all__ = [
+    "DEFAULT_MASK_VALUE",
+    "paged_attention",
+    "ragged_paged_attention",
+    "write_head_major_kv_pages",
+    "write_interleaved_kv_pages",
+]

@@ -40,6 +40,7 @@ class Case:
     # The layout of the pools that engines get: [P, S, K, H] each; or, by `jax_paged_attn.compat`, one [P, S, 2K, H] for
     # ragged calls, and [K, P, S, H] each for decode with scale 1.
     layout: Literal["split", "interleaved", "head_major"] = "split"
+    padding_heads: int = 0  # of an interleaved pool: garbage behind the heads of each token
     why: str = field(default="", compare=False, repr=False)  # the reason why the suite has it
 
     def __str__(self) -> str:

@@ -59,7 +59,7 @@ class Inputs:
         return positional, {"sinks": self.sinks, "k_scale": self.k_scale, "v_scale": self.v_scale}
 
 
-def _poison(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+def poison(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """NaN and infinities in turn, as far as the dtype has them."""
     if dtype == np.int8:
         return np.full(shape, 127, dtype)
@@ -85,7 +85,7 @@ def build(case: Case) -> Inputs:
     cu_q_lens = np.array(case.cu_q_lens or (0, *np.cumsum(case.q_lens)), np.int32)
 
     pool_shape = (num_pages, page_size, case.num_kv_heads, case.head_dim)
-    k_pages, v_pages = _poison(pool_shape, page_dtype), _poison(pool_shape, page_dtype)
+    k_pages, v_pages = poison(pool_shape, page_dtype), poison(pool_shape, page_dtype)
     garbage = cycle([-1, num_pages, INT32_MAX, INT32_MIN, num_pages + 9])
     block_tables = np.array([next(garbage) for _ in range(batch * max_pages)], np.int32).reshape(batch, max_pages)
     free_pages = iter(rng.permutation(num_pages))
@@ -110,7 +110,7 @@ def build(case: Case) -> Inputs:
                     risen += (case.rising * steps / np.sqrt(case.head_dim))[:, None, None]
                     k_pages[page, : used[0]] = risen.astype(page_dtype)
 
-    q = _poison((rows, case.num_heads, case.head_dim), q_dtype)
+    q = poison((rows, case.num_heads, case.head_dim), q_dtype)
     starts = np.maximum.accumulate(np.clip(cu_q_lens, 0, rows))
     claimed = slice(starts[0], starts[live])
     values = random_values(rng, q[claimed].shape, np.dtype(np.float32))

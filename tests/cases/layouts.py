@@ -13,7 +13,7 @@ BAD = ((0, 0, -1), (1, 0, 19), (3, 1, INT32_MAX))
 
 
 def cases() -> list[Case]:
-    return [*_interleaved(), *_head_major()]
+    return [*_interleaved(), *_padded(), *_head_major()]
 
 
 def _interleaved() -> list[Case]:
@@ -33,6 +33,23 @@ def _interleaved() -> list[Case]:
         ("one_kv_head", "keys and values alternate by row", {"num_kv_heads": 1, "dtype": "bf16", **prompts}),
     ]
     return [MIXED.vary(f"interleaved_{name}", why, layout="interleaved", **fields) for name, why, fields in variants]
+
+
+def _padded() -> list[Case]:
+    """Interleaved pools with more heads than there are, as RPA v3 pads 8-bit ones to four per 32 bits."""
+    prompts: dict[str, Any] = {"q_lens": (150, 1, 70, 33), "kv_lens": (150, 60, 70, 129), "max_pages": 10, "rows": 254}
+    page_64 = {"page_size": 64, "max_pages": 2, "kv_lens": (128, 64, 1, 127), "dtype": "bf16"}
+    variants: list[tuple[str, str, dict[str, Any]]] = [
+        ("f32", "an odd number of heads, pages outside the pool", {"padding_heads": 1, "bad_ids": BAD}),
+        ("page_size_64", "last pages copied with the pool's stride", {"padding_heads": 2, **page_64}),
+        ("prompts", "prefill in place", {"padding_heads": 2, "num_kv_heads": 1, "dtype": "bf16", **prompts}),
+        ("int8", "six heads in the place of eight", {"padding_heads": 2, "num_kv_heads": 3, "num_heads": 6}),
+    ]
+    int8 = {"dtype": "bf16", "page_dtype": "int8", "k_scale": (0.02, 0.01, 0.03), "v_scale": 0.01}
+    return [
+        MIXED.vary(f"padded_{name}", why, layout="interleaved", **fields, **(int8 if name == "int8" else {}))
+        for name, why, fields in variants
+    ]
 
 
 def _head_major() -> list[Case]:

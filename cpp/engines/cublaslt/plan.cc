@@ -67,7 +67,7 @@ int64_t GatheredBlockKeys(int64_t context, int64_t products, bool few_rows) {
 // all, else one after the other.
 PageStrides StridesOfCopies(const AttentionProblem& problem) {
   const int64_t token = StridesOf(problem.layout, problem.num_v_pages, problem.page_size,
-                                  problem.num_kv_heads, problem.head_dim)
+                                  problem.num_kv_heads, problem.head_dim, problem.num_padding_heads)
                             .token;
   const int64_t heads = problem.num_kv_heads * problem.head_dim, keys = problem.page_size * token;
   if (token >= heads) return {.page = keys, .token = token, .head = problem.head_dim};
