@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 
 from jax_paged_attn import _checks, _primitive
 from jax_paged_attn._call import ragged
+from jax_paged_attn.compat._write import write_interleaved_kv_pages
 
 __all__ = ["kv_update_unified_prefix", "ragged_paged_attention"]
 
@@ -99,13 +100,13 @@ def ragged_paged_attention(
 def kv_update_unified_prefix(
     kv_pages: ArrayLike, t_pages: ArrayLike, t_slots: ArrayLike, new_k: ArrayLike, new_v: ArrayLike, K: ArrayLike
 ) -> Array:
-    """Levanter's write into its pages: one scatter, where Levanter loops over the tokens.
+    """Levanter's write into its pages, all tokens at once; in place where the pages are donated, as Levanter does.
 
     Args:
-      kv_pages: `[P, S, 2K, H]`; donate it, as Levanter does.
+      kv_pages: `[P, S, 2K, H]` bfloat16, float16, float32, float8_e4m3fn or float8_e5m2.
       t_pages: `[T]` int32, the page of each new token. Tokens without a page in the pool are not written.
       t_slots: `[T]` int32, the place in that page.
-      new_k: `[T, K, H]`, cast to the dtype of the pages.
+      new_k: `[T, K, H]` bfloat16, float16 or float32, cast to the dtype of the pages.
       new_v: likewise.
       K: how many of the T tokens are written, the first ones; may be traced.
 
@@ -128,17 +129,18 @@ def kv_update_unified_prefix(
         _checks.as_int32(n, x) for n, x in (("t_pages", t_pages), ("t_slots", t_slots), ("K", K))
     )
     dims = _checks.Dims()
-    dims.match("kv_pages", pages, "P S 2K H", (str(pages.dtype),))
+    dims.match("kv_pages", pages, "P S 2K H", (*_checks.COMPUTE_DTYPES, *_FP8))
     for name, x in (("new_k", k), ("new_v", v)):
-        dims.match(name, x, "T K H", (str(x.dtype),))
+        dims.match(name, x, "T K H", _checks.COMPUTE_DTYPES)
     for name, x in (("t_pages", page_ids), ("t_slots", places)):
         dims.match(name, x, "T", ("int32",))
+    if str(pages.dtype) not in _FP8:
+        k, v = k.astype(pages.dtype), v.astype(pages.dtype)
     num_pages, page_size = dims["P"], dims["S"]
-    written = (jnp.arange(dims["T"]) < count) & (page_ids >= 0) & (places >= 0) & (places < page_size)
-    # One past the last page: dropped. Two indices, since page · page size may not fit in int32.
-    page_ids = jnp.where(written, page_ids, num_pages)
-    new = jnp.stack([k, v], axis=2).reshape(-1, *pages.shape[2:]).astype(pages.dtype)
-    return pages.at[page_ids, places].set(new, mode="drop")
+    written = (jnp.arange(dims["T"]) < count) & (page_ids >= 0) & (page_ids < num_pages)
+    written &= (places >= 0) & (places < page_size)
+    slots = jnp.where(written, page_ids, 0) * page_size + jnp.where(written, places, 0)
+    return write_interleaved_kv_pages(pages, k, v, jnp.where(written, slots, -1))
 
 
 def _plain(x: Any) -> Any:
