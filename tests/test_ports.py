@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import call
+from jax.sharding import AxisType
 from ports import dot_product_attention as dense
-from ports import lalamo_after, levanter_after
+from ports import lalamo_after, levanter_after, llm_examples_after
 
 from jax_paged_attn import compat
 
@@ -40,6 +41,11 @@ def parity(name: str, dtype: Any = jnp.float32) -> dict[str, Any]:
             "lalamo",
             [f"from {GPU_KERNEL} import paged_attention"],
             ["from jax_paged_attn.compat import paged_attention"],
+        ),
+        (
+            "llm_examples",
+            ["from jax.experimental.pallas.ops.gpu import paged_attention"],
+            ["from jax_paged_attn import compat as paged_attention"],
         ),
         (
             "levanter",
@@ -177,7 +183,7 @@ def test_sglang_jax(sglang_jax: Any, max_context_len: int | None) -> None:
     )
     flat = [arrays[name].reshape(15, -1) for name in "qkv"]
     step = jax.jit(lambda *x: backend(*x[:3], layer, None, {1: x[3]}, attention_sink=x[4]))
-    with jax.set_mesh(jax.make_mesh((1, 1), ("data", "tensor"))):
+    with jax.set_mesh(jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)):
         out, stored = step(*flat, arrays["pool"], arrays["sinks"].astype(jnp.float32))
     np.testing.assert_allclose(np.asarray(out, np.float32), want, rtol=2e-2, atol=1e-2)
     changed = np.argwhere((np.asarray(stored) != pool).any((2, 3, 4)))
@@ -221,6 +227,28 @@ def test_lalamo(soft_cap: float | None) -> None:
     want = reference_of_the_gpu_kernel(q * 0.125, key_pages, value_pages, tables, lengths + 1, soft_cap)
     np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(value_pages[:, tables[2, 4], 15], v[2])
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_llm_examples(quantized: bool) -> None:
+    """Pools split over a mesh; int8 ones with one scale per token and head."""
+    rng = np.random.default_rng(0)
+    q, pools = rng.standard_normal((3, 8, 1, 64), np.float32), rng.standard_normal((2, 2, 15, 16, 64), np.float32)
+    tables = jnp.asarray(rng.permutation(15).reshape(3, 5).astype(np.int32))
+    stored: list[Any]
+    lengths, (k, v), stored = jnp.array([40, 1, 80], jnp.int32), pools, [jnp.asarray(x) for x in pools]
+    if quantized:
+        scales = np.abs(pools).max(-1) / 127
+        quant = np.rint(pools / scales[..., None])
+        stored = [
+            llm_examples_after.Quantized(jnp.asarray(x, jnp.int8), jnp.asarray(s))
+            for x, s in zip(quant, scales, strict=True)
+        ]
+        k, v = quant * scales[..., None]
+    mesh = jax.make_mesh((1,), ("heads",), axis_types=(AxisType.Auto,))
+    out = llm_examples_after.attention(jnp.asarray(q), *stored, tables, lengths, mesh)
+    want = reference_of_the_gpu_kernel(q[:, :, 0] * 0.125, jnp.asarray(k), jnp.asarray(v), tables, lengths, None)
+    np.testing.assert_allclose(out[:, :, 0], want, rtol=1e-4, atol=1e-5)
 
 
 # ---- EasyDeL ---------------------------------------------------------------------------------------------------------

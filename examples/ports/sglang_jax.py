@@ -58,17 +58,15 @@ class PagedAttention(FlashAttention):
             metadata.swa_page_indices if windowed else metadata.page_indices,
             *(metadata.cu_q_lens, metadata.cu_kv_lens, metadata.distribution),
         )
-        out, pool = jax.shard_map(
+        mapped: Any = jax.shard_map(
             attend,
             in_specs=(tokens, tokens, tokens, pools, PartitionSpec(data), PartitionSpec(heads)),
             out_specs=(tokens, pools),
             check_vma=False,
-        )(
-            *(x.reshape(len(x), -1, layer.head_dim) for x in (q, k, v)),
-            self._get_fused_kv_cache(forward_batch, token_to_kv_pool, layer.layer_id),
-            where,
-            attention_sink,
         )
+        flat = (x.reshape(len(x), -1, layer.head_dim) for x in (q, k, v))
+        pool = self._get_fused_kv_cache(forward_batch, token_to_kv_pool, layer.layer_id)
+        out, pool = mapped(*flat, pool, where, attention_sink)
         return out.reshape(len(q), -1), pool
 
     def _tables(self, page_indices: Array, cu_kv_lens: Array) -> Array:
