@@ -31,7 +31,7 @@ def paged(
     q, k_pages, v_pages = _query_and_pages(dims, "B N H", q, k_pages, v_pages, layout)
     block_tables = _int32(dims, "block_tables", block_tables, "B M")
     lengths = _int32(dims, "lengths", lengths, "B")
-    arrays, per_head = (q, k_pages, v_pages, block_tables, lengths), _per_head(dims, k_pages, options)
+    arrays, per_head = (q, k_pages, v_pages, block_tables, lengths), operands_per_head(dims, k_pages, options)
     scoring = _options.Scoring.checked(options, dims["H"])
     _debug.check_attention(*arrays, per_head, scoring, layout=layout)
     static = {"scoring": scoring, "decode": True, "layout": layout}
@@ -67,12 +67,12 @@ def ragged(
     if num_seqs is not None:
         num_seqs = _checks.as_int32("num_seqs", num_seqs)
         num_seqs = _int32(dims, "num_seqs", num_seqs, "1" if num_seqs.ndim else "")
-    arrays, per_head = (q, k_pages, v_pages, block_tables, kv_lens), _per_head(dims, k_pages, options)
+    arrays, per_head = (q, k_pages, v_pages, block_tables, kv_lens), operands_per_head(dims, k_pages, options)
     scoring = _options.Scoring.checked(options, dims["H"])
     rows: Any = {"cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "layout": layout, "tables_name": tables_name}
     _debug.check_attention(*arrays, per_head, scoring, **rows)
     static = {"scoring": scoring, "decode": False, "layout": layout}
-    return _attend(attend, static, options, (*arrays, *_rows_of_each(cu_q_lens, num_seqs, dims["T"]), *per_head))
+    return _attend(attend, static, options, (*arrays, *rows_of_each(cu_q_lens, num_seqs, dims["T"]), *per_head))
 
 
 def write(
@@ -118,7 +118,7 @@ def _one_row_each(num_seqs: int) -> tuple[Array, Array]:
 
 
 @functools.partial(_modes.compiled, static_argnums=2)
-def _rows_of_each(cu_q_lens: Array, num_seqs: Array | None, num_rows: int) -> tuple[Array, Array]:
+def rows_of_each(cu_q_lens: Array, num_seqs: Array | None, num_rows: int) -> tuple[Array, Array]:
     """The first rows and the row counts of ragged sequences; dead ones have no row."""
     ends = jax.lax.cummax(jnp.clip(cu_q_lens, 0, num_rows))
     counts = ends[1:] - ends[:-1]
@@ -153,7 +153,7 @@ def _int32(dims: _checks.Dims, name: str, x: ArrayLike, letters: str) -> Array:
     return array
 
 
-def _per_head(dims: _checks.Dims, k_pages: Array, options: Mapping[str, Any]) -> tuple[Array, Array, Array]:
+def operands_per_head(dims: _checks.Dims, k_pages: Array, options: Mapping[str, Any]) -> tuple[Array, Array, Array]:
     """`sinks`, `k_scale`, `v_scale` as the primitive takes them: `[1, heads]`, or `[0, heads]` where absent."""
     if options["sinks"] is None:
         sinks = _modes.zeros((0, dims["N"]), jnp.float32)

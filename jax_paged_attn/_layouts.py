@@ -1,6 +1,7 @@
 """Layouts: where keys and values stand in their pools, by the names that the primitives and the FFI targets use."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,16 @@ class Layout:
     def kv_heads(self, pool: Array, num_padding_heads: int) -> int:
         """K, the key/value heads, of a pool or its abstract value."""
         return (pool.shape[self.head_axis] - num_padding_heads) // (2 if self.interleaved else 1)
+
+    def shape_by_heads(self, pool: Array, head_dim: int) -> tuple[int, ...]:
+        """The shape of a pool, or its abstract value, with one axis of heads; an interleaved one may have any axes.
+
+        That of a pool that does not consist of heads of `head_dim` numbers is returned as it is.
+        """
+        numbers = math.prod(pool.shape[2:])
+        if not self.interleaved or len(pool.shape) < 3 or head_dim < 1 or numbers % head_dim:
+            return pool.shape
+        return (*pool.shape[:2], numbers // head_dim, head_dim)
 
     def padding_heads(self, pool: Array, kv_heads: int) -> int:
         """How many heads of a pool, or its abstract value, are none of the K key/value heads."""

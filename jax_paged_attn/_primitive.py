@@ -206,7 +206,8 @@ def _write_abstract(*operands: Any, layout: str, **_: Any) -> list[Any]:
     dims.match("k", k, "T K H", _checks.COMPUTE_DTYPES)
     for name, pool in zip(LAYOUTS[layout].pools, pools, strict=False):
         dtypes = _checks.PAGE_DTYPES if pool is pools[0] else (str(pools[0].dtype),)
-        dims.match(name, pool, LAYOUTS[layout].padded_shape, dtypes)
+        by_heads: Any = jax.ShapeDtypeStruct(LAYOUTS[layout].shape_by_heads(pool, dims["H"]), pool.dtype)
+        dims.match(name, by_heads, LAYOUTS[layout].padded_shape, dtypes)
     dims.match("v", v, "T K H", (str(k.dtype),))
     dims.match("slot_mapping", slot_mapping, "T", ("int32",))
     dims.match("k_scale", k_scale, "Xk K", ("float32",))
@@ -395,7 +396,7 @@ def _write_transpose(bars: Sequence[Any], *operands: Any, layout: str, **paramet
     nothing = [_modes.zeros(x.shape, x.dtype) for x in (k, v)]
     kept = write_p.bind(*pool_bars, *_vary_like(pool_bars[0], nothing), *others, layout=layout, **parameters)
     tokens = [
-        _shard_like(_reference.read_tokens(bar, slots, scale, which, layout).astype(x.dtype), x)
+        _shard_like(_reference.read_tokens(bar, slots, scale, which, x.shape[2], layout).astype(x.dtype), x)
         for which, (bar, scale, x) in enumerate(
             zip((pool_bars[0], pool_bars[-1]), (k_scale, v_scale), (k, v), strict=True)
         )

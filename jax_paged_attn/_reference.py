@@ -129,7 +129,11 @@ def write(*operands: Array, layout: str = "split") -> tuple[Array, ...]:
     stored = [_stored(x, scale, pools[0].dtype) for x, scale in ((k, k_scale), (v, v_scale))]
     if LAYOUTS[layout].interleaved:
         stored = [jnp.stack(stored, axis=2).reshape(k.shape[0], 2 * k.shape[1], k.shape[2])]
-    return tuple(_scatter(pool, tokens, targets, layout) for pool, tokens in zip(pools, stored, strict=True))
+    by_heads = [pool.reshape(LAYOUTS[layout].shape_by_heads(pool, k.shape[2])) for pool in pools]
+    return tuple(
+        _scatter(pool, tokens, targets, layout).reshape(given.shape)
+        for pool, tokens, given in zip(by_heads, stored, pools, strict=True)
+    )
 
 
 def last_writer(slots: Array, num_slots: int) -> Array:
@@ -172,14 +176,15 @@ def quantize(values: Array, dtype: jnp.dtype) -> Array:
     return values.astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def read_tokens(pool: Array, slots: Array, scale: Array, which: int, layout: str) -> Array:
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def read_tokens(pool: Array, slots: Array, scale: Array, which: int, head_dim: int, layout: str) -> Array:
     """The key (`which` 0) or value (1) in the slot of each token, `[T, K, H]` float32, divided by its scale.
 
     It is 0 if the token is not there. As a linear map this is the transpose of the write.
     """
+    pool = pool.reshape(LAYOUTS[layout].shape_by_heads(pool, head_dim))
     pages = LAYOUTS[layout].split(pool, which, scale.shape[1])
-    num_pages, page_size, kv_heads, head_dim = pages.shape
+    num_pages, page_size, kv_heads, _ = pages.shape
     num_slots = num_pages * page_size
     targets = jnp.where(last_writer(slots, num_slots), slots, num_slots)
     tokens = pages.reshape(num_slots, kv_heads, head_dim).at[targets].get(mode="fill", fill_value=0)

@@ -165,18 +165,38 @@ constexpr int64_t FirstValue(PageLayout layout, int64_t num_pages, int64_t head_
   return layout == PageLayout::kInterleaved && num_pages > 0 ? head_dim * ByteWidth(dtype) : 0;
 }
 
+// The heads of a token: one dimension, or, of an interleaved pool whose head dim is known, any number of
+// them.
+inline Status ParseHeads(const NamedBuffer& pages, const PoolShape& shape, int64_t head_dim, int64_t* heads,
+                         int64_t* parsed_head_dim) {
+  if (head_dim == 0) {
+    if (Status s = ExpectRank(pages, shape.text); !s.ok()) return s;
+    *heads = pages.dim(shape.heads);
+    *parsed_head_dim = pages.dim(3);
+    return Status::Ok();
+  }
+  int64_t numbers = 1;
+  for (size_t axis = shape.heads; axis < pages.rank(); ++axis) numbers *= pages.dim(axis);
+  if (pages.rank() <= shape.heads || numbers % head_dim != 0) {
+    return Mismatch(pages, "shape [P, S, ...] with whole heads of " + std::to_string(head_dim) + " numbers");
+  }
+  *heads = numbers / head_dim;
+  *parsed_head_dim = head_dim;
+  return Status::Ok();
+}
+
 // An interleaved pool has at least 2 * `num_kv_heads` heads; 0: as many key/value heads as it has room for.
+// See ParseHeads for a `head_dim` other than 0.
 inline Status ParsePages(const NamedBuffer& k_pages, const NamedBuffer& v_pages, PageLayout layout,
-                         int64_t num_kv_heads, Pools* pools) {
+                         int64_t num_kv_heads, int64_t head_dim, Pools* pools) {
   const PoolShape shape = ShapeOfPool(layout);
-  if (Status s = ExpectRank(k_pages, shape.text); !s.ok()) return s;
+  int64_t heads = 0;
+  if (Status s = ParseHeads(k_pages, shape, head_dim, &heads, &pools->head_dim); !s.ok()) return s;
   if (!ParseDType(k_pages.dtype(), &pools->dtype)) {
     return Mismatch(k_pages, "float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8");
   }
   pools->num_k_pages = k_pages.dim(shape.pages);
   pools->page_size = k_pages.dim(shape.page_size);
-  pools->head_dim = k_pages.dim(3);
-  const int64_t heads = k_pages.dim(shape.heads);
   if (pools->page_size < 1 || heads < 1 || pools->head_dim < 1) {
     return Mismatch(k_pages, "at least 1 in dimensions S, K and H");
   }
@@ -191,7 +211,7 @@ inline Status ParsePages(const NamedBuffer& k_pages, const NamedBuffer& v_pages,
     pools->num_kv_heads = heads / shape.heads_per_kv_head;
     pools->num_padding_heads = 0;
   }
-  if (Status s = ExpectRank(v_pages, shape.text); !s.ok()) return s;
+  if (v_pages.rank() != k_pages.rank()) return Mismatch(v_pages, "the rank of k_pages");
   pools->num_v_pages = v_pages.dim(shape.pages);
   std::vector<int64_t> expected(k_pages.buffer.dimensions().begin(), k_pages.buffer.dimensions().end());
   expected[shape.pages] = pools->num_v_pages;
@@ -227,7 +247,8 @@ inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Targe
   if (Status s = ParseFloating(q, &q_dtype); !s.ok()) return s;
   if (Status s = ExpectRank(tensors["k_scale"]); !s.ok()) return s;
   const int64_t given_kv_heads = target.version >= kPaddingSince ? tensors["k_scale"].dim(1) : 0;
-  if (Status s = ParsePages(k_pages, tensors["v_pages"], layout, given_kv_heads, &pools); !s.ok()) return s;
+  if (Status s = ParsePages(k_pages, tensors["v_pages"], layout, given_kv_heads, 0, &pools); !s.ok())
+    return s;
   if (pools.dtype != q_dtype && ByteWidth(pools.dtype) > 1) {
     return Mismatch(k_pages, std::string("the dtype of q, ") + NameOf(q.dtype()) + ", or an 8-bit dtype");
   }
@@ -320,8 +341,10 @@ inline Status ParseWrite(const WriteTensors& tensors, const WriteAttributes& att
   Pools pools{};
   if (Status s = ParseLayout(attributes.layout, &layout); !s.ok()) return s;
   if (Status s = ExpectRank(k); !s.ok()) return s;
-  if (Status s = ParsePages(k_pages, v_pages, layout, k.dim(1), &pools); !s.ok()) return s;
   const bool one_pool = layout == PageLayout::kInterleaved;
+  if (one_pool && k.dim(2) < 1) return Mismatch(k, "at least 1 in dimension H");
+  if (Status s = ParsePages(k_pages, v_pages, layout, k.dim(1), one_pool ? k.dim(2) : 0, &pools); !s.ok())
+    return s;
   const int64_t num_pages = pools.num_k_pages;
   if (one_pool && pools.num_v_pages != 0)
     return Mismatch(v_pages, "no pages, since k_pages holds the values");

@@ -12,13 +12,17 @@ from jax_paged_attn.compat import ejkernel as ejkernel
 from jax_paged_attn.compat import levanter as levanter
 from jax_paged_attn.compat._gpu import paged_attention
 from jax_paged_attn.compat._keywords import DEFAULT_MASK_VALUE
+from jax_paged_attn.compat._rpa_v3 import ragged_paged_attention_v3
+from jax_paged_attn.compat._tokamax import batched_ragged_paged_attention
 from jax_paged_attn.compat._tpu import ragged_paged_attention
 from jax_paged_attn.compat._write import write_head_major_kv_pages, write_interleaved_kv_pages
 
 __all__ = [
     "DEFAULT_MASK_VALUE",
+    "batched_ragged_paged_attention",
     "paged_attention",
     "ragged_paged_attention",
+    "ragged_paged_attention_v3",
     "write_head_major_kv_pages",
     "write_interleaved_kv_pages",
 ]

@@ -110,10 +110,7 @@ def paged_attention(
     for name, scales in (("k_scales_pages", k_scales_pages), ("v_scales_pages", v_scales_pages)):
         if scales is not None:
             raise ValueError(f"{name}: expected None (k_scale and v_scale are scalar or [K]), got one scale per token")
-    cap = options["attn_logits_soft_cap"]
-    cap = None if cap is None else abs(_checks.static_number("attn_logits_soft_cap", cap))
-    if cap == 0:
-        raise ValueError("attn_logits_soft_cap: expected None or a number that is not 0, got 0")
+    cap = _keywords.soft_cap("attn_logits_soft_cap", options["attn_logits_soft_cap"])
     k_pages, v_pages = _checks.as_array("k_pages", k_pages), _checks.as_array("v_pages", v_pages)
     block_tables = _checks.as_int32("block_tables", block_tables)
     if lengths is None:

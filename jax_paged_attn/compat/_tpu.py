@@ -99,8 +99,7 @@ def ragged_paged_attention(
     """
     _keywords.check_mask_value(options["mask_value"])
     _keywords.check_counts(options, "num_kv_pages_per_block", "num_queries_per_block", "vmem_limit_bytes")
-    cap = options["soft_cap"]
-    cap = None if cap is None else abs(_checks.static_number("soft_cap", cap))  # tanh is odd
+    cap = _keywords.soft_cap("soft_cap", options["soft_cap"])
     kv_pages = _checks.as_array("kv_pages", kv_pages)
     operands = (q, kv_pages, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
     options |= {"scale": options["sm_scale"], "soft_cap": cap, **_keywords.page_scales(options, kv_pages)}
