@@ -103,6 +103,7 @@ def check_attention(
     num_seqs: ArrayLike | None = None,
     layout: str = "split",
     tables_name: str = "block_tables",
+    pools: tuple[str, str] | None = None,
     foreign_pages: bool = False,
 ) -> None:
     """Checks one attention call; operands have the shapes that the call demands.
@@ -111,6 +112,7 @@ def check_attention(
       per_head: sinks `[0 or 1, N]`, then the scales of keys and values `[0 or 1, K]`.
       cu_q_lens, num_seqs: None for decode.
       tables_name: what errors call the tables.
+      pools: what they call the pools; None is as the layout does.
       foreign_pages: ids outside the pool stand for pages of another device.
     """
     if not _state.active:
@@ -122,7 +124,7 @@ def check_attention(
         num_seqs = jnp.int32(lengths.shape[0])
     report = functools.partial(
         _report_attention,
-        names=(*LAYOUTS[layout].pools, tables_name, "lengths" if decode else "kv_lens"),
+        names=(*(pools or LAYOUTS[layout].pools), tables_name, "lengths" if decode else "kv_lens"),
         pool=(k_pages.shape[LAYOUTS[layout].page_axis], LAYOUTS[layout].page_size(k_pages)),
         scoring=scoring,
         decode=decode,

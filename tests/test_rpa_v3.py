@@ -204,12 +204,33 @@ def test_gradients_are_those_of_a_write_and_attention() -> None:
     np.testing.assert_allclose(along, slope, rtol=2e-2)
 
 
-def test_no_token_and_explain() -> None:
+def test_values_are_checked_on_request() -> None:
+    arrays = build(CALLS[0])
+    bad = arrays["page_indices"].copy()
+    bad[0] = 1000
+    with jpa.debug():
+        for call in CALLS[0], next(call for call in CALLS if call.name == "chunks"):
+            jax.block_until_ready(V3(**build(call), **call.keywords))
+        with pytest.raises(ValueError, match=r"^page_indices: expected pages in \[0, 12\), got 1000 at \[0, 0\]"):
+            V3(**{**arrays, "page_indices": bad}, **CALLS[0].keywords)
+
+
+def test_a_cache_of_five_axes_is_seen_to_be_in_place() -> None:
+    arrays = {name: jnp.asarray(x) for name, x in build(LARGE[0]).items()}
+    step = jax.jit(V3, donate_argnames="kv_cache")
+    jpa.check_in_place(step.lower(**arrays).compile(), arrays["kv_cache"])
+    with pytest.warns(jpa.PagedAttentionWarning, match="expected results to reuse"):
+        jpa.check_in_place(jax.jit(V3).lower(**arrays).compile(), arrays["kv_cache"])
+
+
+def test_no_token_explain_and_cost() -> None:
     call = RpaCall("empty", (), (), dead=0, poisoned=False)
     arrays = build(call)
     out, cache, lse = run(V3, call, arrays)
     assert (out.shape, lse.shape, bits(cache)) == ((0, 4, 128), (0, 4), bits(arrays["kv_cache"]))
-    assert jpa.explain(V3, **build(CALLS[0]), platform="tpu").engine == "reference"
+    arrays = build(CALLS[0])
+    assert jpa.explain(V3, **arrays, platform="tpu").engine == "reference"
+    assert jpa.cost_analysis(V3, **arrays).flops > 0
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------

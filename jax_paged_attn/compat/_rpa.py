@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _call, _checks, _modes, _options, _primitive, _reference
+from jax_paged_attn import _call, _checks, _debug, _modes, _options, _primitive, _reference
 from jax_paged_attn._donation import warn_of_eager_update
 from jax_paged_attn.compat import _keywords
 
@@ -36,6 +36,7 @@ class Call:
       tables: `[B, M]`.
       starts: `[B]`, the first row of each sequence.
       counts: `[B]`, the rows of each sequence; 0 where it is not live.
+      given: lengths, first rows and distribution as they were given.
     """
 
     queries: Array
@@ -47,6 +48,7 @@ class Call:
     tables: Array
     starts: Array
     counts: Array
+    given: tuple[Array, Array, Array]
 
     @classmethod
     def checked(
@@ -96,7 +98,8 @@ class Call:
             raise ValueError(
                 f"page_indices: expected shape [B·M] for the {dims['B']} sequences of kv_lens, got {flat.shape}"
             )
-        return cls(q, k, v, cache, shape, *_rows(lens, flat, rows, ends, dims["T"], shape[1]))
+        where = _rows(lens, flat, rows, ends, dims["T"], shape[1])
+        return cls(q, k, v, cache, shape, *where, given=(lens, rows, ends))
 
 
 def shape_of_pool(cache: Array, kv_heads: int, head_dim: int, side_by_side: bool | None) -> tuple[int, int, int, int]:
@@ -179,7 +182,7 @@ def run(
     cache, (pages, page_size) = call.cache, call.pool_shape[:2]
     where = (call.kv_lens, call.tables, call.starts, call.counts)
     if writes:
-        warn_of_eager_update(name, cache)
+        warn_of_eager_update(name, cache, stacklevel=6)
         cache = _write(call, slots_of(*where, call.keys.shape[0], pages, page_size))
     if chunk is not None and chunk < call.tables.shape[1] * page_size:
         if chunk % page_size:
@@ -303,6 +306,12 @@ def _attend(
     _, num_heads, head_dim = call.queries.shape
     dims = _checks.Dims(N=num_heads, K=call.keys.shape[1])
     per_head = _call.operands_per_head(dims, pool, options)
+    given_lens, cu_q_lens, distribution = call.given
+    _debug.check_attention(
+        call.queries, pool, pool, call.tables, given_lens, per_head, scoring, cu_q_lens=cu_q_lens,
+        num_seqs=distribution[2], layout="interleaved", tables_name="page_indices", pools=("kv_cache", "kv_cache"),
+        foreign_pages=tables is not call.tables,  # those in front of a chunk are not read
+    )  # fmt: skip
     operands = (_widened(call.queries, pool.shape[3]), pool, pool, tables, kv_lens, starts, counts, *per_head)
     static = {"scoring": scoring, "decode": False, "layout": "interleaved"}
     out, lse = _primitive.attention(*operands, **static, **_options.engine_choice(options))

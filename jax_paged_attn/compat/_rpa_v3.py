@@ -150,21 +150,17 @@ def ragged_paged_attention_v3(
       [[0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
     """
     arrays = (queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
-    return _run(arrays, attention_sink, options)
+    return _rpa.run(arrays, options, sinks=attention_sink, **_checked(options))
 
 
-def _run(
-    arrays: tuple[ArrayLike, ...], sinks: ArrayLike | None, options: dict[str, Any]
-) -> tuple[Array, Array] | tuple[Array, Array, Array]:
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of `_rpa.run` that follow from those of the call."""
     _keywords.check_counts(options, *_COUNTS)
     side_by_side, chunk = options["side_by_side"], options["attention_chunk_size"]
-    return _rpa.run(
-        arrays,
-        options,
-        name="ragged_paged_attention_v3",
-        writes=_checks.static_bool("update_kv_cache", options["update_kv_cache"]),
-        side_by_side=None if side_by_side is None else _checks.static_bool("side_by_side", side_by_side),
-        rounds_tokens=False,
-        sinks=sinks,
-        chunk=None if chunk is None else _checks.static_count("attention_chunk_size", chunk),
-    )
+    return {
+        "name": "ragged_paged_attention_v3",
+        "writes": _checks.static_bool("update_kv_cache", options["update_kv_cache"]),
+        "side_by_side": None if side_by_side is None else _checks.static_bool("side_by_side", side_by_side),
+        "rounds_tokens": False,
+        "chunk": None if chunk is None else _checks.static_count("attention_chunk_size", chunk),
+    }
