@@ -51,13 +51,12 @@ class PagedAttention(FlashAttention):
                 soft_cap=layer.logit_cap,
             )
 
+        page_indices = metadata.swa_page_indices if windowed else metadata.page_indices
+        if not windowed and self.page_size == 1 and hasattr(token_to_kv_pool, "remap_cache_loc"):
+            page_indices = token_to_kv_pool.remap_cache_loc(page_indices, layer.layer_id)
         data, heads = self.attention_data_partition_axis, self.kv_partition_axis
         tokens, pools = PartitionSpec(data, heads), PartitionSpec(data, None, heads)
-        where = (
-            metadata.seq_lens,
-            metadata.swa_page_indices if windowed else metadata.page_indices,
-            *(metadata.cu_q_lens, metadata.cu_kv_lens, metadata.distribution),
-        )
+        where = (metadata.seq_lens, page_indices, metadata.cu_q_lens, metadata.cu_kv_lens, metadata.distribution)
         mapped: Any = jax.shard_map(
             attend,
             in_specs=(tokens, tokens, tokens, pools, PartitionSpec(data), PartitionSpec(heads)),
