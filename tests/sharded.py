@@ -185,6 +185,19 @@ def test_partitioned_over_pools_of_other_layouts(kind: AxisType, layout: str, de
     assert collectives(compiled) == []
 
 
+def test_levanters_call_is_partitioned_by_head() -> None:
+    q, k_pages, v_pages, _, _, *where = finite(Problem.of(RAGGED).operands)
+    rows = q.reshape(len(q), 8, -1, q.shape[-1])
+    operands = (rows, harness.interleave(k_pages, v_pages), *where, np.full(1, len(RAGGED.kv_lens), np.int32), 0.25)
+    specs = (P(None, "x"), P(None, None, "x"), *[P()] * 5)
+    attend = compat.levanter.ragged_paged_attention
+    compiled, placed = compile_sharded(attend, operands, mesh_of(x=8), specs)
+    out = compiled(*placed)
+    assert_same(out, jax.jit(attend)(*operands))
+    assert collectives(compiled) == []
+    assert out.sharding.spec[1] == "x"
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_pools_by_head_alone_are_enough(kind: AxisType) -> None:
     """Queries that every device has are cut where they are."""

@@ -1,4 +1,4 @@
-"""`examples/ports`: the calls of other JAX stacks, held to their own code or to what it gave (`parity/ports.py`)."""
+"""`examples/ports`: the calls of other JAX stacks, held to their own code or to what it gave (`parity/make_ports.py`)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from ports import lalamo_after, levanter_after, llm_examples_after
 from jax_paged_attn import compat
 
 PORTS = Path(lalamo_after.__file__).parent
-PARITY = Path(__file__).parent / "parity" / "ports"
+PARITY = Path(__file__).parent / "parity"
 GPU_KERNEL = "jax.experimental.pallas.ops.gpu.paged_attention"
 
 
 def parity(name: str, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """What `parity/ports.py` wrote; numbers with a fraction are drawn in float16."""
+    """What `parity/make_ports.py` wrote; numbers with a fraction are drawn in float16."""
     with np.load(PARITY / f"{name}.npz") as arrays:
         return {n: jnp.asarray(x, dtype if x.dtype == np.float16 else x.dtype) for n, x in arrays.items()}
 
@@ -149,7 +149,7 @@ def test_errors_of_levanters_call(changes: dict[str, Any], error: type[Exception
 
 @pytest.fixture
 def sglang_jax(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The port on a base class with all that it uses of theirs; `parity/ports.py` runs it on the real one."""
+    """The port on a base class with all that it uses of theirs; `parity/make_ports.py` runs it on the real one."""
 
     class FlashAttention:
         page_size, attention_data_partition_axis, kv_partition_axis = 8, "data", "tensor"
@@ -380,7 +380,7 @@ def test_jax_nn_runs_what_we_have_not(name: str) -> None:
 
 @dataclasses.dataclass
 class Mask:
-    """tokamax's mask, as far as the port knows it; `parity/ports.py` has the real one."""
+    """tokamax's mask, as far as the port knows it; `parity/make_ports.py` has the real one."""
 
     causal_mask: Any = None
     k_end: Any = None
@@ -391,7 +391,7 @@ class Mask:
 
 
 def test_tokamax() -> None:
-    """One of its implementations; `python tests/parity/ports.py tokamax` calls tokamax itself."""
+    """One of its implementations; `python tests/parity/make_ports.py tokamax` calls tokamax itself."""
     q, k, v = dense_operands(1, 9)
     options = {"bias": None, "logits_scale": 0.25, "logits_soft_cap": 3.0}
     lengths = jnp.array([9, 2, 4], jnp.int32)

@@ -1,6 +1,6 @@
-"""Makes `ports/`: calls of other JAX stacks, and what those stacks give.
+"""Makes `levanter.npz` and `sglang_jax.npz`: calls of other JAX stacks, and what those stacks give.
 
-`PYTHONPATH=. python tests/parity/ports.py levanter`, in an environment with marin-levanter 0.2.227, and so on for
+`PYTHONPATH=. python tests/parity/make_ports.py levanter`, in an environment with marin-levanter 0.2.227, and so on for
 the other names, each with the package that its function names. Each function also holds the port to the original there,
 on the stack's own classes; `tests/test_ports.py` does without them, on the files.
 """
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FOLDER = Path(__file__).parent / "ports"
+FOLDER = Path(__file__).parent
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 
@@ -169,7 +169,6 @@ STACKS: dict[str, Callable[[], dict[str, Any]]] = {"levanter": levanter, "sglang
 
 def main() -> None:
     """Writes the files of the stacks named on the command line."""
-    FOLDER.mkdir(exist_ok=True)
     for name in sys.argv[1:]:
         with jax.default_matmul_precision("highest"):
             arrays = STACKS[name]()
