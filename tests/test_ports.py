@@ -1,4 +1,4 @@
-"""`examples/ports`: the calls of other JAX stacks, held to their own code or to what it gave (`parity/make_ports.py`)."""
+"""`examples/ports`: calls of other JAX stacks, held to their code or to what it gave (`parity/make_ports.py`)."""
 
 from __future__ import annotations
 
