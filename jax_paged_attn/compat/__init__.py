@@ -1,11 +1,13 @@
-"""JAX's own paged attention kernels, with their signatures and their pages, on the engines of this package.
+"""Calls of other paged attention kernels, with their signatures and their pages, on the engines of this package.
 
-Code written for `jax.experimental.pallas.ops.tpu.ragged_paged_attention` or for the deprecated
-`jax.experimental.pallas.ops.gpu.paged_attention` runs with another import, on CPU and CUDA; pages are read where they
-lie. All that holds of `paged_attention` and `ragged_paged_attention` holds here: edges, gradients, `vmap`, export,
-`explain`. The modules `compat.levanter` and `compat.ejkernel` have the calls of other stacks.
+Code written for `jax.experimental.pallas.ops.tpu.ragged_paged_attention`, for the deprecated
+`jax.experimental.pallas.ops.gpu.paged_attention`, or for the RPA v3 kernels of tpu-inference and tokamax runs with
+another import, on CPU and CUDA; pages are read where they lie. All that holds of `paged_attention` and
+`ragged_paged_attention` holds here: edges, gradients, `vmap`, export, `explain`. The modules
+`compat.levanter` and `compat.ejkernel` have the calls of Levanter and of EasyDeL.
 
-`write_interleaved_kv_pages` and `write_head_major_kv_pages` write such pages, in place where they are donated.
+`write_interleaved_kv_pages` and `write_head_major_kv_pages` write the pages of JAX's own kernels, in place where they
+are donated. `ragged_paged_attention_v3` and `batched_ragged_paged_attention` write the cache themselves.
 """
 
 from jax_paged_attn.compat import ejkernel as ejkernel
