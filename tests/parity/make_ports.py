@@ -161,7 +161,29 @@ def tokamax() -> dict[str, Any]:
             pass
     print(f"tokamax: {taken} of 96 calls are ours")
     assert taken == 46
+    tokamaxs_paged_call(rng)
     return {}
+
+
+def tokamaxs_paged_call(rng: np.random.Generator) -> None:
+    """Its registry, which is private, with ours as one more name."""
+    from tokamax._src.ops.batched_rpa import api  # pyright: ignore[reportMissingImports]
+
+    from jax_paged_attn import compat
+
+    api._IMPLEMENTATIONS["jax_paged_attn"] = compat.batched_ragged_paged_attention
+    q, k, v, cache = (
+        jnp.asarray(rng.standard_normal(shape, np.float32))
+        for shape in ((6, 4, 128), (6, 2, 128), (6, 2, 128), (8, 8, 4, 128))
+    )
+    where = ([9, 4, 0], rng.permutation(8)[:6], [0, 1, 5, 5], [1, 1, 2])
+    operands = (q, k, v, cache, *(jnp.array(x, jnp.int32) for x in where))
+    theirs, ours = (
+        api.batched_ragged_paged_attention(*operands, sm_scale=0.1, implementation=name)
+        for name in ("reference", "jax_paged_attn")
+    )
+    np.testing.assert_allclose(ours[0][:5], theirs[0][:5], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(ours[1], theirs[1])
 
 
 STACKS: dict[str, Callable[[], dict[str, Any]]] = {"levanter": levanter, "sglang_jax": sglang_jax, "tokamax": tokamax}
