@@ -1,6 +1,8 @@
 """Layouts: where keys and values stand in their pools, by the names that the primitives and the FFI targets use."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +61,10 @@ class Layout:
         heads = pool[:, :, which : 2 * kv_heads : 2] if self.interleaved else pool
         return jnp.moveaxis(heads, (self.page_axis, self.token_axis), (0, 1))
 
+    def split_scales(self, scales: Array | None, which: int, kv_heads: int) -> Array | None:
+        """Scales per token and head, a pool without its last axis, as `[P, S, K, 1]`; None where there are none."""
+        return None if scales is None else self.split(scales[..., None], which, kv_heads)
+
     def merge(self, pages: Array, which: int, pool: Array) -> Array:
         """The transpose of `split`: `[P, S, K, H]` in the place of `pool`, whose values are not used, else zeros."""
         aval = jax.ShapeDtypeStruct(pool.shape, pages.dtype)
@@ -71,3 +77,10 @@ LAYOUTS = {
     "interleaved": Layout("P S 2K H", pools=("kv_pages", "kv_pages"), interleaved=True),
     "head_major": Layout("K P S H", page_axis=1, token_axis=2, head_axis=0),
 }
+
+
+def keys_and_values(arrays: Sequence[Any], present: tuple[bool, bool]) -> tuple[Any, Any]:
+    """What keys have and what values have of something that either may lack, from a list of what there is."""
+    left = iter(arrays)
+    of_keys, of_values = (next(left) if has else None for has in present)
+    return of_keys, of_values

@@ -114,8 +114,8 @@ def rule(
     )
 
     def dims(axis: Axis, aval: Any) -> Dims:
-        kinds = _dims_of_pool(layout) if axis in POOLS else _DIMS[axis][: aval.ndim]
-        return tuple(Dim.WHOLE if dim in whole else dim for dim in kinds)
+        kinds = _dims_of_pool(layout) if axis in POOLS else _DIMS[axis]
+        return tuple(Dim.WHOLE if dim in whole else dim for dim in kinds[: aval.ndim])
 
     operands, results = tuple(map(dims, axes, avals)), tuple(map(dims, result_axes, result_avals))
     sizes: dict[Dim, Any] = {}
@@ -126,6 +126,7 @@ def rule(
 
 
 def _dims_of_pool(layout: Layout) -> Dims:
+    """Scales per token and head have the same axes but the last."""
     heads = Dim.KV_PAIRS if layout.interleaved else Dim.KV_HEADS
     return tuple(heads if axis == layout.head_axis else Dim.WHOLE for axis in range(4))
 

@@ -19,10 +19,10 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_paged_attn import _checks, _differentiation, _engines, _ffi, _modes, _partitioning, _reference
-from jax_paged_attn._folding import Axis, fold, unfold
-from jax_paged_attn._layouts import LAYOUTS
+from jax_paged_attn._folding import POOLS, Axis, fold, unfold
+from jax_paged_attn._layouts import LAYOUTS, keys_and_values
 
-# The ten operands of attention, as in docs/primitive.md.
+# The ten operands of attention that every call has, as in docs/primitive.md.
 _AXES = (
     Axis.ROWS,
     Axis.K_POOL,
@@ -39,7 +39,7 @@ _AXES = (
 _DIFFERENTIABLE = (0, 1, 2, 7)
 
 # The parameters that derivatives share with attention.
-_STATIC = ("scoring", "decode", "layout")
+_STATIC = ("scoring", "decode", "layout", "token_scales")
 
 # The axes of a primitive's operands and of its results.
 _Axes = tuple[tuple[Axis, ...], tuple[Axis, ...]]
@@ -57,20 +57,27 @@ write_p.multiple_results = True
 # ---- the axes of operands and results, as functions of the parameters ------------------------------------------------
 
 
-def _attention_axes(**_: Any) -> _Axes:
-    return _AXES, (Axis.ROWS, Axis.ROWS)
+def _operand_axes(token_scales: tuple[bool, bool]) -> tuple[Axis, ...]:
+    """Scales per token follow where there are some; they count pages as their pool does."""
+    return (*_AXES, *(axis for axis, has in zip(POOLS, token_scales, strict=True) if has))
+
+
+def _attention_axes(*, token_scales: tuple[bool, bool], **_: Any) -> _Axes:
+    return _operand_axes(token_scales), (Axis.ROWS, Axis.ROWS)
 
 
 def _axes_with_respect_to(wrt: tuple[bool, ...]) -> tuple[Axis, ...]:
     return tuple(_AXES[i] for i, w in zip(_DIFFERENTIABLE, wrt, strict=True) if w)
 
 
-def _tangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> _Axes:
-    return (*_axes_with_respect_to(wrt), *_AXES, Axis.ROWS, Axis.ROWS), (Axis.ROWS, Axis.ROWS)
+def _tangent_axes(*, wrt: tuple[bool, ...], token_scales: tuple[bool, bool], **_: Any) -> _Axes:
+    results = (Axis.ROWS, Axis.ROWS)
+    return (*_axes_with_respect_to(wrt), *_operand_axes(token_scales), *results), results
 
 
-def _cotangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> _Axes:
-    return (Axis.ROWS, Axis.ROWS, *_AXES, Axis.ROWS, Axis.ROWS), _axes_with_respect_to(wrt)
+def _cotangent_axes(*, wrt: tuple[bool, ...], token_scales: tuple[bool, bool], **_: Any) -> _Axes:
+    results = (Axis.ROWS, Axis.ROWS)
+    return (*results, *_operand_axes(token_scales), *results), _axes_with_respect_to(wrt)
 
 
 def _write_axes(*, layout: str, **_: Any) -> _Axes:
@@ -82,7 +89,7 @@ def _write_axes(*, layout: str, **_: Any) -> _Axes:
 
 
 def attention(*operands: Array, **parameters: Any) -> tuple[Array, Array]:
-    """Binds the attention primitive: `(out, lse)` for its ten operands and its static parameters."""
+    """Binds the attention primitive: `(out, lse)` for its operands and its static parameters."""
     partitioned = _partitioning.call_that_needs_devices()
     out, lse = attention_p.bind(*_vary_alike(operands), partitioned=partitioned, **parameters)
     return out, lse
@@ -134,7 +141,8 @@ def _aval_of(x: Any) -> ShapedArray:
 
 def describe(operands: Sequence[Any], parameters: Mapping[str, Any]) -> _engines.Call:
     """The facts that the choice of an engine depends on, from abstract operands and the primitive's parameters."""
-    q, k_pages, *_, k_scale, _ = operands
+    q, k_pages, *_ = operands
+    k_scale = operands[8]
     return _engines.Call(
         num_heads=q.shape[1],
         kv_heads=k_scale.shape[1],
@@ -145,12 +153,13 @@ def describe(operands: Sequence[Any], parameters: Mapping[str, Any]) -> _engines
         scoring=parameters["scoring"],
         decode=parameters["decode"],
         batch_invariant=parameters["batch_invariant"],
+        token_scales=any(parameters["token_scales"]),
     )
 
 
 def _attention_abstract(*operands: Any, implementation: str | None, **parameters: Any) -> list[Any]:
     decode, layout = parameters["decode"], LAYOUTS[parameters["layout"]]
-    q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale = operands
+    q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale, *_ = operands
     dims = _checks.Dims()
     dims.match("q", q, "T N H", _checks.COMPUTE_DTYPES)
     # The columns of scales say how many key/value heads there are, which a pool with padding heads does not.
@@ -159,6 +168,9 @@ def _attention_abstract(*operands: Any, implementation: str | None, **parameters
     k_name, v_name = layout.pools
     dims.match(k_name, k_pages, layout.padded_shape.replace("P", "Pk"), (str(q.dtype), *_checks.QUANTIZED_DTYPES))
     dims.match(v_name, v_pages, layout.padded_shape.replace("P", "Pv"), (str(k_pages.dtype),))
+    k_tokens, v_tokens = keys_and_values(operands[10:], parameters["token_scales"])
+    _check_token_scales("k_token_scales", k_tokens, k_pages)
+    _check_token_scales("v_token_scales", v_tokens, v_pages)
     dims.match("block_tables", block_tables, "B M", ("int32",))
     for name, x in (("kv_lens", kv_lens), ("q_starts", q_starts), ("q_counts", q_counts)):
         dims.match(name, x, "B", ("int32",))
@@ -178,6 +190,12 @@ def _attention_abstract(*operands: Any, implementation: str | None, **parameters
         ways = math.prod(q.sharding.mesh.shape[name] for name in _names(of_pool))
         heads = None if _names(of_pool) & _names(rows) or dims["K"] % ways else of_pool
     return [_aval(q, q.shape, q.dtype, (rows, heads, None)), _aval(q, q.shape[:2], jnp.float32, (rows, heads))]
+
+
+def _check_token_scales(name: str, scales: Any | None, pages: Any) -> None:
+    if scales is not None and (scales.shape, scales.dtype) != (pages.shape[:-1], jnp.float32):
+        expected, got = f"float32{list(pages.shape[:-1])}", f"{scales.dtype}{list(scales.shape)}"
+        raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
 def _names(entry: Any) -> set[str]:
@@ -282,9 +300,11 @@ def _platform_of(ctx: mlir.LoweringRuleContext) -> str:
     return platforms[0]
 
 
-def _tangent_impl(*operands: Array, wrt: tuple[bool, ...], **static: Any) -> Sequence[Array]:
+def _tangent_impl(
+    *operands: Array, wrt: tuple[bool, ...], token_scales: tuple[bool, bool], **static: Any
+) -> Sequence[Array]:
     dots = iter(operands[: sum(wrt)])
-    saved = _differentiation.Saved(*operands[sum(wrt) :])
+    saved = _differentiation.Saved.of(operands[sum(wrt) :], token_scales)
     q_dot, k_dot, v_dot, sinks_dot = (next(dots) if w else None for w in wrt)
     return _differentiation.tangent(q_dot, k_dot, v_dot, sinks_dot, saved, **static)
 
@@ -294,9 +314,11 @@ def _cotangent_impl(
     lse_bar: Array,
     *residuals: Array,
     wrt: tuple[bool, bool, bool, bool],
+    token_scales: tuple[bool, bool],
     **static: Any,
 ) -> Sequence[Array]:
-    return _differentiation.cotangent(out_bar, lse_bar, _differentiation.Saved(*residuals), wrt, **static)
+    saved = _differentiation.Saved.of(residuals, token_scales)
+    return _differentiation.cotangent(out_bar, lse_bar, saved, wrt, **static)
 
 
 # ---- batching --------------------------------------------------------------------------------------------------------

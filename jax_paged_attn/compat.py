@@ -5,21 +5,25 @@ Code written for `jax.experimental.pallas.ops.tpu.ragged_paged_attention` or for
 lie. All that holds of `paged_attention` and `ragged_paged_attention` holds here: edges, gradients, `vmap`, export,
 `explain`.
 
-`write_interleaved_kv_pages` and `write_head_major_kv_pages` write such pages, in place where they are donated.
+`write_interleaved_kv_pages` and `write_head_major_kv_pages` write such pages, in place where they are donated; the
+latter also 8-bit ones with a scale per token and head.
 """
 
+import functools
 from typing import Any, Literal, Unpack, overload
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _checks, _options, _primitive
+from jax_paged_attn import _checks, _modes, _options, _primitive
 from jax_paged_attn._call import paged, ragged, write
 
 __all__ = [
     "DEFAULT_MASK_VALUE",
+    "amax_scales",
     "paged_attention",
     "ragged_paged_attention",
     "write_head_major_kv_pages",
@@ -199,8 +203,9 @@ def paged_attention(
       v_pages: as `k_pages`.
       block_tables: `[B, M]` int32, the pages of each sequence.
       lengths: `[B]` int32, tokens in the cache; None is M·S for every sequence.
-      k_scales_pages: must be None: one scale per token is not supported. See `k_scale`.
-      v_scales_pages: likewise.
+      k_scales_pages: `[K, P, S]` float32: one scale per token and head, key = stored × its scale × k_scale. None is 1.
+        Engine "fused" does not take them. bfloat16 and float16 ones are converted whole in each call.
+      v_scales_pages: likewise for values.
       block_h, pages_per_compute_block, k_splits, num_warps, num_stages: block sizes of that kernel, ignored here.
       interpret, debug: likewise ignored.
       mask_value: a number of at most −1e6. A masked key has no weight at all here, whatever it is.
@@ -214,7 +219,7 @@ def paged_attention(
       `[B, N, H]` in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` float32.
 
     Raises:
-      ValueError, TypeError: as `jax_paged_attn.paged_attention`, and for scales per token.
+      ValueError, TypeError: as `jax_paged_attn.paged_attention`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -226,9 +231,6 @@ def paged_attention(
     """
     _check_mask_value(options["mask_value"])
     _check_counts(options, "block_h", "pages_per_compute_block", "k_splits", "num_warps", "num_stages")
-    for name, scales in (("k_scales_pages", k_scales_pages), ("v_scales_pages", v_scales_pages)):
-        if scales is not None:
-            raise ValueError(f"{name}: expected None (k_scale and v_scale are scalar or [K]), got one scale per token")
     cap = options["attn_logits_soft_cap"]
     cap = None if cap is None else abs(_checks.static_number("attn_logits_soft_cap", cap))
     if cap == 0:
@@ -242,7 +244,8 @@ def paged_attention(
         lengths = jnp.full(dims["B"], dims["M"] * dims["S"], jnp.int32)
     options |= {"scale": 1.0, "sliding_window": None, "soft_cap": cap, **_scales(options, k_pages)}
     operands = (q, k_pages, v_pages, block_tables, lengths)
-    return paged(_primitive.attention, *operands, options, layout="head_major")
+    scales = {"k_scales_pages": k_scales_pages, "v_scales_pages": v_scales_pages}
+    return paged(_primitive.attention, *operands, options, layout="head_major", token_scales=scales)
 
 
 def write_interleaved_kv_pages(
@@ -283,25 +286,62 @@ def write_interleaved_kv_pages(
     return kv_new
 
 
+@overload
 def write_head_major_kv_pages(
     k_pages: ArrayLike,
     v_pages: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
     slot_mapping: ArrayLike,
+    k_scales_pages: None = None,
+    v_scales_pages: None = None,
     *,
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def write_head_major_kv_pages(
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    slot_mapping: ArrayLike,
+    k_scales_pages: ArrayLike,
+    v_scales_pages: ArrayLike,
+    *,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+) -> tuple[Array, Array, Array, Array]: ...
+
+
+def write_head_major_kv_pages(
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    slot_mapping: ArrayLike,
+    k_scales_pages: ArrayLike | None = None,
+    v_scales_pages: ArrayLike | None = None,
+    *,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+) -> tuple[Array, ...]:
     """`jax_paged_attn.write_kv_pages` for the pages of `paged_attention`; in place where they are donated.
 
     Args:
       k_pages: `[K, P, S, H]` float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8.
       v_pages: as `k_pages`.
-      k, v, slot_mapping, k_scale, v_scale: as in `jax_paged_attn.write_kv_pages`.
+      k, v, slot_mapping: as in `jax_paged_attn.write_kv_pages`.
+      k_scales_pages: None, or `[K, P, S]` float32, bfloat16 or float16: the scale of each token and head, written too.
+      v_scales_pages: likewise; both or none.
+      k_scale: without `k_scales_pages` as in `jax_paged_attn.write_kv_pages`. With them `[T, K]` float32, the scales of
+        the new keys; None is `amax_scales` of them.
+      v_scale: likewise for values.
 
     Returns:
-      The new `(k_pages, v_pages)`.
+      The new `(k_pages, v_pages)`; with scales per token `(k_pages, v_pages, k_scales_pages, v_scales_pages)`.
 
     Raises:
       ValueError, TypeError: as `jax_paged_attn.write_kv_pages`.
@@ -310,16 +350,60 @@ def write_head_major_kv_pages(
       >>> import jax
       >>> import jax.numpy as jnp
       >>> from jax_paged_attn.compat import write_head_major_kv_pages
-      >>> write = jax.jit(write_head_major_kv_pages, donate_argnums=(0, 1))
-      >>> k_pages, v_pages, new = jnp.zeros((1, 3, 4, 8)), jnp.zeros((1, 3, 4, 8)), jnp.ones((1, 1, 8))
-      >>> k_pages, v_pages = write(k_pages, v_pages, new, new, jnp.array([5], jnp.int32))  # token 1 of page 1
-      >>> float(k_pages[0, 1, 1, 0])
-      1.0
+      >>> write = jax.jit(write_head_major_kv_pages, donate_argnums=(0, 1, 5, 6))
+      >>> pages, scales = (jnp.zeros((1, 3, 4, 8), jnp.int8) for _ in "kv"), (jnp.zeros((1, 3, 4)) for _ in "kv")
+      >>> new, slots = jnp.full((1, 1, 8), -2.54), jnp.array([5], jnp.int32)  # token 1 of page 1
+      >>> k_pages, v_pages, k_scales, v_scales = write(*pages, new, new, slots, *scales)
+      >>> int(k_pages[0, 1, 1, 0]), round(float(k_scales[0, 1, 1]), 4)
+      (-127, 0.02)
     """
-    scales = (k_scale, v_scale)
-    name = "write_head_major_kv_pages"
-    k_new, v_new = write(name, (k_pages, v_pages), (k, v), slot_mapping, scales, layout="head_major")
-    return k_new, v_new
+    name, pools = "write_head_major_kv_pages", (k_pages, v_pages)
+    if k_scales_pages is None and v_scales_pages is None:
+        return write(name, pools, (k, v), slot_mapping, (k_scale, v_scale), layout="head_major")
+    if k_scales_pages is None or v_scales_pages is None:
+        missing = "k_scales_pages" if k_scales_pages is None else "v_scales_pages"
+        raise ValueError(f"{missing}: expected an array, as the other scales per token are one, got None")
+    dtype = _checks.as_array("k_pages", k_pages).dtype
+    scales = (
+        amax_scales(k, dtype) if k_scale is None else k_scale,
+        amax_scales(v, dtype) if v_scale is None else v_scale,
+    )
+    arrays = {"k_scales_pages": k_scales_pages, "v_scales_pages": v_scales_pages}
+    return write(name, pools, (k, v), slot_mapping, scales, layout="head_major", token_scales=arrays)
+
+
+def amax_scales(values: ArrayLike, dtype: jax.typing.DTypeLike) -> Array:
+    """The smallest scales per token and head that keep new keys or values in the range of 8-bit pages.
+
+    Args:
+      values: `[T, K, H]` float32, bfloat16 or float16.
+      dtype: float8_e4m3fn, float8_e5m2 or int8.
+
+    Returns:
+      `[T, K]` float32: the largest magnitude of each token and head, divided by 448, 57344 or 127; 1 where all are 0.
+
+    Raises:
+      ValueError: another dtype or shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_paged_attn.compat import amax_scales
+      >>> amax_scales(jnp.array([[[254.0, -508.0]]]), jnp.int8).tolist()
+      [[4.0]]
+    """
+    name, array = jnp.dtype(dtype).name, _checks.as_array("values", values)
+    if name not in _checks.QUANTIZED_DTYPES:
+        raise ValueError(f"dtype: expected {' or '.join(_checks.QUANTIZED_DTYPES)}, got {name}")
+    _checks.Dims().match("values", array, "T K H", _checks.COMPUTE_DTYPES)
+    largest = 127.0 if name == "int8" else float(jnp.finfo(name).max)
+    return _amax_scales(array, largest)
+
+
+@functools.partial(_modes.compiled, static_argnums=1)
+def _amax_scales(values: Array, largest: float) -> Array:
+    amax = jnp.abs(values.astype(jnp.float32)).max(axis=-1, initial=0.0)
+    scales = amax / largest
+    return jnp.where(scales > 0, scales, 1.0)
 
 
 def _check_mask_value(mask_value: float | None) -> None:

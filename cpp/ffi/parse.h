@@ -105,6 +105,17 @@ inline Status ExpectRepeated(const NamedBuffer& argument, int64_t columns, int64
                                 " = " + std::to_string(period));
 }
 
+// Scales per token and head of a pool; [0, 0, 0]: there are none.
+inline Status ParseTokenScales(const NamedBuffer& scales, const NamedBuffer& pages, const float** parsed) {
+  *parsed = nullptr;
+  if (Status s = ExpectRank(scales); !s.ok()) return s;
+  if (scales.dim(0) == 0 && scales.dim(1) == 0 && scales.dim(2) == 0) return Expect(scales, {0, 0, 0});
+  const auto dims = pages.buffer.dimensions();
+  if (Status s = Expect(scales, {dims[0], dims[1], dims[2]}); !s.ok()) return s;
+  *parsed = scales.data<const float>();
+  return Status::Ok();
+}
+
 inline bool ParseDType(ffi::DataType dtype, DType* parsed) {
   switch (dtype) {
     case ffi::DataType::F32:
@@ -289,6 +300,16 @@ inline Status ParseAttention(const AttentionTensors& tensors, const Target& targ
   };
   const int64_t first_value =
       FirstValue(problem->layout, problem->num_v_pages, problem->head_dim, problem->kv_dtype);
+  const float *k_token_scales = nullptr, *v_token_scales = nullptr;
+  if (tensors.Has("k_token_scales")) {
+    const auto parse = [&](AttentionTensors::Name name, AttentionTensors::Name pages, const float** parsed) {
+      return ParseTokenScales(tensors[name], tensors[pages], parsed);
+    };
+    if (Status s = parse("k_token_scales", "k_pages", &k_token_scales); !s.ok()) return s;
+    if (Status s = parse("v_token_scales", "v_pages", &v_token_scales); !s.ok()) return s;
+  }
+  problem->has_token_scales = k_token_scales != nullptr || v_token_scales != nullptr;
+  if (first_value > 0 && v_token_scales != nullptr) ++v_token_scales;  // value head 0 is behind key head 0
   *params = {.q = tensors["q"].data<const void>(),
              .k_pages = tensors["k_pages"].data<const void>(),
              .v_pages = tensors["v_pages"].data<const char>() + first_value,
@@ -299,6 +320,8 @@ inline Status ParseAttention(const AttentionTensors& tensors, const Target& targ
              .sinks = tensors["sinks"].data_or_null<const float>(),
              .k_scale = tensors["k_scale"].data_or_null<const float>(),
              .v_scale = tensors["v_scale"].data_or_null<const float>(),
+             .k_token_scales = k_token_scales,
+             .v_token_scales = v_token_scales,
              .out = tensors["out"].data<void>(),
              .lse = tensors["lse"].data<float>(),
              .workspace = tensors["workspace"].data<float>(),
