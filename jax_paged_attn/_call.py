@@ -39,7 +39,7 @@ def paged(
     lengths = _int32(dims, "lengths", lengths, "B")
     arrays, per_head = (q, k_pages, v_pages, block_tables, lengths), _per_head(dims, k_pages, options)
     scoring = _options.Scoring.checked(options, dims["H"])
-    scales = _of_tokens(dims, layout, token_scales)
+    scales = _of_tokens((k_pages, v_pages), token_scales)
     _debug.check_attention(*arrays, per_head, scoring, layout=layout, token_scales=scales)
     static = {"scoring": scoring, "decode": True, "layout": layout}
     return _attend(attend, static, options, (*arrays, *_one_row_each(dims["B"]), *per_head), scales)
@@ -77,7 +77,7 @@ def ragged(
         num_seqs = _int32(dims, "num_seqs", num_seqs, "1" if num_seqs.ndim else "")
     arrays, per_head = (q, k_pages, v_pages, block_tables, kv_lens), _per_head(dims, k_pages, options)
     scoring = _options.Scoring.checked(options, dims["H"])
-    scales = _of_tokens(dims, layout, token_scales)
+    scales = _of_tokens((k_pages, v_pages), token_scales)
     rows: Any = {"cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "layout": layout, "tables_name": tables_name}
     _debug.check_attention(*arrays, per_head, scoring, **rows, token_scales=scales)
     static = {"scoring": scoring, "decode": False, "layout": layout}
@@ -206,21 +206,29 @@ def page_scale(dims: _checks.Dims, name: str, scale: ArrayLike | None, pages: Ar
 
 
 def _scale_of_tokens(dims: _checks.Dims, name: str, scale: ArrayLike | None, stored: Any) -> Array:
-    """Scales of new tokens `[T, K]`, rounded to the dtype in which they are stored."""
+    """Scales of new tokens `[T, K]`, rounded to normal numbers of the dtype in which they are stored."""
+    if scale is None:
+        raise ValueError(f"{name}: expected the scales of new tokens, got None")
     array = _checks.as_float32(name, scale)
     dims.match(name, array, "T K", ("float32",))
     _checks.check_scales(name, scale, array)
-    return array.astype(stored).astype(jnp.float32)
+    limits = jnp.finfo(stored)
+    return jnp.clip(array, float(limits.tiny), float(limits.max)).astype(stored).astype(jnp.float32)
 
 
-def _of_tokens(dims: _checks.Dims, layout: str, token_scales: TokenScales) -> dict[str, Array | None]:
+def _of_tokens(pools: tuple[Array, Array], token_scales: TokenScales) -> dict[str, Array | None]:
     """Scales per token and head as the primitive takes them: a pool's shape without its last axis, float32."""
-    shape, checked = LAYOUTS[layout].shape.removesuffix(" H"), {}
-    for name, scales in token_scales.items():
-        checked[name] = None if scales is None else _checks.as_float32(name, scales)
-        if checked[name] is not None:
-            dims.match(name, checked[name], shape, _checks.COMPUTE_DTYPES)
-            checked[name] = checked[name].astype(jnp.float32)
+    checked: dict[str, Array | None] = {}
+    for pool, (name, scales) in zip(pools, token_scales.items(), strict=True):
+        array = None if scales is None else _checks.as_float32(name, scales)
+        if array is not None:
+            _checks.Dims().match(name, array, "a b c", _checks.COMPUTE_DTYPES)
+            if array.shape != pool.shape[:-1]:
+                raise ValueError(
+                    f"{name}: expected the shape of the pages without H, {pool.shape[:-1]}, got {array.shape}"
+                )
+            array = array.astype(jnp.float32)
+        checked[name] = array
     return checked
 
 
