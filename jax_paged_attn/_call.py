@@ -100,7 +100,8 @@ def write(
     Args:
       name: of the public function, for a warning.
       scales: `k_scale` and `v_scale`; with arrays of scales per token, `[T, K]` each.
-      kv_heads: K, if a pool may have padding heads, which stay as they are; None if K follows from its shape.
+      kv_heads: K, if a pool may have padding heads, which stay as they are, or its heads in two axes; None if K follows
+        from its shape.
       token_scales: arrays of scales per token and head, as many as there are pools, by what errors call them.
     """
     dims = _known(kv_heads)
@@ -108,7 +109,8 @@ def write(
     names = LAYOUTS[layout].pools[: len(pools)]
     pools = [_checks.as_array(pool_name, pool) for pool_name, pool in zip(names, pools, strict=True)]
     for pool_name, pool in zip(names, pools, strict=True):
-        dims.match(pool_name, pool, shape, _checks.PAGE_DTYPES if pool is pools[0] else (str(pools[0].dtype),))
+        checked = pool if kv_heads is None else LAYOUTS[layout].in_four_axes(pool)
+        dims.match(pool_name, checked, shape, _checks.PAGE_DTYPES if pool is pools[0] else (str(pools[0].dtype),))
     k, v = (_checks.as_array(*named) for named in zip("kv", k_and_v, strict=True))
     dims.match("k", k, "T K H", _checks.COMPUTE_DTYPES)
     dims.match("v", v, "T K H", (str(k.dtype),))
@@ -128,11 +130,8 @@ def write(
     pools = _primitive.write(*pools, k, v, slot_mapping, k_scale, v_scale, layout=layout)
     if not arrays:
         return pools
-    # To a write, an array of scales is a pool of head dim 1.
     none = _modes.zeros((0, dims["K"]), jnp.float32)
-    columns = (x[..., None] for x in (*arrays.values(), k_scale, v_scale))
-    written = _primitive.write(*columns, slot_mapping, none, none, layout=layout)
-    return (*pools, *(x[..., 0] for x in written))
+    return (*pools, *_primitive.write(*arrays.values(), k_scale, v_scale, slot_mapping, none, none, layout=layout))
 
 
 def _known(kv_heads: int | None) -> _checks.Dims:

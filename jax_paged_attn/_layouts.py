@@ -40,6 +40,16 @@ class Layout:
         """How many arrays hold keys and values."""
         return 1 if self.interleaved else 2
 
+    def in_four_axes(self, pool: Any, head_dim: bool = True) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a pool with one axis for heads and one for H, whatever it has.
+
+        Heads of an interleaved pool may have two axes, and pools without H are ones of head dim 1.
+        """
+        shape = pool.shape if head_dim else (*pool.shape, 1)
+        if self.interleaved and len(shape) == 5:
+            shape = (*shape[:2], shape[2] * shape[3], shape[4])
+        return jax.ShapeDtypeStruct(shape, pool.dtype)
+
     def page_size(self, pool: Array) -> int:
         """S, the tokens per page, of a pool or its abstract value."""
         return pool.shape[self.token_axis]

@@ -108,13 +108,16 @@ def rule(
     )
 
     by_axis = dict(zip(axes, avals, strict=True))
-    padded = layout.padding_heads(by_axis[Axis.K_POOL], by_axis[Axis.SCALES].shape[1]) > 0
+    pool, kv_heads = by_axis[Axis.K_POOL], by_axis[Axis.SCALES].shape[1]
+    heads_in_two = pool.ndim == 5
+    heads = layout.in_four_axes(pool) if heads_in_two else pool
+    padded = layout.padding_heads(heads, kv_heads) > 0 or (heads_in_two and pool.shape[3] != 2)
     whole = ({Dim.HEADS, Dim.KV_HEADS, Dim.KV_PAIRS} if padded else set()) | (
         {Dim.ROWS} if not (split_rows and shared) else set()
     )
 
     def dims(axis: Axis, aval: Any) -> Dims:
-        kinds = _dims_of_pool(layout) if axis in POOLS else _DIMS[axis]
+        kinds = _dims_of_pool(layout, aval) if axis in POOLS else _DIMS[axis]
         return tuple(Dim.WHOLE if dim in whole else dim for dim in kinds[: aval.ndim])
 
     operands, results = tuple(map(dims, axes, avals)), tuple(map(dims, result_axes, result_avals))
@@ -125,10 +128,12 @@ def rule(
     return Rule(operands, results, num_kv_heads, sizes.get(Dim.HEADS, num_kv_heads) // num_kv_heads)
 
 
-def _dims_of_pool(layout: Layout) -> Dims:
-    """Scales per token and head have the same axes but the last."""
+def _dims_of_pool(layout: Layout, pool: Any) -> Dims:
+    """Scales per token and head have the same axes but the last; interleaved heads may have two axes."""
     heads = Dim.KV_PAIRS if layout.interleaved else Dim.KV_HEADS
-    return tuple(heads if axis == layout.head_axis else Dim.WHOLE for axis in range(4))
+    if pool.ndim == 5:
+        heads = Dim.KV_HEADS if pool.shape[3] == 2 else Dim.WHOLE
+    return tuple(heads if axis == layout.head_axis else Dim.WHOLE for axis in range(max(pool.ndim, 4)))
 
 
 def partitioned(run: Callable[..., Sequence[Array]], rule: Rule) -> Callable[..., tuple[Array, ...]]:

@@ -220,12 +220,14 @@ def _cotangent_abstract(*operands: Any, wrt: tuple[bool, ...], **_: Any) -> list
 
 def _write_abstract(*operands: Any, layout: str, **_: Any) -> list[Any]:
     *pools, k, v, slot_mapping, k_scale, v_scale = operands
-    dims = _checks.Dims()
-    dims.match("k", k, "T K H", _checks.COMPUTE_DTYPES)
+    head_dim = len(k.shape) == 3  # else pools of numbers, which lack it as tokens do
+    dims = _checks.Dims() if head_dim else _checks.Dims(H=1)
+    tokens = "T K H" if head_dim else "T K"
+    dims.match("k", k, tokens, _checks.COMPUTE_DTYPES)
     for name, pool in zip(LAYOUTS[layout].pools, pools, strict=False):
         dtypes = _checks.PAGE_DTYPES if pool is pools[0] else (str(pools[0].dtype),)
-        dims.match(name, pool, LAYOUTS[layout].padded_shape, dtypes)
-    dims.match("v", v, "T K H", (str(k.dtype),))
+        dims.match(name, LAYOUTS[layout].in_four_axes(pool, head_dim), LAYOUTS[layout].padded_shape, dtypes)
+    dims.match("v", v, tokens, (str(k.dtype),))
     dims.match("slot_mapping", slot_mapping, "T", ("int32",))
     dims.match("k_scale", k_scale, "Xk K", ("float32",))
     dims.match("v_scale", v_scale, "Xv K", ("float32",))
@@ -417,7 +419,7 @@ def _write_transpose(bars: Sequence[Any], *operands: Any, layout: str, **paramet
     nothing = [_modes.zeros(x.shape, x.dtype) for x in (k, v)]
     kept = write_p.bind(*pool_bars, *_vary_like(pool_bars[0], nothing), *others, layout=layout, **parameters)
     tokens = [
-        _shard_like(_reference.read_tokens(bar, slots, scale, which, layout).astype(x.dtype), x)
+        _shard_like(_reference.read_tokens(bar, slots, scale, which, layout, x.ndim == 3).astype(x.dtype), x)
         for which, (bar, scale, x) in enumerate(
             zip((pool_bars[0], pool_bars[-1]), (k_scale, v_scale), (k, v), strict=True)
         )

@@ -134,13 +134,16 @@ def _softmax_average(scores: Array, visible: Array, sink: Array, values: Array) 
 @functools.partial(jax.jit, static_argnames="layout")
 def write(*operands: Array, layout: str = "split") -> tuple[Array, ...]:
     """Returns the pools with the tokens of `k`, `v` `[T, K, H]` stored at `slot_mapping [T]`."""
-    *pools, k, v, slot_mapping, k_scale, v_scale = operands
+    *given, k, v, slot_mapping, k_scale, v_scale = operands
+    pools = [pool.reshape(LAYOUTS[layout].in_four_axes(pool, k.ndim == 3).shape) for pool in given]
+    k, v = (x.reshape(*x.shape[:2], pools[0].shape[3]) for x in (k, v))
     num_slots = LAYOUTS[layout].num_slots(pools[0])
     targets = jnp.where(last_writer(slot_mapping, num_slots), slot_mapping, num_slots)
     stored = [_stored(x, scale, pools[0].dtype) for x, scale in ((k, k_scale), (v, v_scale))]
     if LAYOUTS[layout].interleaved:
         stored = [jnp.stack(stored, axis=2).reshape(k.shape[0], 2 * k.shape[1], k.shape[2])]
-    return tuple(_scatter(pool, tokens, targets, layout) for pool, tokens in zip(pools, stored, strict=True))
+    written = [_scatter(pool, tokens, targets, layout) for pool, tokens in zip(pools, stored, strict=True)]
+    return tuple(x.reshape(pool.shape) for x, pool in zip(written, given, strict=True))
 
 
 def last_writer(slots: Array, num_slots: int) -> Array:
@@ -183,15 +186,17 @@ def quantize(values: Array, dtype: jnp.dtype) -> Array:
     return values.astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def read_tokens(pool: Array, slots: Array, scale: Array, which: int, layout: str) -> Array:
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def read_tokens(pool: Array, slots: Array, scale: Array, which: int, layout: str, has_head_dim: bool) -> Array:
     """The key (`which` 0) or value (1) in the slot of each token, `[T, K, H]` float32, divided by its scale.
 
     It is 0 if the token is not there. As a linear map this is the transpose of the write.
     """
-    pages = LAYOUTS[layout].split(pool, which, scale.shape[1])
+    in_four_axes = pool.reshape(LAYOUTS[layout].in_four_axes(pool, has_head_dim).shape)
+    pages = LAYOUTS[layout].split(in_four_axes, which, scale.shape[1])
     num_pages, page_size, kv_heads, head_dim = pages.shape
     num_slots = num_pages * page_size
     targets = jnp.where(last_writer(slots, num_slots), slots, num_slots)
     tokens = pages.reshape(num_slots, kv_heads, head_dim).at[targets].get(mode="fill", fill_value=0)
-    return tokens.astype(jnp.float32) / row_of_each_sequence(scale, slots.shape[0], kv_heads, 1.0)[:, :, None]
+    tokens = tokens.astype(jnp.float32) / row_of_each_sequence(scale, slots.shape[0], kv_heads, 1.0)[:, :, None]
+    return tokens if has_head_dim else tokens[..., 0]

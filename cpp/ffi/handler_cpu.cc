@@ -61,7 +61,7 @@ ffi::Error Write(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRe
     WriteParams params;
     if (Status s = WriteTensors::Bind(target, args, rets, &tensors); !s.ok()) return s;
     if (Status s = ReadAttributes(dictionary, target, &attributes); !s.ok()) return s;
-    if (Status s = ParseWrite(tensors, attributes, &problem, &params); !s.ok()) return s;
+    if (Status s = ParseWrite(tensors, target, attributes, &problem, &params); !s.ok()) return s;
     XlaTaskRunner runner(pool);
     return cache::RunWrite(problem, params, runner);
   });

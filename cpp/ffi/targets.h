@@ -122,8 +122,12 @@ inline constexpr auto kAttentionAttributes = std::to_array<AttributeSpec>({
 });
 inline constexpr auto kWriteAttributes = std::to_array<AttributeSpec>({{.name = "layout", .since = 2}});
 
-// From this version on, an interleaved pool may have padding heads.
+// From this version of attention on, an interleaved pool may have padding heads.
 inline constexpr int kPaddingSince = 3;
+// From this version of the write on, an interleaved pool may also have its heads in two axes, [P, S, X, Y,
+// H], and k, v and pools of any layout may lack the last axis if it is 1. (XLA would copy what is reshaped
+// and aliased.)
+inline constexpr int kAnyAxesSince = 2;
 
 // The index of an entry by its name; does not compile where there is none.
 template <typename Entries>
