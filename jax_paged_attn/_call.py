@@ -37,7 +37,7 @@ def paged(
     q, k_pages, v_pages = _query_and_pages(dims, "B N H", q, k_pages, v_pages, layout)
     block_tables = _int32(dims, "block_tables", block_tables, "B M")
     lengths = _int32(dims, "lengths", lengths, "B")
-    arrays, per_head = (q, k_pages, v_pages, block_tables, lengths), _per_head(dims, k_pages, options)
+    arrays, per_head = (q, k_pages, v_pages, block_tables, lengths), operands_per_head(dims, k_pages, options)
     scoring = _options.Scoring.checked(options, dims["H"])
     scales = _of_tokens((k_pages, v_pages), token_scales)
     _debug.check_attention(*arrays, per_head, scoring, layout=layout, token_scales=scales)
@@ -75,13 +75,13 @@ def ragged(
     if num_seqs is not None:
         num_seqs = _checks.as_int32("num_seqs", num_seqs)
         num_seqs = _int32(dims, "num_seqs", num_seqs, "1" if num_seqs.ndim else "")
-    arrays, per_head = (q, k_pages, v_pages, block_tables, kv_lens), _per_head(dims, k_pages, options)
+    arrays, per_head = (q, k_pages, v_pages, block_tables, kv_lens), operands_per_head(dims, k_pages, options)
     scoring = _options.Scoring.checked(options, dims["H"])
     scales = _of_tokens((k_pages, v_pages), token_scales)
     rows: Any = {"cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "layout": layout, "tables_name": tables_name}
     _debug.check_attention(*arrays, per_head, scoring, **rows, token_scales=scales)
     static = {"scoring": scoring, "decode": False, "layout": layout}
-    operands = (*arrays, *_rows_of_each(cu_q_lens, num_seqs, dims["T"]), *per_head)
+    operands = (*arrays, *rows_of_each(cu_q_lens, num_seqs, dims["T"]), *per_head)
     return _attend(attend, static, options, operands, scales)
 
 
@@ -100,8 +100,7 @@ def write(
     Args:
       name: of the public function, for a warning.
       scales: `k_scale` and `v_scale`; with arrays of scales per token, `[T, K]` each.
-      kv_heads: K, if a pool may have padding heads, which stay as they are, or its heads in two axes; None if K follows
-        from its shape.
+      kv_heads: K, if a pool may have padding heads, which stay as they are; None if K follows from its shape.
       token_scales: arrays of scales per token and head, as many as there are pools, by what errors call them.
     """
     dims = _known(kv_heads)
@@ -109,8 +108,7 @@ def write(
     names = LAYOUTS[layout].pools[: len(pools)]
     pools = [_checks.as_array(pool_name, pool) for pool_name, pool in zip(names, pools, strict=True)]
     for pool_name, pool in zip(names, pools, strict=True):
-        checked = pool if kv_heads is None else LAYOUTS[layout].in_four_axes(pool)
-        dims.match(pool_name, checked, shape, _checks.PAGE_DTYPES if pool is pools[0] else (str(pools[0].dtype),))
+        dims.match(pool_name, pool, shape, _checks.PAGE_DTYPES if pool is pools[0] else (str(pools[0].dtype),))
     k, v = (_checks.as_array(*named) for named in zip("kv", k_and_v, strict=True))
     dims.match("k", k, "T K H", _checks.COMPUTE_DTYPES)
     dims.match("v", v, "T K H", (str(k.dtype),))
@@ -145,7 +143,7 @@ def _one_row_each(num_seqs: int) -> tuple[Array, Array]:
 
 
 @functools.partial(_modes.compiled, static_argnums=2)
-def _rows_of_each(cu_q_lens: Array, num_seqs: Array | None, num_rows: int) -> tuple[Array, Array]:
+def rows_of_each(cu_q_lens: Array, num_seqs: Array | None, num_rows: int) -> tuple[Array, Array]:
     """The first rows and the row counts of ragged sequences; dead ones have no row."""
     ends = jax.lax.cummax(jnp.clip(cu_q_lens, 0, num_rows))
     counts = ends[1:] - ends[:-1]
@@ -180,7 +178,7 @@ def _int32(dims: _checks.Dims, name: str, x: ArrayLike, letters: str) -> Array:
     return array
 
 
-def _per_head(dims: _checks.Dims, k_pages: Array, options: Mapping[str, Any]) -> tuple[Array, Array, Array]:
+def operands_per_head(dims: _checks.Dims, k_pages: Array, options: Mapping[str, Any]) -> tuple[Array, Array, Array]:
     """`sinks`, `k_scale`, `v_scale` as the primitive takes them: `[1, heads]`, or `[0, heads]` where absent."""
     if options["sinks"] is None:
         sinks = _modes.zeros((0, dims["N"]), jnp.float32)

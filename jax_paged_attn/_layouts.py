@@ -1,6 +1,7 @@
 """Layouts: where keys and values stand in their pools, by the names that the primitives and the FFI targets use."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,16 +41,6 @@ class Layout:
         """How many arrays hold keys and values."""
         return 1 if self.interleaved else 2
 
-    def in_four_axes(self, pool: Any, head_dim: bool = True) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of a pool with one axis for heads and one for H, whatever it has.
-
-        Heads of an interleaved pool may have two axes, and pools without H are ones of head dim 1.
-        """
-        shape = pool.shape if head_dim else (*pool.shape, 1)
-        if self.interleaved and len(shape) == 5:
-            shape = (*shape[:2], shape[2] * shape[3], shape[4])
-        return jax.ShapeDtypeStruct(shape, pool.dtype)
-
     def page_size(self, pool: Array) -> int:
         """S, the tokens per page, of a pool or its abstract value."""
         return pool.shape[self.token_axis]
@@ -61,6 +52,19 @@ class Layout:
     def kv_heads(self, pool: Array, num_padding_heads: int) -> int:
         """K, the key/value heads, of a pool or its abstract value."""
         return (pool.shape[self.head_axis] - num_padding_heads) // (2 if self.interleaved else 1)
+
+    def shape_by_heads(self, pool: Array, head_dim: int | None) -> tuple[int, ...]:
+        """The shape of a pool, or its abstract value, with one axis of heads; an interleaved one may have any axes.
+
+        That of a pool that does not consist of heads of `head_dim` numbers is returned as it is. None: the pool has no
+        axis for a head dim of 1.
+        """
+        shape = pool.shape if head_dim is not None else (*pool.shape, 1)
+        head_dim = 1 if head_dim is None else head_dim
+        numbers = math.prod(shape[2:])
+        if not self.interleaved or len(shape) < 3 or head_dim < 1 or numbers % head_dim:
+            return shape
+        return (*shape[:2], numbers // head_dim, head_dim)
 
     def padding_heads(self, pool: Array, kv_heads: int) -> int:
         """How many heads of a pool, or its abstract value, are none of the K key/value heads."""
@@ -94,3 +98,8 @@ def keys_and_values(arrays: Sequence[Any], present: tuple[bool, bool]) -> tuple[
     left = iter(arrays)
     of_keys, of_values = (next(left) if has else None for has in present)
     return of_keys, of_values
+
+
+def head_dim_of(tokens: Any) -> int | None:
+    """H of tokens `[T, K, H]`, or of their abstract value; None of numbers `[T, K]`."""
+    return tokens.shape[2] if len(tokens.shape) == 3 else None

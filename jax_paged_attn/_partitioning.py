@@ -22,7 +22,7 @@ from jax.extend.core import ClosedJaxpr
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_paged_attn._folding import POOLS, Axis
-from jax_paged_attn._layouts import Layout
+from jax_paged_attn._layouts import Layout, head_dim_of
 
 MeshAxes = tuple[str, ...]
 
@@ -100,25 +100,33 @@ def rule(
     Args:
       axes, result_axes, avals, result_avals: one entry per array.
       split_rows: whether sequences may be split: row b must be the one row of sequence b.
-      layout: that of pools. Heads are split unless a pool has padding heads, which no shard could have its share of.
+      layout: that of pools. Heads are split unless a pool has padding heads, which no shard could have its share of,
+        or more axes of heads of which the first counts neither K nor 2K.
     """
     # Sequence b has row b // (B / X) of the sinks and scales: where X > 1, a shard may not have that.
     shared = all(
         aval.shape[0] in (0, 1) for axis, aval in zip(axes, avals, strict=True) if axis in (Axis.SINKS, Axis.SCALES)
     )
 
-    by_axis = dict(zip(axes, avals, strict=True))
-    pool, kv_heads = by_axis[Axis.K_POOL], by_axis[Axis.SCALES].shape[1]
-    heads_in_two = pool.ndim == 5
-    heads = layout.in_four_axes(pool) if heads_in_two else pool
-    padded = layout.padding_heads(heads, kv_heads) > 0 or (heads_in_two and pool.shape[3] != 2)
-    whole = ({Dim.HEADS, Dim.KV_HEADS, Dim.KV_PAIRS} if padded else set()) | (
+    def first(*kinds: Axis) -> Any:
+        return next(aval for axis, aval in zip(axes, avals, strict=True) if axis in kinds)
+
+    # Behind pools come their scales per token, which have the same axes but the last.
+    pool, rows, num_kv_heads = first(Axis.K_POOL), first(Axis.ROWS, Axis.TOKENS), first(Axis.SCALES).shape[1]
+    num_heads = layout.shape_by_heads(pool, head_dim_of(rows))[layout.head_axis]
+    kinds = {num_kv_heads: Dim.KV_HEADS} | ({2 * num_kv_heads: Dim.KV_PAIRS} if layout.interleaved else {})
+    heads_of_pool = kinds.get(pool.shape[layout.head_axis], Dim.WHOLE)
+    whole_heads = heads_of_pool is Dim.WHOLE or num_heads != num_kv_heads * len(kinds)
+    whole = ({Dim.HEADS, Dim.KV_HEADS, Dim.KV_PAIRS} if whole_heads else set()) | (
         {Dim.ROWS} if not (split_rows and shared) else set()
     )
 
     def dims(axis: Axis, aval: Any) -> Dims:
-        kinds = _dims_of_pool(layout, aval) if axis in POOLS else _DIMS[axis]
-        return tuple(Dim.WHOLE if dim in whole else dim for dim in kinds[: aval.ndim])
+        if axis in POOLS:
+            named = tuple(heads_of_pool if i == layout.head_axis else Dim.WHOLE for i in range(aval.ndim))
+        else:
+            named = _DIMS[axis][: aval.ndim]
+        return tuple(Dim.WHOLE if dim in whole else dim for dim in named)
 
     operands, results = tuple(map(dims, axes, avals)), tuple(map(dims, result_axes, result_avals))
     sizes: dict[Dim, Any] = {}
@@ -126,14 +134,6 @@ def rule(
         sizes.update(zip(named, aval.shape, strict=True))
     num_kv_heads = sizes.get(Dim.KV_HEADS, 1)
     return Rule(operands, results, num_kv_heads, sizes.get(Dim.HEADS, num_kv_heads) // num_kv_heads)
-
-
-def _dims_of_pool(layout: Layout, pool: Any) -> Dims:
-    """Scales per token and head have the same axes but the last; interleaved heads may have two axes."""
-    heads = Dim.KV_PAIRS if layout.interleaved else Dim.KV_HEADS
-    if pool.ndim == 5:
-        heads = Dim.KV_HEADS if pool.shape[3] == 2 else Dim.WHOLE
-    return tuple(heads if axis == layout.head_axis else Dim.WHOLE for axis in range(max(pool.ndim, 4)))
 
 
 def partitioned(run: Callable[..., Sequence[Array]], rule: Rule) -> Callable[..., tuple[Array, ...]]:

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_paged_attn import _checks, _differentiation, _engines, _ffi, _modes, _partitioning, _reference
 from jax_paged_attn._folding import POOLS, Axis, fold, unfold
-from jax_paged_attn._layouts import LAYOUTS, keys_and_values
+from jax_paged_attn._layouts import LAYOUTS, head_dim_of, keys_and_values
 
 # The ten operands of attention that every call has, as in docs/primitive.md.
 _AXES = (
@@ -88,10 +88,12 @@ def _write_axes(*, layout: str, **_: Any) -> _Axes:
 # ---- binding ---------------------------------------------------------------------------------------------------------
 
 
-def attention(*operands: Array, **parameters: Any) -> tuple[Array, Array]:
+def attention(
+    *operands: Array, token_scales: tuple[bool, bool] = (False, False), **parameters: Any
+) -> tuple[Array, Array]:
     """Binds the attention primitive: `(out, lse)` for its operands and its static parameters."""
-    partitioned = _partitioning.call_that_needs_devices()
-    out, lse = attention_p.bind(*_vary_alike(operands), partitioned=partitioned, **parameters)
+    parameters |= {"partitioned": _partitioning.call_that_needs_devices(), "token_scales": token_scales}
+    out, lse = attention_p.bind(*_vary_alike(operands), **parameters)
     return out, lse
 
 
@@ -220,13 +222,15 @@ def _cotangent_abstract(*operands: Any, wrt: tuple[bool, ...], **_: Any) -> list
 
 def _write_abstract(*operands: Any, layout: str, **_: Any) -> list[Any]:
     *pools, k, v, slot_mapping, k_scale, v_scale = operands
-    head_dim = len(k.shape) == 3  # else pools of numbers, which lack it as tokens do
-    dims = _checks.Dims() if head_dim else _checks.Dims(H=1)
-    tokens = "T K H" if head_dim else "T K"
+    # Numbers per token and head lack the head dim, as their pools do.
+    head_dim = head_dim_of(k)
+    dims = _checks.Dims(H=1) if len(k.shape) == 2 else _checks.Dims()
+    tokens = "T K" if len(k.shape) == 2 else "T K H"
     dims.match("k", k, tokens, _checks.COMPUTE_DTYPES)
     for name, pool in zip(LAYOUTS[layout].pools, pools, strict=False):
         dtypes = _checks.PAGE_DTYPES if pool is pools[0] else (str(pools[0].dtype),)
-        dims.match(name, LAYOUTS[layout].in_four_axes(pool, head_dim), LAYOUTS[layout].padded_shape, dtypes)
+        by_heads: Any = jax.ShapeDtypeStruct(LAYOUTS[layout].shape_by_heads(pool, head_dim), pool.dtype)
+        dims.match(name, by_heads, LAYOUTS[layout].padded_shape, dtypes)
     dims.match("v", v, tokens, (str(k.dtype),))
     dims.match("slot_mapping", slot_mapping, "T", ("int32",))
     dims.match("k_scale", k_scale, "Xk K", ("float32",))
@@ -419,7 +423,7 @@ def _write_transpose(bars: Sequence[Any], *operands: Any, layout: str, **paramet
     nothing = [_modes.zeros(x.shape, x.dtype) for x in (k, v)]
     kept = write_p.bind(*pool_bars, *_vary_like(pool_bars[0], nothing), *others, layout=layout, **parameters)
     tokens = [
-        _shard_like(_reference.read_tokens(bar, slots, scale, which, layout, x.ndim == 3).astype(x.dtype), x)
+        _shard_like(_reference.read_tokens(bar, slots, scale, which, head_dim_of(x), layout).astype(x.dtype), x)
         for which, (bar, scale, x) in enumerate(
             zip((pool_bars[0], pool_bars[-1]), (k_scale, v_scale), (k, v), strict=True)
         )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_paged_attn._layouts import LAYOUTS, keys_and_values
+from jax_paged_attn._layouts import LAYOUTS, head_dim_of, keys_and_values
 from jax_paged_attn._options import Scoring
 
 # Products of float32 values would otherwise be rounded to tf32 or bfloat16 on GPUs and TPUs.
@@ -135,7 +135,7 @@ def _softmax_average(scores: Array, visible: Array, sink: Array, values: Array) 
 def write(*operands: Array, layout: str = "split") -> tuple[Array, ...]:
     """Returns the pools with the tokens of `k`, `v` `[T, K, H]` stored at `slot_mapping [T]`."""
     *given, k, v, slot_mapping, k_scale, v_scale = operands
-    pools = [pool.reshape(LAYOUTS[layout].in_four_axes(pool, k.ndim == 3).shape) for pool in given]
+    pools = [pool.reshape(LAYOUTS[layout].shape_by_heads(pool, head_dim_of(k))) for pool in given]
     k, v = (x.reshape(*x.shape[:2], pools[0].shape[3]) for x in (k, v))
     num_slots = LAYOUTS[layout].num_slots(pools[0])
     targets = jnp.where(last_writer(slot_mapping, num_slots), slot_mapping, num_slots)
@@ -187,16 +187,16 @@ def quantize(values: Array, dtype: jnp.dtype) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def read_tokens(pool: Array, slots: Array, scale: Array, which: int, layout: str, has_head_dim: bool) -> Array:
+def read_tokens(pool: Array, slots: Array, scale: Array, which: int, head_dim: int | None, layout: str) -> Array:
     """The key (`which` 0) or value (1) in the slot of each token, `[T, K, H]` float32, divided by its scale.
 
     It is 0 if the token is not there. As a linear map this is the transpose of the write.
     """
-    in_four_axes = pool.reshape(LAYOUTS[layout].in_four_axes(pool, has_head_dim).shape)
-    pages = LAYOUTS[layout].split(in_four_axes, which, scale.shape[1])
-    num_pages, page_size, kv_heads, head_dim = pages.shape
+    pool = pool.reshape(LAYOUTS[layout].shape_by_heads(pool, head_dim))
+    pages = LAYOUTS[layout].split(pool, which, scale.shape[1])
+    num_pages, page_size, kv_heads, width = pages.shape
     num_slots = num_pages * page_size
     targets = jnp.where(last_writer(slots, num_slots), slots, num_slots)
-    tokens = pages.reshape(num_slots, kv_heads, head_dim).at[targets].get(mode="fill", fill_value=0)
+    tokens = pages.reshape(num_slots, kv_heads, width).at[targets].get(mode="fill", fill_value=0)
     tokens = tokens.astype(jnp.float32) / row_of_each_sequence(scale, slots.shape[0], kv_heads, 1.0)[:, :, None]
-    return tokens if has_head_dim else tokens[..., 0]
+    return tokens[..., 0] if head_dim is None else tokens

@@ -25,6 +25,8 @@ from models import Decoder, DecoderConfig
 from models.gemma2 import OffsetNorm, SandwichBlock
 from models.gpt_oss import ClampedExperts
 from models.layers import Experts
+from rpa_calls import RpaCall
+from rpa_calls import build as build_rpa
 from safetensors.numpy import load_file
 from test_transforms import OURS
 
@@ -641,3 +643,41 @@ def test_context_parallel_says_what_is_wrong() -> None:
         attend = functools.partial(jpa.context_parallel_attention, axis_name="x", **keywords)
         with pytest.raises(ValueError, match=message):
             jax.shard_map(attend, mesh=mesh_of(x=8), in_specs=(P(),) * 5, out_specs=P())(*operands)
+
+
+# ---- Calls that write ------------------------------------------------------------------------------------------------
+
+RPA_CALLS = {
+    "packed, bf16": RpaCall("s1", (5, 1), (9, 7), num_heads=16, kv_heads=8, dtype="bf16", poisoned=False),
+    "packed, f32": RpaCall("s2", (5, 1), (9, 7), num_heads=16, kv_heads=8, poisoned=False),
+    "pairs of e4m3": RpaCall(
+        "s3", (5, 1), (9, 7), num_heads=32, kv_heads=32, head_dim=64, cache_dtype="e4m3", cache="pairs", sinks=True,
+        poisoned=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("by", ["shard_map", "jit"])
+@pytest.mark.parametrize("name", RPA_CALLS)
+def test_partitioned_calls_that_write(name: str, by: str) -> None:
+    """Heads are split over a donated cache, by `shard_map` as other packages do it, or by XLA."""
+    call, mesh = RPA_CALLS[name], mesh_of(x=8)
+    if by == "jit" and name.startswith("pairs"):
+        pytest.skip("XLA gathers a cache whose first axis of heads counts neither K nor 2K")
+    arrays = build_rpa(call)
+    specs = {name: P(None, "x") for name in ("queries", "keys", "values")}
+    specs |= {"kv_cache": P(None, None, "x"), "attention_sink": P("x")}
+    specs = {name: specs.get(name, P()) for name in arrays}
+
+    def step(arrays: dict[str, Any]) -> Any:
+        return compat.ragged_paged_attention_v3(**arrays, return_lse=True)
+
+    results = (P(None, "x"), P(None, None, "x"), P(None, "x"))
+    run = jax.shard_map(step, mesh=mesh, in_specs=(specs,), out_specs=results) if by == "shard_map" else step
+    placed = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()}
+    compiled = jax.jit(run, donate_argnums=0).lower(placed).compile()
+    assert collectives(compiled) == []
+    got = compiled(placed)
+    for x, want in zip(got, jax.jit(step)(arrays), strict=True):
+        np.testing.assert_array_equal(np.asarray(x).astype(np.float32), np.asarray(want).astype(np.float32))
+    assert got[1].sharding.is_equivalent_to(NamedSharding(mesh, results[1]), got[1].ndim)

@@ -165,13 +165,6 @@ constexpr PoolShape ShapeOfPool(PageLayout layout) {
   return {};
 }
 
-// What the axes of a pool may be.
-enum class PoolAxes : uint8_t {
-  kFour,            // as PoolShape has them
-  kHeadsInTwo,      // likewise, or heads of an interleaved pool in two axes
-  kWithoutHeadDim,  // likewise without the head dimension, which is 1
-};
-
 // The facts that both pools share.
 struct Pools {
   DType dtype;
@@ -183,31 +176,45 @@ constexpr int64_t FirstValue(PageLayout layout, int64_t num_pages, int64_t head_
   return layout == PageLayout::kInterleaved && num_pages > 0 ? head_dim * ByteWidth(dtype) : 0;
 }
 
-// The sizes of a pool with one axis for heads and one for the head dimension, whatever it has.
-inline std::vector<int64_t> SizesOf(const NamedBuffer& pages, PageLayout layout, PoolAxes axes) {
-  const auto dims = pages.buffer.dimensions();
-  std::vector<int64_t> sizes(dims.begin(), dims.end());
-  if (axes == PoolAxes::kWithoutHeadDim) sizes.push_back(1);
-  if (axes != PoolAxes::kFour && layout == PageLayout::kInterleaved && sizes.size() == 5) {
-    sizes[2] *= sizes[3];
-    sizes.erase(sizes.begin() + 3);
+// Where the head dim of a write's pool is, if its size is not given.
+inline constexpr int64_t kInLastAxis = 0;  // of four
+inline constexpr int64_t kNowhere = -1;    // it is 1 and has no axis
+
+// The heads of a token: one dimension, or, of an interleaved pool whose head dim is known, any number of
+// them.
+inline Status ParseHeads(const NamedBuffer& pages, const PoolShape& shape, int64_t head_dim, int64_t* heads,
+                         int64_t* parsed_head_dim) {
+  const bool interleaved = shape.heads_per_kv_head > 1;
+  if (head_dim == kInLastAxis || (head_dim == kNowhere && !interleaved)) {
+    if (pages.rank() != (head_dim == kNowhere ? 3 : 4))
+      return Mismatch(pages, std::string("shape ") + shape.text);
+    *heads = pages.dim(shape.heads);
+    *parsed_head_dim = head_dim == kNowhere ? 1 : pages.dim(3);
+    return Status::Ok();
   }
-  return sizes;
+  *parsed_head_dim = head_dim == kNowhere ? 1 : head_dim;
+  int64_t numbers = 1;
+  for (size_t axis = shape.heads; axis < pages.rank(); ++axis) numbers *= pages.dim(axis);
+  if (pages.rank() <= shape.heads || numbers % *parsed_head_dim != 0) {
+    return Mismatch(pages,
+                    "shape [P, S, ...] with whole heads of " + std::to_string(*parsed_head_dim) + " numbers");
+  }
+  *heads = numbers / *parsed_head_dim;
+  return Status::Ok();
 }
 
 // An interleaved pool has at least 2 * `num_kv_heads` heads; 0: as many key/value heads as it has room for.
+// See ParseHeads for a `head_dim` other than 0.
 inline Status ParsePages(const NamedBuffer& k_pages, const NamedBuffer& v_pages, PageLayout layout,
-                         PoolAxes axes, int64_t num_kv_heads, Pools* pools) {
+                         int64_t num_kv_heads, int64_t head_dim, Pools* pools) {
   const PoolShape shape = ShapeOfPool(layout);
-  const std::vector<int64_t> sizes = SizesOf(k_pages, layout, axes);
-  if (sizes.size() != 4) return Mismatch(k_pages, std::string("shape ") + shape.text);
+  int64_t heads = 0;
+  if (Status s = ParseHeads(k_pages, shape, head_dim, &heads, &pools->head_dim); !s.ok()) return s;
   if (!ParseDType(k_pages.dtype(), &pools->dtype)) {
     return Mismatch(k_pages, "float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8");
   }
-  pools->num_k_pages = sizes[shape.pages];
-  pools->page_size = sizes[shape.page_size];
-  pools->head_dim = sizes[3];
-  const int64_t heads = sizes[shape.heads];
+  pools->num_k_pages = k_pages.dim(shape.pages);
+  pools->page_size = k_pages.dim(shape.page_size);
   if (pools->page_size < 1 || heads < 1 || pools->head_dim < 1) {
     return Mismatch(k_pages, "at least 1 in dimensions S, K and H");
   }
@@ -222,7 +229,7 @@ inline Status ParsePages(const NamedBuffer& k_pages, const NamedBuffer& v_pages,
     pools->num_kv_heads = heads / shape.heads_per_kv_head;
     pools->num_padding_heads = 0;
   }
-  if (v_pages.rank() != k_pages.rank()) return Mismatch(v_pages, std::string("shape ") + shape.text);
+  if (v_pages.rank() != k_pages.rank()) return Mismatch(v_pages, "the rank of k_pages");
   pools->num_v_pages = v_pages.dim(shape.pages);
   std::vector<int64_t> expected(k_pages.buffer.dimensions().begin(), k_pages.buffer.dimensions().end());
   expected[shape.pages] = pools->num_v_pages;
@@ -258,10 +265,9 @@ inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Targe
   if (Status s = ParseFloating(q, &q_dtype); !s.ok()) return s;
   if (Status s = ExpectRank(tensors["k_scale"]); !s.ok()) return s;
   const int64_t given_kv_heads = target.version >= kPaddingSince ? tensors["k_scale"].dim(1) : 0;
-  if (Status s = ParsePages(k_pages, tensors["v_pages"], layout, PoolAxes::kFour, given_kv_heads, &pools);
-      !s.ok()) {
+  if (Status s = ParsePages(k_pages, tensors["v_pages"], layout, given_kv_heads, kInLastAxis, &pools);
+      !s.ok())
     return s;
-  }
   if (pools.dtype != q_dtype && ByteWidth(pools.dtype) > 1) {
     return Mismatch(k_pages, std::string("the dtype of q, ") + NameOf(q.dtype()) + ", or an 8-bit dtype");
   }
@@ -365,15 +371,14 @@ inline Status ParseWrite(const WriteTensors& tensors, const Target& target, cons
   PageLayout layout{};
   Pools pools{};
   if (Status s = ParseLayout(attributes.layout, &layout); !s.ok()) return s;
-  const bool any_axes = target.version >= kAnyAxesSince, without_head_dim = any_axes && k.rank() == 2;
-  if (!without_head_dim) {
+  const bool has_head_dim = target.version < kAnyAxesSince || k.rank() != 2;
+  if (has_head_dim) {
     if (Status s = ExpectRank(k); !s.ok()) return s;
   }
-  const PoolAxes axes = without_head_dim ? PoolAxes::kWithoutHeadDim
-                        : any_axes       ? PoolAxes::kHeadsInTwo
-                                         : PoolAxes::kFour;
-  if (Status s = ParsePages(k_pages, v_pages, layout, axes, k.dim(1), &pools); !s.ok()) return s;
   const bool one_pool = layout == PageLayout::kInterleaved;
+  if (has_head_dim && k.dim(2) < 1) return Mismatch(k, "at least 1 in dimension H");
+  const int64_t head_dim = !has_head_dim ? kNowhere : one_pool ? k.dim(2) : kInLastAxis;
+  if (Status s = ParsePages(k_pages, v_pages, layout, k.dim(1), head_dim, &pools); !s.ok()) return s;
   const int64_t num_pages = pools.num_k_pages;
   if (one_pool && pools.num_v_pages != 0)
     return Mismatch(v_pages, "no pages, since k_pages holds the values");
@@ -382,7 +387,7 @@ inline Status ParseWrite(const WriteTensors& tensors, const Target& target, cons
   if (Status s = ParseFloating(k, &new_dtype); !s.ok()) return s;
   const int64_t num_tokens = k.dim(0);
   std::vector<int64_t> rows = {num_tokens, pools.num_kv_heads, pools.head_dim};
-  if (without_head_dim) rows.pop_back();
+  if (!has_head_dim) rows.pop_back();
   if (Status s = Expect(k, k.dtype(), rows); !s.ok()) return s;
   if (Status s = Expect(tensors["v"], k.dtype(), rows); !s.ok()) return s;
   if (Status s = Expect(tensors["slot_mapping"], {num_tokens}); !s.ok()) return s;
