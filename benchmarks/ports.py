@@ -118,6 +118,26 @@ def jaxs_gpu_call(x: Decode) -> Calls:
     return calls | {"ours": jitted(lambda q, *y: compat.paged_attention(q * 0.1, *y), *operands)}
 
 
+def int8_per_token(x: Decode) -> Calls:
+    """jax-llm-examples makes 16-bit pools of int8 ones in each step."""
+    kernel = quiet(GPU_KERNEL)
+    scales = [jnp.abs(pages).max(-1).astype(jnp.float32) / 127 for pages in x.head_major]
+    stored = [jnp.rint(p / s[..., None]).astype(jnp.int8) for p, s in zip(x.head_major, scales, strict=True)]
+    operands = (x.q, *stored, x.tables, x.lengths, *scales)
+
+    def dequantized(attend: Callable[..., Array]) -> Callable[..., Array]:
+        def call(q: Array, k: Array, v: Array, tables: Array, lengths: Array, *scales: Array) -> Array:
+            pools = ((p * s[..., None]).astype(q.dtype) for p, s in zip((k, v), scales, strict=True))
+            return attend(q * 0.1, *pools, tables, lengths)
+
+        return call
+
+    calls = {"dequantized, then ours": jitted(dequantized(compat.paged_attention), *operands)}
+    if x.on_gpu:
+        calls = {"dequantized, then Pallas kernel": jitted(dequantized(kernel.paged_attention), *operands)} | calls
+    return calls | {"ours": jitted(lambda q, *y: compat.paged_attention(q * 0.1, *y), *operands)}
+
+
 def levanter(x: Decode) -> Calls:
     hax, attention = quiet("haliax"), quiet("levanter.layers.attention")
     names = ("position", "kv_head", "q_heads_per_group", "head_size"), ("page", "slot", "kv_head", "head_size")
@@ -159,7 +179,8 @@ def jax_nn(x: Decode) -> Calls:
 
 STACKS: dict[str, Callable[[Decode], Calls]] = {
     "JAX's TPU call": jaxs_tpu_call,
-    "JAX's GPU call: lalamo, jax-llm-examples": jaxs_gpu_call,
+    "JAX's GPU call: lalamo, jax-llm-examples in 16 bits": jaxs_gpu_call,
+    "jax-llm-examples, int8 with scales per token": int8_per_token,
     "Levanter": levanter,
     "EasyDeL": easydel,
     "jax.nn.dot_product_attention": jax_nn,

@@ -34,37 +34,41 @@ def parity(name: str, dtype: Any = jnp.float32) -> dict[str, Any]:
         return {n: jnp.asarray(x, dtype if x.dtype == np.float16 else x.dtype) for n, x in arrays.items()}
 
 
-@pytest.mark.parametrize(
-    ("stack", "before", "after"),
-    [
-        (
-            "lalamo",
-            [f"from {GPU_KERNEL} import paged_attention"],
-            ["from jax_paged_attn.compat import paged_attention"],
-        ),
-        (
-            "llm_examples",
-            ["from jax.experimental.pallas.ops.gpu import paged_attention"],
-            ["from jax_paged_attn import compat as paged_attention"],
-        ),
-        (
-            "levanter",
-            [
-                "from levanter.layers.attention import ragged_paged_attention",
-                "from levanter.layers.kv_cache import kv_update_unified_prefix",
-            ],
-            ["from jax_paged_attn.compat.levanter import kv_update_unified_prefix, ragged_paged_attention"],
-        ),
-    ],
-)
-def test_a_port_is_another_import(stack: str, before: list[str], after: list[str]) -> None:
-    """All but the docstring, and what tells a type checker that the stack is not installed."""
+# The imports before and after, and how many other lines there are of which the other file has none.
+PORTS_OF: dict[str, tuple[list[str], list[str], tuple[int, int]]] = {
+    "lalamo": (
+        [f"from {GPU_KERNEL} import paged_attention"],
+        ["from jax_paged_attn.compat import paged_attention"],
+        (0, 0),
+    ),
+    "levanter": (
+        [
+            "from levanter.layers.attention import ragged_paged_attention",
+            "from levanter.layers.kv_cache import kv_update_unified_prefix",
+        ],
+        ["from jax_paged_attn.compat.levanter import kv_update_unified_prefix, ragged_paged_attention"],
+        (0, 0),
+    ),
+    # Scales are operands, where pools were dequantized.
+    "llm_examples": (
+        ["from jax.experimental.pallas.ops.gpu import paged_attention"],
+        ["from jax_paged_attn import compat as paged_attention"],
+        (5, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("stack", PORTS_OF)
+def test_a_port_is_another_import(stack: str) -> None:
+    """But for the docstring, and what tells a type checker that the stack is not installed."""
     code: list[list[str]] = []
     for when in ("before", "after"):
         text = (PORTS / f"{stack}_{when}.py").read_text().split('"""', 2)[2]
         code.append([line.split("  # pyright")[0] for line in text.splitlines()])
-    assert [line for line in code[0] if line not in code[1]] == before
-    assert [line for line in code[1] if line not in code[0]] == after
+    changed = [[line for line in code[i] if line not in code[1 - i]] for i in (0, 1)]
+    imports = [[line for line in lines if line.startswith("from ")] for lines in changed]
+    others = tuple(len(lines) - len(found) for lines, found in zip(changed, imports, strict=True))
+    assert (*imports, others) == PORTS_OF[stack]
 
 
 # ---- marin-levanter --------------------------------------------------------------------------------------------------
@@ -246,7 +250,12 @@ def test_llm_examples(quantized: bool) -> None:
         ]
         k, v = quant * scales[..., None]
     mesh = jax.make_mesh((1,), ("heads",), axis_types=(AxisType.Auto,))
-    out = llm_examples_after.attention(jnp.asarray(q), *stored, tables, lengths, mesh)
+    operands = (jnp.asarray(q), *stored, tables, lengths)
+    out = llm_examples_after.attention(*operands, mesh)
+    if quantized:  # no pool in another dtype
+        code = str(jax.make_jaxpr(lambda *x: llm_examples_after.attention(*x, mesh))(*operands))
+        assert "i8[2,15,16,64]" in code
+        assert "f32[2,15,16,64]" not in code
     want = reference_of_the_gpu_kernel(q[:, :, 0] * 0.125, jnp.asarray(k), jnp.asarray(v), tables, lengths, None)
     np.testing.assert_allclose(out[:, :, 0], want, rtol=1e-4, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""The function of `llm_examples_before.py` on CPUs and GPUs: another import, the same pages, nothing copied."""
+"""The function of `llm_examples_before.py` on CPUs and GPUs: another import, and int8 pools are read as they are."""
 
 from functools import partial
 from typing import NamedTuple
@@ -18,9 +18,9 @@ class Quantized(NamedTuple):
     scale: Array  # [key/value heads, pages, page size]
 
 
-def dequantized(pages: Array | Quantized, dtype: jnp.dtype) -> Array:
-    """The whole pool, in each step."""
-    return (pages.quant * pages.scale[..., None]).astype(dtype) if isinstance(pages, Quantized) else pages
+def parts(pages: Array | Quantized) -> tuple[Array, Array | None]:
+    """The pool as it is, and its scales."""
+    return pages if isinstance(pages, Quantized) else (pages, None)
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -43,8 +43,9 @@ def attention(
     )
     def attend(q: Array, k: Array | Quantized, v: Array | Quantized, block_tables: Array, lengths: Array) -> Array:
         rows = q[:, :, 0] * q.shape[-1] ** -0.5
-        k_pages, v_pages = dequantized(k, rows.dtype), dequantized(v, rows.dtype)
-        return paged_attention.paged_attention(rows, k_pages, v_pages, block_tables, lengths)[:, :, None]
+        (k_pages, k_scales), (v_pages, v_scales) = parts(k), parts(v)
+        operands = (rows, k_pages, v_pages, block_tables, lengths, k_scales, v_scales)
+        return paged_attention.paged_attention(*operands)[:, :, None]
 
     return attend(q, k, v, block_tables, lengths)
 
