@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -15,6 +16,10 @@ from jax_paged_attn._layouts import LAYOUTS
 
 Attend = Callable[..., tuple[Array, Array]]
 
+# Scales per token and head of keys and of values, by what errors call them.
+TokenScales = Mapping[str, ArrayLike | None]
+NO_TOKEN_SCALES: TokenScales = MappingProxyType({"k_token_scales": None, "v_token_scales": None})
+
 
 def paged(
     attend: Attend,
@@ -25,6 +30,7 @@ def paged(
     lengths: ArrayLike,
     options: Mapping[str, Any],
     layout: str = "split",
+    token_scales: TokenScales = NO_TOKEN_SCALES,
 ) -> Array | tuple[Array, Array]:
     """Decode through `attend`; `options` are those of `paged_attention`, each of them there."""
     dims = _checks.Dims()
@@ -33,9 +39,10 @@ def paged(
     lengths = _int32(dims, "lengths", lengths, "B")
     arrays, per_head = (q, k_pages, v_pages, block_tables, lengths), operands_per_head(dims, k_pages, options)
     scoring = _options.Scoring.checked(options, dims["H"])
-    _debug.check_attention(*arrays, per_head, scoring, layout=layout)
+    scales = _of_tokens((k_pages, v_pages), token_scales)
+    _debug.check_attention(*arrays, per_head, scoring, layout=layout, token_scales=scales)
     static = {"scoring": scoring, "decode": True, "layout": layout}
-    return _attend(attend, static, options, (*arrays, *_one_row_each(dims["B"]), *per_head))
+    return _attend(attend, static, options, (*arrays, *_one_row_each(dims["B"]), *per_head), scales)
 
 
 def ragged(
@@ -51,6 +58,7 @@ def ragged(
     layout: str = "split",
     tables_name: str = "block_tables",
     kv_heads: int | None = None,
+    token_scales: TokenScales = NO_TOKEN_SCALES,
 ) -> Array | tuple[Array, Array]:
     """Ragged attention through `attend`.
 
@@ -69,10 +77,12 @@ def ragged(
         num_seqs = _int32(dims, "num_seqs", num_seqs, "1" if num_seqs.ndim else "")
     arrays, per_head = (q, k_pages, v_pages, block_tables, kv_lens), operands_per_head(dims, k_pages, options)
     scoring = _options.Scoring.checked(options, dims["H"])
+    scales = _of_tokens((k_pages, v_pages), token_scales)
     rows: Any = {"cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "layout": layout, "tables_name": tables_name}
-    _debug.check_attention(*arrays, per_head, scoring, **rows)
+    _debug.check_attention(*arrays, per_head, scoring, **rows, token_scales=scales)
     static = {"scoring": scoring, "decode": False, "layout": layout}
-    return _attend(attend, static, options, (*arrays, *rows_of_each(cu_q_lens, num_seqs, dims["T"]), *per_head))
+    operands = (*arrays, *rows_of_each(cu_q_lens, num_seqs, dims["T"]), *per_head)
+    return _attend(attend, static, options, operands, scales)
 
 
 def write(
@@ -83,13 +93,15 @@ def write(
     scales: tuple[ArrayLike | None, ArrayLike | None],
     layout: str = "split",
     kv_heads: int | None = None,
+    token_scales: Mapping[str, ArrayLike] = MappingProxyType({}),
 ) -> tuple[Array, ...]:
-    """The pools of a layout, one or two, after a write.
+    """The pools of a layout, one or two, after a write; behind them arrays of scales per token, if there are any.
 
     Args:
       name: of the public function, for a warning.
-      scales: `k_scale` and `v_scale`.
+      scales: `k_scale` and `v_scale`; with arrays of scales per token, `[T, K]` each.
       kv_heads: K, if a pool may have padding heads, which stay as they are; None if K follows from its shape.
+      token_scales: arrays of scales per token and head, as many as there are pools, by what errors call them.
     """
     dims = _known(kv_heads)
     shape = LAYOUTS[layout].shape if kv_heads is None else LAYOUTS[layout].padded_shape
@@ -101,10 +113,23 @@ def write(
     dims.match("k", k, "T K H", _checks.COMPUTE_DTYPES)
     dims.match("v", v, "T K H", (str(k.dtype),))
     slot_mapping = _int32(dims, "slot_mapping", slot_mapping, "T")
-    k_scale, v_scale = (page_scale(dims, f"{x}_scale", scale, pools[0]) for x, scale in zip("kv", scales, strict=True))
+    arrays = {}
+    for scales_name, array in token_scales.items():
+        arrays[scales_name] = _checks.as_array(scales_name, array)
+        dims.match(scales_name, arrays[scales_name], shape.removesuffix(" H"), _checks.COMPUTE_DTYPES)
+    named = zip(("k_scale", "v_scale"), scales, strict=True)
+    if arrays:
+        stored = next(iter(arrays.values())).dtype
+        k_scale, v_scale = (_scale_of_tokens(dims, scale_name, scale, stored) for scale_name, scale in named)
+    else:
+        k_scale, v_scale = (page_scale(dims, scale_name, scale, pools[0]) for scale_name, scale in named)
     warn_of_eager_update(name, pools[0], stacklevel=5)
     _debug.check_write(LAYOUTS[layout].num_slots(pools[0]), k, v, slot_mapping, k_scale, v_scale)
-    return _primitive.write(*pools, k, v, slot_mapping, k_scale, v_scale, layout=layout)
+    pools = _primitive.write(*pools, k, v, slot_mapping, k_scale, v_scale, layout=layout)
+    if not arrays:
+        return pools
+    none = _modes.zeros((0, dims["K"]), jnp.float32)
+    return (*pools, *_primitive.write(*arrays.values(), k_scale, v_scale, slot_mapping, none, none, layout=layout))
 
 
 def _known(kv_heads: int | None) -> _checks.Dims:
@@ -177,9 +202,42 @@ def page_scale(dims: _checks.Dims, name: str, scale: ArrayLike | None, pages: Ar
     return jnp.broadcast_to(array, (dims["K"],))[None]
 
 
+def _scale_of_tokens(dims: _checks.Dims, name: str, scale: ArrayLike | None, stored: Any) -> Array:
+    """Scales of new tokens `[T, K]`, rounded to normal numbers of the dtype in which they are stored."""
+    if scale is None:
+        raise ValueError(f"{name}: expected the scales of new tokens, got None")
+    array = _checks.as_float32(name, scale)
+    dims.match(name, array, "T K", ("float32",))
+    _checks.check_scales(name, scale, array)
+    limits = jnp.finfo(stored)
+    return jnp.clip(array, float(limits.tiny), float(limits.max)).astype(stored).astype(jnp.float32)
+
+
+def _of_tokens(pools: tuple[Array, Array], token_scales: TokenScales) -> dict[str, Array | None]:
+    """Scales per token and head as the primitive takes them: a pool's shape without its last axis, float32."""
+    checked: dict[str, Array | None] = {}
+    for pool, (name, scales) in zip(pools, token_scales.items(), strict=True):
+        array = None if scales is None else _checks.as_float32(name, scales)
+        if array is not None:
+            _checks.Dims().match(name, array, "a b c", _checks.COMPUTE_DTYPES)
+            if array.shape != pool.shape[:-1]:
+                raise ValueError(
+                    f"{name}: expected the shape of the pages without H, {pool.shape[:-1]}, got {array.shape}"
+                )
+            array = array.astype(jnp.float32)
+        checked[name] = array
+    return checked
+
+
 def _attend(
-    attend: Attend, static: Mapping[str, Any], options: Mapping[str, Any], operands: tuple[Array, ...]
+    attend: Attend,
+    static: Mapping[str, Any],
+    options: Mapping[str, Any],
+    operands: tuple[Array, ...],
+    token_scales: Mapping[str, Array | None],
 ) -> Array | tuple[Array, Array]:
     return_lse = _checks.static_bool("return_lse", options["return_lse"])
-    out, lse = attend(*operands, **static, **_options.engine_choice(options))
+    present = tuple(scales is not None for scales in token_scales.values())
+    operands += tuple(scales for scales in token_scales.values() if scales is not None)
+    out, lse = attend(*operands, **static, token_scales=present, **_options.engine_choice(options))
     return (out, lse) if return_lse else out

@@ -24,7 +24,7 @@ class Axis(enum.Enum):
     TABLES = enum.auto()  # sequences; the values are page ids
     TOKENS = enum.auto()  # new tokens
     SLOTS = enum.auto()  # new tokens; the values are slot numbers
-    K_POOL = enum.auto()
+    K_POOL = enum.auto()  # keys; their scales per token have all axes but the last
     V_POOL = enum.auto()
     SINKS = enum.auto()  # X rows, X dividing the number of sequences; 0 rows where absent
     SCALES = enum.auto()  # X rows, X dividing the number of sequences or tokens

@@ -22,7 +22,7 @@ from jax.extend.core import ClosedJaxpr
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_paged_attn._folding import POOLS, Axis
-from jax_paged_attn._layouts import Layout
+from jax_paged_attn._layouts import Layout, head_dim_of
 
 MeshAxes = tuple[str, ...]
 
@@ -108,10 +108,12 @@ def rule(
         aval.shape[0] in (0, 1) for axis, aval in zip(axes, avals, strict=True) if axis in (Axis.SINKS, Axis.SCALES)
     )
 
-    by_axis = dict(zip(axes, avals, strict=True))
-    pool, num_kv_heads = by_axis[Axis.K_POOL], by_axis[Axis.SCALES].shape[1]
-    head_dim = next(aval.shape[2] for axis, aval in zip(axes, avals, strict=True) if axis in (Axis.ROWS, Axis.TOKENS))
-    num_heads = layout.shape_by_heads(pool, head_dim)[layout.head_axis]
+    def first(*kinds: Axis) -> Any:
+        return next(aval for axis, aval in zip(axes, avals, strict=True) if axis in kinds)
+
+    # Behind pools come their scales per token, which have the same axes but the last.
+    pool, rows, num_kv_heads = first(Axis.K_POOL), first(Axis.ROWS, Axis.TOKENS), first(Axis.SCALES).shape[1]
+    num_heads = layout.shape_by_heads(pool, head_dim_of(rows))[layout.head_axis]
     kinds = {num_kv_heads: Dim.KV_HEADS} | ({2 * num_kv_heads: Dim.KV_PAIRS} if layout.interleaved else {})
     heads_of_pool = kinds.get(pool.shape[layout.head_axis], Dim.WHOLE)
     whole_heads = heads_of_pool is Dim.WHOLE or num_heads != num_kv_heads * len(kinds)

@@ -19,10 +19,10 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_paged_attn import _checks, _differentiation, _engines, _ffi, _modes, _partitioning, _reference
-from jax_paged_attn._folding import Axis, fold, unfold
-from jax_paged_attn._layouts import LAYOUTS
+from jax_paged_attn._folding import POOLS, Axis, fold, unfold
+from jax_paged_attn._layouts import LAYOUTS, head_dim_of, keys_and_values
 
-# The ten operands of attention, as in docs/primitive.md.
+# The ten operands of attention that every call has, as in docs/primitive.md.
 _AXES = (
     Axis.ROWS,
     Axis.K_POOL,
@@ -39,7 +39,7 @@ _AXES = (
 _DIFFERENTIABLE = (0, 1, 2, 7)
 
 # The parameters that derivatives share with attention.
-_STATIC = ("scoring", "decode", "layout")
+_STATIC = ("scoring", "decode", "layout", "token_scales")
 
 # The axes of a primitive's operands and of its results.
 _Axes = tuple[tuple[Axis, ...], tuple[Axis, ...]]
@@ -57,20 +57,27 @@ write_p.multiple_results = True
 # ---- the axes of operands and results, as functions of the parameters ------------------------------------------------
 
 
-def _attention_axes(**_: Any) -> _Axes:
-    return _AXES, (Axis.ROWS, Axis.ROWS)
+def _operand_axes(token_scales: tuple[bool, bool]) -> tuple[Axis, ...]:
+    """Scales per token follow where there are some; they count pages as their pool does."""
+    return (*_AXES, *(axis for axis, has in zip(POOLS, token_scales, strict=True) if has))
+
+
+def _attention_axes(*, token_scales: tuple[bool, bool], **_: Any) -> _Axes:
+    return _operand_axes(token_scales), (Axis.ROWS, Axis.ROWS)
 
 
 def _axes_with_respect_to(wrt: tuple[bool, ...]) -> tuple[Axis, ...]:
     return tuple(_AXES[i] for i, w in zip(_DIFFERENTIABLE, wrt, strict=True) if w)
 
 
-def _tangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> _Axes:
-    return (*_axes_with_respect_to(wrt), *_AXES, Axis.ROWS, Axis.ROWS), (Axis.ROWS, Axis.ROWS)
+def _tangent_axes(*, wrt: tuple[bool, ...], token_scales: tuple[bool, bool], **_: Any) -> _Axes:
+    results = (Axis.ROWS, Axis.ROWS)
+    return (*_axes_with_respect_to(wrt), *_operand_axes(token_scales), *results), results
 
 
-def _cotangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> _Axes:
-    return (Axis.ROWS, Axis.ROWS, *_AXES, Axis.ROWS, Axis.ROWS), _axes_with_respect_to(wrt)
+def _cotangent_axes(*, wrt: tuple[bool, ...], token_scales: tuple[bool, bool], **_: Any) -> _Axes:
+    results = (Axis.ROWS, Axis.ROWS)
+    return (*results, *_operand_axes(token_scales), *results), _axes_with_respect_to(wrt)
 
 
 def _write_axes(*, layout: str, **_: Any) -> _Axes:
@@ -81,10 +88,12 @@ def _write_axes(*, layout: str, **_: Any) -> _Axes:
 # ---- binding ---------------------------------------------------------------------------------------------------------
 
 
-def attention(*operands: Array, **parameters: Any) -> tuple[Array, Array]:
-    """Binds the attention primitive: `(out, lse)` for its ten operands and its static parameters."""
-    partitioned = _partitioning.call_that_needs_devices()
-    out, lse = attention_p.bind(*_vary_alike(operands), partitioned=partitioned, **parameters)
+def attention(
+    *operands: Array, token_scales: tuple[bool, bool] = (False, False), **parameters: Any
+) -> tuple[Array, Array]:
+    """Binds the attention primitive: `(out, lse)` for its operands and its static parameters."""
+    parameters |= {"partitioned": _partitioning.call_that_needs_devices(), "token_scales": token_scales}
+    out, lse = attention_p.bind(*_vary_alike(operands), **parameters)
     return out, lse
 
 
@@ -134,7 +143,8 @@ def _aval_of(x: Any) -> ShapedArray:
 
 def describe(operands: Sequence[Any], parameters: Mapping[str, Any]) -> _engines.Call:
     """The facts that the choice of an engine depends on, from abstract operands and the primitive's parameters."""
-    q, k_pages, *_, k_scale, _ = operands
+    q, k_pages, *_ = operands
+    k_scale = operands[8]
     return _engines.Call(
         num_heads=q.shape[1],
         kv_heads=k_scale.shape[1],
@@ -145,12 +155,13 @@ def describe(operands: Sequence[Any], parameters: Mapping[str, Any]) -> _engines
         scoring=parameters["scoring"],
         decode=parameters["decode"],
         batch_invariant=parameters["batch_invariant"],
+        token_scales=any(parameters["token_scales"]),
     )
 
 
 def _attention_abstract(*operands: Any, implementation: str | None, **parameters: Any) -> list[Any]:
     decode, layout = parameters["decode"], LAYOUTS[parameters["layout"]]
-    q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale = operands
+    q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale, *_ = operands
     dims = _checks.Dims()
     dims.match("q", q, "T N H", _checks.COMPUTE_DTYPES)
     # The columns of scales say how many key/value heads there are, which a pool with padding heads does not.
@@ -159,6 +170,9 @@ def _attention_abstract(*operands: Any, implementation: str | None, **parameters
     k_name, v_name = layout.pools
     dims.match(k_name, k_pages, layout.padded_shape.replace("P", "Pk"), (str(q.dtype), *_checks.QUANTIZED_DTYPES))
     dims.match(v_name, v_pages, layout.padded_shape.replace("P", "Pv"), (str(k_pages.dtype),))
+    k_tokens, v_tokens = keys_and_values(operands[10:], parameters["token_scales"])
+    _check_token_scales("k_token_scales", k_tokens, k_pages)
+    _check_token_scales("v_token_scales", v_tokens, v_pages)
     dims.match("block_tables", block_tables, "B M", ("int32",))
     for name, x in (("kv_lens", kv_lens), ("q_starts", q_starts), ("q_counts", q_counts)):
         dims.match(name, x, "B", ("int32",))
@@ -178,6 +192,12 @@ def _attention_abstract(*operands: Any, implementation: str | None, **parameters
         ways = math.prod(q.sharding.mesh.shape[name] for name in _names(of_pool))
         heads = None if _names(of_pool) & _names(rows) or dims["K"] % ways else of_pool
     return [_aval(q, q.shape, q.dtype, (rows, heads, None)), _aval(q, q.shape[:2], jnp.float32, (rows, heads))]
+
+
+def _check_token_scales(name: str, scales: Any | None, pages: Any) -> None:
+    if scales is not None and (scales.shape, scales.dtype) != (pages.shape[:-1], jnp.float32):
+        expected, got = f"float32{list(pages.shape[:-1])}", f"{scales.dtype}{list(scales.shape)}"
+        raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
 def _names(entry: Any) -> set[str]:
@@ -202,13 +222,16 @@ def _cotangent_abstract(*operands: Any, wrt: tuple[bool, ...], **_: Any) -> list
 
 def _write_abstract(*operands: Any, layout: str, **_: Any) -> list[Any]:
     *pools, k, v, slot_mapping, k_scale, v_scale = operands
-    dims = _checks.Dims()
-    dims.match("k", k, "T K H", _checks.COMPUTE_DTYPES)
+    # Numbers per token and head lack the head dim, as their pools do.
+    head_dim = head_dim_of(k)
+    dims = _checks.Dims(H=1) if len(k.shape) == 2 else _checks.Dims()
+    tokens = "T K" if len(k.shape) == 2 else "T K H"
+    dims.match("k", k, tokens, _checks.COMPUTE_DTYPES)
     for name, pool in zip(LAYOUTS[layout].pools, pools, strict=False):
         dtypes = _checks.PAGE_DTYPES if pool is pools[0] else (str(pools[0].dtype),)
-        by_heads: Any = jax.ShapeDtypeStruct(LAYOUTS[layout].shape_by_heads(pool, dims["H"]), pool.dtype)
+        by_heads: Any = jax.ShapeDtypeStruct(LAYOUTS[layout].shape_by_heads(pool, head_dim), pool.dtype)
         dims.match(name, by_heads, LAYOUTS[layout].padded_shape, dtypes)
-    dims.match("v", v, "T K H", (str(k.dtype),))
+    dims.match("v", v, tokens, (str(k.dtype),))
     dims.match("slot_mapping", slot_mapping, "T", ("int32",))
     dims.match("k_scale", k_scale, "Xk K", ("float32",))
     dims.match("v_scale", v_scale, "Xv K", ("float32",))
@@ -283,9 +306,11 @@ def _platform_of(ctx: mlir.LoweringRuleContext) -> str:
     return platforms[0]
 
 
-def _tangent_impl(*operands: Array, wrt: tuple[bool, ...], **static: Any) -> Sequence[Array]:
+def _tangent_impl(
+    *operands: Array, wrt: tuple[bool, ...], token_scales: tuple[bool, bool], **static: Any
+) -> Sequence[Array]:
     dots = iter(operands[: sum(wrt)])
-    saved = _differentiation.Saved(*operands[sum(wrt) :])
+    saved = _differentiation.Saved.of(operands[sum(wrt) :], token_scales)
     q_dot, k_dot, v_dot, sinks_dot = (next(dots) if w else None for w in wrt)
     return _differentiation.tangent(q_dot, k_dot, v_dot, sinks_dot, saved, **static)
 
@@ -295,9 +320,11 @@ def _cotangent_impl(
     lse_bar: Array,
     *residuals: Array,
     wrt: tuple[bool, bool, bool, bool],
+    token_scales: tuple[bool, bool],
     **static: Any,
 ) -> Sequence[Array]:
-    return _differentiation.cotangent(out_bar, lse_bar, _differentiation.Saved(*residuals), wrt, **static)
+    saved = _differentiation.Saved.of(residuals, token_scales)
+    return _differentiation.cotangent(out_bar, lse_bar, saved, wrt, **static)
 
 
 # ---- batching --------------------------------------------------------------------------------------------------------
@@ -396,7 +423,7 @@ def _write_transpose(bars: Sequence[Any], *operands: Any, layout: str, **paramet
     nothing = [_modes.zeros(x.shape, x.dtype) for x in (k, v)]
     kept = write_p.bind(*pool_bars, *_vary_like(pool_bars[0], nothing), *others, layout=layout, **parameters)
     tokens = [
-        _shard_like(_reference.read_tokens(bar, slots, scale, which, x.shape[2], layout).astype(x.dtype), x)
+        _shard_like(_reference.read_tokens(bar, slots, scale, which, head_dim_of(x), layout).astype(x.dtype), x)
         for which, (bar, scale, x) in enumerate(
             zip((pool_bars[0], pool_bars[-1]), (k_scale, v_scale), (k, v), strict=True)
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 from cases import BY_NAME, DTYPES, FAMILIES, LSE_BOUND, OUT_BOUND, Array, Case, build, poison
@@ -68,25 +69,31 @@ def arguments(case: Case) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     """The function that takes pools of the case's layout, with its arguments: static keywords too."""
     args, traced = build(case).arguments()
     named = {**traced, **case.keywords}
-    if case.layout == "split":
+    scales = {name: named.pop(name, None) for name in ("k_token_scales", "v_token_scales")}
+    if case.layout == "split" and not any(case.token_scales):
         return case.function, args, named
     q, k_pages, v_pages, *rest = args
+    if case.padding_heads or (any(case.token_scales) and case.layout != "head_major"):
+        pools = in_layout(case.layout, k_pages, v_pages, case.padding_heads)
+        named |= {"layout": case.layout, "kv_heads": case.num_kv_heads}
+        named |= {name: of_tokens(case.layout, x, case.padding_heads) for name, x in scales.items()}
+        return "harness.attend_in_layout", (q, pools[0], pools[-1], *rest), named
     if case.layout == "interleaved":
         kv_lens, tables, cu_q_lens, num_seqs = rest
         num_seqs = np.array([len(kv_lens)], np.int32) if num_seqs is None else num_seqs
-        pools = (interleave(k_pages, v_pages, case.padding_heads),)
-        if case.padding_heads:
-            named["kv_heads"] = case.num_kv_heads
-            return "harness.padded_attention", (q, *pools, kv_lens, tables, cu_q_lens, num_seqs), named
+        pools = (interleave(k_pages, v_pages),)
         named["sm_scale"] = named.pop("scale", case.head_dim**-0.5)
         return "compat.ragged_paged_attention", (q, *pools, kv_lens, tables, cu_q_lens, num_seqs), named
     assert named.pop("scale") == 1
     named["attn_logits_soft_cap"] = named.pop("soft_cap", None)
+    if any(case.token_scales):
+        pages = {"k_token_scales": "k_scales_pages", "v_token_scales": "v_scales_pages"}
+        named |= {pages[name]: of_tokens("head_major", x) for name, x in scales.items()}
     return "compat.paged_attention", (q, *in_layout("head_major", k_pages, v_pages), *rest), named
 
 
-def in_layout(layout: str, k_pages: Any, v_pages: Any, xp: Any = np) -> tuple[Any, ...]:
-    """Pools `[P, S, K, H]` as a layout has them: the name of one, or "padded", interleaved with a padding head.
+def in_layout(layout: str, k_pages: Any, v_pages: Any, padding_heads: int = 0, xp: Any = np) -> tuple[Any, ...]:
+    """Pools `[P, S, K, H]` as a layout has them, of which "padded" is an interleaved one with a padding head.
 
     Traced ones need `jax.numpy` as `xp`.
     """
@@ -94,7 +101,14 @@ def in_layout(layout: str, k_pages: Any, v_pages: Any, xp: Any = np) -> tuple[An
         return k_pages, v_pages
     if layout == "head_major":
         return tuple(xp.moveaxis(x, 2, 0).copy() for x in (k_pages, v_pages))
-    return (interleave(k_pages, v_pages, padding_heads=int(layout == "padded"), xp=xp),)
+    return (interleave(k_pages, v_pages, padding_heads or int(layout == "padded"), xp),)
+
+
+def of_tokens(layout: str, scales: Array | None, padding_heads: int = 0) -> Array | None:
+    """Scales `[P, S, K]` in the shape of a layout's pool."""
+    if scales is None:
+        return None
+    return in_layout(layout, scales[..., None], scales[..., None], padding_heads)[0][..., 0]
 
 
 def write_in_layout(*operands: Any, layout: str, **scales: Any) -> tuple[Any, ...]:
@@ -120,12 +134,18 @@ def interleave(k_pages: Any, v_pages: Any, padding_heads: int = 0, xp: Any = np)
     return xp.concatenate([pool, poison((pages, page_size, padding_heads, head_dim), pool.dtype)], axis=2)
 
 
-def padded_attention(q: Any, kv_pages: Any, *rest: Any, kv_heads: int, **options: Any) -> Any:
-    """Ragged attention to an interleaved pool with padding heads, as `compat` asks for it."""
-    defaults = dict.fromkeys(("scale", "sliding_window", "soft_cap", "implementation"))
+def attend_in_layout(q: Any, k_pages: Any, v_pages: Any, *where: Any, **options: Any) -> Any:
+    """Ragged attention as `compat` asks for it: interleaved pools may have padding heads, all may have token scales."""
+    defaults = dict.fromkeys(("scale", "sliding_window", "soft_cap", "implementation", "sinks", "k_scale", "v_scale"))
     options = {**defaults, "batch_invariant": False, "return_lse": False, **options}
-    operands: tuple[Any, ...] = (_primitive.attention, q, kv_pages, kv_pages, *rest, options)
-    return _call.ragged(*operands, layout="interleaved", kv_heads=kv_heads)
+    if options["k_scale"] is None and k_pages.dtype == jnp.int8:
+        options["k_scale"] = 1.0
+    if options["v_scale"] is None and k_pages.dtype == jnp.int8:
+        options["v_scale"] = 1.0
+    keywords = {name: options.pop(name) for name in ("layout", "kv_heads")}
+    scales = {name: options.pop(name, None) for name in ("k_token_scales", "v_token_scales")}
+    operands: tuple[Any, ...] = (_primitive.attention, q, k_pages, v_pages, *where, options)
+    return _call.ragged(*operands, **keywords, token_scales=scales)
 
 
 _expected: dict[str, tuple[Array, Array]] = {}
@@ -150,7 +170,7 @@ def adapted(case: Case | str, engine: str) -> Case:
     """A case (or the one of that name) as the engine takes it, so that no edge is left out for its dtype or head dim.
 
     Where the engine does not take the dtype of the queries, the name of the case decides among those it takes; of head
-    dims the nearest is taken.
+    dims the nearest is taken. Scales per token are left out where it has none.
     """
     adapted = BY_NAME[case] if isinstance(case, str) else case
     name, head_dim = adapted.name, adapted.head_dim
@@ -158,6 +178,8 @@ def adapted(case: Case | str, engine: str) -> Case:
     if DTYPES[adapted.dtype].name not in row.q_dtypes:
         taken = [dtype for dtype in OUT_BOUND if DTYPES[dtype].name in row.q_dtypes]
         adapted = replace(adapted, dtype=taken[zlib.crc32(name.encode()) % len(taken)])
+    if not row.token_scales:
+        adapted = replace(adapted, token_scales=(False, False))
     if row.head_dims is not None and head_dim not in row.head_dims:
         adapted = replace(adapted, head_dim=min(row.head_dims, key=lambda taken: abs(taken - head_dim)))
     return adapted

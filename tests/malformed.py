@@ -28,6 +28,7 @@ P, S, K = 6, 2, 2
 ATTENTION_OPERANDS = (
     "q", "k_pages", "v_pages", "block_tables", "kv_lens", "q_starts", "q_counts", "sinks", "k_scale", "v_scale"
 )  # fmt: skip
+TOKEN_SCALES = ("k_token_scales", "v_token_scales")  # of v3
 ATTENTION_RESULTS = ("out", "lse", "workspace")
 WRITE_OPERANDS = ("k_pages", "v_pages", "k", "v", "slot_mapping", "k_scale", "v_scale")
 WRITE_RESULTS = ("k_pages", "v_pages")
@@ -87,7 +88,7 @@ def recorded(function: Any, *operands: Any, **parameters: Any) -> Call:
 POOLS = {"split": (P, S, K), "interleaved": (P, S, 2 * K), "padded": (P, S, 2 * K + 1), "head_major": (K, P, S)}
 
 
-def attention(engine: str, decode: bool = False, layout: str = "split") -> Call:
+def attention(engine: str, decode: bool = False, layout: str = "split", token_scales: bool = False) -> Call:
     """Ragged attention, or decode, as the engine is called."""
     dtype, head_dim = (jnp.bfloat16, 64) if engine == "fused" else (jnp.float32, 8)
     pool, rows = jnp.zeros((*POOLS[layout], head_dim), dtype), jnp.zeros(B, jnp.int32)
@@ -98,6 +99,8 @@ def attention(engine: str, decode: bool = False, layout: str = "split") -> Call:
         jnp.zeros((B, M), jnp.int32),
         *(rows, rows, rows),
         *(jnp.zeros((0, heads), jnp.float32) for heads in (N, K, K)),
+        *([jnp.zeros(pool.shape[:-1], jnp.float32)] * 2 if token_scales else []),
+        token_scales=(token_scales, token_scales),
         decode=decode,
         batch_invariant=False,
         scoring=Scoring(scale=0.5, sliding_window=0, soft_cap=0.0, causal=True),
@@ -197,12 +200,26 @@ def malformed_attention(engine: str) -> Iterator[Call]:
         yield call
         yield from (wrong for wrong in wrong_attributes(call) if "layout" in wrong.label)
         free = {("k_scale", 0), *((name, page_axis) for name in WRITE_RESULTS)}
-        for wrong in wrong_arrays(call, ATTENTION_OPERANDS, "operands", free):
+        names = (*ATTENTION_OPERANDS, *TOKEN_SCALES)[: len(call.operands)]
+        for wrong in wrong_arrays(call, names, "operands", free):
             of_scale = layout == "padded" and wrong.label.startswith("k_scale: ax")  # whose columns are K
             if (wrong.label.startswith(WRITE_RESULTS) and ": dtype" not in wrong.label) or of_scale:
                 yield wrong
-    # The versions before know no padding heads.
-    yield replace(attention(engine, layout="padded"), target=_ffi.ATTENTION_LAYOUT_TARGET, label="v2", error=MISMATCH)
+    # The versions before know no padding heads, and no scales per token.
+    call = attention(engine, layout="padded")
+    before = {"target": _ffi.ATTENTION_LAYOUT_TARGET, "operands": call.operands[:-2]}
+    yield replace(call, **before, label="padding heads in v2", error=MISMATCH)
+    yield replace(call, **{**before, "operands": call.operands}, label="scales in v2", error="operands")
+    if engine == "fused":
+        call = attention("cublaslt", layout="head_major", token_scales=True)
+        error = "k_token_scales, v_token_scales: expected none"
+        yield replace(call, attributes={**call.attributes, "engine": "fused"}, label="scales per token", error=error)
+        return
+    call = attention(engine, layout="head_major", token_scales=True)
+    yield call
+    for wrong in wrong_arrays(call, (*ATTENTION_OPERANDS, *TOKEN_SCALES), "operands"):
+        if wrong.label.startswith(TOKEN_SCALES):
+            yield wrong
 
 
 def malformed_writes() -> Iterator[Call]:

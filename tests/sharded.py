@@ -166,8 +166,13 @@ def test_partitioned_over_pools_of_other_layouts(kind: AxisType, layout: str, de
     function: Any = {"interleaved": scaled, "head_major": compat.paged_attention}[layout]
     q, k_pages, v_pages, sinks, k_scale, *where = finite(Problem.of(case).operands)
     pools = harness.in_layout(layout, k_pages, v_pages)
+    where_specs = [P()] * len(where)
     if layout == "interleaved":
         where.append(np.full(1, len(case.kv_lens), np.int32))
+        where_specs.append(P())
+    else:  # with a scale per token and head
+        where += [np.linspace(0.5, 1.5, pool[..., 0].size, dtype=np.float32).reshape(pool.shape[:3]) for pool in pools]
+        where_specs += [POOLS[layout]] * 2
 
     def attend(q: Any, sinks: Any, k_scale: Any, *operands: Any) -> Any:
         return function(q, *operands, sinks=sinks, k_scale=k_scale, return_lse=True)
@@ -178,7 +183,7 @@ def test_partitioned_over_pools_of_other_layouts(kind: AxisType, layout: str, de
     run, heads = (attend, None) if derivative == "forward" else (gradient, "x")
     operands, mesh = (q, sinks, k_scale, *pools, *where), mesh_of(kind, x=8)
     want = jax.jit(run)(*operands)
-    specs = (P(None, heads), P("x"), P("x"), *[POOLS[layout]] * len(pools), *[P()] * len(where))
+    specs = (P(None, heads), P("x"), P("x"), *[POOLS[layout]] * len(pools), *where_specs)
     with within(mesh):
         compiled, placed = compile_sharded(run, operands, mesh, specs)
         assert_same(compiled(*placed), want)

@@ -452,8 +452,6 @@ BAD_GPU: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"v_pages": jnp.zeros((2, 7, 4, 8))}, ValueError, "v_pages: expected .*P = 6"),
     ({"k_pages": jnp.zeros((3, 6, 4, 8))}, ValueError, r"v_pages: expected .*\[K, P, S, H\].*K = 3"),
     ({"block_tables": jnp.zeros((2, 3, 1), jnp.int32), "lengths": None}, ValueError, "block_tables: expected rank 2"),
-    ({"k_scales_pages": jnp.ones((2, 6, 4))}, ValueError, "k_scales_pages: expected None"),
-    ({"v_scales_pages": jnp.ones((2, 6, 4))}, ValueError, "v_scales_pages: expected None"),
     ({"attn_logits_soft_cap": 0.0}, ValueError, "attn_logits_soft_cap: "),
     ({"k_splits": 0}, ValueError, "k_splits: "),
 ]

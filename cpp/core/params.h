@@ -30,6 +30,11 @@ constexpr PageStrides StridesOf(PageLayout layout, int64_t num_pages, int64_t pa
   return {};
 }
 
+// The strides of an array that has one number per row of H elements of a pool.
+constexpr PageStrides StridesOfRows(const PageStrides& pool, int64_t head_dim) {
+  return {.page = pool.page / head_dim, .token = pool.token / head_dim, .head = pool.head / head_dim};
+}
+
 struct AttentionParams {
   const void* q;                // [T, N, H] in q_dtype
   const void* k_pages;          // [Pk, S, K, H] in kv_dtype, through k_strides
@@ -41,6 +46,8 @@ struct AttentionParams {
   const float* sinks;           // [X, N], null if X is 0
   const float* k_scale;         // [X, K], null if X is 0
   const float* v_scale;         // [X, K], null if X is 0
+  const float* k_token_scales;  // [Pk, S, K] through StridesOfRows(k_strides), or null: a further factor
+  const float* v_token_scales;  // [Pv, S, K] likewise; scales of keys that no row sees may be anything
   void* out;                    // [T, N, H] in q_dtype
   float* lse;                   // [T, N], natural log
   float* workspace;             // an engine's own; the CPU engine's is in workspace.h

@@ -46,6 +46,7 @@ struct AttentionProblem {
   int64_t num_v_scales = 0;  // X of v_scale, likewise
   PageLayout layout = PageLayout::kSplit;
   int64_t num_padding_heads = 0;  // of an interleaved pool, after the 2K
+  bool has_token_scales = false;  // keys or values have a scale per token and head
 };
 
 struct WriteProblem {

@@ -44,21 +44,26 @@ class Tensors {
     consteval Name(const char* name) : index(IndexOf(table.tensors, name)) {}
   };
 
-  static Status Bind(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, Tensors* bound) {
-    constexpr size_t kNumOperands = table.kNumOperands, kNumResults = table.kNumResults;
-    if (args.size() != kNumOperands || rets.size() != kNumResults) {
+  // The tensors of the target's version; there is no buffer for later ones.
+  static Status Bind(const Target& target, const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
+                     Tensors* bound) {
+    constexpr size_t kNumResults = table.kNumResults;
+    const size_t num_operands = table.NumOperands(target);
+    if (args.size() != num_operands || rets.size() != kNumResults) {
       return Status::InvalidArgument(std::string(table.function) + ": expected " +
-                                     std::to_string(kNumOperands) + " operands and " +
+                                     std::to_string(num_operands) + " operands and " +
                                      std::to_string(kNumResults) + " results, got " +
                                      std::to_string(args.size()) + " and " + std::to_string(rets.size()));
     }
+    size_t next = 0;  // operand
     for (size_t i = 0; i < table.tensors.size(); ++i) {
       const TensorSpec& spec = table.tensors[i];
-      if (i < kNumOperands) {
-        if (auto operand = args.get<ffi::AnyBuffer>(i); operand.has_value()) {
+      if (!spec.BelongsTo(target)) continue;
+      if (i < table.kNumOperands) {
+        if (auto operand = args.get<ffi::AnyBuffer>(next++); operand.has_value()) {
           bound->buffers_[i] = {.spec = &spec, .buffer = *operand};
         }
-      } else if (auto result = rets.get<ffi::AnyBuffer>(i - kNumOperands); result.has_value()) {
+      } else if (auto result = rets.get<ffi::AnyBuffer>(i - table.kNumOperands); result.has_value()) {
         bound->buffers_[i] = {.spec = &spec, .buffer = **result};
       }
       if (!bound->buffers_[i]) return Status::InvalidArgument(std::string(spec.name) + ": expected a buffer");
@@ -67,6 +72,7 @@ class Tensors {
   }
 
   const NamedBuffer& operator[](Name name) const { return *buffers_[name.index]; }
+  bool Has(Name name) const { return buffers_[name.index].has_value(); }
 
  private:
   std::array<std::optional<NamedBuffer>, table.tensors.size()> buffers_;

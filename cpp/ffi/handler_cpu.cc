@@ -38,7 +38,7 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaini
     AttentionAttributes attributes;
     AttentionProblem problem;
     AttentionParams params;
-    if (Status s = AttentionTensors::Bind(args, rets, &tensors); !s.ok()) return s;
+    if (Status s = AttentionTensors::Bind(target, args, rets, &tensors); !s.ok()) return s;
     if (Status s = ReadAttributes(dictionary, target, &attributes); !s.ok()) return s;
     if (Status s = ParseAttention(tensors, target, attributes, &problem, &params); !s.ok()) return s;
     const int64_t workspace_bytes =
@@ -59,9 +59,9 @@ ffi::Error Write(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRe
     WriteAttributes attributes;
     WriteProblem problem;
     WriteParams params;
-    if (Status s = WriteTensors::Bind(args, rets, &tensors); !s.ok()) return s;
+    if (Status s = WriteTensors::Bind(target, args, rets, &tensors); !s.ok()) return s;
     if (Status s = ReadAttributes(dictionary, target, &attributes); !s.ok()) return s;
-    if (Status s = ParseWrite(tensors, attributes, &problem, &params); !s.ok()) return s;
+    if (Status s = ParseWrite(tensors, target, attributes, &problem, &params); !s.ok()) return s;
     XlaTaskRunner runner(pool);
     return cache::RunWrite(problem, params, runner);
   });

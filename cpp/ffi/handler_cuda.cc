@@ -96,11 +96,15 @@ Status CheckEngine(const AttentionAttributes& attributes) {
 Status Parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
              const ffi::Dictionary& dictionary, const Target& target, ParsedCall* call) {
   AttentionTensors tensors;
-  if (Status s = AttentionTensors::Bind(args, rets, &tensors); !s.ok()) return s;
+  if (Status s = AttentionTensors::Bind(target, args, rets, &tensors); !s.ok()) return s;
   if (Status s = ReadAttributes(dictionary, target, &call->attributes); !s.ok()) return s;
   if (Status s = CheckEngine(call->attributes); !s.ok()) return s;
   if (Status s = ParseAttention(tensors, target, call->attributes, &call->problem, &call->params); !s.ok())
     return s;
+  if (call->problem.has_token_scales && IsFused(call->attributes)) {
+    return Status::InvalidArgument(
+        "k_token_scales, v_token_scales: expected none with implementation fused, got some");
+  }
   call->workspace_bytes = tensors["workspace"].dim(0);
   return Status::Ok();
 }

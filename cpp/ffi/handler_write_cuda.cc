@@ -21,9 +21,9 @@ ffi::Error Write(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRet
     WriteAttributes attributes;
     WriteProblem problem;
     WriteParams params;
-    if (Status s = WriteTensors::Bind(args, rets, &tensors); !s.ok()) return s;
+    if (Status s = WriteTensors::Bind(target, args, rets, &tensors); !s.ok()) return s;
     if (Status s = ReadAttributes(dictionary, target, &attributes); !s.ok()) return s;
-    if (Status s = ParseWrite(tensors, attributes, &problem, &params); !s.ok()) return s;
+    if (Status s = ParseWrite(tensors, target, attributes, &problem, &params); !s.ok()) return s;
     return cache::LaunchWrite(problem, params, stream);
   });
 }

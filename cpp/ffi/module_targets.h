@@ -14,6 +14,7 @@ template <typename Table, typename Attributes>
 nb::dict NamesOf(const Table& table, const Attributes& specs, const Target& target) {
   nb::list operands, results;
   for (size_t i = 0; i < table.tensors.size(); ++i) {
+    if (!table.tensors[i].BelongsTo(target)) continue;
     (i < Table::kNumOperands ? operands : results).append(table.tensors[i].name);
   }
   nb::dict names;

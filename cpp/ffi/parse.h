@@ -105,6 +105,17 @@ inline Status ExpectRepeated(const NamedBuffer& argument, int64_t columns, int64
                                 " = " + std::to_string(period));
 }
 
+// Scales per token and head of a pool; [0, 0, 0]: there are none.
+inline Status ParseTokenScales(const NamedBuffer& scales, const NamedBuffer& pages, const float** parsed) {
+  *parsed = nullptr;
+  if (Status s = ExpectRank(scales); !s.ok()) return s;
+  if (scales.dim(0) == 0 && scales.dim(1) == 0 && scales.dim(2) == 0) return Expect(scales, {0, 0, 0});
+  const auto dims = pages.buffer.dimensions();
+  if (Status s = Expect(scales, {dims[0], dims[1], dims[2]}); !s.ok()) return s;
+  *parsed = scales.data<const float>();
+  return Status::Ok();
+}
+
 inline bool ParseDType(ffi::DataType dtype, DType* parsed) {
   switch (dtype) {
     case ffi::DataType::F32:
@@ -165,23 +176,30 @@ constexpr int64_t FirstValue(PageLayout layout, int64_t num_pages, int64_t head_
   return layout == PageLayout::kInterleaved && num_pages > 0 ? head_dim * ByteWidth(dtype) : 0;
 }
 
+// Where the head dim of a write's pool is, if its size is not given.
+inline constexpr int64_t kInLastAxis = 0;  // of four
+inline constexpr int64_t kNowhere = -1;    // it is 1 and has no axis
+
 // The heads of a token: one dimension, or, of an interleaved pool whose head dim is known, any number of
 // them.
 inline Status ParseHeads(const NamedBuffer& pages, const PoolShape& shape, int64_t head_dim, int64_t* heads,
                          int64_t* parsed_head_dim) {
-  if (head_dim == 0) {
-    if (Status s = ExpectRank(pages, shape.text); !s.ok()) return s;
+  const bool interleaved = shape.heads_per_kv_head > 1;
+  if (head_dim == kInLastAxis || (head_dim == kNowhere && !interleaved)) {
+    if (pages.rank() != (head_dim == kNowhere ? 3 : 4))
+      return Mismatch(pages, std::string("shape ") + shape.text);
     *heads = pages.dim(shape.heads);
-    *parsed_head_dim = pages.dim(3);
+    *parsed_head_dim = head_dim == kNowhere ? 1 : pages.dim(3);
     return Status::Ok();
   }
+  *parsed_head_dim = head_dim == kNowhere ? 1 : head_dim;
   int64_t numbers = 1;
   for (size_t axis = shape.heads; axis < pages.rank(); ++axis) numbers *= pages.dim(axis);
-  if (pages.rank() <= shape.heads || numbers % head_dim != 0) {
-    return Mismatch(pages, "shape [P, S, ...] with whole heads of " + std::to_string(head_dim) + " numbers");
+  if (pages.rank() <= shape.heads || numbers % *parsed_head_dim != 0) {
+    return Mismatch(pages,
+                    "shape [P, S, ...] with whole heads of " + std::to_string(*parsed_head_dim) + " numbers");
   }
-  *heads = numbers / head_dim;
-  *parsed_head_dim = head_dim;
+  *heads = numbers / *parsed_head_dim;
   return Status::Ok();
 }
 
@@ -247,7 +265,8 @@ inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Targe
   if (Status s = ParseFloating(q, &q_dtype); !s.ok()) return s;
   if (Status s = ExpectRank(tensors["k_scale"]); !s.ok()) return s;
   const int64_t given_kv_heads = target.version >= kPaddingSince ? tensors["k_scale"].dim(1) : 0;
-  if (Status s = ParsePages(k_pages, tensors["v_pages"], layout, given_kv_heads, 0, &pools); !s.ok())
+  if (Status s = ParsePages(k_pages, tensors["v_pages"], layout, given_kv_heads, kInLastAxis, &pools);
+      !s.ok())
     return s;
   if (pools.dtype != q_dtype && ByteWidth(pools.dtype) > 1) {
     return Mismatch(k_pages, std::string("the dtype of q, ") + NameOf(q.dtype()) + ", or an 8-bit dtype");
@@ -310,6 +329,16 @@ inline Status ParseAttention(const AttentionTensors& tensors, const Target& targ
   };
   const int64_t first_value =
       FirstValue(problem->layout, problem->num_v_pages, problem->head_dim, problem->kv_dtype);
+  const float *k_token_scales = nullptr, *v_token_scales = nullptr;
+  if (tensors.Has("k_token_scales")) {
+    const auto parse = [&](AttentionTensors::Name name, AttentionTensors::Name pages, const float** parsed) {
+      return ParseTokenScales(tensors[name], tensors[pages], parsed);
+    };
+    if (Status s = parse("k_token_scales", "k_pages", &k_token_scales); !s.ok()) return s;
+    if (Status s = parse("v_token_scales", "v_pages", &v_token_scales); !s.ok()) return s;
+  }
+  problem->has_token_scales = k_token_scales != nullptr || v_token_scales != nullptr;
+  if (first_value > 0 && v_token_scales != nullptr) ++v_token_scales;  // value head 0 is behind key head 0
   *params = {.q = tensors["q"].data<const void>(),
              .k_pages = tensors["k_pages"].data<const void>(),
              .v_pages = tensors["v_pages"].data<const char>() + first_value,
@@ -320,6 +349,8 @@ inline Status ParseAttention(const AttentionTensors& tensors, const Target& targ
              .sinks = tensors["sinks"].data_or_null<const float>(),
              .k_scale = tensors["k_scale"].data_or_null<const float>(),
              .v_scale = tensors["v_scale"].data_or_null<const float>(),
+             .k_token_scales = k_token_scales,
+             .v_token_scales = v_token_scales,
              .out = tensors["out"].data<void>(),
              .lse = tensors["lse"].data<float>(),
              .workspace = tensors["workspace"].data<float>(),
@@ -332,7 +363,7 @@ inline Status ParseAttention(const AttentionTensors& tensors, const Target& targ
   return Status::Ok();
 }
 
-inline Status ParseWrite(const WriteTensors& tensors, const WriteAttributes& attributes,
+inline Status ParseWrite(const WriteTensors& tensors, const Target& target, const WriteAttributes& attributes,
                          WriteProblem* problem, WriteParams* params) {
   const NamedBuffer &k_pages = tensors["k_pages"], &v_pages = tensors["v_pages"], &k = tensors["k"];
   const NamedBuffer &k_result = tensors["k_pages (result)"], &v_result = tensors["v_pages (result)"];
@@ -340,11 +371,14 @@ inline Status ParseWrite(const WriteTensors& tensors, const WriteAttributes& att
   PageLayout layout{};
   Pools pools{};
   if (Status s = ParseLayout(attributes.layout, &layout); !s.ok()) return s;
-  if (Status s = ExpectRank(k); !s.ok()) return s;
+  const bool has_head_dim = target.version < kAnyAxesSince || k.rank() != 2;
+  if (has_head_dim) {
+    if (Status s = ExpectRank(k); !s.ok()) return s;
+  }
   const bool one_pool = layout == PageLayout::kInterleaved;
-  if (one_pool && k.dim(2) < 1) return Mismatch(k, "at least 1 in dimension H");
-  if (Status s = ParsePages(k_pages, v_pages, layout, k.dim(1), one_pool ? k.dim(2) : 0, &pools); !s.ok())
-    return s;
+  if (has_head_dim && k.dim(2) < 1) return Mismatch(k, "at least 1 in dimension H");
+  const int64_t head_dim = !has_head_dim ? kNowhere : one_pool ? k.dim(2) : kInLastAxis;
+  if (Status s = ParsePages(k_pages, v_pages, layout, k.dim(1), head_dim, &pools); !s.ok()) return s;
   const int64_t num_pages = pools.num_k_pages;
   if (one_pool && pools.num_v_pages != 0)
     return Mismatch(v_pages, "no pages, since k_pages holds the values");
@@ -352,7 +386,8 @@ inline Status ParseWrite(const WriteTensors& tensors, const WriteAttributes& att
     return Mismatch(v_pages, "as many pages as k_pages, " + std::to_string(num_pages));
   if (Status s = ParseFloating(k, &new_dtype); !s.ok()) return s;
   const int64_t num_tokens = k.dim(0);
-  const std::vector<int64_t> rows = {num_tokens, pools.num_kv_heads, pools.head_dim};
+  std::vector<int64_t> rows = {num_tokens, pools.num_kv_heads, pools.head_dim};
+  if (!has_head_dim) rows.pop_back();
   if (Status s = Expect(k, k.dtype(), rows); !s.ok()) return s;
   if (Status s = Expect(tensors["v"], k.dtype(), rows); !s.ok()) return s;
   if (Status s = Expect(tensors["slot_mapping"], {num_tokens}); !s.ok()) return s;

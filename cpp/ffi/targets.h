@@ -14,7 +14,8 @@ namespace jpa {
 
 inline constexpr char kAttentionV1[] = "jax_paged_attn.attention.v1";
 inline constexpr char kAttentionV2[] = "jax_paged_attn.attention.v2";  // v1 with an attribute for the layout
-inline constexpr char kAttentionV3[] = "jax_paged_attn.attention.v3";  // v2 with padding heads
+// v2 with padding heads, and scales per token and head.
+inline constexpr char kAttentionV3[] = "jax_paged_attn.attention.v3";
 inline constexpr char kWriteV1[] = "jax_paged_attn.write.v1";
 inline constexpr char kWriteV2[] = "jax_paged_attn.write.v2";  // v1 with an attribute for the layout
 
@@ -26,12 +27,23 @@ enum class ElementType : uint8_t {
   kU8,
 };
 
+enum class Platform : uint8_t { kCpu, kCuda };
+
+// A version of a target on a platform.
+struct Target {
+  Platform platform;
+  int version;
+};
+
 // Letters as in core/problem.h.
 struct TensorSpec {
   const char* name;
   ElementType dtype;
   size_t rank;
   const char* shape;
+  int since = 1;  // version of the target
+
+  constexpr bool BelongsTo(const Target& target) const { return target.version >= since; }
 };
 
 // The tensors of a target: operands, then results.
@@ -42,9 +54,15 @@ struct TensorTable {
 
   const char* function;  // as errors call it
   std::array<TensorSpec, operands + results> tensors;
+
+  constexpr size_t NumOperands(const Target& target) const {
+    size_t count = 0;
+    for (size_t i = 0; i < operands; ++i) count += tensors[i].BelongsTo(target) ? 1 : 0;
+    return count;
+  }
 };
 
-inline constexpr TensorTable<10, 3> kAttentionTensors = {
+inline constexpr TensorTable<12, 3> kAttentionTensors = {
     .function = "attention",
     .tensors = {{
         {.name = "q", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, N, H]"},
@@ -57,6 +75,9 @@ inline constexpr TensorTable<10, 3> kAttentionTensors = {
         {.name = "sinks", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, N]"},
         {.name = "k_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
         {.name = "v_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
+        // Of a pool's shape without its last axis, or [0, 0, 0].
+        {.name = "k_token_scales", .dtype = ElementType::kF32, .rank = 3, .shape = "[P, S, K]", .since = 3},
+        {.name = "v_token_scales", .dtype = ElementType::kF32, .rank = 3, .shape = "[P, S, K]", .since = 3},
         {.name = "out", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, N, H]"},
         {.name = "lse", .dtype = ElementType::kF32, .rank = 2, .shape = "[T, N]"},
         {.name = "workspace", .dtype = ElementType::kU8, .rank = 1, .shape = "[W]"},
@@ -77,14 +98,6 @@ inline constexpr TensorTable<7, 2> kWriteTensors = {
         {.name = "k_pages (result)", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
         {.name = "v_pages (result)", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
     }}};
-
-enum class Platform : uint8_t { kCpu, kCuda };
-
-// A version of a target on a platform.
-struct Target {
-  Platform platform;
-  int version;
-};
 
 struct AttributeSpec {
   const char* name;
@@ -109,8 +122,12 @@ inline constexpr auto kAttentionAttributes = std::to_array<AttributeSpec>({
 });
 inline constexpr auto kWriteAttributes = std::to_array<AttributeSpec>({{.name = "layout", .since = 2}});
 
-// From this version on, an interleaved pool may have padding heads.
+// From this version of attention on, an interleaved pool may have padding heads.
 inline constexpr int kPaddingSince = 3;
+// From this version of the write on, an interleaved pool may also have its heads in two axes, [P, S, X, Y,
+// H], and k, v and pools of any layout may lack the last axis if it is 1. (XLA would copy what is reshaped
+// and aliased.)
+inline constexpr int kAnyAxesSince = 2;
 
 // The index of an entry by its name; does not compile where there is none.
 template <typename Entries>

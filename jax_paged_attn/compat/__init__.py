@@ -6,7 +6,8 @@ another import, on CPU and CUDA; pages are read where they lie. All that holds o
 `ragged_paged_attention` holds here: edges, gradients, `vmap`, export, `explain`.
 
 `write_interleaved_kv_pages` and `write_head_major_kv_pages` write the pages of JAX's own kernels, in place where they
-are donated. `ragged_paged_attention_v3` and `batched_ragged_paged_attention` write the cache themselves.
+are donated; the latter also 8-bit ones with a scale per token and head. `ragged_paged_attention_v3` and
+`batched_ragged_paged_attention` write the cache themselves.
 """
 
 from jax_paged_attn.compat._gpu import paged_attention
@@ -14,10 +15,11 @@ from jax_paged_attn.compat._keywords import DEFAULT_MASK_VALUE
 from jax_paged_attn.compat._rpa_v3 import ragged_paged_attention_v3
 from jax_paged_attn.compat._tokamax import batched_ragged_paged_attention
 from jax_paged_attn.compat._tpu import ragged_paged_attention
-from jax_paged_attn.compat._write import write_head_major_kv_pages, write_interleaved_kv_pages
+from jax_paged_attn.compat._write import amax_scales, write_head_major_kv_pages, write_interleaved_kv_pages
 
 __all__ = [
     "DEFAULT_MASK_VALUE",
+    "amax_scales",
     "batched_ragged_paged_attention",
     "paged_attention",
     "ragged_paged_attention",

@@ -80,8 +80,9 @@ def paged_attention(
       v_pages: as `k_pages`.
       block_tables: `[B, M]` int32, the pages of each sequence.
       lengths: `[B]` int32, tokens in the cache; None is M·S for every sequence.
-      k_scales_pages: must be None: one scale per token is not supported. See `k_scale`.
-      v_scales_pages: likewise.
+      k_scales_pages: `[K, P, S]` float32: one scale per token and head, key = stored × its scale × k_scale. None is 1.
+        Engine "fused" does not take them. bfloat16 and float16 ones are converted whole in each call.
+      v_scales_pages: likewise for values.
       block_h, pages_per_compute_block, k_splits, num_warps, num_stages: block sizes of that kernel, ignored here.
       interpret, debug: likewise ignored.
       mask_value: a number of at most −1e6. A masked key has no weight at all here, whatever it is.
@@ -95,7 +96,7 @@ def paged_attention(
       `[B, N, H]` in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` float32.
 
     Raises:
-      ValueError, TypeError: as `jax_paged_attn.paged_attention`, and for scales per token.
+      ValueError, TypeError: as `jax_paged_attn.paged_attention`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -107,9 +108,6 @@ def paged_attention(
     """
     _keywords.check_mask_value(options["mask_value"])
     _keywords.check_counts(options, "block_h", "pages_per_compute_block", "k_splits", "num_warps", "num_stages")
-    for name, scales in (("k_scales_pages", k_scales_pages), ("v_scales_pages", v_scales_pages)):
-        if scales is not None:
-            raise ValueError(f"{name}: expected None (k_scale and v_scale are scalar or [K]), got one scale per token")
     cap = _keywords.soft_cap("attn_logits_soft_cap", options["attn_logits_soft_cap"])
     k_pages, v_pages = _checks.as_array("k_pages", k_pages), _checks.as_array("v_pages", v_pages)
     block_tables = _checks.as_int32("block_tables", block_tables)
@@ -120,4 +118,5 @@ def paged_attention(
         lengths = jnp.full(dims["B"], dims["M"] * dims["S"], jnp.int32)
     options |= {"scale": 1.0, "sliding_window": None, "soft_cap": cap, **_keywords.page_scales(options, k_pages)}
     operands = (q, k_pages, v_pages, block_tables, lengths)
-    return paged(_primitive.attention, *operands, options, layout="head_major")
+    scales = {"k_scales_pages": k_scales_pages, "v_scales_pages": v_scales_pages}
+    return paged(_primitive.attention, *operands, options, layout="head_major", token_scales=scales)
