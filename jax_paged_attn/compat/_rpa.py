@@ -313,7 +313,7 @@ def _attend(
         foreign_pages=tables is not call.tables,  # those in front of a chunk are not read
     )  # fmt: skip
     operands = (_widened(call.queries, pool.shape[3]), pool, pool, tables, kv_lens, starts, counts, *per_head)
-    static = {"scoring": scoring, "decode": False, "layout": "interleaved"}
+    static = {"scoring": scoring, "decode": False, "layout": "interleaved", "token_scales": (False, False)}
     out, lse = _primitive.attention(*operands, **static, **_options.engine_choice(options))
     return out[..., :head_dim], lse
 
