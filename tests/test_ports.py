@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
+import os
 import re
+import subprocess
 import sys
 import types
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import easydel
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +26,9 @@ from ports import lalamo_after, levanter_after, llm_examples_after
 
 from jax_paged_attn import compat
 
+HERE = Path(__file__).parent
 PORTS = Path(lalamo_after.__file__).parent
-PARITY = Path(__file__).parent / "parity"
+PARITY = HERE / "parity"
 GPU_KERNEL = "jax.experimental.pallas.ops.gpu.paged_attention"
 
 
@@ -263,68 +267,20 @@ def test_llm_examples(quantized: bool) -> None:
 # ---- EasyDeL ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def ejkernel() -> Iterator[Any]:
-    """ejkernel, whose registry is as before afterwards. It wants JAX 0.10, the last one for Python 3.11."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        modules = pytest.importorskip("ejkernel.modules")
-        registry = importlib.import_module("ejkernel.kernels._registry").kernel_registry
-    theirs = [spec for spec in registry.list_implementations("unified_attention") if spec.priority == 0]
-    registry._registry["unified_attention"] = list(theirs)
-    yield modules
-    registry._registry["unified_attention"] = theirs
-
-
-# Rows and keys of each sequence, N, K, H, page size, keywords: what ejkernel's own tests call.
-EJKERNEL_TESTS: dict[str, tuple[list[tuple[int, int]], tuple[int, int, int, int], dict[str, Any]]] = {
-    "basic": ([(6, 24), (1, 17)], (8, 4, 32, 8), {}),
-    "three": ([(16, 64), (1, 31), (4, 17)], (8, 2, 64, 16), {"softmax_scale": 0.125}),
-    "features": ([(4, 16), (1, 19), (2, 23)], (8, 2, 32, 8), {"sliding_window": 8, "logits_soft_cap": 10.0}),
-    "decode": ([(1, 32), (1, 33), (1, 17), (1, 48)], (8, 4, 64, 16), {"sliding_window": 32, "logits_soft_cap": 20.0}),
-}
-
-
-def ejkernel_inputs(seq_lens: list[tuple[int, int]], sizes: tuple[int, int, int, int], dtype: Any) -> list[Any]:
-    heads, kv_heads, head_dim, page_size = sizes
-    q_lens, kv_lens = (np.array(x, np.int32) for x in zip(*seq_lens, strict=True))
-    tables = np.arange(len(kv_lens) * -(-kv_lens.max() // page_size), dtype=np.int32).reshape(len(kv_lens), -1)
-    keys = jax.random.split(jax.random.key(0), 4)
-    q = jax.random.normal(keys[0], (int(q_lens.sum()), heads, head_dim), dtype)
-    pools = (jax.random.normal(key, (tables.size, page_size, kv_heads, head_dim), dtype) for key in keys[1:3])
-    where = (jnp.asarray(x) for x in (kv_lens, tables, np.cumsum([0, *q_lens], dtype=np.int32)))
-    return [q, *pools, *where, None, None, jax.random.normal(keys[3], (heads,))]
-
-
-@pytest.mark.parametrize("name", EJKERNEL_TESTS)
-def test_easydels_registry_runs_us(ejkernel: Any, name: str) -> None:
-    """The call of EasyDeL's server, before and after `register()`, for the platform it asks for and for the default."""
-    seq_lens, sizes, keywords = EJKERNEL_TESTS[name]
-    operands = ejkernel_inputs(seq_lens, sizes, jnp.bfloat16)
-    theirs = ejkernel.unified_attention(*operands, **keywords)
-    compat.ejkernel.register()
-    compat.ejkernel.register()  # no second entry
-    for platform in (None, "triton"):
-        ours = jax.jit(lambda *x, p=platform: ejkernel.unified_attention(*x, platform=p, **keywords))
-        assert " paged_attention[" in str(jax.make_jaxpr(ours)(*operands))
-        got = np.asarray(ours(*operands), np.float32)
-        np.testing.assert_allclose(got, np.asarray(theirs, np.float32), rtol=1e-2, atol=1e-2)
-
-
-def test_easydels_registry_finds_the_same_signature(ejkernel: Any) -> None:
-    registry = importlib.import_module("ejkernel.kernels._registry").kernel_registry
-    compat.ejkernel.register(["triton"], priority=5)
-    first, *_ = registry.list_implementations("unified_attention")
-    assert (first.platform, first.priority) == ("triton", 5)
-    assert registry.validate_signatures("unified_attention")
-    q, *rest = ejkernel_inputs(*EJKERNEL_TESTS["basic"][:2], jnp.float32)
-    rest[5] = jnp.ones(8)
-    with pytest.raises(importlib.import_module("ejkernel.errors").EjkernelRuntimeError, match="alibi_slopes: "):
-        ejkernel.unified_attention(q, *rest, platform="triton")
+@pytest.mark.skipif(importlib.util.find_spec("ejkernel") is None, reason="ejkernel wants JAX 0.10, and so Python 3.11")
+def test_easydel(tmp_path: Path) -> None:
+    """`easydel.py` in a process of its own: ejkernel turns JAX's persistent cache on, in the home folder."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    paths = [str(HERE), str(HERE.parent / "examples"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [*command, str(HERE / "easydel.py")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 def test_unified_attention_without_ejkernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v, kv_lens, tables, rows, _, _, sinks = ejkernel_inputs(*EJKERNEL_TESTS["features"][:2], jnp.float32)
+    q, k, v, kv_lens, tables, rows, _, _, sinks = easydel.inputs("features", jnp.float32)
     ours: Any = compat.ejkernel.unified_attention
     off = ours(q, k, v, kv_lens, tables, rows, sliding_window=0, logits_soft_cap=0.0, num_warps=4)
     np.testing.assert_array_equal(off, call("ragged_paged_attention", q, k, v, kv_lens, tables, rows))
@@ -334,7 +290,7 @@ def test_unified_attention_without_ejkernel(monkeypatch: pytest.MonkeyPatch) -> 
         ours(q, k, v, kv_lens, tables, rows, qq_bias=jnp.ones((4, 4)))
     with pytest.raises(ValueError, match=r"^platforms: expected some of triton, cuda, xla, got rocm"):
         compat.ejkernel.register(["rocm"])
-    monkeypatch.setitem(sys.modules, "ejkernel.kernels", None)
+    monkeypatch.setitem(sys.modules, "ejkernel", None)
     with pytest.raises(ImportError, match="pip install ejkernel"):
         compat.ejkernel.register()
 

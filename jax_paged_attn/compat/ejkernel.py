@@ -123,9 +123,10 @@ def register(platforms: Sequence[str] = _PLATFORMS, *, priority: int = 100) -> N
     Example:
       >>> from jax_paged_attn.compat import ejkernel
       >>> try:
-      ...     ejkernel.register()
-      ... except ImportError as error:
-      ...     assert "pip install ejkernel" in str(error)
+      ...     ejkernel.register(["triton", "rocm"])
+      ... except ValueError as error:
+      ...     print(error)
+      platforms: expected some of triton, cuda, xla, got rocm
     """
     unknown = sorted(set(platforms) - set(_PLATFORMS))
     if unknown:
