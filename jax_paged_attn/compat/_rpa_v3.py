@@ -126,9 +126,9 @@ def ragged_paged_attention_v3(
       return_lse: return the log-sum-exp too, which that kernel has not.
       side_by_side: True: head k of the cache is a key of 64 numbers, then its value. False: as for other head dims.
         None: True for H = 64 if the shape fits, as their layers choose the kernel.
-      skip_kv_mask, chunk_prefill_size, d_block_sizes, p_block_sizes, m_block_sizes, num_kv_pages_per_block,
-        num_queries_per_block, vmem_limit_bytes, debug_mode, disable_bounds_checks, disable_semaphore_checks: for TPUs,
-        ignored here.
+      skip_kv_mask, chunk_prefill_size, d_block_sizes, p_block_sizes, m_block_sizes: for TPUs, ignored here.
+      num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes: likewise.
+      debug_mode, disable_bounds_checks, disable_semaphore_checks: likewise.
       implementation, batch_invariant: as in `jax_paged_attn.paged_attention`.
 
     Returns:
