@@ -97,10 +97,11 @@ def tokens(q: Any, k_pages: Any, v_pages: Any, tables: Any, lengths: Any, k_scal
         pages[:, page].swapaxes(0, 1).astype(jnp.float32) * scales[..., None]
         for pages, scales in zip((k_pages, v_pages), of_page, strict=True)
     )
-    pools = [x.at[:, page].set(0) for x in (k_pages, v_pages, k_scales, v_scales)]
+    k_pages, v_pages, k_scales, v_scales = (x.at[:, page].set(0) for x in (k_pages, v_pages, k_scales, v_scales))
     scales = {"k_scale": of_page[0], "v_scale": of_page[1]}
-    pools = compat.write_head_major_kv_pages(*pools[:2], k, v, slots, *pools[2:], **scales)
-    return compat.paged_attention(q, *pools[:2], tables, lengths, *pools[2:], return_lse=True)
+    pools = compat.write_head_major_kv_pages(k_pages, v_pages, k, v, slots, k_scales, v_scales, **scales)
+    k_pages, v_pages, k_scales, v_scales = pools
+    return compat.paged_attention(q, k_pages, v_pages, tables, lengths, k_scales, v_scales, return_lse=True)
 
 
 PROGRAMS = {
