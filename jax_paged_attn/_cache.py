@@ -12,13 +12,11 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _checks, _debug, _modes, _options, _primitive, _reference
+from jax_paged_attn import _call, _checks, _debug, _modes, _options, _reference
 from jax_paged_attn._attention import paged_attention, ragged_paged_attention
-from jax_paged_attn._call import page_scale
 from jax_paged_attn._donation import warn_of_eager_update
 from jax_paged_attn._step import StepMetadata
 
-_PAGE_DTYPES = (*_checks.COMPUTE_DTYPES, *_checks.QUANTIZED_DTYPES)
 _OWN_SCALES: dict[str, str] = dict.fromkeys(("k_scale", "v_scale"), "expected none, since the cache has its own scales")
 
 
@@ -66,17 +64,8 @@ def write_kv_pages(
       >>> k_pages[:, :, 0, 0].astype(int).tolist()
       [[0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
     """
-    dims = _checks.Dims()
-    k_pages, v_pages = _pools(dims, k_pages, v_pages)
-    k, v = _checks.as_array("k", k), _checks.as_array("v", v)
-    dims.match("k", k, "T K H", _checks.COMPUTE_DTYPES)
-    dims.match("v", v, "T K H", (str(k.dtype),))
-    slot_mapping = _checks.as_int32("slot_mapping", slot_mapping)
-    dims.match("slot_mapping", slot_mapping, "T", ("int32",))
-    scales = (page_scale(dims, "k_scale", k_scale, k_pages), page_scale(dims, "v_scale", v_scale, v_pages))
-    warn_of_eager_update("write_kv_pages", k_pages)
-    _debug.check_write(k_pages, k, v, slot_mapping, *scales)
-    return _primitive.write(k_pages, v_pages, k, v, slot_mapping, *scales)
+    k_new, v_new = _call.write("write_kv_pages", (k_pages, v_pages), (k, v), slot_mapping, (k_scale, v_scale))
+    return k_new, v_new
 
 
 def copy_kv_pages(k_pages: ArrayLike, v_pages: ArrayLike, src: ArrayLike, dst: ArrayLike) -> tuple[Array, Array]:
@@ -131,7 +120,7 @@ def _copied(k_pages: Array, v_pages: Array, src: Array, dst: Array) -> tuple[Arr
 
 def _pools(dims: _checks.Dims, k_pages: ArrayLike, v_pages: ArrayLike) -> tuple[Array, Array]:
     k_pages, v_pages = _checks.as_array("k_pages", k_pages), _checks.as_array("v_pages", v_pages)
-    dims.match("k_pages", k_pages, "P S K H", _PAGE_DTYPES)
+    dims.match("k_pages", k_pages, "P S K H", _checks.PAGE_DTYPES)
     dims.match("v_pages", v_pages, "P S K H", (str(k_pages.dtype),))
     return k_pages, v_pages
 
@@ -615,8 +604,8 @@ def _page_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
         page_dtype = jnp.dtype(dtype) if dtype is not None else None
     except TypeError:
         page_dtype = None
-    if page_dtype is None or str(page_dtype) not in _PAGE_DTYPES:
-        raise ValueError(f"dtype: expected {' or '.join(_PAGE_DTYPES)}, got {page_dtype or repr(dtype)}")
+    if page_dtype is None or str(page_dtype) not in _checks.PAGE_DTYPES:
+        raise ValueError(f"dtype: expected {' or '.join(_checks.PAGE_DTYPES)}, got {page_dtype or repr(dtype)}")
     return page_dtype
 
 

@@ -1,7 +1,8 @@
 """The way from a user's arguments to the primitive, for pools of any layout: arrays checked and brought into shape."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -10,9 +11,14 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jax_paged_attn import _checks, _debug, _modes, _options, _primitive
+from jax_paged_attn._donation import warn_of_eager_update
 from jax_paged_attn._layouts import LAYOUTS
 
 Attend = Callable[..., tuple[Array, Array]]
+
+# Scales per token and head of keys and of values, by what errors call them.
+TokenScales = Mapping[str, ArrayLike | None]
+NO_TOKEN_SCALES: TokenScales = MappingProxyType({"k_token_scales": None, "v_token_scales": None})
 
 
 def paged(
@@ -24,17 +30,19 @@ def paged(
     lengths: ArrayLike,
     options: Mapping[str, Any],
     layout: str = "split",
+    token_scales: TokenScales = NO_TOKEN_SCALES,
 ) -> Array | tuple[Array, Array]:
     """Decode through `attend`; `options` are those of `paged_attention`, each of them there."""
     dims = _checks.Dims()
     q, k_pages, v_pages = _query_and_pages(dims, "B N H", q, k_pages, v_pages, layout)
     block_tables = _int32(dims, "block_tables", block_tables, "B M")
     lengths = _int32(dims, "lengths", lengths, "B")
-    arrays, per_head = (q, k_pages, v_pages, block_tables, lengths), _per_head(dims, k_pages, options)
+    arrays, per_head = (q, k_pages, v_pages, block_tables, lengths), operands_per_head(dims, k_pages, options)
     scoring = _options.Scoring.checked(options, dims["H"])
-    _debug.check_attention(*arrays, per_head, scoring, layout=layout)
+    scales = _of_tokens((k_pages, v_pages), token_scales)
+    _debug.check_attention(*arrays, per_head, scoring, layout=layout, token_scales=scales)
     static = {"scoring": scoring, "decode": True, "layout": layout}
-    return _attend(attend, static, options, (*arrays, *_one_row_each(dims["B"]), *per_head))
+    return _attend(attend, static, options, (*arrays, *_one_row_each(dims["B"]), *per_head), scales)
 
 
 def ragged(
@@ -49,10 +57,17 @@ def ragged(
     options: Mapping[str, Any],
     layout: str = "split",
     tables_name: str = "block_tables",
+    kv_heads: int | None = None,
+    token_scales: TokenScales = NO_TOKEN_SCALES,
 ) -> Array | tuple[Array, Array]:
-    """Ragged attention through `attend`; `tables_name` is the name of the tables in errors."""
-    dims = _checks.Dims()
-    q, k_pages, v_pages = _query_and_pages(dims, "T N H", q, k_pages, v_pages, layout)
+    """Ragged attention through `attend`.
+
+    Args:
+      tables_name: the name of the tables in errors.
+      kv_heads: K, if the pool may have padding heads; None if K follows from its shape.
+    """
+    dims = _known(kv_heads)
+    q, k_pages, v_pages = _query_and_pages(dims, "T N H", q, k_pages, v_pages, layout, kv_heads is not None)
     kv_lens = _int32(dims, "kv_lens", kv_lens, "B")
     block_tables = _int32(dims, tables_name, block_tables, "B M")
     cu_q_lens = _int32(dims, "cu_q_lens", cu_q_lens, "B+1")
@@ -60,12 +75,65 @@ def ragged(
     if num_seqs is not None:
         num_seqs = _checks.as_int32("num_seqs", num_seqs)
         num_seqs = _int32(dims, "num_seqs", num_seqs, "1" if num_seqs.ndim else "")
-    arrays, per_head = (q, k_pages, v_pages, block_tables, kv_lens), _per_head(dims, k_pages, options)
+    arrays, per_head = (q, k_pages, v_pages, block_tables, kv_lens), operands_per_head(dims, k_pages, options)
     scoring = _options.Scoring.checked(options, dims["H"])
+    scales = _of_tokens((k_pages, v_pages), token_scales)
     rows: Any = {"cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "layout": layout, "tables_name": tables_name}
-    _debug.check_attention(*arrays, per_head, scoring, **rows)
+    _debug.check_attention(*arrays, per_head, scoring, **rows, token_scales=scales)
     static = {"scoring": scoring, "decode": False, "layout": layout}
-    return _attend(attend, static, options, (*arrays, *_rows_of_each(cu_q_lens, num_seqs, dims["T"]), *per_head))
+    operands = (*arrays, *rows_of_each(cu_q_lens, num_seqs, dims["T"]), *per_head)
+    return _attend(attend, static, options, operands, scales)
+
+
+def write(
+    name: str,
+    pools: Sequence[ArrayLike],
+    k_and_v: tuple[ArrayLike, ArrayLike],
+    slot_mapping: ArrayLike,
+    scales: tuple[ArrayLike | None, ArrayLike | None],
+    layout: str = "split",
+    kv_heads: int | None = None,
+    token_scales: Mapping[str, ArrayLike] = MappingProxyType({}),
+) -> tuple[Array, ...]:
+    """The pools of a layout, one or two, after a write; behind them arrays of scales per token, if there are any.
+
+    Args:
+      name: of the public function, for a warning.
+      scales: `k_scale` and `v_scale`; with arrays of scales per token, `[T, K]` each.
+      kv_heads: K, if a pool may have padding heads, which stay as they are; None if K follows from its shape.
+      token_scales: arrays of scales per token and head, as many as there are pools, by what errors call them.
+    """
+    dims = _known(kv_heads)
+    shape = LAYOUTS[layout].shape if kv_heads is None else LAYOUTS[layout].padded_shape
+    names = LAYOUTS[layout].pools[: len(pools)]
+    pools = [_checks.as_array(pool_name, pool) for pool_name, pool in zip(names, pools, strict=True)]
+    for pool_name, pool in zip(names, pools, strict=True):
+        dims.match(pool_name, pool, shape, _checks.PAGE_DTYPES if pool is pools[0] else (str(pools[0].dtype),))
+    k, v = (_checks.as_array(*named) for named in zip("kv", k_and_v, strict=True))
+    dims.match("k", k, "T K H", _checks.COMPUTE_DTYPES)
+    dims.match("v", v, "T K H", (str(k.dtype),))
+    slot_mapping = _int32(dims, "slot_mapping", slot_mapping, "T")
+    arrays = {}
+    for scales_name, array in token_scales.items():
+        arrays[scales_name] = _checks.as_array(scales_name, array)
+        dims.match(scales_name, arrays[scales_name], shape.removesuffix(" H"), _checks.COMPUTE_DTYPES)
+    named = zip(("k_scale", "v_scale"), scales, strict=True)
+    if arrays:
+        stored = next(iter(arrays.values())).dtype
+        k_scale, v_scale = (_scale_of_tokens(dims, scale_name, scale, stored) for scale_name, scale in named)
+    else:
+        k_scale, v_scale = (page_scale(dims, scale_name, scale, pools[0]) for scale_name, scale in named)
+    warn_of_eager_update(name, pools[0], stacklevel=5)
+    _debug.check_write(LAYOUTS[layout].num_slots(pools[0]), k, v, slot_mapping, k_scale, v_scale)
+    pools = _primitive.write(*pools, k, v, slot_mapping, k_scale, v_scale, layout=layout)
+    if not arrays:
+        return pools
+    none = _modes.zeros((0, dims["K"]), jnp.float32)
+    return (*pools, *_primitive.write(*arrays.values(), k_scale, v_scale, slot_mapping, none, none, layout=layout))
+
+
+def _known(kv_heads: int | None) -> _checks.Dims:
+    return _checks.Dims() if kv_heads is None else _checks.Dims(K=kv_heads)
 
 
 @functools.partial(_modes.compiled, static_argnums=0)
@@ -75,7 +143,7 @@ def _one_row_each(num_seqs: int) -> tuple[Array, Array]:
 
 
 @functools.partial(_modes.compiled, static_argnums=2)
-def _rows_of_each(cu_q_lens: Array, num_seqs: Array | None, num_rows: int) -> tuple[Array, Array]:
+def rows_of_each(cu_q_lens: Array, num_seqs: Array | None, num_rows: int) -> tuple[Array, Array]:
     """The first rows and the row counts of ragged sequences; dead ones have no row."""
     ends = jax.lax.cummax(jnp.clip(cu_q_lens, 0, num_rows))
     counts = ends[1:] - ends[:-1]
@@ -86,9 +154,16 @@ def _rows_of_each(cu_q_lens: Array, num_seqs: Array | None, num_rows: int) -> tu
 
 
 def _query_and_pages(
-    dims: _checks.Dims, q_letters: str, q: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike, layout: str
+    dims: _checks.Dims,
+    q_letters: str,
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    layout: str,
+    padded: bool = False,
 ) -> tuple[Array, Array, Array]:
-    shape, (k_name, v_name) = LAYOUTS[layout].shape, LAYOUTS[layout].pools
+    shape = LAYOUTS[layout].padded_shape if padded else LAYOUTS[layout].shape
+    k_name, v_name = LAYOUTS[layout].pools
     q, k_pages, v_pages = (_checks.as_array(name, x) for name, x in (("q", q), (k_name, k_pages), (v_name, v_pages)))
     dims.match("q", q, q_letters, _checks.COMPUTE_DTYPES)
     dims.match(k_name, k_pages, shape, (str(q.dtype), *_checks.QUANTIZED_DTYPES))
@@ -103,7 +178,7 @@ def _int32(dims: _checks.Dims, name: str, x: ArrayLike, letters: str) -> Array:
     return array
 
 
-def _per_head(dims: _checks.Dims, k_pages: Array, options: Mapping[str, Any]) -> tuple[Array, Array, Array]:
+def operands_per_head(dims: _checks.Dims, k_pages: Array, options: Mapping[str, Any]) -> tuple[Array, Array, Array]:
     """`sinks`, `k_scale`, `v_scale` as the primitive takes them: `[1, heads]`, or `[0, heads]` where absent."""
     if options["sinks"] is None:
         sinks = _modes.zeros((0, dims["N"]), jnp.float32)
@@ -127,9 +202,42 @@ def page_scale(dims: _checks.Dims, name: str, scale: ArrayLike | None, pages: Ar
     return jnp.broadcast_to(array, (dims["K"],))[None]
 
 
+def _scale_of_tokens(dims: _checks.Dims, name: str, scale: ArrayLike | None, stored: Any) -> Array:
+    """Scales of new tokens `[T, K]`, rounded to normal numbers of the dtype in which they are stored."""
+    if scale is None:
+        raise ValueError(f"{name}: expected the scales of new tokens, got None")
+    array = _checks.as_float32(name, scale)
+    dims.match(name, array, "T K", ("float32",))
+    _checks.check_scales(name, scale, array)
+    limits = jnp.finfo(stored)
+    return jnp.clip(array, float(limits.tiny), float(limits.max)).astype(stored).astype(jnp.float32)
+
+
+def _of_tokens(pools: tuple[Array, Array], token_scales: TokenScales) -> dict[str, Array | None]:
+    """Scales per token and head as the primitive takes them: a pool's shape without its last axis, float32."""
+    checked: dict[str, Array | None] = {}
+    for pool, (name, scales) in zip(pools, token_scales.items(), strict=True):
+        array = None if scales is None else _checks.as_float32(name, scales)
+        if array is not None:
+            _checks.Dims().match(name, array, "a b c", _checks.COMPUTE_DTYPES)
+            if array.shape != pool.shape[:-1]:
+                raise ValueError(
+                    f"{name}: expected the shape of the pages without H, {pool.shape[:-1]}, got {array.shape}"
+                )
+            array = array.astype(jnp.float32)
+        checked[name] = array
+    return checked
+
+
 def _attend(
-    attend: Attend, static: Mapping[str, Any], options: Mapping[str, Any], operands: tuple[Array, ...]
+    attend: Attend,
+    static: Mapping[str, Any],
+    options: Mapping[str, Any],
+    operands: tuple[Array, ...],
+    token_scales: Mapping[str, Array | None],
 ) -> Array | tuple[Array, Array]:
     return_lse = _checks.static_bool("return_lse", options["return_lse"])
-    out, lse = attend(*operands, **static, **_options.engine_choice(options))
+    present = tuple(scales is not None for scales in token_scales.values())
+    operands += tuple(scales for scales in token_scales.values() if scales is not None)
+    out, lse = attend(*operands, **static, token_scales=present, **_options.engine_choice(options))
     return (out, lse) if return_lse else out

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")
+PAGE_DTYPES = (*COMPUTE_DTYPES, *QUANTIZED_DTYPES)
 INT32 = np.iinfo(np.int32)
 
 
@@ -28,7 +29,10 @@ class Dims:
         return self._sizes[letter]
 
     def match(self, name: str, x: jax.Array, letters: str, dtypes: Sequence[str]) -> None:
-        """Raises ValueError unless `x` has the shape `letters` ("P S 2K H", "B+1", "1") and one of the dtypes."""
+        """Raises ValueError unless `x` has the shape `letters` ("P S 2K H", "B+1", "1") and one of the dtypes.
+
+        An axis such as ">=2K" may be longer, where an argument before has shown the letter.
+        """
         pattern = letters.split()
         if x.dtype not in [jnp.dtype(d) for d in dtypes]:
             raise ValueError(f"{name}: expected dtype {' or '.join(dtypes)}, got {x.dtype}")
@@ -36,15 +40,19 @@ class Dims:
             expected = f"rank {len(pattern)}, shape [{', '.join(pattern)}]"
             raise ValueError(f"{name}: expected {expected}, got rank {len(x.shape)}, shape {x.shape}")
         for axis, letter in enumerate(pattern):
-            base, _, plus = letter.partition("+")
+            base, _, plus = letter.removeprefix(">=").partition("+")
             size, factor = x.shape[axis], 1
             if base[0] == "2" and len(base) > 1:
                 base, factor = base[1:], 2
             known = int(base) if base.isdigit() else self._sizes.get(base)
             if known is None and size % factor == 0:
                 self._sizes[base] = size // factor
-            elif known is None or size != factor * known + int(plus or 0):
-                expected = "an even size" if known is None else f"{letter} = {factor * known + int(plus or 0)}"
+                continue
+            wanted = None if known is None else factor * known + int(plus or 0)
+            if wanted is not None and letter.startswith(">=") and size > wanted:
+                continue
+            if size != wanted:
+                expected = "an even size" if wanted is None else f"{letter} = {wanted}"
                 raise ValueError(
                     f"{name}: expected shape [{', '.join(pattern)}] with {expected} (axis {axis}), got shape {x.shape}"
                 )

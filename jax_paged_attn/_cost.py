@@ -208,8 +208,9 @@ def _cost_of_call(avals: Sequence[Any], known: Sequence[_Known], params: dict[st
         pairs = num_rows * int(min(lengths.max(initial=0), scoring.sliding_window or capacity))
         tokens = int(lengths.sum())
 
-    token_bytes = 2 * layout.kv_heads(k_pages) * head_dim * k_pages.dtype.itemsize
-    others = [x for i, x in enumerate(avals) if i not in (1, 2)]
+    # Keys, values and their scales; of the operands, pools and such scales are not read whole.
+    token_bytes = avals[8].shape[1] * (2 * head_dim * k_pages.dtype.itemsize + 4 * sum(params["token_scales"]))
+    others = [x for i, x in enumerate(avals) if i in (0, *range(3, 10))]
     operand_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in others)
     result_bytes = num_rows * heads * (head_dim * q.dtype.itemsize + 4)
     return Cost(

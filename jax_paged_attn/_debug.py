@@ -9,7 +9,8 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -103,7 +104,9 @@ def check_attention(
     num_seqs: ArrayLike | None = None,
     layout: str = "split",
     tables_name: str = "block_tables",
+    pools: tuple[str, str] | None = None,
     foreign_pages: bool = False,
+    token_scales: Mapping[str, Array | None] = MappingProxyType({}),
 ) -> None:
     """Checks one attention call; operands have the shapes that the call demands.
 
@@ -111,7 +114,9 @@ def check_attention(
       per_head: sinks `[0 or 1, N]`, then the scales of keys and values `[0 or 1, K]`.
       cu_q_lens, num_seqs: None for decode.
       tables_name: what errors call the tables.
+      pools: what they call the pools; None is as the layout does.
       foreign_pages: ids outside the pool stand for pages of another device.
+      token_scales: those of keys and of values per token and head, by what errors call them.
     """
     if not _state.active:
         return
@@ -122,14 +127,18 @@ def check_attention(
         num_seqs = jnp.int32(lengths.shape[0])
     report = functools.partial(
         _report_attention,
-        names=(*LAYOUTS[layout].pools, tables_name, "lengths" if decode else "kv_lens"),
+        names=(*(pools or LAYOUTS[layout].pools), tables_name, "lengths" if decode else "kv_lens"),
         pool=(k_pages.shape[LAYOUTS[layout].page_axis], LAYOUTS[layout].page_size(k_pages)),
         scoring=scoring,
         decode=decode,
         foreign_pages=foreign_pages,
     )
     operands = (q, k_pages, v_pages, block_tables, lengths, cu_q_lens, jnp.asarray(num_seqs).reshape(()))
-    _check(_observe_attention, report, *operands, *per_head, layout=layout, scoring=scoring)
+    present = tuple(name for name, scales in token_scales.items() if scales is not None)
+    which = tuple(i for i, scales in enumerate(token_scales.values()) if scales is not None)
+    arrays = (scales for scales in token_scales.values() if scales is not None)
+    static = {"layout": layout, "scoring": scoring, "token_scales": tuple(zip(present, which, strict=True))}
+    _check(_observe_attention, report, *operands, *per_head, *arrays, **static)
 
 
 def _observe_attention(
@@ -140,10 +149,15 @@ def _observe_attention(
     lengths: Array,
     cu_q_lens: Array,
     num_seqs: Array,
-    *per_head: Array,
+    sinks: Array,
+    k_scale: Array,
+    v_scale: Array,
+    *scales_of_tokens: Array,
     layout: str,
     scoring: Scoring,
+    token_scales: tuple[tuple[str, int], ...],
 ) -> dict[str, Array]:
+    """`token_scales`: of each array of them the name, and whether it is that of keys (0) or of values (1)."""
     block_tables, lengths, cu_q_lens = map(_whole, (block_tables, lengths, cu_q_lens))
     q_counts = cu_q_lens[1:] - cu_q_lens[:-1]
     first_used = scoring.first_key(lengths - q_counts)
@@ -156,12 +170,13 @@ def _observe_attention(
         """The first position of each sequence whose key or value is not finite; −1 if all are."""
         if pool.dtype == jnp.int8 or not positions.size or not num_pages:
             return jnp.full(lengths.shape, -1, jnp.int32)
-        bad_slots = ~_whole(_finite(LAYOUTS[layout].split(pool, which)))  # [P, S]
+        if pool.ndim == 3:  # scales
+            pool = pool[..., None]
+        bad_slots = ~_whole(_finite(LAYOUTS[layout].split(pool, which, k_scale.shape[-1])))  # [P, S]
         bad = bad_slots[jnp.where(known, block_tables, 0)] & known[..., None]  # [B, M, S]
         bad = bad.reshape(used.shape) & used
         return jnp.where(bad.any(axis=1), bad.argmax(axis=1).astype(jnp.int32), jnp.int32(-1))
 
-    sinks, k_scale, v_scale = per_head
     return {
         "num_seqs": num_seqs,
         "cu_q_lens": cu_q_lens,
@@ -171,9 +186,20 @@ def _observe_attention(
         "bad_keys": first_not_finite(k_pages, 0),
         "bad_values": first_not_finite(v_pages, 1),
         "sinks": sinks.reshape(-1),
-        "k_scale": k_scale.reshape(-1),
-        "v_scale": v_scale.reshape(-1),
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+        **{
+            name: first_not_finite(scales, which)
+            for (name, which), scales in zip(token_scales, scales_of_tokens, strict=True)
+        },
     }
+
+
+# These are observed of every attention call; the rest are scales per token.
+_OF_EVERY_CALL = {
+    *("num_seqs", "cu_q_lens", "lengths", "block_tables", "finite_q", "bad_keys", "bad_values"),
+    *("sinks", "k_scale", "v_scale"),
+}
 
 
 def _report_attention(
@@ -226,7 +252,9 @@ def _report_attention(
     if scoring.causal:  # the last tokens are new
         _report_shared_pages(tables_name, live, lengths, q_counts, page_size, num_pages)
 
-    for name, kind, bad in ((k_name, "keys", "bad_keys"), (v_name, "values", "bad_values")):
+    token_scales = [(name, "scales", name) for name in seen if name not in _OF_EVERY_CALL]
+    pools = [(k_name, "keys", "bad_keys"), (v_name, "values", "bad_values")]
+    for name, kind, bad in (*pools, *token_scales):
         at = np.where(lengths > 0, seen[bad][:num_seqs], -1)
         _fail_where(
             at >= 0,
@@ -289,17 +317,17 @@ def _report_shared_pages(
 # ---- The cache -------------------------------------------------------------------------------------------------------
 
 
-def check_write(pages: Array, k: Array, v: Array, slot_mapping: Array, k_scale: Array, v_scale: Array) -> None:
-    """Checks one write to pools like `pages`; scales are `[0 or 1, K]`."""
+def check_write(num_slots: int, k: Array, v: Array, slot_mapping: Array, k_scale: Array, v_scale: Array) -> None:
+    """Checks one write to pools of so many slots; scales are `[0, 1 or T, K]`."""
     if not _state.active:
         return
-    report = functools.partial(_report_write, num_slots=pages.shape[0] * pages.shape[1])
+    report = functools.partial(_report_write, num_slots=num_slots)
     _check(_observe_write, report, k, v, slot_mapping, k_scale, v_scale)
 
 
 def _observe_write(k: Array, v: Array, slots: Array, k_scale: Array, v_scale: Array) -> dict[str, Array]:
     finite = {"k": _finite(k), "v": _finite(v)}
-    return {"slots": slots, **finite, "k_scale": k_scale.reshape(-1), "v_scale": v_scale.reshape(-1)}
+    return {"slots": slots, **finite, "k_scale": k_scale, "v_scale": v_scale}
 
 
 def _report_write(seen: dict[str, np.ndarray], *, num_slots: int) -> None:
@@ -423,7 +451,7 @@ def _whole(x: Array) -> Array:
 def _report_scale(name: str, scale: np.ndarray) -> None:
     _fail_where(
         ~(np.isfinite(scale) & (scale > 0)),
-        lambda k: f"{name}: expected positive, finite scales, got {scale[k]} of head {k}",
+        lambda x, k: f"{name}: expected positive, finite scales, got {scale[x, k]} of head {k}",
     )
 
 

@@ -7,14 +7,14 @@ The equations are those of FlashAttention's backward pass (Dao et al. 2022, sect
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_paged_attn._layouts import LAYOUTS
+from jax_paged_attn._layouts import LAYOUTS, keys_and_values
 from jax_paged_attn._options import Scoring
 from jax_paged_attn._reference import row_of_each_sequence
 
@@ -40,6 +40,15 @@ class Saved:
     v_scale: Array
     out: Array
     lse: Array
+    k_token_scales: Array | None = None
+    v_token_scales: Array | None = None
+
+    @classmethod
+    def of(cls, residuals: Sequence[Array], token_scales: tuple[bool, bool]) -> "Saved":
+        """From the operands, as many as the call has, and the results behind them."""
+        *operands, out, lse = residuals
+        fields: tuple[Any, ...] = (*operands[:10], out, lse, *keys_and_values(operands[10:], token_scales))
+        return cls(*fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +61,8 @@ class _Block:
     values: Array  # [C·S, K, H] float32
     probs: Array  # [R, K, G, C·S], 0 where masked
     slope: Array  # [R, K, G, C·S] d capped score / d score
-    k_scale: Array  # [K]
-    v_scale: Array  # [K]
+    k_scale: Array  # [C·S, K]
+    v_scale: Array  # [C·S, K]
 
 
 def tangent(
@@ -68,10 +77,10 @@ def tangent(
     layout: str,
 ) -> tuple[Array, Array]:
     """Tangents `(out_dot [T, N, H], lse_dot [T, N])`; an argument that is None has no tangent."""
-    k_dot, v_dot = (None if x is None else LAYOUTS[layout].split(x, i) for i, x in enumerate((k_dot, v_dot)))
+    kv_heads = saved.k_scale.shape[1]
+    k_dot, v_dot = (None if x is None else LAYOUTS[layout].split(x, i, kv_heads) for i, x in enumerate((k_dot, v_dot)))
     saved = _split(saved, layout)
     num_rows, heads, head_dim = saved.q.shape
-    kv_heads = saved.k_pages.shape[2]
     group = (kv_heads, heads // kv_heads)
     q = _grouped(saved.q, kv_heads)
     q_dots = None if q_dot is None else _grouped(q_dot, kv_heads)
@@ -82,12 +91,12 @@ def tangent(
         if q_dots is not None:
             score_dot += _einsum("rkgh,skh->rkgs", _take(q_dots, block.rows), block.keys)
         if k_dot is not None:
-            dots = _tokens(k_dot, block.pages[0]) * block.k_scale[None, :, None]
+            dots = _tokens(k_dot, block.pages[0]) * block.k_scale[..., None]
             score_dot += _einsum("rkgh,skh->rkgs", _take(q, block.rows), dots)
         weight_dot = block.probs * block.slope * score_dot * scoring.scale
         step = _einsum("rkgs,skh->rkgh", weight_dot, block.values)
         if v_dot is not None:
-            dots = _tokens(v_dot, block.pages[1]) * block.v_scale[None, :, None]
+            dots = _tokens(v_dot, block.pages[1]) * block.v_scale[..., None]
             step += _einsum("rkgs,skh->rkgh", block.probs, dots)
         return (
             weighted.at[block.rows].add(step, mode="drop"),
@@ -132,10 +141,10 @@ def cotangent(
         if q_bar is not None:
             q_bar = q_bar.at[block.rows].add(_einsum("rkgs,skh->rkgh", score_bar, block.keys), mode="drop")
         if k_bar is not None:
-            k_step = _einsum("rkgs,rkgh->skh", score_bar, _take(q, block.rows)) * block.k_scale[None, :, None]
+            k_step = _einsum("rkgs,rkgh->skh", score_bar, _take(q, block.rows)) * block.k_scale[..., None]
             k_bar = _add_pages(k_bar, block.pages[0], k_step)
         if v_bar is not None:
-            v_step = _einsum("rkgs,rkgh->skh", block.probs, bars) * block.v_scale[None, :, None]
+            v_step = _einsum("rkgs,rkgh->skh", block.probs, bars) * block.v_scale[..., None]
             v_bar = _add_pages(v_bar, block.pages[1], v_step)
         return q_bar, k_bar, v_bar
 
@@ -153,8 +162,12 @@ def cotangent(
 
 def _split(saved: Saved, layout: str) -> Saved:
     """With pools `[P, S, K, H]`, whatever the layout."""
-    k_pages, v_pages = (LAYOUTS[layout].split(x, i) for i, x in enumerate((saved.k_pages, saved.v_pages)))
-    return dataclasses.replace(saved, k_pages=k_pages, v_pages=v_pages)
+    kv_heads, pools = saved.k_scale.shape[1], (saved.k_pages, saved.v_pages)
+    k_pages, v_pages = (LAYOUTS[layout].split(x, i, kv_heads) for i, x in enumerate(pools))
+    scales = (saved.k_token_scales, saved.v_token_scales)
+    k_scales, v_scales = (LAYOUTS[layout].split_scales(x, i, kv_heads) for i, x in enumerate(scales))
+    pages = {"k_pages": k_pages, "v_pages": v_pages}
+    return dataclasses.replace(saved, **pages, k_token_scales=k_scales, v_token_scales=v_scales)
 
 
 def _for_each_block(
@@ -190,15 +203,15 @@ def _for_each_block(
         visible = valid[None, :] & scoring.sees(position, key_ids[None, :])
 
         keep = valid[:, None, None]
-        keys = jnp.where(keep, _tokens(saved.k_pages, pages[0]) * k_scales[seq][None, :, None], 0.0)
-        values = jnp.where(keep, _tokens(saved.v_pages, pages[1]) * v_scales[seq][None, :, None], 0.0)
+        k_scale = _factors(k_scales[seq], saved.k_token_scales, pages[0], valid)
+        v_scale = _factors(v_scales[seq], saved.v_token_scales, pages[1], valid)
+        keys = jnp.where(keep, _tokens(saved.k_pages, pages[0]) * k_scale[..., None], 0.0)
+        values = jnp.where(keep, _tokens(saved.v_pages, pages[1]) * v_scale[..., None], 0.0)
         scores, slope = scoring.scores(_einsum("rkgh,skh->rkgs", _take(q, rows), keys))
         row_lse = lse.at[rows].get(mode="fill", fill_value=-jnp.inf)[..., None]
         seen = visible[:, None, None, :] & ~jnp.isneginf(row_lse)
         probs = jnp.where(seen, jnp.exp(jnp.where(seen, scores - row_lse, 0.0)), 0.0)
-        return _Block(
-            rows, pages, keys, values, probs, jnp.broadcast_to(slope, probs.shape), k_scales[seq], v_scales[seq]
-        )
+        return _Block(rows, pages, keys, values, probs, jnp.broadcast_to(slope, probs.shape), k_scale, v_scale)
 
     def visit_pages(seq: Array, first_row: Array, state: Any) -> Any:
         length = jnp.clip(saved.kv_lens[seq], 0, max_pages * page_size)
@@ -233,6 +246,13 @@ def _take(rows: Array, ids: Array) -> Array:
 def _tokens(pages: Array, ids: Array) -> Array:
     """The tokens of some pages, `[C·S, K, H]` float32; pages past the pool are zeros."""
     return pages.at[ids].get(mode="fill", fill_value=0).reshape(-1, *pages.shape[2:]).astype(jnp.float32)
+
+
+def _factors(scale: Array, token_scales: Array | None, ids: Array, valid: Array) -> Array:
+    """`[C·S, K]`: the factors of the tokens of some pages, from `[K]` and maybe `[P, S, K, 1]`."""
+    if token_scales is None:
+        return jnp.broadcast_to(scale, (valid.shape[0], scale.shape[0]))
+    return jnp.where(valid[:, None], scale * _tokens(token_scales, ids)[..., 0], 0.0)
 
 
 def _add_pages(pool: Array, ids: Array, tokens: Array) -> Array:

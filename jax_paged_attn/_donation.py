@@ -25,14 +25,18 @@ _XLA_NAMES = {
 }
 
 
-def warn_of_eager_update(function: str, pages: Array) -> None:
-    """Warns once if the function updates a large pool outside of `jit`, where nothing can be donated."""
+def warn_of_eager_update(function: str, pages: Array, stacklevel: int = 4) -> None:
+    """Warns once if the function updates a large pool outside of `jit`, where nothing can be donated.
+
+    Args:
+      stacklevel: 4 where the public function calls this, one more for each function between.
+    """
     if not isinstance(pages, Tracer) and pages.nbytes >= _LARGE:
         warn_once(
             f"{function} outside of jit",
-            f"{function}: outside of jax.jit it copies both pools, of {pages.nbytes >> 20} MiB each; "
+            f"{function}: outside of jax.jit it copies its pools, of {pages.nbytes >> 20} MiB each; "
             "call it in a jitted function that donates them (jax.jit(..., donate_argnums=...))",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 
@@ -45,7 +49,7 @@ def check_in_place(compiled: jax.stages.Compiled, cache: Any) -> None:
     Args:
       compiled: `jax.jit(step, donate_argnums=...).lower(...).compile()`.
       cache: the donated cache, as it is given to the step: a `PagedKVCache`, `nnx` state, or any pytree of arrays or
-        `jax.ShapeDtypeStruct`s. Its leaves of four axes are the pools.
+        `jax.ShapeDtypeStruct`s. Its leaves of four or five axes are the pools.
 
     Warns:
       PagedAttentionWarning: fewer bytes are reused than the pools have, or the module has copies of a pool's shape.
@@ -62,9 +66,9 @@ def check_in_place(compiled: jax.stages.Compiled, cache: Any) -> None:
       >>> step = jax.jit(lambda cache: cache.write(0, new, new, slots), donate_argnums=0)
       >>> jpa.check_in_place(step.lower(cache).compile(), cache)  # no warning
     """
-    pools = [x for x in jax.tree.leaves(cache) if len(x.shape) == 4]
+    pools = [x for x in jax.tree.leaves(cache) if len(x.shape) in (4, 5)]
     if not pools:
-        raise ValueError("cache: expected arrays of four axes, its pools, got none")
+        raise ValueError("cache: expected arrays of four or five axes, its pools, got none")
     shapes = [x.shape if x.sharding is None else x.sharding.shard_shape(x.shape) for x in pools]
     size = sum(math.prod(shape) * x.dtype.itemsize for shape, x in zip(shapes, pools, strict=True))
     analysis, text = compiled.memory_analysis(), compiled.as_text() or ""

@@ -27,6 +27,7 @@ class Call:
     scoring: Scoring
     decode: bool
     batch_invariant: bool
+    token_scales: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Engine:
       quantized_dtypes: dtypes of pages that it reads besides that of the queries.
       head_dims: head dims that it takes; None is any.
       batch_invariant: whether it can guarantee that a sequence has the same bits alone and in any batch.
+      token_scales: whether it reads pages with one scale per token and head. "fused" does not: its products run from
+        tensor cores' registers to registers, and a factor per key would cost every call in there.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Engine:
     quantized_dtypes: tuple[str, ...] = _QUANTIZED
     head_dims: tuple[int, ...] | None = None
     batch_invariant: bool = False
+    token_scales: bool = True
 
     def unsupported(self, call: Call) -> str | None:
         """Why shapes and dtypes of the call exclude this engine, or None."""
@@ -58,6 +62,8 @@ class Engine:
             return f"expected pages of dtype {expected}, got {call.page_dtype}"
         if self.head_dims is not None and call.head_dim not in self.head_dims:
             return f"expected a head dim of {_either(self.head_dims)}, got {call.head_dim}"
+        if call.token_scales and not self.token_scales:
+            return "expected scales of pages to be scalar or per head, got one per token and head"
         return None
 
     def rejects(self, call: Call) -> str | None:
@@ -81,6 +87,7 @@ class Engine:
                 f"pages as q, {', '.join(self.quantized_dtypes)}",
                 head_dims,
                 f"batch_invariant {'True or False' if self.batch_invariant else 'False'}",
+                f"scales per head{' or per token and head' if self.token_scales else ''}",
             )
         )
 
@@ -98,6 +105,7 @@ ENGINES = (
         q_dtypes=("bfloat16", "float16"),
         head_dims=FUSED_HEAD_DIMS,
         batch_invariant=True,
+        token_scales=False,
     ),
     Engine("cublaslt", platform="cuda"),
     Engine("reference", platform=None),

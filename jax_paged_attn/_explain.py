@@ -97,7 +97,7 @@ def trace(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
 def _attention_calls(jaxpr: Jaxpr) -> Iterator[tuple[_engines.Call, str | None]]:
     for eqn in jaxpr.eqns:
         if eqn.primitive is _primitive.attention_p:
-            q, k_pages, *_ = (x.aval for x in eqn.invars)
-            yield _primitive.describe(q, k_pages, eqn.params), eqn.params["implementation"]
+            avals = [x.aval for x in eqn.invars]
+            yield _primitive.describe(avals, eqn.params), eqn.params["implementation"]
         for inner in jaxprs_in_params(eqn.params):
             yield from _attention_calls(inner)

@@ -8,7 +8,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_paged_attn._layouts import LAYOUTS
+from jax_paged_attn._layouts import LAYOUTS, keys_and_values
 from jax_paged_attn._options import Scoring
 
 _MODULES = {"cpu": "jax_paged_attn._cpu", "cuda": "jax_paged_attn._cuda"}
@@ -27,14 +27,17 @@ _XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 ATTENTION_TARGET = "jax_paged_attn.attention.v1"
 # For pools of every layout. "split" ones stay with v1, so that programs exported with them stay as they were.
 ATTENTION_LAYOUT_TARGET = "jax_paged_attn.attention.v2"
+# For pools with padding heads, or with scales per token and head, too.
+ATTENTION_TOKENS_TARGET = "jax_paged_attn.attention.v3"
 WRITE_TARGET = "jax_paged_attn.write.v1"
+WRITE_LAYOUT_TARGET = "jax_paged_attn.write.v2"
 
 # The most KV splits of a sequence; kMaxSplits in cpp/core/workspace.h.
 _MAX_SPLITS = 16
 
 
 class AttentionOperands(NamedTuple):
-    """Operands of the attention targets, in the order of kAttentionTensors in cpp/ffi/targets.h."""
+    """Operands of the attention targets, in the order of kAttentionTensors in cpp/ffi/targets.h. The last are v3's."""
 
     q: Array
     k_pages: Array
@@ -46,10 +49,18 @@ class AttentionOperands(NamedTuple):
     sinks: Array
     k_scale: Array
     v_scale: Array
+    k_token_scales: Array | None = None
+    v_token_scales: Array | None = None
+
+    @classmethod
+    def of(cls, operands: Sequence[Array], token_scales: tuple[bool, bool]) -> "AttentionOperands":
+        """From those of the primitive."""
+        fields: tuple[Any, ...] = (*operands[:10], *keys_and_values(operands[10:], token_scales))
+        return cls(*fields)
 
 
 class WriteOperands(NamedTuple):
-    """Operands of the write target, in the order of kWriteTensors in cpp/ffi/targets.h."""
+    """Operands of the write targets, in the order of kWriteTensors in cpp/ffi/targets.h."""
 
     k_pages: Array
     v_pages: Array
@@ -157,6 +168,8 @@ def cublaslt_workspace_bytes(
     batch_invariant: bool,
     workspace_limit: int,
     layout: str = "split",
+    num_padding_heads: int = 0,
+    token_scales: bool = False,
 ) -> Any:
     """Size of the workspace of "cublaslt", exact for known sizes and enough for symbolic ones.
 
@@ -165,8 +178,9 @@ def cublaslt_workspace_bytes(
     """
     del batch_invariant  # which it does not guarantee
     module = compiled("cuda")
-    fixed, variable = _sizes(q, k_pages, block_tables, layout)
-    options = {"workspace_limit": workspace_limit, "layout": layout}
+    fixed, variable = _sizes(q, k_pages, block_tables, layout, num_padding_heads)
+    options: dict[str, Any] = {"workspace_limit": workspace_limit, "layout": layout}
+    options |= {"num_padding_heads": num_padding_heads, "token_scales": token_scales}
     if _are_known(variable):
         return module.attention_plan(**fixed, **variable, **options, decode=decode)["workspace_bytes"]
     rows_and_seqs = variable["num_rows"] + variable["num_seqs"]
@@ -182,6 +196,8 @@ def fused_workspace_bytes(
     batch_invariant: bool,
     workspace_limit: int,
     layout: str = "split",
+    num_padding_heads: int = 0,
+    token_scales: bool = False,
 ) -> Any:
     """Size of the workspace of "fused", exact for known sizes and enough for symbolic ones.
 
@@ -189,8 +205,9 @@ def fused_workspace_bytes(
     batch-invariant call. Each sequence of a call with prompts adds a few bytes. Where TMA cannot load their pages, the
     tile cache may take up to half of the limit.
     """
+    del token_scales  # which it does not read
     module = compiled("cuda")
-    fixed, variable = _sizes(q, k_pages, block_tables, layout)
+    fixed, variable = _sizes(q, k_pages, block_tables, layout, num_padding_heads)
     options = {"decode": decode, "batch_invariant": batch_invariant, "workspace_limit": workspace_limit}
     if _are_known(variable):
         return module.fused_workspace_bytes(**fixed, **variable, **options)
@@ -203,7 +220,9 @@ def fused_workspace_bytes(
     return workspace
 
 
-def _sizes(q: Array, k_pages: Array, block_tables: Array, layout: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _sizes(
+    q: Array, k_pages: Array, block_tables: Array, layout: str, num_padding_heads: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """A call's dtypes and sizes by the keywords of `_cuda`: those that are always known, and those that may not be."""
     num_rows, num_q_heads, head_dim = q.shape
     num_seqs, max_pages = block_tables.shape
@@ -211,7 +230,7 @@ def _sizes(q: Array, k_pages: Array, block_tables: Array, layout: str) -> tuple[
         "q_dtype": str(q.dtype),
         "kv_dtype": str(k_pages.dtype),
         "num_q_heads": num_q_heads,
-        "num_kv_heads": LAYOUTS[layout].kv_heads(k_pages),
+        "num_kv_heads": LAYOUTS[layout].kv_heads(k_pages, num_padding_heads),
         "head_dim": head_dim,
         "page_size": LAYOUTS[layout].page_size(k_pages),
     }
@@ -229,7 +248,9 @@ _CUDA_WORKSPACES: dict[str, Callable[..., Any]] = {
 }
 
 
-def attention_cpu(*operands: Array, decode: bool, batch_invariant: bool, **parameters: Any) -> tuple[Array, Array]:
+def attention_cpu(
+    *operands: Array, decode: bool, batch_invariant: bool, token_scales: tuple[bool, bool], **parameters: Any
+) -> tuple[Array, Array]:
     """Attention on the CPU engine; operands and parameters as in docs/primitive.md.
 
     It finds out by itself which sequences have one row, and is batch-invariant whether asked or not.
@@ -238,14 +259,20 @@ def attention_cpu(*operands: Array, decode: bool, batch_invariant: bool, **param
       `out [T, N, H]` in q's dtype and `lse [T, N]` f32.
     """
     del decode, batch_invariant
-    named = AttentionOperands(*operands)
+    named = AttentionOperands.of(operands, token_scales)
     _, num_q_heads, head_dim = named.q.shape
     workspace = attention_workspace_bytes(named.block_tables.shape[0], num_q_heads, head_dim)
     return _attention(named, workspace, **parameters)
 
 
 def attention_cuda(
-    *operands: Array, engine: str, decode: bool, batch_invariant: bool, layout: str, **parameters: Any
+    *operands: Array,
+    engine: str,
+    decode: bool,
+    batch_invariant: bool,
+    layout: str,
+    token_scales: tuple[bool, bool],
+    **parameters: Any,
 ) -> tuple[Array, Array]:
     """Attention on an engine for CUDA; operands and parameters as in docs/primitive.md.
 
@@ -253,7 +280,7 @@ def attention_cuda(
       `out [T, N, H]` in q's dtype and `lse [T, N]` f32.
     """
     limit = workspace_limit_cuda()
-    named = AttentionOperands(*operands)
+    named = AttentionOperands.of(operands, token_scales)
     workspace = _CUDA_WORKSPACES[engine](
         named.q,
         named.k_pages,
@@ -262,6 +289,8 @@ def attention_cuda(
         batch_invariant=batch_invariant,
         workspace_limit=limit,
         layout=layout,
+        num_padding_heads=_padding_heads(named, layout),
+        token_scales=any(token_scales),
     )
     attributes = {
         "decode": bool(decode),
@@ -292,8 +321,12 @@ def _attention(
         jax.ShapeDtypeStruct((workspace_bytes,), jnp.uint8),
     )
     target, of_layout = (ATTENTION_TARGET, {}) if layout == "split" else (ATTENTION_LAYOUT_TARGET, {"layout": layout})
+    arrays, scales = operands[:10], operands[10:]
+    if _padding_heads(operands, layout) or any(x is not None for x in scales):
+        target, of_layout = ATTENTION_TOKENS_TARGET, {"layout": layout}
+        arrays += tuple(jnp.zeros((0, 0, 0), jnp.float32) if x is None else x for x in scales)
     out, lse, _ = jax.ffi.ffi_call(target, results)(
-        *operands,
+        *arrays,
         **scoring.attributes(),
         **of_layout,
         **(attributes or {}),
@@ -301,30 +334,29 @@ def _attention(
     return out, lse
 
 
-def write(
-    k_pages: Array,
-    v_pages: Array,
-    k: Array,
-    v: Array,
-    slot_mapping: Array,
-    k_scale: Array,
-    v_scale: Array,
-) -> tuple[Array, Array]:
+def _padding_heads(operands: AttentionOperands, layout: str) -> int:
+    return LAYOUTS[layout].padding_heads(operands.k_pages, operands.k_scale.shape[1])
+
+
+def write(*operands: Array, layout: str = "split") -> tuple[Array, ...]:
     """Writes new keys and values, on a platform with a compiled module; operands as in docs/primitive.md.
 
     Returns:
-      Both pools, in the buffers of the operands where these are donated.
+      The pools, in the buffers of the operands where these are donated.
     """
-    call = jax.ffi.ffi_call(
-        WRITE_TARGET,
-        (jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype), jax.ShapeDtypeStruct(v_pages.shape, v_pages.dtype)),
-        input_output_aliases={0: 0, 1: 1},
-    )
-    operands = WriteOperands(
+    *pools, k, v, slot_mapping, k_scale, v_scale = operands
+    num_pools = len(pools)
+    if LAYOUTS[layout].interleaved:
+        (pool,) = pools
+        pools.append(jnp.zeros((0, *pool.shape[1:]), pool.dtype))  # in place of values' own
+    k_pages, v_pages = pools
+    target, of_layout = (WRITE_TARGET, {}) if layout == "split" else (WRITE_LAYOUT_TARGET, {"layout": layout})
+    results = tuple(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools)
+    call = jax.ffi.ffi_call(target, results, input_output_aliases={i: i for i in range(num_pools)})
+    named = WriteOperands(
         k_pages=k_pages, v_pages=v_pages, k=k, v=v, slot_mapping=slot_mapping, k_scale=k_scale, v_scale=v_scale
     )
-    k_pages, v_pages = call(*operands)
-    return k_pages, v_pages
+    return tuple(call(*named, **of_layout))[:num_pools]
 
 
 # The attention call of each compiled engine.

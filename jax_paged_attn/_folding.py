@@ -24,7 +24,7 @@ class Axis(enum.Enum):
     TABLES = enum.auto()  # sequences; the values are page ids
     TOKENS = enum.auto()  # new tokens
     SLOTS = enum.auto()  # new tokens; the values are slot numbers
-    K_POOL = enum.auto()
+    K_POOL = enum.auto()  # keys; their scales per token have all axes but the last
     V_POOL = enum.auto()
     SINKS = enum.auto()  # X rows, X dividing the number of sequences; 0 rows where absent
     SCALES = enum.auto()  # X rows, X dividing the number of sequences or tokens
@@ -48,7 +48,7 @@ def fold(
     Args:
       axes, operands, dims: one entry per operand.
       mapped: kinds to treat as mapped even if no operand of theirs is, because results of that kind must be.
-      page_axis: the axis of pools that counts pages.
+      page_axis: the axis of pools that counts pages; the next one counts the tokens of a page.
 
     Returns:
       The folded operands, and the size V of the mapped axis.
@@ -91,7 +91,7 @@ def _folded(
         elif axis in (Axis.TABLES, Axis.SLOTS) and together & set(POOLS):
             in_use = max(pages.values())
             if axis is Axis.SLOTS:
-                in_use *= shapes[axes.index(Axis.K_POOL)][1]
+                in_use *= shapes[axes.index(Axis.K_POOL)][page_axis + 1]
             # Ids outside of the pool become -1 first: shifted, they could land in the pool of a neighbour.
             shift = jnp.expand_dims(copies * in_use, tuple(range(1, stacked.ndim)))
             stacked = jnp.where((stacked >= 0) & (stacked < in_use), stacked + shift, -1)

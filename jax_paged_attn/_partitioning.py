@@ -21,7 +21,8 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import ClosedJaxpr
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_paged_attn._folding import Axis
+from jax_paged_attn._folding import POOLS, Axis
+from jax_paged_attn._layouts import Layout, head_dim_of
 
 MeshAxes = tuple[str, ...]
 
@@ -32,12 +33,13 @@ class Dim(enum.Enum):
     ROWS = enum.auto()  # sequences, and the query rows of decode
     HEADS = enum.auto()  # query heads: the groups of the key/value heads, one after the other
     KV_HEADS = enum.auto()
+    KV_PAIRS = enum.auto()  # of each key/value head a key head and a value head, one after the other
     WHOLE = enum.auto()  # never split
 
 
 Dims = tuple[Dim, ...]
 
-# The kinds of all axes of an array, by the kind of its leading axis.
+# The kinds of all axes of an array but a pool, by the kind of its leading axis.
 _DIMS: dict[Axis, Dims] = {
     Axis.ROWS: (Dim.ROWS, Dim.HEADS, Dim.WHOLE),
     Axis.SEQUENCES: (Dim.ROWS,),
@@ -45,8 +47,6 @@ _DIMS: dict[Axis, Dims] = {
     Axis.TABLES: (Dim.ROWS, Dim.WHOLE),
     Axis.TOKENS: (Dim.WHOLE, Dim.KV_HEADS, Dim.WHOLE),
     Axis.SLOTS: (Dim.WHOLE,),
-    Axis.K_POOL: (Dim.WHOLE, Dim.WHOLE, Dim.KV_HEADS, Dim.WHOLE),
-    Axis.V_POOL: (Dim.WHOLE, Dim.WHOLE, Dim.KV_HEADS, Dim.WHOLE),
     Axis.SINKS: (Dim.WHOLE, Dim.HEADS),
     Axis.SCALES: (Dim.WHOLE, Dim.KV_HEADS),
 }
@@ -70,16 +70,20 @@ class Rule:
     def shardy(self) -> tuple[str, dict[str, Any]]:
         """The rule in the notation of `custom_partitioning`, with its keywords."""
         heads = "(kv_heads group)" if self.group > 1 else "kv_heads"
-        names = {Dim.ROWS: "rows", Dim.HEADS: heads, Dim.KV_HEADS: "kv_heads"}
-        whole: list[str] = []
+        names = {Dim.ROWS: "rows", Dim.HEADS: heads, Dim.KV_HEADS: "kv_heads", Dim.KV_PAIRS: "(kv_heads pair)"}
+        whole: list[str] = []  # in the order of the notation, as Shardy wants them
 
         def factor(dim: Dim) -> str:
             if dim is Dim.WHOLE:
                 whole.append(f"whole{len(whole)}")
+            elif dim is Dim.KV_PAIRS and "pair" not in whole:
+                whole.append("pair")
             return names.get(dim, whole[-1] if whole else "")
 
-        sides = (", ".join(" ".join(map(factor, dims)) for dims in side) for side in (self.operands, self.results))
+        sides = [", ".join(" ".join(map(factor, dims)) for dims in side) for side in (self.operands, self.results)]
         sizes = {"group": self.group} if self.group > 1 else {}
+        if "pair" in whole:
+            sizes["pair"] = 2
         return " -> ".join(sides), {"need_replication_factors": tuple(whole), **sizes}
 
 
@@ -89,26 +93,40 @@ def rule(
     avals: Sequence[Any],
     result_avals: Sequence[Any],
     split_rows: bool,
-    split_heads: bool,
+    layout: Layout,
 ) -> Rule:
     """The rule of an operation whose operands and results have these axes.
 
     Args:
       axes, result_axes, avals, result_avals: one entry per array.
       split_rows: whether sequences may be split: row b must be the one row of sequence b.
-      split_heads: whether heads may be split: pools must be `[P, S, K, H]`.
+      layout: that of pools. Heads are split unless a pool has padding heads, which no shard could have its share of,
+        or more axes of heads of which the first counts neither K nor 2K.
     """
     # Sequence b has row b // (B / X) of the sinks and scales: where X > 1, a shard may not have that.
     shared = all(
         aval.shape[0] in (0, 1) for axis, aval in zip(axes, avals, strict=True) if axis in (Axis.SINKS, Axis.SCALES)
     )
 
-    whole = ({Dim.HEADS, Dim.KV_HEADS} if not split_heads else set()) | (
+    def first(*kinds: Axis) -> Any:
+        return next(aval for axis, aval in zip(axes, avals, strict=True) if axis in kinds)
+
+    # Behind pools come their scales per token, which have the same axes but the last.
+    pool, rows, num_kv_heads = first(Axis.K_POOL), first(Axis.ROWS, Axis.TOKENS), first(Axis.SCALES).shape[1]
+    num_heads = layout.shape_by_heads(pool, head_dim_of(rows))[layout.head_axis]
+    kinds = {num_kv_heads: Dim.KV_HEADS} | ({2 * num_kv_heads: Dim.KV_PAIRS} if layout.interleaved else {})
+    heads_of_pool = kinds.get(pool.shape[layout.head_axis], Dim.WHOLE)
+    whole_heads = heads_of_pool is Dim.WHOLE or num_heads != num_kv_heads * len(kinds)
+    whole = ({Dim.HEADS, Dim.KV_HEADS, Dim.KV_PAIRS} if whole_heads else set()) | (
         {Dim.ROWS} if not (split_rows and shared) else set()
     )
 
     def dims(axis: Axis, aval: Any) -> Dims:
-        return tuple(Dim.WHOLE if dim in whole else dim for dim in _DIMS[axis][: aval.ndim])
+        if axis in POOLS:
+            named = tuple(heads_of_pool if i == layout.head_axis else Dim.WHOLE for i in range(aval.ndim))
+        else:
+            named = _DIMS[axis][: aval.ndim]
+        return tuple(Dim.WHOLE if dim in whole else dim for dim in named)
 
     operands, results = tuple(map(dims, axes, avals)), tuple(map(dims, result_axes, result_avals))
     sizes: dict[Dim, Any] = {}
@@ -192,9 +210,9 @@ class _Split:
             mesh = Mesh(np.array(list(operands[0].sharding.devices_indices_map(operands[0].shape))), "devices")
         arrays = [*zip(operands, rule.operands, strict=True), *zip(results, rule.results[: len(results)], strict=True)]
 
-        def candidates(kind: Dim) -> Iterable[tuple[int, MeshAxes]]:
+        def candidates(*kinds: Dim) -> Iterable[tuple[int, MeshAxes]]:
             for x, dims in arrays:
-                for index in (i for i, dim in enumerate(dims) if dim is kind):
+                for index in (i for i, dim in enumerate(dims) if dim in kinds):
                     yield x.shape[index], _mesh_axes(mesh, x.sharding, len(dims), index)
 
         def most(options: Iterable[MeshAxes]) -> MeshAxes:
@@ -202,7 +220,7 @@ class _Split:
 
         num_kv_heads, group = rule.num_kv_heads, rule.group
         of_heads = [axes for _, axes in candidates(Dim.HEADS)]
-        of_pools = most(_dividing(mesh, axes, num_kv_heads) for _, axes in candidates(Dim.KV_HEADS))
+        of_pools = most(_dividing(mesh, axes, num_kv_heads) for _, axes in candidates(Dim.KV_HEADS, Dim.KV_PAIRS))
         kv_heads = of_pools or most(_dividing(mesh, axes, num_kv_heads) for axes in of_heads)
         of_groups: MeshAxes = ()
         if _ways(mesh, kv_heads) == num_kv_heads:
@@ -224,7 +242,8 @@ class _Split:
         return tuple(axis for axis in self.rows + self.heads if axis not in present)
 
     def _axes(self, dim: Dim) -> MeshAxes:
-        return {Dim.ROWS: self.rows, Dim.KV_HEADS: self.kv_heads, Dim.HEADS: self.heads}.get(dim, ())
+        of_kv_heads = {Dim.KV_HEADS: self.kv_heads, Dim.KV_PAIRS: self.kv_heads}
+        return {Dim.ROWS: self.rows, Dim.HEADS: self.heads, **of_kv_heads}.get(dim, ())
 
 
 def _ways(mesh: Mesh, axes: MeshAxes) -> int:

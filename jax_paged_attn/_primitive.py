@@ -6,6 +6,7 @@ transformations included.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +19,10 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_paged_attn import _checks, _differentiation, _engines, _ffi, _modes, _partitioning, _reference
-from jax_paged_attn._folding import Axis, fold, unfold
-from jax_paged_attn._layouts import LAYOUTS
+from jax_paged_attn._folding import POOLS, Axis, fold, unfold
+from jax_paged_attn._layouts import LAYOUTS, head_dim_of, keys_and_values
 
-# The ten operands of attention, as in docs/primitive.md.
+# The ten operands of attention that every call has, as in docs/primitive.md.
 _AXES = (
     Axis.ROWS,
     Axis.K_POOL,
@@ -36,10 +37,9 @@ _AXES = (
 )
 # The indices of q, k_pages, v_pages and sinks among them, which can be differentiated.
 _DIFFERENTIABLE = (0, 1, 2, 7)
-_ANY_DTYPE = (*_checks.COMPUTE_DTYPES, *_checks.QUANTIZED_DTYPES)
 
 # The parameters that derivatives share with attention.
-_STATIC = ("scoring", "decode", "layout")
+_STATIC = ("scoring", "decode", "layout", "token_scales")
 
 # The axes of a primitive's operands and of its results.
 _Axes = tuple[tuple[Axis, ...], tuple[Axis, ...]]
@@ -57,41 +57,50 @@ write_p.multiple_results = True
 # ---- the axes of operands and results, as functions of the parameters ------------------------------------------------
 
 
-def _attention_axes(**_: Any) -> _Axes:
-    return _AXES, (Axis.ROWS, Axis.ROWS)
+def _operand_axes(token_scales: tuple[bool, bool]) -> tuple[Axis, ...]:
+    """Scales per token follow where there are some; they count pages as their pool does."""
+    return (*_AXES, *(axis for axis, has in zip(POOLS, token_scales, strict=True) if has))
+
+
+def _attention_axes(*, token_scales: tuple[bool, bool], **_: Any) -> _Axes:
+    return _operand_axes(token_scales), (Axis.ROWS, Axis.ROWS)
 
 
 def _axes_with_respect_to(wrt: tuple[bool, ...]) -> tuple[Axis, ...]:
     return tuple(_AXES[i] for i, w in zip(_DIFFERENTIABLE, wrt, strict=True) if w)
 
 
-def _tangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> _Axes:
-    return (*_axes_with_respect_to(wrt), *_AXES, Axis.ROWS, Axis.ROWS), (Axis.ROWS, Axis.ROWS)
+def _tangent_axes(*, wrt: tuple[bool, ...], token_scales: tuple[bool, bool], **_: Any) -> _Axes:
+    results = (Axis.ROWS, Axis.ROWS)
+    return (*_axes_with_respect_to(wrt), *_operand_axes(token_scales), *results), results
 
 
-def _cotangent_axes(*, wrt: tuple[bool, ...], **_: Any) -> _Axes:
-    return (Axis.ROWS, Axis.ROWS, *_AXES, Axis.ROWS, Axis.ROWS), _axes_with_respect_to(wrt)
+def _cotangent_axes(*, wrt: tuple[bool, ...], token_scales: tuple[bool, bool], **_: Any) -> _Axes:
+    results = (Axis.ROWS, Axis.ROWS)
+    return (*results, *_operand_axes(token_scales), *results), _axes_with_respect_to(wrt)
 
 
-def _write_axes(**_: Any) -> _Axes:
-    pools = (Axis.K_POOL, Axis.V_POOL)
+def _write_axes(*, layout: str, **_: Any) -> _Axes:
+    pools = (Axis.K_POOL, Axis.V_POOL)[: LAYOUTS[layout].num_pools]
     return (*pools, Axis.TOKENS, Axis.TOKENS, Axis.SLOTS, Axis.SCALES, Axis.SCALES), pools
 
 
 # ---- binding ---------------------------------------------------------------------------------------------------------
 
 
-def attention(*operands: Array, **parameters: Any) -> tuple[Array, Array]:
-    """Binds the attention primitive: `(out, lse)` for its ten operands and its static parameters."""
-    partitioned = _partitioning.call_that_needs_devices()
-    out, lse = attention_p.bind(*_vary_alike(operands), partitioned=partitioned, **parameters)
+def attention(
+    *operands: Array, token_scales: tuple[bool, bool] = (False, False), **parameters: Any
+) -> tuple[Array, Array]:
+    """Binds the attention primitive: `(out, lse)` for its operands and its static parameters."""
+    parameters |= {"partitioned": _partitioning.call_that_needs_devices(), "token_scales": token_scales}
+    out, lse = attention_p.bind(*_vary_alike(operands), **parameters)
     return out, lse
 
 
-def write(*operands: Array) -> tuple[Array, Array]:
-    """Binds the write primitive: the two pools after the write."""
-    k_pages, v_pages = write_p.bind(*_vary_alike(operands), partitioned=_partitioning.call_that_needs_devices())
-    return k_pages, v_pages
+def write(*operands: Array, layout: str = "split") -> tuple[Array, ...]:
+    """Binds the write primitive: the pools after the write, as many as the layout has."""
+    partitioned = _partitioning.call_that_needs_devices()
+    return tuple(write_p.bind(*_vary_alike(operands), partitioned=partitioned, layout=layout))
 
 
 def check_sizes(num_heads: int, kv_heads: int, head_dim: int, page_size: int, pool: str = "k_pages") -> None:
@@ -132,50 +141,63 @@ def _aval_of(x: Any) -> ShapedArray:
 # ---- abstract evaluation ---------------------------------------------------------------------------------------------
 
 
-def describe(q: Any, k_pages: Any, parameters: Mapping[str, Any]) -> _engines.Call:
-    """The facts that the choice of an engine depends on, from shapes, dtypes and the primitive's parameters."""
-    layout = parameters["layout"]
+def describe(operands: Sequence[Any], parameters: Mapping[str, Any]) -> _engines.Call:
+    """The facts that the choice of an engine depends on, from abstract operands and the primitive's parameters."""
+    q, k_pages, *_ = operands
+    k_scale = operands[8]
     return _engines.Call(
         num_heads=q.shape[1],
-        kv_heads=LAYOUTS[layout].kv_heads(k_pages),
+        kv_heads=k_scale.shape[1],
         head_dim=q.shape[2],
-        page_size=LAYOUTS[layout].page_size(k_pages),
+        page_size=LAYOUTS[parameters["layout"]].page_size(k_pages),
         q_dtype=str(q.dtype),
         page_dtype=str(k_pages.dtype),
         scoring=parameters["scoring"],
         decode=parameters["decode"],
         batch_invariant=parameters["batch_invariant"],
+        token_scales=any(parameters["token_scales"]),
     )
 
 
 def _attention_abstract(*operands: Any, implementation: str | None, **parameters: Any) -> list[Any]:
-    decode, layout = parameters["decode"], parameters["layout"]
-    q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale = operands
+    decode, layout = parameters["decode"], LAYOUTS[parameters["layout"]]
+    q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale, *_ = operands
     dims = _checks.Dims()
     dims.match("q", q, "T N H", _checks.COMPUTE_DTYPES)
-    k_name, v_name = LAYOUTS[layout].pools
-    dims.match(k_name, k_pages, LAYOUTS[layout].shape.replace("P", "Pk"), (str(q.dtype), *_checks.QUANTIZED_DTYPES))
-    dims.match(v_name, v_pages, LAYOUTS[layout].shape.replace("P", "Pv"), (str(k_pages.dtype),))
+    # The columns of scales say how many key/value heads there are, which a pool with padding heads does not.
+    dims.match("k_scale", k_scale, "Xk K", ("float32",))
+    dims.match("v_scale", v_scale, "Xv K", ("float32",))
+    k_name, v_name = layout.pools
+    dims.match(k_name, k_pages, layout.padded_shape.replace("P", "Pk"), (str(q.dtype), *_checks.QUANTIZED_DTYPES))
+    dims.match(v_name, v_pages, layout.padded_shape.replace("P", "Pv"), (str(k_pages.dtype),))
+    k_tokens, v_tokens = keys_and_values(operands[10:], parameters["token_scales"])
+    _check_token_scales("k_token_scales", k_tokens, k_pages)
+    _check_token_scales("v_token_scales", v_tokens, v_pages)
     dims.match("block_tables", block_tables, "B M", ("int32",))
     for name, x in (("kv_lens", kv_lens), ("q_starts", q_starts), ("q_counts", q_counts)):
         dims.match(name, x, "B", ("int32",))
     dims.match("sinks", sinks, "Xs N", ("float32",))
-    dims.match("k_scale", k_scale, "Xk K", ("float32",))
-    dims.match("v_scale", v_scale, "Xv K", ("float32",))
     check_sizes(dims["N"], dims["K"], dims["H"], dims["S"], k_name)
     for name, x in (("sinks", sinks), ("k_scale", k_scale), ("v_scale", v_scale)):
         _check_divides(name, x.shape[0], dims["B"])
     if decode and dims["T"] != dims["B"]:
         raise ValueError(f"q: expected one row for each of the {dims['B']} sequences, got {dims['T']}")
-    _engines.check_supported(describe(q, k_pages, parameters), implementation)
+    _engines.check_supported(describe(operands, parameters), implementation)
     # On explicit mesh axes results are sharded as q is, or at least by head as the pools are.
     rows, heads, _ = q.sharding.spec
     if not decode:
         rows = None
-    if heads is None:
-        kv_heads = k_pages.sharding.spec[2] if layout == "split" else None
-        heads = None if _names(kv_heads) & _names(rows) else kv_heads
+    if heads is None and not layout.padding_heads(k_pages, dims["K"]):
+        of_pool = k_pages.sharding.spec[layout.head_axis]
+        ways = math.prod(q.sharding.mesh.shape[name] for name in _names(of_pool))
+        heads = None if _names(of_pool) & _names(rows) or dims["K"] % ways else of_pool
     return [_aval(q, q.shape, q.dtype, (rows, heads, None)), _aval(q, q.shape[:2], jnp.float32, (rows, heads))]
+
+
+def _check_token_scales(name: str, scales: Any | None, pages: Any) -> None:
+    if scales is not None and (scales.shape, scales.dtype) != (pages.shape[:-1], jnp.float32):
+        expected, got = f"float32{list(pages.shape[:-1])}", f"{scales.dtype}{list(scales.shape)}"
+        raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
 def _names(entry: Any) -> set[str]:
@@ -198,19 +220,24 @@ def _cotangent_abstract(*operands: Any, wrt: tuple[bool, ...], **_: Any) -> list
     return [_aval_of(x) for x in originals]
 
 
-def _write_abstract(*operands: Any, **_: Any) -> list[Any]:
-    k_pages, v_pages, k, v, slot_mapping, k_scale, v_scale = operands
-    dims = _checks.Dims()
-    dims.match("k_pages", k_pages, "P S K H", _ANY_DTYPE)
-    dims.match("v_pages", v_pages, "P S K H", (str(k_pages.dtype),))
-    dims.match("k", k, "T K H", _checks.COMPUTE_DTYPES)
-    dims.match("v", v, "T K H", (str(k.dtype),))
+def _write_abstract(*operands: Any, layout: str, **_: Any) -> list[Any]:
+    *pools, k, v, slot_mapping, k_scale, v_scale = operands
+    # Numbers per token and head lack the head dim, as their pools do.
+    head_dim = head_dim_of(k)
+    dims = _checks.Dims(H=1) if len(k.shape) == 2 else _checks.Dims()
+    tokens = "T K" if len(k.shape) == 2 else "T K H"
+    dims.match("k", k, tokens, _checks.COMPUTE_DTYPES)
+    for name, pool in zip(LAYOUTS[layout].pools, pools, strict=False):
+        dtypes = _checks.PAGE_DTYPES if pool is pools[0] else (str(pools[0].dtype),)
+        by_heads: Any = jax.ShapeDtypeStruct(LAYOUTS[layout].shape_by_heads(pool, head_dim), pool.dtype)
+        dims.match(name, by_heads, LAYOUTS[layout].padded_shape, dtypes)
+    dims.match("v", v, tokens, (str(k.dtype),))
     dims.match("slot_mapping", slot_mapping, "T", ("int32",))
     dims.match("k_scale", k_scale, "Xk K", ("float32",))
     dims.match("v_scale", v_scale, "Xv K", ("float32",))
     for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
         _check_divides(name, x.shape[0], dims["T"])
-    return [_aval_of(k_pages), _aval_of(v_pages)]
+    return [_aval_of(pool) for pool in pools]
 
 
 # ---- lowering --------------------------------------------------------------------------------------------------------
@@ -221,8 +248,7 @@ def _lowering(impl: Callable[..., Sequence[Array]], axes_of: Callable[..., _Axes
 
     def lower(ctx: mlir.LoweringRuleContext, *operands: Any, partitioned: Any, **parameters: Any) -> Any:
         axes, result_axes = axes_of(**parameters)
-        decode = parameters.get("decode", False)
-        by_head = parameters.get("layout", "split") == "split"
+        decode, layout = parameters.get("decode", False), LAYOUTS[parameters["layout"]]
 
         def run(*shards: Array) -> Sequence[Array]:
             if decode:  # row numbers are those of the shard
@@ -233,9 +259,7 @@ def _lowering(impl: Callable[..., Sequence[Array]], axes_of: Callable[..., _Axes
             return impl(*shards, **parameters)
 
         if partitioned is not None:
-            rule = _partitioning.rule(
-                axes, result_axes, ctx.avals_in, ctx.avals_out, split_rows=decode, split_heads=by_head
-            )
+            rule = _partitioning.rule(axes, result_axes, ctx.avals_in, ctx.avals_out, decode, layout)
             run = _partitioning.partitioned(run, rule)
         return _inline(ctx, run, operands)
 
@@ -259,9 +283,8 @@ def _inline(ctx: mlir.LoweringRuleContext, run: Callable[..., Sequence[Array]], 
 
 def _attention_lowering(platform: str | None) -> Callable[..., Any]:
     def lower(ctx: mlir.LoweringRuleContext, *operands: Any, **parameters: Any) -> Any:
-        q, k_pages, *_ = ctx.avals_in
         here = platform or _platform_of(ctx)
-        engine = _engines.choose_to_run(describe(q, k_pages, parameters), here, parameters["implementation"])
+        engine = _engines.choose_to_run(describe(ctx.avals_in, parameters), here, parameters["implementation"])
         attend = _reference_attention if engine == "reference" else _ffi.ATTENTION[engine]
 
         def impl(*operands: Array, implementation: str | None, **static: Any) -> Sequence[Array]:
@@ -283,9 +306,11 @@ def _platform_of(ctx: mlir.LoweringRuleContext) -> str:
     return platforms[0]
 
 
-def _tangent_impl(*operands: Array, wrt: tuple[bool, ...], **static: Any) -> Sequence[Array]:
+def _tangent_impl(
+    *operands: Array, wrt: tuple[bool, ...], token_scales: tuple[bool, bool], **static: Any
+) -> Sequence[Array]:
     dots = iter(operands[: sum(wrt)])
-    saved = _differentiation.Saved(*operands[sum(wrt) :])
+    saved = _differentiation.Saved.of(operands[sum(wrt) :], token_scales)
     q_dot, k_dot, v_dot, sinks_dot = (next(dots) if w else None for w in wrt)
     return _differentiation.tangent(q_dot, k_dot, v_dot, sinks_dot, saved, **static)
 
@@ -295,9 +320,11 @@ def _cotangent_impl(
     lse_bar: Array,
     *residuals: Array,
     wrt: tuple[bool, bool, bool, bool],
+    token_scales: tuple[bool, bool],
     **static: Any,
 ) -> Sequence[Array]:
-    return _differentiation.cotangent(out_bar, lse_bar, _differentiation.Saved(*residuals), wrt, **static)
+    saved = _differentiation.Saved.of(residuals, token_scales)
+    return _differentiation.cotangent(out_bar, lse_bar, saved, wrt, **static)
 
 
 # ---- batching --------------------------------------------------------------------------------------------------------
@@ -310,7 +337,7 @@ def _batcher(primitive: Primitive, axes_of: Callable[..., _Axes]) -> Callable[..
         operands: Sequence[Array], dims: Sequence[int | None], **parameters: Any
     ) -> tuple[list[Array], list[int]]:
         axes, result_axes = axes_of(**parameters)
-        page_axis = LAYOUTS[parameters.get("layout", "split")].page_axis
+        page_axis = LAYOUTS[parameters["layout"]].page_axis
         # Each copy of the batch has a result of its own, of pools and sinks too, shared by all copies or not.
         folded, size = fold(axes, operands, dims, frozenset(result_axes) - {Axis.ROWS}, page_axis)
         return unfold(result_axes, primitive.bind(*folded, **parameters), size, page_axis)
@@ -373,32 +400,36 @@ def _tangent_transpose(bars: Sequence[Any], *operands: Any, wrt: tuple[bool, ...
     return [*grads, *[None] * len(residuals)]
 
 
-def _write_jvp(primals: Sequence[Array], tangents: Sequence[Any], **parameters: Any) -> tuple[Any, Any]:
-    results = write_p.bind(*primals, **parameters)
-    for name, pages, tangent in zip(
-        ("k_pages", "v_pages", "k", "v"), (*primals[:2], *primals[:2]), tangents[:4], strict=True
-    ):
+def _write_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, layout: str, **parameters: Any) -> tuple[Any, Any]:
+    results = write_p.bind(*primals, layout=layout, **parameters)
+    num_pools = LAYOUTS[layout].num_pools
+    linear = num_pools + 2  # pools and tokens
+    for name, tangent in zip((*LAYOUTS[layout].pools[:num_pools], "k", "v"), tangents[:linear], strict=True):
         if _has_tangent(tangent):
-            _reject_fp8(name, pages)
-    if primals[0].dtype == jnp.int8 or not any(map(_has_tangent, tangents[:4])):
+            _reject_fp8(name, primals[0])
+    if primals[0].dtype == jnp.int8 or not any(map(_has_tangent, tangents[:linear])):
         return results, _zero_tangents(results)
     # The write is linear in pools and tokens: its tangent is the same write of the tangents.
-    return results, write_p.bind(*map(_instantiated, tangents[:4]), *primals[4:], **parameters)
+    dots = map(_instantiated, tangents[:linear])
+    return results, write_p.bind(*dots, *primals[linear:], layout=layout, **parameters)
 
 
-def _write_transpose(bars: Sequence[Any], *operands: Any, **parameters: Any) -> list[Any]:
+def _write_transpose(bars: Sequence[Any], *operands: Any, layout: str, **parameters: Any) -> list[Any]:
     pool_bars = list(map(_instantiated, bars))
-    k, v = (x.aval if ad.is_undefined_primal(x) else x for x in operands[2:4])
-    slots, scales = operands[4], operands[5:]
+    *_, k, v, slots, k_scale, v_scale = operands
+    k, v = (x.aval if ad.is_undefined_primal(x) else x for x in (k, v))
+    others = (slots, k_scale, v_scale)
     # An overwritten value has no influence, so its slot of the pools' cotangent becomes zero.
     nothing = [_modes.zeros(x.shape, x.dtype) for x in (k, v)]
-    kept = write_p.bind(*pool_bars, *_vary_like(pool_bars[0], nothing), *operands[4:], **parameters)
+    kept = write_p.bind(*pool_bars, *_vary_like(pool_bars[0], nothing), *others, layout=layout, **parameters)
     tokens = [
-        _shard_like(_reference.read_tokens(bar, slots, scale).astype(x.dtype), x)
-        for bar, scale, x in zip(pool_bars, scales, (k, v), strict=True)
+        _shard_like(_reference.read_tokens(bar, slots, scale, which, head_dim_of(x), layout).astype(x.dtype), x)
+        for which, (bar, scale, x) in enumerate(
+            zip((pool_bars[0], pool_bars[-1]), (k_scale, v_scale), (k, v), strict=True)
+        )
     ]
     grads = [*kept, *tokens]
-    undefined = [ad.is_undefined_primal(x) for x in operands[:4]]
+    undefined = [ad.is_undefined_primal(x) for x in operands[: len(grads)]]
     return [g if u else None for g, u in zip(grads, undefined, strict=True)] + [None] * 3
 
 

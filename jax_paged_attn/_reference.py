@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_paged_attn._layouts import LAYOUTS
+from jax_paged_attn._layouts import LAYOUTS, head_dim_of, keys_and_values
 from jax_paged_attn._options import Scoring
 
 # Products of float32 values would otherwise be rounded to tf32 or bfloat16 on GPUs and TPUs.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("scoring", "decode", "layout"))
+@functools.partial(jax.jit, static_argnames=("scoring", "decode", "layout", "token_scales"))
 def attention(
     q: Array,
     k_pages: Array,
@@ -29,16 +29,20 @@ def attention(
     sinks: Array,
     k_scale: Array,
     v_scale: Array,
-    *,
+    *scales_of_tokens: Array,
     scoring: Scoring,
     decode: bool,
     layout: str,
+    token_scales: tuple[bool, bool],
 ) -> tuple[Array, Array]:
     """Returns `out [T, N, H]` in q's dtype and `lse [T, N]` float32, for the primitive's operands and parameters."""
-    k_pages, v_pages = (LAYOUTS[layout].split(pool, which) for which, pool in enumerate((k_pages, v_pages)))
     num_rows, num_heads, head_dim = q.shape
-    num_seqs = block_tables.shape[0]
-    kv_heads = k_pages.shape[2]
+    num_seqs, kv_heads = block_tables.shape[0], k_scale.shape[1]
+    k_pages, v_pages = (LAYOUTS[layout].split(pool, i, kv_heads) for i, pool in enumerate((k_pages, v_pages)))
+    k_tokens, v_tokens = (
+        LAYOUTS[layout].split_scales(scales, i, kv_heads)
+        for i, scales in enumerate(keys_and_values(scales_of_tokens, token_scales))
+    )
     nothing = (jnp.zeros(q.shape, jnp.float32), jnp.full((num_rows, num_heads), -jnp.inf, jnp.float32))
     if num_seqs == 0:  # under `jax.disable_jit` JAX refuses loops of zero steps
         return nothing[0].astype(q.dtype), nothing[1]
@@ -54,8 +58,8 @@ def attention(
 
     def attend(rows: Array, row_ids: Array, sequence: tuple[Array, ...]) -> tuple[Array, Array]:
         table, kv_len, q_start, q_count, sink, k_mult, v_mult = sequence
-        keys, valid = _gather(k_pages, v_pages.shape[0], table, kv_len, k_mult)
-        values, _ = _gather(v_pages, k_pages.shape[0], table, kv_len, v_mult)
+        keys, valid = _gather(k_pages, v_pages.shape[0], table, kv_len, k_mult, k_tokens)
+        values, _ = _gather(v_pages, k_pages.shape[0], table, kv_len, v_mult, v_tokens)
         capacity = keys.shape[0]
 
         position = jnp.clip(kv_len, 0, capacity) - q_count + (row_ids - q_start)
@@ -93,7 +97,9 @@ def row_of_each_sequence(rows: Array, num_seqs: int, width: int, absent: float) 
     return jnp.repeat(rows, num_seqs // rows.shape[0], axis=0)
 
 
-def _gather(pages: Array, other_pages: int, table: Array, kv_len: Array, scale: Array) -> tuple[Array, Array]:
+def _gather(
+    pages: Array, other_pages: int, table: Array, kv_len: Array, scale: Array, token_scales: Array | None
+) -> tuple[Array, Array]:
     """The keys (or values) of one sequence, `[M·S, K, H]` float32, and which of them are valid, `[M·S]`.
 
     Tokens past the length and tokens of ids outside the pool are 0 and not valid, whatever memory holds there.
@@ -103,8 +109,12 @@ def _gather(pages: Array, other_pages: int, table: Array, kv_len: Array, scale: 
     valid = jnp.repeat(in_pool, page_size) & (jnp.arange(table.shape[0] * page_size, dtype=jnp.int32) < kv_len)
     if num_pages == 0:
         return jnp.zeros((valid.shape[0], kv_heads, head_dim), jnp.float32), valid
-    tokens = pages[jnp.where(in_pool, table, 0) % num_pages].reshape(-1, kv_heads, head_dim)
-    return jnp.where(valid[:, None, None], tokens.astype(jnp.float32) * scale[None, :, None], 0.0), valid
+    ids = jnp.where(in_pool, table, 0) % num_pages
+    factors = scale[None, :, None]
+    if token_scales is not None:
+        factors = factors * jnp.where(valid[:, None, None], token_scales[ids].reshape(-1, kv_heads, 1), 1.0)
+    tokens = pages[ids].reshape(-1, kv_heads, head_dim)
+    return jnp.where(valid[:, None, None], tokens.astype(jnp.float32) * factors, 0.0), valid
 
 
 def _softmax_average(scores: Array, visible: Array, sink: Array, values: Array) -> tuple[Array, Array]:
@@ -121,14 +131,19 @@ def _softmax_average(scores: Array, visible: Array, sink: Array, values: Array) 
     return out, jnp.where(some, shift + jnp.log(divisor), -jnp.inf)
 
 
-@jax.jit
-def write(
-    k_pages: Array, v_pages: Array, k: Array, v: Array, slot_mapping: Array, k_scale: Array, v_scale: Array
-) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnames="layout")
+def write(*operands: Array, layout: str = "split") -> tuple[Array, ...]:
     """Returns the pools with the tokens of `k`, `v` `[T, K, H]` stored at `slot_mapping [T]`."""
-    num_slots = k_pages.shape[0] * k_pages.shape[1]
+    *given, k, v, slot_mapping, k_scale, v_scale = operands
+    pools = [pool.reshape(LAYOUTS[layout].shape_by_heads(pool, head_dim_of(k))) for pool in given]
+    k, v = (x.reshape(*x.shape[:2], pools[0].shape[3]) for x in (k, v))
+    num_slots = LAYOUTS[layout].num_slots(pools[0])
     targets = jnp.where(last_writer(slot_mapping, num_slots), slot_mapping, num_slots)
-    return _scatter(k_pages, k, targets, k_scale), _scatter(v_pages, v, targets, v_scale)
+    stored = [_stored(x, scale, pools[0].dtype) for x, scale in ((k, k_scale), (v, v_scale))]
+    if LAYOUTS[layout].interleaved:
+        stored = [jnp.stack(stored, axis=2).reshape(k.shape[0], 2 * k.shape[1], k.shape[2])]
+    written = [_scatter(pool, tokens, targets, layout) for pool, tokens in zip(pools, stored, strict=True)]
+    return tuple(x.reshape(pool.shape) for x, pool in zip(written, given, strict=True))
 
 
 def last_writer(slots: Array, num_slots: int) -> Array:
@@ -141,14 +156,23 @@ def last_writer(slots: Array, num_slots: int) -> Array:
     return in_pool & jnp.zeros(slots.shape, bool).at[order].set(ends_run)
 
 
-def _scatter(pages: Array, tokens: Array, targets: Array, scale: Array) -> Array:
-    num_pages, page_size, kv_heads, head_dim = pages.shape
-    scale = row_of_each_sequence(scale, tokens.shape[0], kv_heads, 1.0)
+def _stored(tokens: Array, scale: Array, dtype: jnp.dtype) -> Array:
+    """New tokens `[T, K, H]` as pages hold them."""
+    scale = row_of_each_sequence(scale, tokens.shape[0], tokens.shape[1], 1.0)
     # The barrier keeps XLA from multiplying by a rounded reciprocal where it sees one divisor for many values.
     divisor = jax.lax.optimization_barrier(jnp.broadcast_to(scale[:, :, None], tokens.shape))
-    stored = quantize(tokens.astype(jnp.float32) / divisor, pages.dtype)
-    flat = pages.reshape(num_pages * page_size, kv_heads, head_dim)
-    return flat.at[targets].set(stored, mode="drop", unique_indices=False).reshape(pages.shape)
+    return quantize(tokens.astype(jnp.float32) / divisor, dtype)
+
+
+def _scatter(pool: Array, tokens: Array, targets: Array, layout: str) -> Array:
+    """The pool with `tokens [T, heads, H]` in the slots `targets`; heads beyond those stay."""
+    shape, page_axis = pool.shape, LAYOUTS[layout].page_axis
+    flat = pool.reshape(*shape[:page_axis], LAYOUTS[layout].num_slots(pool), *shape[page_axis + 2 :])
+    if page_axis:
+        return flat.at[:, targets].set(tokens.swapaxes(0, 1), mode="drop").reshape(shape)
+    heads = tokens.shape[1]
+    where = targets if heads == flat.shape[1] else (targets, slice(heads))
+    return flat.at[where].set(tokens, mode="drop").reshape(shape)
 
 
 def quantize(values: Array, dtype: jnp.dtype) -> Array:
@@ -162,14 +186,17 @@ def quantize(values: Array, dtype: jnp.dtype) -> Array:
     return values.astype(dtype)
 
 
-@jax.jit
-def read_tokens(pages: Array, slots: Array, scale: Array) -> Array:
-    """The value in the slot of each token, `[T, K, H]` float32, divided by its scale; 0 if the token is not there.
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def read_tokens(pool: Array, slots: Array, scale: Array, which: int, head_dim: int | None, layout: str) -> Array:
+    """The key (`which` 0) or value (1) in the slot of each token, `[T, K, H]` float32, divided by its scale.
 
-    As a linear map this is the transpose of the write.
+    It is 0 if the token is not there. As a linear map this is the transpose of the write.
     """
-    num_pages, page_size, kv_heads, head_dim = pages.shape
+    pool = pool.reshape(LAYOUTS[layout].shape_by_heads(pool, head_dim))
+    pages = LAYOUTS[layout].split(pool, which, scale.shape[1])
+    num_pages, page_size, kv_heads, width = pages.shape
     num_slots = num_pages * page_size
     targets = jnp.where(last_writer(slots, num_slots), slots, num_slots)
-    tokens = pages.reshape(num_slots, kv_heads, head_dim).at[targets].get(mode="fill", fill_value=0)
-    return tokens.astype(jnp.float32) / row_of_each_sequence(scale, slots.shape[0], kv_heads, 1.0)[:, :, None]
+    tokens = pages.reshape(num_slots, kv_heads, width).at[targets].get(mode="fill", fill_value=0)
+    tokens = tokens.astype(jnp.float32) / row_of_each_sequence(scale, slots.shape[0], kv_heads, 1.0)[:, :, None]
+    return tokens[..., 0] if head_dim is None else tokens

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
-from cases import BY_NAME, DTYPES, FAMILIES, LSE_BOUND, OUT_BOUND, Array, Case, build
+from cases import BY_NAME, DTYPES, FAMILIES, LSE_BOUND, OUT_BOUND, Array, Case, build, poison
 
 import jax_paged_attn as jpa
-from jax_paged_attn import _engines, compat
+from jax_paged_attn import _call, _engines, _primitive, compat
 
 # A single row may be this much worse than the bound on the whole output: the bound alone would let one wrong row of
 # many pass, while a row of small values may exceed it by rounding.
@@ -45,7 +46,8 @@ def reference_is_slow(case: Case, place: int) -> bool:
 def compiled(function: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     """`jit` of a function of the package, one for each set of static keywords, so that cases share compilations."""
     module, _, name = function.rpartition(".")
-    return jax.jit(functools.partial(getattr(compat if module else jpa, name), **dict(static)))
+    where = {"": jpa, "compat": compat, "harness": sys.modules[__name__]}[module]
+    return jax.jit(functools.partial(getattr(where, name), **dict(static)))
 
 
 def call(function: str, *args: Any, **kwargs: Any) -> Any:
@@ -67,25 +69,83 @@ def arguments(case: Case) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     """The function that takes pools of the case's layout, with its arguments: static keywords too."""
     args, traced = build(case).arguments()
     named = {**traced, **case.keywords}
-    if case.layout == "split":
+    scales = {name: named.pop(name, None) for name in ("k_token_scales", "v_token_scales")}
+    if case.layout == "split" and not any(case.token_scales):
         return case.function, args, named
     q, k_pages, v_pages, *rest = args
+    if case.padding_heads or (any(case.token_scales) and case.layout != "head_major"):
+        pools = in_layout(case.layout, k_pages, v_pages, case.padding_heads)
+        named |= {"layout": case.layout, "kv_heads": case.num_kv_heads}
+        named |= {name: of_tokens(case.layout, x, case.padding_heads) for name, x in scales.items()}
+        return "harness.attend_in_layout", (q, pools[0], pools[-1], *rest), named
     if case.layout == "interleaved":
         kv_lens, tables, cu_q_lens, num_seqs = rest
         num_seqs = np.array([len(kv_lens)], np.int32) if num_seqs is None else num_seqs
-        named["sm_scale"] = named.pop("scale", case.head_dim**-0.5)
         pools = (interleave(k_pages, v_pages),)
+        named["sm_scale"] = named.pop("scale", case.head_dim**-0.5)
         return "compat.ragged_paged_attention", (q, *pools, kv_lens, tables, cu_q_lens, num_seqs), named
     assert named.pop("scale") == 1
     named["attn_logits_soft_cap"] = named.pop("soft_cap", None)
-    pools = tuple(np.ascontiguousarray(np.moveaxis(x, 2, 0)) for x in (k_pages, v_pages))
-    return "compat.paged_attention", (q, *pools, *rest), named
+    if any(case.token_scales):
+        pages = {"k_token_scales": "k_scales_pages", "v_token_scales": "v_scales_pages"}
+        named |= {pages[name]: of_tokens("head_major", x) for name, x in scales.items()}
+    return "compat.paged_attention", (q, *in_layout("head_major", k_pages, v_pages), *rest), named
 
 
-def interleave(k_pages: Any, v_pages: Any) -> Any:
-    """`[P, S, K, H]` each -> `[P, S, 2K, H]`, each key head in front of its value head."""
+def in_layout(layout: str, k_pages: Any, v_pages: Any, padding_heads: int = 0, xp: Any = np) -> tuple[Any, ...]:
+    """Pools `[P, S, K, H]` as a layout has them, of which "padded" is an interleaved one with a padding head.
+
+    Traced ones need `jax.numpy` as `xp`.
+    """
+    if layout == "split":
+        return k_pages, v_pages
+    if layout == "head_major":
+        return tuple(xp.moveaxis(x, 2, 0).copy() for x in (k_pages, v_pages))
+    return (interleave(k_pages, v_pages, padding_heads or int(layout == "padded"), xp),)
+
+
+def of_tokens(layout: str, scales: Array | None, padding_heads: int = 0) -> Array | None:
+    """Scales `[P, S, K]` in the shape of a layout's pool."""
+    if scales is None:
+        return None
+    return in_layout(layout, scales[..., None], scales[..., None], padding_heads)[0][..., 0]
+
+
+def write_in_layout(*operands: Any, layout: str, **scales: Any) -> tuple[Any, ...]:
+    """The pools of `in_layout` after a write of k and v to slots, as the public functions and `compat` write."""
+    *pools, k, v, slots = operands
+    if layout == "padded":
+        of_keys_and_values = (scales.get("k_scale"), scales.get("v_scale"))
+        keywords = {"layout": "interleaved", "kv_heads": k.shape[1]}
+        return _call.write("write", pools, (k, v), slots, of_keys_and_values, **keywords)
+    write: Any = {
+        "split": jpa.write_kv_pages,
+        "interleaved": compat.write_interleaved_kv_pages,
+        "head_major": compat.write_head_major_kv_pages,
+    }[layout]
+    written = write(*operands, **scales)
+    return (written,) if layout == "interleaved" else written
+
+
+def interleave(k_pages: Any, v_pages: Any, padding_heads: int = 0, xp: Any = np) -> Any:
+    """`[P, S, K, H]` each -> `[P, S, 2K, H]`, each key head in front of its value head, poisoned heads behind."""
     pages, page_size, kv_heads, head_dim = k_pages.shape
-    return np.stack([k_pages, v_pages], axis=3).reshape(pages, page_size, 2 * kv_heads, head_dim)
+    pool = xp.stack([k_pages, v_pages], axis=3).reshape(pages, page_size, 2 * kv_heads, head_dim)
+    return xp.concatenate([pool, poison((pages, page_size, padding_heads, head_dim), pool.dtype)], axis=2)
+
+
+def attend_in_layout(q: Any, k_pages: Any, v_pages: Any, *where: Any, **options: Any) -> Any:
+    """Ragged attention as `compat` asks for it: interleaved pools may have padding heads, all may have token scales."""
+    defaults = dict.fromkeys(("scale", "sliding_window", "soft_cap", "implementation", "sinks", "k_scale", "v_scale"))
+    options = {**defaults, "batch_invariant": False, "return_lse": False, **options}
+    if options["k_scale"] is None and k_pages.dtype == jnp.int8:
+        options["k_scale"] = 1.0
+    if options["v_scale"] is None and k_pages.dtype == jnp.int8:
+        options["v_scale"] = 1.0
+    keywords = {name: options.pop(name) for name in ("layout", "kv_heads")}
+    scales = {name: options.pop(name, None) for name in ("k_token_scales", "v_token_scales")}
+    operands: tuple[Any, ...] = (_primitive.attention, q, k_pages, v_pages, *where, options)
+    return _call.ragged(*operands, **keywords, token_scales=scales)
 
 
 _expected: dict[str, tuple[Array, Array]] = {}
@@ -110,7 +170,7 @@ def adapted(case: Case | str, engine: str) -> Case:
     """A case (or the one of that name) as the engine takes it, so that no edge is left out for its dtype or head dim.
 
     Where the engine does not take the dtype of the queries, the name of the case decides among those it takes; of head
-    dims the nearest is taken.
+    dims the nearest is taken. Scales per token are left out where it has none.
     """
     adapted = BY_NAME[case] if isinstance(case, str) else case
     name, head_dim = adapted.name, adapted.head_dim
@@ -118,6 +178,8 @@ def adapted(case: Case | str, engine: str) -> Case:
     if DTYPES[adapted.dtype].name not in row.q_dtypes:
         taken = [dtype for dtype in OUT_BOUND if DTYPES[dtype].name in row.q_dtypes]
         adapted = replace(adapted, dtype=taken[zlib.crc32(name.encode()) % len(taken)])
+    if not row.token_scales:
+        adapted = replace(adapted, token_scales=(False, False))
     if row.head_dims is not None and head_dim not in row.head_dims:
         adapted = replace(adapted, head_dim=min(row.head_dims, key=lambda taken: abs(taken - head_dim)))
     return adapted

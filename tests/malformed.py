@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_paged_attn import _ffi
+from jax_paged_attn._layouts import LAYOUTS
 from jax_paged_attn._options import Scoring
 
 T, N, B, M = 5, 4, 2, 3
@@ -27,6 +28,7 @@ P, S, K = 6, 2, 2
 ATTENTION_OPERANDS = (
     "q", "k_pages", "v_pages", "block_tables", "kv_lens", "q_starts", "q_counts", "sinks", "k_scale", "v_scale"
 )  # fmt: skip
+TOKEN_SCALES = ("k_token_scales", "v_token_scales")  # of v3
 ATTENTION_RESULTS = ("out", "lse", "workspace")
 WRITE_OPERANDS = ("k_pages", "v_pages", "k", "v", "slot_mapping", "k_scale", "v_scale")
 WRITE_RESULTS = ("k_pages", "v_pages")
@@ -37,7 +39,8 @@ DTYPES = (
 )  # fmt: skip
 
 # Sizes that may differ: pools of unequal length, the width of the table, a row of scales for all sequences or tokens.
-FREE = {("k_pages", 0), ("v_pages", 0), ("block_tables", 1), ("sinks", 0), ("k_scale", 0), ("v_scale", 0)}
+FREE_PAGES = {("k_pages", 0), ("v_pages", 0)}
+FREE = FREE_PAGES | {("block_tables", 1), ("sinks", 0), ("k_scale", 0), ("v_scale", 0)}
 
 
 MISMATCH = r"\b\w+( \(result\))?: expected .*, got"
@@ -81,11 +84,14 @@ def recorded(function: Any, *operands: Any, **parameters: Any) -> Call:
     return call
 
 
-def attention(engine: str, decode: bool = False, layout: str = "split") -> Call:
+# Pools by layout, without the head dim; "padded" is an interleaved one with a head more.
+POOLS = {"split": (P, S, K), "interleaved": (P, S, 2 * K), "padded": (P, S, 2 * K + 1), "head_major": (K, P, S)}
+
+
+def attention(engine: str, decode: bool = False, layout: str = "split", token_scales: bool = False) -> Call:
     """Ragged attention, or decode, as the engine is called."""
     dtype, head_dim = (jnp.bfloat16, 64) if engine == "fused" else (jnp.float32, 8)
-    shapes = {"split": (P, S, K), "interleaved": (P, S, 2 * K), "head_major": (K, P, S)}
-    pool, rows = jnp.zeros((*shapes[layout], head_dim), dtype), jnp.zeros(B, jnp.int32)
+    pool, rows = jnp.zeros((*POOLS[layout], head_dim), dtype), jnp.zeros(B, jnp.int32)
     return recorded(
         _ffi.ATTENTION[engine],
         jnp.zeros((B if decode else T, N, head_dim), dtype),
@@ -93,16 +99,20 @@ def attention(engine: str, decode: bool = False, layout: str = "split") -> Call:
         jnp.zeros((B, M), jnp.int32),
         *(rows, rows, rows),
         *(jnp.zeros((0, heads), jnp.float32) for heads in (N, K, K)),
+        *([jnp.zeros(pool.shape[:-1], jnp.float32)] * 2 if token_scales else []),
+        token_scales=(token_scales, token_scales),
         decode=decode,
         batch_invariant=False,
         scoring=Scoring(scale=0.5, sliding_window=0, soft_cap=0.0, causal=True),
-        layout=layout,
+        layout="interleaved" if layout == "padded" else layout,
     )
 
 
-def write() -> Call:
-    pool, new, none = (jnp.zeros(shape, jnp.float32) for shape in ((P, S, K, 8), (T, K, 8), (0, K)))
-    return recorded(_ffi.write, pool, pool, new, new, jnp.zeros(T, jnp.int32), none, none)
+def write(layout: str = "split") -> Call:
+    pool, new, none = (jnp.zeros(shape, jnp.float32) for shape in ((*POOLS[layout], 8), (T, K, 8), (0, K)))
+    name = "interleaved" if layout == "padded" else layout
+    pools = [pool] * LAYOUTS[name].num_pools
+    return recorded(_ffi.write, *pools, new, new, jnp.zeros(T, jnp.int32), none, none, layout=name)
 
 
 # ---- What may be wrong with a call -----------------------------------------------------------------------------------
@@ -185,26 +195,49 @@ def malformed_attention(engine: str) -> Iterator[Call]:
         three = jax.ShapeDtypeStruct((3, K), jnp.float32)  # of which two sequences can have no equal share
         yield replace(call, operands=(*call.operands[:-1], three), label="v_scale: 3 rows", error="v_scale: expected")
 
-    for layout, page_axis in (("interleaved", 0), ("head_major", 1)):
+    for layout, page_axis in (("interleaved", 0), ("head_major", 1), ("padded", 0)):
         call = attention(engine, layout=layout)
         yield call
         yield from (wrong for wrong in wrong_attributes(call) if "layout" in wrong.label)
-        for wrong in wrong_arrays(call, ATTENTION_OPERANDS, "operands", {(name, page_axis) for name in WRITE_RESULTS}):
-            if wrong.label.startswith(WRITE_RESULTS) and ": dtype" not in wrong.label:
+        free = {("k_scale", 0), *((name, page_axis) for name in WRITE_RESULTS)}
+        names = (*ATTENTION_OPERANDS, *TOKEN_SCALES)[: len(call.operands)]
+        for wrong in wrong_arrays(call, names, "operands", free):
+            of_scale = layout == "padded" and wrong.label.startswith("k_scale: ax")  # whose columns are K
+            if (wrong.label.startswith(WRITE_RESULTS) and ": dtype" not in wrong.label) or of_scale:
                 yield wrong
+    # The versions before know no padding heads, and no scales per token.
+    call = attention(engine, layout="padded")
+    before = {"target": _ffi.ATTENTION_LAYOUT_TARGET, "operands": call.operands[:-2]}
+    yield replace(call, **before, label="padding heads in v2", error=MISMATCH)
+    yield replace(call, **{**before, "operands": call.operands}, label="scales in v2", error="operands")
+    if engine == "fused":
+        call = attention("cublaslt", layout="head_major", token_scales=True)
+        error = "k_token_scales, v_token_scales: expected none"
+        yield replace(call, attributes={**call.attributes, "engine": "fused"}, label="scales per token", error=error)
+        return
+    call = attention(engine, layout="head_major", token_scales=True)
+    yield call
+    for wrong in wrong_arrays(call, (*ATTENTION_OPERANDS, *TOKEN_SCALES), "operands"):
+        if wrong.label.startswith(TOKEN_SCALES):
+            yield wrong
 
 
 def malformed_writes() -> Iterator[Call]:
-    call = write()
-    yield call
-    for wrong in wrong_arrays(call, WRITE_OPERANDS, "operands"):
-        pool = wrong.label.split(":")[0] in WRITE_RESULTS
-        # JAX itself refuses a result unlike the operand that it is aliased to.
-        results = wrong.operands[:2] if pool else call.results
-        yield replace(wrong, results=results, error=MISMATCH if pool else wrong.error)
-    # So these are not aliased.
-    yield from wrong_arrays(replace(call, options={}), WRITE_RESULTS, "results")
-    yield replace(call, options={}, label="no aliases", error="k_pages, v_pages: expected results aliased")
+    for layout in ("split", "interleaved", "head_major"):
+        call = write(layout)
+        yield call
+        yield from wrong_attributes(call)
+        free = {("k_pages", 0)} if layout == "interleaved" else set()
+        for wrong in wrong_arrays(call, WRITE_OPERANDS, "operands", free | (FREE - FREE_PAGES)):
+            pool = wrong.label.split(":")[0] in WRITE_RESULTS
+            if layout != "split" and (not pool or ": dtype" in wrong.label):
+                continue  # the same checks
+            # JAX itself refuses a result unlike the operand that it is aliased to.
+            results = wrong.operands[:2] if pool else call.results
+            yield replace(wrong, results=results)
+        # So these are not aliased.
+        yield from wrong_arrays(replace(call, options={}), WRITE_RESULTS, "results")
+        yield replace(call, options={}, label="no aliases", error="k_pages, v_pages: expected results aliased")
 
 
 def main(what: str) -> None:

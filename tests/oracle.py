@@ -43,6 +43,8 @@ def ragged_paged_attention(
     sinks: Array | None = None,
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
+    k_token_scales: Array | None = None,
+    v_token_scales: Array | None = None,
 ) -> tuple[Array, Array]:
     """Attention of ragged query rows over paged keys: `(out [T, N, H], lse [T, N])`, both float64."""
     num_tokens, num_heads, head_dim = q.shape
@@ -74,6 +76,10 @@ def ragged_paged_attention(
                 kv_head = head // group
                 keys = k_pages[pages, offsets, kv_head].astype(np.float64) * k_scales[kv_head]
                 values = v_pages[pages, offsets, kv_head].astype(np.float64) * v_scales[kv_head]
+                if k_token_scales is not None:
+                    keys *= k_token_scales[pages, offsets, kv_head, None]
+                if v_token_scales is not None:
+                    values *= v_token_scales[pages, offsets, kv_head, None]
                 scores = keys @ q[first + row, head].astype(np.float64) * scale
                 if soft_cap is not None:
                     scores = soft_cap * np.tanh(scores / soft_cap)

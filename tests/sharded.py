@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,8 @@ from models import Decoder, DecoderConfig
 from models.gemma2 import OffsetNorm, SandwichBlock
 from models.gpt_oss import ClampedExperts
 from models.layers import Experts
+from rpa_calls import RpaCall
+from rpa_calls import build as build_rpa
 from safetensors.numpy import load_file
 from test_transforms import OURS
 
@@ -150,19 +153,54 @@ def test_partitioned_without_moving_an_operand(kind: AxisType, split: str, deriv
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
 
 
-def test_partitioned_over_pools_of_other_layouts() -> None:
-    """Sequences are split, heads are not: right, whatever is sharded."""
-    q, k_pages, v_pages, *_ = finite(Problem.of(DECODE).operands)
-    lengths, tables = np.asarray(DECODE.kv_lens, np.int32), np.arange(32, dtype=np.int32).reshape(8, 4) % len(k_pages)
-    pools = [np.moveaxis(pages, 2, 0) for pages in (k_pages, v_pages)]
-    mesh = mesh_of(x=2, y=4)
-    want = jpa.paged_attention(q, k_pages, v_pages, tables, lengths, scale=1.0)
-    for heads in (None, "y"):
-        pool = P(heads)
-        specs = (P("x", heads), pool, pool, P("x"), P("x"))
-        compiled, placed = compile_sharded(compat.paged_attention, (q, *pools, tables, lengths), mesh, specs)
+POOLS = {"split": P(None, None, "x"), "interleaved": P(None, None, "x"), "head_major": P("x")}
+
+
+@pytest.mark.parametrize("derivative", ["forward", "gradient"])
+@pytest.mark.parametrize("layout", ["interleaved", "head_major"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_partitioned_over_pools_of_other_layouts(kind: AxisType, layout: str, derivative: str) -> None:
+    """Heads are split where the pools lie, without moving an operand; forward, queries may be on every device."""
+    case: Case = {"interleaved": RAGGED, "head_major": DECODE}[layout]
+    scaled = functools.partial(compat.ragged_paged_attention, sm_scale=0.25)
+    function: Any = {"interleaved": scaled, "head_major": compat.paged_attention}[layout]
+    q, k_pages, v_pages, sinks, k_scale, *where = finite(Problem.of(case).operands)
+    pools = harness.in_layout(layout, k_pages, v_pages)
+    where_specs = [P()] * len(where)
+    if layout == "interleaved":
+        where.append(np.full(1, len(case.kv_lens), np.int32))
+        where_specs.append(P())
+    else:  # with a scale per token and head
+        where += [np.linspace(0.5, 1.5, pool[..., 0].size, dtype=np.float32).reshape(pool.shape[:3]) for pool in pools]
+        where_specs += [POOLS[layout]] * 2
+
+    def attend(q: Any, sinks: Any, k_scale: Any, *operands: Any) -> Any:
+        return function(q, *operands, sinks=sinks, k_scale=k_scale, return_lse=True)
+
+    def gradient(*operands: Any) -> Any:
+        return jax.grad(lambda *xs: loss(attend(*xs)), (0, 1, *range(3, 3 + len(pools))))(*operands)
+
+    run, heads = (attend, None) if derivative == "forward" else (gradient, "x")
+    operands, mesh = (q, sinks, k_scale, *pools, *where), mesh_of(kind, x=8)
+    want = jax.jit(run)(*operands)
+    specs = (P(None, heads), P("x"), P("x"), *[POOLS[layout]] * len(pools), *where_specs)
+    with within(mesh):
+        compiled, placed = compile_sharded(run, operands, mesh, specs)
         assert_same(compiled(*placed), want)
-        assert bool(collectives(compiled)) == (heads is not None)
+    assert collectives(compiled) == []
+
+
+def test_levanters_call_is_partitioned_by_head() -> None:
+    q, k_pages, v_pages, _, _, *where = finite(Problem.of(RAGGED).operands)
+    rows = q.reshape(len(q), 8, -1, q.shape[-1])
+    operands = (rows, harness.interleave(k_pages, v_pages), *where, np.full(1, len(RAGGED.kv_lens), np.int32), 0.25)
+    specs = (P(None, "x"), P(None, None, "x"), *[P()] * 5)
+    attend = compat.levanter.ragged_paged_attention
+    compiled, placed = compile_sharded(attend, operands, mesh_of(x=8), specs)
+    out = compiled(*placed)
+    assert_same(out, jax.jit(attend)(*operands))
+    assert collectives(compiled) == []
+    assert out.sharding.spec[1] == "x"
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -199,29 +237,35 @@ def test_other_shardings_give_the_same(kind: AxisType, case: Case, pool: P, q: P
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("dtype", [np.float32, np.int8])
-def test_write_is_in_place_on_each_device(kind: AxisType, dtype: Any) -> None:
-    mesh, pool = mesh_of(kind, x=8), P(None, None, "x")
-    rng = np.random.default_rng(0)
-    pools = tuple(rng.integers(-9, 9, (6, 4, 8, 16)).astype(dtype) for _ in "kv")
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("split", np.float32), ("split", np.int8), ("interleaved", np.int8), ("head_major", np.float32)],
+)
+def test_write_is_in_place_on_each_device(kind: AxisType, layout: str, dtype: Any) -> None:
+    mesh, rng = mesh_of(kind, x=8), np.random.default_rng(0)
+    k_pages, v_pages = (rng.integers(-9, 9, (6, 4, 8, 16)).astype(dtype) for _ in "kv")
+    pools = harness.in_layout(layout, k_pages, v_pages)
     tokens = tuple(rng.standard_normal((5, 8, 16), np.float32) for _ in "kv")
     slots, scale = np.array([3, -1, 23, 3, 24], np.int32), np.linspace(0.1, 0.8, 8, dtype=np.float32)
 
     def write(*args: Any) -> Any:
-        return jpa.write_kv_pages(*args[:-1], k_scale=args[-1], v_scale=args[-1])
+        return harness.write_in_layout(*args[:-1], layout=layout, k_scale=args[-1], v_scale=args[-1])
 
     def addresses(arrays: Any) -> list[int]:
         return [shard.data.unsafe_buffer_pointer() for x in arrays for shard in x.addressable_shards]
 
-    operands, specs = (*pools, *tokens, slots, scale), (pool, pool, P(None, "x"), P(None, "x"), P(), P("x"))
+    operands, count = (*pools, *tokens, slots, scale), len(pools)
+    specs = (*[POOLS[layout]] * count, P(None, "x"), P(None, "x"), P(), P("x"))
     want = jax.jit(write)(*operands)
     with within(mesh):
-        compiled, placed = compile_sharded(write, operands, mesh, specs, donate_argnums=(0, 1))
-        before = addresses(placed[:2])
+        compiled, placed = compile_sharded(write, operands, mesh, specs, donate_argnums=range(count))
+        placed[:count] = map(jax.jit(jnp.copy), placed[:count])  # memory of NumPy's cannot be donated
+        before = addresses(placed[:count])
         got = compiled(*placed)
     assert addresses(got) == before
     assert collectives(compiled) == []
-    assert not re.search(r"\[6,4,1,16\]\S* copy\(", compiled.as_text())
+    shard = {"split": "6,4,1,16", "interleaved": "6,4,2,16", "head_major": "1,6,4,16"}[layout]
+    assert not re.search(rf"\[{shard}\]\S* copy\(", compiled.as_text())
     for mine, theirs in zip(got, want, strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
@@ -614,3 +658,41 @@ def test_context_parallel_says_what_is_wrong() -> None:
         attend = functools.partial(jpa.context_parallel_attention, axis_name="x", **keywords)
         with pytest.raises(ValueError, match=message):
             jax.shard_map(attend, mesh=mesh_of(x=8), in_specs=(P(),) * 5, out_specs=P())(*operands)
+
+
+# ---- Calls that write ------------------------------------------------------------------------------------------------
+
+RPA_CALLS = {
+    "packed, bf16": RpaCall("s1", (5, 1), (9, 7), num_heads=16, kv_heads=8, dtype="bf16", poisoned=False),
+    "packed, f32": RpaCall("s2", (5, 1), (9, 7), num_heads=16, kv_heads=8, poisoned=False),
+    "pairs of e4m3": RpaCall(
+        "s3", (5, 1), (9, 7), num_heads=32, kv_heads=32, head_dim=64, cache_dtype="e4m3", cache="pairs", sinks=True,
+        poisoned=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("by", ["shard_map", "jit"])
+@pytest.mark.parametrize("name", RPA_CALLS)
+def test_partitioned_calls_that_write(name: str, by: str) -> None:
+    """Heads are split over a donated cache, by `shard_map` as other packages do it, or by XLA."""
+    call, mesh = RPA_CALLS[name], mesh_of(x=8)
+    if by == "jit" and name.startswith("pairs"):
+        pytest.skip("XLA gathers a cache whose first axis of heads counts neither K nor 2K")
+    arrays = build_rpa(call)
+    specs = {name: P(None, "x") for name in ("queries", "keys", "values")}
+    specs |= {"kv_cache": P(None, None, "x"), "attention_sink": P("x")}
+    specs = {name: specs.get(name, P()) for name in arrays}
+
+    def step(arrays: dict[str, Any]) -> Any:
+        return compat.ragged_paged_attention_v3(**arrays, return_lse=True)
+
+    results = (P(None, "x"), P(None, None, "x"), P(None, "x"))
+    run = jax.shard_map(step, mesh=mesh, in_specs=(specs,), out_specs=results) if by == "shard_map" else step
+    placed = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()}
+    compiled = jax.jit(run, donate_argnums=0).lower(placed).compile()
+    assert collectives(compiled) == []
+    got = compiled(placed)
+    for x, want in zip(got, jax.jit(step)(arrays), strict=True):
+        np.testing.assert_array_equal(np.asarray(x).astype(np.float32), np.asarray(want).astype(np.float32))
+    assert got[1].sharding.is_equivalent_to(NamedSharding(mesh, results[1]), got[1].ndim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import mmap
 import os
@@ -22,7 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_paged_attn as jpa
-from jax_paged_attn import _reference
+from jax_paged_attn import _ffi, _reference
+from jax_paged_attn._layouts import LAYOUTS as LAYOUTS_BY_NAME
 
 P, S, K, H = 7, 3, 2, 16
 SCALES = {"none": None, "scalar": np.float32(0.37), "head": np.array([0.5, 3.0], np.float32)}
@@ -74,6 +76,30 @@ def test_write_matches_the_oracle(dtype: str, page_dtype: str, scales: str, writ
         assert_same_bits(mine, theirs)
 
 
+LAYOUTS = ("interleaved", "padded", "head_major")
+
+
+@pytest.mark.parametrize("write", [harness.write_in_layout, None], ids=["public", "reference"])
+@pytest.mark.parametrize("page_dtype", ["f32", "bf16", "e4m3", "int8"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_write_to_other_layouts_matches_the_oracle(layout: str, page_dtype: str, write: Any) -> None:
+    """Bit for bit, garbage in padding heads included, and on the platforms that have no engine."""
+    k_pages, v_pages = pools(0, DTYPES[page_dtype])
+    k = hard_values(6)
+    operands = (k, k[::-1].copy(), np.array([-1, P * S, 4, P * S - 1, 0, 4], np.int32))
+    scales = {"k_scale": SCALES["head"], "v_scale": SCALES["scalar"]}
+    own = harness.in_layout(layout, k_pages, v_pages)
+    if write is None:
+        rows = [np.full((1, K), scale, np.float32) for scale in scales.values()]
+        got = _reference.write(*own, *operands, *rows, layout={"padded": "interleaved"}.get(layout, layout))
+    else:
+        got = harness.call("harness.write_in_layout", *own, *operands, layout=layout, **scales)
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = oracle.write_kv_pages(k_pages, v_pages, *operands, **scales)
+    for mine, theirs in zip(got, harness.in_layout(layout, *want), strict=True):
+        assert_same_bits(mine, theirs)
+
+
 INT32 = st.one_of(st.integers(-3, P * S + 3), st.sampled_from([2**31 - 1, -(2**31), 2**31 - P * S]))
 
 
@@ -87,16 +113,18 @@ def test_write_to_any_slots_matches_the_oracle(slots: list[int]) -> None:
         assert_same_bits(mine, theirs)
 
 
-def check_write_of_rows(num_pages: int, row: tuple[int, int], page_size: int, slots: Array, dtype: str) -> None:
+def check_write_of_rows(
+    num_pages: int, row: tuple[int, int], page_size: int, slots: Array, dtype: str, layout: str = "split"
+) -> None:
     """Rows keep their bits, so NumPy can tell what is expected of more tokens than the oracle likes."""
     rng = np.random.default_rng(3)
     pages = [random_values(rng, (num_pages, page_size, *row), DTYPES[dtype]) for _ in "kv"]
     new = [random_values(rng, (len(slots), *row), DTYPES[dtype]) for _ in "kv"]
     inside = (slots >= 0) & (slots < num_pages * page_size)
-    got = harness.call("write_kv_pages", *pages, *new, slots)
-    for mine, before, values in zip(got, pages, new, strict=True):
-        want = before.copy()
+    got = harness.call("harness.write_in_layout", *harness.in_layout(layout, *pages), *new, slots, layout=layout)
+    for want, values in zip(pages, new, strict=True):
         want.reshape(-1, *row)[slots[inside]] = values[inside]  # of equal indices NumPy keeps the last
+    for mine, want in zip(got, harness.in_layout(layout, *pages), strict=True):
         assert_same_bits(mine, want)
 
 
@@ -109,16 +137,20 @@ def test_write_of_many_tokens(tokens: int, kv_heads: int, head_dim: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kv_heads", "head_dim"),
+    ("dtype", "kv_heads", "head_dim", "layout"),
     [
-        pytest.param("bf16", 1, 8, id="16 bytes"),
-        pytest.param("f16", 3, 5, id="30 bytes"),
-        pytest.param("bf16", 1, 136, id="272 bytes"),
-        pytest.param("bf16", 8, 128, id="2 KiB"),
-        pytest.param("f32", 5, 100, id="2000 bytes"),
+        pytest.param("bf16", 1, 8, "split", id="16 bytes"),
+        pytest.param("f16", 3, 5, "split", id="30 bytes"),
+        pytest.param("bf16", 1, 136, "split", id="272 bytes"),
+        pytest.param("bf16", 8, 128, "split", id="2 KiB"),
+        pytest.param("f32", 5, 100, "split", id="2000 bytes"),
+        pytest.param("bf16", 8, 128, "interleaved", id="2 KiB, interleaved"),
+        pytest.param("f32", 5, 100, "padded", id="2000 bytes, interleaved and padded"),
+        pytest.param("f16", 3, 5, "head_major", id="30 bytes, head_major"),
+        pytest.param("bf16", 8, 128, "head_major", id="2 KiB, head_major"),
     ],
 )
-def test_write_of_a_prompt(dtype: str, kv_heads: int, head_dim: int) -> None:
+def test_write_of_a_prompt(dtype: str, kv_heads: int, head_dim: int, layout: str) -> None:
     """Neighbours mostly stay such, in scattered pages, but some tokens are repeated later, and some are outside."""
     tokens, page_size = 5003, 16
     num_pages = 2 * tokens // page_size
@@ -133,7 +165,7 @@ def test_write_of_a_prompt(dtype: str, kv_heads: int, head_dim: int) -> None:
     slots[2000:2010] = np.arange(num_slots - 5, num_slots + 5)
     slots[3000:3064] = slots[3064:3128] = np.arange(100, 164)
     slots[4000:4040] = 77
-    check_write_of_rows(num_pages, (kv_heads, head_dim), page_size, slots.astype(np.int32), dtype)
+    check_write_of_rows(num_pages, (kv_heads, head_dim), page_size, slots.astype(np.int32), dtype, layout)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -214,6 +246,33 @@ def test_donated_pages_are_updated_in_place(update: Callable[..., Any]) -> None:
         assert_same_bits(mine, theirs)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_donated_pages_of_other_layouts_are_updated_in_place(layout: str, dtype: str) -> None:
+    """Two writes, each of what the pool before has: XLA makes no array of a pool's size."""
+    own = [jax.device_put(x) + np.zeros((), x.dtype) for x in harness.in_layout(layout, *pools(4, DTYPES[dtype]))]
+    k, v = np.random.default_rng(2).standard_normal((2, 2, K, H)).astype(np.float32)
+    scales = dict.fromkeys(("k_scale", "v_scale"), SCALES["scalar"])
+
+    def update(*own: Any) -> Any:
+        for slots in ([4, 9], [9, 0]):
+            own = harness.write_in_layout(*own, k, v, np.array(slots, np.int32), layout=layout, **scales)
+        return own
+
+    want = [np.asarray(x) for x in jax.jit(update)(*own)]
+    pointers = [x.unsafe_buffer_pointer() for x in own]
+    donating = jax.jit(update, donate_argnums=range(len(own))).lower(*own).compile()
+    if _ffi.has("cpu") or jax.default_backend() == "gpu":
+        pool = ",".join(map(str, own[0].shape))
+        made = re.findall(rf"= \w+\[{pool}\]\S* ([\w-]+)\(", donating.as_text() or "")
+        assert set(made) <= {"parameter", "get-tuple-element"}
+        assert temporary_bytes(donating) < own[0].nbytes
+    got = donating(*own)
+    assert [x.unsafe_buffer_pointer() for x in got] == pointers
+    for mine, theirs in zip(got, want, strict=True):
+        assert_same_bits(mine, theirs)
+
+
 @pytest.mark.parametrize("update", [_write, _copy, _scan])
 @pytest.mark.parametrize("transform", [jax.jit, lambda f: f], ids=["jit", "eager"])
 def test_pages_that_are_not_donated_stay(update: Callable[..., Any], transform: Callable[..., Any]) -> None:
@@ -280,6 +339,51 @@ def test_vmap_of_write_is_a_loop(mapped: tuple[str, ...]) -> None:
         alone = {n: variant[n] if n in mapped else variants[0][n] for n in WRITE_OPERANDS}
         for mine, theirs in zip(got, oracle.write_kv_pages(**alone), strict=True):
             assert_same_bits(mine[i], theirs)
+
+
+@pytest.mark.parametrize("mapped", ["pools", "tokens", "slots", "all"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vmap_of_a_write_to_other_layouts_is_a_loop(layout: str, mapped: str) -> None:
+    rng = np.random.default_rng(6)
+    split = [pools(seed, DTYPES["bf16"]) for seed in range(3)]
+    own = [np.stack(x) for x in zip(*(harness.in_layout(layout, *pair) for pair in split), strict=True)]
+    tokens = rng.standard_normal((2, 3, 8, K, H)).astype(np.float32)
+    slots = np.stack([rng.permutation([0, 0, 5, 11, P * S - 1, P * S, P * S + 5, -1]) for _ in range(3)])
+    operands = (*own, *tokens, slots.astype(np.int32))
+    kinds = ["pools"] * len(own) + ["tokens"] * 2 + ["slots"]
+    axes = [0 if mapped in (kind, "all") else None for kind in kinds]
+    given = [x if axis == 0 else x[0] for x, axis in zip(operands, axes, strict=True)]
+    write = functools.partial(harness.write_in_layout, layout=layout)
+    got = jax.jit(jax.vmap(write, in_axes=axes))(*given)
+    for i in range(3):
+        alone = [x[i] if axis == 0 else x for x, axis in zip(given, axes, strict=True)]
+        for mine, theirs in zip(got, jax.jit(write)(*alone), strict=True):
+            assert_same_bits(mine[i], np.asarray(theirs))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_derivatives_of_a_write_to_other_layouts_are_those_of_split_pools(layout: str) -> None:
+    """With slots that are skipped and written twice, and scales of keys."""
+    slots, scales = np.array([4, 4, P * S, 0], np.int32), {"k_scale": np.array([0.5, 2.0], np.float32)}
+    operands: tuple[Any, ...] = (
+        *pools(4, DTYPES["f32"]),
+        *np.random.default_rng(3).standard_normal((2, 4, K, H)).astype(np.float32),
+    )
+
+    def split(k_pages: Any, v_pages: Any, k: Any, v: Any) -> Any:
+        return jpa.write_kv_pages(k_pages, v_pages, k, v, slots, **scales)
+
+    def write(k_pages: Any, v_pages: Any, k: Any, v: Any) -> Any:
+        own = harness.in_layout(layout, k_pages, v_pages, xp=jnp)
+        own = harness.write_in_layout(*own, k, v, slots, layout=layout, **scales)
+        name = "interleaved" if layout == "padded" else layout
+        return tuple(LAYOUTS_BY_NAME[name].split(own[min(i, len(own) - 1)], i, K) for i in range(2))
+
+    bars = harness.normal_like(jax.eval_shape(split, *operands), 8)
+    dots = harness.normal_like(operands, 9)
+    for derivative, seeds in ((harness.pull_back, bars), (harness.push_forward, dots)):
+        for mine, theirs in zip(derivative(write, operands, seeds), derivative(split, operands, seeds), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
 
 
 @pytest.mark.parametrize("mapped", ["src", "dst", "k_pages"])

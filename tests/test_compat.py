@@ -382,37 +382,6 @@ def test_mapped_head_major_pools_need_no_copy_behind_their_heads() -> None:
     assert set(large_results(compiled, k_pages.size // 2)) <= {"bitcast"}
 
 
-def bits(x: Any) -> bytes:
-    return np.asarray(x).tobytes()
-
-
-def test_pages_are_written_as_the_module_says() -> None:
-    """And in place, where they are donated; XLA's CPU backend writes 16-bit arrays through f32 ones."""
-    case = layout_case("interleaved", dtype="f32")
-    (_, k_pages, v_pages, *_), _ = build(case).arguments()
-    k_pages, v_pages = (np.cos(np.arange(x.size)).reshape(x.shape).astype(x.dtype) for x in (k_pages, v_pages))
-    (pages, page_size, kv_heads, head_dim), tokens = k_pages.shape, 5
-    k, v = np.random.default_rng(0).standard_normal((2, tokens, kv_heads, head_dim)).astype(k_pages.dtype)
-    slots = np.array([3, pages * page_size, 40, 7, 100], np.int32)
-    want = jpa.write_kv_pages(k_pages, v_pages, k, v, slots)
-
-    def write(kv_pages: Any, k: Any, v: Any) -> Any:
-        new = jnp.stack([k, v], axis=2).reshape(tokens, 2 * kv_heads, head_dim)
-        flat = kv_pages.reshape(pages * page_size, 2 * kv_heads, head_dim)
-        return flat.at[slots].set(new, mode="drop").reshape(kv_pages.shape)
-
-    def write_head_major(k_pages: Any, k: Any) -> Any:
-        flat = k_pages.reshape(kv_heads, pages * page_size, head_dim)
-        return flat.at[:, slots].set(k.swapaxes(0, 1), mode="drop").reshape(k_pages.shape)
-
-    kv_pages = jax.device_put(interleave(k_pages, v_pages))
-    assert bits(jax.jit(write)(kv_pages, k, v)) == bits(interleave(*map(np.asarray, want)))
-    compiled = jax.jit(write, donate_argnums=0).lower(kv_pages, k, v).compile()
-    assert harness.temporary_bytes(compiled) < kv_pages.nbytes // 2
-    head_major = jax.jit(write_head_major)(np.ascontiguousarray(np.moveaxis(k_pages, 2, 0)), k)
-    assert bits(np.moveaxis(np.asarray(head_major), 0, 2)) == bits(want[0])
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_explain_knows_these_calls(layout: str) -> None:
     name, args, named = harness.arguments(layout_case(layout))
@@ -455,13 +424,34 @@ BAD_TPU: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_kv_pages_per_block": 0}, ValueError, "num_kv_pages_per_block: "),
     ({"implementation": "mine"}, ValueError, "implementation: "),
 ]
+TPU_WRITE: dict[str, Any] = {
+    "kv_pages": jnp.zeros((6, 4, 4, 8)),
+    "k": jnp.zeros((3, 2, 8)),
+    "v": jnp.zeros((3, 2, 8)),
+    "slot_mapping": jnp.zeros(3, jnp.int32),
+}
+GPU_WRITE = {
+    **{name: x for name, x in TPU_WRITE.items() if name != "kv_pages"},
+    **dict.fromkeys(("k_pages", "v_pages"), jnp.zeros((2, 6, 4, 8))),
+}
+BAD_TPU_WRITE: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"kv_pages": jnp.zeros((6, 4, 3, 8))}, ValueError, "kv_pages: expected .* an even size"),
+    ({"kv_pages": jnp.zeros((6, 4, 8, 8))}, ValueError, "k: expected .*K = 4"),
+    ({"kv_pages": jnp.zeros((6, 4, 4, 8), jnp.int8)}, ValueError, "k_scale: required for int8"),
+    ({"v": jnp.zeros((3, 2, 8), jnp.bfloat16)}, ValueError, "v: expected dtype float32"),
+    ({"slot_mapping": jnp.zeros(4, jnp.int32)}, ValueError, "slot_mapping: expected .*T = 3"),
+]
+BAD_GPU_WRITE: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"k_pages": jnp.zeros((6, 4, 2, 8))}, ValueError, "v_pages: expected .*K = 6"),
+    ({"v_pages": jnp.zeros((2, 6, 4, 8), jnp.bfloat16)}, ValueError, "v_pages: expected dtype float32"),
+    ({"k": jnp.zeros((3, 2, 8), jnp.int8)}, ValueError, "k: expected dtype"),
+    ({"v_scale": 0.0}, ValueError, "v_scale: expected positive"),
+]
 BAD_GPU: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"k_pages": jnp.zeros((2, 6, 4, 9))}, ValueError, "k_pages: expected .*H = 8"),
     ({"v_pages": jnp.zeros((2, 7, 4, 8))}, ValueError, "v_pages: expected .*P = 6"),
     ({"k_pages": jnp.zeros((3, 6, 4, 8))}, ValueError, r"v_pages: expected .*\[K, P, S, H\].*K = 3"),
     ({"block_tables": jnp.zeros((2, 3, 1), jnp.int32), "lengths": None}, ValueError, "block_tables: expected rank 2"),
-    ({"k_scales_pages": jnp.ones((2, 6, 4))}, ValueError, "k_scales_pages: expected None"),
-    ({"v_scales_pages": jnp.ones((2, 6, 4))}, ValueError, "v_scales_pages: expected None"),
     ({"attn_logits_soft_cap": 0.0}, ValueError, "attn_logits_soft_cap: "),
     ({"k_splits": 0}, ValueError, "k_splits: "),
 ]
@@ -470,7 +460,9 @@ BAD_GPU: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize(
     ("function", "good", "bad"),
     [*((RAGGED, TPU_CALL, bad) for bad in BAD_TPU),
-     *((PAGED, GPU_CALL, bad) for bad in BAD_GPU)],
+     *((PAGED, GPU_CALL, bad) for bad in BAD_GPU),
+     *((compat.write_interleaved_kv_pages, TPU_WRITE, bad) for bad in BAD_TPU_WRITE),
+     *((compat.write_head_major_kv_pages, GPU_WRITE, bad) for bad in BAD_GPU_WRITE)],
     ids=lambda x: None if callable(x) else "call" if isinstance(x, dict) else x[2][:20],
 )  # fmt: skip
 def test_bad_input_raises_at_trace_time(function: Any, good: dict[str, Any], bad: Any) -> None:

@@ -23,6 +23,7 @@ def test_adapted_cases_are_what_the_engine_takes(row: _engines.Engine) -> None:
     assert {case.head_dim for case in adapted} >= set(row.head_dims or ())
     for case in adapted:
         assert row.head_dims is None or case.head_dim in row.head_dims
+        assert row.token_scales or not any(case.token_scales)
     if row.q_dtypes == _engines.Engine("any", None).q_dtypes and row.head_dims is None:
         assert adapted == list(CASES)
 

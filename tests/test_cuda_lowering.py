@@ -8,6 +8,7 @@ import re
 from types import ModuleType
 from typing import Any
 
+import harness
 import jax
 import jax.numpy as jnp
 import pytest
@@ -89,36 +90,57 @@ def test_attributes_of_the_call(args: tuple[Any, ...], batch_invariant: bool) ->
 
 
 @pytest.mark.parametrize("cuda_engine", ["fused", "cublaslt"])
-@pytest.mark.parametrize("layout", ["interleaved", "head_major"])
+@pytest.mark.parametrize("layout", ["interleaved", "head_major", "padded"])
 def test_layouts_have_a_target_of_their_own(monkeypatch: pytest.MonkeyPatch, layout: str, cuda_engine: str) -> None:
     asked = []
     monkeypatch.setattr(StandIn, "attention_plan", lambda _, **sizes: asked.append(sizes) or {"workspace_bytes": 77})
     q, pages, _, *rest = specs(3) if layout == "head_major" else specs(3, 40)
-    pool = (2, 99, 16, 64) if layout == "head_major" else (99, 16, 4, 64)
+    pool = {"interleaved": (99, 16, 4, 64), "head_major": (2, 99, 16, 64), "padded": (99, 16, 7, 64)}[layout]
     pages = jax.ShapeDtypeStruct(pool, pages.dtype)
-    if layout == "head_major":
-        function: Any = compat.paged_attention
-        args = (q, pages, pages, *rest)
-    else:
-        function = compat.ragged_paged_attention
-        args = (q, pages, *rest, jax.ShapeDtypeStruct((1,), jnp.int32))
+    pools = [pages] * (1 if layout == "interleaved" else 2)
+    args = (q, *pools, *rest, *([] if layout == "head_major" else [jax.ShapeDtypeStruct((1,), jnp.int32)]))
+    function: Any = {
+        "interleaved": compat.ragged_paged_attention,
+        "head_major": compat.paged_attention,
+        "padded": functools.partial(harness.attend_in_layout, layout="interleaved", kv_heads=2),
+    }[layout]
     text = (
         jax.jit(functools.partial(function, implementation=cuda_engine))
         .trace(*args)
         .lower(lowering_platforms=("cuda",))
         .as_text()
     )
-    assert f"custom_call @{_ffi.ATTENTION_LAYOUT_TARGET}" in text
-    assert f'layout = "{layout}"' in text
-    expected = {"head_major": CONSTANT, "interleaved": CONSTANT + 3 * PER_SEQUENCE}[layout]
+    target = _ffi.ATTENTION_TOKENS_TARGET if layout == "padded" else _ffi.ATTENTION_LAYOUT_TARGET
+    name = "interleaved" if layout == "padded" else layout
+    assert f"custom_call @{target}" in text
+    assert f'layout = "{name}"' in text
+    expected = CONSTANT if layout == "head_major" else CONSTANT + 3 * PER_SEQUENCE
     assert workspace_bytes(text) == (77 if cuda_engine == "cublaslt" else expected)
     rows = 3 if layout == "head_major" else 40
     sizes = {
         **{"q_dtype": "bfloat16", "kv_dtype": "bfloat16", "num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64},
         **{"page_size": 16, "num_rows": rows, "num_seqs": 3, "max_pages": 7, "decode": layout == "head_major"},
-        **{"workspace_limit": 256 << 20, "layout": layout},
+        **{"workspace_limit": 256 << 20, "layout": name, "num_padding_heads": 3 if layout == "padded" else 0},
+        "token_scales": False,
     }
     assert asked == ([sizes] if cuda_engine == "cublaslt" else [])
+
+
+def test_scales_per_token_go_to_cublaslt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And "fused" says why not; its own calls know nothing of them."""
+    asked = []
+    monkeypatch.setattr(StandIn, "attention_plan", lambda _, **sizes: asked.append(sizes) or {"workspace_bytes": 77})
+    q, _, _, *rest = specs(3)
+    pages, scales = jax.ShapeDtypeStruct((2, 99, 16, 64), jnp.int8), jax.ShapeDtypeStruct((2, 99, 16), jnp.float32)
+    args = (q, pages, pages, *rest, scales, scales)
+    verdict = jpa.explain(compat.paged_attention, *args, platform="cuda")
+    assert verdict.engine == "cublaslt"
+    assert "got one per token and head" in verdict.rejected["fused"]
+    text = jax.jit(compat.paged_attention).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert f"custom_call @{_ffi.ATTENTION_TOKENS_TARGET}" in text
+    assert [sizes["token_scales"] for sizes in asked] == [True]
+    with pytest.raises(ValueError, match=r"^implementation: for 'fused' expected scales"):
+        jax.eval_shape(functools.partial(compat.paged_attention, implementation="fused"), *args)
 
 
 def test_every_engine_gets_its_own_workspace() -> None:

@@ -426,7 +426,7 @@ def test_a_large_pool_written_outside_of_jit_is_told_once(monkeypatch: pytest.Mo
     monkeypatch.setattr(_donation, "_LARGE", pages.nbytes)
     jax.jit(write)(pages, slots)
     with pytest.warns(
-        jpa.PagedAttentionWarning, match="^write_kv_pages: outside of jax.jit it copies both pools"
+        jpa.PagedAttentionWarning, match="^write_kv_pages: outside of jax.jit it copies its pools"
     ) as told:
         write(pages, slots)
     assert [warning.filename for warning in told] == [__file__]

@@ -11,6 +11,8 @@ import pytest
 MODULES = [
     "jax_paged_attn",
     "jax_paged_attn.compat",
+    "jax_paged_attn.compat.ejkernel",
+    "jax_paged_attn.compat.levanter",
     "jax_paged_attn.nnx",
     "jax_paged_attn.rope",
     "jax_paged_attn.serving",

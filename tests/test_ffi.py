@@ -32,18 +32,27 @@ def test_operands_and_attributes_are_those_of_the_compiled_targets(platform: str
     import malformed
 
     targets = _ffi.compiled(platform).targets()
-    assert set(targets) == {_ffi.ATTENTION_TARGET, _ffi.ATTENTION_LAYOUT_TARGET, _ffi.WRITE_TARGET}
+    attention = {
+        "split": _ffi.ATTENTION_TARGET,
+        "head_major": _ffi.ATTENTION_LAYOUT_TARGET,
+        "padded": _ffi.ATTENTION_TOKENS_TARGET,
+    }
+    writes = {"split": _ffi.WRITE_TARGET, "interleaved": _ffi.WRITE_LAYOUT_TARGET}
+    assert set(targets) == {*attention.values(), *writes.values()}
     engine = {"cpu": "cpu", "cuda": "fused"}[platform]
-    for layout, target in (("split", _ffi.ATTENTION_TARGET), ("head_major", _ffi.ATTENTION_LAYOUT_TARGET)):
+    for layout, target in attention.items():
         call = malformed.attention(engine, layout=layout)
         assert call.target == target
-        assert targets[target]["operands"] == list(_ffi.AttentionOperands._fields)
+        fields = list(_ffi.AttentionOperands._fields)
+        assert targets[target]["operands"] == (fields if layout == "padded" else fields[:-2])
         assert targets[target]["results"] == list(malformed.ATTENTION_RESULTS)
         assert set(targets[target]["attributes"]) == set(call.attributes)
-    write = targets[_ffi.WRITE_TARGET]
-    assert write["operands"] == list(_ffi.WriteOperands._fields)
-    assert [name.removesuffix(" (result)") for name in write["results"]] == list(malformed.WRITE_RESULTS)
-    assert write["attributes"] == []
+    for layout, target in writes.items():
+        call = malformed.write(layout)
+        assert call.target == target
+        assert targets[target]["operands"] == list(_ffi.WriteOperands._fields)
+        assert [name.removesuffix(" (result)") for name in targets[target]["results"]] == list(malformed.WRITE_RESULTS)
+        assert targets[target]["attributes"] == list(call.attributes)
 
 
 def test_malformed_attention_is_an_error_that_names_the_argument(engine: str) -> None:

@@ -231,7 +231,9 @@ Kernel ChooseKernel(DType type, DType stored, bool vectors) {
   }
 }
 
-bool IsAligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+bool IsAligned(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
+}
 
 }  // namespace
 
@@ -267,10 +269,13 @@ Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaS
   const int64_t tokens_per_cta = std::max<int64_t>(CeilDiv(problem.num_tokens, most_ctas), 1);
   const int64_t num_ctas = std::max<int64_t>(CeilDiv(problem.num_tokens, tokens_per_cta), 1);
 
-  // Rows and heads are dense, so each starts as aligned as the pools if heads divide into vectors.
+  // In every layout strides are multiples of a head, so each head starts as aligned as its pool if heads
+  // divide into vectors. Values behind a key, in an interleaved pool, are no better aligned than a head is
+  // long.
   const int64_t widest = 16 / ByteWidth(problem.new_dtype);
-  const bool vectors = problem.head_dim % widest == 0 && IsAligned(params.k) && IsAligned(params.v) &&
-                       IsAligned(params.k_pages) && IsAligned(params.v_pages);
+  const int64_t stored_bytes = std::min<int64_t>(widest * ByteWidth(problem.kv_dtype), 16);
+  const bool vectors = problem.head_dim % widest == 0 && IsAligned(params.k, 16) && IsAligned(params.v, 16) &&
+                       IsAligned(params.k_pages, stored_bytes) && IsAligned(params.v_pages, stored_bytes);
   const int64_t strip_length = 32 * (vectors ? widest : 1),
                 row_length = problem.num_kv_heads * problem.head_dim;
   const auto divisor = [](int64_t number) { return FastDivisor(static_cast<int32_t>(number)); };

@@ -14,21 +14,25 @@ struct PageStrides {
   int64_t head;
 };
 
-// The strides of a pool of `num_pages` pages without gaps.
+// The strides of a pool of `num_pages` pages without gaps; an interleaved one may have padding heads.
 constexpr PageStrides StridesOf(PageLayout layout, int64_t num_pages, int64_t page_size, int64_t num_kv_heads,
-                                int64_t head_dim) {
+                                int64_t head_dim, int64_t num_padding_heads = 0) {
+  const int64_t interleaved_token = (2 * num_kv_heads + num_padding_heads) * head_dim;
   switch (layout) {
     case PageLayout::kSplit:
       return {
           .page = page_size * num_kv_heads * head_dim, .token = num_kv_heads * head_dim, .head = head_dim};
     case PageLayout::kInterleaved:
-      return {.page = 2 * page_size * num_kv_heads * head_dim,
-              .token = 2 * num_kv_heads * head_dim,
-              .head = 2 * head_dim};
+      return {.page = page_size * interleaved_token, .token = interleaved_token, .head = 2 * head_dim};
     case PageLayout::kHeadMajor:
       return {.page = page_size * head_dim, .token = head_dim, .head = num_pages * page_size * head_dim};
   }
   return {};
+}
+
+// The strides of an array that has one number per row of H elements of a pool.
+constexpr PageStrides StridesOfRows(const PageStrides& pool, int64_t head_dim) {
+  return {.page = pool.page / head_dim, .token = pool.token / head_dim, .head = pool.head / head_dim};
 }
 
 struct AttentionParams {
@@ -42,6 +46,8 @@ struct AttentionParams {
   const float* sinks;           // [X, N], null if X is 0
   const float* k_scale;         // [X, K], null if X is 0
   const float* v_scale;         // [X, K], null if X is 0
+  const float* k_token_scales;  // [Pk, S, K] through StridesOfRows(k_strides), or null: a further factor
+  const float* v_token_scales;  // [Pv, S, K] likewise; scales of keys that no row sees may be anything
   void* out;                    // [T, N, H] in q_dtype
   float* lse;                   // [T, N], natural log
   float* workspace;             // an engine's own; the CPU engine's is in workspace.h

@@ -25,7 +25,7 @@ constexpr int64_t ByteWidth(DType dtype) {
 // Where keys and values stand in their pools.
 enum class PageLayout : uint8_t {
   kSplit,        // [P, S, K, H] each
-  kInterleaved,  // one [P, S, 2K, H] for both: key head k is 2k, value head k is 2k + 1
+  kInterleaved,  // one [P, S, 2K, H] for both: key head k is 2k, value head k is 2k + 1; padding may follow
   kHeadMajor,    // [K, P, S, H] each
 };
 
@@ -45,6 +45,8 @@ struct AttentionProblem {
   int64_t num_k_scales = 0;  // X of k_scale, likewise
   int64_t num_v_scales = 0;  // X of v_scale, likewise
   PageLayout layout = PageLayout::kSplit;
+  int64_t num_padding_heads = 0;  // of an interleaved pool, after the 2K
+  bool has_token_scales = false;  // keys or values have a scale per token and head
 };
 
 struct WriteProblem {

@@ -44,21 +44,26 @@ class Tensors {
     consteval Name(const char* name) : index(IndexOf(table.tensors, name)) {}
   };
 
-  static Status Bind(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, Tensors* bound) {
-    constexpr size_t kNumOperands = table.kNumOperands, kNumResults = table.kNumResults;
-    if (args.size() != kNumOperands || rets.size() != kNumResults) {
+  // The tensors of the target's version; there is no buffer for later ones.
+  static Status Bind(const Target& target, const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
+                     Tensors* bound) {
+    constexpr size_t kNumResults = table.kNumResults;
+    const size_t num_operands = table.NumOperands(target);
+    if (args.size() != num_operands || rets.size() != kNumResults) {
       return Status::InvalidArgument(std::string(table.function) + ": expected " +
-                                     std::to_string(kNumOperands) + " operands and " +
+                                     std::to_string(num_operands) + " operands and " +
                                      std::to_string(kNumResults) + " results, got " +
                                      std::to_string(args.size()) + " and " + std::to_string(rets.size()));
     }
+    size_t next = 0;  // operand
     for (size_t i = 0; i < table.tensors.size(); ++i) {
       const TensorSpec& spec = table.tensors[i];
-      if (i < kNumOperands) {
-        if (auto operand = args.get<ffi::AnyBuffer>(i); operand.has_value()) {
+      if (!spec.BelongsTo(target)) continue;
+      if (i < table.kNumOperands) {
+        if (auto operand = args.get<ffi::AnyBuffer>(next++); operand.has_value()) {
           bound->buffers_[i] = {.spec = &spec, .buffer = *operand};
         }
-      } else if (auto result = rets.get<ffi::AnyBuffer>(i - kNumOperands); result.has_value()) {
+      } else if (auto result = rets.get<ffi::AnyBuffer>(i - table.kNumOperands); result.has_value()) {
         bound->buffers_[i] = {.spec = &spec, .buffer = **result};
       }
       if (!bound->buffers_[i]) return Status::InvalidArgument(std::string(spec.name) + ": expected a buffer");
@@ -67,6 +72,7 @@ class Tensors {
   }
 
   const NamedBuffer& operator[](Name name) const { return *buffers_[name.index]; }
+  bool Has(Name name) const { return buffers_[name.index].has_value(); }
 
  private:
   std::array<std::optional<NamedBuffer>, table.tensors.size()> buffers_;
@@ -89,52 +95,80 @@ struct AttentionAttributes {
   std::string_view layout = "split";
 };
 
-struct AttributeName {
-  size_t index;
-  consteval AttributeName(const char* name) : index(IndexOf(kAttentionAttributes, name)) {}
+struct WriteAttributes {
+  std::string_view layout = "split";
 };
 
-inline Status ExpectAttributes(const ffi::Dictionary& dictionary, const AttentionTarget& target) {
+template <const auto& specs>
+Status ExpectAttributes(const ffi::Dictionary& dictionary, const Target& target) {
   size_t num_expected = 0;
   bool complete = true;
-  for (const AttributeSpec& spec : kAttentionAttributes) {
+  for (const AttributeSpec& spec : specs) {
     if (!spec.BelongsTo(target)) continue;
     ++num_expected;
     complete = complete && dictionary.contains(spec.name);
   }
   if (complete && dictionary.size() == num_expected) return Status::Ok();
   std::string expected, got;
-  for (const AttributeSpec& spec : kAttentionAttributes) {
+  for (const AttributeSpec& spec : specs) {
     if (spec.BelongsTo(target)) expected += (expected.empty() ? "" : ", ") + std::string(spec.name);
   }
   for (const std::string_view name : dictionary) got += (got.empty() ? "" : ", ") + std::string(name);
   return Status::InvalidArgument("attributes: expected " + expected + ", got " + got);
 }
 
-// Reads the attributes that belong to `target`; the others keep their defaults.
-inline Status ReadAttributes(const ffi::Dictionary& dictionary, const AttentionTarget& target,
-                             AttentionAttributes* attributes) {
-  if (Status s = ExpectAttributes(dictionary, target); !s.ok()) return s;
-  Status status = Status::Ok();
-  const auto read = [&]<typename T>(AttributeName name, T* value) {
-    const AttributeSpec& spec = kAttentionAttributes[name.index];
-    if (!spec.BelongsTo(target) || !status.ok()) return;
-    if (ffi::ErrorOr<T> got = dictionary.get<T>(spec.name); got.has_value()) {
+// Reads attributes of a call, those that belong to `target`; the others keep their values.
+template <const auto& specs>
+class AttributeReader {
+ public:
+  struct Name {
+    size_t index;
+    consteval Name(const char* name) : index(IndexOf(specs, name)) {}
+  };
+
+  AttributeReader(const ffi::Dictionary& dictionary, const Target& target)
+      : dictionary_(dictionary), target_(target), status_(ExpectAttributes<specs>(dictionary, target)) {}
+
+  template <typename T>
+  void Read(Name name, T* value) {
+    const AttributeSpec& spec = specs[name.index];
+    if (!spec.BelongsTo(target_) || !status_.ok()) return;
+    if (ffi::ErrorOr<T> got = dictionary_.get<T>(spec.name); got.has_value()) {
       *value = *got;
     } else {
-      status = Status::InvalidArgument(std::string(spec.name) + ": " + got.error().message());
+      status_ = Status::InvalidArgument(std::string(spec.name) + ": " + got.error().message());
     }
-  };
-  read("scale", &attributes->scale);
-  read("soft_cap", &attributes->soft_cap);
-  read("sliding_window", &attributes->sliding_window);
-  read("causal", &attributes->causal);
-  read("decode", &attributes->decode);
-  read("batch_invariant", &attributes->batch_invariant);
-  read("engine", &attributes->engine);
-  read("workspace_limit", &attributes->workspace_limit);
-  read("layout", &attributes->layout);
-  return status;
+  }
+
+  // The first error of all that was read.
+  const Status& status() const { return status_; }
+
+ private:
+  const ffi::Dictionary& dictionary_;
+  const Target target_;
+  Status status_;
+};
+
+inline Status ReadAttributes(const ffi::Dictionary& dictionary, const Target& target,
+                             AttentionAttributes* attributes) {
+  AttributeReader<kAttentionAttributes> reader(dictionary, target);
+  reader.Read("scale", &attributes->scale);
+  reader.Read("soft_cap", &attributes->soft_cap);
+  reader.Read("sliding_window", &attributes->sliding_window);
+  reader.Read("causal", &attributes->causal);
+  reader.Read("decode", &attributes->decode);
+  reader.Read("batch_invariant", &attributes->batch_invariant);
+  reader.Read("engine", &attributes->engine);
+  reader.Read("workspace_limit", &attributes->workspace_limit);
+  reader.Read("layout", &attributes->layout);
+  return reader.status();
+}
+
+inline Status ReadAttributes(const ffi::Dictionary& dictionary, const Target& target,
+                             WriteAttributes* attributes) {
+  AttributeReader<kWriteAttributes> reader(dictionary, target);
+  reader.Read("layout", &attributes->layout);
+  return reader.status();
 }
 
 }  // namespace jpa

@@ -26,10 +26,11 @@ class XlaTaskRunner : public TaskRunner {
   ffi::ThreadPool& pool_;
 };
 
-constexpr AttentionTarget kV1 = {.platform = Platform::kCpu, .version = 1};
-constexpr AttentionTarget kV2 = {.platform = Platform::kCpu, .version = 2};
+constexpr Target kV1 = {.platform = Platform::kCpu, .version = 1};
+constexpr Target kV2 = {.platform = Platform::kCpu, .version = 2};
+constexpr Target kV3 = {.platform = Platform::kCpu, .version = 3};
 
-template <AttentionTarget target>
+template <Target target>
 ffi::Error Attention(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                      ffi::Dictionary dictionary) {
   return Guard([&] {
@@ -37,9 +38,9 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaini
     AttentionAttributes attributes;
     AttentionProblem problem;
     AttentionParams params;
-    if (Status s = AttentionTensors::Bind(args, rets, &tensors); !s.ok()) return s;
+    if (Status s = AttentionTensors::Bind(target, args, rets, &tensors); !s.ok()) return s;
     if (Status s = ReadAttributes(dictionary, target, &attributes); !s.ok()) return s;
-    if (Status s = ParseAttention(tensors, attributes, &problem, &params); !s.ok()) return s;
+    if (Status s = ParseAttention(tensors, target, attributes, &problem, &params); !s.ok()) return s;
     const int64_t workspace_bytes =
         AttentionWorkspaceBytes(problem.num_seqs, problem.num_q_heads, problem.head_dim);
     if (Status s = Expect(tensors["workspace"], {workspace_bytes}); !s.ok()) return s;
@@ -50,30 +51,40 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaini
   });
 }
 
-ffi::Error Write(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+template <Target target>
+ffi::Error Write(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                 ffi::Dictionary dictionary) {
   return Guard([&] {
     WriteTensors tensors;
+    WriteAttributes attributes;
     WriteProblem problem;
     WriteParams params;
-    if (Status s = WriteTensors::Bind(args, rets, &tensors); !s.ok()) return s;
-    if (Status s = ParseWrite(tensors, &problem, &params); !s.ok()) return s;
+    if (Status s = WriteTensors::Bind(target, args, rets, &tensors); !s.ok()) return s;
+    if (Status s = ReadAttributes(dictionary, target, &attributes); !s.ok()) return s;
+    if (Status s = ParseWrite(tensors, target, attributes, &problem, &params); !s.ok()) return s;
     XlaTaskRunner runner(pool);
     return cache::RunWrite(problem, params, runner);
   });
 }
 
 // Operands, results and attributes: targets.h.
-auto BindTensors() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets(); }
+auto BindCall() {
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs<ffi::Dictionary>();
+}
 
-XLA_FFI_DEFINE_HANDLER(kAttentionV1Handler, Attention<kV1>, BindTensors().Attrs<ffi::Dictionary>());
-XLA_FFI_DEFINE_HANDLER(kAttentionV2Handler, Attention<kV2>, BindTensors().Attrs<ffi::Dictionary>());
-XLA_FFI_DEFINE_HANDLER(kWriteHandler, Write, BindTensors());
+XLA_FFI_DEFINE_HANDLER(kAttentionV1Handler, Attention<kV1>, BindCall());
+XLA_FFI_DEFINE_HANDLER(kAttentionV2Handler, Attention<kV2>, BindCall());
+XLA_FFI_DEFINE_HANDLER(kAttentionV3Handler, Attention<kV3>, BindCall());
+XLA_FFI_DEFINE_HANDLER(kWriteV1Handler, Write<kV1>, BindCall());
+XLA_FFI_DEFINE_HANDLER(kWriteV2Handler, Write<kV2>, BindCall());
 
 }  // namespace
 
 void* AttentionV1CpuHandler() { return reinterpret_cast<void*>(kAttentionV1Handler); }
 void* AttentionV2CpuHandler() { return reinterpret_cast<void*>(kAttentionV2Handler); }
-void* WriteCpuHandler() { return reinterpret_cast<void*>(kWriteHandler); }
+void* AttentionV3CpuHandler() { return reinterpret_cast<void*>(kAttentionV3Handler); }
+void* WriteV1CpuHandler() { return reinterpret_cast<void*>(kWriteV1Handler); }
+void* WriteV2CpuHandler() { return reinterpret_cast<void*>(kWriteV2Handler); }
 
 std::string FfiApiVersion() {
   return std::to_string(XLA_FFI_API_MAJOR) + "." + std::to_string(XLA_FFI_API_MINOR);

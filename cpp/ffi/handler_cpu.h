@@ -7,7 +7,9 @@ namespace jpa {
 
 void* AttentionV1CpuHandler();  // target jax_paged_attn.attention.v1
 void* AttentionV2CpuHandler();  // target jax_paged_attn.attention.v2
-void* WriteCpuHandler();        // target jax_paged_attn.write.v1
+void* AttentionV3CpuHandler();  // target jax_paged_attn.attention.v3
+void* WriteV1CpuHandler();      // target jax_paged_attn.write.v1
+void* WriteV2CpuHandler();      // target jax_paged_attn.write.v2
 
 // The version of the XLA FFI headers that the handlers were compiled with. A runtime accepts this version or
 // older ones.

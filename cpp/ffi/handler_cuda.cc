@@ -19,8 +19,9 @@
 namespace jpa {
 namespace {
 
-constexpr AttentionTarget kV1 = {.platform = Platform::kCuda, .version = 1};
-constexpr AttentionTarget kV2 = {.platform = Platform::kCuda, .version = 2};
+constexpr Target kV1 = {.platform = Platform::kCuda, .version = 1};
+constexpr Target kV2 = {.platform = Platform::kCuda, .version = 2};
+constexpr Target kV3 = {.platform = Platform::kCuda, .version = 3};
 
 std::atomic<int64_t> host_calls{0};
 
@@ -93,12 +94,17 @@ Status CheckEngine(const AttentionAttributes& attributes) {
 }
 
 Status Parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
-             const ffi::Dictionary& dictionary, const AttentionTarget& target, ParsedCall* call) {
+             const ffi::Dictionary& dictionary, const Target& target, ParsedCall* call) {
   AttentionTensors tensors;
-  if (Status s = AttentionTensors::Bind(args, rets, &tensors); !s.ok()) return s;
+  if (Status s = AttentionTensors::Bind(target, args, rets, &tensors); !s.ok()) return s;
   if (Status s = ReadAttributes(dictionary, target, &call->attributes); !s.ok()) return s;
   if (Status s = CheckEngine(call->attributes); !s.ok()) return s;
-  if (Status s = ParseAttention(tensors, call->attributes, &call->problem, &call->params); !s.ok()) return s;
+  if (Status s = ParseAttention(tensors, target, call->attributes, &call->problem, &call->params); !s.ok())
+    return s;
+  if (call->problem.has_token_scales && IsFused(call->attributes)) {
+    return Status::InvalidArgument(
+        "k_token_scales, v_token_scales: expected none with implementation fused, got some");
+  }
   call->workspace_bytes = tensors["workspace"].dim(0);
   return Status::Ok();
 }
@@ -106,7 +112,7 @@ Status Parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
 ffi::ErrorOr<std::unique_ptr<AttentionState>> Instantiate() { return std::make_unique<AttentionState>(); }
 
 // Before the first execution on a device, and never while a graph is being captured.
-template <AttentionTarget target>
+template <Target target>
 ffi::Error Initialize(AttentionState* state, ffi::RemainingArgs args, ffi::RemainingRets rets,
                       ffi::Dictionary dictionary) {
   return Guard([&] {
@@ -117,7 +123,7 @@ ffi::Error Initialize(AttentionState* state, ffi::RemainingArgs args, ffi::Remai
   });
 }
 
-template <AttentionTarget target>
+template <Target target>
 ffi::Error Execute(cudaStream_t stream, AttentionState* state, ffi::RemainingArgs args,
                    ffi::RemainingRets rets, ffi::Dictionary dictionary) {
   return Guard([&] {
@@ -160,25 +166,25 @@ auto BindExecute() {
 
 XLA_FFI_DEFINE_HANDLER(kInitializeV1, Initialize<kV1>, BindInitialize());
 XLA_FFI_DEFINE_HANDLER(kInitializeV2, Initialize<kV2>, BindInitialize());
+XLA_FFI_DEFINE_HANDLER(kInitializeV3, Initialize<kV3>, BindInitialize());
 
 // The same launches at every call of a compiled program, whatever the arrays hold, so a command buffer may
 // hold them.
 XLA_FFI_DEFINE_HANDLER(kExecuteV1, Execute<kV1>, BindExecute(), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kExecuteV2, Execute<kV2>, BindExecute(), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kExecuteV3, Execute<kV3>, BindExecute(), {ffi::Traits::kCmdBufferCompatible});
+
+AttentionCudaHandlers Handlers(XLA_FFI_Handler* initialize, XLA_FFI_Handler* execute) {
+  return {.instantiate = reinterpret_cast<void*>(kInstantiate),
+          .initialize = reinterpret_cast<void*>(initialize),
+          .execute = reinterpret_cast<void*>(execute)};
+}
 
 }  // namespace
 
-AttentionCudaHandlers AttentionV1CudaHandlers() {
-  return {.instantiate = reinterpret_cast<void*>(kInstantiate),
-          .initialize = reinterpret_cast<void*>(kInitializeV1),
-          .execute = reinterpret_cast<void*>(kExecuteV1)};
-}
-
-AttentionCudaHandlers AttentionV2CudaHandlers() {
-  return {.instantiate = reinterpret_cast<void*>(kInstantiate),
-          .initialize = reinterpret_cast<void*>(kInitializeV2),
-          .execute = reinterpret_cast<void*>(kExecuteV2)};
-}
+AttentionCudaHandlers AttentionV1CudaHandlers() { return Handlers(kInitializeV1, kExecuteV1); }
+AttentionCudaHandlers AttentionV2CudaHandlers() { return Handlers(kInitializeV2, kExecuteV2); }
+AttentionCudaHandlers AttentionV3CudaHandlers() { return Handlers(kInitializeV3, kExecuteV3); }
 
 AttentionCudaStateType GetAttentionCudaStateType() {
   return {.id = &AttentionState::id, .info = const_cast<ffi::TypeInfo*>(&kStateInfo)};

@@ -10,25 +10,39 @@
 namespace jpa {
 namespace {
 
-ffi::Error Write(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+constexpr Target kV1 = {.platform = Platform::kCuda, .version = 1};
+constexpr Target kV2 = {.platform = Platform::kCuda, .version = 2};
+
+template <Target target>
+ffi::Error Write(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                 ffi::Dictionary dictionary) {
   return Guard([&] {
     WriteTensors tensors;
+    WriteAttributes attributes;
     WriteProblem problem;
     WriteParams params;
-    if (Status s = WriteTensors::Bind(args, rets, &tensors); !s.ok()) return s;
-    if (Status s = ParseWrite(tensors, &problem, &params); !s.ok()) return s;
+    if (Status s = WriteTensors::Bind(target, args, rets, &tensors); !s.ok()) return s;
+    if (Status s = ReadAttributes(dictionary, target, &attributes); !s.ok()) return s;
+    if (Status s = ParseWrite(tensors, target, attributes, &problem, &params); !s.ok()) return s;
     return cache::LaunchWrite(problem, params, stream);
   });
 }
 
+auto BindCall() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attrs<ffi::Dictionary>();
+}
+
 // One launch of the same grid at every call of a compiled program, so a command buffer may hold it.
-XLA_FFI_DEFINE_HANDLER(
-    kWriteHandler, Write,
-    ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().RemainingArgs().RemainingRets(),
-    {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kWriteV1Handler, Write<kV1>, BindCall(), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kWriteV2Handler, Write<kV2>, BindCall(), {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 
-void* WriteCudaHandler() { return reinterpret_cast<void*>(kWriteHandler); }
+void* WriteV1CudaHandler() { return reinterpret_cast<void*>(kWriteV1Handler); }
+void* WriteV2CudaHandler() { return reinterpret_cast<void*>(kWriteV2Handler); }
 
 }  // namespace jpa

@@ -1,8 +1,9 @@
-// The FFI handler of the write on CUDA, as what module_cuda.cc may know of it: an opaque pointer.
+// The FFI handlers of the write on CUDA, as what module_cuda.cc may know of them: opaque pointers.
 #pragma once
 
 namespace jpa {
 
-void* WriteCudaHandler();  // target jax_paged_attn.write.v1
+void* WriteV1CudaHandler();  // target jax_paged_attn.write.v1
+void* WriteV2CudaHandler();  // target jax_paged_attn.write.v2
 
 }  // namespace jpa

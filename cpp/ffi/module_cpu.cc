@@ -20,7 +20,9 @@ nb::dict Registrations() {
   nb::dict targets;
   targets[jpa::kAttentionV1] = nb::capsule(jpa::AttentionV1CpuHandler());
   targets[jpa::kAttentionV2] = nb::capsule(jpa::AttentionV2CpuHandler());
-  targets[jpa::kWriteV1] = nb::capsule(jpa::WriteCpuHandler());
+  targets[jpa::kAttentionV3] = nb::capsule(jpa::AttentionV3CpuHandler());
+  targets[jpa::kWriteV1] = nb::capsule(jpa::WriteV1CpuHandler());
+  targets[jpa::kWriteV2] = nb::capsule(jpa::WriteV2CpuHandler());
   return targets;
 }
 

@@ -31,7 +31,9 @@ nb::dict Registrations() {
   nb::dict targets;
   targets[jpa::kAttentionV1] = Stages(jpa::AttentionV1CudaHandlers());
   targets[jpa::kAttentionV2] = Stages(jpa::AttentionV2CudaHandlers());
-  targets[jpa::kWriteV1] = nb::capsule(jpa::WriteCudaHandler());
+  targets[jpa::kAttentionV3] = Stages(jpa::AttentionV3CudaHandlers());
+  targets[jpa::kWriteV1] = nb::capsule(jpa::WriteV1CudaHandler());
+  targets[jpa::kWriteV2] = nb::capsule(jpa::WriteV2CudaHandler());
   return targets;
 }
 
@@ -64,7 +66,7 @@ jpa::PageLayout LayoutOf(const std::string& name) {
 nb::dict AttentionPlan(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_rows,
                        int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t page_size,
                        int64_t num_seqs, int64_t max_pages, bool decode, int64_t workspace_limit,
-                       const std::string& layout) {
+                       const std::string& layout, int64_t num_padding_heads, bool token_scales) {
   const jpa::AttentionProblem problem = {.q_dtype = DTypeOf(q_dtype),
                                          .kv_dtype = DTypeOf(kv_dtype),
                                          .num_rows = num_rows,
@@ -74,7 +76,9 @@ nb::dict AttentionPlan(const std::string& q_dtype, const std::string& kv_dtype, 
                                          .page_size = page_size,
                                          .num_seqs = num_seqs,
                                          .max_pages = max_pages,
-                                         .layout = LayoutOf(layout)};
+                                         .layout = LayoutOf(layout),
+                                         .num_padding_heads = num_padding_heads,
+                                         .has_token_scales = token_scales};
   const jpa::cublaslt::Plan plan = jpa::cublaslt::MakePlan(problem, decode, workspace_limit);
   nb::dict result;
   result["workspace_bytes"] = plan.workspace_bytes;
@@ -109,10 +113,12 @@ jpa::AttentionProblem ProblemOfOneRow(const std::string& q_dtype, const std::str
 
 int64_t WorkspaceBound(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_q_heads,
                        int64_t num_kv_heads, int64_t head_dim, int64_t page_size, int64_t workspace_limit,
-                       const std::string& layout) {
+                       const std::string& layout, int64_t num_padding_heads, bool token_scales) {
   jpa::AttentionProblem problem =
       ProblemOfOneRow(q_dtype, kv_dtype, num_q_heads, num_kv_heads, head_dim, page_size);
   problem.layout = LayoutOf(layout);
+  problem.num_padding_heads = num_padding_heads;
+  problem.has_token_scales = token_scales;
   return jpa::cublaslt::WorkspaceBound(problem, workspace_limit);
 }
 
@@ -167,17 +173,18 @@ NB_MODULE(_cuda, m) {
   m.def("attention_plan", &AttentionPlan, nb::arg("q_dtype"), nb::arg("kv_dtype"), nb::arg("num_rows"),
         nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"),
         nb::arg("num_seqs"), nb::arg("max_pages"), nb::arg("decode"), nb::arg("workspace_limit"),
-        nb::arg("layout") = "split",
+        nb::arg("layout") = "split", nb::arg("num_padding_heads") = 0, nb::arg("token_scales") = false,
         nb::sig("def attention_plan(q_dtype: str, kv_dtype: str, num_rows: int, num_q_heads: int, "
                 "num_kv_heads: int, "
                 "head_dim: int, page_size: int, num_seqs: int, max_pages: int, decode: bool, "
-                "workspace_limit: int, layout: str = 'split') -> "
+                "workspace_limit: int, layout: str = 'split', num_padding_heads: int = 0, "
+                "token_scales: bool = False) -> "
                 "dict[str, int]"),
         "How \"cublaslt\" would run a call of these sizes: `workspace_bytes`, `launches`, and sizes of its "
         "parts.");
   m.def("workspace_bound", &WorkspaceBound, nb::arg("q_dtype"), nb::arg("kv_dtype"), nb::arg("num_q_heads"),
         nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"), nb::arg("workspace_limit"),
-        nb::arg("layout") = "split",
+        nb::arg("layout") = "split", nb::arg("num_padding_heads") = 0, nb::arg("token_scales") = false,
         "At least the workspace of any such call, less WORKSPACE_BYTES_PER_ROW for each row and sequence.");
   m.def("fused_workspace_bytes", &FusedWorkspaceBytes, nb::arg("q_dtype"), nb::arg("kv_dtype"),
         nb::arg("num_rows"), nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),

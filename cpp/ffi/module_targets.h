@@ -9,26 +9,21 @@ namespace jpa {
 
 namespace nb = nanobind;
 
-// {"operands": names, "results": names, "attributes": names}, in the order of the table.
-template <typename Table>
-nb::dict NamesOf(const Table& table) {
+// {"operands": names, "results": names, "attributes": names}, in the order of the tables.
+template <typename Table, typename Attributes>
+nb::dict NamesOf(const Table& table, const Attributes& specs, const Target& target) {
   nb::list operands, results;
   for (size_t i = 0; i < table.tensors.size(); ++i) {
+    if (!table.tensors[i].BelongsTo(target)) continue;
     (i < Table::kNumOperands ? operands : results).append(table.tensors[i].name);
   }
   nb::dict names;
   names["operands"] = operands;
   names["results"] = results;
-  names["attributes"] = nb::list();
-  return names;
-}
-
-inline nb::dict AttentionNames(const AttentionTarget& target) {
   nb::list attributes;
-  for (const AttributeSpec& spec : kAttentionAttributes) {
+  for (const AttributeSpec& spec : specs) {
     if (spec.BelongsTo(target)) attributes.append(spec.name);
   }
-  nb::dict names = NamesOf(kAttentionTensors);
   names["attributes"] = attributes;
   return names;
 }
@@ -38,9 +33,14 @@ inline void DefineTargets(nb::module_& m, Platform platform) {
       "targets",
       [platform] {
         nb::dict targets;
-        targets[kAttentionV1] = AttentionNames({.platform = platform, .version = 1});
-        targets[kAttentionV2] = AttentionNames({.platform = platform, .version = 2});
-        targets[kWriteV1] = NamesOf(kWriteTensors);
+        int version = 0;
+        for (const char* name : {kAttentionV1, kAttentionV2, kAttentionV3}) {
+          targets[name] = NamesOf(kAttentionTensors, kAttentionAttributes, {platform, ++version});
+        }
+        version = 0;
+        for (const char* name : {kWriteV1, kWriteV2}) {
+          targets[name] = NamesOf(kWriteTensors, kWriteAttributes, {platform, ++version});
+        }
         return targets;
       },
       nb::sig("def targets() -> dict[str, dict[str, list[str]]]"),

@@ -14,119 +14,20 @@
 #include "core/problem.h"
 #include "core/status.h"
 #include "ffi/bind.h"
+#include "ffi/expect.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jpa {
 
-inline std::string ShapeOf(const ffi::AnyBuffer& buffer) {
-  std::string text = "[";
-  for (const int64_t dim : buffer.dimensions()) {
-    if (text.size() > 1) text += ", ";
-    text += std::to_string(dim);
-  }
-  return text + "]";
-}
-
-inline const char* NameOf(ffi::DataType dtype) {
-  switch (dtype) {
-    case ffi::DataType::F32:
-      return "float32";
-    case ffi::DataType::BF16:
-      return "bfloat16";
-    case ffi::DataType::F16:
-      return "float16";
-    case ffi::DataType::F8E4M3FN:
-      return "float8_e4m3fn";
-    case ffi::DataType::F8E5M2:
-      return "float8_e5m2";
-    case ffi::DataType::S8:
-      return "int8";
-    case ffi::DataType::U8:
-      return "uint8";
-    case ffi::DataType::S32:
-      return "int32";
-    default:
-      return "another dtype";
-  }
-}
-
-inline Status Mismatch(const NamedBuffer& argument, const std::string& expected) {
-  return Status::InvalidArgument(std::string(argument.spec->name) + ": expected " + expected + ", got " +
-                                 NameOf(argument.dtype()) + ShapeOf(argument.buffer));
-}
-
-inline Status ExpectRank(const NamedBuffer& argument, const char* shape) {
-  return argument.rank() == argument.spec->rank ? Status::Ok()
-                                                : Mismatch(argument, std::string("shape ") + shape);
-}
-
-inline Status ExpectRank(const NamedBuffer& argument) { return ExpectRank(argument, argument.spec->shape); }
-
-// Both dtype and shape, where all sizes are known.
-inline Status Expect(const NamedBuffer& argument, ffi::DataType dtype, const std::vector<int64_t>& shape) {
-  bool same = argument.dtype() == dtype && argument.rank() == shape.size();
-  std::string text = "[";
-  for (size_t axis = 0; axis < shape.size(); ++axis) {
-    same = same && argument.dim(axis) == shape[axis];
-    text += (axis > 0 ? ", " : "") + std::to_string(shape[axis]);
-  }
-  return same ? Status::Ok() : Mismatch(argument, std::string(NameOf(dtype)) + text + "]");
-}
-
-// The same for a tensor whose dtype the table fixes.
-inline Status Expect(const NamedBuffer& argument, const std::vector<int64_t>& shape) {
-  switch (argument.spec->dtype) {
-    case ElementType::kF32:
-      return Expect(argument, ffi::DataType::F32, shape);
-    case ElementType::kS32:
-      return Expect(argument, ffi::DataType::S32, shape);
-    case ElementType::kU8:
-      return Expect(argument, ffi::DataType::U8, shape);
-    case ElementType::kFloat:
-    case ElementType::kPages:
-      break;
-  }
-  return Status::Internal(std::string(argument.spec->name) + ": its dtype depends on the call");
-}
-
-// [X, columns] in f32, where X is 0 or divides `period`.
-inline Status ExpectRepeated(const NamedBuffer& argument, int64_t columns, int64_t period,
-                             const char* letter) {
-  const bool fits = argument.dtype() == ffi::DataType::F32 && argument.rank() == 2 &&
-                    argument.dim(1) == columns && (argument.dim(0) == 0 || period % argument.dim(0) == 0);
-  if (fits) return Status::Ok();
-  return Mismatch(argument, "float32[X, " + std::to_string(columns) + "] where X is 0 or divides " + letter +
-                                " = " + std::to_string(period));
-}
-
-inline bool ParseDType(ffi::DataType dtype, DType* parsed) {
-  switch (dtype) {
-    case ffi::DataType::F32:
-      *parsed = DType::kF32;
-      return true;
-    case ffi::DataType::BF16:
-      *parsed = DType::kBF16;
-      return true;
-    case ffi::DataType::F16:
-      *parsed = DType::kF16;
-      return true;
-    case ffi::DataType::F8E4M3FN:
-      *parsed = DType::kE4M3FN;
-      return true;
-    case ffi::DataType::F8E5M2:
-      *parsed = DType::kE5M2;
-      return true;
-    case ffi::DataType::S8:
-      *parsed = DType::kS8;
-      return true;
-    default:
-      return false;
-  }
-}
-
-inline Status ParseFloating(const NamedBuffer& argument, DType* dtype) {
-  if (ParseDType(argument.dtype(), dtype) && ByteWidth(*dtype) > 1) return Status::Ok();
-  return Mismatch(argument, "float32, bfloat16 or float16");
+// Scales per token and head of a pool; [0, 0, 0]: there are none.
+inline Status ParseTokenScales(const NamedBuffer& scales, const NamedBuffer& pages, const float** parsed) {
+  *parsed = nullptr;
+  if (Status s = ExpectRank(scales); !s.ok()) return s;
+  if (scales.dim(0) == 0 && scales.dim(1) == 0 && scales.dim(2) == 0) return Expect(scales, {0, 0, 0});
+  const auto dims = pages.buffer.dimensions();
+  if (Status s = Expect(scales, {dims[0], dims[1], dims[2]}); !s.ok()) return s;
+  *parsed = scales.data<const float>();
+  return Status::Ok();
 }
 
 // The shape of a pool, in the order of its axes.
@@ -151,26 +52,68 @@ constexpr PoolShape ShapeOfPool(PageLayout layout) {
 // The facts that both pools share.
 struct Pools {
   DType dtype;
-  int64_t num_k_pages, num_v_pages, page_size, num_kv_heads, head_dim;
+  int64_t num_k_pages, num_v_pages, page_size, num_kv_heads, num_padding_heads, head_dim;
 };
 
+// Bytes in front of a pool's first value; a pool without pages has no memory to point into.
+constexpr int64_t FirstValue(PageLayout layout, int64_t num_pages, int64_t head_dim, DType dtype) {
+  return layout == PageLayout::kInterleaved && num_pages > 0 ? head_dim * ByteWidth(dtype) : 0;
+}
+
+// Where the head dim of a write's pool is, if its size is not given.
+inline constexpr int64_t kInLastAxis = 0;  // of four
+inline constexpr int64_t kNowhere = -1;    // it is 1 and has no axis
+
+// The heads of a token: one dimension, or, of an interleaved pool whose head dim is known, any number of
+// them.
+inline Status ParseHeads(const NamedBuffer& pages, const PoolShape& shape, int64_t head_dim, int64_t* heads,
+                         int64_t* parsed_head_dim) {
+  const bool interleaved = shape.heads_per_kv_head > 1;
+  if (head_dim == kInLastAxis || (head_dim == kNowhere && !interleaved)) {
+    if (pages.rank() != (head_dim == kNowhere ? 3 : 4))
+      return Mismatch(pages, std::string("shape ") + shape.text);
+    *heads = pages.dim(shape.heads);
+    *parsed_head_dim = head_dim == kNowhere ? 1 : pages.dim(3);
+    return Status::Ok();
+  }
+  *parsed_head_dim = head_dim == kNowhere ? 1 : head_dim;
+  int64_t numbers = 1;
+  for (size_t axis = shape.heads; axis < pages.rank(); ++axis) numbers *= pages.dim(axis);
+  if (pages.rank() <= shape.heads || numbers % *parsed_head_dim != 0) {
+    return Mismatch(pages,
+                    "shape [P, S, ...] with whole heads of " + std::to_string(*parsed_head_dim) + " numbers");
+  }
+  *heads = numbers / *parsed_head_dim;
+  return Status::Ok();
+}
+
+// An interleaved pool has at least 2 * `num_kv_heads` heads; 0: as many key/value heads as it has room for.
+// See ParseHeads for a `head_dim` other than 0.
 inline Status ParsePages(const NamedBuffer& k_pages, const NamedBuffer& v_pages, PageLayout layout,
-                         Pools* pools) {
+                         int64_t num_kv_heads, int64_t head_dim, Pools* pools) {
   const PoolShape shape = ShapeOfPool(layout);
-  if (Status s = ExpectRank(k_pages, shape.text); !s.ok()) return s;
+  int64_t heads = 0;
+  if (Status s = ParseHeads(k_pages, shape, head_dim, &heads, &pools->head_dim); !s.ok()) return s;
   if (!ParseDType(k_pages.dtype(), &pools->dtype)) {
     return Mismatch(k_pages, "float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8");
   }
   pools->num_k_pages = k_pages.dim(shape.pages);
   pools->page_size = k_pages.dim(shape.page_size);
-  pools->head_dim = k_pages.dim(3);
-  const int64_t heads = k_pages.dim(shape.heads);
   if (pools->page_size < 1 || heads < 1 || pools->head_dim < 1) {
     return Mismatch(k_pages, "at least 1 in dimensions S, K and H");
   }
-  if (heads % shape.heads_per_kv_head != 0) return Mismatch(k_pages, std::string("shape ") + shape.text);
-  pools->num_kv_heads = heads / shape.heads_per_kv_head;
-  if (Status s = ExpectRank(v_pages, shape.text); !s.ok()) return s;
+  if (layout == PageLayout::kInterleaved && num_kv_heads > 0) {
+    pools->num_kv_heads = num_kv_heads;
+    pools->num_padding_heads = heads - 2 * num_kv_heads;
+    if (pools->num_padding_heads < 0) {
+      return Mismatch(k_pages, "at least " + std::to_string(2 * num_kv_heads) + " heads");
+    }
+  } else {
+    if (heads % shape.heads_per_kv_head != 0) return Mismatch(k_pages, std::string("shape ") + shape.text);
+    pools->num_kv_heads = heads / shape.heads_per_kv_head;
+    pools->num_padding_heads = 0;
+  }
+  if (v_pages.rank() != k_pages.rank()) return Mismatch(v_pages, "the rank of k_pages");
   pools->num_v_pages = v_pages.dim(shape.pages);
   std::vector<int64_t> expected(k_pages.buffer.dimensions().begin(), k_pages.buffer.dimensions().end());
   expected[shape.pages] = pools->num_v_pages;
@@ -195,8 +138,8 @@ inline Status CheckAttributes(const AttentionAttributes& attributes) {
 }
 
 // Dtypes and shapes of all tensors against each other.
-inline Status ParseAttentionProblem(const AttentionTensors& tensors, const AttentionAttributes& attributes,
-                                    AttentionProblem* problem) {
+inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Target& target,
+                                    const AttentionAttributes& attributes, AttentionProblem* problem) {
   const NamedBuffer &q = tensors["q"], &k_pages = tensors["k_pages"], &block_tables = tensors["block_tables"];
   DType q_dtype{};
   PageLayout layout{};
@@ -204,7 +147,11 @@ inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Atten
   if (Status s = ParseLayout(attributes.layout, &layout); !s.ok()) return s;
   if (Status s = ExpectRank(q); !s.ok()) return s;
   if (Status s = ParseFloating(q, &q_dtype); !s.ok()) return s;
-  if (Status s = ParsePages(k_pages, tensors["v_pages"], layout, &pools); !s.ok()) return s;
+  if (Status s = ExpectRank(tensors["k_scale"]); !s.ok()) return s;
+  const int64_t given_kv_heads = target.version >= kPaddingSince ? tensors["k_scale"].dim(1) : 0;
+  if (Status s = ParsePages(k_pages, tensors["v_pages"], layout, given_kv_heads, kInLastAxis, &pools);
+      !s.ok())
+    return s;
   if (pools.dtype != q_dtype && ByteWidth(pools.dtype) > 1) {
     return Mismatch(k_pages, std::string("the dtype of q, ") + NameOf(q.dtype()) + ", or an 8-bit dtype");
   }
@@ -249,22 +196,33 @@ inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Atten
               .num_sinks = tensors["sinks"].dim(0),
               .num_k_scales = tensors["k_scale"].dim(0),
               .num_v_scales = tensors["v_scale"].dim(0),
-              .layout = layout};
+              .layout = layout,
+              .num_padding_heads = pools.num_padding_heads};
   return Status::Ok();
 }
 
-inline Status ParseAttention(const AttentionTensors& tensors, const AttentionAttributes& attributes,
-                             AttentionProblem* problem, AttentionParams* params) {
-  if (Status s = ParseAttentionProblem(tensors, attributes, problem); !s.ok()) return s;
+inline Status ParseAttention(const AttentionTensors& tensors, const Target& target,
+                             const AttentionAttributes& attributes, AttentionProblem* problem,
+                             AttentionParams* params) {
+  if (Status s = ParseAttentionProblem(tensors, target, attributes, problem); !s.ok()) return s;
   if (Status s = CheckAttributes(attributes); !s.ok()) return s;
 
   const auto strides_of = [&](int64_t num_pages) {
-    return StridesOf(problem->layout, num_pages, problem->page_size, problem->num_kv_heads,
-                     problem->head_dim);
+    return StridesOf(problem->layout, num_pages, problem->page_size, problem->num_kv_heads, problem->head_dim,
+                     problem->num_padding_heads);
   };
-  // Bytes in front of the first value; a pool without pages has no memory to point into.
-  const bool behind_key = problem->layout == PageLayout::kInterleaved && problem->num_v_pages > 0;
-  const int64_t first_value = behind_key ? problem->head_dim * ByteWidth(problem->kv_dtype) : 0;
+  const int64_t first_value =
+      FirstValue(problem->layout, problem->num_v_pages, problem->head_dim, problem->kv_dtype);
+  const float *k_token_scales = nullptr, *v_token_scales = nullptr;
+  if (tensors.Has("k_token_scales")) {
+    const auto parse = [&](AttentionTensors::Name name, AttentionTensors::Name pages, const float** parsed) {
+      return ParseTokenScales(tensors[name], tensors[pages], parsed);
+    };
+    if (Status s = parse("k_token_scales", "k_pages", &k_token_scales); !s.ok()) return s;
+    if (Status s = parse("v_token_scales", "v_pages", &v_token_scales); !s.ok()) return s;
+  }
+  problem->has_token_scales = k_token_scales != nullptr || v_token_scales != nullptr;
+  if (first_value > 0 && v_token_scales != nullptr) ++v_token_scales;  // value head 0 is behind key head 0
   *params = {.q = tensors["q"].data<const void>(),
              .k_pages = tensors["k_pages"].data<const void>(),
              .v_pages = tensors["v_pages"].data<const char>() + first_value,
@@ -275,6 +233,8 @@ inline Status ParseAttention(const AttentionTensors& tensors, const AttentionAtt
              .sinks = tensors["sinks"].data_or_null<const float>(),
              .k_scale = tensors["k_scale"].data_or_null<const float>(),
              .v_scale = tensors["v_scale"].data_or_null<const float>(),
+             .k_token_scales = k_token_scales,
+             .v_token_scales = v_token_scales,
              .out = tensors["out"].data<void>(),
              .lse = tensors["lse"].data<float>(),
              .workspace = tensors["workspace"].data<float>(),
@@ -287,36 +247,50 @@ inline Status ParseAttention(const AttentionTensors& tensors, const AttentionAtt
   return Status::Ok();
 }
 
-inline Status ParseWrite(const WriteTensors& tensors, WriteProblem* problem, WriteParams* params) {
+inline Status ParseWrite(const WriteTensors& tensors, const Target& target, const WriteAttributes& attributes,
+                         WriteProblem* problem, WriteParams* params) {
   const NamedBuffer &k_pages = tensors["k_pages"], &v_pages = tensors["v_pages"], &k = tensors["k"];
   const NamedBuffer &k_result = tensors["k_pages (result)"], &v_result = tensors["v_pages (result)"];
   DType new_dtype{};
+  PageLayout layout{};
   Pools pools{};
-  if (Status s = ParsePages(k_pages, v_pages, PageLayout::kSplit, &pools); !s.ok()) return s;
+  if (Status s = ParseLayout(attributes.layout, &layout); !s.ok()) return s;
+  const bool has_head_dim = target.version < kAnyAxesSince || k.rank() != 2;
+  if (has_head_dim) {
+    if (Status s = ExpectRank(k); !s.ok()) return s;
+  }
+  const bool one_pool = layout == PageLayout::kInterleaved;
+  if (has_head_dim && k.dim(2) < 1) return Mismatch(k, "at least 1 in dimension H");
+  const int64_t head_dim = !has_head_dim ? kNowhere : one_pool ? k.dim(2) : kInLastAxis;
+  if (Status s = ParsePages(k_pages, v_pages, layout, k.dim(1), head_dim, &pools); !s.ok()) return s;
   const int64_t num_pages = pools.num_k_pages;
-  if (pools.num_v_pages != num_pages)
+  if (one_pool && pools.num_v_pages != 0)
+    return Mismatch(v_pages, "no pages, since k_pages holds the values");
+  if (!one_pool && pools.num_v_pages != num_pages)
     return Mismatch(v_pages, "as many pages as k_pages, " + std::to_string(num_pages));
   if (Status s = ParseFloating(k, &new_dtype); !s.ok()) return s;
-  if (Status s = ExpectRank(k); !s.ok()) return s;
   const int64_t num_tokens = k.dim(0);
-  const std::vector<int64_t> rows = {num_tokens, pools.num_kv_heads, pools.head_dim};
+  std::vector<int64_t> rows = {num_tokens, pools.num_kv_heads, pools.head_dim};
+  if (!has_head_dim) rows.pop_back();
   if (Status s = Expect(k, k.dtype(), rows); !s.ok()) return s;
   if (Status s = Expect(tensors["v"], k.dtype(), rows); !s.ok()) return s;
   if (Status s = Expect(tensors["slot_mapping"], {num_tokens}); !s.ok()) return s;
   if (Status s = ExpectRepeated(tensors["k_scale"], pools.num_kv_heads, num_tokens, "T"); !s.ok()) return s;
   if (Status s = ExpectRepeated(tensors["v_scale"], pools.num_kv_heads, num_tokens, "T"); !s.ok()) return s;
-  const std::vector<int64_t> pool = {num_pages, pools.page_size, pools.num_kv_heads, pools.head_dim};
-  if (Status s = Expect(k_result, k_pages.dtype(), pool); !s.ok()) return s;
-  if (Status s = Expect(v_result, k_pages.dtype(), pool); !s.ok()) return s;
+  if (Status s = ExpectLike(k_result, k_pages); !s.ok()) return s;
+  if (Status s = ExpectLike(v_result, v_pages); !s.ok()) return s;
   // The call is made with both pools aliased; anything else would return pages with only the new tokens in
   // them.
-  if (k_result.data<void>() != k_pages.data<void>() || v_result.data<void>() != v_pages.data<void>()) {
+  const bool are_aliased = k_result.data<void>() == k_pages.data<void>() &&
+                           (one_pool || v_result.data<void>() == v_pages.data<void>());
+  if (!are_aliased) {
     return Status::InvalidArgument(
         "k_pages, v_pages: expected results aliased to these operands, got others");
   }
 
-  const PageStrides strides =
-      StridesOf(PageLayout::kSplit, num_pages, pools.page_size, pools.num_kv_heads, pools.head_dim);
+  const PageStrides strides = StridesOf(layout, num_pages, pools.page_size, pools.num_kv_heads,
+                                        pools.head_dim, pools.num_padding_heads);
+  const int64_t first_value = FirstValue(layout, num_pages, pools.head_dim, pools.dtype);
   *problem = {.new_dtype = new_dtype,
               .kv_dtype = pools.dtype,
               .num_tokens = num_tokens,
@@ -332,7 +306,7 @@ inline Status ParseWrite(const WriteTensors& tensors, WriteProblem* problem, Wri
              .k_scale = tensors["k_scale"].data_or_null<const float>(),
              .v_scale = tensors["v_scale"].data_or_null<const float>(),
              .k_pages = k_result.data<void>(),
-             .v_pages = v_result.data<void>(),
+             .v_pages = one_pool ? k_result.data<char>() + first_value : v_result.data<void>(),
              .k_strides = strides,
              .v_strides = strides};
   return Status::Ok();

@@ -14,7 +14,10 @@ namespace jpa {
 
 inline constexpr char kAttentionV1[] = "jax_paged_attn.attention.v1";
 inline constexpr char kAttentionV2[] = "jax_paged_attn.attention.v2";  // v1 with an attribute for the layout
+// v2 with padding heads, and scales per token and head.
+inline constexpr char kAttentionV3[] = "jax_paged_attn.attention.v3";
 inline constexpr char kWriteV1[] = "jax_paged_attn.write.v1";
+inline constexpr char kWriteV2[] = "jax_paged_attn.write.v2";  // v1 with an attribute for the layout
 
 enum class ElementType : uint8_t {
   kFloat,  // float32, bfloat16 or float16
@@ -24,12 +27,23 @@ enum class ElementType : uint8_t {
   kU8,
 };
 
+enum class Platform : uint8_t { kCpu, kCuda };
+
+// A version of a target on a platform.
+struct Target {
+  Platform platform;
+  int version;
+};
+
 // Letters as in core/problem.h.
 struct TensorSpec {
   const char* name;
   ElementType dtype;
   size_t rank;
   const char* shape;
+  int since = 1;  // version of the target
+
+  constexpr bool BelongsTo(const Target& target) const { return target.version >= since; }
 };
 
 // The tensors of a target: operands, then results.
@@ -40,9 +54,15 @@ struct TensorTable {
 
   const char* function;  // as errors call it
   std::array<TensorSpec, operands + results> tensors;
+
+  constexpr size_t NumOperands(const Target& target) const {
+    size_t count = 0;
+    for (size_t i = 0; i < operands; ++i) count += tensors[i].BelongsTo(target) ? 1 : 0;
+    return count;
+  }
 };
 
-inline constexpr TensorTable<10, 3> kAttentionTensors = {
+inline constexpr TensorTable<12, 3> kAttentionTensors = {
     .function = "attention",
     .tensors = {{
         {.name = "q", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, N, H]"},
@@ -55,6 +75,9 @@ inline constexpr TensorTable<10, 3> kAttentionTensors = {
         {.name = "sinks", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, N]"},
         {.name = "k_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
         {.name = "v_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
+        // A pool's shape without its last axis, or [0, 0, 0].
+        {.name = "k_token_scales", .dtype = ElementType::kF32, .rank = 3, .shape = "[P, S, K]", .since = 3},
+        {.name = "v_token_scales", .dtype = ElementType::kF32, .rank = 3, .shape = "[P, S, K]", .since = 3},
         {.name = "out", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, N, H]"},
         {.name = "lse", .dtype = ElementType::kF32, .rank = 2, .shape = "[T, N]"},
         {.name = "workspace", .dtype = ElementType::kU8, .rank = 1, .shape = "[W]"},
@@ -70,25 +93,18 @@ inline constexpr TensorTable<7, 2> kWriteTensors = {
         {.name = "slot_mapping", .dtype = ElementType::kS32, .rank = 1, .shape = "[T]"},
         {.name = "k_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
         {.name = "v_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
-        // Aliased to the first two operands.
+        // Aliased to the first two operands; an interleaved call has one pool, the first, and an empty second
+        // one.
         {.name = "k_pages (result)", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
         {.name = "v_pages (result)", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
     }}};
-
-enum class Platform : uint8_t { kCpu, kCuda };
-
-// A version of the attention target on a platform.
-struct AttentionTarget {
-  Platform platform;
-  int version;
-};
 
 struct AttributeSpec {
   const char* name;
   bool on_cpu = true;
   int since = 1;  // version of the target
 
-  constexpr bool BelongsTo(const AttentionTarget& target) const {
+  constexpr bool BelongsTo(const Target& target) const {
     return target.version >= since && (on_cpu || target.platform == Platform::kCuda);
   }
 };
@@ -104,6 +120,14 @@ inline constexpr auto kAttentionAttributes = std::to_array<AttributeSpec>({
     {.name = "workspace_limit", .on_cpu = false},
     {.name = "layout", .since = 2},
 });
+inline constexpr auto kWriteAttributes = std::to_array<AttributeSpec>({{.name = "layout", .since = 2}});
+
+// From this version of attention on, an interleaved pool may have padding heads.
+inline constexpr int kPaddingSince = 3;
+// From this version of the write on, an interleaved pool may also have its heads in two axes, [P, S, X, Y,
+// H], and k, v and pools of any layout may lack the last axis if it is 1. (XLA would copy what is reshaped
+// and aliased.)
+inline constexpr int kAnyAxesSince = 2;
 
 // The index of an entry by its name; does not compile where there is none.
 template <typename Entries>

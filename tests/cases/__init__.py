@@ -17,7 +17,7 @@ their shapes and keywords.
 from cases import dtypes, edges, keywords, layouts, long, shapes, tiles
 from cases.bases import DECODE, MIXED, PROMPT
 from cases.case import Array, Case
-from cases.inputs import DTYPES, INT32_MAX, INT32_MIN, LSE_BOUND, OUT_BOUND, Inputs, build, random_values
+from cases.inputs import DTYPES, INT32_MAX, INT32_MIN, LSE_BOUND, OUT_BOUND, Inputs, build, poison, random_values
 
 __all__ = [
     "BY_NAME",
@@ -35,6 +35,7 @@ __all__ = [
     "Case",
     "Inputs",
     "build",
+    "poison",
     "random_values",
 ]
 

@@ -36,10 +36,12 @@ class Case:
     rising: float = 0.0  # how much higher, about, the scores of each 64 keys are than those of the 64 before
     k_scale: float | tuple[float, ...] | None = None
     v_scale: float | tuple[float, ...] | None = None
+    token_scales: tuple[bool, bool] = (False, False)  # whether keys and values have a scale per token and head
     keywords: dict[str, Any] = field(default_factory=dict)  # the static ones
     # The layout of the pools that engines get: [P, S, K, H] each; or, by `jax_paged_attn.compat`, one [P, S, 2K, H] for
     # ragged calls, and [K, P, S, H] each for decode with scale 1.
     layout: Literal["split", "interleaved", "head_major"] = "split"
+    padding_heads: int = 0  # of an interleaved pool: garbage behind the heads of each token
     why: str = field(default="", compare=False, repr=False)  # the reason why the suite has it
 
     def __str__(self) -> str:

@@ -48,6 +48,8 @@ class Inputs:
     sinks: Array | None
     k_scale: Array | None
     v_scale: Array | None
+    k_token_scales: Array | None = None  # [P, S, K]
+    v_token_scales: Array | None = None
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the public function, without the static keywords."""
@@ -56,10 +58,12 @@ class Inputs:
             positional = (*pools, self.block_tables, self.kv_lens)
         else:
             positional = (*pools, self.kv_lens, self.block_tables, self.cu_q_lens, self.num_seqs)
-        return positional, {"sinks": self.sinks, "k_scale": self.k_scale, "v_scale": self.v_scale}
+        named = {"sinks": self.sinks, "k_scale": self.k_scale, "v_scale": self.v_scale}
+        of_tokens = {"k_token_scales": self.k_token_scales, "v_token_scales": self.v_token_scales}
+        return positional, named | {name: x for name, x in of_tokens.items() if x is not None}
 
 
-def _poison(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+def poison(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """NaN and infinities in turn, as far as the dtype has them."""
     if dtype == np.int8:
         return np.full(shape, 127, dtype)
@@ -85,8 +89,9 @@ def build(case: Case) -> Inputs:
     cu_q_lens = np.array(case.cu_q_lens or (0, *np.cumsum(case.q_lens)), np.int32)
 
     pool_shape = (num_pages, page_size, case.num_kv_heads, case.head_dim)
-    k_pages, v_pages = _poison(pool_shape, page_dtype), _poison(pool_shape, page_dtype)
+    k_pages, v_pages = poison(pool_shape, page_dtype), poison(pool_shape, page_dtype)
     garbage = cycle([-1, num_pages, INT32_MAX, INT32_MIN, num_pages + 9])
+    written = np.zeros(pool_shape[:2], bool)
     block_tables = np.array([next(garbage) for _ in range(batch * max_pages)], np.int32).reshape(batch, max_pages)
     free_pages = iter(rng.permutation(num_pages))
     bad = {(b, column): page for b, column, page in case.bad_ids}
@@ -104,19 +109,28 @@ def build(case: Case) -> Inputs:
                 used = (min(page_size, kv_len - column * page_size), *pool_shape[2:])
                 k_pages[page, : used[0]] = random_values(rng, used, page_dtype)
                 v_pages[page, : used[0]] = random_values(rng, used, page_dtype)
+                written[page, : used[0]] = True
                 if case.rising:
                     steps = (column * page_size + np.arange(used[0])) // 64
                     risen = k_pages[page, : used[0]].astype(np.float32)
                     risen += (case.rising * steps / np.sqrt(case.head_dim))[:, None, None]
                     k_pages[page, : used[0]] = risen.astype(page_dtype)
 
-    q = _poison((rows, case.num_heads, case.head_dim), q_dtype)
+    q = poison((rows, case.num_heads, case.head_dim), q_dtype)
     starts = np.maximum.accumulate(np.clip(cu_q_lens, 0, rows))
     claimed = slice(starts[0], starts[live])
     values = random_values(rng, q[claimed].shape, np.dtype(np.float32))
     if case.rising:
         values += 1.0  # a length of sqrt(H) along the diagonal, which the scale takes back
     q[claimed] = (values * np.float32(case.q_factor)).astype(q_dtype)
+    sinks = rng.standard_normal(case.num_heads, np.float32) + np.float32(case.sink_offset) if case.sinks else None
+    largest = 127 if page_dtype == np.int8 else 1
+    k_token_scales, v_token_scales = (
+        np.where(written[..., None], 2 * rng.random(pool_shape[:3]) / largest, poison(pool_shape[:3], DTYPES["f32"]))
+        if has
+        else None
+        for has in case.token_scales
+    )
     return Inputs(
         decode=case.function == "paged_attention",
         q=q,
@@ -126,7 +140,9 @@ def build(case: Case) -> Inputs:
         kv_lens=np.array(case.kv_lens, np.int32),
         cu_q_lens=cu_q_lens,
         num_seqs=None if case.num_seqs is None else np.array([case.num_seqs], np.int32),
-        sinks=rng.standard_normal(case.num_heads, np.float32) + np.float32(case.sink_offset) if case.sinks else None,
+        sinks=sinks,
         k_scale=None if case.k_scale is None else np.array(case.k_scale, np.float32),
         v_scale=None if case.v_scale is None else np.array(case.v_scale, np.float32),
+        k_token_scales=None if k_token_scales is None else k_token_scales.astype(np.float32),
+        v_token_scales=None if v_token_scales is None else v_token_scales.astype(np.float32),
     )

@@ -124,10 +124,13 @@ inline void AddAllValues(const float* p, const float* alpha, const T* const* v, 
 }
 
 // Turns a row's scores of `block` into weights and moves its state (m, lanes of l) along. Returns by how much
-// the row's o must shrink.
-inline float Softmax(const KeyBlock& block, SeenPositions seen, float cap_factor, float* scores, float* m,
-                     float* l) {
+// the row's o must shrink. Scales may be null.
+inline float Softmax(const KeyBlock& block, SeenPositions seen, float cap_factor,
+                     const TokenScales* token_scales, float* scores, float* m, float* l) {
   const int count = block.count;
+  if (token_scales != nullptr) {
+    for (int j = 0; j < count; ++j) scores[j] *= token_scales->k[j];
+  }
   const int padded = RoundUp<int>(count, kLanes);
   if (cap_factor != 0.0f) {
     for (int j = 0; j < padded; j += kLanes) {
@@ -150,6 +153,9 @@ inline float Softmax(const KeyBlock& block, SeenPositions seen, float cap_factor
     Store(scores + j, p);
     sum = sum + p;
   }
+  if (token_scales != nullptr) {
+    for (int j = 0; j < count; ++j) scores[j] *= token_scales->v[j];
+  }
   Store(l, sum);
   *m = new_m;
   return alpha;
@@ -165,14 +171,14 @@ struct DecodeStates {
 
 template <int kRows, typename T>
 inline void AttendRows(const KeyBlock& block, const RowPointers<T>& pointers, const RowPointers<T>& next,
-                       const SeenPositions* seen, float cap_factor, int64_t state, int64_t head_dim,
-                       int64_t stride, const DecodeStates& states) {
+                       const TokenScales* token_scales, const SeenPositions* seen, float cap_factor,
+                       int64_t state, int64_t head_dim, int64_t stride, const DecodeStates& states) {
   alignas(64) float scores[kRows * kDecodeKeys];
   float alpha[kRows];
   Scores<kRows>(states.q + state * stride, stride, pointers.k, next.k, block.count, head_dim, scores);
   for (int r = 0; r < kRows; ++r) {
-    alpha[r] = Softmax(block, seen[r], cap_factor, scores + r * kDecodeKeys, states.m + state + r,
-                       states.l + (state + r) * kLanes);
+    alpha[r] = Softmax(block, seen[r], cap_factor, token_scales, scores + r * kDecodeKeys,
+                       states.m + state + r, states.l + (state + r) * kLanes);
   }
   AddAllValues<kRows>(scores, alpha, pointers.v, next.v, block.count, head_dim, states.o + state * stride,
                       stride);
@@ -180,18 +186,19 @@ inline void AttendRows(const KeyBlock& block, const RowPointers<T>& pointers, co
 
 template <typename T>
 inline void AttendRows(int64_t num_rows, const KeyBlock& block, const RowPointers<T>& pointers,
-                       const RowPointers<T>& next, const SeenPositions* seen, float cap_factor, int64_t state,
-                       int64_t head_dim, int64_t stride, const DecodeStates& states) {
+                       const RowPointers<T>& next, const TokenScales* scales, const SeenPositions* seen,
+                       float cap_factor, int64_t state, int64_t head_dim, int64_t stride,
+                       const DecodeStates& states) {
   switch (num_rows) {
     case 1:
-      return AttendRows<1>(block, pointers, next, seen, cap_factor, state, head_dim, stride, states);
+      return AttendRows<1>(block, pointers, next, scales, seen, cap_factor, state, head_dim, stride, states);
     case 2:
-      return AttendRows<2>(block, pointers, next, seen, cap_factor, state, head_dim, stride, states);
+      return AttendRows<2>(block, pointers, next, scales, seen, cap_factor, state, head_dim, stride, states);
 #if defined(JPA_ISA_AVX512)
     case 3:
-      return AttendRows<3>(block, pointers, next, seen, cap_factor, state, head_dim, stride, states);
+      return AttendRows<3>(block, pointers, next, scales, seen, cap_factor, state, head_dim, stride, states);
     case 4:
-      return AttendRows<4>(block, pointers, next, seen, cap_factor, state, head_dim, stride, states);
+      return AttendRows<4>(block, pointers, next, scales, seen, cap_factor, state, head_dim, stride, states);
 #endif
   }
 }
@@ -237,6 +244,7 @@ void AttendDecode(const AttentionProblem& problem, const AttentionParams& params
   // next block.
   KeyWalker walker(problem, params, tile);
   KeyBlock blocks[2];
+  TokenScales token_scales;
   KeyBlock* block = &blocks[0];
   KeyBlock* next_block = &blocks[1];
   RowPointers<T> pointers[2];
@@ -254,11 +262,14 @@ void AttendDecode(const AttentionProblem& problem, const AttentionParams& params
         FindRows(params, more ? *next_block : *block, tile.head_begin, next);
       }
       const float cap_factor = LogitScaleOf(problem, params, tile.seq, head).cap_factor;
+      if (problem.has_token_scales) LoadTokenScales(problem, params, *block, head, &token_scales);
+      const TokenScales* scales = problem.has_token_scales ? &token_scales : nullptr;
       for (int64_t r = 0; r < rows;) {
         const int64_t num_rows = rows - r < kMaxBlockRows ? rows - r : kMaxBlockRows;
         // The first rows prefetch; to the others their own keys are as good, which are there already.
         const RowPointers<T>& prefetched = r == 0 ? *next : *now;
-        AttendRows(num_rows, *block, *now, prefetched, seen + r, cap_factor, state, head_dim, stride, states);
+        AttendRows(num_rows, *block, *now, prefetched, scales, seen + r, cap_factor, state, head_dim, stride,
+                   states);
         r += num_rows;
         state += num_rows;
       }

@@ -19,6 +19,9 @@ struct KeyBlock {
   int32_t position[kMaxBlockKeys];
   int64_t k_offset[kMaxBlockKeys];  // elements from the start of the pool to head 0 of the token
   int64_t v_offset[kMaxBlockKeys];
+  // The same in rows of H elements, only if the call has scales per token.
+  int64_t k_row[kMaxBlockKeys];
+  int64_t v_row[kMaxBlockKeys];
 };
 
 class KeyWalker {
@@ -26,6 +29,8 @@ class KeyWalker {
   KeyWalker(const AttentionProblem& problem, const AttentionParams& params, const WorkTile& tile)
       : problem_(problem),
         params_(params),
+        k_rows_(StridesOfRows(params.k_strides, problem.head_dim)),
+        v_rows_(StridesOfRows(params.v_strides, problem.head_dim)),
         pages_(params.block_tables + tile.seq * problem.max_pages),
         next_(tile.key_begin),
         end_(tile.key_end) {}
@@ -44,6 +49,12 @@ class KeyWalker {
         if (run > limit - count) run = limit - count;
         int64_t k = k_page * params_.k_strides.page + offset * params_.k_strides.token;
         int64_t v = v_page * params_.v_strides.page + offset * params_.v_strides.token;
+        if (problem_.has_token_scales) {
+          for (int64_t i = 0; i < run; ++i) {
+            block->k_row[count + i] = k_page * k_rows_.page + (offset + i) * k_rows_.token;
+            block->v_row[count + i] = v_page * v_rows_.page + (offset + i) * v_rows_.token;
+          }
+        }
         for (int64_t i = 0; i < run; ++i, ++count) {
           block->position[count] = static_cast<int32_t>(next_ + i);
           block->k_offset[count] = k;
@@ -71,10 +82,28 @@ class KeyWalker {
 
   const AttentionProblem& problem_;
   const AttentionParams& params_;
+  const PageStrides k_rows_;
+  const PageStrides v_rows_;
   const int32_t* pages_;
   int64_t next_;
   int64_t end_;
 };
+
+// Factors of a block's keys and values for one head, 1 where only the others have them.
+struct TokenScales {
+  float k[kMaxBlockKeys];
+  float v[kMaxBlockKeys];
+};
+
+inline void LoadTokenScales(const AttentionProblem& problem, const AttentionParams& params,
+                            const KeyBlock& block, int64_t head, TokenScales* scales) {
+  const auto load = [&](const float* from, const int64_t* rows, const PageStrides& strides, float* to) {
+    const int64_t first = head * StridesOfRows(strides, problem.head_dim).head;
+    for (int j = 0; j < block.count; ++j) to[j] = from == nullptr ? 1.0f : from[first + rows[j]];
+  };
+  load(params.k_token_scales, block.k_row, params.k_strides, scales->k);
+  load(params.v_token_scales, block.v_row, params.v_strides, scales->v);
+}
 
 // The positions that a query row sees, [first, last], for comparison with vectors of positions.
 struct SeenPositions {

@@ -71,19 +71,20 @@ inline void PanelScores(const float* q, const float* keys, int64_t stride, int c
 }
 
 // Turns the scores of `block` into weights, moves m and l along, and stores by how much each row's o must
-// shrink.
+// shrink. Scales may be null.
 template <int kVecs>
-inline void PanelSoftmax(const Panel& panel, const KeyBlock& block, float cap_factor, float* scores,
-                         float* alpha) {
+inline void PanelSoftmax(const Panel& panel, const KeyBlock& block, float cap_factor,
+                         const TokenScales* token_scales, float* scores, float* alpha) {
   constexpr int kColumns = kVecs * kLanes;
   for (int c = 0; c < kColumns; c += kLanes) {
     Vec largest = Load(panel.m + c);
     for (int j = 0; j < block.count; ++j) {
       float* at = scores + j * kColumns + c;
       Vec score = Load(at);
+      if (token_scales != nullptr) score = score * Splat(token_scales->k[j]);
       if (cap_factor != 0.0f) score = Tanh(score) * Splat(cap_factor);
       if (!panel.seen_by_all) score = MaskOutside(score, panel.first + c, panel.last + c, block.position[j]);
-      if (cap_factor != 0.0f || !panel.seen_by_all) Store(at, score);
+      if (cap_factor != 0.0f || !panel.seen_by_all || token_scales != nullptr) Store(at, score);
       largest = Max(largest, score);
     }
     const Vec base = SelectLess(largest, Splat(-__FLT_MAX__), Zero(), largest);  // SafeMax of each lane
@@ -92,7 +93,7 @@ inline void PanelSoftmax(const Panel& panel, const KeyBlock& block, float cap_fa
     for (int j = 0; j < block.count; ++j) {
       float* at = scores + j * kColumns + c;
       const Vec p = Exp2(Load(at) - base);
-      Store(at, p);
+      Store(at, token_scales == nullptr ? p : p * Splat(token_scales->v[j]));
       sum = sum + p;
     }
     Store(panel.m + c, largest);
@@ -132,6 +133,7 @@ struct ConvertedKeys {
   float* k;  // [kPrefillKeys, stride]; rows and columns beyond the keys and H are 0 up to multiples of 4
   float* v;
   int64_t stride;
+  const TokenScales* scales;  // null if there are none
 };
 
 template <int kVecs>
@@ -139,7 +141,7 @@ inline void AttendPanel(const Panel& panel, const KeyBlock& block, const Convert
                         int64_t head_dim, float cap_factor, float* scores) {
   alignas(64) float alpha[kVecs * kLanes];
   PanelScores<kVecs>(panel.q, keys.k, keys.stride, block.count, head_dim, scores);
-  PanelSoftmax<kVecs>(panel, block, cap_factor, scores, alpha);
+  PanelSoftmax<kVecs>(panel, block, cap_factor, keys.scales, scores, alpha);
   PanelValues<kVecs>(scores, alpha, keys.v, keys.stride, block.count, head_dim, panel.o);
 }
 
@@ -243,9 +245,11 @@ void AttendPrefill(const AttentionProblem& problem, const AttentionParams& param
 
   Scratch scratch(memory);
   const int64_t stride = ConvertedStride(problem);
+  TokenScales token_scales;
   const ConvertedKeys keys = {.k = scratch.Floats(kPrefillKeys * stride),
                               .v = scratch.Floats(kPrefillKeys * stride),
-                              .stride = stride};
+                              .stride = stride,
+                              .scales = problem.has_token_scales ? &token_scales : nullptr};
   float* scores = scratch.Floats(kPrefillKeys * kMaxPanelRows);
   float* row = scratch.Floats(stride);
   Panel panels[kMaxPanels];
@@ -260,6 +264,7 @@ void AttendPrefill(const AttentionProblem& problem, const AttentionParams& param
   KeyBlock block;
   while (walker.Next(kPrefillKeys, &block)) {
     Convert<T>(problem, params, block, head, keys);
+    if (problem.has_token_scales) LoadTokenScales(problem, params, block, head, &token_scales);
     for (int i = 0; i < num_panels; ++i) {
       Panel& panel = panels[i];
       panel.seen_by_all =

@@ -51,6 +51,16 @@ __device__ Packed<T, kWidth> LoadRow(const From* row, int64_t d, int64_t head_di
   }
 }
 
+// The same elements times a factor, rounded once.
+template <typename T>
+__device__ Packed<T, kWidth> Scaled(const Packed<T, kWidth>& packed, float factor) {
+  const Unpacked<T, kWidth> from = Unpack<T, kWidth>(packed);
+  Unpacked<float, kWidth> values;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) values.values[i] = device::ToF32(from.values[i]) * factor;
+  return device::PackFromF32<T>(values);
+}
+
 // A warp per strip of one row block's rows, so that row blocks are looked up once per strip.
 template <typename T, bool kAligned>
 __device__ void PackQueries(const Call& call, const Group& group) {
@@ -183,11 +193,13 @@ __device__ void CopyLastPages(const Call& call, const Group& group) {
 }
 
 // Keys and values of each row block that owns some, token after token; zeros for tokens that no row tile
-// sees. A warp per 32 tokens.
-template <typename T, typename KV, bool kAligned>
+// sees. A warp per 32 tokens. Of scales per token, those of values are multiplied here, and those of keys
+// wait for the scores, which are f32.
+template <typename T, typename KV, bool kAligned, bool kTokenScales>
 __device__ void Gather(const Call& call, const Group& group) {
   const Plan& plan = call.plan;
   const PageStrides &k = call.params.k_strides, &v = call.params.v_strides;
+  const float *const k_scales = call.params.k_token_scales, *const v_scales = call.params.v_token_scales;
   const int64_t strips = plan.stretch_keys() / 32;
   const int vectors = static_cast<int>(plan.head_dim / kWidth);
   for (int64_t i = WarpIndex(); i < plan.row_blocks * strips; i += NumWarps()) {
@@ -200,29 +212,37 @@ __device__ void Gather(const Call& call, const Group& group) {
     // Lane t looks up token t.
     const int64_t key = group.first_key + strip + Lane();
     int64_t k_offset = -1, v_offset = -1;
+    float k_scale = 1.0f, v_scale = 1.0f;
     if (key >= begin && key < end) {
       const int64_t page = PageOf(call, row_block.tile.seq, key);
       if (page >= 0) {
         const int64_t token = key % call.problem.page_size;
         k_offset = page % call.problem.num_k_pages * k.page + token * k.token + row_block.head * k.head;
         v_offset = page % call.problem.num_v_pages * v.page + token * v.token + row_block.head * v.head;
+        if (kTokenScales && k_scales != nullptr) k_scale = k_scales[k_offset / call.problem.head_dim];
+        if (kTokenScales && v_scales != nullptr) v_scale = v_scales[v_offset / call.problem.head_dim];
       }
     }
+    if (kTokenScales && k_scales != nullptr)
+      At<float>(call, plan.key_scales)[row_block.gather_index * plan.stretch_keys() + strip + Lane()] =
+          k_scale;
     const unsigned known = __ballot_sync(~0u, k_offset >= 0);
     if (Lane() == 0)
       At<uint32_t>(call, plan.known)[(row_block.gather_index * plan.stretch_keys() + strip) / 32] = known;
     const int64_t to = (row_block.gather_index * plan.stretch_keys() + strip) * plan.head_dim;
-#pragma unroll 4
+#pragma unroll(kTokenScales ? 2 : 4)
     for (int j = 0; j < vectors; ++j) {
       const int vector = 32 * j + Lane();
       const int token = vector / vectors, d = vector % vectors * kWidth;
       const int64_t k_from = __shfl_sync(~0u, k_offset, token), v_from = __shfl_sync(~0u, v_offset, token);
+      const float factor = kTokenScales ? __shfl_sync(~0u, v_scale, token) : 1.0f;
       Packed<T, kWidth> keys = {}, values = {};
       if (k_from >= 0) {
         keys = LoadRow<T, KV, kAligned>(static_cast<const KV*>(call.params.k_pages) + k_from, d,
                                         call.problem.head_dim);
         values = LoadRow<T, KV, kAligned>(static_cast<const KV*>(call.params.v_pages) + v_from, d,
                                           call.problem.head_dim);
+        if constexpr (kTokenScales) values = Scaled<T>(values, factor);
       }
       StorePacked<kWidth>(At<T>(call, plan.keys) + to + vector * kWidth, keys);
       StorePacked<kWidth>(At<T>(call, plan.values) + to + vector * kWidth, values);
@@ -230,7 +250,7 @@ __device__ void Gather(const Call& call, const Group& group) {
   }
 }
 
-template <typename T, typename KV, bool kAligned>
+template <typename T, typename KV, bool kAligned, bool kTokenScales>
 __global__ void __launch_bounds__(kThreads, 4)
     PackKernel(const __grid_constant__ Call call, const __grid_constant__ Group group) {
   device::WaitForPreviousKernel();
@@ -238,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (group.first && group.first_row_block == 0) FillZeros<T>(call);
   if (group.first) PackQueries<T, kAligned>(call, group);
   if (!call.plan.in_place) {
-    Gather<T, KV, kAligned>(call, group);
+    Gather<T, KV, kAligned, kTokenScales>(call, group);
   } else if constexpr (kAligned && sizeof(T) == sizeof(KV)) {
     CopyLastPages<T>(call, group);
   }
@@ -246,35 +266,40 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 using Kernel = void (*)(Call, Group);
 
+template <typename T, typename KV, bool kAligned>
+Kernel ScaledOrNot(bool token_scales) {
+  return token_scales ? &PackKernel<T, KV, kAligned, true> : &PackKernel<T, KV, kAligned, false>;
+}
+
 template <typename T, typename KV>
-Kernel AlignedOrNot(bool aligned) {
-  return aligned ? &PackKernel<T, KV, true> : &PackKernel<T, KV, false>;
+Kernel Choose(const AttentionProblem& problem) {
+  return problem.head_dim % kWidth == 0 ? ScaledOrNot<T, KV, true>(problem.has_token_scales)
+                                        : ScaledOrNot<T, KV, false>(problem.has_token_scales);
 }
 
 template <DType q_dtype>
-Kernel Choose(DType kv_dtype, bool aligned) {
+Kernel ChooseStored(const AttentionProblem& problem) {
   using T = device::TypeOf<q_dtype>;
-  switch (kv_dtype) {
+  switch (problem.kv_dtype) {
     case DType::kE4M3FN:
-      return AlignedOrNot<T, device::TypeOf<DType::kE4M3FN>>(aligned);
+      return Choose<T, device::TypeOf<DType::kE4M3FN>>(problem);
     case DType::kE5M2:
-      return AlignedOrNot<T, device::TypeOf<DType::kE5M2>>(aligned);
+      return Choose<T, device::TypeOf<DType::kE5M2>>(problem);
     case DType::kS8:
-      return AlignedOrNot<T, device::TypeOf<DType::kS8>>(aligned);
+      return Choose<T, device::TypeOf<DType::kS8>>(problem);
     default:
-      return AlignedOrNot<T, T>(aligned);
+      return Choose<T, T>(problem);
   }
 }
 
-Kernel Choose(const AttentionProblem& problem) {
-  const bool aligned = problem.head_dim % kWidth == 0;
+Kernel ChooseKernel(const AttentionProblem& problem) {
   switch (problem.q_dtype) {
     case DType::kBF16:
-      return Choose<DType::kBF16>(problem.kv_dtype, aligned);
+      return ChooseStored<DType::kBF16>(problem);
     case DType::kF16:
-      return Choose<DType::kF16>(problem.kv_dtype, aligned);
+      return ChooseStored<DType::kF16>(problem);
     default:
-      return Choose<DType::kF32>(problem.kv_dtype, aligned);
+      return ChooseStored<DType::kF32>(problem);
   }
 }
 
@@ -292,7 +317,7 @@ Status LaunchPack(const Call& call, const Group& group, cudaStream_t stream) {
   const int64_t blocks = std::min(CeilDiv(threads, kThreads), kMaxBlocks);
   // Kernels in front of the first one are not this engine's: it waits for them in the ordinary way.
   const bool first = group.first && group.first_row_block == 0;
-  return device::Launch(kCaller, "pack", Choose(call.problem),
+  return device::Launch(kCaller, "pack", ChooseKernel(call.problem),
                         {.grid = dim3(static_cast<unsigned>(blocks)),
                          .threads = kThreads,
                          .overlap = first ? device::Overlap::kNone : call.overlap},

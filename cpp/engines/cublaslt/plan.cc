@@ -46,10 +46,11 @@ int64_t RowsPerRowTile(const AttentionProblem& problem, int64_t group) {
 }
 
 // A product in place leaves a partial result per page and row; with many rows those weigh more than gathered
-// keys do.
+// keys do. Scales per token join keys and values as they are gathered.
 bool InPlace(const AttentionProblem& problem, int64_t row_block_rows) {
-  return problem.kv_dtype == problem.q_dtype && problem.head_dim % 8 == 0 && problem.page_size % 8 == 0 &&
-         problem.page_size >= kTuning.min_page_in_place && problem.page_size <= kTuning.max_page_in_place &&
+  return !problem.has_token_scales && problem.kv_dtype == problem.q_dtype && problem.head_dim % 8 == 0 &&
+         problem.page_size % 8 == 0 && problem.page_size >= kTuning.min_page_in_place &&
+         problem.page_size <= kTuning.max_page_in_place &&
          row_block_rows * kTuning.keys_per_row <= problem.page_size;
 }
 
@@ -67,7 +68,7 @@ int64_t GatheredBlockKeys(int64_t context, int64_t products, bool few_rows) {
 // all, else one after the other.
 PageStrides StridesOfCopies(const AttentionProblem& problem) {
   const int64_t token = StridesOf(problem.layout, problem.num_v_pages, problem.page_size,
-                                  problem.num_kv_heads, problem.head_dim)
+                                  problem.num_kv_heads, problem.head_dim, problem.num_padding_heads)
                             .token;
   const int64_t heads = problem.num_kv_heads * problem.head_dim, keys = problem.page_size * token;
   if (token >= heads) return {.page = keys, .token = token, .head = problem.head_dim};
@@ -95,6 +96,7 @@ void Lay(const AttentionProblem& problem, Plan* plan) {
   plan->keys = place(plan->in_place ? 0 : keys * plan->head_dim * width);
   plan->values =
       place(plan->in_place ? plan->row_blocks / problem.num_kv_heads * page : keys * plan->head_dim * width);
+  plan->key_scales = place(problem.has_token_scales ? keys * static_cast<int64_t>(sizeof(float)) : 0);
   plan->known = place(keys / 8);
   plan->scores = place(plan->chunk_row_blocks * plan->row_block_rows * plan->stretch_keys() * 4);
   plan->stats = place(rows * plan->segments * 8);

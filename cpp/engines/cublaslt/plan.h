@@ -75,6 +75,7 @@ struct Plan {
   int64_t queries;            // [row blocks, row_block_rows, head_dim] of q's dtype
   int64_t keys;               // gathered: [gathered, stretch_keys, head_dim] of q's dtype
   int64_t values;  // gathered: likewise; in place: copies of last pages, [row blocks / K] through `copies`
+  int64_t key_scales;  // f32 [gathered, stretch_keys], if keys have scales per token
   int64_t known;  // a bit per key, [gathered, stretch_keys / 8] bytes: whether the block table names its page
   int64_t scores;    // f32 [chunk_row_blocks, row_block_rows, stretch_keys]; probabilities of q's dtype take
                      // their place

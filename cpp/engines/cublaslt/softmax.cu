@@ -68,6 +68,18 @@ struct Logits {
     }
   }
 
+  // By a factor for each key.
+  __device__ void ScaleKeys(const float* factors, const SegmentRange& live, int thread) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int key = KeyOf<kThreadsPerRow>(thread, v);
+      if (!live.Contains(key)) continue;
+      const auto of_keys = device::Unpack<float, kWidth>(LoadPacked<kWidth>(factors + key));
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) vectors[v].values[i] *= of_keys.values[i];
+    }
+  }
+
   __device__ void Scale(float scale, float soft_cap) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -158,6 +170,11 @@ __global__ void __launch_bounds__(kThreads, 4)
       At<const uint8_t>(call, plan.known) + (row_block.gather_index * plan.stretch_keys() + in_stretch) / 8;
   Logits<kThreadsPerRow> logits;
   logits.Load(scores, known, live, thread);
+  if (call.params.k_token_scales != nullptr) {
+    const float* factors =
+        At<const float>(call, plan.key_scales) + row_block.gather_index * plan.stretch_keys() + in_stretch;
+    logits.ScaleKeys(factors, live, thread);
+  }
   logits.Scale(ScaleOf(call, row_block), call.params.soft_cap);
   const KeyRange keys =
       KeysSeenBy(row_block.tile.position + row, VisibilityOf(call.params, row_block.tile.kv_len));
