@@ -1,4 +1,4 @@
-# What the module for CUDA 12 is built with: the front end of CUDA 13's nvcc, and all else of CUDA 12.9.
+# Finds the parts that build the module for CUDA 12: the front end of CUDA 13's nvcc, and all else of CUDA 12.9.
 #
 # No package on PyPI has an nvcc 12; those of CUDA 12.9 have its headers, its static runtime and ptxas. CUDA_COMPILER_LAUNCHER
 # puts cuda12_nvcc in front of each compilation, which makes nvcc take

@@ -1,8 +1,8 @@
 """The compiled modules: the only importer of them, their FFI targets, and the calls of these targets.
 
 A platform has one compiled module here: `_cpu` for "cpu", and for "cuda" `_cuda`, of CUDA 13, or `_cuda12`, of CUDA 12,
-whichever JAX's plugin is for. An absent module is normal (a build without it); one that is there but does not load raises
-on import of this package.
+whichever JAX's plugin is for. An absent module is normal (a build without it); one that is there but does not load
+raises on import of this package.
 """
 
 import functools
@@ -99,7 +99,7 @@ def _load_cuda() -> _Choice:
     if module is None and _CUDA_VERSION in os.environ:
         raise ImportError(f"{why} asks for {name}, which this installation was built without", name=name)
     if module is None:
-        # XLA does not mind which runtime a module has linked: where the driver is new enough for it, the other one serves.
+        # XLA does not mind which runtime a module has linked: where the driver is new enough for it, the other serves.
         (other,) = _CUDA_MODULES.keys() - {version}
         module = _import(_CUDA_MODULES[other])
         if module is not None:
@@ -184,8 +184,8 @@ def describe() -> list[str]:
         if platform == "cpu":
             line += f"runs {module.isa()} (of {', '.join(module.available_isas())})"
         else:
-            line += f"has the runtime of CUDA {build['cuda']} and kernels for compute capabilities {build['architectures']}"
-            line += f"; serves since {why}"
+            line += f"has the runtime of CUDA {build['cuda']} and kernels for compute capabilities "
+            line += f"{build['architectures']}; serves since {why}"
         lines.append(line)
     return lines
 

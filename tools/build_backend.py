@@ -30,7 +30,7 @@ _COMPILER = [
 ]
 # For its headers: the library itself is opened at run time.
 _CUBLAS = ["nvidia-cublas>=13.0,<14"]
-# What takes the place of the compiler's own parts in the module for CUDA 12, see cmake/cuda12.cmake.
+# They take the place of the compiler's own parts in the module for CUDA 12, see cmake/cuda12.cmake.
 _CUDA12 = [
     "nvidia-cuda-nvcc-cu12==12.9.*",
     "nvidia-cuda-runtime-cu12==12.9.*",

@@ -32,9 +32,8 @@ def main() -> int:
         files = archive.infolist()
         # The CUDA runtime is linked in, and cuBLASLt and the driver are opened at run time.
         faults += [f"{f.filename}: a bundled library" for f in files if ".libs/" in f.filename]
-        modules = {
-            found[1]: f.filename for f in files if (found := re.fullmatch(r"jax_paged_attn/(_cuda\d*)\.[^/]*so", f.filename))
-        }
+        found = [re.fullmatch(r"jax_paged_attn/(_cuda\d*)\.[^/]*so", f.filename) for f in files]
+        modules = {match[1]: match[0] for match in found if match}
         if modules.keys() != set(arguments.modules):
             faults.append(f"CUDA modules: {sorted(modules)}, expected: {sorted(arguments.modules)}")
         with tempfile.TemporaryDirectory() as directory:

@@ -1,5 +1,5 @@
-// The Python modules jax_paged_attn._cuda and _cuda12: what to register with XLA, and what was built. They load
-// without a GPU.
+// The Python modules jax_paged_attn._cuda and _cuda12: what to register with XLA, and what was built. They
+// load without a GPU.
 #include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>

@@ -1,5 +1,6 @@
 // Errors of the CUDA engine where cuBLASLt is absent, broken or old; it finds the library once it is there.
-// Libraries of tests/cpp/stand_ins/ take its place; STAND_INS is the folder of their folders, OLD and GOOD are their versions.
+// Libraries of tests/cpp/stand_ins/ take its place; STAND_INS is the folder of their folders, OLD and GOOD
+// are their versions.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -31,7 +32,8 @@ bool Has(const std::string& text, const std::string& part) { return text.find(pa
 void Run() {
   const std::string stand_ins = STAND_INS;
   std::string error = ErrorWith("");
-  CHECK(Has(error, "expected " + kFile + " of cuBLAS " + kOldest + " or later") && Has(error, "cannot open shared object file"),
+  CHECK(Has(error, "expected " + kFile + " of cuBLAS " + kOldest + " or later") &&
+            Has(error, "cannot open shared object file"),
         "%s", error.c_str());
   error = ErrorWith("/no/such/folder");
   CHECK(Has(error, "/no/such/folder/" + kFile + ": cannot open"), "%s", error.c_str());

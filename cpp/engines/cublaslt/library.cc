@@ -42,9 +42,8 @@ Status Load(Library* library) {
   std::string why_not;
   void* handle = Open(&why_not);
   if (handle == nullptr) {
-    return Status::Internal(
-        std::string("implementation 'cublaslt': expected ") + kFile + " of cuBLAS " + kOldest +
-        " or later (JAX's CUDA plugin brings it), got: " + why_not);
+    return Status::Internal(std::string("implementation 'cublaslt': expected ") + kFile + " of cuBLAS " +
+                            kOldest + " or later (JAX's CUDA plugin brings it), got: " + why_not);
   }
   std::string missing;
   Resolve(handle, "cublasLtGetVersion", &library->GetVersion, &missing);
