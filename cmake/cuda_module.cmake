@@ -3,7 +3,7 @@
 # at its end.
 #
 # Reads what cmake/cuda_toolchain.cmake and cuda12.cmake found: JPA_CUDA<VERSION>_INCLUDE_DIRS, _CUDART, _COMPILER (in words), and
-# _LAUNCHER, which is empty where the compiler of CMake's language CUDA serves as it is.
+# _LAUNCHER where the compiler of CMake's language CUDA does not serve as it is.
 
 string(JOIN ", " JPA_ARCHITECTURE_NAMES ${JPA_CUDA_ARCHITECTURES})
 set(JPA_GENCODE_OPTIONS)
@@ -44,7 +44,9 @@ function(jpa_add_cuda_module version)
   if(NOT version EQUAL 13)
     set(suffix ${version})
   endif()
-  set(CMAKE_CUDA_COMPILER_LAUNCHER ${JPA_CUDA${version}_LAUNCHER})
+  if(JPA_CUDA${version}_LAUNCHER)
+    set(CMAKE_CUDA_COMPILER_LAUNCHER "${JPA_CUDA${version}_LAUNCHER}")
+  endif()
 
   # Registers, shared memory and spills of every kernel go to the build's log, for tools/check_ptxas.py.
   set(flags jpa_cuda_flags${suffix})
