@@ -88,21 +88,24 @@ stubs: $(VENV)/test.stamp $(VENV)/dev.stamp
 	$(BIN)/python -m nanobind.stubgen -m jax_paged_attn._cpu -o jax_paged_attn/_cpu.pyi
 
 # dist/jax_paged_attn-…manylinux….whl with the CPU and CUDA modules: one for Python 3.12 and later; 3.11 has its own. Where there
-# is no CUDA toolkit, NVIDIA's packages bring nvcc and headers for the build. CUDA=OFF leaves the CUDA module out.
+# is no CUDA toolkit, NVIDIA's packages bring nvcc and headers for the build. CUDA=OFF CUDA12=OFF leaves the CUDA modules out.
 CUDA ?= ON
+CUDA12 ?= ON
 CUDA_ARCHITECTURES ?= 80;89;90a;100;120;120-virtual
+CUDA_MODULES = $(if $(filter ON,$(CUDA)),_cuda) $(if $(filter ON,$(CUDA12)),_cuda12)
 # The architectures that ptxas compiles; it says nothing of PTX.
-MACHINE_CODE = $(if $(filter ON,$(CUDA)),$(filter-out %-virtual,$(subst ;, ,$(CUDA_ARCHITECTURES))))
+MACHINE_CODE = $(if $(strip $(CUDA_MODULES)),$(filter-out %-virtual,$(subst ;, ,$(CUDA_ARCHITECTURES))))
 # What to build: the checkout, or an sdist.
 FROM ?= .
 wheel: $(VENV)/wheel.stamp
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(PYTHON) -m pip wheel --verbose --no-deps --wheel-dir build/wheel --config-settings=cmake.define.JPA_CUDA=$(CUDA) \
+	  --config-settings=cmake.define.JPA_CUDA12=$(CUDA12) \
 	  --config-settings=cmake.define.JPA_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" $(FROM) > build/wheel/build.log 2>&1 \
 	  || { tail -n 50 build/wheel/build.log; exit 1; }
 	$(if $(MACHINE_CODE),$(PYTHON) tools/check_ptxas.py build/wheel/build.log)
 	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --wheel-dir build/wheel/repaired build/wheel/*.whl
-	$(BIN)/python tools/check_wheel.py build/wheel/repaired/*.whl --architectures "$(if $(filter ON,$(CUDA)),$(CUDA_ARCHITECTURES))"
+	$(BIN)/python tools/check_wheel.py build/wheel/repaired/*.whl --modules $(CUDA_MODULES) --architectures "$(CUDA_ARCHITECTURES)"
 	mkdir -p dist && mv build/wheel/repaired/*.whl dist/
 
 sdist: $(VENV)/wheel.stamp

@@ -1,25 +1,32 @@
-# Finds nvcc, the static CUDA runtime and cublasLt.h, and enables the language CUDA.
+# Finds nvcc, the static CUDA runtimes and cublasLt.h, and enables the language CUDA.
 #
-# Sets JPA_HAVE_CUDA, and if that is true JPA_CUDART_LIBRARY and JPA_CUBLAS_INCLUDE_DIR. An installed toolkit comes first; what it
-# lacks is taken from NVIDIA's packages on PyPI where the build's Python has them (JPA_CUDA=ON makes them build
-# requirements, see tools/build_backend.py). They all unpack into one folder, nvidia/cu13.
+# Sets JPA_CUDA_MODULES, the major versions of CUDA to build a module for, and for each what cmake/cuda_module.cmake reads. An
+# installed toolkit comes first; what it lacks is taken from NVIDIA's packages on PyPI where the build's Python has them
+# (JPA_CUDA=ON makes them build requirements, see tools/build_backend.py). Those of CUDA 13 all unpack into one folder,
+# nvidia/cu13.
 
-set(JPA_HAVE_CUDA OFF)
-if(JPA_CUDA STREQUAL "OFF")
+set(JPA_CUDA_MODULES)
+if(JPA_CUDA STREQUAL "OFF" AND NOT JPA_CUDA12)
   return()
 endif()
 
 function(jpa_without_cuda reason)
-  if(JPA_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "JPA_CUDA=ON: ${reason}")
+  if(JPA_CUDA STREQUAL "ON" OR JPA_CUDA12)
+    message(FATAL_ERROR "JPA_CUDA=${JPA_CUDA}, JPA_CUDA12=${JPA_CUDA12}: ${reason}")
   endif()
-  message(STATUS "Building without the CUDA module: ${reason}")
+  message(STATUS "Building without a CUDA module: ${reason}")
 endfunction()
 
-execute_process(
-  COMMAND "${Python_EXECUTABLE}" -c
-    "import importlib.util as u; s = u.find_spec('nvidia') and u.find_spec('nvidia.cu13'); print(s.submodule_search_locations[0] if s else '')"
-  OUTPUT_VARIABLE JPA_PYPI_CUDA OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+# The folder of one of NVIDIA's packages, by its name in Python; empty if the build's Python does not have it.
+function(jpa_find_nvidia_package name variable)
+  execute_process(
+    COMMAND "${Python_EXECUTABLE}" -c
+      "import importlib.util as u; s = u.find_spec('nvidia') and u.find_spec('nvidia.${name}'); print(s.submodule_search_locations[0] if s else '')"
+    OUTPUT_VARIABLE folder OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+  set(${variable} "${folder}" PARENT_SCOPE)
+endfunction()
+
+jpa_find_nvidia_package(cu13 JPA_PYPI_CUDA)
 
 if(NOT CMAKE_CUDA_COMPILER)
   if(NOT "$ENV{CUDACXX}" STREQUAL "")
@@ -51,17 +58,19 @@ if(NOT JPA_CUDART_LIBRARY)
   return()
 endif()
 
-find_path(JPA_CUBLAS_INCLUDE_DIR cublasLt.h
-  PATHS "${JPA_TOOLKIT}/include" "${JPA_PYPI_CUDA}/include" NO_DEFAULT_PATH)
-if(NOT JPA_CUBLAS_INCLUDE_DIR)
-  jpa_without_cuda("no cublasLt.h in ${JPA_TOOLKIT}/include, nor from the package nvidia-cublas")
-  return()
-endif()
-file(STRINGS "${JPA_CUBLAS_INCLUDE_DIR}/cublasLt.h" JPA_POINTER_ARRAYS REGEX "CUBLASLT_BATCH_MODE_POINTER_ARRAY = ")
-file(STRINGS "${JPA_CUBLAS_INCLUDE_DIR}/cublas_api.h" JPA_CUBLAS_MAJOR REGEX "#define CUBLAS_VER_MAJOR 13$")
-if(NOT JPA_POINTER_ARRAYS OR NOT JPA_CUBLAS_MAJOR)
-  jpa_without_cuda("cublasLt.h of ${JPA_CUBLAS_INCLUDE_DIR} is not cuBLAS 13's")
-  return()
+if(NOT JPA_CUDA STREQUAL "OFF")
+  find_path(JPA_CUBLAS_INCLUDE_DIR cublasLt.h
+    PATHS "${JPA_TOOLKIT}/include" "${JPA_PYPI_CUDA}/include" NO_DEFAULT_PATH)
+  if(NOT JPA_CUBLAS_INCLUDE_DIR)
+    jpa_without_cuda("no cublasLt.h in ${JPA_TOOLKIT}/include, nor from the package nvidia-cublas")
+    return()
+  endif()
+  file(STRINGS "${JPA_CUBLAS_INCLUDE_DIR}/cublasLt.h" JPA_POINTER_ARRAYS REGEX "CUBLASLT_BATCH_MODE_POINTER_ARRAY = ")
+  file(STRINGS "${JPA_CUBLAS_INCLUDE_DIR}/cublas_api.h" JPA_CUBLAS_MAJOR REGEX "#define CUBLAS_VER_MAJOR 13$")
+  if(NOT JPA_POINTER_ARRAYS OR NOT JPA_CUBLAS_MAJOR)
+    jpa_without_cuda("cublasLt.h of ${JPA_CUBLAS_INCLUDE_DIR} is not cuBLAS 13's")
+    return()
+  endif()
 endif()
 
 # Ours are compiled for JPA_CUDA_ARCHITECTURES; CMake's own try-outs need nothing but to link.
@@ -77,6 +86,18 @@ if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
 endif()
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-set(JPA_HAVE_CUDA ON)
-message(STATUS "CUDA module: nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${JPA_CUDA_ARCHITECTURES}, cublasLt.h of "
-               "${JPA_CUBLAS_INCLUDE_DIR}")
+
+if(NOT JPA_CUDA STREQUAL "OFF")
+  list(APPEND JPA_CUDA_MODULES 13)
+  set(JPA_CUDA13_INCLUDE_DIRS ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES} "${JPA_CUBLAS_INCLUDE_DIR}")
+  set(JPA_CUDA13_CUDART "${JPA_CUDART_LIBRARY}")
+  set(JPA_CUDA13_COMPILER "nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
+endif()
+if(JPA_CUDA12)
+  include(cmake/cuda12.cmake)
+  list(APPEND JPA_CUDA_MODULES 12)
+endif()
+foreach(version IN LISTS JPA_CUDA_MODULES)
+  message(STATUS "Module for CUDA ${version}: ${JPA_CUDA${version}_COMPILER} for ${JPA_CUDA_ARCHITECTURES}, headers of "
+                 "${JPA_CUDA${version}_INCLUDE_DIRS}")
+endforeach()

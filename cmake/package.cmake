@@ -25,7 +25,7 @@ jpa_install_library(cpu-targets jpa_cpu cpu engines/cpu/isa.h engines/cpu/kernel
 jpa_install_library(cpu-targets jpa_cache cache cache/write.h)
 install(EXPORT cpu-targets NAMESPACE jax_paged_attn:: DESTINATION ${JPA_PACKAGE_DIR})
 
-if(JPA_HAVE_CUDA)
+if(TARGET jpa_fused)  # of CUDA 13
   # Whoever links them brings the CUDA runtime, static or shared.
   jpa_install_library(cuda-targets jpa_fused fused engines/fused/run.h)
   jpa_install_library(cuda-targets jpa_cublaslt cublaslt

@@ -44,7 +44,7 @@ DEFAULT_WORKSPACE_LIMIT: int = 268435456
 
 def set_library_directory(directory: str) -> None:
     """
-    Where to look for libcublasLt.so.13 if neither the process nor the loader's search path has it.
+    Where to look for cuBLASLt if neither the process nor the loader's search path has it.
     """
 
 def host_calls() -> int:
@@ -54,5 +54,5 @@ def host_calls() -> int:
 
 def build_info() -> dict[str, str]:
     """
-    The compiler, the compute capabilities that kernels were compiled for, and the version of the XLA FFI headers.
+    The compiler, the version of the CUDA runtime, the compute capabilities that kernels were compiled for, and the version of the XLA FFI headers.
     """

@@ -1,7 +1,8 @@
 """The compiled modules: the only importer of them, their FFI targets, and the calls of these targets.
 
-A platform has one compiled module, `_cpu` for "cpu" and `_cuda` for "cuda". An absent module is normal (a build without
-it); one that is there but does not load raises on import of this package.
+A platform has one compiled module here: `_cpu` for "cpu", and for "cuda" `_cuda`, of CUDA 13, or `_cuda12`, of CUDA 12,
+whichever JAX's plugin is for. An absent module is normal (a build without it); one that is there but does not load
+raises on import of this package.
 """
 
 import functools
@@ -20,9 +21,16 @@ from jax import Array
 from jax_paged_attn._layouts import LAYOUTS, keys_and_values
 from jax_paged_attn._options import Scoring
 
-_MODULES = {"cpu": "jax_paged_attn._cpu", "cuda": "jax_paged_attn._cuda"}
+_CPU_MODULE = "jax_paged_attn._cpu"
+# By the major version of CUDA.
+_CUDA_MODULES = {13: "jax_paged_attn._cuda", 12: "jax_paged_attn._cuda12"}
+# The package that has its cuBLAS in a folder `lib`, in NVIDIA's namespace.
+_CUBLAS_PACKAGES = {13: "cu13", 12: "cublas"}
 # XLA's names of the platforms that JAX lowers for.
 _XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
+
+# The environment variable that chooses a CUDA module: 12 or 13.
+_CUDA_VERSION = "JPA_CUDA_VERSION"
 
 ATTENTION_TARGET = "jax_paged_attn.attention.v1"
 # For pools of every layout. "split" ones stay with v1, so that programs exported with them stay as they were.
@@ -71,33 +79,85 @@ class WriteOperands(NamedTuple):
     v_scale: Array
 
 
-def _load(platform: str) -> ModuleType | None:
-    name = _MODULES[platform]
+class _Choice(NamedTuple):
+    """The compiled module of a platform: None where this installation lacks it."""
+
+    name: str
+    module: ModuleType | None
+    why: str = ""  # it is this one of several
+
+
+def _import(name: str) -> ModuleType | None:
     try:
-        module = importlib.import_module(name)
+        return importlib.import_module(name)
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == name:
             return None
         raise ImportError(f"{name} is installed but does not load: {error}", name=name, path=error.path) from error
-    if platform == "cuda":
+
+
+def _load_cpu() -> _Choice:
+    module = _import(_CPU_MODULE)
+    if module is not None:
+        _register(module, "cpu")
+    return _Choice(_CPU_MODULE, module)
+
+
+def _load_cuda() -> _Choice:
+    version, why = _cuda_version()
+    name = _CUDA_MODULES[version]
+    module = _import(name)
+    if module is None and _CUDA_VERSION in os.environ:
+        raise ImportError(f"{why} asks for {name}, which this installation was built without", name=name)
+    if module is None:
+        # XLA does not mind which runtime a module has linked: where the driver is new enough for it, the other serves.
+        (other,) = _CUDA_MODULES.keys() - {version}
+        module = _import(_CUDA_MODULES[other])
+        if module is not None:
+            why += f", but this installation was built without {name}"
+            version, name = other, _CUDA_MODULES[other]
+    if module is not None:
         for type_name, registration in module.state_types().items():
-            jax.ffi.register_ffi_type(type_name, registration, platform=_XLA_PLATFORMS[platform])
-        module.set_library_directory(_cublas_directory())
+            jax.ffi.register_ffi_type(type_name, registration, platform=_XLA_PLATFORMS["cuda"])
+        module.set_library_directory(_cublas_directory(version))
+        _register(module, "cuda")
+    return _Choice(name, module, why)
+
+
+def _cuda_version() -> tuple[int, str]:
+    """The major version of CUDA whose module is to serve, and why.
+
+    Raises:
+      ValueError: JPA_CUDA_VERSION is there, and is neither 12 nor 13.
+    """
+    asked = os.environ.get(_CUDA_VERSION)
+    if asked is not None:
+        if asked not in map(str, _CUDA_MODULES):
+            raise ValueError(f"{_CUDA_VERSION}: expected 12 or 13, got {asked!r}")
+        return int(asked), f"{_CUDA_VERSION}={asked}"
+    for version in sorted(_CUDA_MODULES):  # beside both plugins the module of CUDA 12, which runs on every driver
+        plugin = f"jax_cuda{version}_plugin"
+        if importlib.util.find_spec(plugin) is not None:
+            return version, f"{plugin} is installed"
+    return max(_CUDA_MODULES), "no CUDA plugin of JAX is installed"
+
+
+def _register(module: ModuleType, platform: str) -> None:
     for target, handler in module.registrations().items():
         jax.ffi.register_ffi_target(target, handler, platform=_XLA_PLATFORMS[platform], api_version=1)
-    return module
 
 
-def _cublas_directory() -> str:
+def _cublas_directory(version: int) -> str:
     """Where NVIDIA's packages keep cuBLAS, which JAX's CUDA plugin depends on; empty if they are not installed."""
     if importlib.util.find_spec("nvidia") is None:
         return ""
-    spec = importlib.util.find_spec("nvidia.cu13")
+    spec = importlib.util.find_spec(f"nvidia.{_CUBLAS_PACKAGES[version]}")
     locations = spec.submodule_search_locations if spec else None
     return os.path.join(locations[0], "lib") if locations else ""
 
 
-_loaded = {platform: _load(platform) for platform in _MODULES}
+_CHOICES = {"cpu": _load_cpu(), "cuda": _load_cuda()}
+_loaded = {platform: choice.module for platform, choice in _CHOICES.items()}
 
 
 def has(platform: str) -> bool:
@@ -117,15 +177,15 @@ def missing(platform: str) -> str | None:
     """Why there is no compiled module for the platform, or None if there is one."""
     if has(platform):
         return None
-    if platform in _MODULES:
-        return f"this installation was built without {_MODULES[platform]}"
+    if platform in _CHOICES:
+        return f"this installation was built without {_CHOICES[platform].name}"
     return f"there is no compiled module for platform {platform!r}"
 
 
 def describe() -> list[str]:
     """One line per compiled module: how it was built and what it uses here."""
     lines = []
-    for platform, name in _MODULES.items():
+    for platform, (name, _, why) in _CHOICES.items():
         if not has(platform):
             lines.append(f"{name}: {missing(platform)}")
             continue
@@ -135,7 +195,8 @@ def describe() -> list[str]:
         if platform == "cpu":
             line += f"runs {module.isa()} (of {', '.join(module.available_isas())})"
         else:
-            line += f"has kernels for compute capabilities {build['architectures']}"
+            line += f"has the runtime of CUDA {build['cuda']} and kernels for compute capabilities "
+            line += f"{build['architectures']}; serves since {why}"
         lines.append(line)
     return lines
 

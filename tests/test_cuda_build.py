@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib.util
 from typing import Any
 
 import harness
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases import build
+from harness import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,13 +145,17 @@ def test_scratch_of_fused_depends_on_rows_only_where_it_must(
     assert size(rows, num_seqs, batch_invariant=True) <= bound(batch_invariant=True)
 
 
-@pytest.mark.parametrize("cuda_engine", ["fused", "cublaslt"])
-@pytest.mark.parametrize("name", ["decode", "mixed"])
-def test_calls_lower_for_cuda(name: str, cuda_engine: str) -> None:
+def lowered(name: str, cuda_engine: str) -> str:
     case = harness.adapted(name, cuda_engine)
     args, _ = build(case).arguments()
     call = functools.partial(getattr(jpa, case.function), implementation=cuda_engine)
-    text = jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    return jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("cuda_engine", ["fused", "cublaslt"])
+@pytest.mark.parametrize("name", ["decode", "mixed"])
+def test_calls_lower_for_cuda(name: str, cuda_engine: str) -> None:
+    text = lowered(name, cuda_engine)
     assert f"custom_call @{_ffi.ATTENTION_TARGET}" in text
     assert f'engine = "{cuda_engine}"' in text
 
@@ -167,3 +174,30 @@ def test_a_symbolic_batch_exports_for_cuda(keywords: dict[str, Any]) -> None:
         disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(_ffi.ATTENTION_TARGET)],
     )(spec((batch, 8, 64), jnp.bfloat16), pages, pages, spec((batch, 7), jnp.int32), spec((batch,), jnp.int32))
     assert _ffi.ATTENTION_TARGET in exported.mlir_module()
+
+
+def digests() -> list[str]:
+    """Of calls as they are lowered with the module that serves here."""
+    calls = [lowered(name, engine) for name in ("decode", "mixed") for engine in ("fused", "cublaslt")]
+    return [hashlib.sha256(call.encode()).hexdigest() for call in calls]
+
+
+OF_A_VERSION = """
+import test_cuda_build
+from jax_paged_attn import _ffi
+print(_ffi.compiled("cuda").__name__, _ffi.compiled("cuda").build_info()["cuda"].split(".")[0])
+print(*_ffi.compiled("cuda").registrations())
+print(*test_cuda_build.digests())
+"""
+
+
+@pytest.mark.parametrize(("version", "module"), [("12", "_cuda12"), ("13", "_cuda")])
+def test_the_module_of_each_version_lowers_the_same_programs(version: str, module: str) -> None:
+    """So that a program which was exported beside one CUDA runs beside the other."""
+    name = f"jax_paged_attn.{module}"
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"this installation was built without {name}")
+    of_module, targets, programs = python(OF_A_VERSION, JPA_CUDA_VERSION=version)
+    assert of_module == f"{name} {version}"
+    assert targets.split() == list(_ffi.compiled("cuda").registrations())
+    assert programs.split() == digests()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 import pytest
 from harness import python
@@ -50,7 +54,8 @@ else:
 def test_an_absent_module_is_normal(module: str) -> None:
     script = f"""
 import sys
-sys.modules["jax_paged_attn.{module}"] = None  # as if it was not there
+for name in ("{module}", "_cuda12"):
+    sys.modules["jax_paged_attn." + name] = None  # as if it was not there
 {CALL}
 call()
 import jax_paged_attn as jpa
@@ -68,7 +73,7 @@ except LookupError as error:
     assert python(script)[-3:] == [why, "True", why]
 
 
-@pytest.mark.parametrize("module", ["_cpu", "_cuda"])
+@pytest.mark.parametrize("module", ["_cpu", "_cuda", "_cuda12"])
 @pytest.mark.parametrize("content", ["no ELF", "cut off", "needs what is not there"])
 def test_a_broken_module_raises(module: str, content: str, tmp_path) -> None:
     """It is not taken for an absent one, since calls would then be slow without a word."""
@@ -81,10 +86,88 @@ def test_a_broken_module_raises(module: str, content: str, tmp_path) -> None:
         path = tmp_path / f"{module}.so"
         path.write_bytes(b"not a shared object" * 99 if content == "no ELF" else b"\x7fELF\x02\x01\x01")
         reason = str(path)
-    kind, message = python(REDIRECT + IMPORT, name, str(path))
+    environment = {} if module == "_cpu" else {"JPA_CUDA_VERSION": "12" if module == "_cuda12" else "13"}
+    kind, message = python(REDIRECT + IMPORT, name, str(path), **environment)
     assert kind.startswith(f"ImportError {name} ")
     assert message.startswith(f"{name} is installed but does not load: ")
     assert reason in message
+
+
+class CudaModule(ModuleType):
+    """In place of a compiled module: has nothing to register."""
+
+    directory: str
+
+    def state_types(self) -> dict[str, Any]:
+        return {}
+
+    def registrations(self) -> dict[str, Any]:
+        return {}
+
+    def set_library_directory(self, directory: str) -> None:
+        self.directory = directory
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Callable[..., None]:
+    """Makes the modules and plugins that it is called with the only ones, with each version's cuBLAS beside them."""
+
+    def spec_of(name: str, folder: str = "") -> ModuleSpec:
+        spec = ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = [str(tmp_path / folder)]
+        return spec
+
+    def install(modules: str, plugins: str = "", version: str | None = None) -> None:
+        for name in ("_cuda", "_cuda12"):
+            module = CudaModule(name) if name in modules.split() else None
+            monkeypatch.setitem(sys.modules, f"jax_paged_attn.{name}", module)
+        there = {f"jax_cuda{plugin}_plugin": spec_of(plugin) for plugin in plugins.split()}
+        there |= {"nvidia": spec_of("nvidia"), **{f"nvidia.{n}": spec_of(n, n) for n in ("cu13", "cublas")}}
+        monkeypatch.setattr("importlib.util.find_spec", there.get)
+        if version is None:
+            monkeypatch.delenv("JPA_CUDA_VERSION", raising=False)
+        else:
+            monkeypatch.setenv("JPA_CUDA_VERSION", version)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("modules", "plugins", "version", "chosen", "why"),
+    [
+        ("_cuda _cuda12", "13", None, "_cuda", "jax_cuda13_plugin is installed"),
+        ("_cuda _cuda12", "12", None, "_cuda12", "jax_cuda12_plugin is installed"),
+        ("_cuda _cuda12", "12 13", None, "_cuda12", "jax_cuda12_plugin is installed"),
+        ("_cuda _cuda12", "", None, "_cuda", "no CUDA plugin of JAX is installed"),
+        ("_cuda _cuda12", "13", "12", "_cuda12", "JPA_CUDA_VERSION=12"),
+        ("_cuda _cuda12", "12", "13", "_cuda", "JPA_CUDA_VERSION=13"),
+        ("_cuda", "12", None, "_cuda", "but this installation was built without jax_paged_attn._cuda12"),
+        ("_cuda12", "13", None, "_cuda12", "but this installation was built without jax_paged_attn._cuda"),
+        ("", "12", None, None, "jax_cuda12_plugin is installed"),
+    ],
+)
+def test_the_plugin_chooses_the_cuda_module(
+    installed: Callable[..., None], modules: str, plugins: str, version: str | None, chosen: str | None, why: str
+) -> None:
+    installed(modules, plugins, version)
+    choice = _ffi._load_cuda()
+    assert choice.why.endswith(why)
+    if chosen is None:
+        assert choice.module is None
+        assert choice.name == "jax_paged_attn._cuda12"  # the one to name in messages
+        return
+    assert isinstance(choice.module, CudaModule)
+    assert (choice.name, choice.module.__name__) == (f"jax_paged_attn.{chosen}", chosen)
+    assert choice.module.directory.endswith({"_cuda": "/cu13/lib", "_cuda12": "/cublas/lib"}[chosen])
+
+
+def test_a_version_of_cuda_that_is_asked_for_must_be_there(installed: Callable[..., None]) -> None:
+    installed("_cuda", version="12")
+    with pytest.raises(ImportError, match=r"JPA_CUDA_VERSION=12 asks for jax_paged_attn._cuda12, which .* without"):
+        _ffi._load_cuda()
+    installed("_cuda", version="11")
+    with pytest.raises(ValueError, match="JPA_CUDA_VERSION: expected 12 or 13, got '11'"):
+        _ffi._load_cuda()
 
 
 def test_there_is_no_module_for_other_platforms() -> None:

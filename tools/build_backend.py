@@ -1,6 +1,7 @@
-"""The build backend: scikit-build-core, and where JPA_CUDA=ON lacks a CUDA toolkit, NVIDIA's packages as requirements.
+"""The build backend: scikit-build-core, and as requirements those packages of NVIDIA that the CUDA modules lack.
 
-JPA_CUDA comes from `--config-settings=cmake.define.JPA_CUDA=ON` or from SKBUILD_CMAKE_DEFINE="JPA_CUDA=ON".
+JPA_CUDA and JPA_CUDA12 come from `--config-settings=cmake.define.JPA_CUDA=ON` or from
+SKBUILD_CMAKE_DEFINE="JPA_CUDA=ON;JPA_CUDA12=ON".
 """
 
 import os
@@ -29,6 +30,13 @@ _COMPILER = [
 ]
 # For its headers: the library itself is opened at run time.
 _CUBLAS = ["nvidia-cublas>=13.0,<14"]
+# They take the place of the compiler's own parts in the module for CUDA 12, see cmake/cuda12.cmake.
+_CUDA12 = [
+    "nvidia-cuda-nvcc-cu12==12.9.*",
+    "nvidia-cuda-runtime-cu12==12.9.*",
+    "nvidia-cuda-cccl-cu12==12.9.*",
+    "nvidia-cublas-cu12==12.9.*",
+]
 
 Settings = dict[str, str | list[str]] | None
 
@@ -46,10 +54,14 @@ def get_requires_for_build_editable(config_settings: Settings = None) -> list[st
 def _cuda_requirements(config_settings: Settings) -> list[str]:
     settings = config_settings or {}
     defines = os.environ.get("SKBUILD_CMAKE_DEFINE", "").split(";")
-    if settings.get("cmake.define.JPA_CUDA") != "ON" and "JPA_CUDA=ON" not in defines:
-        return []
+    cuda13, cuda12 = (
+        settings.get(f"cmake.define.{option}") == "ON" or f"{option}=ON" in defines
+        for option in ("JPA_CUDA", "JPA_CUDA12")
+    )
+    requirements = _CUDA12 if cuda12 else []
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
-    if nvcc is None:
-        return _COMPILER + _CUBLAS
-    header = Path(nvcc).resolve().parent.parent / "include" / "cublasLt.h"
-    return [] if header.exists() else _CUBLAS
+    if nvcc is None and (cuda13 or cuda12):
+        requirements = requirements + _COMPILER
+    if cuda13 and not (nvcc and (Path(nvcc).resolve().parent.parent / "include" / "cublasLt.h").exists()):
+        requirements = requirements + _CUBLAS
+    return requirements

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Fails if a wheel is too large, bundles libraries, or lacks kernels for a compute capability.
+"""Fails if a wheel is too large, bundles libraries, or lacks a CUDA module or its kernels for a compute capability.
 
-Usage: tools/check_wheel.py WHEEL [--architectures "80;90a;120-virtual"]
+Usage: tools/check_wheel.py WHEEL [--modules _cuda _cuda12] [--architectures "80;90a;120-virtual"]
 
 cuobjdump is the one on PATH, or that of NVIDIA's package nvidia-cuda-cuobjdump.
 """
@@ -22,7 +22,8 @@ MAX_BYTES = 60_000_000
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("--architectures", default="", help="those of the CUDA module; empty if there is none")
+    parser.add_argument("--modules", nargs="*", default=[], help="the CUDA modules that it has to have, and no others")
+    parser.add_argument("--architectures", default="", help="those of each CUDA module")
     arguments = parser.parse_args()
     wheel, architectures = arguments.wheel, [a for a in arguments.architectures.split(";") if a]
 
@@ -31,18 +32,13 @@ def main() -> int:
         files = archive.infolist()
         # The CUDA runtime is linked in, and cuBLASLt and the driver are opened at run time.
         faults += [f"{f.filename}: a bundled library" for f in files if ".libs/" in f.filename]
-        modules = [f.filename for f in files if re.fullmatch(r"jax_paged_attn/_cuda\.[^/]*so", f.filename)]
-        if len(modules) != bool(architectures):
-            faults.append(f"CUDA modules: {modules}, architectures expected: {architectures}")
-        elif modules:
-            with tempfile.TemporaryDirectory() as directory:
-                module = archive.extract(modules[0], directory)
-                kernels, ptx = kernels_of(module), ptx_of(module)
-            faults += missing_kernels(kernels, [a for a in architectures if not a.endswith("-virtual")])
-            expected = {f"sm_{a.removesuffix('-virtual')}" for a in architectures if a.endswith("-virtual")}
-            if ptx != expected:
-                faults.append(f"PTX for {sorted(ptx)}, expected for {sorted(expected)}")
-            print("kernels: " + ", ".join(f"{len(names)} for {name}" for name, names in sorted(kernels.items())))
+        found = [re.fullmatch(r"jax_paged_attn/(_cuda\d*)\.[^/]*so", f.filename) for f in files]
+        modules = {match[1]: match[0] for match in found if match}
+        if modules.keys() != set(arguments.modules):
+            faults.append(f"CUDA modules: {sorted(modules)}, expected: {sorted(arguments.modules)}")
+        with tempfile.TemporaryDirectory() as directory:
+            for name, file in sorted(modules.items()):
+                faults += [f"{name}: {fault}" for fault in faults_of(archive.extract(file, directory), architectures)]
     size, unpacked = wheel.stat().st_size, sum(f.file_size for f in files)
     if size > MAX_BYTES:
         faults.append(f"{size / 1e6:.1f} MB, at most {MAX_BYTES / 1e6:.0f} are allowed")
@@ -50,6 +46,18 @@ def main() -> int:
         print(f"{wheel}: {fault}", file=sys.stderr)
     print(f"{wheel.name}: {size / 1e6:.1f} MB, unpacked {unpacked / 1e6:.1f} MB, {len(faults)} faults")
     return 1 if faults else 0
+
+
+def faults_of(module: str, architectures: list[str]) -> list[str]:
+    """What the module lacks of the architectures, or has beyond them; prints how many kernels it has."""
+    kernels, ptx = kernels_of(module), ptx_of(module)
+    faults = missing_kernels(kernels, [a for a in architectures if not a.endswith("-virtual")])
+    expected = {f"sm_{a.removesuffix('-virtual')}" for a in architectures if a.endswith("-virtual")}
+    if ptx != expected:
+        faults.append(f"PTX for {sorted(ptx)}, expected for {sorted(expected)}")
+    counts = ", ".join(f"{len(names)} for {name}" for name, names in sorted(kernels.items()))
+    print(f"{Path(module).name}, {Path(module).stat().st_size / 1e6:.1f} MB: kernels {counts or 'as PTX alone'}")
+    return faults
 
 
 def kernels_of(module: str) -> dict[str, set[str]]:

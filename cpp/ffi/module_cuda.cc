@@ -1,5 +1,6 @@
-// The Python module jax_paged_attn._cuda: what to register with XLA, and what was built. It loads without a
-// GPU.
+// The Python modules jax_paged_attn._cuda and _cuda12: what to register with XLA, and what was built. They
+// load without a GPU.
+#include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -155,6 +156,7 @@ int64_t FusedWorkspaceBytesPerRow(int64_t num_q_heads, int64_t head_dim) {
 nb::dict BuildInfo() {
   nb::dict info;
   info["compiler"] = JPA_COMPILER;
+  info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   info["architectures"] = JPA_CUDA_ARCHITECTURES;
   info["ffi_api"] = jpa::CudaFfiApiVersion();
   return info;
@@ -162,7 +164,7 @@ nb::dict BuildInfo() {
 
 }  // namespace
 
-NB_MODULE(_cuda, m) {
+NB_MODULE(JPA_MODULE, m) {
   m.doc() = "The CUDA engines of jax_paged_attn: XLA FFI handlers and facts about the build.";
   m.def("registrations", &Registrations,
         nb::sig("def registrations() -> dict[str, object | dict[str, object]]"),
@@ -201,10 +203,10 @@ NB_MODULE(_cuda, m) {
   m.attr("WORKSPACE_BYTES_PER_ROW") = jpa::cublaslt::kWorkspaceBytesPerRow;
   m.attr("DEFAULT_WORKSPACE_LIMIT") = jpa::cublaslt::kDefaultWorkspaceLimit;
   m.def("set_library_directory", &jpa::cublaslt::SetLibraryDirectory, nb::arg("directory"),
-        "Where to look for libcublasLt.so.13 if neither the process nor the loader's search path has it.");
+        "Where to look for cuBLASLt if neither the process nor the loader's search path has it.");
   m.def("host_calls", &jpa::AttentionCudaHostCalls,
         "How often XLA has called the attention handler in this process; replays of a CUDA graph do not.");
   m.def("build_info", &BuildInfo, nb::sig("def build_info() -> dict[str, str]"),
-        "The compiler, the compute capabilities that kernels were compiled for, and the version of the XLA "
-        "FFI headers.");
+        "The compiler, the version of the CUDA runtime, the compute capabilities that kernels were compiled "
+        "for, and the version of the XLA FFI headers.");
 }

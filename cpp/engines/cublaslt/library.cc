@@ -8,8 +8,12 @@
 namespace jpa::cublaslt {
 namespace {
 
-constexpr char kFile[] = "libcublasLt.so.13";
-constexpr size_t kOldestVersion = 130000;
+// The library of the header's major version, from the first on that takes arrays of pointers to matrices.
+static_assert(CUBLAS_VER_MAJOR == 12 || CUBLAS_VER_MAJOR == 13);
+constexpr bool kIs12 = CUBLAS_VER_MAJOR == 12;
+constexpr const char* kFile = kIs12 ? "libcublasLt.so.12" : "libcublasLt.so.13";
+constexpr const char* kOldest = kIs12 ? "12.9" : "13.0";
+constexpr size_t kOldestVersion = kIs12 ? 120900 : 130000;
 
 std::mutex mutex;
 std::string directory;  // guarded by mutex
@@ -38,9 +42,8 @@ Status Load(Library* library) {
   std::string why_not;
   void* handle = Open(&why_not);
   if (handle == nullptr) {
-    return Status::Internal(
-        std::string("implementation 'cublaslt': expected ") + kFile +
-        " of cuBLAS 13 (JAX's CUDA plugin and the package nvidia-cublas bring it), got: " + why_not);
+    return Status::Internal(std::string("implementation 'cublaslt': expected ") + kFile + " of cuBLAS " +
+                            kOldest + " or later (JAX's CUDA plugin brings it), got: " + why_not);
   }
   std::string missing;
   Resolve(handle, "cublasLtGetVersion", &library->GetVersion, &missing);
@@ -62,8 +65,8 @@ Status Load(Library* library) {
     return Status::Internal(std::string("implementation 'cublaslt': ") + kFile + " lacks " + missing);
   }
   if (const size_t version = library->GetVersion(); version < kOldestVersion) {
-    return Status::Internal("implementation 'cublaslt': expected cuBLASLt 13.0 or later, got version " +
-                            std::to_string(version));
+    return Status::Internal(std::string("implementation 'cublaslt': expected cuBLASLt ") + kOldest +
+                            " or later, got version " + std::to_string(version));
   }
   return Status::Ok();
 }

@@ -1,5 +1,5 @@
 // As much of cuBLASLt's header as cpp/engines/cublaslt/library.h needs, for machines that have none: its
-// functions by name, called by no test but for the version's.
+// functions by name, called by no test but for the version's. CUBLAS_VER_MAJOR comes from the build.
 #pragma once
 
 #include <cstddef>
