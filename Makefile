@@ -79,10 +79,7 @@ hooks: $(VENV)/dev.stamp
 
 # The C++ tests, then the conformance suite on the CPU engine, all under the address and undefined-behaviour sanitizers.
 sanitize: $(VENV)/test.stamp $(VENV)/dev.stamp
-	$(BIN)/cmake -S . -B build/sanitize -DJPA_SANITIZE=ON -DJPA_MODULE=OFF
-	$(BIN)/cmake --build build/sanitize --parallel 2
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
-	tools/test_sanitized $(VENV)
+	XLA_FLAGS="$(QUICK_COMPILATION) $$XLA_FLAGS" tools/test_sanitized $(VENV)
 
 stubs: $(VENV)/test.stamp $(VENV)/dev.stamp
 	$(BIN)/python -m nanobind.stubgen -m jax_paged_attn._cpu -o jax_paged_attn/_cpu.pyi

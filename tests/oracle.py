@@ -1,4 +1,4 @@
-"""The specification as a loop: float64 NumPy, one query row and one head at a time.
+"""The specification as a loop: float64 NumPy, one query row and one KV head at a time.
 
 Every engine, the pure-JAX reference included, is measured against this file, so it takes nothing from the
 package and nothing from JAX: only NumPy, and ml_dtypes for the rounding of 8-bit floats.
@@ -62,35 +62,38 @@ def ragged_paged_attention(
     for b in range(live):
         kv_len = int(np.clip(int(kv_lens[b]), 0, max_pages * page_size))
         first, count = int(starts[b]), int(starts[b + 1] - starts[b])
+        if count == 0:
+            continue
+        # The keys of one sequence are gathered and converted once, since that takes longer than all that follows.
+        places = np.arange(kv_len)
+        pages, offsets = block_tables[b, places // page_size], places % page_size
+        there = (pages >= 0) & (pages < num_pages)
+        keys, values = np.zeros((2, num_kv_heads, kv_len, head_dim))
+        sides = ((k_pages, k_scales, k_token_scales, keys), (v_pages, v_scales, v_token_scales, values))
+        for pool, scales, token_scales, mine in sides:
+            where = pages[there], offsets[there]
+            tokens = pool[where].astype(np.float64) * scales[:, None]  # [keys, K, H]
+            if token_scales is not None:
+                tokens *= token_scales[where][..., None]
+            mine[:, there] = np.moveaxis(tokens, 0, 1)
         for row in range(count):
             position = kv_len - count + row
             last_key = position if causal or position < 0 else kv_len - 1
             first_key = 0 if sliding_window is None else max(0, position - sliding_window + 1)
-            seen = [
-                (int(block_tables[b, j // page_size]), j % page_size)
-                for j in range(first_key, last_key + 1)
-                if 0 <= block_tables[b, j // page_size] < num_pages
-            ]
-            pages, offsets = np.array(seen, np.int64).reshape(-1, 2).T
-            for head in range(num_heads):
-                kv_head = head // group
-                keys = k_pages[pages, offsets, kv_head].astype(np.float64) * k_scales[kv_head]
-                values = v_pages[pages, offsets, kv_head].astype(np.float64) * v_scales[kv_head]
-                if k_token_scales is not None:
-                    keys *= k_token_scales[pages, offsets, kv_head, None]
-                if v_token_scales is not None:
-                    values *= v_token_scales[pages, offsets, kv_head, None]
-                scores = keys @ q[first + row, head].astype(np.float64) * scale
+            seen = first_key + np.flatnonzero(there[first_key : last_key + 1]) if last_key >= 0 else []
+            for kv_head in range(num_kv_heads):
+                heads = slice(kv_head * group, (kv_head + 1) * group)
+                scores = q[first + row, heads].astype(np.float64) @ keys[kv_head, seen].T * scale
                 if soft_cap is not None:
                     scores = soft_cap * np.tanh(scores / soft_cap)
-                sink = -np.inf if sinks is None else float(sinks[head])
-                top = max(scores.max(initial=-np.inf), sink)
-                if top == -np.inf:
-                    continue
-                weights = np.exp(scores - top)
-                total = weights.sum() + np.exp(sink - top)
-                out[first + row, head] = weights @ values / total
-                lse[first + row, head] = top + np.log(total)
+                sink = np.full(group, -np.inf) if sinks is None else sinks[heads].astype(np.float64)
+                top = np.maximum(scores.max(axis=-1, initial=-np.inf), sink)
+                top_or_zero = np.where(np.isneginf(top), 0.0, top)  # a row without a key and without a sink
+                weights = np.exp(scores - top_or_zero[:, None])
+                total = weights.sum(axis=-1) + np.exp(sink - top_or_zero)
+                some = total > 0
+                out[first + row, heads][some] = (weights @ values[kv_head, seen])[some] / total[some, None]
+                lse[first + row, heads][some] = top[some] + np.log(total[some])
     return out, lse
 
 

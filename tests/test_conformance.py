@@ -10,6 +10,7 @@ from cases import BY_NAME, CASES, DTYPES, LSE_BOUND, OUT_BOUND, Case, build
 from jax_paged_attn import _engines
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_engine_matches_the_oracle(engine: str, case: Case) -> None:
     case = harness.adapted(case, engine)

@@ -454,6 +454,7 @@ def test_ngrams_of_a_known_distribution():
     assert abs(ngram_bits_per_byte(uniform[:15000], uniform[15000:], 1) - 2.0) < 0.01
 
 
+@pytest.mark.one_release
 def test_the_committed_model_on_heldout_text_through_the_paged_cache():
     files = list((EXAMPLES / "checkpoint").iterdir())
     assert {file.name for file in files} == {"config.json", "model.safetensors"}
@@ -485,6 +486,7 @@ def test_costs_of_cache_dtypes_on_the_committed_model():
     assert {"e4m3, no scales", "e4m3, calibrated", "int8, calibrated"} < set(costs)
 
 
+@pytest.mark.one_release
 def test_training_learns(capsys: pytest.CaptureFixture[str]):
     config = train.TrainConfig(steps=40, tokens=512, warmup=5, learning_rate=1e-2, average=0.9, evaluate_every=20)
     config_small = dataclasses.replace(SMALL, tie_word_embeddings=True)
@@ -554,6 +556,7 @@ def test_generate_refuses_bad_input(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.one_release
 def test_the_largest_seed_serves_several_prompts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     run_generate(monkeypatch, "--seed=4294967295", "--prompt=The", "--prompt=A", "--max-new-tokens=2")
     assert capsys.readouterr().out.count("2 tokens, length") == 2

@@ -410,6 +410,7 @@ def test_bits_do_not_depend_on_the_place_in_the_batch(engine: str, name: str) ->
 WIDE = [pytest.param(isa, marks=pytest.mark.slow) for isa in ("avx512", "avx2")]
 
 
+@pytest.mark.one_release
 @pytest.mark.parametrize("isa", [*WIDE, "baseline"])
 def test_each_instruction_set_conforms(isa: str) -> None:
     cpu = pytest.importorskip("jax_paged_attn._cpu", exc_type=ModuleNotFoundError)

@@ -606,7 +606,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.slow
 def test_many_streams_of_which_a_third_is_killed() -> None:
-    number, tokens = 200, 48
+    number, tokens = 120, 48
     prompts = [[0, *f"{index} is a number that ".encode()] for index in range(number)]
     requests = [Request(p, tokens, stop_tokens=[0], temperature=1.0, seed=i) for i, p in enumerate(prompts)]
 
