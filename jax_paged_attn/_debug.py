@@ -195,7 +195,7 @@ def _observe_attention(
     }
 
 
-# What is observed of every attention call; the rest are scales per token.
+# These are observed of every attention call; the rest are scales per token.
 _OF_EVERY_CALL = {
     *("num_seqs", "cu_q_lens", "lengths", "block_tables", "finite_q", "bad_keys", "bad_values"),
     *("sinks", "k_scale", "v_scale"),

@@ -54,7 +54,8 @@ class Program:
 def operands_of(case: Case) -> list[Any]:
     """The positional arguments of a case, then its sinks and scales, without what it does not have."""
     _, positional, named = harness.arguments(case)
-    return [x for x in (*positional, *(named[name] for name in ("sinks", "k_scale", "v_scale"))) if x is not None]
+    arrays = ("sinks", "k_scale", "v_scale", "k_scales_pages", "v_scales_pages")
+    return [x for x in (*positional, *(named.get(name) for name in arrays)) if x is not None]
 
 
 def ragged(*operands: Any) -> Any:
@@ -87,6 +88,22 @@ def head_major(*operands: Any) -> Any:
     return compat.paged_attention(*positional, k_scale=k_scale, v_scale=v_scale, return_lse=True)
 
 
+def tokens(q: Any, k_pages: Any, v_pages: Any, tables: Any, lengths: Any, k_scales: Any, v_scales: Any) -> Any:
+    """Takes a page out of pools with scales per token and writes its tokens back, then decodes."""
+    page, size = tables[-1, 0], k_pages.shape[2]
+    slots = page * size + jnp.arange(size, dtype=jnp.int32)
+    of_page = [scales[:, page].T for scales in (k_scales, v_scales)]  # [S, K]
+    k, v = (
+        pages[:, page].swapaxes(0, 1).astype(jnp.float32) * scales[..., None]
+        for pages, scales in zip((k_pages, v_pages), of_page, strict=True)
+    )
+    k_pages, v_pages, k_scales, v_scales = (x.at[:, page].set(0) for x in (k_pages, v_pages, k_scales, v_scales))
+    scales = {"k_scale": of_page[0], "v_scale": of_page[1]}
+    pools = compat.write_head_major_kv_pages(k_pages, v_pages, k, v, slots, k_scales, v_scales, **scales)
+    k_pages, v_pages, k_scales, v_scales = pools
+    return compat.paged_attention(q, k_pages, v_pages, tables, lengths, k_scales, v_scales, return_lse=True)
+
+
 PROGRAMS = {
     "ragged": Program(
         ("jax_paged_attn.attention.v1",),
@@ -115,6 +132,13 @@ PROGRAMS = {
         (),
         ("b", "2, p", "2, p", "b, m", "b"),
         head_major,
+    ),
+    "tokens": Program(
+        ("jax_paged_attn.attention.v3", "jax_paged_attn.write.v2"),
+        "tokens_many_rows",
+        (),
+        ("b", "1, p", "1, p", "b, m", "b", "1, p", "1, p"),
+        tokens,
     ),
 }
 

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(not _ffi.has("cuda"), reason="this installation 
 MIB = 1 << 20
 
 
-def plan_of(*sizes: Any, limit: int = 256 * MIB) -> dict[str, int]:
-    return _ffi.compiled("cuda").attention_plan(*sizes, limit)
+def plan_of(*sizes: Any, limit: int = 256 * MIB, **kind: Any) -> dict[str, int]:
+    return _ffi.compiled("cuda").attention_plan(*sizes, limit, **kind)
 
 
 @settings(max_examples=2000, deadline=None)
@@ -37,17 +37,20 @@ def plan_of(*sizes: Any, limit: int = 256 * MIB) -> dict[str, int]:
     max_pages=st.integers(0, 1100),
     decode=st.booleans(),
     limit=st.sampled_from([1 * MIB, 16 * MIB, 256 * MIB]),
+    pool=st.sampled_from([("split", 0), ("interleaved", 0), ("interleaved", 3), ("head_major", 0)]),
+    token_scales=st.booleans(),
 )
 def test_plan_covers_the_call_within_its_bound(
     dtypes: tuple[str, str], kv_heads: int, group: int, head_dim: int, page_size: int,
-    num_seqs: int, num_rows: int, max_pages: int, decode: bool, limit: int,
+    num_seqs: int, num_rows: int, max_pages: int, decode: bool, limit: int, pool: tuple[str, int], token_scales: bool,
 ) -> None:  # fmt: skip
     module = _ffi.compiled("cuda")
+    kind = {"layout": pool[0], "num_padding_heads": pool[1], "token_scales": token_scales}
     rows = num_seqs if decode else num_rows
     plan = plan_of(
-        *dtypes, rows, kv_heads * group, kv_heads, head_dim, page_size, num_seqs, max_pages, decode, limit=limit
+        *dtypes, rows, kv_heads * group, kv_heads, head_dim, page_size, num_seqs, max_pages, decode, limit=limit, **kind
     )
-    bound = module.workspace_bound(*dtypes, kv_heads * group, kv_heads, head_dim, page_size, limit)
+    bound = module.workspace_bound(*dtypes, kv_heads * group, kv_heads, head_dim, page_size, limit, **kind)
     assert plan["workspace_bytes"] <= bound + (rows + num_seqs) * module.WORKSPACE_BYTES_PER_ROW
     assert plan["stretch_keys"] * plan["stretches"] >= max_pages * page_size
     # Every row has a place: of each sequence all tiles but one are full.

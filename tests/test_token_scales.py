@@ -72,6 +72,7 @@ def test_write_stores_values_and_their_scales(page_dtype: str, scale_dtype: str,
         assert_same_bits(mine, theirs)
 
 
+@pytest.mark.skipif(not (_ffi.has("cpu") or jax.default_backend() == "gpu"), reason="XLA may copy 8-bit arrays")
 def test_donated_pages_and_scales_are_written_in_place() -> None:
     operands = [jax.device_put(x) + np.zeros((), x.dtype) for x in pools("int8", "f32")]
     pointers = [x.unsafe_buffer_pointer() for x in operands]
@@ -86,18 +87,15 @@ def test_donated_pages_and_scales_are_written_in_place() -> None:
 
 def test_what_is_written_is_read_again() -> None:
     """Keys of very different magnitudes, within the rounding of 8 bits; garbage has no part in it."""
-    k, v = (np.concatenate([x, x[:, :1] * 0.5], axis=1)[:, :K] for x in tokens())
-    slots = np.array([4, 3, 11, 10, 9, 5], np.int32)  # tokens 1 and 0 of page 1, 2, 1, 0 of page 3, 2 of page 1
-    k_pages, v_pages, k_scales, v_scales = compat.write_head_major_kv_pages(
-        *pools("int8", "f32")[:2], k, v, slots, *pools("int8", "f32")[2:]
-    )
+    (k, v), (k_pages, v_pages, k_scales, v_scales) = tokens(), pools("int8", "f32")
+    slots = np.array([4, 3, 11, 10, 9, 5], np.int32)  # all of page 1 and of page 3
+    written = compat.write_head_major_kv_pages(k_pages, v_pages, k, v, slots, k_scales, v_scales)
     q = np.random.default_rng(4).standard_normal((1, 4, H)).astype(np.float32) * 1e-4
     tables, lengths = np.array([[1, 3, -1]], np.int32), np.array([6], np.int32)
-    out, lse = compat.paged_attention(q, k_pages, v_pages, tables, lengths, k_scales, v_scales, return_lse=True)
-    order = np.argsort(np.array([1, 0, 5, 4, 3, 2]))
-    scores = np.einsum("nh,tnh->nt", q[0], np.repeat(k[order], 2, axis=1).astype(np.float64))
+    out, lse = compat.paged_attention(q, *written[:2], tables, lengths, *written[2:], return_lse=True)
+    scores = np.einsum("nh,tnh->nt", q[0], np.repeat(k, 2, axis=1).astype(np.float64))
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    want = np.einsum("nt,tnh->nh", weights / weights.sum(axis=1, keepdims=True), np.repeat(v[order], 2, axis=1))
+    want = np.einsum("nt,tnh->nh", weights / weights.sum(axis=1, keepdims=True), np.repeat(v, 2, axis=1))
     np.testing.assert_allclose(out[0], want, atol=0.01 * np.abs(want).max())
     np.testing.assert_allclose(lse[0], np.log(np.exp(scores).sum(axis=1)), atol=0.01)
 

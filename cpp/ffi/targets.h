@@ -75,7 +75,7 @@ inline constexpr TensorTable<12, 3> kAttentionTensors = {
         {.name = "sinks", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, N]"},
         {.name = "k_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
         {.name = "v_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
-        // Of a pool's shape without its last axis, or [0, 0, 0].
+        // A pool's shape without its last axis, or [0, 0, 0].
         {.name = "k_token_scales", .dtype = ElementType::kF32, .rank = 3, .shape = "[P, S, K]", .since = 3},
         {.name = "v_token_scales", .dtype = ElementType::kF32, .rank = 3, .shape = "[P, S, K]", .since = 3},
         {.name = "out", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, N, H]"},
