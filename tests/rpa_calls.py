@@ -141,9 +141,9 @@ def expected(call: RpaCall, arrays: Mapping[str, Array]) -> tuple[Array, Array, 
         slots = tables[b, np.arange(length) // page_size], np.arange(length) % page_size
         if call.writes:
             new = tuple(x[max(length - end + begin, 0) :] for x in slots)
+            flat[new] = 0
             for pool, tokens in ((keys, arrays["keys"]), (values, arrays["values"])):
                 written = tokens[end - len(new[0]) : end]
-                pool[new] = 0
                 pool[(*new, slice(None), slice(head_dim))] = written
         for t in range(begin, end):
             position = length - int(end) + t

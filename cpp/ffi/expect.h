@@ -1,5 +1,5 @@
-// What a call's buffers must be: a mismatch becomes a status that names the argument, what was expected and
-// what came.
+// The buffers that a call must have: a mismatch becomes a status that names the argument, what was expected
+// and what came.
 #pragma once
 
 #include <cstdint>

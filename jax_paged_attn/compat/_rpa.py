@@ -284,7 +284,7 @@ def in_chunks(
 
 
 def _write(call: Call, slots: Array) -> Array:
-    """The cache with the tokens in their slots. Numbers past H become 0, as in the other kernels.
+    """The cache with the tokens in their slots. Numbers past H and heads past K become 0, as in the other kernels.
 
     It has its own shape: XLA would copy it if it was reshaped in front of a call that updates it in place.
     """
@@ -292,8 +292,9 @@ def _write(call: Call, slots: Array) -> Array:
     if str(keys.dtype) in _checks.QUANTIZED_DTYPES:
         # The write rounds floats to 8 bits, and bfloat16 has every number of 8 bits.
         keys, values = keys.astype(jnp.bfloat16), values.astype(jnp.bfloat16)
-    no_scale = _modes.zeros((0, keys.shape[1]), jnp.float32)
-    keys, values = (_widened(x, call.pool_shape[3]) for x in (keys, values))
+    kept, width = call.pool_shape[2] // 2, call.pool_shape[3]
+    keys, values = (_widened(x, kept, width) for x in (keys, values))
+    no_scale = _modes.zeros((0, kept), jnp.float32)
     (cache,) = _primitive.write(call.cache, keys, values, slots, no_scale, no_scale, layout="interleaved")
     return cache
 
@@ -312,12 +313,21 @@ def _attend(
         num_seqs=distribution[2], layout="interleaved", tables_name="page_indices", pools=("kv_cache", "kv_cache"),
         foreign_pages=tables is not call.tables,  # those in front of a chunk are not read
     )  # fmt: skip
-    operands = (_widened(call.queries, pool.shape[3]), pool, pool, tables, kv_lens, starts, counts, *per_head)
+    operands = (
+        _widened(call.queries, num_heads, pool.shape[3]),
+        pool,
+        pool,
+        tables,
+        kv_lens,
+        starts,
+        counts,
+        *per_head,
+    )
     static = {"scoring": scoring, "decode": False, "layout": "interleaved", "token_scales": (False, False)}
     out, lse = _primitive.attention(*operands, **static, **_options.engine_choice(options))
     return out[..., :head_dim], lse
 
 
-def _widened(x: Array, width: int) -> Array:
-    """`[T, heads, H]` with zeros behind the H numbers of each head."""
-    return jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2])))
+def _widened(x: Array, heads: int, width: int) -> Array:
+    """`[T, heads, width]`: those of x with zeros behind their numbers, and heads of zeros behind them."""
+    return jnp.pad(x, ((0, 0), (0, heads - x.shape[1]), (0, width - x.shape[2])))
