@@ -210,7 +210,9 @@ def _scale_of_tokens(dims: _checks.Dims, name: str, scale: ArrayLike | None, sto
     dims.match(name, array, "T K", ("float32",))
     _checks.check_scales(name, scale, array)
     limits = jnp.finfo(stored)
-    return jnp.clip(array, float(limits.tiny), float(limits.max)).astype(stored).astype(jnp.float32)
+    rounded = jnp.clip(array, float(limits.tiny), float(limits.max)).astype(stored)
+    # Without the barrier XLA may leave out a conversion and its inverse, and with them the rounding.
+    return jax.lax.optimization_barrier(rounded).astype(jnp.float32)
 
 
 def _of_tokens(pools: tuple[Array, Array], token_scales: TokenScales) -> dict[str, Array | None]:

@@ -180,6 +180,9 @@ def adapted(case: Case | str, engine: str) -> Case:
         adapted = replace(adapted, dtype=taken[zlib.crc32(name.encode()) % len(taken)])
     if not row.token_scales:
         adapted = replace(adapted, token_scales=(False, False))
+        if adapted.page_dtype == "int8":  # which needs a scale
+            scales = {name: getattr(adapted, name) or 0.01 for name in ("k_scale", "v_scale")}
+            adapted = replace(adapted, **scales)
     if row.head_dims is not None and head_dim not in row.head_dims:
         adapted = replace(adapted, head_dim=min(row.head_dims, key=lambda taken: abs(taken - head_dim)))
     return adapted

@@ -49,7 +49,7 @@ def test_each_command_has_its_contenders() -> None:
         contenders("prefill", "--contenders", "FA4")
 
 
-@pytest.mark.parametrize("command_line", [[], ["e"], ["writes", "--only", "e"], ["prefill", "--short"], ["plot"]])
+@pytest.mark.parametrize("command_line", [[], ["e"], ["writes", "--only", "e"], ["writes", "--short"], ["plot"]])
 def test_wrong_command_lines_are_refused(command_line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.make_parser().parse_args(command_line)

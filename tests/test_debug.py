@@ -459,5 +459,5 @@ def test_a_compiled_step_tells_whether_it_copies() -> None:
             jpa.check_in_place(wrong, jax.eval_shape(lambda: cache))
     with pytest.warns(jpa.PagedAttentionWarning, match=r"got [1-9] of f32\[8,4,2,16\]: .* old pages are used"):
         jpa.check_in_place(compiled(reads_old_pages, donate_argnums=0), cache)
-    with pytest.raises(ValueError, match="cache: expected arrays of four axes"):
+    with pytest.raises(ValueError, match="cache: expected arrays of four or five axes"):
         jpa.check_in_place(compiled(step), slots)
