@@ -347,8 +347,9 @@ def make_in_pools(workload: Workload, pools: tuple[Array, Array], copies: int, s
     for i in range(copies):
         tables = np.zeros(mine.shape, np.int32)
         tables[mine] = (ids + i * len(ids)) % len(pools[0])
-        numbers = map(jnp.asarray, (tables, keys, starts, rows))
-        sets.append(Operands(q if i == 0 else q.copy(), *pools, *numbers, scale, scale))
+        block_tables, kv_lens, cu_q_lens, q_lens = map(jnp.asarray, (tables, keys, starts, rows))
+        where = (block_tables, kv_lens, cu_q_lens, q_lens)
+        sets.append(Operands(q if i == 0 else q.copy(), *pools, *where, scale, scale))
     return tuple(sets)
 
 

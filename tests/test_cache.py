@@ -118,13 +118,15 @@ def check_write_of_rows(
 ) -> None:
     """Rows keep their bits, so NumPy can tell what is expected of more tokens than the oracle likes."""
     rng = np.random.default_rng(3)
-    pages = [random_values(rng, (num_pages, page_size, *row), DTYPES[dtype]) for _ in "kv"]
+    pages = k_pages, v_pages = [random_values(rng, (num_pages, page_size, *row), DTYPES[dtype]) for _ in "kv"]
     new = [random_values(rng, (len(slots), *row), DTYPES[dtype]) for _ in "kv"]
     inside = (slots >= 0) & (slots < num_pages * page_size)
-    got = harness.call("harness.write_in_layout", *harness.in_layout(layout, *pages), *new, slots, layout=layout)
+    got = harness.call(
+        "harness.write_in_layout", *harness.in_layout(layout, k_pages, v_pages), *new, slots, layout=layout
+    )
     for want, values in zip(pages, new, strict=True):
         want.reshape(-1, *row)[slots[inside]] = values[inside]  # of equal indices NumPy keeps the last
-    for mine, want in zip(got, harness.in_layout(layout, *pages), strict=True):
+    for mine, want in zip(got, harness.in_layout(layout, k_pages, v_pages), strict=True):
         assert_same_bits(mine, want)
 
 
