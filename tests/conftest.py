@@ -1,6 +1,7 @@
-"""The fixture `engine`: the name of each engine that the package has, skipped where it cannot run.
+"""The fixtures `engine` and `compiled_engine`: the name of each engine, skipped where it cannot run.
 
-Also says which cases are slow on which engine, and picks the share of the parameters that JPA_SHARE asks for.
+The latter leaves the plain JAX of "reference" out. Also says which cases are slow on which engine, and picks the share
+of the parameters that JPA_SHARE asks for.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import defaultdict
+from collections.abc import Sequence
 
 # Before NumPy is imported: its threads wait for work by spinning, which takes the cores from the other tests.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -29,11 +31,11 @@ ONE_RELEASE = {
 }  # fmt: skip
 
 
-def _engine_params() -> list[object]:
+def _engine_params(engines: Sequence[_engines.Engine]) -> list[object]:
     # JAX calls the backend "gpu" and the platform it lowers for "cuda".
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     params = []
-    for engine in _engines.ENGINES:
+    for engine in engines:
         marks = [pytest.mark.gpu] if engine.platform == "cuda" else []
         reason = engine.missing(platform)
         if reason is not None:
@@ -44,7 +46,9 @@ def _engine_params() -> list[object]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "engine" in metafunc.fixturenames:
-        metafunc.parametrize("engine", _engine_params())
+        metafunc.parametrize("engine", _engine_params(_engines.ENGINES))
+    if "compiled_engine" in metafunc.fixturenames:
+        metafunc.parametrize("compiled_engine", _engine_params([e for e in _engines.ENGINES if e.name != "reference"]))
 
 
 @pytest.hookimpl(tryfirst=True)  # before marks select tests

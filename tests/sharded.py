@@ -680,10 +680,12 @@ RPA_CALLS = {
 @pytest.mark.parametrize("by", ["shard_map", "jit"])
 @pytest.mark.parametrize("name", RPA_CALLS)
 def test_partitioned_calls_that_write(name: str, by: str) -> None:
-    """Heads are split over a donated cache, by `shard_map` as other packages do it, or by XLA."""
+    """Heads are split over a donated cache, by `shard_map` as other packages do it, or by XLA.
+
+    XLA gathers a cache whose first axis of heads counts neither K nor 2K; docs/sharding.md says so.
+    """
     call, mesh = RPA_CALLS[name], mesh_of(x=8)
-    if by == "jit" and name.startswith("pairs"):
-        pytest.skip("XLA gathers a cache whose first axis of heads counts neither K nor 2K")
+    is_gathered = by == "jit" and name.startswith("pairs")
     arrays = build_rpa(call)
     specs = {name: P(None, "x") for name in ("queries", "keys", "values")}
     specs |= {"kv_cache": P(None, None, "x"), "attention_sink": P("x")}
@@ -696,8 +698,8 @@ def test_partitioned_calls_that_write(name: str, by: str) -> None:
     run = jax.shard_map(step, mesh=mesh, in_specs=(specs,), out_specs=results) if by == "shard_map" else step
     placed = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()}
     compiled = jax.jit(run, donate_argnums=0).lower(placed).compile()
-    assert collectives(compiled) == []
+    assert (collectives(compiled) != []) == is_gathered
     got = compiled(placed)
     for x, want in zip(got, jax.jit(step)(arrays), strict=True):
         np.testing.assert_array_equal(np.asarray(x).astype(np.float32), np.asarray(want).astype(np.float32))
-    assert got[1].sharding.is_equivalent_to(NamedSharding(mesh, results[1]), got[1].ndim)
+    assert is_gathered or got[1].sharding.is_equivalent_to(NamedSharding(mesh, results[1]), got[1].ndim)

@@ -31,14 +31,6 @@ RAGGED: Any = compat.ragged_paged_attention
 PAGED: Any = compat.paged_attention
 
 
-@pytest.fixture
-def fast_engine(engine: str) -> str:
-    """Every engine that is meant for more than small cases."""
-    if engine == "reference":
-        pytest.skip("would take minutes")
-    return engine
-
-
 def dense(q: Any, k: Any, v: Any, length: int, *, scale: float, window: int | None = None, cap: float | None = None):
     """Float64 attention of the last rows `q [R, N, H]` of a sequence to its keys `[L, K, H]`: `(out, lse)`."""
     q, k, v = (np.asarray(x).astype(np.float64).swapaxes(0, 1) for x in (q, k[:length], v[:length]))
@@ -101,10 +93,10 @@ LARGE = ("prefill_only", "mixed")
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in LARGE)) for x in TPU_TESTS])
-def test_inputs_of_the_tpu_kernels_tests(fast_engine: str, name: str) -> None:
+def test_inputs_of_the_tpu_kernels_tests(compiled_engine: str, name: str) -> None:
     """Head dim 128, pages of 16 tokens, NaN in what no sequence has, and the default scale of 1."""
     seq_lens, (heads, kv_heads), dtype, page_dtype, keywords = TPU_TESTS[name]
-    row = harness.engine_row(fast_engine)
+    row = harness.engine_row(compiled_engine)
     if DTYPES[dtype].name not in row.q_dtypes:
         dtype, page_dtype = "bf16", "bf16"
     page_size, head_dim, max_seqs = 16, 128, max(8, len(seq_lens))
@@ -131,7 +123,12 @@ def test_inputs_of_the_tpu_kernels_tests(fast_engine: str, name: str) -> None:
     )
     tuning = {"num_kv_pages_per_block": 4, "num_queries_per_block": 64, "vmem_limit_bytes": 32 << 20}
     out, lse = harness.call(
-        "compat.ragged_paged_attention", *operands, **tuning, **keywords, implementation=fast_engine, return_lse=True
+        "compat.ragged_paged_attention",
+        *operands,
+        **tuning,
+        **keywords,
+        implementation=compiled_engine,
+        return_lse=True,
     )
     k_scale, v_scale = keywords.get("k_scale", 1.0), keywords.get("v_scale", 1.0)
     parts = [
@@ -159,10 +156,10 @@ GPU_TESTS = [(8, 1, 2, 32), (16, 2, 16, 64), (32, 1, 20, 64), (8, 2, 20, 64), (3
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize(("page_size", "kv_heads", "group", "head_dim"), GPU_TESTS)
 def test_inputs_of_the_gpu_kernels_tests(
-    fast_engine: str, page_size: int, kv_heads: int, group: int, head_dim: int, quantized: bool
+    compiled_engine: str, page_size: int, kv_heads: int, group: int, head_dim: int, quantized: bool
 ) -> None:
     """f16 vectors of length 1. Where those tests quantise with one scale per token, here it is one per head."""
-    taken = harness.engine_row(fast_engine).head_dims
+    taken = harness.engine_row(compiled_engine).head_dims
     head_dim = 64 if taken and head_dim not in taken else head_dim
     lengths, longest = np.array([3, 256, 513, 1023, 2048], np.int32), 2048
     num_pages = len(lengths) * longest // page_size
@@ -188,7 +185,7 @@ def test_inputs_of_the_gpu_kernels_tests(
     tuning = {"block_h": 16, "pages_per_compute_block": 8, "k_splits": 4}
     got = harness.call(
         "compat.paged_attention", q, k_pages, v_pages, tables, lengths, **scales, **tuning,
-        implementation=fast_engine, return_lse=True,
+        implementation=compiled_engine, return_lse=True,
     )  # fmt: skip
 
     def tokens(pages: Any, table: Any) -> Any:
@@ -207,12 +204,7 @@ def test_inputs_of_the_gpu_kernels_tests(
 def test_signature_is_that_of_the_installed_jax(module: str, name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            theirs = getattr(importlib.import_module(module), name)
-        except ModuleNotFoundError:
-            if module == TPU_MODULE:  # JAX has deprecated the other alone
-                raise
-            pytest.skip(f"this JAX has no {module}")
+        theirs = getattr(importlib.import_module(module), name)
     ours = inspect.signature(getattr(compat, name)).parameters
     for parameter in inspect.signature(theirs).parameters.values():
         mine = ours[parameter.name]
@@ -280,13 +272,13 @@ def large_results(compiled: jax.stages.Compiled, elements: int) -> list[str]:
 
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pages_are_not_copied(fast_engine: str, layout: str, page_size: int) -> None:
+def test_pages_are_not_copied(compiled_engine: str, layout: str, page_size: int) -> None:
     case = layout_case(layout, page_size=page_size)
     name, args, named = harness.arguments(case)
     function = getattr(compat, name.rpartition(".")[2])
 
     def attend(*args: Any) -> Any:
-        return function(*args, **named, implementation=fast_engine)
+        return function(*args, **named, implementation=compiled_engine)
 
     def of_many_queries(q: Any, *args: Any) -> Any:
         return jax.vmap(lambda q: attend(q, *args))(jnp.stack([q, 2 * q]))

@@ -55,10 +55,8 @@ def test_operands_and_attributes_are_those_of_the_compiled_targets(platform: str
         assert targets[target]["attributes"] == list(call.attributes)
 
 
-def test_malformed_attention_is_an_error_that_names_the_argument(engine: str) -> None:
-    if engine == "reference":
-        pytest.skip("has no target")
-    assert_errors(engine, 200)
+def test_malformed_attention_is_an_error_that_names_the_argument(compiled_engine: str) -> None:
+    assert_errors(compiled_engine, 200)
 
 
 def test_malformed_write_is_an_error_that_names_the_argument() -> None:
