@@ -10,15 +10,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _checks, _debug, _modes, _options, _primitive
+from jax_paged_attn import _checks, _debug, _modes, _options, _primitive, _reference
 from jax_paged_attn._donation import warn_of_eager_update
 from jax_paged_attn._layouts import LAYOUTS
 
 Attend = Callable[..., tuple[Array, Array]]
 
 # Scales per token and head of keys and of values, by what errors call them.
-TokenScales = Mapping[str, ArrayLike | None]
-NO_TOKEN_SCALES: TokenScales = MappingProxyType({"k_token_scales": None, "v_token_scales": None})
+NO_TOKEN_SCALES: Mapping[str, None] = MappingProxyType({"k_token_scales": None, "v_token_scales": None})
 
 
 def paged(
@@ -30,7 +29,7 @@ def paged(
     lengths: ArrayLike,
     options: Mapping[str, Any],
     layout: str = "split",
-    token_scales: TokenScales = NO_TOKEN_SCALES,
+    token_scales: Mapping[str, ArrayLike | None] = NO_TOKEN_SCALES,
 ) -> Array | tuple[Array, Array]:
     """Decode through `attend`; `options` are those of `paged_attention`, each of them there."""
     dims = _checks.Dims()
@@ -57,17 +56,10 @@ def ragged(
     options: Mapping[str, Any],
     layout: str = "split",
     tables_name: str = "block_tables",
-    kv_heads: int | None = None,
-    token_scales: TokenScales = NO_TOKEN_SCALES,
 ) -> Array | tuple[Array, Array]:
-    """Ragged attention through `attend`.
-
-    Args:
-      tables_name: the name of the tables in errors.
-      kv_heads: K, if the pool may have padding heads; None if K follows from its shape.
-    """
-    dims = _known(kv_heads)
-    q, k_pages, v_pages = _query_and_pages(dims, "T N H", q, k_pages, v_pages, layout, kv_heads is not None)
+    """Ragged attention through `attend`; `tables_name` is the name of the tables in errors."""
+    dims = _checks.Dims()
+    q, k_pages, v_pages = _query_and_pages(dims, "T N H", q, k_pages, v_pages, layout)
     kv_lens = _int32(dims, "kv_lens", kv_lens, "B")
     block_tables = _int32(dims, tables_name, block_tables, "B M")
     cu_q_lens = _int32(dims, "cu_q_lens", cu_q_lens, "B+1")
@@ -77,12 +69,10 @@ def ragged(
         num_seqs = _int32(dims, "num_seqs", num_seqs, "1" if num_seqs.ndim else "")
     arrays, per_head = (q, k_pages, v_pages, block_tables, kv_lens), operands_per_head(dims, k_pages, options)
     scoring = _options.Scoring.checked(options, dims["H"])
-    scales = _of_tokens((k_pages, v_pages), token_scales)
     rows: Any = {"cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "layout": layout, "tables_name": tables_name}
-    _debug.check_attention(*arrays, per_head, scoring, **rows, token_scales=scales)
+    _debug.check_attention(*arrays, per_head, scoring, **rows)
     static = {"scoring": scoring, "decode": False, "layout": layout}
-    operands = (*arrays, *rows_of_each(cu_q_lens, num_seqs, dims["T"]), *per_head)
-    return _attend(attend, static, options, operands, scales)
+    return _attend(attend, static, options, (*arrays, *rows_of_each(cu_q_lens, num_seqs, dims["T"]), *per_head))
 
 
 def write(
@@ -92,7 +82,6 @@ def write(
     slot_mapping: ArrayLike,
     scales: tuple[ArrayLike | None, ArrayLike | None],
     layout: str = "split",
-    kv_heads: int | None = None,
     token_scales: Mapping[str, ArrayLike] = MappingProxyType({}),
 ) -> tuple[Array, ...]:
     """The pools of a layout, one or two, after a write; behind them arrays of scales per token, if there are any.
@@ -100,11 +89,9 @@ def write(
     Args:
       name: of the public function, for a warning.
       scales: `k_scale` and `v_scale`; with arrays of scales per token, `[T, K]` each.
-      kv_heads: K, if a pool may have padding heads, which stay as they are; None if K follows from its shape.
       token_scales: arrays of scales per token and head, as many as there are pools, by what errors call them.
     """
-    dims = _known(kv_heads)
-    shape = LAYOUTS[layout].shape if kv_heads is None else LAYOUTS[layout].padded_shape
+    dims, shape = _checks.Dims(), LAYOUTS[layout].shape
     names = LAYOUTS[layout].pools[: len(pools)]
     pools = [_checks.as_array(pool_name, pool) for pool_name, pool in zip(names, pools, strict=True)]
     for pool_name, pool in zip(names, pools, strict=True):
@@ -132,10 +119,6 @@ def write(
     return (*pools, *_primitive.write(*arrays.values(), k_scale, v_scale, slot_mapping, none, none, layout=layout))
 
 
-def _known(kv_heads: int | None) -> _checks.Dims:
-    return _checks.Dims() if kv_heads is None else _checks.Dims(K=kv_heads)
-
-
 @functools.partial(_modes.compiled, static_argnums=0)
 def _one_row_each(num_seqs: int) -> tuple[Array, Array]:
     """The first rows and the row counts of sequences with one row each."""
@@ -154,16 +137,9 @@ def rows_of_each(cu_q_lens: Array, num_seqs: Array | None, num_rows: int) -> tup
 
 
 def _query_and_pages(
-    dims: _checks.Dims,
-    q_letters: str,
-    q: ArrayLike,
-    k_pages: ArrayLike,
-    v_pages: ArrayLike,
-    layout: str,
-    padded: bool = False,
+    dims: _checks.Dims, q_letters: str, q: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike, layout: str
 ) -> tuple[Array, Array, Array]:
-    shape = LAYOUTS[layout].padded_shape if padded else LAYOUTS[layout].shape
-    k_name, v_name = LAYOUTS[layout].pools
+    shape, (k_name, v_name) = LAYOUTS[layout].shape, LAYOUTS[layout].pools
     q, k_pages, v_pages = (_checks.as_array(name, x) for name, x in (("q", q), (k_name, k_pages), (v_name, v_pages)))
     dims.match("q", q, q_letters, _checks.COMPUTE_DTYPES)
     dims.match(k_name, k_pages, shape, (str(q.dtype), *_checks.QUANTIZED_DTYPES))
@@ -210,12 +186,10 @@ def _scale_of_tokens(dims: _checks.Dims, name: str, scale: ArrayLike | None, sto
     dims.match(name, array, "T K", ("float32",))
     _checks.check_scales(name, scale, array)
     limits = jnp.finfo(stored)
-    rounded = jnp.clip(array, float(limits.tiny), float(limits.max)).astype(stored)
-    # Without the barrier XLA may leave out a conversion and its inverse, and with them the rounding.
-    return jax.lax.optimization_barrier(rounded).astype(jnp.float32)
+    return _reference.rounded(jnp.clip(array, float(limits.tiny), float(limits.max)), stored)
 
 
-def _of_tokens(pools: tuple[Array, Array], token_scales: TokenScales) -> dict[str, Array | None]:
+def _of_tokens(pools: tuple[Array, Array], token_scales: Mapping[str, ArrayLike | None]) -> dict[str, Array | None]:
     """Scales per token and head as the primitive takes them: a pool's shape without its last axis, float32."""
     checked: dict[str, Array | None] = {}
     for pool, (name, scales) in zip(pools, token_scales.items(), strict=True):
@@ -236,7 +210,7 @@ def _attend(
     static: Mapping[str, Any],
     options: Mapping[str, Any],
     operands: tuple[Array, ...],
-    token_scales: Mapping[str, Array | None],
+    token_scales: Mapping[str, Array | None] = NO_TOKEN_SCALES,
 ) -> Array | tuple[Array, Array]:
     return_lse = _checks.static_bool("return_lse", options["return_lse"])
     present = tuple(scales is not None for scales in token_scales.values())

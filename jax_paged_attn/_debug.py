@@ -125,6 +125,7 @@ def check_attention(
         cu_q_lens = jnp.arange(q.shape[0] + 1, dtype=jnp.int32)
     if num_seqs is None:
         num_seqs = jnp.int32(lengths.shape[0])
+    present = tuple(name for name, scales in token_scales.items() if scales is not None)
     report = functools.partial(
         _report_attention,
         names=(*(pools or LAYOUTS[layout].pools), tables_name, "lengths" if decode else "kv_lens"),
@@ -132,9 +133,9 @@ def check_attention(
         scoring=scoring,
         decode=decode,
         foreign_pages=foreign_pages,
+        token_scales=present,
     )
     operands = (q, k_pages, v_pages, block_tables, lengths, cu_q_lens, jnp.asarray(num_seqs).reshape(()))
-    present = tuple(name for name, scales in token_scales.items() if scales is not None)
     which = tuple(i for i, scales in enumerate(token_scales.values()) if scales is not None)
     arrays = (scales for scales in token_scales.values() if scales is not None)
     static = {"layout": layout, "scoring": scoring, "token_scales": tuple(zip(present, which, strict=True))}
@@ -195,13 +196,6 @@ def _observe_attention(
     }
 
 
-# These are observed of every attention call; the rest are scales per token.
-_OF_EVERY_CALL = {
-    *("num_seqs", "cu_q_lens", "lengths", "block_tables", "finite_q", "bad_keys", "bad_values"),
-    *("sinks", "k_scale", "v_scale"),
-}
-
-
 def _report_attention(
     seen: dict[str, np.ndarray],
     *,
@@ -210,7 +204,9 @@ def _report_attention(
     scoring: Scoring,
     decode: bool,
     foreign_pages: bool,
+    token_scales: tuple[str, ...],
 ) -> None:
+    """`token_scales`: the names of the arrays of scales per token."""
     k_name, v_name, tables_name, lengths_name = names
     num_pages, page_size = pool
     tables, (num_rows,) = seen["block_tables"], seen["finite_q"].shape
@@ -252,9 +248,8 @@ def _report_attention(
     if scoring.causal:  # the last tokens are new
         _report_shared_pages(tables_name, live, lengths, q_counts, page_size, num_pages)
 
-    token_scales = [(name, "scales", name) for name in seen if name not in _OF_EVERY_CALL]
     pools = [(k_name, "keys", "bad_keys"), (v_name, "values", "bad_values")]
-    for name, kind, bad in (*pools, *token_scales):
+    for name, kind, bad in (*pools, *((name, "scales", name) for name in token_scales)):
         at = np.where(lengths > 0, seen[bad][:num_seqs], -1)
         _fail_where(
             at >= 0,

@@ -186,6 +186,14 @@ def quantize(values: Array, dtype: jnp.dtype) -> Array:
     return values.astype(dtype)
 
 
+def rounded(values: Array, dtype: jnp.dtype) -> Array:
+    """The values as pages of that dtype hold them, in a dtype of their own.
+
+    Without the barrier XLA may leave out a conversion and its inverse, and with them the rounding.
+    """
+    return jax.lax.optimization_barrier(quantize(values.astype(jnp.float32), dtype)).astype(values.dtype)
+
+
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def read_tokens(pool: Array, slots: Array, scale: Array, which: int, head_dim: int | None, layout: str) -> Array:
     """The key (`which` 0) or value (1) in the slot of each token, `[T, K, H]` float32, divided by its scale.

@@ -21,7 +21,7 @@ import oracle
 from cases import BY_NAME, DTYPES, FAMILIES, LSE_BOUND, OUT_BOUND, Array, Case, build, poison
 
 import jax_paged_attn as jpa
-from jax_paged_attn import _call, _engines, _primitive, compat
+from jax_paged_attn import _call, _checks, _engines, _options, _primitive, compat
 
 # A single row may be this much worse than the bound on the whole output: the bound alone would let one wrong row of
 # many pass, while a row of small values may exceed it by rounding.
@@ -115,9 +115,10 @@ def write_in_layout(*operands: Any, layout: str, **scales: Any) -> tuple[Any, ..
     """The pools of `in_layout` after a write of k and v to slots, as the public functions and `compat` write."""
     *pools, k, v, slots = operands
     if layout == "padded":
-        of_keys_and_values = (scales.get("k_scale"), scales.get("v_scale"))
-        keywords = {"layout": "interleaved", "kv_heads": k.shape[1]}
-        return _call.write("write", pools, (k, v), slots, of_keys_and_values, **keywords)
+        dims = _checks.Dims(K=k.shape[1])
+        k_scale, v_scale = (_call.page_scale(dims, x, scales.get(x), *pools) for x in ("k_scale", "v_scale"))
+        arrays = (jnp.asarray(x) for x in (*pools, k, v, slots))
+        return _primitive.write(*arrays, k_scale, v_scale, layout="interleaved")
     write: Any = {
         "split": jpa.write_kv_pages,
         "interleaved": compat.write_interleaved_kv_pages,
@@ -134,18 +135,40 @@ def interleave(k_pages: Any, v_pages: Any, padding_heads: int = 0, xp: Any = np)
     return xp.concatenate([pool, poison((pages, page_size, padding_heads, head_dim), pool.dtype)], axis=2)
 
 
-def attend_in_layout(q: Any, k_pages: Any, v_pages: Any, *where: Any, **options: Any) -> Any:
-    """Ragged attention as `compat` asks for it: interleaved pools may have padding heads, all may have token scales."""
-    defaults = dict.fromkeys(("scale", "sliding_window", "soft_cap", "implementation", "sinks", "k_scale", "v_scale"))
-    options = {**defaults, "batch_invariant": False, "return_lse": False, **options}
-    if options["k_scale"] is None and k_pages.dtype == jnp.int8:
-        options["k_scale"] = 1.0
-    if options["v_scale"] is None and k_pages.dtype == jnp.int8:
-        options["v_scale"] = 1.0
-    keywords = {name: options.pop(name) for name in ("layout", "kv_heads")}
-    scales = {name: options.pop(name, None) for name in ("k_token_scales", "v_token_scales")}
-    operands: tuple[Any, ...] = (_primitive.attention, q, k_pages, v_pages, *where, options)
-    return _call.ragged(*operands, **keywords, token_scales=scales)
+def attend_in_layout(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    kv_lens: Any,
+    block_tables: Any,
+    cu_q_lens: Any,
+    num_seqs: Any = None,
+    *,
+    layout: str,
+    kv_heads: int,
+    k_token_scales: Any = None,
+    v_token_scales: Any = None,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """`(out, lse)` of ragged attention over what no public function takes: padding heads, or scales per token."""
+    defaults = dict.fromkeys(("scale", "sliding_window", "soft_cap", "implementation", "sinks"))
+    options = {**defaults, "batch_invariant": False, **options}
+    for name in ("k_scale", "v_scale"):
+        if options.get(name) is None:
+            options[name] = 1.0 if k_pages.dtype == jnp.int8 else None
+    arrays = (jnp.asarray(x) for x in (q, k_pages, v_pages, block_tables, kv_lens))
+    rows = _call.rows_of_each(jnp.asarray(cu_q_lens), None if num_seqs is None else jnp.asarray(num_seqs), q.shape[0])
+    per_head = _call.operands_per_head(_checks.Dims(N=q.shape[1], K=kv_heads), jnp.asarray(k_pages), options)
+    scales = (k_token_scales, v_token_scales)
+    return _primitive.attention(
+        *(*arrays, *rows, *per_head),
+        *(jnp.asarray(x) for x in scales if x is not None),
+        scoring=_options.Scoring.checked(options, q.shape[2]),
+        decode=False,
+        layout=layout,
+        token_scales=(k_token_scales is not None, v_token_scales is not None),
+        **_options.engine_choice(options),
+    )
 
 
 _expected: dict[str, tuple[Array, Array]] = {}

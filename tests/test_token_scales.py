@@ -19,7 +19,7 @@ from cases import BY_NAME, DTYPES, Array, build
 from harness import assert_same_bits
 
 import jax_paged_attn as jpa
-from jax_paged_attn import _call, _ffi, _primitive, compat
+from jax_paged_attn import _ffi, compat
 
 P, S, K, H, T = 7, 3, 2, 16, 6
 SLOTS = np.array([-1, P * S, 4, P * S - 1, 0, 4], np.int32)  # skipped, skipped, ..., and token 5 wins over token 2
@@ -104,15 +104,14 @@ def attention() -> tuple[Any, Any, tuple[Array, ...]]:
     """Ragged attention with scales per token and without, and finite `(q, k_pages, v_pages, k_scales, v_scales)`."""
     case = BY_NAME["tokens_f32"]
     (q, k_pages, v_pages, tables, lengths), named = build(case).arguments()
-    rest = (lengths, tables, np.arange(len(lengths) + 1, dtype=np.int32), None)
-    options = {
-        **dict.fromkeys(("scale", "sliding_window", "sinks", "k_scale", "implementation")),
-        **{"soft_cap": 2.0, "v_scale": np.float32(0.5), "batch_invariant": False, "return_lse": True},
-    }
+    where = (lengths, tables, np.arange(len(lengths) + 1, dtype=np.int32))
+    options = {"layout": "split", "kv_heads": k_pages.shape[2], "soft_cap": 2.0, "v_scale": np.float32(0.5)}
+
+    def attend(q: Any, k_pages: Any, v_pages: Any, **scales: Any) -> Any:
+        return harness.attend_in_layout(q, k_pages, v_pages, *where, **options, **scales)
 
     def scaled(q: Any, k_pages: Any, v_pages: Any, k_scales: Any, v_scales: Any) -> Any:
-        scales = {"k_token_scales": k_scales, "v_token_scales": v_scales}
-        return _call.ragged(_primitive.attention, q, k_pages, v_pages, *rest, options, token_scales=scales)
+        return attend(q, k_pages, v_pages, k_token_scales=k_scales, v_token_scales=v_scales)
 
     def dequantised(q: Any, k_pages: Any, v_pages: Any, k_scales: Any, v_scales: Any) -> Any:
         live = jnp.isfinite(k_scales)[..., None]
@@ -120,7 +119,7 @@ def attention() -> tuple[Any, Any, tuple[Array, ...]]:
             jnp.where(live, x * jnp.where(live, s[..., None], 1), 0)
             for x, s in ((k_pages, k_scales), (v_pages, v_scales))
         )
-        return _call.ragged(_primitive.attention, q, k_pages, v_pages, *rest, options)
+        return attend(q, k_pages, v_pages)
 
     finite = (np.nan_to_num(x, nan=0.5, posinf=1.0, neginf=-1.0) for x in (q, k_pages, v_pages))
     return scaled, dequantised, (*finite, named["k_token_scales"], named["v_token_scales"])

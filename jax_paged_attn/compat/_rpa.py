@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -209,9 +208,7 @@ def _own_options(call: Call, options: Mapping[str, Any], sinks: ArrayLike | None
         queries /= q_scale
         if not divides:
             scale *= q_scale
-            rounded = _reference.quantize(queries.astype(jnp.float32), cache.dtype)
-            # Without the barrier XLA may leave out a conversion and its inverse, and with them the rounding.
-            queries = jax.lax.optimization_barrier(rounded).astype(queries.dtype)
+            queries = _reference.rounded(queries, cache.dtype)
     if sinks is not None:
         sinks = _checks.as_float32("attention_sink", sinks)
         _checks.Dims(N=queries.shape[1]).match("attention_sink", sinks, "N", ("float32",))
