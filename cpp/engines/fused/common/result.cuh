@@ -32,16 +32,21 @@ __device__ inline float FactorOfResult(const CallArgs& call, int32_t seq, int32_
          ScaleOf(call.params.v_scale, call.seqs_per_v_scale, call.facts.num_kv_heads, seq, kv_head);
 }
 
+// Stores four columns of a result, from element `to` of out on.
+template <DType q_dtype>
+__device__ inline void StoreResult(const CallArgs& call, int64_t to, const float4& sum, float factor) {
+  using T = device::TypeOf<q_dtype>;
+  const device::Unpacked<float, 4> scaled = {
+      {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor}};
+  device::StorePacked<4>(static_cast<T*>(call.params.out) + to, device::PackFromF32<T>(scaled));
+}
+
 // Writes four columns of a row's result; the thread that has the first column writes lse too.
 template <DType q_dtype>
 __device__ inline void WriteResult(const CallArgs& call, int64_t row, int32_t head, int column,
                                    const float4& sum, float factor, const device::SoftmaxState& state) {
-  using T = device::TypeOf<q_dtype>;
   const int64_t index = row * call.problem.num_q_heads + head;
-  const device::Unpacked<float, 4> scaled = {
-      {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor}};
-  device::StorePacked<4>(static_cast<T*>(call.params.out) + index * call.problem.head_dim + column,
-                         device::PackFromF32<T>(scaled));
+  StoreResult<q_dtype>(call, index * call.problem.head_dim + column, sum, factor);
   if (column == 0) call.params.lse[index] = state.LogSumExp();
 }
 

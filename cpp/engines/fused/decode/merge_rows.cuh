@@ -1,15 +1,14 @@
 // Softmax states of the same packed rows, side by side in shared memory, become one: those of a CTA's warps
 // when a KV split ends, and those of a row block's splits.
 //
-// This code runs once or a few times per CTA, so the time to fetch it counts. There is one copy for both
-// uses, and what a row needs is worked out once, by one thread.
+// This code runs once or a few times per CTA, so the time to fetch it counts: loops stay loops, and one
+// thread works out what a row needs.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "device/exp2.cuh"
-#include "device/packed.cuh"
 #include "device/ptx.cuh"
 #include "device/softmax_state.cuh"
 #include "engines/fused/common/result.cuh"
@@ -65,11 +64,7 @@ __device__ inline void MergeRows(const DecodeArgs& args, const RowParts& parts, 
              sum.w + values.w * weight};
     }
     if (to_results) {
-      using T = device::TypeOf<Traits::kQ>;
-      const device::Unpacked<float, 4> scaled = {
-          {sum.x * where.factor, sum.y * where.factor, sum.z * where.factor, sum.w * where.factor}};
-      device::StorePacked<4>(static_cast<T*>(args.call.params.out) + where.to + column,
-                             device::PackFromF32<T>(scaled));
+      StoreResult<Traits::kQ>(args.call, where.to + column, sum, where.factor);
     } else {
       *reinterpret_cast<float4*>(args.call.partials.out + where.to + column) = sum;
     }
