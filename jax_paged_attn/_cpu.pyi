@@ -12,7 +12,7 @@ def targets() -> dict[str, dict[str, list[str]]]:
     Names of the `operands`, `results` and `attributes` of each FFI target, in order.
     """
 
-def attention_workspace_bytes(num_seqs: int, num_q_heads: int, head_dim: int) -> int:
+def attention_workspace_bytes(num_seqs: int, num_q_heads: int, value_dim: int) -> int:
     """Size of the workspace result of the attention target."""
 
 def isa() -> str:

@@ -119,9 +119,10 @@ Status RunWrite(const WriteProblem& problem, const WriteParams& params, TaskRunn
   const WriteRow write_row = ChooseRow(problem.new_dtype, problem.kv_dtype);
   const int64_t num_slots = problem.num_pages * problem.page_size;
 
+  const int64_t num_sides = problem.has_values ? 2 : 1;
   // One task per pool and head, each with all tokens in order: no two tasks share a byte, and the last of
   // equal slots wins.
-  return ParallelFor(runner, 2 * problem.num_kv_heads, [&](int64_t task) {
+  return ParallelFor(runner, num_sides * problem.num_kv_heads, [&](int64_t task) {
     const Side& side = sides[task / problem.num_kv_heads];
     const int64_t head = task % problem.num_kv_heads;
     for (int64_t token = 0; token < problem.num_tokens; ++token) {

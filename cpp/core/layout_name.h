@@ -13,13 +13,14 @@ namespace jpa {
 inline Status ParseLayout(std::string_view name, PageLayout* layout) {
   for (const auto& [known, value] : {std::pair{"split", PageLayout::kSplit},
                                      {"interleaved", PageLayout::kInterleaved},
-                                     {"head_major", PageLayout::kHeadMajor}}) {
+                                     {"head_major", PageLayout::kHeadMajor},
+                                     {"values_in_keys", PageLayout::kValuesInKeys}}) {
     if (name == known) {
       *layout = value;
       return Status::Ok();
     }
   }
-  return Status::InvalidArgument("layout: expected split, interleaved or head_major, got " +
+  return Status::InvalidArgument("layout: expected split, interleaved, head_major or values_in_keys, got " +
                                  std::string(name));
 }
 

@@ -14,12 +14,14 @@ struct PageStrides {
   int64_t head;
 };
 
-// The strides of a pool of `num_pages` pages without gaps; an interleaved one may have padding heads.
+// The strides of a pool of heads of `head_dim` numbers, of `num_pages` pages without gaps; an interleaved one
+// may have padding heads.
 constexpr PageStrides StridesOf(PageLayout layout, int64_t num_pages, int64_t page_size, int64_t num_kv_heads,
                                 int64_t head_dim, int64_t num_padding_heads = 0) {
   const int64_t interleaved_token = (2 * num_kv_heads + num_padding_heads) * head_dim;
   switch (layout) {
     case PageLayout::kSplit:
+    case PageLayout::kValuesInKeys:
       return {
           .page = page_size * num_kv_heads * head_dim, .token = num_kv_heads * head_dim, .head = head_dim};
     case PageLayout::kInterleaved:
@@ -38,7 +40,7 @@ constexpr PageStrides StridesOfRows(const PageStrides& pool, int64_t head_dim) {
 struct AttentionParams {
   const void* q;                // [T, N, H] in q_dtype
   const void* k_pages;          // [Pk, S, K, H] in kv_dtype, through k_strides
-  const void* v_pages;          // [Pv, S, K, H] in kv_dtype, through v_strides; may lie in the same array
+  const void* v_pages;          // [Pv, S, K, Hv] in kv_dtype, through v_strides; may lie in the same array
   const int32_t* block_tables;  // [B, M], page ids; outside [0, max(Pk, Pv)) the page's tokens are masked
   const int32_t* kv_lens;       // [B], clipped to [0, M * S]
   const int32_t* q_starts;      // [B], first query row of the sequence; null (decode on CUDA): row b of q
@@ -48,7 +50,7 @@ struct AttentionParams {
   const float* v_scale;         // [X, K], null if X is 0
   const float* k_token_scales;  // [Pk, S, K] through StridesOfRows(k_strides), or null: a further factor
   const float* v_token_scales;  // [Pv, S, K] likewise; scales of keys that no row sees may be anything
-  void* out;                    // [T, N, H] in q_dtype
+  void* out;                    // [T, N, Hv] in q_dtype
   float* lse;                   // [T, N], natural log
   float* workspace;             // an engine's own; the CPU engine's is in workspace.h
 
@@ -63,7 +65,7 @@ struct AttentionParams {
 
 struct WriteParams {
   const void* k;                // [T, K, H] in new_dtype
-  const void* v;                // [T, K, H] in new_dtype
+  const void* v;                // [T, K, H] in new_dtype; not read without values, as v_scale and v_pages
   const int32_t* slot_mapping;  // [T], page * S + offset; outside [0, P * S) the token is skipped
   const float* k_scale;         // [X, K], null if X is 0
   const float* v_scale;         // [X, K], null if X is 0

@@ -24,9 +24,10 @@ constexpr int64_t ByteWidth(DType dtype) {
 
 // Where keys and values stand in their pools.
 enum class PageLayout : uint8_t {
-  kSplit,        // [P, S, K, H] each
-  kInterleaved,  // one [P, S, 2K, H] for both: key head k is 2k, value head k is 2k + 1; padding may follow
-  kHeadMajor,    // [K, P, S, H] each
+  kSplit,         // [P, S, K, H] and [P, S, K, Hv]
+  kInterleaved,   // one [P, S, 2K, H] for both: key head k is 2k, value head k is 2k + 1; padding may follow
+  kHeadMajor,     // [K, P, S, H] and [K, P, S, Hv]
+  kValuesInKeys,  // one [P, S, K, H]: values are the first Hv numbers of each key, as in MLA
 };
 
 struct AttentionProblem {
@@ -35,7 +36,8 @@ struct AttentionProblem {
   int64_t num_rows;          // T, query rows of all sequences
   int64_t num_q_heads;       // N, a multiple of K
   int64_t num_kv_heads;      // K
-  int64_t head_dim;          // H
+  int64_t head_dim;          // H, of queries and keys
+  int64_t value_dim;         // Hv, of values and out; with ValuesInKeys() at most H, else any
   int64_t page_size;         // S, tokens per page
   int64_t num_k_pages = 0;   // Pk
   int64_t num_v_pages = 0;   // Pv; where Pk != Pv the smaller pool is repeated
@@ -47,18 +49,22 @@ struct AttentionProblem {
   PageLayout layout = PageLayout::kSplit;
   int64_t num_padding_heads = 0;  // of an interleaved pool, after the 2K
   bool has_token_scales = false;  // keys or values have a scale per token and head
+
+  // The values are the first Hv numbers of each key: v_pages is k_pages, with its strides, pages and scales.
+  constexpr bool ValuesInKeys() const { return layout == PageLayout::kValuesInKeys; }
 };
 
 struct WriteProblem {
-  DType new_dtype;       // of the new keys and values: f32, bf16 or f16
-  DType kv_dtype;        // of both pools
-  int64_t num_tokens;    // T
-  int64_t num_kv_heads;  // K
-  int64_t head_dim;      // H
-  int64_t page_size;     // S
-  int64_t num_pages;     // P
-  int64_t num_k_scales;  // X of k_scale: 0 (none) or a divisor of T; token t uses row t / (T / X)
-  int64_t num_v_scales;  // X of v_scale, likewise
+  DType new_dtype;         // of the new keys and values: f32, bf16 or f16
+  DType kv_dtype;          // of both pools
+  int64_t num_tokens;      // T
+  int64_t num_kv_heads;    // K
+  int64_t head_dim;        // H
+  int64_t page_size;       // S
+  int64_t num_pages;       // P
+  int64_t num_k_scales;    // X of k_scale: 0 (none) or a divisor of T; token t uses row t / (T / X)
+  int64_t num_v_scales;    // X of v_scale, likewise
+  bool has_values = true;  // false: keys alone are written, since they hold the values
 };
 
 }  // namespace jpa

@@ -29,6 +29,7 @@ class XlaTaskRunner : public TaskRunner {
 constexpr Target kV1 = {.platform = Platform::kCpu, .version = 1};
 constexpr Target kV2 = {.platform = Platform::kCpu, .version = 2};
 constexpr Target kV3 = {.platform = Platform::kCpu, .version = 3};
+constexpr Target kV4 = {.platform = Platform::kCpu, .version = 4};
 
 template <Target target>
 ffi::Error Attention(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
@@ -42,7 +43,7 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaini
     if (Status s = ReadAttributes(dictionary, target, &attributes); !s.ok()) return s;
     if (Status s = ParseAttention(tensors, target, attributes, &problem, &params); !s.ok()) return s;
     const int64_t workspace_bytes =
-        AttentionWorkspaceBytes(problem.num_seqs, problem.num_q_heads, problem.head_dim);
+        AttentionWorkspaceBytes(problem.num_seqs, problem.num_q_heads, problem.value_dim);
     if (Status s = Expect(tensors["workspace"], {workspace_bytes}); !s.ok()) return s;
     const cpu::Kernels* kernels;
     if (Status s = cpu::ChosenKernels(&kernels); !s.ok()) return s;
@@ -75,16 +76,20 @@ auto BindCall() {
 XLA_FFI_DEFINE_HANDLER(kAttentionV1Handler, Attention<kV1>, BindCall());
 XLA_FFI_DEFINE_HANDLER(kAttentionV2Handler, Attention<kV2>, BindCall());
 XLA_FFI_DEFINE_HANDLER(kAttentionV3Handler, Attention<kV3>, BindCall());
+XLA_FFI_DEFINE_HANDLER(kAttentionV4Handler, Attention<kV4>, BindCall());
 XLA_FFI_DEFINE_HANDLER(kWriteV1Handler, Write<kV1>, BindCall());
 XLA_FFI_DEFINE_HANDLER(kWriteV2Handler, Write<kV2>, BindCall());
+XLA_FFI_DEFINE_HANDLER(kWriteV3Handler, Write<kV3>, BindCall());
 
 }  // namespace
 
 void* AttentionV1CpuHandler() { return reinterpret_cast<void*>(kAttentionV1Handler); }
 void* AttentionV2CpuHandler() { return reinterpret_cast<void*>(kAttentionV2Handler); }
 void* AttentionV3CpuHandler() { return reinterpret_cast<void*>(kAttentionV3Handler); }
+void* AttentionV4CpuHandler() { return reinterpret_cast<void*>(kAttentionV4Handler); }
 void* WriteV1CpuHandler() { return reinterpret_cast<void*>(kWriteV1Handler); }
 void* WriteV2CpuHandler() { return reinterpret_cast<void*>(kWriteV2Handler); }
+void* WriteV3CpuHandler() { return reinterpret_cast<void*>(kWriteV3Handler); }
 
 std::string FfiApiVersion() {
   return std::to_string(XLA_FFI_API_MAJOR) + "." + std::to_string(XLA_FFI_API_MINOR);

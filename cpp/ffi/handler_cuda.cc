@@ -22,6 +22,7 @@ namespace {
 constexpr Target kV1 = {.platform = Platform::kCuda, .version = 1};
 constexpr Target kV2 = {.platform = Platform::kCuda, .version = 2};
 constexpr Target kV3 = {.platform = Platform::kCuda, .version = 3};
+constexpr Target kV4 = {.platform = Platform::kCuda, .version = 4};
 
 std::atomic<int64_t> host_calls{0};
 
@@ -167,12 +168,14 @@ auto BindExecute() {
 XLA_FFI_DEFINE_HANDLER(kInitializeV1, Initialize<kV1>, BindInitialize());
 XLA_FFI_DEFINE_HANDLER(kInitializeV2, Initialize<kV2>, BindInitialize());
 XLA_FFI_DEFINE_HANDLER(kInitializeV3, Initialize<kV3>, BindInitialize());
+XLA_FFI_DEFINE_HANDLER(kInitializeV4, Initialize<kV4>, BindInitialize());
 
 // The same launches at every call of a compiled program, whatever the arrays hold, so a command buffer may
 // hold them.
 XLA_FFI_DEFINE_HANDLER(kExecuteV1, Execute<kV1>, BindExecute(), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kExecuteV2, Execute<kV2>, BindExecute(), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kExecuteV3, Execute<kV3>, BindExecute(), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kExecuteV4, Execute<kV4>, BindExecute(), {ffi::Traits::kCmdBufferCompatible});
 
 AttentionCudaHandlers Handlers(XLA_FFI_Handler* initialize, XLA_FFI_Handler* execute) {
   return {.instantiate = reinterpret_cast<void*>(kInstantiate),
@@ -185,6 +188,7 @@ AttentionCudaHandlers Handlers(XLA_FFI_Handler* initialize, XLA_FFI_Handler* exe
 AttentionCudaHandlers AttentionV1CudaHandlers() { return Handlers(kInitializeV1, kExecuteV1); }
 AttentionCudaHandlers AttentionV2CudaHandlers() { return Handlers(kInitializeV2, kExecuteV2); }
 AttentionCudaHandlers AttentionV3CudaHandlers() { return Handlers(kInitializeV3, kExecuteV3); }
+AttentionCudaHandlers AttentionV4CudaHandlers() { return Handlers(kInitializeV4, kExecuteV4); }
 
 AttentionCudaStateType GetAttentionCudaStateType() {
   return {.id = &AttentionState::id, .info = const_cast<ffi::TypeInfo*>(&kStateInfo)};

@@ -15,6 +15,7 @@ struct AttentionCudaHandlers {
 AttentionCudaHandlers AttentionV1CudaHandlers();  // of target jax_paged_attn.attention.v1
 AttentionCudaHandlers AttentionV2CudaHandlers();  // of target jax_paged_attn.attention.v2
 AttentionCudaHandlers AttentionV3CudaHandlers();  // of target jax_paged_attn.attention.v3
+AttentionCudaHandlers AttentionV4CudaHandlers();  // of target jax_paged_attn.attention.v4
 
 // The type of what the first stage makes for the others: XLA_FFI_TypeId* and XLA_FFI_TypeInfo*.
 struct AttentionCudaStateType {

@@ -12,6 +12,7 @@ namespace {
 
 constexpr Target kV1 = {.platform = Platform::kCuda, .version = 1};
 constexpr Target kV2 = {.platform = Platform::kCuda, .version = 2};
+constexpr Target kV3 = {.platform = Platform::kCuda, .version = 3};
 
 template <Target target>
 ffi::Error Write(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
@@ -39,10 +40,12 @@ auto BindCall() {
 // One launch of the same grid at every call of a compiled program, so a command buffer may hold it.
 XLA_FFI_DEFINE_HANDLER(kWriteV1Handler, Write<kV1>, BindCall(), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kWriteV2Handler, Write<kV2>, BindCall(), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kWriteV3Handler, Write<kV3>, BindCall(), {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 
 void* WriteV1CudaHandler() { return reinterpret_cast<void*>(kWriteV1Handler); }
 void* WriteV2CudaHandler() { return reinterpret_cast<void*>(kWriteV2Handler); }
+void* WriteV3CudaHandler() { return reinterpret_cast<void*>(kWriteV3Handler); }
 
 }  // namespace jpa

@@ -5,5 +5,6 @@ namespace jpa {
 
 void* WriteV1CudaHandler();  // target jax_paged_attn.write.v1
 void* WriteV2CudaHandler();  // target jax_paged_attn.write.v2
+void* WriteV3CudaHandler();  // target jax_paged_attn.write.v3
 
 }  // namespace jpa

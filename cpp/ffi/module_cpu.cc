@@ -21,8 +21,10 @@ nb::dict Registrations() {
   targets[jpa::kAttentionV1] = nb::capsule(jpa::AttentionV1CpuHandler());
   targets[jpa::kAttentionV2] = nb::capsule(jpa::AttentionV2CpuHandler());
   targets[jpa::kAttentionV3] = nb::capsule(jpa::AttentionV3CpuHandler());
+  targets[jpa::kAttentionV4] = nb::capsule(jpa::AttentionV4CpuHandler());
   targets[jpa::kWriteV1] = nb::capsule(jpa::WriteV1CpuHandler());
   targets[jpa::kWriteV2] = nb::capsule(jpa::WriteV2CpuHandler());
+  targets[jpa::kWriteV3] = nb::capsule(jpa::WriteV3CpuHandler());
   return targets;
 }
 
@@ -55,7 +57,8 @@ NB_MODULE(_cpu, m) {
         "Handlers by the name of their FFI target, for platform \"cpu\".");
   jpa::DefineTargets(m, jpa::Platform::kCpu);
   m.def("attention_workspace_bytes", &jpa::AttentionWorkspaceBytes, nb::arg("num_seqs"),
-        nb::arg("num_q_heads"), nb::arg("head_dim"), "Size of the workspace result of the attention target.");
+        nb::arg("num_q_heads"), nb::arg("value_dim"),
+        "Size of the workspace result of the attention target.");
   m.def("isa", &Isa,
         "Instruction set in use: the best available, or JPA_CPU_ISA. RuntimeError if that one is not "
         "available.");

@@ -33,8 +33,10 @@ nb::dict Registrations() {
   targets[jpa::kAttentionV1] = Stages(jpa::AttentionV1CudaHandlers());
   targets[jpa::kAttentionV2] = Stages(jpa::AttentionV2CudaHandlers());
   targets[jpa::kAttentionV3] = Stages(jpa::AttentionV3CudaHandlers());
+  targets[jpa::kAttentionV4] = Stages(jpa::AttentionV4CudaHandlers());
   targets[jpa::kWriteV1] = nb::capsule(jpa::WriteV1CudaHandler());
   targets[jpa::kWriteV2] = nb::capsule(jpa::WriteV2CudaHandler());
+  targets[jpa::kWriteV3] = nb::capsule(jpa::WriteV3CudaHandler());
   return targets;
 }
 
@@ -65,15 +67,17 @@ jpa::PageLayout LayoutOf(const std::string& name) {
 }
 
 nb::dict AttentionPlan(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_rows,
-                       int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t page_size,
-                       int64_t num_seqs, int64_t max_pages, bool decode, int64_t workspace_limit,
-                       const std::string& layout, int64_t num_padding_heads, bool token_scales) {
+                       int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t value_dim,
+                       int64_t page_size, int64_t num_seqs, int64_t max_pages, bool decode,
+                       int64_t workspace_limit, const std::string& layout, int64_t num_padding_heads,
+                       bool token_scales) {
   const jpa::AttentionProblem problem = {.q_dtype = DTypeOf(q_dtype),
                                          .kv_dtype = DTypeOf(kv_dtype),
                                          .num_rows = num_rows,
                                          .num_q_heads = num_q_heads,
                                          .num_kv_heads = num_kv_heads,
                                          .head_dim = head_dim,
+                                         .value_dim = value_dim,
                                          .page_size = page_size,
                                          .num_seqs = num_seqs,
                                          .max_pages = max_pages,
@@ -100,23 +104,25 @@ nb::dict AttentionPlan(const std::string& q_dtype, const std::string& kv_dtype, 
 // A call of any number of rows, sequences and pages.
 jpa::AttentionProblem ProblemOfOneRow(const std::string& q_dtype, const std::string& kv_dtype,
                                       int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim,
-                                      int64_t page_size) {
+                                      int64_t value_dim, int64_t page_size) {
   return {.q_dtype = DTypeOf(q_dtype),
           .kv_dtype = DTypeOf(kv_dtype),
           .num_rows = 1,
           .num_q_heads = num_q_heads,
           .num_kv_heads = num_kv_heads,
           .head_dim = head_dim,
+          .value_dim = value_dim,
           .page_size = page_size,
           .num_seqs = 1,
           .max_pages = 1};
 }
 
 int64_t WorkspaceBound(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_q_heads,
-                       int64_t num_kv_heads, int64_t head_dim, int64_t page_size, int64_t workspace_limit,
-                       const std::string& layout, int64_t num_padding_heads, bool token_scales) {
+                       int64_t num_kv_heads, int64_t head_dim, int64_t value_dim, int64_t page_size,
+                       int64_t workspace_limit, const std::string& layout, int64_t num_padding_heads,
+                       bool token_scales) {
   jpa::AttentionProblem problem =
-      ProblemOfOneRow(q_dtype, kv_dtype, num_q_heads, num_kv_heads, head_dim, page_size);
+      ProblemOfOneRow(q_dtype, kv_dtype, num_q_heads, num_kv_heads, head_dim, value_dim, page_size);
   problem.layout = LayoutOf(layout);
   problem.num_padding_heads = num_padding_heads;
   problem.has_token_scales = token_scales;
@@ -124,15 +130,16 @@ int64_t WorkspaceBound(const std::string& q_dtype, const std::string& kv_dtype, 
 }
 
 int64_t FusedWorkspaceBytes(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_rows,
-                            int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t page_size,
-                            int64_t num_seqs, int64_t max_pages, bool decode, bool batch_invariant,
-                            int64_t workspace_limit) {
+                            int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t value_dim,
+                            int64_t page_size, int64_t num_seqs, int64_t max_pages, bool decode,
+                            bool batch_invariant, int64_t workspace_limit) {
   const jpa::AttentionProblem problem = {.q_dtype = DTypeOf(q_dtype),
                                          .kv_dtype = DTypeOf(kv_dtype),
                                          .num_rows = num_rows,
                                          .num_q_heads = num_q_heads,
                                          .num_kv_heads = num_kv_heads,
                                          .head_dim = head_dim,
+                                         .value_dim = value_dim,
                                          .page_size = page_size,
                                          .num_seqs = num_seqs,
                                          .max_pages = max_pages};
@@ -141,16 +148,16 @@ int64_t FusedWorkspaceBytes(const std::string& q_dtype, const std::string& kv_dt
 }
 
 int64_t FusedWorkspaceBound(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_q_heads,
-                            int64_t num_kv_heads, int64_t head_dim, int64_t page_size, bool decode,
-                            bool batch_invariant, int64_t workspace_limit) {
+                            int64_t num_kv_heads, int64_t head_dim, int64_t value_dim, int64_t page_size,
+                            bool decode, bool batch_invariant, int64_t workspace_limit) {
   return jpa::fused::WorkspaceBound(
-      ProblemOfOneRow(q_dtype, kv_dtype, num_q_heads, num_kv_heads, head_dim, page_size),
+      ProblemOfOneRow(q_dtype, kv_dtype, num_q_heads, num_kv_heads, head_dim, value_dim, page_size),
       {.decode = decode, .batch_invariant = batch_invariant, .workspace_limit = workspace_limit});
 }
 
-int64_t FusedWorkspaceBytesPerRow(int64_t num_q_heads, int64_t head_dim) {
+int64_t FusedWorkspaceBytesPerRow(int64_t num_q_heads, int64_t value_dim) {
   return jpa::fused::WorkspaceBytesPerRow(
-      ProblemOfOneRow("bfloat16", "bfloat16", num_q_heads, num_q_heads, head_dim, 1));
+      ProblemOfOneRow("bfloat16", "bfloat16", num_q_heads, num_q_heads, value_dim, value_dim, 1));
 }
 
 nb::dict BuildInfo() {
@@ -173,32 +180,34 @@ NB_MODULE(JPA_MODULE, m) {
         "Registrations of the types of state, by name.");
   jpa::DefineTargets(m, jpa::Platform::kCuda);
   m.def("attention_plan", &AttentionPlan, nb::arg("q_dtype"), nb::arg("kv_dtype"), nb::arg("num_rows"),
-        nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"),
-        nb::arg("num_seqs"), nb::arg("max_pages"), nb::arg("decode"), nb::arg("workspace_limit"),
-        nb::arg("layout") = "split", nb::arg("num_padding_heads") = 0, nb::arg("token_scales") = false,
+        nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("value_dim"),
+        nb::arg("page_size"), nb::arg("num_seqs"), nb::arg("max_pages"), nb::arg("decode"),
+        nb::arg("workspace_limit"), nb::arg("layout") = "split", nb::arg("num_padding_heads") = 0,
+        nb::arg("token_scales") = false,
         nb::sig("def attention_plan(q_dtype: str, kv_dtype: str, num_rows: int, num_q_heads: int, "
                 "num_kv_heads: int, "
-                "head_dim: int, page_size: int, num_seqs: int, max_pages: int, decode: bool, "
+                "head_dim: int, value_dim: int, page_size: int, num_seqs: int, max_pages: int, decode: bool, "
                 "workspace_limit: int, layout: str = 'split', num_padding_heads: int = 0, "
                 "token_scales: bool = False) -> "
                 "dict[str, int]"),
         "How \"cublaslt\" would run a call of these sizes: `workspace_bytes`, `launches`, and sizes of its "
         "parts.");
   m.def("workspace_bound", &WorkspaceBound, nb::arg("q_dtype"), nb::arg("kv_dtype"), nb::arg("num_q_heads"),
-        nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"), nb::arg("workspace_limit"),
-        nb::arg("layout") = "split", nb::arg("num_padding_heads") = 0, nb::arg("token_scales") = false,
+        nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("value_dim"), nb::arg("page_size"),
+        nb::arg("workspace_limit"), nb::arg("layout") = "split", nb::arg("num_padding_heads") = 0,
+        nb::arg("token_scales") = false,
         "At least the workspace of any such call, less WORKSPACE_BYTES_PER_ROW for each row and sequence.");
   m.def("fused_workspace_bytes", &FusedWorkspaceBytes, nb::arg("q_dtype"), nb::arg("kv_dtype"),
         nb::arg("num_rows"), nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
-        nb::arg("page_size"), nb::arg("num_seqs"), nb::arg("max_pages"), nb::arg("decode"),
-        nb::arg("batch_invariant"), nb::arg("workspace_limit"),
+        nb::arg("value_dim"), nb::arg("page_size"), nb::arg("num_seqs"), nb::arg("max_pages"),
+        nb::arg("decode"), nb::arg("batch_invariant"), nb::arg("workspace_limit"),
         "Bytes of scratch memory that \"fused\" needs for a call of these sizes.");
   m.def("fused_workspace_bound", &FusedWorkspaceBound, nb::arg("q_dtype"), nb::arg("kv_dtype"),
-        nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"),
-        nb::arg("decode"), nb::arg("batch_invariant"), nb::arg("workspace_limit"),
+        nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("value_dim"),
+        nb::arg("page_size"), nb::arg("decode"), nb::arg("batch_invariant"), nb::arg("workspace_limit"),
         "At least those of any such call, less what each row and sequence adds.");
   m.def("fused_workspace_bytes_per_row", &FusedWorkspaceBytesPerRow, nb::arg("num_q_heads"),
-        nb::arg("head_dim"), "At most what a query row of a batch-invariant call adds to them.");
+        nb::arg("value_dim"), "At most what a query row of a batch-invariant call adds to them.");
   m.attr("FUSED_WORKSPACE_BYTES_PER_SEQUENCE") = jpa::fused::kWorkspaceBytesPerSequence;
   m.attr("WORKSPACE_BYTES_PER_ROW") = jpa::cublaslt::kWorkspaceBytesPerRow;
   m.attr("DEFAULT_WORKSPACE_LIMIT") = jpa::cublaslt::kDefaultWorkspaceLimit;

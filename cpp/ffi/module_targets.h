@@ -34,11 +34,11 @@ inline void DefineTargets(nb::module_& m, Platform platform) {
       [platform] {
         nb::dict targets;
         int version = 0;
-        for (const char* name : {kAttentionV1, kAttentionV2, kAttentionV3}) {
+        for (const char* name : {kAttentionV1, kAttentionV2, kAttentionV3, kAttentionV4}) {
           targets[name] = NamesOf(kAttentionTensors, kAttentionAttributes, {platform, ++version});
         }
         version = 0;
-        for (const char* name : {kWriteV1, kWriteV2}) {
+        for (const char* name : {kWriteV1, kWriteV2, kWriteV3}) {
           targets[name] = NamesOf(kWriteTensors, kWriteAttributes, {platform, ++version});
         }
         return targets;

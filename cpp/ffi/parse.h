@@ -40,6 +40,7 @@ struct PoolShape {
 constexpr PoolShape ShapeOfPool(PageLayout layout) {
   switch (layout) {
     case PageLayout::kSplit:
+    case PageLayout::kValuesInKeys:
       return {.text = "[P, S, K, H]", .pages = 0, .page_size = 1, .heads = 2, .heads_per_kv_head = 1};
     case PageLayout::kInterleaved:
       return {.text = "[P, S, 2K, H]", .pages = 0, .page_size = 1, .heads = 2, .heads_per_kv_head = 2};
@@ -52,8 +53,16 @@ constexpr PoolShape ShapeOfPool(PageLayout layout) {
 // The facts that both pools share.
 struct Pools {
   DType dtype;
-  int64_t num_k_pages, num_v_pages, page_size, num_kv_heads, num_padding_heads, head_dim;
+  int64_t num_k_pages, num_v_pages, page_size, num_kv_heads, num_padding_heads, head_dim, value_dim;
 };
+
+// A layout that the version of a target has: values in keys came last.
+inline Status ParseLayoutOf(std::string_view name, bool may_be_values_in_keys, PageLayout* layout) {
+  if (Status s = ParseLayout(name, layout); !s.ok()) return s;
+  if (*layout != PageLayout::kValuesInKeys || may_be_values_in_keys) return Status::Ok();
+  return Status::InvalidArgument("layout: expected split, interleaved or head_major, got " +
+                                 std::string(name));
+}
 
 // Bytes in front of a pool's first value; a pool without pages has no memory to point into.
 constexpr int64_t FirstValue(PageLayout layout, int64_t num_pages, int64_t head_dim, DType dtype) {
@@ -89,8 +98,9 @@ inline Status ParseHeads(const NamedBuffer& pages, const PoolShape& shape, int64
 
 // An interleaved pool has at least 2 * `num_kv_heads` heads; 0: as many key/value heads as it has room for.
 // See ParseHeads for a `head_dim` other than 0.
+// `own_value_dim`: the last axis of v_pages need not be that of k_pages.
 inline Status ParsePages(const NamedBuffer& k_pages, const NamedBuffer& v_pages, PageLayout layout,
-                         int64_t num_kv_heads, int64_t head_dim, Pools* pools) {
+                         int64_t num_kv_heads, int64_t head_dim, bool own_value_dim, Pools* pools) {
   const PoolShape shape = ShapeOfPool(layout);
   int64_t heads = 0;
   if (Status s = ParseHeads(k_pages, shape, head_dim, &heads, &pools->head_dim); !s.ok()) return s;
@@ -117,6 +127,18 @@ inline Status ParsePages(const NamedBuffer& k_pages, const NamedBuffer& v_pages,
   pools->num_v_pages = v_pages.dim(shape.pages);
   std::vector<int64_t> expected(k_pages.buffer.dimensions().begin(), k_pages.buffer.dimensions().end());
   expected[shape.pages] = pools->num_v_pages;
+  pools->value_dim = pools->head_dim;
+  if (own_value_dim && layout != PageLayout::kInterleaved) {
+    pools->value_dim = expected.back() = v_pages.dim(v_pages.rank() - 1);
+    if (pools->value_dim < 1) return Mismatch(v_pages, "at least 1 in dimension Hv");
+  }
+  if (layout != PageLayout::kValuesInKeys) return Expect(v_pages, k_pages.dtype(), expected);
+  if (pools->num_v_pages != 0) return Mismatch(v_pages, "no pages, since k_pages holds the values");
+  if (pools->value_dim > pools->head_dim) {
+    return Mismatch(v_pages, "at most the H = " + std::to_string(pools->head_dim) + " numbers of a key");
+  }
+  pools->num_v_pages = pools->num_k_pages;
+  expected[shape.pages] = 0;
   return Expect(v_pages, k_pages.dtype(), expected);
 }
 
@@ -144,12 +166,14 @@ inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Targe
   DType q_dtype{};
   PageLayout layout{};
   Pools pools{};
-  if (Status s = ParseLayout(attributes.layout, &layout); !s.ok()) return s;
+  const bool own_value_dim = target.version >= kValueDimSince;
+  if (Status s = ParseLayoutOf(attributes.layout, own_value_dim, &layout); !s.ok()) return s;
   if (Status s = ExpectRank(q); !s.ok()) return s;
   if (Status s = ParseFloating(q, &q_dtype); !s.ok()) return s;
   if (Status s = ExpectRank(tensors["k_scale"]); !s.ok()) return s;
   const int64_t given_kv_heads = target.version >= kPaddingSince ? tensors["k_scale"].dim(1) : 0;
-  if (Status s = ParsePages(k_pages, tensors["v_pages"], layout, given_kv_heads, kInLastAxis, &pools);
+  if (Status s =
+          ParsePages(k_pages, tensors["v_pages"], layout, given_kv_heads, kInLastAxis, own_value_dim, &pools);
       !s.ok())
     return s;
   if (pools.dtype != q_dtype && ByteWidth(pools.dtype) > 1) {
@@ -176,7 +200,8 @@ inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Targe
   if (Status s = ExpectRepeated(tensors["sinks"], num_q_heads, num_seqs, "B"); !s.ok()) return s;
   if (Status s = ExpectRepeated(tensors["k_scale"], num_kv_heads, num_seqs, "B"); !s.ok()) return s;
   if (Status s = ExpectRepeated(tensors["v_scale"], num_kv_heads, num_seqs, "B"); !s.ok()) return s;
-  if (Status s = Expect(tensors["out"], q.dtype(), {num_rows, num_q_heads, head_dim}); !s.ok()) return s;
+  if (Status s = Expect(tensors["out"], q.dtype(), {num_rows, num_q_heads, pools.value_dim}); !s.ok())
+    return s;
   if (Status s = Expect(tensors["lse"], {num_rows, num_q_heads}); !s.ok()) return s;
   // The engine says how much workspace it takes.
   const NamedBuffer& workspace = tensors["workspace"];
@@ -188,6 +213,7 @@ inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Targe
               .num_q_heads = num_q_heads,
               .num_kv_heads = num_kv_heads,
               .head_dim = head_dim,
+              .value_dim = pools.value_dim,
               .page_size = pools.page_size,
               .num_k_pages = pools.num_k_pages,
               .num_v_pages = pools.num_v_pages,
@@ -207,43 +233,48 @@ inline Status ParseAttention(const AttentionTensors& tensors, const Target& targ
   if (Status s = ParseAttentionProblem(tensors, target, attributes, problem); !s.ok()) return s;
   if (Status s = CheckAttributes(attributes); !s.ok()) return s;
 
-  const auto strides_of = [&](int64_t num_pages) {
-    return StridesOf(problem->layout, num_pages, problem->page_size, problem->num_kv_heads, problem->head_dim,
+  const auto strides_of = [&](int64_t num_pages, int64_t head_dim) {
+    return StridesOf(problem->layout, num_pages, problem->page_size, problem->num_kv_heads, head_dim,
                      problem->num_padding_heads);
   };
+  const PageStrides k_strides = strides_of(problem->num_k_pages, problem->head_dim);
   const int64_t first_value =
       FirstValue(problem->layout, problem->num_v_pages, problem->head_dim, problem->kv_dtype);
   const float *k_token_scales = nullptr, *v_token_scales = nullptr;
   if (tensors.Has("k_token_scales")) {
     const auto parse = [&](AttentionTensors::Name name, AttentionTensors::Name pages, const float** parsed) {
-      return ParseTokenScales(tensors[name], tensors[pages], parsed);
+      if (Status s = ParseTokenScales(tensors[name], tensors[pages], parsed); !s.ok()) return s;
+      if (*parsed == nullptr || !problem->ValuesInKeys()) return Status::Ok();
+      return Mismatch(tensors[name], "float32[0, 0, 0], since k_pages holds the values");
     };
     if (Status s = parse("k_token_scales", "k_pages", &k_token_scales); !s.ok()) return s;
     if (Status s = parse("v_token_scales", "v_pages", &v_token_scales); !s.ok()) return s;
   }
   problem->has_token_scales = k_token_scales != nullptr || v_token_scales != nullptr;
   if (first_value > 0 && v_token_scales != nullptr) ++v_token_scales;  // value head 0 is behind key head 0
-  *params = {.q = tensors["q"].data<const void>(),
-             .k_pages = tensors["k_pages"].data<const void>(),
-             .v_pages = tensors["v_pages"].data<const char>() + first_value,
-             .block_tables = tensors["block_tables"].data<const int32_t>(),
-             .kv_lens = tensors["kv_lens"].data<const int32_t>(),
-             .q_starts = attributes.decode ? nullptr : tensors["q_starts"].data<const int32_t>(),
-             .q_counts = attributes.decode ? nullptr : tensors["q_counts"].data<const int32_t>(),
-             .sinks = tensors["sinks"].data_or_null<const float>(),
-             .k_scale = tensors["k_scale"].data_or_null<const float>(),
-             .v_scale = tensors["v_scale"].data_or_null<const float>(),
-             .k_token_scales = k_token_scales,
-             .v_token_scales = v_token_scales,
-             .out = tensors["out"].data<void>(),
-             .lse = tensors["lse"].data<float>(),
-             .workspace = tensors["workspace"].data<float>(),
-             .k_strides = strides_of(problem->num_k_pages),
-             .v_strides = strides_of(problem->num_v_pages),
-             .scale = attributes.scale,
-             .soft_cap = attributes.soft_cap,
-             .sliding_window = attributes.sliding_window,
-             .causal = attributes.causal};
+  *params = {
+      .q = tensors["q"].data<const void>(),
+      .k_pages = tensors["k_pages"].data<const void>(),
+      .v_pages = problem->ValuesInKeys() ? tensors["k_pages"].data<const char>()
+                                         : tensors["v_pages"].data<const char>() + first_value,
+      .block_tables = tensors["block_tables"].data<const int32_t>(),
+      .kv_lens = tensors["kv_lens"].data<const int32_t>(),
+      .q_starts = attributes.decode ? nullptr : tensors["q_starts"].data<const int32_t>(),
+      .q_counts = attributes.decode ? nullptr : tensors["q_counts"].data<const int32_t>(),
+      .sinks = tensors["sinks"].data_or_null<const float>(),
+      .k_scale = tensors["k_scale"].data_or_null<const float>(),
+      .v_scale = tensors["v_scale"].data_or_null<const float>(),
+      .k_token_scales = k_token_scales,
+      .v_token_scales = v_token_scales,
+      .out = tensors["out"].data<void>(),
+      .lse = tensors["lse"].data<float>(),
+      .workspace = tensors["workspace"].data<float>(),
+      .k_strides = k_strides,
+      .v_strides = problem->ValuesInKeys() ? k_strides : strides_of(problem->num_v_pages, problem->value_dim),
+      .scale = attributes.scale,
+      .soft_cap = attributes.soft_cap,
+      .sliding_window = attributes.sliding_window,
+      .causal = attributes.causal};
   return Status::Ok();
 }
 
@@ -254,17 +285,20 @@ inline Status ParseWrite(const WriteTensors& tensors, const Target& target, cons
   DType new_dtype{};
   PageLayout layout{};
   Pools pools{};
-  if (Status s = ParseLayout(attributes.layout, &layout); !s.ok()) return s;
-  const bool has_head_dim = target.version < kAnyAxesSince || k.rank() != 2;
+  if (Status s = ParseLayoutOf(attributes.layout, target.version >= kWritesOfKeysSince, &layout); !s.ok())
+    return s;
+  const bool has_values = layout != PageLayout::kValuesInKeys;
+  const bool has_head_dim = target.version < kAnyAxesSince || !has_values || k.rank() != 2;
   if (has_head_dim) {
     if (Status s = ExpectRank(k); !s.ok()) return s;
   }
-  const bool one_pool = layout == PageLayout::kInterleaved;
+  const bool one_pool = layout == PageLayout::kInterleaved || !has_values;
   if (has_head_dim && k.dim(2) < 1) return Mismatch(k, "at least 1 in dimension H");
-  const int64_t head_dim = !has_head_dim ? kNowhere : one_pool ? k.dim(2) : kInLastAxis;
-  if (Status s = ParsePages(k_pages, v_pages, layout, k.dim(1), head_dim, &pools); !s.ok()) return s;
+  const int64_t given_head_dim = layout == PageLayout::kInterleaved ? k.dim(2) : kInLastAxis;
+  const int64_t head_dim = has_head_dim ? given_head_dim : kNowhere;
+  if (Status s = ParsePages(k_pages, v_pages, layout, k.dim(1), head_dim, false, &pools); !s.ok()) return s;
   const int64_t num_pages = pools.num_k_pages;
-  if (one_pool && pools.num_v_pages != 0)
+  if (one_pool && v_pages.dim(ShapeOfPool(layout).pages) != 0)
     return Mismatch(v_pages, "no pages, since k_pages holds the values");
   if (!one_pool && pools.num_v_pages != num_pages)
     return Mismatch(v_pages, "as many pages as k_pages, " + std::to_string(num_pages));
@@ -273,6 +307,7 @@ inline Status ParseWrite(const WriteTensors& tensors, const Target& target, cons
   std::vector<int64_t> rows = {num_tokens, pools.num_kv_heads, pools.head_dim};
   if (!has_head_dim) rows.pop_back();
   if (Status s = Expect(k, k.dtype(), rows); !s.ok()) return s;
+  if (!has_values) rows.back() = 0;
   if (Status s = Expect(tensors["v"], k.dtype(), rows); !s.ok()) return s;
   if (Status s = Expect(tensors["slot_mapping"], {num_tokens}); !s.ok()) return s;
   if (Status s = ExpectRepeated(tensors["k_scale"], pools.num_kv_heads, num_tokens, "T"); !s.ok()) return s;
@@ -299,7 +334,8 @@ inline Status ParseWrite(const WriteTensors& tensors, const Target& target, cons
               .page_size = pools.page_size,
               .num_pages = num_pages,
               .num_k_scales = tensors["k_scale"].dim(0),
-              .num_v_scales = tensors["v_scale"].dim(0)};
+              .num_v_scales = tensors["v_scale"].dim(0),
+              .has_values = has_values};
   *params = {.k = k.data<const void>(),
              .v = tensors["v"].data<const void>(),
              .slot_mapping = tensors["slot_mapping"].data<const int32_t>(),

@@ -16,8 +16,12 @@ inline constexpr char kAttentionV1[] = "jax_paged_attn.attention.v1";
 inline constexpr char kAttentionV2[] = "jax_paged_attn.attention.v2";  // v1 with an attribute for the layout
 // v2 with padding heads, and scales per token and head.
 inline constexpr char kAttentionV3[] = "jax_paged_attn.attention.v3";
+// v3 with a head dim of values, which may be in the pool of keys.
+inline constexpr char kAttentionV4[] = "jax_paged_attn.attention.v4";
 inline constexpr char kWriteV1[] = "jax_paged_attn.write.v1";
 inline constexpr char kWriteV2[] = "jax_paged_attn.write.v2";  // v1 with an attribute for the layout
+// v2 for pools of keys that hold the values, too.
+inline constexpr char kWriteV3[] = "jax_paged_attn.write.v3";
 
 enum class ElementType : uint8_t {
   kFloat,  // float32, bfloat16 or float16
@@ -67,7 +71,8 @@ inline constexpr TensorTable<12, 3> kAttentionTensors = {
     .tensors = {{
         {.name = "q", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, N, H]"},
         {.name = "k_pages", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
-        {.name = "v_pages", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
+        // Empty where the values are in the keys; its last axis says how many numbers of a key they are.
+        {.name = "v_pages", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, Hv]"},
         {.name = "block_tables", .dtype = ElementType::kS32, .rank = 2, .shape = "[B, M]"},
         {.name = "kv_lens", .dtype = ElementType::kS32, .rank = 1, .shape = "[B]"},
         {.name = "q_starts", .dtype = ElementType::kS32, .rank = 1, .shape = "[B]"},
@@ -78,7 +83,7 @@ inline constexpr TensorTable<12, 3> kAttentionTensors = {
         // A pool's shape without its last axis, or [0, 0, 0].
         {.name = "k_token_scales", .dtype = ElementType::kF32, .rank = 3, .shape = "[P, S, K]", .since = 3},
         {.name = "v_token_scales", .dtype = ElementType::kF32, .rank = 3, .shape = "[P, S, K]", .since = 3},
-        {.name = "out", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, N, H]"},
+        {.name = "out", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, N, Hv]"},
         {.name = "lse", .dtype = ElementType::kF32, .rank = 2, .shape = "[T, N]"},
         {.name = "workspace", .dtype = ElementType::kU8, .rank = 1, .shape = "[W]"},
     }}};
@@ -89,11 +94,11 @@ inline constexpr TensorTable<7, 2> kWriteTensors = {
         {.name = "k_pages", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
         {.name = "v_pages", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
         {.name = "k", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, K, H]"},
-        {.name = "v", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, K, H]"},
+        {.name = "v", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, K, H]"},  // H = 0: in the keys
         {.name = "slot_mapping", .dtype = ElementType::kS32, .rank = 1, .shape = "[T]"},
         {.name = "k_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
         {.name = "v_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
-        // Aliased to the first two operands; an interleaved call has one pool, the first, and an empty second
+        // Aliased to the first two operands; a call with one pool for keys and values has an empty second
         // one.
         {.name = "k_pages (result)", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
         {.name = "v_pages (result)", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
@@ -124,6 +129,10 @@ inline constexpr auto kWriteAttributes = std::to_array<AttributeSpec>({{.name = 
 
 // From this version of attention on, an interleaved pool may have padding heads.
 inline constexpr int kPaddingSince = 3;
+// From this version of attention on, values may have a head dim of their own, or be in the keys.
+inline constexpr int kValueDimSince = 4;
+// From this version of the write on, values may be in the keys.
+inline constexpr int kWritesOfKeysSince = 3;
 // From this version of the write on, an interleaved pool may also have its heads in two axes, [P, S, X, Y,
 // H], and k, v and pools of any layout may lack the last axis if it is 1. (XLA would copy what is reshaped
 // and aliased.)

@@ -86,6 +86,7 @@ jpa::Status Run(ffi::ThreadPool& pool, const Rows& q, const Rows& gate, const Pa
                                          .num_q_heads = num_q_heads,
                                          .num_kv_heads = num_kv_heads,
                                          .head_dim = head_dim,
+                                         .value_dim = head_dim,
                                          .page_size = page_size,
                                          .num_k_pages = num_pages,
                                          .num_v_pages = num_pages,

@@ -91,7 +91,7 @@ struct Case {
   void Bind() {
     params.q = q.bytes.data();
     params.k_pages = k.bytes.data();
-    params.v_pages = v.bytes.data();
+    params.v_pages = problem.ValuesInKeys() ? k.bytes.data() : v.bytes.data();
     params.block_tables = tables.data();
     params.kv_lens = kv_lens.data();
     params.q_starts = q_starts.data();
@@ -124,10 +124,12 @@ class Random {
 // first sequence that says as much as its own, or 0.
 int32_t FillArrays(Random& random, Case* c) {
   const AttentionProblem& p = c->problem;
-  const int64_t row = p.num_kv_heads * p.head_dim;
+  const int64_t row = p.num_kv_heads * p.head_dim, v_row = p.num_kv_heads * p.value_dim;
   const float garbage = p.kv_dtype == DType::kS8 ? 5.0f : std::numeric_limits<float>::quiet_NaN();
   for (int64_t i = 0; i < p.num_k_pages * p.page_size * row; ++i) c->k.Set(i, garbage);
-  for (int64_t i = 0; i < p.num_v_pages * p.page_size * row; ++i) c->v.Set(i, garbage);
+  if (!p.ValuesInKeys()) {
+    for (int64_t i = 0; i < p.num_v_pages * p.page_size * v_row; ++i) c->v.Set(i, garbage);
+  }
   for (int64_t i = 0; i < p.num_rows * p.num_q_heads * p.head_dim; ++i) c->q.Set(i, random.Normal());
   for (int32_t& entry : c->tables) {
     entry = random.Of<int32_t>({-1, INT32_MAX, INT32_MIN, static_cast<int32_t>(p.num_k_pages)});
@@ -146,7 +148,10 @@ int32_t FillArrays(Random& random, Case* c) {
       const int64_t v_page = entry % p.num_v_pages;
       for (int64_t i = 0; i < tokens * row; ++i) {
         c->k.Set(entry * p.page_size * row + i, random.Normal());
-        c->v.Set(v_page * p.page_size * row + i, random.Normal());
+      }
+      if (p.ValuesInKeys()) continue;
+      for (int64_t i = 0; i < tokens * v_row; ++i) {
+        c->v.Set(v_page * p.page_size * v_row + i, random.Normal());
       }
     }
   }
@@ -160,6 +165,9 @@ Case MakeCase(uint32_t seed, int64_t max_len) {
   const DType kv_dtype = random.Of({q_dtype, q_dtype, DType::kE4M3FN, DType::kE5M2, DType::kS8});
   const int64_t head_dim =
       max_len > 1000 ? random.Of<int64_t>({8, 33}) : random.Of<int64_t>({1, 7, 16, 40, 64, 80, 96, 128});
+  // Values like keys, narrower or wider, or the first numbers of the keys.
+  const int64_t value_dim = random.Of<int64_t>({head_dim, head_dim, 5, 32, 72});
+  const bool values_in_keys = value_dim <= head_dim && random.Below(3) == 0;
   const int64_t page_size = random.Of<int64_t>({1, 3, 16, 17, 64});
   const int64_t num_kv_heads = 1 + random.Below(3);
   const int64_t group = random.Of<int64_t>({1, 2, 3, 4, 5, 7, 12, 20});
@@ -181,27 +189,30 @@ Case MakeCase(uint32_t seed, int64_t max_len) {
   num_rows += random.Below(3);
   // One of the pools may be smaller and then repeats: the sequences share its pages.
   const int64_t num_k_pages = used_pages + 2;
-  const int64_t num_v_pages = random.Below(4) == 0 ? std::max<int64_t>(num_k_pages / 2, 1) : num_k_pages;
+  const int64_t num_v_pages =
+      random.Below(4) == 0 && !values_in_keys ? std::max<int64_t>(num_k_pages / 2, 1) : num_k_pages;
 
   const int64_t num_results = num_rows * num_q_heads;
-  const int64_t row = num_kv_heads * head_dim;
-  const int64_t workspace_bytes = AttentionWorkspaceBytes(num_seqs, num_q_heads, head_dim);
+  const int64_t row = num_kv_heads * head_dim, v_row = num_kv_heads * value_dim;
+  const int64_t workspace_bytes = AttentionWorkspaceBytes(num_seqs, num_q_heads, value_dim);
   Case c = {.problem = {.q_dtype = q_dtype,
                         .kv_dtype = kv_dtype,
                         .num_rows = num_rows,
                         .num_q_heads = num_q_heads,
                         .num_kv_heads = num_kv_heads,
                         .head_dim = head_dim,
+                        .value_dim = value_dim,
                         .page_size = page_size,
                         .num_k_pages = num_k_pages,
                         .num_v_pages = num_v_pages,
                         .num_seqs = num_seqs,
-                        .max_pages = max_pages},
+                        .max_pages = max_pages,
+                        .layout = values_in_keys ? PageLayout::kValuesInKeys : PageLayout::kSplit},
             .params = {},
             .q = Array(q_dtype, num_results * head_dim),
             .k = Array(kv_dtype, num_k_pages * page_size * row),
-            .v = Array(kv_dtype, num_v_pages * page_size * row),
-            .out = Array(q_dtype, num_results * head_dim),
+            .v = Array(kv_dtype, values_in_keys ? 0 : num_v_pages * page_size * v_row),
+            .out = Array(q_dtype, num_results * value_dim),
             .tables = std::vector<int32_t>(static_cast<size_t>(num_seqs * max_pages)),
             .kv_lens = kv_lens,
             .q_starts = q_starts,
@@ -225,9 +236,9 @@ Case MakeCase(uint32_t seed, int64_t max_len) {
     c.q_starts[0] = random.Of<int32_t>({INT32_MIN, -3, INT32_MAX});
   }
 
-  const PageStrides strides = {.page = page_size * row, .token = row, .head = head_dim};
-  c.params.k_strides = strides;
-  c.params.v_strides = strides;
+  c.params.k_strides = {.page = page_size * row, .token = row, .head = head_dim};
+  c.params.v_strides = {.page = page_size * v_row, .token = v_row, .head = value_dim};
+  if (values_in_keys) c.params.v_strides = c.params.k_strides;
   c.params.scale = 1.0f / std::sqrt(static_cast<float>(head_dim)) * (kv_dtype == DType::kS8 ? 0.05f : 1.0f);
   c.params.soft_cap = random.Of({0.0f, 0.0f, 2.0f, 30.0f});
   c.params.sliding_window = random.Of<int64_t>({0, 0, 1, 9, 100, INT64_MAX / 2});
@@ -248,8 +259,11 @@ float Of(const std::vector<float>& rows, int64_t num_rows, const AttentionProble
 Expected Reference(const Case& c) {
   const AttentionProblem& p = c.problem;
   const int64_t group = p.num_q_heads / p.num_kv_heads;
-  Expected expected = {std::vector<double>(static_cast<size_t>(p.num_rows * p.num_q_heads * p.head_dim), 0.0),
-                       std::vector<double>(static_cast<size_t>(p.num_rows * p.num_q_heads), -kInfinity)};
+  const Array& values = p.ValuesInKeys() ? c.k : c.v;
+  const int64_t value_stride = p.ValuesInKeys() ? p.head_dim : p.value_dim;
+  Expected expected = {
+      std::vector<double>(static_cast<size_t>(p.num_rows * p.num_q_heads * p.value_dim), 0.0),
+      std::vector<double>(static_cast<size_t>(p.num_rows * p.num_q_heads), -kInfinity)};
   for (int64_t seq = 0; seq < p.num_seqs; ++seq) {
     const auto s = static_cast<size_t>(seq);
     const int64_t kv_len = std::clamp<int64_t>(c.kv_lens[s], 0, p.max_pages * p.page_size);
@@ -270,17 +284,17 @@ Expected Reference(const Case& c) {
           const int64_t id = c.tables[static_cast<size_t>(seq * p.max_pages + key / p.page_size)];
           if (id < 0 || id >= std::max(p.num_k_pages, p.num_v_pages)) continue;
           const auto row_of = [&](int64_t pages) {
-            return (((id % pages) * p.page_size + key % p.page_size) * p.num_kv_heads + kv_head) * p.head_dim;
+            return ((id % pages) * p.page_size + key % p.page_size) * p.num_kv_heads + kv_head;
           };
+          const int64_t k_row = row_of(p.num_k_pages) * p.head_dim;
           double logit = 0;
           for (int64_t d = 0; d < p.head_dim; ++d) {
-            logit +=
-                c.q.At((row * p.num_q_heads + head) * p.head_dim + d) * c.k.At(row_of(p.num_k_pages) + d);
+            logit += c.q.At((row * p.num_q_heads + head) * p.head_dim + d) * c.k.At(k_row + d);
           }
           logit *= scale;
           const auto cap = static_cast<double>(c.params.soft_cap);
           logits.push_back(cap > 0 ? cap * std::tanh(logit / cap) : logit);
-          v_rows.push_back(row_of(p.num_v_pages));
+          v_rows.push_back(row_of(p.num_v_pages) * value_stride);
         }
         const auto sink = static_cast<double>(
             Of(c.sinks, p.num_sinks, p, seq, head, p.num_q_heads, -std::numeric_limits<float>::infinity()));
@@ -295,9 +309,9 @@ Expected Reference(const Case& c) {
           const double weight =
               std::exp(logits[i] - top) / sum *
               static_cast<double>(Of(c.v_scale, p.num_v_scales, p, seq, kv_head, p.num_kv_heads, 1));
-          for (int64_t d = 0; d < p.head_dim; ++d) {
-            expected.out[index * static_cast<size_t>(p.head_dim) + static_cast<size_t>(d)] +=
-                weight * c.v.At(v_rows[i] + d);
+          for (int64_t d = 0; d < p.value_dim; ++d) {
+            expected.out[index * static_cast<size_t>(p.value_dim) + static_cast<size_t>(d)] +=
+                weight * values.At(v_rows[i] + d);
           }
         }
       }

@@ -112,15 +112,15 @@ inline void AddValues(const float* p, const float* alpha, const T* const* v, con
 
 template <int kRows, typename T>
 inline void AddAllValues(const float* p, const float* alpha, const T* const* v, const T* const* next_v,
-                         int count, int64_t head_dim, float* o, int64_t o_stride) {
+                         int count, int64_t value_dim, float* o, int64_t o_stride) {
   int64_t d = 0;
-  for (; d + kBlockVecs * kLanes <= head_dim; d += kBlockVecs * kLanes) {
+  for (; d + kBlockVecs * kLanes <= value_dim; d += kBlockVecs * kLanes) {
     AddValues<kRows, kBlockVecs, false>(p, alpha, v, next_v, count, d, 0, o, o_stride);
   }
-  for (; d + kLanes <= head_dim; d += kLanes) {
+  for (; d + kLanes <= value_dim; d += kLanes) {
     AddValues<kRows, 1, false>(p, alpha, v, next_v, count, d, 0, o, o_stride);
   }
-  if (d < head_dim) AddValues<kRows, 1, true>(p, alpha, v, next_v, count, d, head_dim - d, o, o_stride);
+  if (d < value_dim) AddValues<kRows, 1, true>(p, alpha, v, next_v, count, d, value_dim - d, o, o_stride);
 }
 
 // Turns a row's scores of `block` into weights and moves its state (m, lanes of l) along. Returns by how much
@@ -163,42 +163,44 @@ inline float Softmax(const KeyBlock& block, SeenPositions seen, float cap_factor
 
 // The states of a tile's rows, head after head.
 struct DecodeStates {
-  float* q;  // [heads, rows, padded head dim], scaled
-  float* o;  // [heads, rows, padded head dim]
+  float* q;  // [heads, rows, q_stride], scaled
+  float* o;  // [heads, rows, o_stride]
   float* m;  // [heads, rows]
   float* l;  // [heads, rows, kLanes]
+  int64_t head_dim, value_dim;
+  int64_t q_stride, o_stride;  // these two, padded to a multiple of kLanes
 };
 
 template <int kRows, typename T>
 inline void AttendRows(const KeyBlock& block, const RowPointers<T>& pointers, const RowPointers<T>& next,
                        const TokenScales* token_scales, const SeenPositions* seen, float cap_factor,
-                       int64_t state, int64_t head_dim, int64_t stride, const DecodeStates& states) {
+                       int64_t state, const DecodeStates& states) {
   alignas(64) float scores[kRows * kDecodeKeys];
   float alpha[kRows];
-  Scores<kRows>(states.q + state * stride, stride, pointers.k, next.k, block.count, head_dim, scores);
+  Scores<kRows>(states.q + state * states.q_stride, states.q_stride, pointers.k, next.k, block.count,
+                states.head_dim, scores);
   for (int r = 0; r < kRows; ++r) {
     alpha[r] = Softmax(block, seen[r], cap_factor, token_scales, scores + r * kDecodeKeys,
                        states.m + state + r, states.l + (state + r) * kLanes);
   }
-  AddAllValues<kRows>(scores, alpha, pointers.v, next.v, block.count, head_dim, states.o + state * stride,
-                      stride);
+  AddAllValues<kRows>(scores, alpha, pointers.v, next.v, block.count, states.value_dim,
+                      states.o + state * states.o_stride, states.o_stride);
 }
 
 template <typename T>
 inline void AttendRows(int64_t num_rows, const KeyBlock& block, const RowPointers<T>& pointers,
                        const RowPointers<T>& next, const TokenScales* scales, const SeenPositions* seen,
-                       float cap_factor, int64_t state, int64_t head_dim, int64_t stride,
-                       const DecodeStates& states) {
+                       float cap_factor, int64_t state, const DecodeStates& states) {
   switch (num_rows) {
     case 1:
-      return AttendRows<1>(block, pointers, next, scales, seen, cap_factor, state, head_dim, stride, states);
+      return AttendRows<1>(block, pointers, next, scales, seen, cap_factor, state, states);
     case 2:
-      return AttendRows<2>(block, pointers, next, scales, seen, cap_factor, state, head_dim, stride, states);
+      return AttendRows<2>(block, pointers, next, scales, seen, cap_factor, state, states);
 #if defined(JPA_ISA_AVX512)
     case 3:
-      return AttendRows<3>(block, pointers, next, scales, seen, cap_factor, state, head_dim, stride, states);
+      return AttendRows<3>(block, pointers, next, scales, seen, cap_factor, state, states);
     case 4:
-      return AttendRows<4>(block, pointers, next, scales, seen, cap_factor, state, head_dim, stride, states);
+      return AttendRows<4>(block, pointers, next, scales, seen, cap_factor, state, states);
 #endif
   }
 }
@@ -213,17 +215,21 @@ inline void Swap(T** a, T** b) {
 template <typename T>
 void AttendDecode(const AttentionProblem& problem, const AttentionParams& params, const WorkTile& tile,
                   void* memory) {
-  const int64_t head_dim = problem.head_dim;
-  const int64_t stride = RoundUp(head_dim, kLanes);
+  const int64_t q_stride = RoundUp(problem.head_dim, kLanes);
+  const int64_t o_stride = RoundUp(problem.value_dim, kLanes);
   const int64_t group = problem.num_q_heads / problem.num_kv_heads;
   const int64_t rows = tile.row_end - tile.row_begin;
   const int64_t num_states = rows * (tile.head_end - tile.head_begin);
 
   Scratch scratch(memory);
-  const DecodeStates states = {.q = scratch.Floats(num_states * stride),
-                               .o = scratch.Floats(num_states * stride),
+  const DecodeStates states = {.q = scratch.Floats(num_states * q_stride),
+                               .o = scratch.Floats(num_states * o_stride),
                                .m = scratch.Floats(num_states),
-                               .l = scratch.Floats(num_states * kLanes)};
+                               .l = scratch.Floats(num_states * kLanes),
+                               .head_dim = problem.head_dim,
+                               .value_dim = problem.value_dim,
+                               .q_stride = q_stride,
+                               .o_stride = o_stride};
   SeenPositions seen[kMaxDecodeRows];
   for (int64_t r = 0; r < rows; ++r) {
     seen[r] = PositionsSeenBy(problem, params, tile, tile.row_begin + r);
@@ -233,8 +239,8 @@ void AttendDecode(const AttentionProblem& problem, const AttentionParams& params
     for (int64_t r = 0; r < rows; ++r, ++state) {
       const int64_t packed_row = tile.row_begin + r;
       LoadQuery(problem, params, tile.q_start + packed_row / group, head * group + packed_row % group, factor,
-                states.q + state * stride);
-      for (int64_t d = 0; d < stride; d += kLanes) Store(states.o + state * stride + d, Zero());
+                states.q + state * q_stride);
+      for (int64_t d = 0; d < o_stride; d += kLanes) Store(states.o + state * o_stride + d, Zero());
       states.m[state] = -kInfinity;
       Store(states.l + state * kLanes, Zero());
     }
@@ -268,8 +274,7 @@ void AttendDecode(const AttentionProblem& problem, const AttentionParams& params
         const int64_t num_rows = rows - r < kMaxBlockRows ? rows - r : kMaxBlockRows;
         // The first rows prefetch; to the others their own keys are as good, which are there already.
         const RowPointers<T>& prefetched = r == 0 ? *next : *now;
-        AttendRows(num_rows, *block, *now, prefetched, scales, seen + r, cap_factor, state, head_dim, stride,
-                   states);
+        AttendRows(num_rows, *block, *now, prefetched, scales, seen + r, cap_factor, state, states);
         r += num_rows;
         state += num_rows;
       }
@@ -280,7 +285,7 @@ void AttendDecode(const AttentionProblem& problem, const AttentionParams& params
 
   for (int64_t head = tile.head_begin, state = 0; head < tile.head_end; ++head) {
     for (int64_t r = 0; r < rows; ++r, ++state) {
-      FinishTileRow(problem, params, tile, tile.row_begin + r, head, states.o + state * stride,
+      FinishTileRow(problem, params, tile, tile.row_begin + r, head, states.o + state * o_stride,
                     states.m[state], ReduceSum(Load(states.l + state * kLanes)));
     }
   }
@@ -288,8 +293,8 @@ void AttendDecode(const AttentionProblem& problem, const AttentionParams& params
 
 // Bytes of scratch for the largest tile.
 inline int64_t DecodeScratchBytes(const AttentionProblem& problem) {
-  const int64_t stride = RoundUp(problem.head_dim, kLanes);
-  return kMaxDecodeStates * (2 * stride + 1 + kLanes) * static_cast<int64_t>(sizeof(float)) + 4 * 64;
+  const int64_t strides = RoundUp(problem.head_dim, kLanes) + RoundUp(problem.value_dim, kLanes);
+  return kMaxDecodeStates * (strides + 1 + kLanes) * static_cast<int64_t>(sizeof(float)) + 4 * 64;
 }
 
 }  // namespace jpa::cpu::JPA_ISA

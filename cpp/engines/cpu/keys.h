@@ -19,7 +19,7 @@ struct KeyBlock {
   int32_t position[kMaxBlockKeys];
   int64_t k_offset[kMaxBlockKeys];  // elements from the start of the pool to head 0 of the token
   int64_t v_offset[kMaxBlockKeys];
-  // The same in rows of H elements, only if the call has scales per token.
+  // The same in rows of H or Hv elements, only if the call has scales per token.
   int64_t k_row[kMaxBlockKeys];
   int64_t v_row[kMaxBlockKeys];
 };
@@ -30,7 +30,7 @@ class KeyWalker {
       : problem_(problem),
         params_(params),
         k_rows_(StridesOfRows(params.k_strides, problem.head_dim)),
-        v_rows_(StridesOfRows(params.v_strides, problem.head_dim)),
+        v_rows_(StridesOfRows(params.v_strides, problem.value_dim)),
         pages_(params.block_tables + tile.seq * problem.max_pages),
         next_(tile.key_begin),
         end_(tile.key_end) {}
@@ -97,12 +97,12 @@ struct TokenScales {
 
 inline void LoadTokenScales(const AttentionProblem& problem, const AttentionParams& params,
                             const KeyBlock& block, int64_t head, TokenScales* scales) {
-  const auto load = [&](const float* from, const int64_t* rows, const PageStrides& strides, float* to) {
-    const int64_t first = head * StridesOfRows(strides, problem.head_dim).head;
+  const auto load = [&](const float* from, const int64_t* rows, int64_t rows_of_head, float* to) {
+    const int64_t first = head * rows_of_head;
     for (int j = 0; j < block.count; ++j) to[j] = from == nullptr ? 1.0f : from[first + rows[j]];
   };
-  load(params.k_token_scales, block.k_row, params.k_strides, scales->k);
-  load(params.v_token_scales, block.v_row, params.v_strides, scales->v);
+  load(params.k_token_scales, block.k_row, params.k_strides.head / problem.head_dim, scales->k);
+  load(params.v_token_scales, block.v_row, params.v_strides.head / problem.value_dim, scales->v);
 }
 
 // The positions that a query row sees, [first, last], for comparison with vectors of positions.

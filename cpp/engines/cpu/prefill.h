@@ -36,7 +36,7 @@ struct Panel {
   int num_vecs;
   bool seen_by_all;   // of the current block: no row of the panel misses any of its keys
   float* q;           // [H, columns], scaled
-  float* o;           // [H rounded up to 4, columns]
+  float* o;           // [Hv rounded up to 4, columns]
   float* m;           // [columns]
   float* l;           // [columns]
   int32_t* first;     // [columns], see SeenPositions
@@ -105,9 +105,9 @@ inline void PanelSoftmax(const Panel& panel, const KeyBlock& block, float cap_fa
 // Ot = alpha Ot + Vt P, four rows of Ot at a time.
 template <int kVecs>
 inline void PanelValues(const float* weights, const float* alpha, const float* values, int64_t stride,
-                        int count, int64_t head_dim, float* o) {
+                        int count, int64_t value_dim, float* o) {
   constexpr int kColumns = kVecs * kLanes;
-  for (int64_t d = 0; d < head_dim; d += 4) {
+  for (int64_t d = 0; d < value_dim; d += 4) {
     Vec sum[4][kVecs];
     for (int i = 0; i < 4; ++i) {
       for (int v = 0; v < kVecs; ++v) {
@@ -130,66 +130,69 @@ inline void PanelValues(const float* weights, const float* alpha, const float* v
 
 // One block of keys, converted.
 struct ConvertedKeys {
-  float* k;  // [kPrefillKeys, stride]; rows and columns beyond the keys and H are 0 up to multiples of 4
-  float* v;
-  int64_t stride;
+  float* k;  // [kPrefillKeys, k_stride]; rows beyond the keys are 0 up to a multiple of 4
+  float*
+      v;  // [kPrefillKeys, v_stride]; readable up to a multiple of 4 numbers; k, if the values are in there
+  int64_t k_stride, v_stride;
+  int64_t head_dim, value_dim;
   const TokenScales* scales;  // null if there are none
 };
 
 template <int kVecs>
 inline void AttendPanel(const Panel& panel, const KeyBlock& block, const ConvertedKeys& keys,
-                        int64_t head_dim, float cap_factor, float* scores) {
+                        float cap_factor, float* scores) {
   alignas(64) float alpha[kVecs * kLanes];
-  PanelScores<kVecs>(panel.q, keys.k, keys.stride, block.count, head_dim, scores);
+  PanelScores<kVecs>(panel.q, keys.k, keys.k_stride, block.count, keys.head_dim, scores);
   PanelSoftmax<kVecs>(panel, block, cap_factor, keys.scales, scores, alpha);
-  PanelValues<kVecs>(scores, alpha, keys.v, keys.stride, block.count, head_dim, panel.o);
+  PanelValues<kVecs>(scores, alpha, keys.v, keys.v_stride, block.count, keys.value_dim, panel.o);
 }
 
 inline void AttendPanel(const Panel& panel, const KeyBlock& block, const ConvertedKeys& keys,
-                        int64_t head_dim, float cap_factor, float* scores) {
+                        float cap_factor, float* scores) {
   switch (panel.num_vecs) {
     case 1:
-      return AttendPanel<1>(panel, block, keys, head_dim, cap_factor, scores);
+      return AttendPanel<1>(panel, block, keys, cap_factor, scores);
     case 2:
-      return AttendPanel<2>(panel, block, keys, head_dim, cap_factor, scores);
+      return AttendPanel<2>(panel, block, keys, cap_factor, scores);
     case 3:
-      return AttendPanel<3>(panel, block, keys, head_dim, cap_factor, scores);
+      return AttendPanel<3>(panel, block, keys, cap_factor, scores);
 #if defined(JPA_ISA_AVX512)
     case 4:
-      return AttendPanel<4>(panel, block, keys, head_dim, cap_factor, scores);
+      return AttendPanel<4>(panel, block, keys, cap_factor, scores);
     case 5:
-      return AttendPanel<5>(panel, block, keys, head_dim, cap_factor, scores);
+      return AttendPanel<5>(panel, block, keys, cap_factor, scores);
     case 6:
-      return AttendPanel<6>(panel, block, keys, head_dim, cap_factor, scores);
+      return AttendPanel<6>(panel, block, keys, cap_factor, scores);
 #endif
   }
 }
 
 // One key or value as f32, followed by zeros up to a multiple of kLanes.
 template <typename T>
-inline void ConvertRow(const T* from, int64_t head_dim, float* to) {
+inline void ConvertRow(const T* from, int64_t count, float* to) {
   int64_t d = 0;
-  for (; d + kLanes <= head_dim; d += kLanes) Store(to + d, Load(from + d));
-  if (d < head_dim) Store(to + d, LoadPartial(from + d, head_dim - d));
+  for (; d + kLanes <= count; d += kLanes) Store(to + d, Load(from + d));
+  if (d < count) Store(to + d, LoadPartial(from + d, count - d));
 }
 
 template <typename T>
-inline void Convert(const AttentionProblem& problem, const AttentionParams& params, const KeyBlock& block,
-                    int64_t head, const ConvertedKeys& keys) {
+inline void Convert(const AttentionParams& params, const KeyBlock& block, int64_t head,
+                    const ConvertedKeys& keys) {
   const T* k = static_cast<const T*>(params.k_pages) + head * params.k_strides.head;
   const T* v = static_cast<const T*>(params.v_pages) + head * params.v_strides.head;
   int j = 0;
   for (; j < block.count; ++j) {
-    ConvertRow(k + block.k_offset[j], problem.head_dim, keys.k + j * keys.stride);
-    ConvertRow(v + block.v_offset[j], problem.head_dim, keys.v + j * keys.stride);
+    ConvertRow(k + block.k_offset[j], keys.head_dim, keys.k + j * keys.k_stride);
+    if (keys.v == keys.k) continue;
+    ConvertRow(v + block.v_offset[j], keys.value_dim, keys.v + j * keys.v_stride);
   }
   for (; j % 4 != 0; ++j) {
-    for (int64_t d = 0; d < keys.stride; d += kLanes) Store(keys.k + j * keys.stride + d, Zero());
+    for (int64_t d = 0; d < keys.k_stride; d += kLanes) Store(keys.k + j * keys.k_stride + d, Zero());
   }
 }
 
-// The stride of converted keys: not a multiple of the 4 KB that share a set of the first-level cache.
-inline int64_t ConvertedStride(const AttentionProblem& problem) { return RoundUp(problem.head_dim, 16) + 16; }
+// The stride of converted rows: not a multiple of the 4 KB that share a set of the first-level cache.
+inline int64_t ConvertedStride(int64_t head_dim) { return RoundUp(head_dim, 16) + 16; }
 
 // Lays out rows [row_begin, row_begin + num_rows) of the tile; `row` is scratch for one query.
 inline Panel MakePanel(const AttentionProblem& problem, const AttentionParams& params, const WorkTile& tile,
@@ -203,7 +206,7 @@ inline Panel MakePanel(const AttentionProblem& problem, const AttentionParams& p
   panel.num_rows = num_rows;
   panel.num_vecs = static_cast<int>(num_vecs);
   panel.q = scratch->Floats(head_dim * columns);
-  panel.o = scratch->Floats(RoundUp(head_dim, 4) * columns);
+  panel.o = scratch->Floats(RoundUp(problem.value_dim, 4) * columns);
   panel.m = scratch->Floats(columns);
   panel.l = scratch->Floats(columns);
   panel.first = scratch->Ints(columns);
@@ -228,7 +231,7 @@ inline Panel MakePanel(const AttentionProblem& problem, const AttentionParams& p
     panel.first[r] = 0;
     panel.last[r] = INT32_MAX;
   }
-  for (int64_t i = 0; i < RoundUp(head_dim, 4) * columns; i += kLanes) Store(panel.o + i, Zero());
+  for (int64_t i = 0; i < RoundUp(problem.value_dim, 4) * columns; i += kLanes) Store(panel.o + i, Zero());
   for (int64_t c = 0; c < columns; c += kLanes) {
     Store(panel.m + c, Splat(-kInfinity));
     Store(panel.l + c, Zero());
@@ -240,18 +243,21 @@ template <typename T>
 void AttendPrefill(const AttentionProblem& problem, const AttentionParams& params, const WorkTile& tile,
                    void* memory) {
   const int64_t head = tile.head_begin;
-  const int64_t head_dim = problem.head_dim;
   const float cap_factor = LogitScaleOf(problem, params, tile.seq, head).cap_factor;
 
   Scratch scratch(memory);
-  const int64_t stride = ConvertedStride(problem);
+  const int64_t k_stride = ConvertedStride(problem.head_dim), v_stride = ConvertedStride(problem.value_dim);
   TokenScales token_scales;
-  const ConvertedKeys keys = {.k = scratch.Floats(kPrefillKeys * stride),
-                              .v = scratch.Floats(kPrefillKeys * stride),
-                              .stride = stride,
+  float* const k = scratch.Floats(kPrefillKeys * k_stride);
+  const ConvertedKeys keys = {.k = k,
+                              .v = problem.ValuesInKeys() ? k : scratch.Floats(kPrefillKeys * v_stride),
+                              .k_stride = k_stride,
+                              .v_stride = problem.ValuesInKeys() ? k_stride : v_stride,
+                              .head_dim = problem.head_dim,
+                              .value_dim = problem.value_dim,
                               .scales = problem.has_token_scales ? &token_scales : nullptr};
   float* scores = scratch.Floats(kPrefillKeys * kMaxPanelRows);
-  float* row = scratch.Floats(stride);
+  float* row = scratch.Floats(k_stride > v_stride ? k_stride : v_stride);
   Panel panels[kMaxPanels];
   int num_panels = 0;
   for (int64_t begin = tile.row_begin; begin < tile.row_end; begin += kMaxPanelRows) {
@@ -263,13 +269,13 @@ void AttendPrefill(const AttentionProblem& problem, const AttentionParams& param
   KeyWalker walker(problem, params, tile);
   KeyBlock block;
   while (walker.Next(kPrefillKeys, &block)) {
-    Convert<T>(problem, params, block, head, keys);
+    Convert<T>(params, block, head, keys);
     if (problem.has_token_scales) LoadTokenScales(problem, params, block, head, &token_scales);
     for (int i = 0; i < num_panels; ++i) {
       Panel& panel = panels[i];
       panel.seen_by_all =
           block.position[0] >= panel.max_first && block.position[block.count - 1] <= panel.min_last;
-      AttendPanel(panel, block, keys, head_dim, cap_factor, scores);
+      AttendPanel(panel, block, keys, cap_factor, scores);
     }
   }
 
@@ -277,7 +283,7 @@ void AttendPrefill(const AttentionProblem& problem, const AttentionParams& param
   for (int i = 0; i < num_panels; ++i) {
     const Panel& panel = panels[i];
     for (int64_t r = 0; r < panel.num_rows; ++r, ++packed_row) {
-      for (int64_t d = 0; d < head_dim; ++d) row[d] = panel.o[d * panel.num_vecs * kLanes + r];
+      for (int64_t d = 0; d < problem.value_dim; ++d) row[d] = panel.o[d * panel.num_vecs * kLanes + r];
       FinishTileRow(problem, params, tile, packed_row, head, row, panel.m[r], panel.l[r]);
     }
   }
@@ -285,10 +291,10 @@ void AttendPrefill(const AttentionProblem& problem, const AttentionParams& param
 
 // Bytes of scratch for the largest tile.
 inline int64_t PrefillScratchBytes(const AttentionProblem& problem) {
-  const int64_t stride = ConvertedStride(problem);
+  const int64_t strides = ConvertedStride(problem.head_dim) + ConvertedStride(problem.value_dim);
   const int64_t columns = kMaxPanels * kMaxPanelRows;
   const int64_t floats =
-      2 * kPrefillKeys * stride + kPrefillKeys * kMaxPanelRows + stride + columns * (2 * stride + 4);
+      kPrefillKeys * strides + kPrefillKeys * kMaxPanelRows + strides + columns * (strides + 4);
   return floats * static_cast<int64_t>(sizeof(float)) + (4 + 6 * kMaxPanels) * 64;
 }
 

@@ -143,7 +143,7 @@ void FillUnclaimedRows(const AttentionProblem& problem, const AttentionParams& p
       claimed[static_cast<size_t>(sequence.q_start + row)] = true;
     }
   }
-  const int64_t row_bytes = problem.num_q_heads * problem.head_dim * ByteWidth(problem.q_dtype);
+  const int64_t row_bytes = problem.num_q_heads * problem.value_dim * ByteWidth(problem.q_dtype);
   for (int64_t row = 0; row < problem.num_rows; ++row) {
     if (claimed[static_cast<size_t>(row)]) continue;
     std::memset(static_cast<char*>(params.out) + row * row_bytes, 0, static_cast<size_t>(row_bytes));

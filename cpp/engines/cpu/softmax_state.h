@@ -38,14 +38,14 @@ inline float SafeMax(float m) { return m == -kInfinity ? 0.0f : m; }
 inline float* PartialState(const AttentionProblem& problem, const AttentionParams& params, int64_t seq,
                            int64_t q_head, int64_t split) {
   return params.workspace +
-         ((seq * problem.num_q_heads + q_head) * kMaxSplits + split) * (problem.head_dim + 2);
+         ((seq * problem.num_q_heads + q_head) * kMaxSplits + split) * (problem.value_dim + 2);
 }
 
 template <typename T>
-inline void StoreScaled(const float* o, float factor, int64_t head_dim, T* out) {
+inline void StoreScaled(const float* o, float factor, int64_t value_dim, T* out) {
   int64_t d = 0;
-  for (; d + kLanes <= head_dim; d += kLanes) Store(out + d, Load(o + d) * Splat(factor));
-  if (d < head_dim) StorePartial(out + d, Load(o + d) * Splat(factor), head_dim - d);
+  for (; d + kLanes <= value_dim; d += kLanes) Store(out + d, Load(o + d) * Splat(factor));
+  if (d < value_dim) StorePartial(out + d, Load(o + d) * Splat(factor), value_dim - d);
 }
 
 // Ends a state: joins the sink, divides, and stores out and lse. `o` is readable up to a multiple of kLanes.
@@ -72,14 +72,14 @@ inline void Finish(const AttentionProblem& problem, const AttentionParams& param
       empty ? -kInfinity
             : static_cast<float>(static_cast<double>(m) * kLn2 + __builtin_log(static_cast<double>(l)));
 
-  const int64_t offset = index * problem.head_dim;
+  const int64_t offset = index * problem.value_dim;
   switch (problem.q_dtype) {
     case DType::kBF16:
-      return StoreScaled(o, factor, problem.head_dim, static_cast<BF16*>(params.out) + offset);
+      return StoreScaled(o, factor, problem.value_dim, static_cast<BF16*>(params.out) + offset);
     case DType::kF16:
-      return StoreScaled(o, factor, problem.head_dim, static_cast<F16*>(params.out) + offset);
+      return StoreScaled(o, factor, problem.value_dim, static_cast<F16*>(params.out) + offset);
     default:
-      return StoreScaled(o, factor, problem.head_dim, static_cast<float*>(params.out) + offset);
+      return StoreScaled(o, factor, problem.value_dim, static_cast<float*>(params.out) + offset);
   }
 }
 
@@ -94,32 +94,32 @@ inline void FinishTileRow(const AttentionProblem& problem, const AttentionParams
     return;
   }
   float* state = PartialState(problem, params, tile.seq, q_head, tile.split);
-  std::memcpy(state, o, static_cast<size_t>(problem.head_dim) * sizeof(float));
-  state[problem.head_dim] = m;
-  state[problem.head_dim + 1] = l;
+  std::memcpy(state, o, static_cast<size_t>(problem.value_dim) * sizeof(float));
+  state[problem.value_dim] = m;
+  state[problem.value_dim + 1] = l;
 }
 
-// Merges the states of all splits in index order. `scratch` holds head_dim floats rounded up to kLanes.
+// Merges the states of all splits in index order. `scratch` holds value_dim floats rounded up to kLanes.
 inline void MergeSplits(const AttentionProblem& problem, const AttentionParams& params, const WorkTile& tile,
                         void* scratch) {
   float* o = static_cast<float*>(scratch);
-  const int64_t head_dim = problem.head_dim;
+  const int64_t value_dim = problem.value_dim;
   const int64_t group = problem.num_q_heads / problem.num_kv_heads;
   for (int64_t kv_head = tile.head_begin; kv_head < tile.head_end; ++kv_head) {
     for (int64_t packed_row = tile.row_begin; packed_row < tile.row_end; ++packed_row) {
       const int64_t q_head = kv_head * group + packed_row % group;
       float m = -kInfinity;
       for (int64_t split = 0; split < tile.num_splits; ++split) {
-        const float split_m = PartialState(problem, params, tile.seq, q_head, split)[head_dim];
+        const float split_m = PartialState(problem, params, tile.seq, q_head, split)[value_dim];
         m = split_m > m ? split_m : m;
       }
       float l = 0.0f;
-      for (int64_t d = 0; d < head_dim; d += kLanes) Store(o + d, Zero());
+      for (int64_t d = 0; d < value_dim; d += kLanes) Store(o + d, Zero());
       for (int64_t split = 0; split < tile.num_splits; ++split) {
         const float* state = PartialState(problem, params, tile.seq, q_head, split);
-        const float weight = Exp2(state[head_dim] - SafeMax(m));
-        l += weight * state[head_dim + 1];
-        for (int64_t d = 0; d < head_dim; ++d) o[d] += weight * state[d];
+        const float weight = Exp2(state[value_dim] - SafeMax(m));
+        l += weight * state[value_dim + 1];
+        for (int64_t d = 0; d < value_dim; ++d) o[d] += weight * state[d];
       }
       Finish(problem, params, tile.seq, tile.q_start + packed_row / group, q_head, o, m, l);
     }

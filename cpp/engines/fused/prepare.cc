@@ -59,10 +59,11 @@ void FreeOnDevice::operator()(uint32_t* memory) const { cudaFree(memory); }
 
 Status Prepare(const AttentionProblem& problem, Device* device) {
   const DecodeKernelInfo info = DecodeKernelFor(problem);
-  if (info.kernel == nullptr) {
+  if (info.kernel == nullptr || problem.value_dim != problem.head_dim) {
     return Status::InvalidArgument(std::string("implementation: 'fused' has no kernel for q of ") +
                                    Name(problem.q_dtype) + ", pages of " + Name(problem.kv_dtype) +
-                                   " and head dim " + std::to_string(problem.head_dim));
+                                   ", head dim " + std::to_string(problem.head_dim) + " and values of " +
+                                   std::to_string(problem.value_dim));
   }
   int index = 0, num_sms = 0, capability = 0;
   if (Status s = Check(cudaGetDevice(&index), "no current device"); !s.ok()) return s;
