@@ -26,6 +26,7 @@ struct MoveArgs {
   const char* values[2];  // of keys and of values: [T, row_bytes]
   char* pages[2];         // [P * S, row_bytes]
   SlotMapping mapping;
+  int num_pools;      // 1: keys alone
   int32_t row_bytes;  // a multiple of 16, at most kStageBytes
   int32_t tokens_per_cta;
   int32_t tokens_per_stage;
@@ -122,13 +123,14 @@ class RowMover {
   int next_ = 0;  // the stage to store next, counted over the CTA's tokens
 };
 
-// All warps resolve slots; the first moves keys, the second values. A CTA has at least one token.
+// All warps resolve slots; the first moves keys, the second values, if there are any. A CTA has at least one
+// token.
 __global__ void __launch_bounds__(kThreadsPerSm, 1) MoveRowsKernel(const __grid_constant__ MoveArgs args) {
   extern __shared__ __align__(alignof(MoveStorage)) char memory[];
   auto& storage = *reinterpret_cast<MoveStorage*>(memory);
 
   const int warp = static_cast<int>(threadIdx.x / 32);
-  const bool moves = warp < 2;
+  const bool moves = warp < args.num_pools;
   const int64_t begin = int64_t{blockIdx.x} * args.tokens_per_cta;
   const int64_t end = min(begin + args.tokens_per_cta, int64_t{args.mapping.num_tokens});
   RowMover mover(args, warp % 2, storage.rings[warp % 2], static_cast<int32_t>(begin),
@@ -153,12 +155,13 @@ bool AreDense(const PageStrides& strides, const WriteProblem& problem) {
 }  // namespace
 
 bool AreRowsMovable(const WriteProblem& problem, const WriteParams& params) {
+  const bool has_values = problem.value_dim > 0;
   const int64_t row_bytes = problem.num_kv_heads * problem.head_dim * ByteWidth(problem.new_dtype);
   return problem.num_tokens >= kFewestTokens && problem.new_dtype == problem.kv_dtype &&
-         params.k_scale == nullptr && params.v_scale == nullptr && row_bytes % 16 == 0 && row_bytes > 0 &&
-         row_bytes <= kStageBytes && AreDense(params.k_strides, problem) &&
-         AreDense(params.v_strides, problem) && IsAligned(params.k) && IsAligned(params.v) &&
-         IsAligned(params.k_pages) && IsAligned(params.v_pages);
+         params.k_scale == nullptr && row_bytes % 16 == 0 && row_bytes > 0 && row_bytes <= kStageBytes &&
+         AreDense(params.k_strides, problem) && IsAligned(params.k) && IsAligned(params.k_pages) &&
+         (!has_values || (params.v_scale == nullptr && AreDense(params.v_strides, problem) &&
+                          IsAligned(params.v) && IsAligned(params.v_pages)));
 }
 
 Status CanMoveRows(int device_index, bool* can) {
@@ -193,6 +196,7 @@ Status LaunchMoveRows(const WriteProblem& problem, const WriteParams& params, in
                          .mapping = {.slots = params.slot_mapping,
                                      .num_slots = problem.num_pages * problem.page_size,
                                      .num_tokens = static_cast<int32_t>(problem.num_tokens)},
+                         .num_pools = problem.value_dim > 0 ? 2 : 1,
                          .row_bytes = row_bytes,
                          .tokens_per_cta = static_cast<int32_t>(tokens_per_cta),
                          .tokens_per_stage = tokens_per_stage,

@@ -40,8 +40,9 @@ struct S8 {
 
 // The call's keys, or its values.
 struct Side {
-  const void* values;  // [T, K, H]
-  void* pages;         // [P, S, K, H] through strides
+  const void* values;  // [T, K, head_dim]
+  void* pages;         // [P, S, K, head_dim] through strides
+  int64_t head_dim;
   PageStrides strides;
   const float* scales;  // [X, K], null if X is 0
   int64_t num_scales;   // X
@@ -108,18 +109,20 @@ WriteRow ChooseRow(DType type, DType stored) {
 Status RunWrite(const WriteProblem& problem, const WriteParams& params, TaskRunner& runner) {
   const Side sides[2] = {{.values = params.k,
                           .pages = params.k_pages,
+                          .head_dim = problem.head_dim,
                           .strides = params.k_strides,
                           .scales = params.k_scale,
                           .num_scales = problem.num_k_scales},
                          {.values = params.v,
                           .pages = params.v_pages,
+                          .head_dim = problem.value_dim,
                           .strides = params.v_strides,
                           .scales = params.v_scale,
                           .num_scales = problem.num_v_scales}};
   const WriteRow write_row = ChooseRow(problem.new_dtype, problem.kv_dtype);
   const int64_t num_slots = problem.num_pages * problem.page_size;
 
-  const int64_t num_sides = problem.has_values ? 2 : 1;
+  const int64_t num_sides = problem.value_dim > 0 ? 2 : 1;
   // One task per pool and head, each with all tokens in order: no two tasks share a byte, and the last of
   // equal slots wins.
   return ParallelFor(runner, num_sides * problem.num_kv_heads, [&](int64_t task) {
@@ -136,8 +139,8 @@ Status RunWrite(const WriteProblem& problem, const WriteParams& params, TaskRunn
         const int64_t row = token / (problem.num_tokens / side.num_scales);
         scale = side.scales + row * problem.num_kv_heads + head;
       }
-      write_row(side.values, (token * problem.num_kv_heads + head) * problem.head_dim, side.pages, to, scale,
-                problem.head_dim);
+      write_row(side.values, (token * problem.num_kv_heads + head) * side.head_dim, side.pages, to, scale,
+                side.head_dim);
     }
   });
 }

@@ -1,7 +1,7 @@
-// One kernel for both pools, converting on the way; many tokens that need no conversion are move_rows.cu's.
-// Every CTA owns a range of tokens. First it finds out which of them are the last of their slot, by looking
-// at every later slot of the call. Then its warps move the rows of those that are: a row is all heads of a
-// token in one pool, and a warp moves 32 vectors of it at a time.
+// One kernel for both pools, or for one of them, converting on the way; many tokens that need no conversion
+// are move_rows.cu's. Every CTA owns a range of tokens. First it finds out which of them are the last of
+// their slot, by looking at every later slot of the call. Then its warps move the rows of those that are: a
+// row is all heads of a token in one pool, and a warp moves 32 vectors of it at a time.
 //
 // So no two rows that are written share a byte, whatever the slots are: the result is the same at any order
 // of CTAs. There are only as many CTAs as the device runs at a time, hence the slots are read that many times
@@ -41,6 +41,7 @@ struct Side {
 
 struct WriteArgs {
   Side sides[2];
+  int num_sides;  // 1: keys alone
   SlotMapping mapping;
   int32_t tokens_per_cta;
   int32_t num_kv_heads;
@@ -133,9 +134,10 @@ class Strips {
     const int row = args_.strips_per_row.Quotient(index),
               strip = index - row * args_.strips_per_row.divisor();
     const int32_t element = (strip * 32 + static_cast<int>(threadIdx.x % 32)) * kVector;
-    return {.exists = row < 2 * count_ && element < args_.row_length,
-            .token = row / 2,
-            .side = row % 2,
+    const int both = args_.num_sides - 1;  // 0 or 1
+    return {.exists = row < (count_ << both) && element < args_.row_length,
+            .token = row >> both,
+            .side = row & both,
             .element = element};
   }
 
@@ -152,7 +154,7 @@ template <typename New>
 __device__ void PrefetchRows(const WriteArgs& args, int32_t first, int count) {
   constexpr int kPiece = 4096, kPieces = kPrefetch / kPiece;
   const int side = static_cast<int>(threadIdx.x) / kPieces;
-  if (side >= 2) return;
+  if (side >= args.num_sides) return;
   const int64_t row = int64_t{args.row_length} * static_cast<int64_t>(sizeof(New));
   const int64_t offset = static_cast<int64_t>(threadIdx.x) % kPieces * kPiece;
   const int64_t bytes = min(count * row - offset, int64_t{kPiece});
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(kThreadsPerSm, 1) WriteKernel(const __grid_con
     Strips<New, Stored, kVector> strips(args, static_cast<int32_t>(first), count);
     // The first values are on their way before it is known whether they are wanted.
     strips.Load(warp, nullptr);
-    const int num_strips = 2 * count * args.strips_per_row.divisor();
+    const int num_strips = args.num_sides * count * args.strips_per_row.divisor();
     if constexpr (kVector > 1) {
       if (num_strips > kStrips * NumWarps()) PrefetchRows<New>(args, static_cast<int32_t>(first), count);
     }
@@ -235,9 +237,24 @@ bool IsAligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
 }
 
-}  // namespace
+// The values as keys of a call of their own.
+WriteProblem ValuesOf(WriteProblem problem) {
+  problem.head_dim = problem.value_dim;
+  problem.value_dim = 0;
+  problem.num_k_scales = problem.num_v_scales;
+  return problem;
+}
 
-Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaStream_t stream) {
+WriteParams ValuesOf(WriteParams params) {
+  params.k = params.v;
+  params.k_scale = params.v_scale;
+  params.k_pages = params.v_pages;
+  params.k_strides = params.v_strides;
+  return params;
+}
+
+// Keys and values of the same length, or keys alone.
+Status LaunchEqualRows(const WriteProblem& problem, const WriteParams& params, cudaStream_t stream) {
   constexpr int64_t kMost = INT32_MAX,
                     kMostValues = 1 << 24;  // the strips of a token tile are counted in 32 bits
   if (problem.num_tokens > kMost || problem.page_size > kMost ||
@@ -274,8 +291,10 @@ Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaS
   // long.
   const int64_t widest = 16 / ByteWidth(problem.new_dtype);
   const int64_t stored_bytes = std::min<int64_t>(widest * ByteWidth(problem.kv_dtype), 16);
-  const bool vectors = problem.head_dim % widest == 0 && IsAligned(params.k, 16) && IsAligned(params.v, 16) &&
-                       IsAligned(params.k_pages, stored_bytes) && IsAligned(params.v_pages, stored_bytes);
+  const bool has_values = problem.value_dim > 0;
+  const bool vectors = problem.head_dim % widest == 0 && IsAligned(params.k, 16) &&
+                       IsAligned(params.k_pages, stored_bytes) &&
+                       (!has_values || (IsAligned(params.v, 16) && IsAligned(params.v_pages, stored_bytes)));
   const int64_t strip_length = 32 * (vectors ? widest : 1),
                 row_length = problem.num_kv_heads * problem.head_dim;
   const auto divisor = [](int64_t number) { return FastDivisor(static_cast<int32_t>(number)); };
@@ -292,6 +311,7 @@ Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaS
                                      .strides = params.v_strides,
                                      .scales = params.v_scale,
                                      .tokens_per_scale = tokens_per_scale(problem.num_v_scales)}},
+                          .num_sides = has_values ? 2 : 1,
                           .mapping = {.slots = params.slot_mapping,
                                       .num_slots = problem.num_pages * problem.page_size,
                                       .num_tokens = static_cast<int32_t>(problem.num_tokens)},
@@ -306,6 +326,18 @@ Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaS
       kCaller, "write", kernel,
       {.grid = dim3(static_cast<unsigned>(num_ctas)), .threads = small ? kFewestThreads : kThreadsPerSm},
       stream, args);
+}
+
+}  // namespace
+
+Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaStream_t stream) {
+  if (problem.value_dim == 0 || problem.value_dim == problem.head_dim) {
+    return LaunchEqualRows(problem, params, stream);
+  }
+  WriteProblem keys = problem;
+  keys.value_dim = 0;
+  if (Status s = LaunchEqualRows(keys, params, stream); !s.ok()) return s;
+  return LaunchEqualRows(ValuesOf(problem), ValuesOf(params), stream);
 }
 
 }  // namespace jpa::cache

@@ -9,8 +9,8 @@
 
 namespace jpa::cache {
 
-// RunWrite of write.h, in one launch on the stream. All pointers are the device's; nothing is
-// allocated or waited for.
+// RunWrite of write.h, in one launch on the stream, or two where keys and values differ in length. All
+// pointers are the device's; nothing is allocated or waited for.
 Status LaunchWrite(const WriteProblem& problem, const WriteParams& params, cudaStream_t stream);
 
 }  // namespace jpa::cache

@@ -65,12 +65,12 @@ struct AttentionParams {
 
 struct WriteParams {
   const void* k;                // [T, K, H] in new_dtype
-  const void* v;                // [T, K, H] in new_dtype; not read without values, as v_scale and v_pages
+  const void* v;                // [T, K, Hv] in new_dtype; as v_scale and v_pages not read if Hv is 0
   const int32_t* slot_mapping;  // [T], page * S + offset; outside [0, P * S) the token is skipped
   const float* k_scale;         // [X, K], null if X is 0
   const float* v_scale;         // [X, K], null if X is 0
   void* k_pages;                // [P, S, K, H] in kv_dtype, through k_strides
-  void* v_pages;                // [P, S, K, H] in kv_dtype, through v_strides
+  void* v_pages;                // [P, S, K, Hv] in kv_dtype, through v_strides
 
   PageStrides k_strides;
   PageStrides v_strides;

@@ -55,16 +55,16 @@ struct AttentionProblem {
 };
 
 struct WriteProblem {
-  DType new_dtype;         // of the new keys and values: f32, bf16 or f16
-  DType kv_dtype;          // of both pools
-  int64_t num_tokens;      // T
-  int64_t num_kv_heads;    // K
-  int64_t head_dim;        // H
-  int64_t page_size;       // S
-  int64_t num_pages;       // P
-  int64_t num_k_scales;    // X of k_scale: 0 (none) or a divisor of T; token t uses row t / (T / X)
-  int64_t num_v_scales;    // X of v_scale, likewise
-  bool has_values = true;  // false: keys alone are written, since they hold the values
+  DType new_dtype;       // of the new keys and values: f32, bf16 or f16
+  DType kv_dtype;        // of both pools
+  int64_t num_tokens;    // T
+  int64_t num_kv_heads;  // K
+  int64_t head_dim;      // H
+  int64_t value_dim;     // Hv; 0: keys alone are written, since they hold the values
+  int64_t page_size;     // S
+  int64_t num_pages;     // P
+  int64_t num_k_scales;  // X of k_scale: 0 (none) or a divisor of T; token t uses row t / (T / X)
+  int64_t num_v_scales;  // X of v_scale, likewise
 };
 
 }  // namespace jpa

@@ -285,8 +285,8 @@ inline Status ParseWrite(const WriteTensors& tensors, const Target& target, cons
   DType new_dtype{};
   PageLayout layout{};
   Pools pools{};
-  if (Status s = ParseLayoutOf(attributes.layout, target.version >= kWritesOfKeysSince, &layout); !s.ok())
-    return s;
+  const bool may_own_value_dim = target.version >= kWriteValueDimSince;
+  if (Status s = ParseLayoutOf(attributes.layout, may_own_value_dim, &layout); !s.ok()) return s;
   const bool has_values = layout != PageLayout::kValuesInKeys;
   const bool has_head_dim = target.version < kAnyAxesSince || !has_values || k.rank() != 2;
   if (has_head_dim) {
@@ -296,7 +296,9 @@ inline Status ParseWrite(const WriteTensors& tensors, const Target& target, cons
   if (has_head_dim && k.dim(2) < 1) return Mismatch(k, "at least 1 in dimension H");
   const int64_t given_head_dim = layout == PageLayout::kInterleaved ? k.dim(2) : kInLastAxis;
   const int64_t head_dim = has_head_dim ? given_head_dim : kNowhere;
-  if (Status s = ParsePages(k_pages, v_pages, layout, k.dim(1), head_dim, false, &pools); !s.ok()) return s;
+  const bool own_value_dim = may_own_value_dim && has_head_dim;
+  if (Status s = ParsePages(k_pages, v_pages, layout, k.dim(1), head_dim, own_value_dim, &pools); !s.ok())
+    return s;
   const int64_t num_pages = pools.num_k_pages;
   if (one_pool && v_pages.dim(ShapeOfPool(layout).pages) != 0)
     return Mismatch(v_pages, "no pages, since k_pages holds the values");
@@ -307,7 +309,7 @@ inline Status ParseWrite(const WriteTensors& tensors, const Target& target, cons
   std::vector<int64_t> rows = {num_tokens, pools.num_kv_heads, pools.head_dim};
   if (!has_head_dim) rows.pop_back();
   if (Status s = Expect(k, k.dtype(), rows); !s.ok()) return s;
-  if (!has_values) rows.back() = 0;
+  if (has_head_dim) rows.back() = has_values ? pools.value_dim : 0;
   if (Status s = Expect(tensors["v"], k.dtype(), rows); !s.ok()) return s;
   if (Status s = Expect(tensors["slot_mapping"], {num_tokens}); !s.ok()) return s;
   if (Status s = ExpectRepeated(tensors["k_scale"], pools.num_kv_heads, num_tokens, "T"); !s.ok()) return s;
@@ -323,19 +325,20 @@ inline Status ParseWrite(const WriteTensors& tensors, const Target& target, cons
         "k_pages, v_pages: expected results aliased to these operands, got others");
   }
 
-  const PageStrides strides = StridesOf(layout, num_pages, pools.page_size, pools.num_kv_heads,
-                                        pools.head_dim, pools.num_padding_heads);
+  const auto strides_of = [&](int64_t dim) {
+    return StridesOf(layout, num_pages, pools.page_size, pools.num_kv_heads, dim, pools.num_padding_heads);
+  };
   const int64_t first_value = FirstValue(layout, num_pages, pools.head_dim, pools.dtype);
   *problem = {.new_dtype = new_dtype,
               .kv_dtype = pools.dtype,
               .num_tokens = num_tokens,
               .num_kv_heads = pools.num_kv_heads,
               .head_dim = pools.head_dim,
+              .value_dim = has_values ? pools.value_dim : 0,
               .page_size = pools.page_size,
               .num_pages = num_pages,
               .num_k_scales = tensors["k_scale"].dim(0),
-              .num_v_scales = tensors["v_scale"].dim(0),
-              .has_values = has_values};
+              .num_v_scales = tensors["v_scale"].dim(0)};
   *params = {.k = k.data<const void>(),
              .v = tensors["v"].data<const void>(),
              .slot_mapping = tensors["slot_mapping"].data<const int32_t>(),
@@ -343,8 +346,8 @@ inline Status ParseWrite(const WriteTensors& tensors, const Target& target, cons
              .v_scale = tensors["v_scale"].data_or_null<const float>(),
              .k_pages = k_result.data<void>(),
              .v_pages = one_pool ? k_result.data<char>() + first_value : v_result.data<void>(),
-             .k_strides = strides,
-             .v_strides = strides};
+             .k_strides = strides_of(pools.head_dim),
+             .v_strides = strides_of(pools.value_dim)};
   return Status::Ok();
 }
 

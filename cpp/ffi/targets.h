@@ -20,7 +20,7 @@ inline constexpr char kAttentionV3[] = "jax_paged_attn.attention.v3";
 inline constexpr char kAttentionV4[] = "jax_paged_attn.attention.v4";
 inline constexpr char kWriteV1[] = "jax_paged_attn.write.v1";
 inline constexpr char kWriteV2[] = "jax_paged_attn.write.v2";  // v1 with an attribute for the layout
-// v2 for pools of keys that hold the values, too.
+// v2 with a head dim of values, which may be in the pool of keys.
 inline constexpr char kWriteV3[] = "jax_paged_attn.write.v3";
 
 enum class ElementType : uint8_t {
@@ -92,16 +92,16 @@ inline constexpr TensorTable<7, 2> kWriteTensors = {
     .function = "write",
     .tensors = {{
         {.name = "k_pages", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
-        {.name = "v_pages", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
+        {.name = "v_pages", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, Hv]"},
         {.name = "k", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, K, H]"},
-        {.name = "v", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, K, H]"},  // H = 0: in the keys
+        {.name = "v", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, K, Hv]"},  // 0: in the keys
         {.name = "slot_mapping", .dtype = ElementType::kS32, .rank = 1, .shape = "[T]"},
         {.name = "k_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
         {.name = "v_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
         // Aliased to the first two operands; a call with one pool for keys and values has an empty second
         // one.
         {.name = "k_pages (result)", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
-        {.name = "v_pages (result)", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, H]"},
+        {.name = "v_pages (result)", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, Hv]"},
     }}};
 
 struct AttributeSpec {
@@ -131,8 +131,8 @@ inline constexpr auto kWriteAttributes = std::to_array<AttributeSpec>({{.name = 
 inline constexpr int kPaddingSince = 3;
 // From this version of attention on, values may have a head dim of their own, or be in the keys.
 inline constexpr int kValueDimSince = 4;
-// From this version of the write on, values may be in the keys.
-inline constexpr int kWritesOfKeysSince = 3;
+// Likewise of the write.
+inline constexpr int kWriteValueDimSince = 3;
 // From this version of the write on, an interleaved pool may also have its heads in two axes, [P, S, X, Y,
 // H], and k, v and pools of any layout may lack the last axis if it is 1. (XLA would copy what is reshaped
 // and aliased.)
