@@ -15,7 +15,7 @@ from jax_paged_attn import _call, _checks, _modes, _options, _primitive, _refere
 def paged_attention(
     q: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     block_tables: ArrayLike,
     lengths: ArrayLike,
     *,
@@ -28,7 +28,7 @@ def paged_attention(
 def paged_attention(
     q: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     block_tables: ArrayLike,
     lengths: ArrayLike,
     *,
@@ -41,15 +41,15 @@ def paged_attention(
 def paged_attention(
     q: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     block_tables: ArrayLike,
     lengths: ArrayLike,
     **options: Any,
 ) -> Array | tuple[Array, Array]:
     """Decode: one query token per sequence, the newest, attends to the sequence's pages.
 
-    Letters: B sequences, N query heads, K key/value heads (N % K == 0), H head dim, P pages in the pool, S tokens per
-    page, M pages per sequence at most. Pages and tables are those of PagedAttention (Kwon et al. 2023).
+    Letters: B sequences, N query heads, K key/value heads (N % K == 0), H head dim of queries and keys, Hv that of
+    values (mostly the same), P pages in the pool, S tokens per page, M pages per sequence at most. Pages and tables are those of PagedAttention (Kwon et al. 2023).
 
     Ids and lengths may be integers of any width. Those that int32 cannot hold raise in lists and NumPy arrays. In JAX
     arrays they are clamped to int32, which masks them.
@@ -57,7 +57,8 @@ def paged_attention(
     Args:
       q: `[B, N, H]` bfloat16, float16 or float32.
       k_pages: `[P, S, K, H]`, dtype as q, or float8_e4m3fn, float8_e5m2, int8.
-      v_pages: as `k_pages`.
+      v_pages: `[P, S, K, Hv]`, dtype as `k_pages`. None: the values are the first `value_dim` numbers of each key, as in
+        multi-head latent attention (MLA, DeepSeek-AI 2024: H = 576, Hv = 512, K = 1).
       block_tables: `[B, M]` int32; the page of token t of sequence b is `block_tables[b, t // S]`. Entries past the
         length are never read. An entry outside [0, P) that is used masks its tokens.
       lengths: `[B]` int32, tokens in the cache, the new one included; clipped to [0, M·S].
@@ -67,7 +68,8 @@ def paged_attention(
       sinks: `[N]` float32, one more logit per head in the softmax's denominator, without a value, neither scaled nor
         capped (gpt-oss). Where keys are split over calls, give sinks to one of them only.
       k_scale: positive, finite float32, scalar or `[K]`: key = stored × k_scale. Default 1, required for int8.
-      v_scale: likewise for values.
+      v_scale: likewise for values; None where `v_pages` is None, since `k_scale` then holds for values too.
+      value_dim: Hv where `v_pages` is None, 1 ≤ Hv ≤ H, a static integer; else None.
       return_lse: return the log-sum-exp of the scores too.
       implementation: the engine that must run: "cpu", "fused", "cublaslt" or "reference"; None picks the best for the
         call, see `explain`.
@@ -76,7 +78,7 @@ def paged_attention(
         "fused" at some cost, "cublaslt" and "reference" never.
 
     Returns:
-      `[B, N, H]` in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` float32, natural log, the sink
+      `[B, N, Hv]` in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` float32, natural log, the sink
       included. A sequence without visible keys gives 0, and lse −inf or its sink.
 
     Raises:
@@ -102,7 +104,7 @@ def paged_attention(
 def paged_attention_reference(
     q: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     block_tables: ArrayLike,
     lengths: ArrayLike,
     *,
@@ -115,7 +117,7 @@ def paged_attention_reference(
 def paged_attention_reference(
     q: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     block_tables: ArrayLike,
     lengths: ArrayLike,
     *,
@@ -128,7 +130,7 @@ def paged_attention_reference(
 def paged_attention_reference(
     q: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     block_tables: ArrayLike,
     lengths: ArrayLike,
     **options: Any,
@@ -154,7 +156,7 @@ def paged_attention_reference(
 def ragged_paged_attention(
     q: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     kv_lens: ArrayLike,
     block_tables: ArrayLike,
     cu_q_lens: ArrayLike,
@@ -169,7 +171,7 @@ def ragged_paged_attention(
 def ragged_paged_attention(
     q: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     kv_lens: ArrayLike,
     block_tables: ArrayLike,
     cu_q_lens: ArrayLike,
@@ -184,7 +186,7 @@ def ragged_paged_attention(
 def ragged_paged_attention(
     q: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     kv_lens: ArrayLike,
     block_tables: ArrayLike,
     cu_q_lens: ArrayLike,
@@ -198,7 +200,7 @@ def ragged_paged_attention(
     Args:
       q: `[T, N, H]` bfloat16, float16 or float32; the rows of a sequence are adjacent.
       k_pages: `[P, S, K, H]`, dtype as q, or float8_e4m3fn, float8_e5m2, int8.
-      v_pages: as `k_pages`.
+      v_pages: `[P, S, K, Hv]`, dtype as `k_pages`; None: the values are the first `value_dim` numbers of each key.
       kv_lens: `[B]` int32, tokens in the cache, those of this call included; clipped to [0, M·S].
       block_tables: `[B, M]` int32, see `paged_attention`.
       cu_q_lens: `[B + 1]` int32: the first row of each sequence, then the end; clipped to [0, T] and to its running
@@ -209,7 +211,7 @@ def ragged_paged_attention(
       options: the other keywords are those of `paged_attention`.
 
     Returns:
-      `[T, N, H]` in q's dtype; with `return_lse` a tuple of that and lse `[T, N]` float32.
+      `[T, N, Hv]` in q's dtype; with `return_lse` a tuple of that and lse `[T, N]` float32.
 
     Raises:
       ValueError, TypeError: as `paged_attention`.
@@ -233,7 +235,7 @@ def ragged_paged_attention(
 def ragged_paged_attention_reference(
     q: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     kv_lens: ArrayLike,
     block_tables: ArrayLike,
     cu_q_lens: ArrayLike,
@@ -248,7 +250,7 @@ def ragged_paged_attention_reference(
 def ragged_paged_attention_reference(
     q: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     kv_lens: ArrayLike,
     block_tables: ArrayLike,
     cu_q_lens: ArrayLike,
@@ -263,7 +265,7 @@ def ragged_paged_attention_reference(
 def ragged_paged_attention_reference(
     q: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     kv_lens: ArrayLike,
     block_tables: ArrayLike,
     cu_q_lens: ArrayLike,

@@ -33,10 +33,10 @@ def paged(
 ) -> Array | tuple[Array, Array]:
     """Decode through `attend`; `options` are those of `paged_attention`, each of them there."""
     dims = _checks.Dims()
-    q, k_pages, v_pages = _query_and_pages(dims, "B N H", q, k_pages, v_pages, layout)
+    (q, k_pages, v_pages), layout = _query_and_pages(dims, "B N H", q, k_pages, v_pages, layout, options)
     block_tables = _int32(dims, "block_tables", block_tables, "B M")
     lengths = _int32(dims, "lengths", lengths, "B")
-    arrays, per_head = (q, k_pages, v_pages, block_tables, lengths), operands_per_head(dims, k_pages, options)
+    arrays, per_head = (q, k_pages, v_pages, block_tables, lengths), operands_per_head(dims, k_pages, options, layout)
     scoring = _options.Scoring.checked(options, dims["H"])
     scales = _of_tokens((k_pages, v_pages), token_scales)
     _debug.check_attention(*arrays, per_head, scoring, layout=layout, token_scales=scales)
@@ -59,7 +59,7 @@ def ragged(
 ) -> Array | tuple[Array, Array]:
     """Ragged attention through `attend`; `tables_name` is the name of the tables in errors."""
     dims = _checks.Dims()
-    q, k_pages, v_pages = _query_and_pages(dims, "T N H", q, k_pages, v_pages, layout)
+    (q, k_pages, v_pages), layout = _query_and_pages(dims, "T N H", q, k_pages, v_pages, layout, options)
     kv_lens = _int32(dims, "kv_lens", kv_lens, "B")
     block_tables = _int32(dims, tables_name, block_tables, "B M")
     cu_q_lens = _int32(dims, "cu_q_lens", cu_q_lens, "B+1")
@@ -67,7 +67,7 @@ def ragged(
     if num_seqs is not None:
         num_seqs = _checks.as_int32("num_seqs", num_seqs)
         num_seqs = _int32(dims, "num_seqs", num_seqs, "1" if num_seqs.ndim else "")
-    arrays, per_head = (q, k_pages, v_pages, block_tables, kv_lens), operands_per_head(dims, k_pages, options)
+    arrays, per_head = (q, k_pages, v_pages, block_tables, kv_lens), operands_per_head(dims, k_pages, options, layout)
     scoring = _options.Scoring.checked(options, dims["H"])
     rows: Any = {"cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "layout": layout, "tables_name": tables_name}
     _debug.check_attention(*arrays, per_head, scoring, **rows)
@@ -91,19 +91,23 @@ def write(
       scales: `k_scale` and `v_scale`; with arrays of scales per token, `[T, K]` each.
       token_scales: arrays of scales per token and head, as many as there are pools, by what errors call them.
     """
-    dims, shape = _checks.Dims(), LAYOUTS[layout].shape
+    dims, shapes = _checks.Dims(), (LAYOUTS[layout].shape, LAYOUTS[layout].value_shape)
     names = LAYOUTS[layout].pools[: len(pools)]
     pools = [_checks.as_array(pool_name, pool) for pool_name, pool in zip(names, pools, strict=True)]
-    for pool_name, pool in zip(names, pools, strict=True):
-        dims.match(pool_name, pool, shape, _checks.PAGE_DTYPES if pool is pools[0] else (str(pools[0].dtype),))
-    k, v = (_checks.as_array(*named) for named in zip("kv", k_and_v, strict=True))
+    for which, (pool_name, pool) in enumerate(zip(names, pools, strict=True)):
+        dims.match(pool_name, pool, shapes[which], (str(pools[0].dtype),) if which else _checks.PAGE_DTYPES)
+    k, v = (None if x is None else _checks.as_array(name, x) for name, x in zip("kv", k_and_v, strict=True))
+    assert k is not None
     dims.match("k", k, "T K H", _checks.COMPUTE_DTYPES)
-    dims.match("v", v, "T K H", (str(k.dtype),))
+    if v is None:
+        v = _modes.zeros((*k.shape[:2], 0), k.dtype)
+    else:
+        dims.match("v", v, "T K H" if LAYOUTS[layout].interleaved else "T K Hv", (str(k.dtype),))
     slot_mapping = _int32(dims, "slot_mapping", slot_mapping, "T")
     arrays = {}
     for scales_name, array in token_scales.items():
         arrays[scales_name] = _checks.as_array(scales_name, array)
-        dims.match(scales_name, arrays[scales_name], shape.removesuffix(" H"), _checks.COMPUTE_DTYPES)
+        dims.match(scales_name, arrays[scales_name], shapes[0].removesuffix(" H"), _checks.COMPUTE_DTYPES)
     named = zip(("k_scale", "v_scale"), scales, strict=True)
     if arrays:
         stored = next(iter(arrays.values())).dtype
@@ -137,15 +141,41 @@ def rows_of_each(cu_q_lens: Array, num_seqs: Array | None, num_rows: int) -> tup
 
 
 def _query_and_pages(
-    dims: _checks.Dims, q_letters: str, q: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike, layout: str
-) -> tuple[Array, Array, Array]:
-    shape, (k_name, v_name) = LAYOUTS[layout].shape, LAYOUTS[layout].pools
-    q, k_pages, v_pages = (_checks.as_array(name, x) for name, x in (("q", q), (k_name, k_pages), (v_name, v_pages)))
+    dims: _checks.Dims,
+    q_letters: str,
+    q: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike | None,
+    layout: str,
+    options: Mapping[str, Any],
+) -> tuple[tuple[Array, Array, Array], str]:
+    """The first operands, and the layout: "values_in_keys" where the user gives no pool of values."""
+    k_name, v_name = LAYOUTS[layout].pools
+    q, k_pages = _checks.as_array("q", q), _checks.as_array(k_name, k_pages)
     dims.match("q", q, q_letters, _checks.COMPUTE_DTYPES)
-    dims.match(k_name, k_pages, shape, (str(q.dtype), *_checks.QUANTIZED_DTYPES))
-    dims.match(v_name, v_pages, shape, (str(k_pages.dtype),))
-    _primitive.check_sizes(dims["N"], dims["K"], dims["H"], dims["S"], k_name)
-    return q, k_pages, v_pages
+    dims.match(k_name, k_pages, LAYOUTS[layout].shape, (str(q.dtype), *_checks.QUANTIZED_DTYPES))
+    value_dim = options.get("value_dim")
+    if v_pages is None:
+        v_pages, layout = values_in(k_pages, value_dim), "values_in_keys"
+    else:
+        if value_dim is not None:
+            raise ValueError(f"value_dim: expected None with {v_name}, whose last axis it is, got {value_dim}")
+        v_pages = _checks.as_array(v_name, v_pages)
+        dims.match(v_name, v_pages, LAYOUTS[layout].value_shape, (str(k_pages.dtype),))
+    head_dims = (dims["H"], v_pages.shape[-1])
+    _primitive.check_sizes(dims["N"], dims["K"], head_dims, dims["S"], (k_name, v_name))
+    return (q, k_pages, v_pages), layout
+
+
+def values_in(k_pages: Array, value_dim: int | None) -> Array:
+    """What stands in the place of the pool of values where these are the first numbers of the keys: an empty one."""
+    head_dim = k_pages.shape[-1]
+    if value_dim is None:
+        raise ValueError("value_dim: expected the head dim of values where v_pages is None, got None")
+    value_dim = _checks.static_count("value_dim", value_dim)
+    if value_dim > head_dim:
+        raise ValueError(f"value_dim: expected at most the {head_dim} numbers of a key, got {value_dim}")
+    return _modes.zeros((0, *k_pages.shape[1:-1], value_dim), k_pages.dtype)
 
 
 def _int32(dims: _checks.Dims, name: str, x: ArrayLike, letters: str) -> Array:
@@ -154,16 +184,31 @@ def _int32(dims: _checks.Dims, name: str, x: ArrayLike, letters: str) -> Array:
     return array
 
 
-def operands_per_head(dims: _checks.Dims, k_pages: Array, options: Mapping[str, Any]) -> tuple[Array, Array, Array]:
-    """`sinks`, `k_scale`, `v_scale` as the primitive takes them: `[1, heads]`, or `[0, heads]` where absent."""
+def operands_per_head(
+    dims: _checks.Dims, k_pages: Array, options: Mapping[str, Any], layout: str = "split"
+) -> tuple[Array, Array, Array]:
+    """`sinks`, `k_scale`, `v_scale` as the primitive takes them: `[1, heads]`, or `[0, heads]` where absent.
+
+    The scale of keys is that of values in them.
+    """
     if options["sinks"] is None:
         sinks = _modes.zeros((0, dims["N"]), jnp.float32)
     else:
         sinks = _checks.as_float32("sinks", options["sinks"])
         dims.match("sinks", sinks, "N", ("float32",))
         sinks = sinks[None]
+    if LAYOUTS[layout].values_in_keys:
+        refuse_v_scale(options["v_scale"])
+        scale = page_scale(dims, "k_scale", options["k_scale"], k_pages)
+        return sinks, scale, scale
     k_scale, v_scale = (page_scale(dims, name, options[name], k_pages) for name in ("k_scale", "v_scale"))
     return sinks, k_scale, v_scale
+
+
+def refuse_v_scale(v_scale: ArrayLike | None) -> None:
+    """Raises ValueError if there is a scale of values that are in the keys."""
+    if v_scale is not None:
+        raise ValueError("v_scale: expected None where v_pages is None, since k_scale holds for values too, got one")
 
 
 def page_scale(dims: _checks.Dims, name: str, scale: ArrayLike | None, pages: Array) -> Array:

@@ -21,10 +21,11 @@ class Cost:
     """The result of `cost_analysis`: costs of a function's attention calls in one forward pass, on whichever engine.
 
     Attributes:
-      flops: multiplications and additions of both matrix products: 4·H per query head and visible key.
+      flops: multiplications and additions of both matrix products: 2·(H + Hv) per query head and visible key.
       transcendentals: exponentials, one per query head and visible key; with a soft cap one more.
       bytes_accessed: query rows, results, tables and lengths once; keys and values of the visible tokens once per
-        sequence, also where sequences share pages. An engine that reads pages once needs no more.
+        sequence, also where sequences share pages, and values in the keys with these. An engine that reads pages once
+        needs no more.
       exact: True if lengths and row counts were known. Otherwise the numbers are upper bounds: whole block tables, and
         each row sees as many keys as the longest sequence, or the window, has.
       calls: one Cost per attention call of the function, in the order of its jaxpr. A call in a loop counts as often as
@@ -191,9 +192,10 @@ def _times(cost: Cost, count: int) -> Cost:
 
 
 def _cost_of_call(avals: Sequence[Any], known: Sequence[_Known], params: dict[str, Any]) -> Cost:
-    q, k_pages, _, tables, *_ = avals
+    q, k_pages, v_pages, tables, *_ = avals
     kv_lens, q_counts = known[4], known[6]
     num_rows, heads, head_dim = q.shape
+    value_dim = v_pages.shape[-1]
     num_seqs, max_pages = tables.shape
     layout = LAYOUTS[params["layout"]]
     capacity = max_pages * layout.page_size(k_pages)
@@ -209,12 +211,13 @@ def _cost_of_call(avals: Sequence[Any], known: Sequence[_Known], params: dict[st
         tokens = int(lengths.sum())
 
     # Keys, values and their scales; of the operands, pools and such scales are not read whole.
-    token_bytes = avals[8].shape[1] * (2 * head_dim * k_pages.dtype.itemsize + 4 * sum(params["token_scales"]))
+    numbers = head_dim if layout.values_in_keys else head_dim + value_dim
+    token_bytes = avals[8].shape[1] * (numbers * k_pages.dtype.itemsize + 4 * sum(params["token_scales"]))
     others = [x for i, x in enumerate(avals) if i in (0, *range(3, 10))]
     operand_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in others)
-    result_bytes = num_rows * heads * (head_dim * q.dtype.itemsize + 4)
+    result_bytes = num_rows * heads * (value_dim * q.dtype.itemsize + 4)
     return Cost(
-        flops=4 * head_dim * heads * pairs,
+        flops=2 * (head_dim + value_dim) * heads * pairs,
         transcendentals=heads * pairs * (2 if scoring.soft_cap else 1),
         bytes_accessed=tokens * token_bytes + operand_bytes + result_bytes,
         exact=kv_lens is not None and q_counts is not None,

@@ -178,6 +178,7 @@ def _observe_attention(
         bad = bad.reshape(used.shape) & used
         return jnp.where(bad.any(axis=1), bad.argmax(axis=1).astype(jnp.int32), jnp.int32(-1))
 
+    nothing = jnp.full(lengths.shape, -1, jnp.int32)
     return {
         "num_seqs": num_seqs,
         "cu_q_lens": cu_q_lens,
@@ -185,7 +186,7 @@ def _observe_attention(
         "block_tables": block_tables,
         "finite_q": _finite(q),
         "bad_keys": first_not_finite(k_pages, 0),
-        "bad_values": first_not_finite(v_pages, 1),
+        "bad_values": first_not_finite(v_pages, 1) if not LAYOUTS[layout].values_in_keys else nothing,
         "sinks": sinks.reshape(-1),
         "k_scale": k_scale,
         "v_scale": v_scale,

@@ -58,7 +58,7 @@ class _Block:
     rows: Array  # [R] row numbers, T where the window reaches past the sequence
     pages: tuple[Array, Array]  # [C] page of K and of V, past the pool where masked
     keys: Array  # [C·S, K, H] float32, dequantised
-    values: Array  # [C·S, K, H] float32
+    values: Array  # [C·S, K, Hv] float32
     probs: Array  # [R, K, G, C·S], 0 where masked
     slope: Array  # [R, K, G, C·S] d capped score / d score
     k_scale: Array  # [C·S, K]
@@ -76,11 +76,14 @@ def tangent(
     decode: bool,
     layout: str,
 ) -> tuple[Array, Array]:
-    """Tangents `(out_dot [T, N, H], lse_dot [T, N])`; an argument that is None has no tangent."""
+    """Tangents `(out_dot [T, N, Hv], lse_dot [T, N])`; an argument that is None has no tangent."""
     kv_heads = saved.k_scale.shape[1]
+    value_dim = saved.out.shape[-1]
     k_dot, v_dot = (None if x is None else LAYOUTS[layout].split(x, i, kv_heads) for i, x in enumerate((k_dot, v_dot)))
+    if LAYOUTS[layout].values_in_keys:
+        v_dot = None if k_dot is None else k_dot[..., :value_dim]
     saved = _split(saved, layout)
-    num_rows, heads, head_dim = saved.q.shape
+    num_rows, heads, _ = saved.q.shape
     group = (kv_heads, heads // kv_heads)
     q = _grouped(saved.q, kv_heads)
     q_dots = None if q_dot is None else _grouped(q_dot, kv_heads)
@@ -103,13 +106,13 @@ def tangent(
             total.at[block.rows].add(weight_dot.sum(axis=-1), mode="drop"),
         )
 
-    zeros = (jnp.zeros((num_rows, *group, head_dim), jnp.float32), jnp.zeros((num_rows, *group), jnp.float32))
+    zeros = (jnp.zeros((num_rows, *group, value_dim), jnp.float32), jnp.zeros((num_rows, *group), jnp.float32))
     weighted, lse_dot = _for_each_block(visit, zeros, saved, scoring, decode)
     if sinks_dot is not None:
         share = _sink_share(saved) * _sink_of_each_row(sinks_dot, saved)
         lse_dot += share.reshape(num_rows, *group)
     out_dot = weighted - lse_dot[..., None] * _grouped(saved.out, kv_heads)
-    return out_dot.reshape(saved.q.shape).astype(saved.out.dtype), lse_dot.reshape(num_rows, heads)
+    return out_dot.reshape(saved.out.shape).astype(saved.out.dtype), lse_dot.reshape(num_rows, heads)
 
 
 def cotangent(
@@ -122,8 +125,11 @@ def cotangent(
     decode: bool,
     layout: str,
 ) -> list[Array]:
-    """Cotangents of those of q, k_pages, v_pages and sinks that `wrt` names, in that order, in their dtypes."""
-    pools = (saved.k_pages, saved.v_pages)
+    """Cotangents of those of q, k_pages, v_pages and sinks that `wrt` names, in that order, in their dtypes.
+
+    The cotangent of keys that hold the values is the sum of both uses, added up in float32.
+    """
+    pools, values_in_keys = (saved.k_pages, saved.v_pages), LAYOUTS[layout].values_in_keys
     saved = _split(saved, layout)
     kv_heads = saved.k_pages.shape[2]
     q, out_bars = _grouped(saved.q, kv_heads), _grouped(out_bar, kv_heads)
@@ -140,21 +146,28 @@ def cotangent(
         score_bar *= block.slope * scoring.scale
         if q_bar is not None:
             q_bar = q_bar.at[block.rows].add(_einsum("rkgs,skh->rkgh", score_bar, block.keys), mode="drop")
+        v_step = None
+        if v_bar is not None or (values_in_keys and k_bar is not None):
+            v_step = _einsum("rkgs,rkgh->skh", block.probs, bars) * block.v_scale[..., None]
         if k_bar is not None:
             k_step = _einsum("rkgs,rkgh->skh", score_bar, _take(q, block.rows)) * block.k_scale[..., None]
+            if values_in_keys:
+                k_step = k_step.at[..., : block.values.shape[-1]].add(v_step)
             k_bar = _add_pages(k_bar, block.pages[0], k_step)
         if v_bar is not None:
-            v_step = _einsum("rkgs,rkgh->skh", block.probs, bars) * block.v_scale[..., None]
             v_bar = _add_pages(v_bar, block.pages[1], v_step)
         return q_bar, k_bar, v_bar
 
     like = (q, saved.k_pages, saved.v_pages)
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) if w else None for x, w in zip(like, wrt[:3], strict=True))
-    q_bar, *pool_bars = _for_each_block(visit, zeros, saved, scoring, decode) if any(wrt[:3]) else zeros
+    asked = (*wrt[:2], wrt[2] and not values_in_keys)
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) if w else None for x, w in zip(like, asked, strict=True))
+    q_bar, *pool_bars = _for_each_block(visit, zeros, saved, scoring, decode) if any(asked) else zeros
     results = [] if q_bar is None else [q_bar.reshape(saved.q.shape).astype(saved.q.dtype)]
     for which, (bar, pool) in enumerate(zip(pool_bars, pools, strict=True)):
         if bar is not None:
             results.append(LAYOUTS[layout].merge(bar.astype(pool.dtype), which, pool))
+    if wrt[2] and values_in_keys:  # of the empty array in the place of their pool
+        results.append(jnp.zeros_like(pools[1]))
     if wrt[3]:
         results.append(_sinks_bar(-_sink_share(saved) * row_term, saved))
     return results
@@ -163,7 +176,7 @@ def cotangent(
 def _split(saved: Saved, layout: str) -> Saved:
     """With pools `[P, S, K, H]`, whatever the layout."""
     kv_heads, pools = saved.k_scale.shape[1], (saved.k_pages, saved.v_pages)
-    k_pages, v_pages = (LAYOUTS[layout].split(x, i, kv_heads) for i, x in enumerate(pools))
+    k_pages, v_pages = LAYOUTS[layout].split_both(*pools, kv_heads)
     scales = (saved.k_token_scales, saved.v_token_scales)
     k_scales, v_scales = (LAYOUTS[layout].split_scales(x, i, kv_heads) for i, x in enumerate(scales))
     pages = {"k_pages": k_pages, "v_pages": v_pages}
@@ -256,7 +269,7 @@ def _factors(scale: Array, token_scales: Array | None, ids: Array, valid: Array)
 
 
 def _add_pages(pool: Array, ids: Array, tokens: Array) -> Array:
-    """Adds `tokens [C·S, K, H]` to the pages, one page after the other: a table may name one page twice."""
+    """Adds `tokens [C·S, K, width]` to the pages, one page after the other: a table may name one page twice."""
     pages = tokens.reshape(ids.shape[0], *pool.shape[1:])
     return _repeat(ids.shape[0], lambda i, p: p.at[ids[i]].add(pages[i], mode="drop"), pool)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from jax_paged_attn import _ffi
 from jax_paged_attn._head_dims import FUSED_HEAD_DIMS
@@ -10,6 +10,9 @@ from jax_paged_attn._options import Scoring
 from jax_paged_attn._warnings import warn_once
 
 _log = logging.getLogger("jax_paged_attn")
+
+# Head dims of keys and of values that "fused" takes: those of its kernels for both, then the pairs of others.
+_FUSED_HEAD_DIMS = (*((head_dim, head_dim) for head_dim in FUSED_HEAD_DIMS),)
 
 _QUANTIZED = ("float8_e4m3fn", "float8_e5m2", "int8")
 
@@ -21,6 +24,7 @@ class Call:
     num_heads: int
     kv_heads: int
     head_dim: int
+    value_dim: int
     page_size: int
     q_dtype: str
     page_dtype: str
@@ -28,6 +32,7 @@ class Call:
     decode: bool
     batch_invariant: bool
     token_scales: bool = False
+    values_in_keys: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Engine:
       platform: the only platform it runs on; None is any.
       q_dtypes: dtypes of queries that it takes.
       quantized_dtypes: dtypes of pages that it reads besides that of the queries.
-      head_dims: head dims that it takes; None is any.
+      head_dims: head dims of keys and of values that it takes; None is any.
       batch_invariant: whether it can guarantee that a sequence has the same bits alone and in any batch.
       token_scales: whether it reads pages with one scale per token and head. "fused" does not: its products run from
         tensor cores' registers to registers, and a factor per key would cost every call in there.
@@ -49,7 +54,7 @@ class Engine:
     platform: str | None
     q_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     quantized_dtypes: tuple[str, ...] = _QUANTIZED
-    head_dims: tuple[int, ...] | None = None
+    head_dims: tuple[tuple[int, int], ...] | None = None
     batch_invariant: bool = False
     token_scales: bool = True
 
@@ -60,8 +65,9 @@ class Engine:
         if call.page_dtype not in (call.q_dtype, *self.quantized_dtypes):
             expected = _either((call.q_dtype, *self.quantized_dtypes))
             return f"expected pages of dtype {expected}, got {call.page_dtype}"
-        if self.head_dims is not None and call.head_dim not in self.head_dims:
-            return f"expected a head dim of {_either(self.head_dims)}, got {call.head_dim}"
+        dims = (call.head_dim, call.value_dim)
+        if self.head_dims is not None and dims not in self.head_dims:
+            return f"expected a head dim of {_either(map(_name, self.head_dims))}, got {_name(dims)}"
         if call.token_scales and not self.token_scales:
             return "expected scales of pages to be scalar or per head, got one per token and head"
         return None
@@ -80,7 +86,7 @@ class Engine:
 
     def __str__(self) -> str:
         """The calls that the engine takes, in one line."""
-        head_dims = "any head dim" if self.head_dims is None else f"head dims {', '.join(map(str, self.head_dims))}"
+        head_dims = "any head dim" if self.head_dims is None else f"head dims {', '.join(map(_name, self.head_dims))}"
         return "; ".join(
             (
                 f"q {', '.join(self.q_dtypes)}",
@@ -92,8 +98,14 @@ class Engine:
         )
 
 
-def _either(choices: Sequence[object]) -> str:
+def _either(choices: Iterable[object]) -> str:
     return " or ".join(map(str, choices))
+
+
+def _name(head_dims: tuple[int, int]) -> str:
+    """The head dim of keys, and that of values if it is another one."""
+    keys, values = head_dims
+    return str(keys) if keys == values else f"{keys} with values of {values}"
 
 
 # Best first.
@@ -103,7 +115,7 @@ ENGINES = (
         "fused",
         platform="cuda",
         q_dtypes=("bfloat16", "float16"),
-        head_dims=FUSED_HEAD_DIMS,
+        head_dims=_FUSED_HEAD_DIMS,
         batch_invariant=True,
         token_scales=False,
     ),

@@ -37,15 +37,19 @@ ATTENTION_TARGET = "jax_paged_attn.attention.v1"
 ATTENTION_LAYOUT_TARGET = "jax_paged_attn.attention.v2"
 # For pools with padding heads, or with scales per token and head, too.
 ATTENTION_TOKENS_TARGET = "jax_paged_attn.attention.v3"
+# For values of another head dim than keys, or in the keys, too. It has all that v3 has.
+ATTENTION_VALUES_TARGET = "jax_paged_attn.attention.v4"
 WRITE_TARGET = "jax_paged_attn.write.v1"
 WRITE_LAYOUT_TARGET = "jax_paged_attn.write.v2"
+# As v4 of attention.
+WRITE_VALUES_TARGET = "jax_paged_attn.write.v3"
 
 # The most KV splits of a sequence; kMaxSplits in cpp/core/workspace.h.
 _MAX_SPLITS = 16
 
 
 class AttentionOperands(NamedTuple):
-    """Operands of the attention targets, in the order of kAttentionTensors in cpp/ffi/targets.h. The last are v3's."""
+    """Operands of the attention targets, in the order of kAttentionTensors in cpp/ffi/targets.h. The last are v3's and v4's."""
 
     q: Array
     k_pages: Array
@@ -201,9 +205,9 @@ def describe() -> list[str]:
     return lines
 
 
-def attention_workspace_bytes(num_seqs: Any, num_q_heads: Any, head_dim: Any) -> Any:
+def attention_workspace_bytes(num_seqs: Any, num_q_heads: Any, value_dim: Any) -> Any:
     """Size of the attention target's workspace, as a polynomial in dimensions that may be symbolic."""
-    return num_seqs * num_q_heads * _MAX_SPLITS * (head_dim + 2) * 4
+    return num_seqs * num_q_heads * _MAX_SPLITS * (value_dim + 2) * 4
 
 
 def workspace_limit_cuda() -> int:
@@ -231,6 +235,7 @@ def cublaslt_workspace_bytes(
     layout: str = "split",
     num_padding_heads: int = 0,
     token_scales: bool = False,
+    value_dim: int | None = None,
 ) -> Any:
     """Size of the workspace of "cublaslt", exact for known sizes and enough for symbolic ones.
 
@@ -239,7 +244,7 @@ def cublaslt_workspace_bytes(
     """
     del batch_invariant  # which it does not guarantee
     module = compiled("cuda")
-    fixed, variable = _sizes(q, k_pages, block_tables, layout, num_padding_heads)
+    fixed, variable = _sizes(q, k_pages, block_tables, layout, num_padding_heads, value_dim)
     options: dict[str, Any] = {"workspace_limit": workspace_limit, "layout": layout}
     options |= {"num_padding_heads": num_padding_heads, "token_scales": token_scales}
     if _are_known(variable):
@@ -259,6 +264,7 @@ def fused_workspace_bytes(
     layout: str = "split",
     num_padding_heads: int = 0,
     token_scales: bool = False,
+    value_dim: int | None = None,
 ) -> Any:
     """Size of the workspace of "fused", exact for known sizes and enough for symbolic ones.
 
@@ -268,7 +274,7 @@ def fused_workspace_bytes(
     """
     del token_scales  # which it does not read
     module = compiled("cuda")
-    fixed, variable = _sizes(q, k_pages, block_tables, layout, num_padding_heads)
+    fixed, variable = _sizes(q, k_pages, block_tables, layout, num_padding_heads, value_dim)
     options = {"decode": decode, "batch_invariant": batch_invariant, "workspace_limit": workspace_limit}
     if _are_known(variable):
         return module.fused_workspace_bytes(**fixed, **variable, **options)
@@ -276,13 +282,13 @@ def fused_workspace_bytes(
     if not decode:
         workspace += variable["num_seqs"] * module.FUSED_WORKSPACE_BYTES_PER_SEQUENCE
     if batch_invariant:
-        per_row = module.fused_workspace_bytes_per_row(num_q_heads=fixed["num_q_heads"], head_dim=fixed["head_dim"])
+        per_row = module.fused_workspace_bytes_per_row(num_q_heads=fixed["num_q_heads"], value_dim=fixed["value_dim"])
         workspace += variable["num_rows"] * per_row
     return workspace
 
 
 def _sizes(
-    q: Array, k_pages: Array, block_tables: Array, layout: str, num_padding_heads: int
+    q: Array, k_pages: Array, block_tables: Array, layout: str, num_padding_heads: int, value_dim: int | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A call's dtypes and sizes by the keywords of `_cuda`: those that are always known, and those that may not be."""
     num_rows, num_q_heads, head_dim = q.shape
@@ -293,6 +299,7 @@ def _sizes(
         "num_q_heads": num_q_heads,
         "num_kv_heads": LAYOUTS[layout].kv_heads(k_pages, num_padding_heads),
         "head_dim": head_dim,
+        "value_dim": head_dim if value_dim is None else value_dim,
         "page_size": LAYOUTS[layout].page_size(k_pages),
     }
     return fixed, {"num_rows": num_rows, "num_seqs": num_seqs, "max_pages": max_pages}
@@ -317,12 +324,12 @@ def attention_cpu(
     It finds out by itself which sequences have one row, and is batch-invariant whether asked or not.
 
     Returns:
-      `out [T, N, H]` in q's dtype and `lse [T, N]` f32.
+      `out [T, N, Hv]` in q's dtype and `lse [T, N]` f32.
     """
     del decode, batch_invariant
     named = AttentionOperands.of(operands, token_scales)
-    _, num_q_heads, head_dim = named.q.shape
-    workspace = attention_workspace_bytes(named.block_tables.shape[0], num_q_heads, head_dim)
+    sizes = (named.block_tables.shape[0], named.q.shape[1], named.v_pages.shape[-1])
+    workspace = attention_workspace_bytes(*sizes)
     return _attention(named, workspace, **parameters)
 
 
@@ -338,7 +345,7 @@ def attention_cuda(
     """Attention on an engine for CUDA; operands and parameters as in docs/primitive.md.
 
     Returns:
-      `out [T, N, H]` in q's dtype and `lse [T, N]` f32.
+      `out [T, N, Hv]` in q's dtype and `lse [T, N]` f32.
     """
     limit = workspace_limit_cuda()
     named = AttentionOperands.of(operands, token_scales)
@@ -352,6 +359,7 @@ def attention_cuda(
         layout=layout,
         num_padding_heads=_padding_heads(named, layout),
         token_scales=any(token_scales),
+        value_dim=named.v_pages.shape[-1],
     )
     attributes = {
         "decode": bool(decode),
@@ -375,16 +383,18 @@ def _attention(
     layout: str,
 ) -> tuple[Array, Array]:
     """Calls the attention target; `attributes` are those that one platform has beyond the common ones."""
-    q = operands.q
+    q, value_dim = operands.q, operands.v_pages.shape[-1]
     results = (
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((*q.shape[:2], value_dim), q.dtype),
         jax.ShapeDtypeStruct(q.shape[:2], jnp.float32),
         jax.ShapeDtypeStruct((workspace_bytes,), jnp.uint8),
     )
     target, of_layout = (ATTENTION_TARGET, {}) if layout == "split" else (ATTENTION_LAYOUT_TARGET, {"layout": layout})
     arrays, scales = operands[:10], operands[10:]
-    if _padding_heads(operands, layout) or any(x is not None for x in scales):
-        target, of_layout = ATTENTION_TOKENS_TARGET, {"layout": layout}
+    own_values = value_dim != q.shape[2] or LAYOUTS[layout].values_in_keys
+    if own_values or _padding_heads(operands, layout) or any(x is not None for x in scales):
+        target = ATTENTION_VALUES_TARGET if own_values else ATTENTION_TOKENS_TARGET
+        of_layout = {"layout": layout}
         arrays += tuple(jnp.zeros((0, 0, 0), jnp.float32) if x is None else x for x in scales)
     out, lse, _ = jax.ffi.ffi_call(target, results)(
         *arrays,
@@ -407,11 +417,13 @@ def write(*operands: Array, layout: str = "split") -> tuple[Array, ...]:
     """
     *pools, k, v, slot_mapping, k_scale, v_scale = operands
     num_pools = len(pools)
-    if LAYOUTS[layout].interleaved:
+    if num_pools == 1:
         (pool,) = pools
         pools.append(jnp.zeros((0, *pool.shape[1:]), pool.dtype))  # in place of values' own
     k_pages, v_pages = pools
     target, of_layout = (WRITE_TARGET, {}) if layout == "split" else (WRITE_LAYOUT_TARGET, {"layout": layout})
+    if k.shape != v.shape:
+        target, of_layout = WRITE_VALUES_TARGET, {"layout": layout}
     results = tuple(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools)
     call = jax.ffi.ffi_call(target, results, input_output_aliases={i: i for i in range(num_pools)})
     named = WriteOperands(

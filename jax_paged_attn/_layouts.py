@@ -15,13 +15,15 @@ class Layout:
     """One way to store pools; engines read each in place, plain JAX code through `split`.
 
     Attributes:
-      shape: the shape of a pool, in letters.
+      shape: the shape of a pool of keys, in letters. One of values has Hv in the place of H, if it is of their own.
       pools: the names of the arguments that hold keys and values.
       page_axis: the axis that counts pages.
       token_axis: the axis that counts the tokens of a page.
       head_axis: the axis that counts heads.
       interleaved: True if one array holds both pools: key head k is its head 2k, value head k its head 2k + 1. Padding
         heads may follow, which no operation reads or writes.
+      values_in_keys: True if the values are the first Hv numbers of each key. The pool of values is then an empty
+        array, whose last axis says how many they are.
     """
 
     shape: str
@@ -30,6 +32,12 @@ class Layout:
     token_axis: int = 1
     head_axis: int = 2
     interleaved: bool = False
+    values_in_keys: bool = False
+
+    @property
+    def value_shape(self) -> str:
+        """The shape of the pool of values."""
+        return self.shape if self.interleaved else self.shape.replace("H", "Hv")
 
     @property
     def padded_shape(self) -> str:
@@ -39,7 +47,7 @@ class Layout:
     @property
     def num_pools(self) -> int:
         """How many arrays hold keys and values."""
-        return 1 if self.interleaved else 2
+        return 1 if self.interleaved or self.values_in_keys else 2
 
     def page_size(self, pool: Array) -> int:
         """S, the tokens per page, of a pool or its abstract value."""
@@ -75,6 +83,13 @@ class Layout:
         heads = pool[:, :, which : 2 * kv_heads : 2] if self.interleaved else pool
         return jnp.moveaxis(heads, (self.page_axis, self.token_axis), (0, 1))
 
+    def split_both(self, k_pages: Array, v_pages: Array, kv_heads: int) -> tuple[Array, Array]:
+        """Keys `[P, S, K, H]` and values `[P, S, K, Hv]`, likewise, of the operands of attention."""
+        keys = self.split(k_pages, 0, kv_heads)
+        if self.values_in_keys:
+            return keys, keys[..., : v_pages.shape[-1]]
+        return keys, self.split(v_pages, 1, kv_heads)
+
     def split_scales(self, scales: Array | None, which: int, kv_heads: int) -> Array | None:
         """Scales per token and head, a pool without its last axis, as `[P, S, K, 1]`; None where there are none."""
         return None if scales is None else self.split(scales[..., None], which, kv_heads)
@@ -90,6 +105,7 @@ LAYOUTS = {
     "split": Layout("P S K H"),
     "interleaved": Layout("P S 2K H", pools=("kv_pages", "kv_pages"), interleaved=True),
     "head_major": Layout("K P S H", page_axis=1, token_axis=2, head_axis=0),
+    "values_in_keys": Layout("P S K H", values_in_keys=True),
 }
 
 

@@ -47,6 +47,12 @@ class PageScales(TypedDict, total=False):
     v_scale: ArrayLike | None
 
 
+class ValueDim(TypedDict, total=False):
+    """How many numbers of each key are its value, where there is no pool of values."""
+
+    value_dim: int | None
+
+
 class EngineChoice(TypedDict, total=False):
     """Keywords that the choice of an engine depends on."""
 
@@ -62,7 +68,7 @@ class _Causal(TypedDict, total=False):
     causal: bool
 
 
-class Options(ScoreOptions, Sinks, PageScales, EngineChoice, total=False):
+class Options(ScoreOptions, Sinks, PageScales, ValueDim, EngineChoice, total=False):
     """The keywords of `paged_attention`."""
 
 
@@ -70,7 +76,7 @@ class RaggedOptions(_Causal, Options, total=False):
     """The keywords of `ragged_paged_attention`."""
 
 
-class ReferenceOptions(ScoreOptions, Sinks, PageScales, _Invariance, total=False):
+class ReferenceOptions(ScoreOptions, Sinks, PageScales, ValueDim, _Invariance, total=False):
     """The keywords of `paged_attention_reference`."""
 
 

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jax_paged_attn import _checks, _debug, _modes, _options
 from jax_paged_attn._attention import merge_attention_states, paged_attention, ragged_paged_attention
-from jax_paged_attn._call import page_scale
+from jax_paged_attn._call import operands_per_head, values_in
 
 # A finite sink that adds nothing to any sum of exponentials.
 _NO_SINK = float(jnp.finfo(jnp.float32).min)
@@ -20,7 +20,7 @@ _NO_SINK = float(jnp.finfo(jnp.float32).min)
 def context_parallel_attention(
     q: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     block_tables: ArrayLike,
     lengths: ArrayLike,
     *,
@@ -34,7 +34,7 @@ def context_parallel_attention(
 
     Each device has a pool of its own, and block tables of all sequences with −1 for the pages of other devices. No two
     devices have the same page. Queries, lengths and results are the same on all devices. Each attends to its own pages,
-    and the partial results (B·N·(H + 1) float32 numbers per device) meet in one all-gather and are merged as in
+    and the partial results (B·N·(Hv + 1) float32 numbers per device) meet in one all-gather and are merged as in
     Flash-Decoding (Dao et al. 2023). Letters as in `paged_attention`; P counts the pages of one device.
 
     Decode without a window reads the device's own pages only. Other calls walk over the places of missing pages too.
@@ -42,7 +42,7 @@ def context_parallel_attention(
     Args:
       q: `[B, N, H]`, the newest token of each sequence; with `cu_q_lens` `[T, N, H]`.
       k_pages: `[P, S, K, H]`, this device's.
-      v_pages: as `k_pages`.
+      v_pages: `[P, S, K, Hv]`, this device's; None as in `paged_attention`.
       block_tables: `[B, M]` int32: page of token t of sequence b is `block_tables[b, t // S]` in this device's pool; −1
         (or anything outside [0, P)) where another device has it.
       lengths: `[B]` int32, tokens of the whole sequences, on all devices together.
@@ -54,7 +54,7 @@ def context_parallel_attention(
         the same on all devices and count once.
 
     Returns:
-      `[B, N, H]` (`[T, N, H]`) in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` (`[T, N]`) float32.
+      `[B, N, Hv]` (`[T, N, Hv]`) in q's dtype; with `return_lse` a tuple of that and lse `[B, N]` (`[T, N]`) float32.
 
     Raises:
       ValueError: `axis_name` is no axis of an enclosing `shard_map`, `num_seqs` or `causal=False` without `cu_q_lens`,
@@ -87,7 +87,7 @@ def context_parallel_attention(
 
 
 def _own_part(
-    q_and_pages: tuple[ArrayLike, ArrayLike, ArrayLike],
+    q_and_pages: tuple[ArrayLike, ArrayLike, ArrayLike | None],
     block_tables: ArrayLike,
     lengths: ArrayLike,
     axis_name: str | tuple[str, ...],
@@ -130,7 +130,7 @@ def _part(axis_name: str | tuple[str, ...]) -> Array:
 def _check_values(
     q: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     block_tables: ArrayLike,
     lengths: ArrayLike,
     cu_q_lens: ArrayLike | None,
@@ -138,15 +138,16 @@ def _check_values(
     options: dict[str, Any],
 ) -> None:
     """The checks of `debug`, with tables in which pages of other devices are missing."""
-    q, pages, v_pages, block_tables, lengths = map(jnp.asarray, (q, k_pages, v_pages, block_tables, lengths))
-    dims = _checks.Dims()
+    q, pages, block_tables, lengths = map(jnp.asarray, (q, k_pages, block_tables, lengths))
+    layout = "values_in_keys" if v_pages is None else "split"
+    values = values_in(pages, options["value_dim"]) if v_pages is None else jnp.asarray(v_pages)
+    dims = _checks.Dims(N=q.shape[-2])
     dims.match("k_pages", pages, "P S K H", (str(pages.dtype),))
-    k_scale, v_scale = (page_scale(dims, name, options[name], pages) for name in ("k_scale", "v_scale"))
-    sinks = jnp.zeros(0) if options["sinks"] is None else options["sinks"]
+    per_head = operands_per_head(dims, pages, options, layout)
     scoring = _options.Scoring.checked(options, q.shape[-1])
     rows: Any = {} if cu_q_lens is None else {"cu_q_lens": jnp.asarray(cu_q_lens), "num_seqs": num_seqs}
-    operands = (q, pages, v_pages, block_tables, lengths)
-    _debug.check_attention(*operands, (sinks, k_scale, v_scale), scoring, **rows, foreign_pages=True)
+    operands = (q, pages, values, block_tables, lengths)
+    _debug.check_attention(*operands, per_head, scoring, **rows, layout=layout, foreign_pages=True)
 
 
 def _own_pages(k_pages: ArrayLike, block_tables: ArrayLike, lengths: ArrayLike) -> tuple[ArrayLike, ArrayLike]:

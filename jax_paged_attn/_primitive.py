@@ -103,17 +103,27 @@ def write(*operands: Array, layout: str = "split") -> tuple[Array, ...]:
     return tuple(write_p.bind(*_vary_alike(operands), partitioned=partitioned, layout=layout))
 
 
-def check_sizes(num_heads: int, kv_heads: int, head_dim: int, page_size: int, pool: str = "k_pages") -> None:
-    """Raises ValueError for sizes that no call can have; `pool` is what errors call the pool of keys."""
-    for name, size in (("q: query heads N", num_heads), ("q: head dim H", head_dim)):
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
-    for name, size in ((f"{pool}: page size S", page_size), (f"{pool}: key/value heads K", kv_heads)):
+def check_sizes(
+    num_heads: int, kv_heads: int, head_dims: tuple[int, int], page_size: int, pools: tuple[str, str]
+) -> None:
+    """Raises ValueError for sizes that no call can have.
+
+    Args:
+      head_dims: that of queries and keys, and that of values.
+      pools: what errors call the pools of keys and of values.
+    """
+    for name, size in (
+        ("q: query heads N", num_heads),
+        ("q: head dim H", head_dims[0]),
+        (f"{pools[0]}: page size S", page_size),
+        (f"{pools[0]}: key/value heads K", kv_heads),
+        (f"{pools[1]}: head dim Hv", head_dims[1]),
+    ):
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
     if num_heads % kv_heads:
         raise ValueError(
-            f"q: expected query heads divisible by the {kv_heads} key/value heads of {pool}, got {num_heads}"
+            f"q: expected query heads divisible by the {kv_heads} key/value heads of {pools[0]}, got {num_heads}"
         )
 
 
@@ -143,13 +153,15 @@ def _aval_of(x: Any) -> ShapedArray:
 
 def describe(operands: Sequence[Any], parameters: Mapping[str, Any]) -> _engines.Call:
     """The facts that the choice of an engine depends on, from abstract operands and the primitive's parameters."""
-    q, k_pages, *_ = operands
-    k_scale = operands[8]
+    q, k_pages, v_pages, *_ = operands
+    k_scale, layout = operands[8], LAYOUTS[parameters["layout"]]
     return _engines.Call(
         num_heads=q.shape[1],
         kv_heads=k_scale.shape[1],
         head_dim=q.shape[2],
-        page_size=LAYOUTS[parameters["layout"]].page_size(k_pages),
+        value_dim=v_pages.shape[-1],
+        values_in_keys=layout.values_in_keys,
+        page_size=layout.page_size(k_pages),
         q_dtype=str(q.dtype),
         page_dtype=str(k_pages.dtype),
         scoring=parameters["scoring"],
@@ -169,7 +181,8 @@ def _attention_abstract(*operands: Any, implementation: str | None, **parameters
     dims.match("v_scale", v_scale, "Xv K", ("float32",))
     k_name, v_name = layout.pools
     dims.match(k_name, k_pages, layout.padded_shape.replace("P", "Pk"), (str(q.dtype), *_checks.QUANTIZED_DTYPES))
-    dims.match(v_name, v_pages, layout.padded_shape.replace("P", "Pv"), (str(k_pages.dtype),))
+    v_shape = layout.padded_shape if layout.interleaved else layout.value_shape
+    dims.match(v_name, v_pages, v_shape.replace("P", "0" if layout.values_in_keys else "Pv"), (str(k_pages.dtype),))
     k_tokens, v_tokens = keys_and_values(operands[10:], parameters["token_scales"])
     _check_token_scales("k_token_scales", k_tokens, k_pages)
     _check_token_scales("v_token_scales", v_tokens, v_pages)
@@ -177,7 +190,11 @@ def _attention_abstract(*operands: Any, implementation: str | None, **parameters
     for name, x in (("kv_lens", kv_lens), ("q_starts", q_starts), ("q_counts", q_counts)):
         dims.match(name, x, "B", ("int32",))
     dims.match("sinks", sinks, "Xs N", ("float32",))
-    check_sizes(dims["N"], dims["K"], dims["H"], dims["S"], k_name)
+    value_dim = v_pages.shape[-1]
+    check_sizes(dims["N"], dims["K"], (dims["H"], value_dim), dims["S"], layout.pools)
+    if layout.values_in_keys and (value_dim > dims["H"] or any(parameters["token_scales"])):
+        expected = f"at most the {dims['H']} numbers of a key, and no scales per token"
+        raise ValueError(f"value_dim: expected {expected}, got {value_dim} and {parameters['token_scales']}")
     for name, x in (("sinks", sinks), ("k_scale", k_scale), ("v_scale", v_scale)):
         _check_divides(name, x.shape[0], dims["B"])
     if decode and dims["T"] != dims["B"]:
@@ -191,7 +208,8 @@ def _attention_abstract(*operands: Any, implementation: str | None, **parameters
         of_pool = k_pages.sharding.spec[layout.head_axis]
         ways = math.prod(q.sharding.mesh.shape[name] for name in _names(of_pool))
         heads = None if _names(of_pool) & _names(rows) or dims["K"] % ways else of_pool
-    return [_aval(q, q.shape, q.dtype, (rows, heads, None)), _aval(q, q.shape[:2], jnp.float32, (rows, heads))]
+    out = _aval(q, (*q.shape[:2], value_dim), q.dtype, (rows, heads, None))
+    return [out, _aval(q, q.shape[:2], jnp.float32, (rows, heads))]
 
 
 def _check_token_scales(name: str, scales: Any | None, pages: Any) -> None:
@@ -224,14 +242,18 @@ def _write_abstract(*operands: Any, layout: str, **_: Any) -> list[Any]:
     *pools, k, v, slot_mapping, k_scale, v_scale = operands
     # Numbers per token and head lack the head dim, as their pools do.
     head_dim = head_dim_of(k)
-    dims = _checks.Dims(H=1) if len(k.shape) == 2 else _checks.Dims()
+    dims = _checks.Dims(H=1, Hv=1) if len(k.shape) == 2 else _checks.Dims()
     tokens = "T K" if len(k.shape) == 2 else "T K H"
+    of_values = "T K 0" if LAYOUTS[layout].values_in_keys else tokens.replace("H", "Hv")
+    if LAYOUTS[layout].interleaved:
+        of_values = tokens
     dims.match("k", k, tokens, _checks.COMPUTE_DTYPES)
-    for name, pool in zip(LAYOUTS[layout].pools, pools, strict=False):
-        dtypes = _checks.PAGE_DTYPES if pool is pools[0] else (str(pools[0].dtype),)
+    shapes = (LAYOUTS[layout].padded_shape, LAYOUTS[layout].value_shape)
+    for which, (name, pool) in enumerate(zip(LAYOUTS[layout].pools, pools, strict=False)):
+        dtypes = (str(pools[0].dtype),) if which else _checks.PAGE_DTYPES
         by_heads: Any = jax.ShapeDtypeStruct(LAYOUTS[layout].shape_by_heads(pool, head_dim), pool.dtype)
-        dims.match(name, by_heads, LAYOUTS[layout].padded_shape, dtypes)
-    dims.match("v", v, tokens, (str(k.dtype),))
+        dims.match(name, by_heads, shapes[which], dtypes)
+    dims.match("v", v, of_values, (str(k.dtype),))
     dims.match("slot_mapping", slot_mapping, "T", ("int32",))
     dims.match("k_scale", k_scale, "Xk K", ("float32",))
     dims.match("v_scale", v_scale, "Xv K", ("float32",))

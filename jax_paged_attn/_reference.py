@@ -35,15 +35,16 @@ def attention(
     layout: str,
     token_scales: tuple[bool, bool],
 ) -> tuple[Array, Array]:
-    """Returns `out [T, N, H]` in q's dtype and `lse [T, N]` float32, for the primitive's operands and parameters."""
+    """Returns `out [T, N, Hv]` in q's dtype and `lse [T, N]` float32, for the primitive's operands and parameters."""
     num_rows, num_heads, head_dim = q.shape
     num_seqs, kv_heads = block_tables.shape[0], k_scale.shape[1]
-    k_pages, v_pages = (LAYOUTS[layout].split(pool, i, kv_heads) for i, pool in enumerate((k_pages, v_pages)))
+    out_shape = (num_rows, num_heads, v_pages.shape[-1])
+    k_pages, v_pages = LAYOUTS[layout].split_both(k_pages, v_pages, kv_heads)
     k_tokens, v_tokens = (
         LAYOUTS[layout].split_scales(scales, i, kv_heads)
         for i, scales in enumerate(keys_and_values(scales_of_tokens, token_scales))
     )
-    nothing = (jnp.zeros(q.shape, jnp.float32), jnp.full((num_rows, num_heads), -jnp.inf, jnp.float32))
+    nothing = (jnp.zeros(out_shape, jnp.float32), jnp.full((num_rows, num_heads), -jnp.inf, jnp.float32))
     if num_seqs == 0:  # under `jax.disable_jit` JAX refuses loops of zero steps
         return nothing[0].astype(q.dtype), nothing[1]
     per_sequence = (
@@ -73,7 +74,7 @@ def attention(
     if decode:
         row_ids = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
         out, lse = jax.lax.map(lambda args: attend(*args), (q[:, None], row_ids, per_sequence))
-        return out.reshape(q.shape).astype(q.dtype), lse.reshape(num_rows, num_heads)
+        return out.reshape(out_shape).astype(q.dtype), lse.reshape(num_rows, num_heads)
 
     row_ids = jnp.arange(num_rows, dtype=jnp.int32)
 
@@ -82,7 +83,7 @@ def attention(
         out, lse = attend(q, row_ids, sequence)
         mine = (row_ids >= q_start) & (row_ids < q_start + q_count)
         return (
-            jnp.where(mine[:, None, None], out.reshape(q.shape), state[0]),
+            jnp.where(mine[:, None, None], out.reshape(out_shape), state[0]),
             jnp.where(mine[:, None], lse.reshape(num_rows, num_heads), state[1]),
         ), None
 
@@ -136,10 +137,11 @@ def write(*operands: Array, layout: str = "split") -> tuple[Array, ...]:
     """Returns the pools with the tokens of `k`, `v` `[T, K, H]` stored at `slot_mapping [T]`."""
     *given, k, v, slot_mapping, k_scale, v_scale = operands
     pools = [pool.reshape(LAYOUTS[layout].shape_by_heads(pool, head_dim_of(k))) for pool in given]
-    k, v = (x.reshape(*x.shape[:2], pools[0].shape[3]) for x in (k, v))
+    k, v = (x if x.ndim == 3 else x[..., None] for x in (k, v))
     num_slots = LAYOUTS[layout].num_slots(pools[0])
     targets = jnp.where(last_writer(slot_mapping, num_slots), slot_mapping, num_slots)
-    stored = [_stored(x, scale, pools[0].dtype) for x, scale in ((k, k_scale), (v, v_scale))]
+    sides = ((k, k_scale),) if LAYOUTS[layout].values_in_keys else ((k, k_scale), (v, v_scale))
+    stored = [_stored(x, scale, pools[0].dtype) for x, scale in sides]
     if LAYOUTS[layout].interleaved:
         stored = [jnp.stack(stored, axis=2).reshape(k.shape[0], 2 * k.shape[1], k.shape[2])]
     written = [_scatter(pool, tokens, targets, layout) for pool, tokens in zip(pools, stored, strict=True)]
@@ -198,7 +200,8 @@ def rounded(values: Array, dtype: jnp.dtype) -> Array:
 def read_tokens(pool: Array, slots: Array, scale: Array, which: int, head_dim: int | None, layout: str) -> Array:
     """The key (`which` 0) or value (1) in the slot of each token, `[T, K, H]` float32, divided by its scale.
 
-    It is 0 if the token is not there. As a linear map this is the transpose of the write.
+    It is 0 if the token is not there. As a linear map this is the transpose of the write. A key has all its numbers, a
+    value the first `head_dim` ones, which are none where the values are in the keys.
     """
     pool = pool.reshape(LAYOUTS[layout].shape_by_heads(pool, head_dim))
     pages = LAYOUTS[layout].split(pool, which, scale.shape[1])
@@ -207,4 +210,4 @@ def read_tokens(pool: Array, slots: Array, scale: Array, which: int, head_dim: i
     targets = jnp.where(last_writer(slots, num_slots), slots, num_slots)
     tokens = pages.reshape(num_slots, kv_heads, width).at[targets].get(mode="fill", fill_value=0)
     tokens = tokens.astype(jnp.float32) / row_of_each_sequence(scale, slots.shape[0], kv_heads, 1.0)[:, :, None]
-    return tokens[..., 0] if head_dim is None else tokens
+    return tokens[..., 0] if head_dim is None else tokens[..., :head_dim]

@@ -79,7 +79,7 @@ class Call:
         dims.match("keys", k, "T K H", (str(cache.dtype), str(q.dtype)) if rounds_tokens else (str(cache.dtype),))
         dims.match("values", v, "T K H", (str(k.dtype),))
         shape = shape_of_pool(cache, dims["K"], dims["H"], side_by_side)
-        _primitive.check_sizes(dims["N"], dims["K"], dims["H"], shape[1], "kv_cache")
+        _primitive.check_sizes(dims["N"], dims["K"], (dims["H"], dims["H"]), shape[1], ("kv_cache", "kv_cache"))
 
         lens, flat, rows, ends = (
             _checks.as_int32(name, x)
