@@ -49,7 +49,8 @@ def paged_attention(
     """Decode: one query token per sequence, the newest, attends to the sequence's pages.
 
     Letters: B sequences, N query heads, K key/value heads (N % K == 0), H head dim of queries and keys, Hv that of
-    values (mostly the same), P pages in the pool, S tokens per page, M pages per sequence at most. Pages and tables are those of PagedAttention (Kwon et al. 2023).
+    values (mostly the same), P pages in the pool, S tokens per page, M pages per sequence at most. Pages and tables are
+    those of PagedAttention (Kwon et al. 2023).
 
     Ids and lengths may be integers of any width. Those that int32 cannot hold raise in lists and NumPy arrays. In JAX
     arrays they are clamped to int32, which masks them.
@@ -57,7 +58,7 @@ def paged_attention(
     Args:
       q: `[B, N, H]` bfloat16, float16 or float32.
       k_pages: `[P, S, K, H]`, dtype as q, or float8_e4m3fn, float8_e5m2, int8.
-      v_pages: `[P, S, K, Hv]`, dtype as `k_pages`. None: the values are the first `value_dim` numbers of each key, as in
+      v_pages: `[P, S, K, Hv]`, dtype as `k_pages`. None: values are the first `value_dim` numbers of each key, as in
         multi-head latent attention (MLA, DeepSeek-AI 2024: H = 576, Hv = 512, K = 1).
       block_tables: `[B, M]` int32; the page of token t of sequence b is `block_tables[b, t // S]`. Entries past the
         length are never read. An entry outside [0, P) that is used masks its tokens.

@@ -17,9 +17,14 @@ from jax_paged_attn._attention import paged_attention, ragged_paged_attention
 from jax_paged_attn._donation import warn_of_eager_update
 from jax_paged_attn._step import StepMetadata
 
-_OWN_SCALES: dict[str, str] = dict.fromkeys(("k_scale", "v_scale"), "expected none, since the cache has its own scales")
+# What `attend` takes from the cache.
+_OWN: dict[str, str] = {
+    **dict.fromkeys(("k_scale", "v_scale"), "expected none, since the cache has its own scales"),
+    "value_dim": "expected none, since the cache has its own",
+}
 
 
+@overload
 def write_kv_pages(
     k_pages: ArrayLike,
     v_pages: ArrayLike,
@@ -29,25 +34,50 @@ def write_kv_pages(
     *,
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def write_kv_pages(
+    k_pages: ArrayLike,
+    v_pages: None,
+    k: ArrayLike,
+    v: None,
+    slot_mapping: ArrayLike,
+    *,
+    k_scale: ArrayLike | None = None,
+    v_scale: None = None,
+) -> tuple[Array, None]: ...
+
+
+def write_kv_pages(
+    k_pages: ArrayLike,
+    v_pages: ArrayLike | None,
+    k: ArrayLike,
+    v: ArrayLike | None,
+    slot_mapping: ArrayLike,
+    *,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+) -> tuple[Array, Array | None]:
     """Writes new tokens into their slots of the cache; in place where the pages are donated.
 
-    Letters: P pages of S tokens, K key/value heads, H head dim, T new tokens.
+    Letters: P pages of S tokens, K key/value heads, H head dim of keys, Hv that of values, T new tokens.
 
     Args:
       k_pages: `[P, S, K, H]` float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8.
-      v_pages: as `k_pages`.
+      v_pages: `[P, S, K, Hv]`, dtype as `k_pages`; None where the values are the first numbers of each key.
       k: `[T, K, H]` float32, bfloat16 or float16; converted to the dtype of the pages.
-      v: as `k`.
+      v: `[T, K, Hv]`, dtype as `k`; None where `v_pages` is.
       slot_mapping: `[T]` int32 (or integers that fit): page·S + offset in the page. Slots outside [0, P·S) are skipped
         (pad with −1); of equal slots the last token wins.
       k_scale: positive, finite float32, scalar or `[K]`, default 1, required for int8: stored = round(k / k_scale), to
         nearest even, saturated to ±448 (e4m3), ±57344 (e5m2) or ±127 (int8). NaN stays NaN in fp8, becomes 0 in int8.
-      v_scale: likewise for `v`.
+      v_scale: likewise for `v`; None where that is.
 
     Returns:
-      The new `(k_pages, v_pages)`. Inside a jitted function whose pages are donated they are the same buffers;
-      otherwise the caller's arrays stay as they were.
+      The new `(k_pages, v_pages)`, or `(k_pages, None)`. Inside a jitted function whose pages are donated they are the
+      same buffers; otherwise the caller's arrays stay as they were.
 
     Raises:
       ValueError: a shape or dtype that does not fit; the message names the argument, what was expected, what came.
@@ -64,21 +94,33 @@ def write_kv_pages(
       >>> k_pages[:, :, 0, 0].astype(int).tolist()
       [[0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
     """
-    k_new, v_new = _call.write("write_kv_pages", (k_pages, v_pages), (k, v), slot_mapping, (k_scale, v_scale))
-    return k_new, v_new
+    one_pool = v_pages is None
+    pools, layout = ((k_pages,), "values_in_keys") if one_pool else ((k_pages, v_pages), "split")
+    new = _call.write("write_kv_pages", pools, (k, v), slot_mapping, (k_scale, v_scale), layout)
+    return (new[0], None) if one_pool else (new[0], new[1])
 
 
-def copy_kv_pages(k_pages: ArrayLike, v_pages: ArrayLike, src: ArrayLike, dst: ArrayLike) -> tuple[Array, Array]:
+@overload
+def copy_kv_pages(k_pages: ArrayLike, v_pages: ArrayLike, src: ArrayLike, dst: ArrayLike) -> tuple[Array, Array]: ...
+
+
+@overload
+def copy_kv_pages(k_pages: ArrayLike, v_pages: None, src: ArrayLike, dst: ArrayLike) -> tuple[Array, None]: ...
+
+
+def copy_kv_pages(
+    k_pages: ArrayLike, v_pages: ArrayLike | None, src: ArrayLike, dst: ArrayLike
+) -> tuple[Array, Array | None]:
     """Copies whole pages inside the cache, as `PageAllocator` asks for; in place where the pages are donated.
 
     Args:
       k_pages: `[P, S, K, H]` of any dtype that caches have.
-      v_pages: as `k_pages`.
+      v_pages: `[P, S, K, Hv]`, dtype as `k_pages`; None where the values are in the keys.
       src: `[n]` int32 page ids (or integers that fit), read as they were before the call.
       dst: `[n]` int32 page ids; of equal ones the last wins. A pair with an id outside [0, P) is skipped.
 
     Returns:
-      The new `(k_pages, v_pages)`.
+      The new `(k_pages, v_pages)`, or `(k_pages, None)`.
 
     Raises:
       ValueError: a shape or dtype that does not fit.
@@ -92,36 +134,39 @@ def copy_kv_pages(k_pages: ArrayLike, v_pages: ArrayLike, src: ArrayLike, dst: A
       [0.0, 1.0, 0.0]
     """
     dims = _checks.Dims()
-    k_pages, v_pages = _pools(dims, k_pages, v_pages)
+    pools = _pools(dims, k_pages, v_pages)
     src, dst = _checks.as_int32("src", src), _checks.as_int32("dst", dst)
     dims.match("src", src, "n", ("int32",))
     dims.match("dst", dst, "n", ("int32",))
-    warn_of_eager_update("copy_kv_pages", k_pages)
+    warn_of_eager_update("copy_kv_pages", pools[0])
     _debug.check_copy(dims["P"], src, dst)
 
-    return _copied(k_pages, v_pages, src, dst)
+    copied = _copied(pools, src, dst)
+    return (copied[0], None) if v_pages is None else (copied[0], copied[1])
 
 
 @_modes.compiled
-def _copied(k_pages: Array, v_pages: Array, src: Array, dst: Array) -> tuple[Array, Array]:
-    num_pages = k_pages.shape[0]
+def _copied(pools: tuple[Array, ...], src: Array, dst: Array) -> tuple[Array, ...]:
+    num_pages = pools[0].shape[0]
     if num_pages == 0:
-        return k_pages, v_pages
+        return pools
     readable = (src >= 0) & (src < num_pages)
     # A pair that is skipped must not count as the last one of its target.
     dst = jnp.where(readable, dst, num_pages)
     dst = jnp.where(_reference.last_writer(dst, num_pages), dst, num_pages)
-    k_new, v_new = (
+    return tuple(
         pages.at[dst].set(pages.at[jnp.where(readable, src, num_pages)].get(mode="fill", fill_value=0), mode="drop")
-        for pages in (k_pages, v_pages)
+        for pages in pools
     )
-    return k_new, v_new
 
 
-def _pools(dims: _checks.Dims, k_pages: ArrayLike, v_pages: ArrayLike) -> tuple[Array, Array]:
-    k_pages, v_pages = _checks.as_array("k_pages", k_pages), _checks.as_array("v_pages", v_pages)
+def _pools(dims: _checks.Dims, k_pages: ArrayLike, v_pages: ArrayLike | None) -> tuple[Array, ...]:
+    k_pages = _checks.as_array("k_pages", k_pages)
     dims.match("k_pages", k_pages, "P S K H", _checks.PAGE_DTYPES)
-    dims.match("v_pages", v_pages, "P S K H", (str(k_pages.dtype),))
+    if v_pages is None:
+        return (k_pages,)
+    v_pages = _checks.as_array("v_pages", v_pages)
+    dims.match("v_pages", v_pages, "P S K Hv", (str(k_pages.dtype),))
     return k_pages, v_pages
 
 
@@ -177,15 +222,19 @@ class PagedKVCache:
             cache = cache.write(l, k[l], v[l], slots)
         outs = [cache.attend(l, q[l], block_tables, lengths) for l in range(L)]
 
+    Where the values are the first `value_dim` numbers of each key, as in multi-head latent attention, there is one pool
+    per layer: `v_pages` is empty, `v_scale` None, and `k_scale` holds for values too.
+
     A cache of shardings, of axes or of None is a prefix tree of any cache: `jax.jit(..., out_shardings=PagedKVCache(s,
     s))`, `jax.vmap(..., in_axes=(PagedKVCache(None, None), 0))`.
 
     Attributes:
       k_pages: tuple of pools.
-      v_pages: tuple of pools.
+      v_pages: tuple of pools `[P, S, K, Hv]`; empty where the values are in the keys.
       k_scale: float32, scalar or `[K]` for all layers, or `[L, K]`, a row per layer; or None.
       v_scale: likewise.
       num_layers: L.
+      value_dim: Hv where `v_pages` is empty, else 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -202,10 +251,12 @@ class PagedKVCache:
     k_scale: Array | None = None
     v_scale: Array | None = None
     num_layers: int = dataclasses.field(default=0, metadata={"static": True})
+    value_dim: int = dataclasses.field(default=0, metadata={"static": True})
 
     def __post_init__(self) -> None:
         if not isinstance(self.k_pages, (tuple, list)):
             object.__setattr__(self, "num_layers", _AnyNumber())
+            object.__setattr__(self, "value_dim", _AnyNumber())
         elif self.num_layers == 0:
             object.__setattr__(self, "num_layers", len(self.k_pages))
 
@@ -223,6 +274,8 @@ class PagedKVCache:
         v_scale: ArrayLike | None = None,
         stacked: bool = False,
         allocator: _PagesOf | None = None,
+        value_dim: int | None = None,
+        values_in_keys: bool = False,
     ) -> "PagedKVCache":
         """Makes a cache of zeros: `num_pages` pages of `page_size` tokens per layer.
 
@@ -238,11 +291,13 @@ class PagedKVCache:
           v_scale: likewise for values.
           stacked: one flat pool for all layers.
           allocator: the `PageAllocator` whose pages these are: it says how many there are, and of which size.
+          value_dim: Hv, the head dim of values; None is H.
+          values_in_keys: the values are the first Hv ≤ H numbers of each key: one pool per layer, and no `v_scale`.
 
         Raises:
           ValueError: a size below 1, or one that is not the allocator's; a dtype that pages cannot have; a scale of
-            another shape, zero, negative or not finite; an int8 cache without both scales; a pool of more than 2³¹ − 1
-            slots, which are int32.
+            another shape, zero, negative or not finite; an int8 cache without its scales; a pool of more than 2³¹ − 1
+            slots, which are int32; values in the keys with a `v_scale`, or with more numbers than keys.
           TypeError: a size that is missing or no integer, or no allocator.
 
         Example:
@@ -261,18 +316,23 @@ class PagedKVCache:
             "page_size": page_size,
             "num_kv_heads": num_kv_heads,
             "head_dim": head_dim,
+            "value_dim": head_dim if value_dim is None else value_dim,
         }
-        layers, pages, tokens, heads, dim = (_checks.static_count(name, size) for name, size in sizes.items())
+        layers, pages, tokens, heads, dim, dim_v = (_checks.static_count(name, size) for name, size in sizes.items())
         page_dtype = _page_dtype(dtype)
         pools = 1 if _checks.static_bool("stacked", stacked) else layers
-        shape = (layers * pages // pools, tokens, heads, dim)
+        shape = (layers * pages // pools, tokens, heads)
         if shape[0] * tokens > _checks.INT32.max:
             counted = "num_layers * num_pages * page_size" if stacked else "num_pages * page_size"
             raise ValueError(f"{counted}: expected at most 2**31 - 1 (slots are int32), got {shape[0] * tokens}")
         k_scale = _stored_scale("k_scale", k_scale, layers, heads, page_dtype)
+        k_pages = _zero_pools((*shape, dim), page_dtype, pools)
+        if _checks.static_bool("values_in_keys", values_in_keys):
+            _call.refuse_v_scale(v_scale)
+            _call.values_in(k_pages[0], dim_v)
+            return cls(k_pages, (), k_scale, None, layers, dim_v)
         v_scale = _stored_scale("v_scale", v_scale, layers, heads, page_dtype)
-        k_pages, v_pages = (tuple(_modes.zeros(shape, jnp.dtype(page_dtype)) for _ in range(pools)) for _ in "kv")
-        return cls(k_pages, v_pages, k_scale, v_scale, layers)
+        return cls(k_pages, _zero_pools((*shape, dim_v), page_dtype, pools), k_scale, v_scale, layers)
 
     @property
     def stacked(self) -> bool:
@@ -313,7 +373,7 @@ class PagedKVCache:
         **options: Unpack[_options.CacheOptions],
     ) -> tuple[Array, Array]: ...
 
-    @_options.keywords(_options.CacheOptions, refuse=_OWN_SCALES, return_lse=False)
+    @_options.keywords(_options.CacheOptions, refuse=_OWN, return_lse=False)
     def attend(
         self, layer: int | Array, q: ArrayLike, block_tables: ArrayLike, lengths: ArrayLike, **options: Any
     ) -> Array | tuple[Array, Array]:
@@ -333,8 +393,8 @@ class PagedKVCache:
           ValueError: a layer outside [0, L), or as `paged_attention`.
           TypeError: `k_scale` or `v_scale`, which the cache has, or as `paged_attention`.
         """
-        pools_and_tables = self._layer("layer", layer, block_tables)
-        return paged_attention(q, *pools_and_tables, lengths, **options, **self.scales(layer))
+        pools_and_tables, own = self._layer("layer", layer, block_tables), self._own(layer)
+        return paged_attention(q, *pools_and_tables, lengths, **options, **own)
 
     @overload
     def attend_ragged(
@@ -364,7 +424,7 @@ class PagedKVCache:
         **options: Unpack[_options.RaggedCacheOptions],
     ) -> tuple[Array, Array]: ...
 
-    @_options.keywords(_options.RaggedCacheOptions, refuse=_OWN_SCALES, return_lse=False)
+    @_options.keywords(_options.RaggedCacheOptions, refuse=_OWN, return_lse=False)
     def attend_ragged(
         self,
         layer: int | Array,
@@ -394,9 +454,9 @@ class PagedKVCache:
         """
         k_pages, v_pages, tables = self._layer("layer", layer, block_tables)
         operands = (q, k_pages, v_pages, kv_lens, tables, cu_q_lens, num_seqs)
-        return ragged_paged_attention(*operands, **options, **self.scales(layer))
+        return ragged_paged_attention(*operands, **options, **self._own(layer))
 
-    @_options.keywords(_options.CacheOptions, refuse=_OWN_SCALES)
+    @_options.keywords(_options.CacheOptions, refuse=_OWN)
     def attend_step(
         self, layer: int | Array, q: ArrayLike, step: StepMetadata, **options: Unpack[_options.CacheOptions]
     ) -> Array:
@@ -427,8 +487,10 @@ class PagedKVCache:
             return self.attend(layer, q, step.block_tables, step.kv_lens, **options)
         return self.attend_ragged(layer, q, step.kv_lens, step.block_tables, step.cu_q_lens, step.num_seqs, **options)
 
-    def layer(self, index: int | Array, block_tables: ArrayLike) -> tuple[Array, Array, Array]:
+    def layer(self, index: int | Array, block_tables: ArrayLike) -> tuple[Array, Array | None, Array]:
         """`(k_pages, v_pages, block_tables)` to give to attention in layer `index`, together with `scales(index)`.
+
+        Without pools of values `v_pages` is None, and attention wants the keyword `value_dim=cache.value_dim` too.
 
         Args:
           index: 0 ≤ index < L; may be traced if the cache is stacked. A traced one outside makes all ids −1.
@@ -449,6 +511,10 @@ class PagedKVCache:
         layer = self._number("index", index)
         return {"k_scale": _row("k_scale", self.k_scale, layer), "v_scale": _row("v_scale", self.v_scale, layer)}
 
+    def _own(self, index: int | Array) -> dict[str, Any]:
+        """The keywords of attention in layer `index` that the cache knows."""
+        return {**self.scales(index), "value_dim": self.value_dim or None}
+
     def calibrated_scales(self, dtype: jax.typing.DTypeLike, *, margin: float = 1.1) -> _Scales:
         """Scales for an 8-bit cache, by the largest key and the largest value of each head in this one.
 
@@ -462,7 +528,7 @@ class PagedKVCache:
 
         Returns:
           A dict of `k_scale` and `v_scale`, float32 `[L, K]`, keywords of `create`. A head that is zero throughout has
-          scale 1.
+          scale 1. Without pools of values `v_scale` is None.
 
         Raises:
           ValueError: a dtype of other than 8 bits, pages that have 8 bits already, a margin that is not positive, or
@@ -481,16 +547,18 @@ class PagedKVCache:
         """
         if str(self.k_pages[0].dtype) in _checks.QUANTIZED_DTYPES:
             raise ValueError(f"k_pages: expected {' or '.join(_checks.COMPUTE_DTYPES)}, got {self.k_pages[0].dtype}")
-        k_largest, v_largest = (
-            jax.device_get(_largest_per_head(pools, self.num_layers)) for pools in (self.k_pages, self.v_pages)
-        )
-        return {
-            "k_scale": scales_from_largest("k_pages", k_largest, dtype, margin),
-            "v_scale": scales_from_largest("v_pages", v_largest, dtype, margin),
-        }
 
-    def write(self, index: int | Array, k: ArrayLike, v: ArrayLike, slot_mapping: ArrayLike) -> "PagedKVCache":
-        """The cache after `write_kv_pages` of `k`, `v` `[T, K, H]` at `slot_mapping [T]` in layer `index`.
+        def scale(name: str, pools: tuple[Array, ...]) -> Array:
+            largest = jax.device_get(_largest_per_head(pools, self.num_layers))
+            return scales_from_largest(name, largest, dtype, margin)
+
+        v_scale = scale("v_pages", self.v_pages) if self.v_pages else None
+        return {"k_scale": scale("k_pages", self.k_pages), "v_scale": v_scale}
+
+    def write(self, index: int | Array, k: ArrayLike, v: ArrayLike | None, slot_mapping: ArrayLike) -> "PagedKVCache":
+        """The cache after `write_kv_pages` of `k [T, K, H]` and `v [T, K, Hv]` at `slot_mapping [T]` in layer `index`.
+
+        Without pools of values `v` is None.
 
         Raises:
           ValueError, TypeError: as `layer` and `write_kv_pages`. A traced layer outside [0, L) writes nothing.
@@ -501,10 +569,12 @@ class PagedKVCache:
             slot_mapping = _checks.as_int32("slot_mapping", slot_mapping)
             _debug.check_slots(slot_mapping, self.num_pages * self.page_size)
             slot_mapping = self._offset(slot_mapping, layer, self.num_pages * self.page_size)
-        k_new, v_new = write_kv_pages(self.k_pages[pool], self.v_pages[pool], k, v, slot_mapping, **self.scales(index))
-        return dataclasses.replace(
-            self, k_pages=_replaced(self.k_pages, pool, k_new), v_pages=_replaced(self.v_pages, pool, v_new)
-        )
+        write: Any = write_kv_pages  # of both forms
+        v_pages = self.v_pages[pool] if self.v_pages else None
+        k_new, v_new = write(self.k_pages[pool], v_pages, k, v, slot_mapping, **self.scales(index))
+        k_pools = _replaced(self.k_pages, pool, k_new)
+        v_pools = _replaced(self.v_pages, pool, v_new) if self.v_pages else ()
+        return dataclasses.replace(self, k_pages=k_pools, v_pages=v_pools)
 
     def copy(self, src: ArrayLike, dst: ArrayLike) -> "PagedKVCache":
         """The cache after `copy_kv_pages` of pages `src [n]` to `dst [n]` in every layer."""
@@ -516,15 +586,19 @@ class PagedKVCache:
                 dims.match(name, ids, "n", ("int32",))
             _debug.check_copy(self.num_pages, arrays["src"], arrays["dst"])
             src, dst = (self._offset(ids[None], layers, self.num_pages).reshape(-1) for ids in arrays.values())
+        if not self.v_pages:
+            k_pools = tuple(copy_kv_pages(k, None, src, dst)[0] for k in self.k_pages)
+            return dataclasses.replace(self, k_pages=k_pools)
         pools = [copy_kv_pages(k, v, src, dst) for k, v in zip(self.k_pages, self.v_pages, strict=True)]
         return dataclasses.replace(self, k_pages=tuple(k for k, _ in pools), v_pages=tuple(v for _, v in pools))
 
-    def _layer(self, name: str, index: int | Array, block_tables: ArrayLike) -> tuple[Array, Array, Array]:
+    def _layer(self, name: str, index: int | Array, block_tables: ArrayLike) -> tuple[Array, Array | None, Array]:
         layer = self._number(name, index)
         tables = _checks.as_int32("block_tables", block_tables)
-        if isinstance(layer, int) and not self.stacked:
-            return self.k_pages[layer], self.v_pages[layer], tables
-        return self.k_pages[0], self.v_pages[0], self._offset(tables, layer, self.num_pages)
+        pool = layer if isinstance(layer, int) and not self.stacked else 0
+        if self.stacked or not isinstance(layer, int):
+            tables = self._offset(tables, layer, self.num_pages)
+        return self.k_pages[pool], self.v_pages[pool] if self.v_pages else None, tables
 
     def _number(self, name: str, index: int | Array) -> int | Array:
         """A concrete layer as an int in [0, L), a traced one as an int32 scalar."""
@@ -583,6 +657,10 @@ def scales_from_largest(name: str, largest: np.ndarray, dtype: jax.typing.DTypeL
     if page_dtype != jnp.int8:
         scales = 2.0 ** np.ceil(np.log2(scales))
     return jax.device_put(np.where(largest > 0, scales, 1.0).astype(np.float32))
+
+
+def _zero_pools(shape: tuple[int, ...], dtype: np.dtype, count: int) -> tuple[Array, ...]:
+    return tuple(_modes.zeros(shape, jnp.dtype(dtype)) for _ in range(count))
 
 
 def _replaced(pools: tuple[Array, ...], index: int, pool: Array) -> tuple[Array, ...]:

@@ -78,7 +78,7 @@ def ragged(
 def write(
     name: str,
     pools: Sequence[ArrayLike],
-    k_and_v: tuple[ArrayLike, ArrayLike],
+    k_and_v: tuple[ArrayLike, ArrayLike | None],
     slot_mapping: ArrayLike,
     scales: tuple[ArrayLike | None, ArrayLike | None],
     layout: str = "split",
@@ -88,6 +88,7 @@ def write(
 
     Args:
       name: of the public function, for a warning.
+      k_and_v: new keys and values; no values where the layout has them in the keys.
       scales: `k_scale` and `v_scale`; with arrays of scales per token, `[T, K]` each.
       token_scales: arrays of scales per token and head, as many as there are pools, by what errors call them.
     """
@@ -96,13 +97,7 @@ def write(
     pools = [_checks.as_array(pool_name, pool) for pool_name, pool in zip(names, pools, strict=True)]
     for which, (pool_name, pool) in enumerate(zip(names, pools, strict=True)):
         dims.match(pool_name, pool, shapes[which], (str(pools[0].dtype),) if which else _checks.PAGE_DTYPES)
-    k, v = (None if x is None else _checks.as_array(name, x) for name, x in zip("kv", k_and_v, strict=True))
-    assert k is not None
-    dims.match("k", k, "T K H", _checks.COMPUTE_DTYPES)
-    if v is None:
-        v = _modes.zeros((*k.shape[:2], 0), k.dtype)
-    else:
-        dims.match("v", v, "T K H" if LAYOUTS[layout].interleaved else "T K Hv", (str(k.dtype),))
+    k, v = _new_tokens(dims, *k_and_v, layout)
     slot_mapping = _int32(dims, "slot_mapping", slot_mapping, "T")
     arrays = {}
     for scales_name, array in token_scales.items():
@@ -112,6 +107,9 @@ def write(
     if arrays:
         stored = next(iter(arrays.values())).dtype
         k_scale, v_scale = (_scale_of_tokens(dims, scale_name, scale, stored) for scale_name, scale in named)
+    elif LAYOUTS[layout].values_in_keys:
+        refuse_v_scale(scales[1])
+        k_scale, v_scale = page_scale(dims, "k_scale", scales[0], pools[0]), _modes.zeros((0, dims["K"]), jnp.float32)
     else:
         k_scale, v_scale = (page_scale(dims, scale_name, scale, pools[0]) for scale_name, scale in named)
     warn_of_eager_update(name, pools[0], stacklevel=5)
@@ -121,6 +119,21 @@ def write(
         return pools
     none = _modes.zeros((0, dims["K"]), jnp.float32)
     return (*pools, *_primitive.write(*arrays.values(), k_scale, v_scale, slot_mapping, none, none, layout=layout))
+
+
+def _new_tokens(dims: _checks.Dims, k: ArrayLike, v: ArrayLike | None, layout: str) -> tuple[Array, Array]:
+    """`[T, K, H]` and `[T, K, Hv]` as the primitive takes them: Hv is 0 where the values are in the keys."""
+    k = _checks.as_array("k", k)
+    dims.match("k", k, "T K H", _checks.COMPUTE_DTYPES)
+    if LAYOUTS[layout].values_in_keys:
+        if v is not None:
+            raise ValueError("v: expected None where v_pages is None, since keys hold the values, got an array")
+        return k, _modes.zeros((*k.shape[:2], 0), k.dtype)
+    if v is None:
+        raise ValueError("v: expected an array with v_pages, got None")
+    v = _checks.as_array("v", v)
+    dims.match("v", v, "T K H" if LAYOUTS[layout].interleaved else "T K Hv", (str(k.dtype),))
+    return k, v
 
 
 @functools.partial(_modes.compiled, static_argnums=0)

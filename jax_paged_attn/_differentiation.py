@@ -146,16 +146,17 @@ def cotangent(
         score_bar *= block.slope * scoring.scale
         if q_bar is not None:
             q_bar = q_bar.at[block.rows].add(_einsum("rkgs,skh->rkgh", score_bar, block.keys), mode="drop")
-        v_step = None
-        if v_bar is not None or (values_in_keys and k_bar is not None):
-            v_step = _einsum("rkgs,rkgh->skh", block.probs, bars) * block.v_scale[..., None]
+
+        def of_values() -> Array:
+            return _einsum("rkgs,rkgh->skh", block.probs, bars) * block.v_scale[..., None]
+
         if k_bar is not None:
             k_step = _einsum("rkgs,rkgh->skh", score_bar, _take(q, block.rows)) * block.k_scale[..., None]
             if values_in_keys:
-                k_step = k_step.at[..., : block.values.shape[-1]].add(v_step)
+                k_step = k_step.at[..., : block.values.shape[-1]].add(of_values())
             k_bar = _add_pages(k_bar, block.pages[0], k_step)
         if v_bar is not None:
-            v_bar = _add_pages(v_bar, block.pages[1], v_step)
+            v_bar = _add_pages(v_bar, block.pages[1], of_values())
         return q_bar, k_bar, v_bar
 
     like = (q, saved.k_pages, saved.v_pages)

@@ -49,7 +49,10 @@ _MAX_SPLITS = 16
 
 
 class AttentionOperands(NamedTuple):
-    """Operands of the attention targets, in the order of kAttentionTensors in cpp/ffi/targets.h. The last are v3's and v4's."""
+    """Operands of the attention targets, in the order of kAttentionTensors in cpp/ffi/targets.h.
+
+    The last ones came with v3.
+    """
 
     q: Array
     k_pages: Array

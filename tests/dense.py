@@ -42,7 +42,7 @@ def visibility(case: Case) -> tuple[Array, Array, Array]:
 
 
 def attention(case: Case) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """`(q, k_pages, v_pages, sinks) -> (out, lse)` of a case."""
+    """`(q, k_pages, v_pages, sinks) -> (out, lse)` of a case; without v_pages values are the first numbers of keys."""
     pages, seen, claimed = visibility(case)
     inputs = build(case)
     group = case.num_heads // case.num_kv_heads
@@ -50,12 +50,15 @@ def attention(case: Case) -> Callable[..., tuple[jax.Array, jax.Array]]:
     cap = case.keywords.get("soft_cap")
 
     def gather(pool: Any, factor: Array | None) -> jax.Array:
-        tokens = pool[pages].reshape(*seen.shape, case.num_kv_heads, case.head_dim)
+        tokens = pool[pages].reshape(*seen.shape, case.num_kv_heads, pool.shape[-1])
         tokens = jnp.where(seen[:, :, None, None], tokens, 0)
         tokens = tokens * np.broadcast_to(np.float64(1 if factor is None else factor), case.num_kv_heads)[:, None]
         return jnp.repeat(tokens, group, axis=2)
 
     def attend(q: Any, k_pages: Any, v_pages: Any, sinks: Any = None) -> tuple[jax.Array, jax.Array]:
+        v_scale = inputs.v_scale
+        if v_pages is None:
+            v_pages, v_scale = k_pages[..., : inputs.value_dim], inputs.k_scale
         q = jnp.where(claimed[:, None, None], q, 0)
         scores = jnp.einsum("tnh,tsnh->tns", q, gather(k_pages, inputs.k_scale)) * scale
         if cap is not None:
@@ -66,7 +69,7 @@ def attention(case: Case) -> Callable[..., tuple[jax.Array, jax.Array]]:
         some = jnp.isfinite(masked).any(axis=-1)
         # Rows without any logit get a harmless one, so that neither they nor their derivatives are NaN.
         masked = jnp.where(some[..., None], masked, 0)
-        out = jnp.einsum("tns,tsnh->tnh", jax.nn.softmax(masked)[..., :-1], gather(v_pages, inputs.v_scale))
+        out = jnp.einsum("tns,tsnh->tnh", jax.nn.softmax(masked)[..., :-1], gather(v_pages, v_scale))
         lse = jnp.where(some, jax.nn.logsumexp(masked, axis=-1), -jnp.inf)
         return jnp.where(some[..., None], out, 0), lse
 

@@ -30,7 +30,7 @@ def _per_head(scale: ArrayLike | None, num_heads: int, dtype: Any) -> Array:
 def ragged_paged_attention(
     q: Array,
     k_pages: Array,
-    v_pages: Array,
+    v_pages: Array | None,
     kv_lens: Array,
     block_tables: Array,
     cu_q_lens: Array,
@@ -45,8 +45,14 @@ def ragged_paged_attention(
     v_scale: ArrayLike | None = None,
     k_token_scales: Array | None = None,
     v_token_scales: Array | None = None,
+    value_dim: int | None = None,
 ) -> tuple[Array, Array]:
-    """Attention of ragged query rows over paged keys: `(out [T, N, H], lse [T, N])`, both float64."""
+    """Attention of ragged query rows over paged keys: `(out [T, N, Hv], lse [T, N])`, both float64.
+
+    Without pages of values these are the first `value_dim` numbers of each key, scales included.
+    """
+    if v_pages is None:
+        v_pages, v_scale = k_pages[..., :value_dim], k_scale
     num_tokens, num_heads, head_dim = q.shape
     num_pages, page_size, num_kv_heads, _ = k_pages.shape
     batch, max_pages = block_tables.shape
@@ -57,7 +63,7 @@ def ragged_paged_attention(
     live = batch if num_seqs is None else int(np.clip(int(np.asarray(num_seqs).reshape(())), 0, batch))
     starts = np.maximum.accumulate(np.clip(np.asarray(cu_q_lens, np.int64), 0, num_tokens))
 
-    out = np.zeros(q.shape)
+    out = np.zeros((num_tokens, num_heads, v_pages.shape[-1]))
     lse = np.full((num_tokens, num_heads), -np.inf)
     for b in range(live):
         kv_len = int(np.clip(int(kv_lens[b]), 0, max_pages * page_size))
@@ -68,7 +74,7 @@ def ragged_paged_attention(
         places = np.arange(kv_len)
         pages, offsets = block_tables[b, places // page_size], places % page_size
         there = (pages >= 0) & (pages < num_pages)
-        keys, values = np.zeros((2, num_kv_heads, kv_len, head_dim))
+        keys, values = (np.zeros((num_kv_heads, kv_len, pool.shape[-1])) for pool in (k_pages, v_pages))
         sides = ((k_pages, k_scales, k_token_scales, keys), (v_pages, v_scales, v_token_scales, values))
         for pool, scales, token_scales, mine in sides:
             where = pages[there], offsets[there]
@@ -98,7 +104,7 @@ def ragged_paged_attention(
 
 
 def paged_attention(
-    q: Array, k_pages: Array, v_pages: Array, block_tables: Array, lengths: Array, **keywords: Any
+    q: Array, k_pages: Array, v_pages: Array | None, block_tables: Array, lengths: Array, **keywords: Any
 ) -> tuple[Array, Array]:
     """Decode: every sequence has one query row, which stands at its last token."""
     return ragged_paged_attention(
@@ -120,34 +126,39 @@ def store(values: Array, scales: Array, dtype: Any) -> Array:
 
 def write_kv_pages(
     k_pages: Array,
-    v_pages: Array,
+    v_pages: Array | None,
     k: Array,
-    v: Array,
+    v: Array | None,
     slot_mapping: Array,
     *,
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
-) -> tuple[Array, Array]:
-    """Copies of the pools with token t at slot `page · S + offset`; the last of equal slots wins."""
+) -> tuple[Array, Any]:
+    """Copies of the pools with token t at slot `page · S + offset`; the last of equal slots wins.
+
+    There may be no values, if they are in the keys.
+    """
     num_pages, page_size, num_kv_heads, _ = k_pages.shape
-    k_pages, v_pages = k_pages.copy(), v_pages.copy()
-    k_scales, v_scales = (_per_head(s, num_kv_heads, np.float32) for s in (k_scale, v_scale))
+    sides = [(k_pages.copy(), k, _per_head(k_scale, num_kv_heads, np.float32))]
+    if v_pages is not None and v is not None:
+        sides.append((v_pages.copy(), v, _per_head(v_scale, num_kv_heads, np.float32)))
     for token, slot in enumerate(slot_mapping.tolist()):
         if 0 <= slot < num_pages * page_size:
             page, offset = divmod(slot, page_size)
-            k_pages[page, offset] = store(k[token], k_scales, k_pages.dtype)
-            v_pages[page, offset] = store(v[token], v_scales, v_pages.dtype)
-    return k_pages, v_pages
+            for pages, tokens, scales in sides:
+                pages[page, offset] = store(tokens[token], scales, pages.dtype)
+    return sides[0][0], None if v_pages is None else sides[1][0]
 
 
-def copy_kv_pages(k_pages: Array, v_pages: Array, src: Array, dst: Array) -> tuple[Array, Array]:
+def copy_kv_pages(k_pages: Array, v_pages: Array | None, src: Array, dst: Array) -> tuple[Array, Any]:
     """Copies of the pools with page `src[i]` in place of page `dst[i]`; sources are read before any write."""
     num_pages = k_pages.shape[0]
-    k_new, v_new = k_pages.copy(), v_pages.copy()
+    pools = [(k_pages, k_pages.copy())] + ([] if v_pages is None else [(v_pages, v_pages.copy())])
     for source, target in zip(src.tolist(), dst.tolist(), strict=True):
         if 0 <= source < num_pages and 0 <= target < num_pages:
-            k_new[target], v_new[target] = k_pages[source], v_pages[source]
-    return k_new, v_new
+            for old, new in pools:
+                new[target] = old[source]
+    return pools[0][1], None if v_pages is None else pools[1][1]
 
 
 def merge_attention_states(outs: Array, lses: Array) -> tuple[Array, Array]:

@@ -21,9 +21,10 @@ def test_engine_matches_the_oracle(engine: str, case: Case) -> None:
 def test_adapted_cases_are_what_the_engine_takes(row: _engines.Engine) -> None:
     adapted = [harness.adapted(case, row.name) for case in CASES]
     assert {DTYPES[case.dtype].name for case in adapted} == set(row.q_dtypes)
-    assert {case.head_dim for case in adapted} >= set(row.head_dims or ())
+    head_dims = [(case.head_dim, case.value_dim or case.head_dim) for case in adapted]
+    assert set(head_dims) >= set(row.head_dims or ())
+    assert row.head_dims is None or set(head_dims) == set(row.head_dims)
     for case in adapted:
-        assert row.head_dims is None or case.head_dim in row.head_dims
         assert row.token_scales or not any(case.token_scales)
     if row.q_dtypes == _engines.Engine("any", None).q_dtypes and row.head_dims is None:
         assert adapted == list(CASES)

@@ -54,7 +54,10 @@ def cases(draw: st.DrawFn, engine: str, **fixed: Any) -> Case:
     narrow = st.sampled_from(["e4m3", "e5m2", "int8"])
     page_dtype = fixed["page_dtype"] if "page_dtype" in fixed else draw(st.none() | narrow)
     num_kv_heads = draw(st.integers(1, 3))
-    head_dims = st.sampled_from(row.head_dims) if row.head_dims else st.integers(1, 40) | st.sampled_from([64, 80, 128])
+    sizes = st.integers(1, 40) | st.sampled_from([64, 80, 128])
+    equal = sizes.map(lambda size: (size, size))
+    head_dim, value_dim = draw(st.sampled_from(row.head_dims) if row.head_dims else equal | st.tuples(sizes, sizes))
+    values_in_keys = value_dim <= head_dim and draw(st.integers(0, 3)) == 0
     page_size = draw(st.integers(1, 9) | st.sampled_from([16, 24, 64, 100]))
     max_pages = draw(st.integers(0, 6) if page_size > 9 else st.integers(0, 40))
     capacity = max_pages * page_size
@@ -96,7 +99,9 @@ def cases(draw: st.DrawFn, engine: str, **fixed: Any) -> Case:
         function="paged_attention" if decode else "ragged_paged_attention",
         num_heads=num_kv_heads * draw(st.integers(1, 9) | st.just(17)),
         num_kv_heads=num_kv_heads,
-        head_dim=draw(head_dims),
+        head_dim=head_dim,
+        value_dim=value_dim,
+        values_in_keys=values_in_keys,
         page_size=page_size,
         max_pages=max_pages,
         dtype=dtype,

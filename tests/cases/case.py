@@ -21,6 +21,8 @@ class Case:
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
+    value_dim: int | None = None  # None: as head_dim
+    values_in_keys: bool = False  # they are the first numbers of each key, and there is no pool of values
     page_size: int = 16
     max_pages: int = 4  # M: columns of the block table
     dtype: str = "f32"

@@ -40,7 +40,7 @@ class Inputs:
     decode: bool
     q: Array
     k_pages: Array
-    v_pages: Array
+    v_pages: Array | None  # None: values are the first `value_dim` numbers of each key
     block_tables: Array
     kv_lens: Array
     cu_q_lens: Array
@@ -50,16 +50,18 @@ class Inputs:
     v_scale: Array | None
     k_token_scales: Array | None = None  # [P, S, K]
     v_token_scales: Array | None = None
+    value_dim: int | None = None
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of the public function, without the static keywords."""
+        """Positional and keyword arguments of the public function, without the static keywords but for `value_dim`."""
         pools = (self.q, self.k_pages, self.v_pages)
         if self.decode:
             positional = (*pools, self.block_tables, self.kv_lens)
         else:
             positional = (*pools, self.kv_lens, self.block_tables, self.cu_q_lens, self.num_seqs)
         named = {"sinks": self.sinks, "k_scale": self.k_scale, "v_scale": self.v_scale}
-        of_tokens = {"k_token_scales": self.k_token_scales, "v_token_scales": self.v_token_scales}
+        of_tokens: dict[str, Any] = {"k_token_scales": self.k_token_scales, "v_token_scales": self.v_token_scales}
+        of_tokens["value_dim"] = self.value_dim
         return positional, named | {name: x for name, x in of_tokens.items() if x is not None}
 
 
@@ -89,7 +91,8 @@ def build(case: Case) -> Inputs:
     cu_q_lens = np.array(case.cu_q_lens or (0, *np.cumsum(case.q_lens)), np.int32)
 
     pool_shape = (num_pages, page_size, case.num_kv_heads, case.head_dim)
-    k_pages, v_pages = poison(pool_shape, page_dtype), poison(pool_shape, page_dtype)
+    value_dim = case.value_dim or case.head_dim
+    k_pages, v_pages = poison(pool_shape, page_dtype), poison((*pool_shape[:3], value_dim), page_dtype)
     garbage = cycle([-1, num_pages, INT32_MAX, INT32_MIN, num_pages + 9])
     written = np.zeros(pool_shape[:2], bool)
     block_tables = np.array([next(garbage) for _ in range(batch * max_pages)], np.int32).reshape(batch, max_pages)
@@ -108,7 +111,7 @@ def build(case: Case) -> Inputs:
                 page = block_tables[b, column] = next(free_pages)
                 used = (min(page_size, kv_len - column * page_size), *pool_shape[2:])
                 k_pages[page, : used[0]] = random_values(rng, used, page_dtype)
-                v_pages[page, : used[0]] = random_values(rng, used, page_dtype)
+                v_pages[page, : used[0]] = random_values(rng, (*used[:2], value_dim), page_dtype)
                 written[page, : used[0]] = True
                 if case.rising:
                     steps = (column * page_size + np.arange(used[0])) // 64
@@ -135,7 +138,7 @@ def build(case: Case) -> Inputs:
         decode=case.function == "paged_attention",
         q=q,
         k_pages=k_pages,
-        v_pages=v_pages,
+        v_pages=None if case.values_in_keys else v_pages,
         block_tables=block_tables,
         kv_lens=np.array(case.kv_lens, np.int32),
         cu_q_lens=cu_q_lens,
@@ -145,4 +148,5 @@ def build(case: Case) -> Inputs:
         v_scale=None if case.v_scale is None else np.array(case.v_scale, np.float32),
         k_token_scales=None if k_token_scales is None else k_token_scales.astype(np.float32),
         v_token_scales=None if v_token_scales is None else v_token_scales.astype(np.float32),
+        value_dim=value_dim if case.values_in_keys else None,
     )

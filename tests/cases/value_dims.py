@@ -1,0 +1,74 @@
+"""Values of another head dim than keys, and values that are the first numbers of each key, as in MLA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cases.bases import DECODE, E4M3, MIXED, PROMPT
+from cases.case import Case
+from cases.inputs import INT32_MAX
+
+BAD = ((0, 0, -1), (1, 0, 19), (3, 1, INT32_MAX))
+MASKS = {"scale": 0.25, "sliding_window": 20, "soft_cap": 1.5}
+INT8: dict[str, Any] = {"page_dtype": "int8", "k_scale": (0.02, 0.01), "v_scale": 0.03}
+# DeepSeek's, in decode, where one key serves all heads, and in prompts, where every head has its own.
+MLA: dict[str, Any] = {"head_dim": 576, "value_dim": 512, "values_in_keys": True, "num_kv_heads": 1, "dtype": "bf16"}
+PLAIN: dict[str, Any] = {"head_dim": 192, "value_dim": 128, "dtype": "bf16"}
+
+
+def cases() -> list[Case]:
+    return [*_apart(), *_in_keys(), *_mla()]
+
+
+def _apart() -> list[Case]:
+    narrow, wide = {"head_dim": 40, "value_dim": 24}, {"head_dim": 24, "value_dim": 40}
+    both = {"keywords": MASKS, "sinks": True, "bad_ids": BAD}
+    return [
+        DECODE.vary("decode_values_narrow", "Hv < H in decode", **narrow),
+        MIXED.vary("mixed_values_narrow_all", "Hv < H with all keywords, pages outside the pool", **narrow, **both),
+        PROMPT.vary("prompt_values_narrow_e4m3", "Hv < H in fp8 pages", dtype="f16", **narrow, **E4M3),
+        DECODE.vary("decode_values_wide_int8", "Hv > H in int8 pages", dtype="bf16", **wide, **INT8),
+        MIXED.vary("mixed_values_wide", "Hv > H in a mixed batch; three rows are slack", **wide),
+        PROMPT.vary("prompt_values_wide", "Hv > H by row tiles", dtype="f16", sinks=True, **wide),
+        MIXED.vary("mixed_values_of_one", "a value is a number", head_dim=7, value_dim=1),
+        MIXED.vary("mixed_keys_of_one", "a key is a number", head_dim=1, value_dim=33, page_size=17),
+        DECODE.vary("decode_192_128", "the plain form of MLA, in decode", **PLAIN),
+        PROMPT.vary("prompt_192_128", "prompts of DeepSeek and MiMo", **{**PLAIN, "dtype": "f16"}),
+    ]
+
+
+def _in_keys() -> list[Case]:
+    in_keys: dict[str, Any] = {"values_in_keys": True, "head_dim": 40, "value_dim": 24}
+    same: dict[str, Any] = {"values_in_keys": True, "head_dim": 32}
+    scaled = {"page_dtype": "int8", "k_scale": (0.02, 0.01), "dtype": "f16"}
+    both = {"keywords": MASKS, "sinks": True, "bad_ids": BAD}
+    dense = {"keywords": {"causal": False, "sliding_window": 9}, "num_seqs": 3}
+    return [
+        DECODE.vary("decode_in_keys", "one pool, Hv < H", **in_keys),
+        DECODE.vary("decode_in_keys_odd", "vectors of values end inside those of keys", **{**in_keys, "value_dim": 5}),
+        MIXED.vary("mixed_in_keys_all", "one pool, all keywords, pages outside it", **in_keys, **both),
+        MIXED.vary("mixed_in_keys_dense", "one pool without causality, a dead sequence", **in_keys, **dense),
+        PROMPT.vary("prompt_in_keys", "one pool by row tiles", **{**in_keys, "value_dim": 39, "dtype": "f16"}),
+        PROMPT.vary("prompt_in_keys_int8", "the scales of keys are those of values", **in_keys, **scaled),
+        DECODE.vary("decode_k_eq_v", "values are keys", dtype="bf16", **same),
+        MIXED.vary("mixed_k_eq_v_e4m3", "values are keys, in fp8", page_dtype="e4m3", k_scale=(0.5, 1.5), **same),
+        PROMPT.vary("prompt_k_eq_v_512", "the widest head dim of today's models", **{**same, "head_dim": 512}),
+        DECODE.vary("decode_512", "a head dim of 512 with a pool of values", head_dim=512, dtype="bf16"),
+    ]
+
+
+def _mla() -> list[Case]:
+    e4m3 = {"page_dtype": "e4m3", "k_scale": 0.7}
+    long: dict[str, Any] = {"kv_lens": (2500, 37, 0, 1100), "max_pages": 40, "page_size": 64}
+    masks = {"keywords": {**MASKS, "scale": 0.05}, "sinks": True}
+    return [
+        *(
+            DECODE.vary(f"mla_decode_{heads}", f"{heads} heads share one key", num_heads=heads, **MLA)
+            for heads in (1, 16, 128)
+        ),
+        DECODE.vary("mla_decode_long", "KV splits of MLA, pages of 64", num_heads=8, **long, **MLA),
+        DECODE.vary("mla_decode_e4m3", "MLA over fp8 pages, with bad ids", num_heads=16, bad_ids=BAD, **e4m3, **MLA),
+        DECODE.vary("mla_decode_masks", "MLA with all keywords, pages of 1", num_heads=5, **masks, **MLA),
+        MIXED.vary("mla_mixed", "chunks over an MLA cache", **{**MLA, "dtype": "f16"}),
+        PROMPT.vary("mla_prompt", "many rows over an MLA cache", **MLA),
+    ]
