@@ -159,8 +159,8 @@ def test_gradient_through_write() -> None:
     slots = np.array([newest[0], newest[1], -1, newest[2], newest[0], k_pages.shape[0] * 16], np.int32)
 
     def paged(q: Any, k_pages: Any, v_pages: Any, k: Any, v: Any) -> Any:
-        pools = jpa.write_kv_pages(k_pages, v_pages, k, v, slots)
-        return jpa.paged_attention(q, *pools, tables, lengths, return_lse=True)
+        k_new, v_new = jpa.write_kv_pages(k_pages, v_pages, k, v, slots)
+        return jpa.paged_attention(q, k_new, v_new, tables, lengths, return_lse=True)
 
     def simple(q: Any, k_pages: Any, v_pages: Any, k: Any, v: Any) -> Any:
         last = np.array([1, 3, 4])
@@ -191,8 +191,8 @@ def test_gradient_through_write_with_scales(k_scale: Any) -> None:
     zeros = np.zeros_like(k_pages)
 
     def attend(k: Any, v: Any, **scale: Any) -> Any:
-        pools = jpa.write_kv_pages(zeros, zeros, k, v, slots, **scale)
-        return jpa.paged_attention(q, *pools, tables, lengths, **scale)
+        k_new, v_new = jpa.write_kv_pages(zeros, zeros, k, v, slots, **scale)
+        return jpa.paged_attention(q, k_new, v_new, tables, lengths, **scale)
 
     def attend_scaled(k: Any, v: Any) -> Any:
         return attend(k, v, k_scale=np.float32(k_scale))
@@ -460,8 +460,8 @@ def test_export_of_decode_with_writes_and_a_symbolic_batch() -> None:
     (q, k_pages, v_pages, tables, lengths), _ = build(BY_NAME["decode"]).arguments()
 
     def step(q: Any, k_pages: Any, v_pages: Any, tables: Any, lengths: Any, slots: Any) -> Any:
-        pools = jpa.write_kv_pages(k_pages, v_pages, q[:, :2], q[:, 2:], slots)
-        return jpa.paged_attention(q, *pools, tables, lengths)
+        k_new, v_new = jpa.write_kv_pages(k_pages, v_pages, q[:, :2], q[:, 2:], slots)
+        return jpa.paged_attention(q, k_new, v_new, tables, lengths)
 
     (b,) = jax.export.symbolic_shape("b")
     spec = jax.ShapeDtypeStruct
