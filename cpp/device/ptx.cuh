@@ -5,7 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#ifdef JPA_TRAP_AFTER
+#ifdef JPA_TRAP_PRINTS
 #include <cstdio>
 #endif
 
@@ -97,21 +97,22 @@ __device__ inline void ArriveAfterCpAsync(Barrier* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
 
-// With JPA_TRAP_AFTER, a number of cycles, a wait that takes longer ends the kernel and says who waits: for
-// development.
+// With JPA_TRAP_AFTER, a number of cycles, a wait that takes longer ends the kernel: for development. With
+// JPA_TRAP_PRINTS it says so, too, and wgmma runs one by one.
 class Watchdog {
  public:
-  __device__ void Check(const Barrier* barrier, uint32_t parity) const {
-#ifdef JPA_TRAP_AFTER
+  __device__ void Check([[maybe_unused]] const char* what, [[maybe_unused]] uint32_t number) const {
+#if defined(JPA_TRAP_AFTER) && defined(__CUDA_ARCH__)
     if (clock64() - start_ < (JPA_TRAP_AFTER)) return;
-    printf("CTA %d, thread %d: waits for phase of parity %u of the barrier at %u\n", blockIdx.x, threadIdx.x,
-           parity, SharedAddress(barrier));
+#ifdef JPA_TRAP_PRINTS
+    printf("CTA %d, thread %d waits for %s %u\n", blockIdx.x, threadIdx.x, what, number);
+#endif
     asm volatile("trap;");
 #endif
   }
 
+#if defined(JPA_TRAP_AFTER) && defined(__CUDA_ARCH__)
  private:
-#ifdef JPA_TRAP_AFTER
   long long start_ = clock64();
 #endif
 };
@@ -122,7 +123,7 @@ __device__ inline void WaitForPhase(Barrier* barrier, uint32_t parity) {
   const Watchdog watchdog;
   uint32_t ended;
   do {
-    watchdog.Check(barrier, parity);
+    watchdog.Check("the barrier at", SharedAddress(barrier));
     asm volatile(
         "{\n.reg .pred ended;\n"
 #if __CUDA_ARCH__ >= 900

@@ -122,7 +122,7 @@ class MlaConsumer {
     const bool needs_mask = softmax_.NeedsMask(Tile(tile_ + 1));
     device::WgmmaWait<1>(scores_);
     float factors[2];
-    const bool rises = softmax_.Attend(Tile(tile_ + 1), needs_mask, scores_, factors);
+    const bool rises = softmax_.Attend(args_.decode.call, Tile(tile_ + 1), needs_mask, scores_, factors);
     device::ComputeBeforeNext(softmax_.sum(0), softmax_.sum(1));
     device::WgmmaWait<0>(out_);
     accumulates_ = true;
@@ -134,7 +134,7 @@ class MlaConsumer {
 
   __device__ void ScoresToOutput(bool needs_mask) {
     float factors[2];
-    const bool rises = softmax_.Attend(Tile(tile_), needs_mask, scores_, factors);
+    const bool rises = softmax_.Attend(args_.decode.call, Tile(tile_), needs_mask, scores_, factors);
     ProbabilitiesToOutput(rises, factors);
   }
 

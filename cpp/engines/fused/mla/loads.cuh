@@ -12,21 +12,22 @@
 namespace jpa::fused {
 
 // By `warps` warps, of which this is number `warp`: starts copies of 64 rows of whole blocks to `to`. Eight
-// lanes have a row, so that they read 128 bytes side by side. `row_of(row)` is the address, null for zeros.
-template <typename Traits, int warps, typename RowOf>
-__device__ inline void CopyRowsByCpAsync(int warp, char* to, const RowOf& row_of) {
+// lanes have a row, so that they read 128 bytes side by side. `place_of(row)` says where a row is: bytes from
+// `from` on, or less than 0 for zeros.
+template <typename Traits, int warps, typename PlaceOf>
+__device__ inline void CopyRowsByCpAsync(int warp, const void* from, char* to, const PlaceOf& place_of) {
   constexpr int kRowsAtOnce = 4;
   const int lane = static_cast<int>(device::LaneId()), chunk = lane % 8;
 #pragma unroll 1
   for (int first = warp * kRowsAtOnce; first < 64; first += warps * kRowsAtOnce) {
     const int row = first + lane / 8;
-    const char* const from = row_of(row);
-    const bool exists = from != nullptr;
-    const char* const start = exists ? from + chunk * 16 : reinterpret_cast<const char*>(16);
+    const int64_t offset = place_of(row);
+    const bool exists = offset >= 0;
+    const char* const start = static_cast<const char*>(from) + (exists ? offset + chunk * 16 : 0);
     const uint32_t place = device::SharedAddress(to) + device::SwizzledChunk(kMlaStrides, row, chunk);
 #pragma unroll
     for (int block = 0; block < Traits::kColumnBlocks; ++block)
-      device::CpAsync16(place + block * kMlaStrides.columns, start + block * 128, exists);
+      device::CpAsync16(place + block * kMlaStrides.columns, start + (exists ? block * 128 : 0), exists);
   }
 }
 
@@ -37,12 +38,12 @@ __device__ inline void LoadQueries(const MlaArgs& args, const MlaTile& tile, uin
                                    MlaShared<Traits>& shared) {
   const CallArgs& call = args.decode.call;
   device::WaitForPhase(&shared.queries_empty, ParityOf<1>(split) ^ 1);
-  CopyRowsByCpAsync<Traits, Traits::kQueryWarps>(warp, shared.queries, [&](int row) -> const char* {
-    if (row >= tile.num_rows) return nullptr;
+  const auto place_of = [&](int row) -> int64_t {
+    if (row >= tile.num_rows) return -1;
     const QueryHead where = QueryHeadOf(call, tile, row);
-    return static_cast<const char*>(call.params.q) +
-           (where.row * call.problem.num_q_heads + where.head) * (2 * Traits::kKeyDim);
-  });
+    return (where.row * call.problem.num_q_heads + where.head) * (2 * Traits::kKeyDim);
+  };
+  CopyRowsByCpAsync<Traits, Traits::kQueryWarps>(warp, call.params.q, shared.queries, place_of);
   device::ArriveAfterCpAsync(&shared.queries_full);
 }
 
@@ -62,13 +63,13 @@ __device__ inline void LoadKeysByCpAsync(const MlaArgs& args, const MlaTile& des
   WaitForRoom(shared, tile, kLeftValues);
   WaitForRoom(shared, tile, kRightValues);
   const int stage = StageOf<Traits::kStages>(tile);
-  const char* const head = static_cast<const char*>(call.params.k_pages) + descriptor.head * strides.head * 2;
-  CopyRowsByCpAsync<Traits, Traits::kKeyWarps>(warp, shared.keys[stage], [&](int row) -> const char* {
+  const auto place_of = [&](int row) -> int64_t {
     const int32_t page = descriptor.pages[row], key = descriptor.key + row;
-    if (page < 0) return nullptr;
+    if (page < 0) return -1;
     const int32_t token = key - call.page_size.Quotient(key) * call.page_size.divisor();
-    return head + (page * strides.page + token * strides.token) * 2;
-  });
+    return (page * strides.page + token * strides.token + descriptor.head * strides.head) * 2;
+  };
+  CopyRowsByCpAsync<Traits, Traits::kKeyWarps>(warp, call.params.k_pages, shared.keys[stage], place_of);
   device::ArriveAfterCpAsync(&shared.keys_full[stage][0]);
 }
 

@@ -99,8 +99,9 @@ __device__ inline void MergeShare(const DecodeArgs& args, const MlaSplit& split,
   const int32_t end = (split.split + 1) * units / split.num_splits;
   uint32_t* const word = args.partial_ready + split.first_cta;
   if (begin < end && device::LaneId() == 0) {
-    while ((device::LoadAcquire(word) & (kMergedOne - 1)) != static_cast<uint32_t>(split.num_splits)) {
-    }
+    const device::Watchdog watchdog;
+    while ((device::LoadAcquire(word) & (kMergedOne - 1)) != static_cast<uint32_t>(split.num_splits))
+      watchdog.Check("all splits of the row block that begins in CTA", split.first_cta);
   }
   __syncwarp();
 #pragma unroll 1

@@ -33,20 +33,15 @@ class MlaSoftmax {
   __device__ void Start(const CallArgs& call, const MlaTile& tile) {
     factor_ = call.score_factor * ScaleOf(call.params.k_scale, call.seqs_per_k_scale, call.facts.num_kv_heads,
                                           tile.seq, tile.head);
-    cap_ = call.params.soft_cap * kLog2E;
-    scales_ = cap_ > 0.0f || !(factor_ > 0.0f);
+    scales_ = call.params.soft_cap > 0.0f || !(factor_ > 0.0f);
     all_visible_ = {.begin = 0, .end = tile.kv_len};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       maxima_[r] = -INFINITY;
       sums_[r] = 0.0f;
-      // Rows past the last one have queries of 0, and may see what they like.
-      const int position = tile.position + call.facts.group.Quotient(tile.first + MlaLane::Row(r));
-      visible_[r] = {.begin = 0, .end = tile.kv_len};
-      if (MlaLane::Row(r) < tile.num_rows)
-        visible_[r] = KeysSeenBy(position, VisibilityOf(call.facts, tile.kv_len));
-      all_visible_.begin = max(all_visible_.begin, visible_[r].begin);
-      all_visible_.end = min(all_visible_.end, visible_[r].end);
+      const KeyRange visible = VisibleTo(call, tile, r);
+      all_visible_.begin = max(all_visible_.begin, visible.begin);
+      all_visible_.end = min(all_visible_.end, visible.end);
     }
     // The keys that all rows of the warp see: so a warp masks by itself.
 #pragma unroll
@@ -63,9 +58,10 @@ class MlaSoftmax {
 
   // Turns the scores of the warpgroup's own tile into probabilities. True if some maximum of the warp rises:
   // then `factors` are those of what was summed before.
-  __device__ bool Attend(const MlaTile& tile, bool needs_mask, Scores& scores, float (&factors)[2]) {
-    if (scales_) Scale(scores);
-    if (needs_mask) Mask(tile, scores);
+  __device__ bool Attend(const CallArgs& call, const MlaTile& tile, bool needs_mask, Scores& scores,
+                         float (&factors)[2]) {
+    if (scales_) Scale(call.params.soft_cap * kLog2E, scores);
+    if (needs_mask) Mask(call, tile, scores);
     float largest[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -148,21 +144,33 @@ class MlaSoftmax {
     }
   }
 
-  __device__ void Scale(Scores& scores) const {
+  // `cap` is the soft cap in units of log 2.
+  __device__ void Scale(float cap, Scores& scores) const {
 #pragma unroll
     for (float& score : scores) {
       score *= factor_;
-      if (cap_ > 0.0f) score = cap_ - 2.0f * cap_ * device::Reciprocal(1.0f + device::Exp2(score));
+      if (cap > 0.0f) score = cap - 2.0f * cap * device::Reciprocal(1.0f + device::Exp2(score));
     }
   }
 
+  // The keys that the lane's row r sees. It is asked seldom, and registers are few. Rows past the last one
+  // have queries of 0, and may see what they like.
+  __device__ static KeyRange VisibleTo(const CallArgs& call, const MlaTile& tile, int r) {
+    const int row = MlaLane::Row(r);
+    if (row >= tile.num_rows) return {.begin = 0, .end = tile.kv_len};
+    return KeysSeenBy(tile.position + call.facts.group.Quotient(tile.first + row),
+                      VisibilityOf(call.facts, tile.kv_len));
+  }
+
   // Scores of keys that a row does not see become -inf.
-  __device__ void Mask(const MlaTile& tile, Scores& scores) const {
+  __device__ static void Mask(const CallArgs& call, const MlaTile& tile, Scores& scores) {
+    const KeyRange visible[2] = {VisibleTo(call, tile, 0), VisibleTo(call, tile, 1)};
+    const uint32_t valid[2] = {tile.valid[0] >> MlaLane::Column(0), tile.valid[1] >> MlaLane::Column(0)};
 #pragma unroll
     for (int i = 0; i < kTileKeys / 2; ++i) {
-      const int key = MlaLane::Column(i / 4) + i % 2, r = i / 2 % 2;
-      const bool seen = visible_[r].Contains(tile.key + key) &&
-                        (tile.valid[i / 4 * 8 / 32] >> (key % 32) & 1) != 0;
+      const int column = i / 4 * 8 + i % 2, r = i / 2 % 2;  // from the lane's first one on
+      const bool seen = visible[r].Contains(tile.key + MlaLane::Column(0) + column) &&
+                        (valid[column / 32] >> (column % 32) & 1) != 0;
       if (!seen) scores[i] = -INFINITY;
     }
   }
@@ -170,9 +178,7 @@ class MlaSoftmax {
   float maxima_[2];  // of the rows, in units of log 2
   float sums_[2];    // of the lane's own keys
   float factor_;     // turns q . k into scores in units of log 2
-  float cap_;        // in units of log 2
   bool scales_;      // there is a soft cap, or the factor is not positive and would turn -inf around
-  KeyRange visible_[2];   // by each of the lane's rows
   KeyRange all_visible_;  // by every row of the warp
 };
 

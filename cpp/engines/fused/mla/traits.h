@@ -32,8 +32,8 @@ struct MlaTraits {
   static constexpr int kQueryWarps = kUsesCpAsync ? 3 : 2;
   static constexpr int kThreads = kConsumerThreads + kProducerThreads;
   // Registers per thread: results take 128 of a consumer's, scores 32 and probabilities 16.
-  static constexpr int kConsumerRegisters = 216;
-  static constexpr int kProducerRegisters = 72;
+  static constexpr int kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = 56;
   static_assert(kConsumerThreads * kConsumerRegisters + kProducerThreads * kProducerRegisters <=
                 65536 / kThreads / 8 * 8 * kThreads);
 
