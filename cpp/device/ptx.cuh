@@ -5,6 +5,9 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#ifdef JPA_TRAP_PRINTS
+#include <cstdio>
+#endif
 
 namespace jpa::device {
 
@@ -52,6 +55,9 @@ __device__ inline uint32_t LoadAcquire(const uint32_t* word) {
 __device__ inline void StoreRelease(uint32_t* word, uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
+__device__ inline void AddRelease(uint32_t* word, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
 // After a relaxed load: as if it had acquired.
 __device__ inline void FenceAcquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
@@ -91,11 +97,33 @@ __device__ inline void ArriveAfterCpAsync(Barrier* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
 
+// With JPA_TRAP_AFTER, a number of cycles, a wait that takes longer ends the kernel: for development. With
+// JPA_TRAP_PRINTS it says so, too, and wgmma runs one by one.
+class Watchdog {
+ public:
+  __device__ void Check([[maybe_unused]] const char* what, [[maybe_unused]] uint32_t number) const {
+#if defined(JPA_TRAP_AFTER) && defined(__CUDA_ARCH__)
+    if (clock64() - start_ < (JPA_TRAP_AFTER)) return;
+#ifdef JPA_TRAP_PRINTS
+    printf("CTA %d, thread %d waits for %s %u\n", blockIdx.x, threadIdx.x, what, number);
+#endif
+    asm volatile("trap;");
+#endif
+  }
+
+#if defined(JPA_TRAP_AFTER) && defined(__CUDA_ARCH__)
+ private:
+  long long start_ = clock64();
+#endif
+};
+
 // Until the phase of that parity has ended: the first one has parity 0. A barrier's phase before the first
 // one counts as ended.
 __device__ inline void WaitForPhase(Barrier* barrier, uint32_t parity) {
+  const Watchdog watchdog;
   uint32_t ended;
   do {
+    watchdog.Check("the barrier at", SharedAddress(barrier));
     asm volatile(
         "{\n.reg .pred ended;\n"
 #if __CUDA_ARCH__ >= 900
@@ -282,6 +310,15 @@ __device__ inline void LdmatrixTransposed(uint32_t row, uint32_t (&to)[2]) {
                : "=r"(to[0]), "=r"(to[1])
                : "r"(row)
                : "memory");
+}
+
+// Stores four matrices, the inverse of Ldmatrix.
+__device__ inline void Stmatrix(uint32_t row, const uint32_t (&from)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(from[0]),
+               "r"(from[1]), "r"(from[2]), "r"(from[3])
+               : "memory");
+#endif
 }
 
 // d += a b, with a [16, 16] and b [16, 8] of the last argument's type and d [16, 8] f32.

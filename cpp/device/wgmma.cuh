@@ -88,8 +88,8 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
 // each eight columns, two neighbours from column 2 (lane % 4) on: of row lane / 4 of the warp's 16 rows, then
 // of row lane / 4 + 8.
 //
-// MultiplyKeys: a and the transpose of b in shared memory. MultiplyValues: a in registers, as mma.sync's
-// m16n8k16 has it; b in shared memory.
+// WgmmaSS: a and the transpose of b in shared memory, as Q K^T has them. WgmmaSSValues: a and b in shared
+// memory, as P V has them. WgmmaRS: a in registers, as mma.sync's m16n8k16 has it; b in shared memory.
 
 #define JPA_ACCUMULATORS_8(d, i)                                                              \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
@@ -99,18 +99,36 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
 #define JPA_ACCUMULATORS_48(d) JPA_ACCUMULATORS_32(d), JPA_ACCUMULATORS_8(d, 32), JPA_ACCUMULATORS_8(d, 40)
 #define JPA_ACCUMULATORS_64(d) JPA_ACCUMULATORS_48(d), JPA_ACCUMULATORS_8(d, 48), JPA_ACCUMULATORS_8(d, 56)
 
+#define JPA_ACCUMULATORS_128(d)                                                                      \
+  JPA_ACCUMULATORS_64(d), JPA_ACCUMULATORS_8(d, 64), JPA_ACCUMULATORS_8(d, 72),                      \
+      JPA_ACCUMULATORS_8(d, 80), JPA_ACCUMULATORS_8(d, 88), JPA_ACCUMULATORS_8(d, 96),               \
+      JPA_ACCUMULATORS_8(d, 104), JPA_ACCUMULATORS_8(d, 112), JPA_ACCUMULATORS_8(d, 120)
+
 #define JPA_NAMES_32                                                                                       \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
   "%28,%29,%30,%31"
 #define JPA_NAMES_48 JPA_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define JPA_NAMES_64 JPA_NAMES_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
-// Defines both for n columns in `count` = n / 2 registers; a0 to a5 are the numbers of the operands that
+#define JPA_NAMES_128                                                                          \
+  JPA_NAMES_64                                                                                 \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79" \
+  ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95" \
+  ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
+  ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+
+// Defines all for n columns in `count` = n / 2 registers; a0 to a5 are the numbers of the operands that
 // follow.
 #define JPA_DEFINE_WGMMA(n, count, a0, a1, a2, a3, a4, a5)                                                 \
   template <typename T>                                                                                    \
   __device__ inline void WgmmaSS(float (&d)[count], uint64_t a, uint64_t b, bool accumulate) {             \
-    JPA_IF_BF16(T, JPA_WGMMA_SS(n, count, "bf16", a0, a1, a2), JPA_WGMMA_SS(n, count, "f16", a0, a1, a2))  \
+    JPA_IF_BF16(T, JPA_WGMMA_SS(n, count, "bf16", a0, a1, a2, 0),                                          \
+                JPA_WGMMA_SS(n, count, "f16", a0, a1, a2, 0))                                              \
+  }                                                                                                        \
+  template <typename T>                                                                                    \
+  __device__ inline void WgmmaSSValues(float (&d)[count], uint64_t a, uint64_t b, bool accumulate) {       \
+    JPA_IF_BF16(T, JPA_WGMMA_SS(n, count, "bf16", a0, a1, a2, 1),                                          \
+                JPA_WGMMA_SS(n, count, "f16", a0, a1, a2, 1))                                              \
   }                                                                                                        \
   template <typename T>                                                                                    \
   __device__ inline void WgmmaRS(float (&d)[count], const uint32_t (&a)[4], uint64_t b, bool accumulate) { \
@@ -124,9 +142,9 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
     static_assert(std::is_same_v<T, __half>);       \
     f16;                                            \
   }
-#define JPA_WGMMA_SS(n, count, type, a0, a1, a2)                                                          \
+#define JPA_WGMMA_SS(n, count, type, a0, a1, a2, b_as_is)                                                        \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n      \
-               "k16.f32." type "." type " {" JPA_NAMES_##count "}, %" #a0 ", %" #a1 ", p, 1, 1, 0, 0;\n}" \
+               "k16.f32." type "." type " {" JPA_NAMES_##count "}, %" #a0 ", %" #a1 ", p, 1, 1, 0, " #b_as_is ";\n}" \
                : JPA_ACCUMULATORS_##count(d)                                                              \
                : "l"(a), "l"(b), "r"(accumulate ? 1 : 0))
 #define JPA_WGMMA_RS(n, count, type, a0, a1, a2, a3, a4, a5)                                             \
@@ -140,10 +158,13 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
 JPA_DEFINE_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
 JPA_DEFINE_WGMMA(96, 48, 48, 49, 50, 51, 52, 53)
 JPA_DEFINE_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
+JPA_DEFINE_WGMMA(256, 128, 128, 129, 130, 131, 132, 133)
 #else
 // For passes of other architectures, which launch no kernel with wgmma.
 template <typename T, int count>
 __device__ inline void WgmmaSS(float (&)[count], uint64_t, uint64_t, bool) {}
+template <typename T, int count>
+__device__ inline void WgmmaSSValues(float (&)[count], uint64_t, uint64_t, bool) {}
 template <typename T, int count>
 __device__ inline void WgmmaRS(float (&)[count], const uint32_t (&)[4], uint64_t, bool) {}
 #endif
@@ -152,9 +173,11 @@ __device__ inline void WgmmaRS(float (&)[count], const uint32_t (&)[4], uint64_t
 #undef JPA_ACCUMULATORS_32
 #undef JPA_ACCUMULATORS_48
 #undef JPA_ACCUMULATORS_64
+#undef JPA_ACCUMULATORS_128
 #undef JPA_NAMES_32
 #undef JPA_NAMES_48
 #undef JPA_NAMES_64
+#undef JPA_NAMES_128
 #undef JPA_DEFINE_WGMMA
 #undef JPA_IF_BF16
 #undef JPA_WGMMA_SS

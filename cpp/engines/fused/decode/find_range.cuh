@@ -5,7 +5,6 @@
 
 #include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/decode/args.h"
-#include "engines/fused/decode/shared_memory.cuh"
 
 namespace jpa::fused {
 
@@ -16,6 +15,16 @@ struct CtaRange {
   HeadQueues queues;
   HeadRange heads;
   int64_t tiles;
+};
+
+// What the threads of a CTA tell each other to find its range.
+template <int threads>
+struct RangeShared {
+  HeadTiles warp_tiles[threads / 32];
+  int64_t warp_prefill[threads / 32];
+  int64_t range_offset;  // of the range's first tile, in its sequence
+  int32_t range_seq;     // that sequence's index, -1 if the range is empty
+  RawSequence raw_sequence;
 };
 
 // All but the number of tiles.
@@ -37,9 +46,9 @@ __device__ inline CtaRange RangeOfCta(const DecodeArgs& args, int64_t decode_til
 }
 
 // The tiles that all sequences have for prefill; a thread adds up those of sequences [begin, end).
-template <typename Traits>
+template <int threads>
 __device__ inline int64_t SumPrefillTiles(const CallArgs& call, int begin, int end,
-                                          DecodeShared<Traits>& shared) {
+                                          RangeShared<threads>& shared) {
   int64_t tiles = 0;
 #pragma unroll 1
   for (int i = begin; i < end; ++i)
@@ -67,11 +76,11 @@ __device__ inline void PrefetchTable(const CallArgs& call, int index, int32_t kv
 
 // Tells every thread which range the CTA has; leaves where it starts in shared memory. A thread adds up
 // neighbouring sequences, so that only the one that finds the start walks them again.
-template <typename Traits>
-__device__ inline CtaRange FindCtaRange(const DecodeArgs& args, DecodeShared<Traits>& shared) {
+template <int threads>
+__device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<threads>& shared) {
   const CallArgs& call = args.call;
   const int num_seqs = static_cast<int>(call.problem.num_seqs);
-  const int each = (num_seqs + Traits::kThreads - 1) / Traits::kThreads;
+  const int each = (num_seqs + threads - 1) / threads;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int begin = min(thread * each, num_seqs), end = min(begin + each, num_seqs);
   HeadTiles mine;
@@ -82,7 +91,7 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, DecodeShared<Tra
     if (i == static_cast<int>(blockIdx.x)) PrefetchTable(call, i, raw.kv_len);
     mine.Add(call.facts, raw.Clipped(call.facts));
   }
-  const int64_t prefill = args.may_share_sms() ? SumPrefillTiles<Traits>(call, begin, end, shared) : 0;
+  const int64_t prefill = args.may_share_sms() ? SumPrefillTiles(call, begin, end, shared) : 0;
   int64_t before = mine.total;
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
@@ -95,7 +104,7 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, DecodeShared<Tra
   __syncthreads();
   HeadTiles all;
 #pragma unroll
-  for (int w = 0; w < Traits::kThreads / 32; ++w) {
+  for (int w = 0; w < threads / 32; ++w) {
     const HeadTiles tiles = shared.warp_tiles[w];
     if (w < warp) before += tiles.total;
     all.Add(tiles);

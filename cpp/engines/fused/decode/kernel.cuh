@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     device::InitBarrier(&shared.empty[threadIdx.x], Traits::kConsumerThreads);
   }
   if (threadIdx.x == 0) shared.row_block.num_splits = 0;
-  const CtaRange range = FindCtaRange<Traits>(args, shared);
+  const CtaRange range = FindCtaRange(args, shared);
 
   constexpr bool kSharesSm = Traits::CtasPerSm(kCapability) > 1;
   if (threadIdx.x >= Traits::kConsumerThreads) {
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     if (shared.range_seq >= 0) Produce(args, range, shared, stages);
   } else {
     if constexpr (kSharesSm) device::GrowRegisters<Traits::kConsumerRegisters>();
-    FillRowsWithoutKeys<Traits>(args, shared);
+    FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args, args.call.problem.head_dim, shared.row_owners);
     if (shared.range_seq >= 0) Consume(args, shared, stages);
   }
 }

@@ -7,18 +7,21 @@
 #include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/common/result.cuh"
 #include "engines/fused/decode/args.h"
-#include "engines/fused/decode/shared_memory.cuh"
 
 namespace jpa::fused {
 
-// By one warp: writes the results of a row that sees no key. The state may have a sink.
+// Rows of q that a CTA looks at together: one owner each.
+inline constexpr int kFilledRows = 256;
+
+// By one warp: writes the results of a row that sees no key, of `value_dim` columns. The state may have a
+// sink.
 template <DType q_dtype>
-__device__ inline void WriteNoKeys(const CallArgs& call, int64_t row, int32_t head,
+__device__ inline void WriteNoKeys(const CallArgs& call, int64_t value_dim, int64_t row, int32_t head,
                                    const device::SoftmaxState& state) {
   const int64_t index = row * call.problem.num_q_heads + head;
-  auto* out = static_cast<device::TypeOf<q_dtype>*>(call.params.out) + index * call.problem.head_dim;
+  auto* out = static_cast<device::TypeOf<q_dtype>*>(call.params.out) + index * value_dim;
 #pragma unroll 1
-  for (int64_t i = threadIdx.x % 32; i < call.problem.head_dim; i += 32) device::FromF32(0.0f, out + i);
+  for (int64_t i = threadIdx.x % 32; i < value_dim; i += 32) device::FromF32(0.0f, out + i);
   if (threadIdx.x % 32 == 0) call.params.lse[index] = state.LogSumExp();
 }
 
@@ -26,16 +29,15 @@ inline constexpr int kNoSequence = -1, kHasTiles = -2;
 
 // By the consumers: sets, for each of `count` rows of q from `first` on, the sequence that it belongs to if
 // that sequence has no tiles for its first rows.
-template <typename Traits>
-__device__ inline void FindRowOwners(const CallArgs& call, int64_t first, int count,
-                                     DecodeShared<Traits>& shared) {
+template <int threads>
+__device__ inline void FindRowOwners(const CallArgs& call, int64_t first, int count, int32_t* row_owners) {
   const SequencesInMemory sequences(call);
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 1
-  for (int i = thread; i < count; i += Traits::kConsumerThreads) shared.row_owners[i] = kNoSequence;
-  device::NamedBarrierSync<1, Traits::kConsumerThreads>();
+  for (int i = thread; i < count; i += threads) row_owners[i] = kNoSequence;
+  device::NamedBarrierSync<1, threads>();
 #pragma unroll 1
-  for (int seq = thread; seq < call.problem.num_seqs; seq += Traits::kConsumerThreads) {
+  for (int seq = thread; seq < call.problem.num_seqs; seq += threads) {
     const Sequence sequence = sequences(seq);
     const int64_t begin = max(sequence.row - first, int64_t{0});
     const int64_t end = min(sequence.row + int64_t{sequence.num_rows} - first, int64_t{count});
@@ -44,13 +46,13 @@ __device__ inline void FindRowOwners(const CallArgs& call, int64_t first, int co
         IsPrefill(call.facts, sequence) || VisibleTiles(call.facts, sequence, 0).size() > 0;
     const int owner = has_tiles ? kHasTiles : seq;
 #pragma unroll 1
-    for (int64_t i = begin; i < end; ++i) shared.row_owners[i] = owner;
+    for (int64_t i = begin; i < end; ++i) row_owners[i] = owner;
   }
 }
 
 // By one warp: writes the results of a row of q for all its heads whose row block has no tile.
-template <typename Traits>
-__device__ inline void FillRow(const CallArgs& call, int64_t row, int owner) {
+template <DType q_dtype>
+__device__ inline void FillRow(const CallArgs& call, int64_t value_dim, int64_t row, int owner) {
   const Sequence sequence = owner == kNoSequence ? Sequence{} : SequencesInMemory(call)(owner);
   const FastDivisor& group = call.facts.group;
 #pragma unroll 1
@@ -62,26 +64,26 @@ __device__ inline void FillRow(const CallArgs& call, int64_t row, int owner) {
     }
     device::SoftmaxState state;
     if (owner != kNoSequence) AddSinkOf(call, owner, head, &state);
-    WriteNoKeys<Traits::kQ>(call, row, head, state);
+    WriteNoKeys<q_dtype>(call, value_dim, row, head, state);
   }
 }
 
 // By the consumers. A CTA has neighbouring rows of q.
-template <typename Traits>
-__device__ inline void FillRowsWithoutKeys(const DecodeArgs& args, DecodeShared<Traits>& shared) {
-  constexpr int kCount = DecodeShared<Traits>::kFilledRows;
+template <DType q_dtype, int threads>
+__device__ inline void FillRowsWithoutKeys(const DecodeArgs& args, int64_t value_dim,
+                                           int32_t (&row_owners)[kFilledRows]) {
   const int64_t num_rows = args.call.facts.num_rows;
   const int64_t each = (num_rows + args.num_ctas - 1) / args.num_ctas;
   const int64_t rows_end = min(num_rows, (blockIdx.x + 1) * each);
-  for (int64_t first = blockIdx.x * each; first < rows_end; first += kCount) {
-    const int count = static_cast<int>(min(rows_end - first, int64_t{kCount}));
-    device::NamedBarrierSync<1, Traits::kConsumerThreads>();  // the last rows' owners have been read
-    FindRowOwners(args.call, first, count, shared);
-    device::NamedBarrierSync<1, Traits::kConsumerThreads>();
+  for (int64_t first = blockIdx.x * each; first < rows_end; first += kFilledRows) {
+    const int count = static_cast<int>(min(rows_end - first, int64_t{kFilledRows}));
+    device::NamedBarrierSync<1, threads>();  // the last rows' owners have been read
+    FindRowOwners<threads>(args.call, first, count, row_owners);
+    device::NamedBarrierSync<1, threads>();
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x) / 32; i < count; i += kConsumerWarps) {
-      const int owner = shared.row_owners[i];
-      if (owner != kHasTiles) FillRow<Traits>(args.call, first + i, owner);
+    for (int i = static_cast<int>(threadIdx.x) / 32; i < count; i += threads / 32) {
+      const int owner = row_owners[i];
+      if (owner != kHasTiles) FillRow<q_dtype>(args.call, value_dim, first + i, owner);
     }
   }
 }

@@ -8,6 +8,8 @@
 #include "engines/fused/common/result.cuh"
 #include "engines/fused/common/row_block.cuh"
 #include "engines/fused/decode/args.h"
+#include "engines/fused/decode/find_range.cuh"
+#include "engines/fused/decode/rows_without_keys.cuh"
 #include "engines/fused/decode/traits.h"
 
 namespace jpa::fused {
@@ -49,19 +51,13 @@ struct MergedRow {
 };
 
 template <typename Traits>
-struct DecodeShared {
+struct DecodeShared : RangeShared<Traits::kThreads> {
   static constexpr int kStages = Traits::Stages(kCapability);
-  static constexpr int kFilledRows = 256;
 
   TileDescriptor descriptors[kStages];  // of each stage's tile
   device::Barrier described[kStages];   // the descriptor is there
   device::Barrier full[kStages];        // and so are its keys and values
   device::Barrier empty[kStages];       // no consumer needs them any more
-  HeadTiles warp_tiles[Traits::kThreads / 32];
-  int64_t warp_prefill[Traits::kThreads / 32];
-  int64_t range_offset;  // of the range's first tile, in its sequence
-  int32_t range_seq;     // that sequence's index, -1 if the range is empty
-  RawSequence raw_sequence;
   SplitRowBlock row_block;
   MergedRow merged[kTileRows];
   int32_t row_owners[kFilledRows];

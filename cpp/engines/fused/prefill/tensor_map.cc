@@ -51,7 +51,7 @@ bool TensorMapExists(const AttentionProblem& problem, int64_t num_pages, const v
 
 Status MakeTensorMap(const AttentionProblem& problem, int64_t num_pages, const void* pool,
                      const PageStrides& strides, int32_t box_rows, CUtensorMap* map,
-                     int32_t* blocks_per_head) {
+                     int32_t* blocks_per_head, int32_t box_blocks) {
   static const Encode encode = FindEncode();
   if (encode == nullptr) {
     return Status::Internal("implementation 'fused': the CUDA driver has no cuTensorMapEncodeTiled");
@@ -70,8 +70,8 @@ Status MakeTensorMap(const AttentionProblem& problem, int64_t num_pages, const v
                               unsigned64(kBlockRows * strides.token * width),
                               unsigned64(strides.page * width)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(kBlockColumns), static_cast<cuuint32_t>(kBlockRows),
-                            static_cast<cuuint32_t>(blocks), static_cast<cuuint32_t>(box_rows / kBlockRows),
-                            1};
+                            static_cast<cuuint32_t>(box_blocks > 0 ? box_blocks : blocks),
+                            static_cast<cuuint32_t>(box_rows / kBlockRows), 1};
   const cuuint32_t steps[] = {1, 1, 1, 1, 1};
   const CUtensorMapDataType dtype =
       problem.kv_dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;

@@ -1,0 +1,25 @@
+// The arguments of the MLA kernels.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "engines/fused/decode/args.h"
+
+namespace jpa::fused {
+
+// The grid never has more CTAs, one per multiprocessor.
+inline constexpr int kMaxMlaCtas = 192;
+
+struct MlaArgs {
+  // Decode's, with these differences: partial results are [2 * kMaxMlaCtas] of the value head dim, and
+  // partial_ready has a word per CTA that counts the row block which begins in the CTA's range and goes on in
+  // others (merge_splits.cuh).
+  DecodeArgs decode;
+  CUtensorMap k_map;  // TMA loads alone: of boxes of one block of 64 columns (prefill/tensor_map.h)
+  int32_t k_blocks_per_head;
+  int32_t box_rows_log2;  // tokens of such a box
+};
+
+}  // namespace jpa::fused

@@ -1,0 +1,76 @@
+// The end of a KV split: results of a whole row block, or the split's state in scratch memory.
+#pragma once
+
+#include <cstdint>
+
+#include "device/convert.cuh"
+#include "device/fragment.cuh"
+#include "device/ptx.cuh"
+#include "engines/fused/common/result.cuh"
+#include "engines/fused/decode/partials.cuh"
+#include "engines/fused/mla/shared_memory.cuh"
+#include "engines/fused/mla/softmax.cuh"
+
+namespace jpa::fused {
+
+// Half of the columns of 64 packed rows' sums of values, from column `first` on.
+template <typename Traits>
+using MlaOutput = float[Traits::kOutWidth / 2];
+
+template <typename Traits>
+__device__ inline void WriteMlaResults(const CallArgs& call, const MlaTile& tile, int first_column,
+                                       const MlaOutput<Traits>& out, device::SoftmaxState (&states)[2]) {
+  using T = device::TypeOf<Traits::kQ>;
+  const int lane = static_cast<int>(device::LaneId() % 4);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = MlaLane::Row(r);
+    const bool exists = row < tile.num_rows;
+    const QueryHead where = QueryHeadOf(call, tile, exists ? row : 0);
+    const float factor = FactorOfResult(call, where.seq, where.kv_head, where.head, &states[r]);
+    const int64_t index = where.row * call.problem.num_q_heads + where.head;
+    T* const to = static_cast<T*>(call.params.out) + index * Traits::kValueDim + first_column;
+    if (exists && first_column == 0 && lane == 0) call.params.lse[index] = states[r].LogSumExp();
+    // Four lanes have two columns of each block; after an exchange each has all eight of one block in four.
+#pragma unroll
+    for (int first = 0; first < Traits::kOutWidth / 8; first += 4) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* columns = &out[4 * (first + i) + 2 * r];
+        words[i] = device::PackPair<T>(columns[0] * factor, columns[1] * factor);
+      }
+      device::TransposeAmongFour(words);
+      if (exists)
+        *reinterpret_cast<uint4*>(to + 8 * (first + lane)) = {words[0], words[1], words[2], words[3]};
+    }
+  }
+}
+
+template <typename Traits>
+__device__ inline void WriteMlaPartial(const DecodeArgs& args, const MlaTile& tile, int first_column,
+                                       const MlaOutput<Traits>& out,
+                                       const device::SoftmaxState (&states)[2]) {
+  const Partials& partials = args.call.partials;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = MlaLane::Row(r);
+    if (row >= tile.num_rows) continue;
+    int64_t index = int64_t{tile.partial} * partials.rows_each + row;
+    if (args.call.batch_invariant) {
+      const QueryHead where = QueryHeadOf(args.call, tile, row);
+      index = PartialOfRow(args, tile.seq, tile.row, static_cast<int32_t>(where.row) - tile.row, where.head) +
+              tile.partial;
+    }
+    if (first_column == 0 && device::LaneId() % 4 == 0)
+      partials.stats[index] = {states[r].maximum, states[r].sum};
+    float* const to = partials.out + index * Traits::kValueDim + first_column;
+#pragma unroll
+    for (int block = 0; block < Traits::kOutWidth / 8; ++block) {
+      *reinterpret_cast<float2*>(to + MlaLane::Column(block)) = {out[4 * block + 2 * r],
+                                                                 out[4 * block + 2 * r + 1]};
+    }
+  }
+}
+
+}  // namespace jpa::fused

@@ -1,0 +1,30 @@
+// The kernels of one pair of head dims.
+#pragma once
+
+#include "engines/fused/mla/kernel.cuh"
+#include "engines/fused/mla/kernels.h"
+
+namespace jpa::fused {
+
+template <DType q_dtype, Loader loader, int key_dim, int value_dim>
+MlaKernelInfo MlaInfoOf() {
+  using Traits = MlaTraits<q_dtype, loader, key_dim, value_dim>;
+  return {.kernel = reinterpret_cast<const void*>(&MlaKernel<Traits>),
+          .threads = Traits::kThreads,
+          .shared_bytes = MlaSharedBytes<Traits>()};
+}
+
+template <int key_dim, int value_dim, Loader loader>
+MlaKernelInfo MlaKernelOf(DType q_dtype, DType kv_dtype) {
+  if (kv_dtype != q_dtype) return {};
+  switch (q_dtype) {
+    case DType::kBF16:
+      return MlaInfoOf<DType::kBF16, loader, key_dim, value_dim>();
+    case DType::kF16:
+      return MlaInfoOf<DType::kF16, loader, key_dim, value_dim>();
+    default:
+      return {};
+  }
+}
+
+}  // namespace jpa::fused

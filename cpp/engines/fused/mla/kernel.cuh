@@ -1,0 +1,89 @@
+// Attention for few query rows over keys that are values too (multi-head latent attention: DeepSeek-V2,
+// 2024): many query heads share one long key, of which the first columns are the value.
+//
+// Work is split as decode's (decode/work_split.h): a CTA has a range of key tiles of 64 keys, for 64 packed
+// rows at a time. A tile is loaded once.
+//
+// descriptors.cuh: one warp walks these tiles, looks up their pages and leaves a descriptor per tile.
+//
+// loads.cuh: other producer warps load keys and queries.
+//
+// consumer.cuh: two warpgroups make scores, softmax (softmax.cuh) and sums of values by wgmma. The epilogue
+// (epilogue.cuh) writes results of whole row blocks, and leaves KV splits in scratch memory.
+//
+// merge_splits.cuh: all CTAs that have a split of a row block merge it together.
+#pragma once
+
+#include <cstdint>
+
+#include "device/ptx.cuh"
+#include "engines/fused/mla/args.h"
+#include "engines/fused/mla/consumer.cuh"
+#include "engines/fused/mla/descriptors.cuh"
+#include "engines/fused/mla/loads.cuh"
+#include "engines/fused/mla/shared_memory.cuh"
+#include "engines/fused/mla/traits.h"
+
+namespace jpa::fused {
+
+template <typename Traits>
+__device__ inline void InitMlaBarriers(MlaShared<Traits>& shared) {
+  constexpr int kWarps = Traits::kConsumerWarps;
+  for (int i = 0; i < Traits::kDescriptors; ++i) {
+    device::InitBarrier(&shared.described[i], 32);
+    device::InitBarrier(&shared.descriptor_empty[i], kWarps + Traits::kProducerWarps - 1);
+  }
+  device::InitBarrier(&shared.queries_full, 32 * Traits::kQueryWarps);
+  device::InitBarrier(&shared.queries_empty, kWarps);
+  for (int i = 0; i < Traits::kStages; ++i) {
+    // The lane that asks for a column of blocks by TMA, or each thread that loads by cp.async.
+    for (auto& full : shared.keys_full[i])
+      device::InitBarrier(&full, Traits::kUsesCpAsync ? 32 * Traits::kKeyWarps : 1);
+    for (auto& empty : shared.keys_empty[i])
+      device::InitBarrier(&empty, kWarps / Traits::kConsumerWarpgroups);
+  }
+  device::InitBarrier(&shared.probabilities_full, Traits::kConsumerThreads / Traits::kConsumerWarpgroups);
+  device::FenceBarrierInit();
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) MlaKernel(const __grid_constant__ MlaArgs args) {
+// For sm_90a alone: elsewhere nothing launches it, and it is empty.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) char memory[];  // blocks are swizzled by addresses modulo 1024
+  auto& shared = *reinterpret_cast<MlaShared<Traits>*>(memory);
+  device::LetNextKernelStart();
+  if (threadIdx.x == 0) {
+    InitMlaBarriers(shared);
+    shared.num_to_merge = 0;
+  }
+  // Nobody passes the barriers in it before those of the pipeline are there.
+  const CtaRange range = FindCtaRange(args.decode, shared.start.range);
+
+  if (threadIdx.x >= Traits::kConsumerThreads) {
+    device::ShrinkRegisters<Traits::kProducerRegisters>();
+    if (shared.start.range.range_seq < 0) return;
+    // The same in all lanes, which the compiler then knows.
+    const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x - Traits::kConsumerThreads) / 32, 0);
+    if (warp == 0) {
+      DescribeTiles(args, range, shared);
+    } else {
+      LoadAll(args, warp - 1, shared);
+    }
+    return;
+  }
+  device::GrowRegisters<Traits::kConsumerRegisters>();
+  FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args.decode, Traits::kValueDim,
+                                                            shared.start.row_owners);
+  if (shared.start.range.range_seq < 0) return;
+  // Probabilities have the same memory.
+  device::NamedBarrierSync<1, Traits::kConsumerThreads>();
+  if (__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0) == 0) {
+    MlaConsumer<Traits, 0>(args, shared).Attend();
+  } else {
+    MlaConsumer<Traits, 1>(args, shared).Attend();
+  }
+#endif
+}
+
+}  // namespace jpa::fused
