@@ -16,9 +16,9 @@ template <DType q_dtype>
 __device__ inline void WriteNoKeys(const CallArgs& call, int64_t row, int32_t head,
                                    const device::SoftmaxState& state) {
   const int64_t index = row * call.problem.num_q_heads + head;
-  auto* out = static_cast<device::TypeOf<q_dtype>*>(call.params.out) + index * call.problem.head_dim;
+  auto* out = static_cast<device::TypeOf<q_dtype>*>(call.params.out) + index * call.problem.value_dim;
 #pragma unroll 1
-  for (int64_t i = threadIdx.x % 32; i < call.problem.head_dim; i += 32) device::FromF32(0.0f, out + i);
+  for (int64_t i = threadIdx.x % 32; i < call.problem.value_dim; i += 32) device::FromF32(0.0f, out + i);
   if (threadIdx.x % 32 == 0) call.params.lse[index] = state.LogSumExp();
 }
 
