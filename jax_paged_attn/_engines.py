@@ -11,9 +11,6 @@ from jax_paged_attn._warnings import warn_once
 
 _log = logging.getLogger("jax_paged_attn")
 
-# Head dims of keys and of values that "fused" takes: those of its kernels for both, then the pairs of others.
-_FUSED_HEAD_DIMS = (*((head_dim, head_dim) for head_dim in FUSED_HEAD_DIMS),)
-
 _QUANTIZED = ("float8_e4m3fn", "float8_e5m2", "int8")
 
 
@@ -115,7 +112,7 @@ ENGINES = (
         "fused",
         platform="cuda",
         q_dtypes=("bfloat16", "float16"),
-        head_dims=_FUSED_HEAD_DIMS,
+        head_dims=FUSED_HEAD_DIMS,
         batch_invariant=True,
         token_scales=False,
     ),

@@ -1,9 +1,8 @@
-// The compiled kernels, by dtypes and head dim.
+// The compiled kernels, by dtypes and head dims.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
-#include <utility>
 
 #include "core/problem.h"
 #include "engines/fused/decode/kernels.h"
@@ -19,24 +18,28 @@ inline constexpr int kPrefillCapability = 90;
 inline constexpr int kPrefillCapability = 0;
 #endif
 
-// Calls `use` with the head dim as a constant, if it is one of the list; otherwise returns an empty result.
-template <int... head_dims, typename Use>
-auto ForHeadDim(std::integer_sequence<int, head_dims...>, int64_t head_dim, const Use& use) {
-  std::common_type_t<decltype(use(std::integral_constant<int, head_dims>()))...> made{};
-  ((head_dim == head_dims ? void(made = use(std::integral_constant<int, head_dims>())) : void()), ...);
+// Calls `use` with the problem's head dims as constants, if they are a pair of the list; otherwise returns an
+// empty result.
+template <typename... Pairs, typename Use>
+auto ForHeadDims(HeadDimList<Pairs...>, const AttentionProblem& problem, const Use& use) {
+  std::common_type_t<decltype(use(Pairs()))...> made{};
+  const auto fits = [&](auto dims) {
+    return problem.head_dim == dims.kHeadDim && problem.value_dim == dims.kValueDim;
+  };
+  ((fits(Pairs()) ? void(made = use(Pairs())) : void()), ...);
   return made;
 }
 
 inline DecodeKernelInfo DecodeKernelFor(const AttentionProblem& problem) {
-  return ForHeadDim(DecodeHeadDims(), problem.head_dim, [&](auto head_dim) {
-    return DecodeKernelOf<head_dim()>(problem.q_dtype, problem.kv_dtype);
+  return ForHeadDims(DecodeHeadDims(), problem, [&](auto dims) {
+    return DecodeKernelOf<dims.kHeadDim, dims.kValueDim>(problem.q_dtype, problem.kv_dtype);
   });
 }
 
 template <Loader loader>
 PrefillKernelInfo PrefillKernelFor(const AttentionProblem& problem) {
-  return ForHeadDim(PrefillHeadDims(), problem.head_dim, [&](auto head_dim) {
-    return PrefillKernelOf<head_dim(), loader>(problem.q_dtype, problem.kv_dtype);
+  return ForHeadDims(PrefillHeadDims(), problem, [&](auto dims) {
+    return PrefillKernelOf<dims.kHeadDim, dims.kValueDim, loader>(problem.q_dtype, problem.kv_dtype);
   });
 }
 

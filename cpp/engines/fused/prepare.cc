@@ -59,7 +59,7 @@ void FreeOnDevice::operator()(uint32_t* memory) const { cudaFree(memory); }
 
 Status Prepare(const AttentionProblem& problem, Device* device) {
   const DecodeKernelInfo info = DecodeKernelFor(problem);
-  if (info.kernel == nullptr || problem.value_dim != problem.head_dim) {
+  if (info.kernel == nullptr) {
     return Status::InvalidArgument(std::string("implementation: 'fused' has no kernel for q of ") +
                                    Name(problem.q_dtype) + ", pages of " + Name(problem.kv_dtype) +
                                    ", head dim " + std::to_string(problem.head_dim) + " and values of " +

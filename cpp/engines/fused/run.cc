@@ -30,7 +30,7 @@ FastDivisor DivisorOf(int64_t number) {
 // In nanoseconds on an H100. There a multiprocessor that decodes reads up to 38 GB/s, if others leave it as
 // much, and one that prefills makes some 5 TFLOP/s.
 TileCosts CostsOfTiles(const AttentionProblem& problem) {
-  const auto elements = static_cast<int32_t>(2 * kTileKeys * problem.head_dim);
+  const auto elements = static_cast<int32_t>(kTileKeys * (problem.head_dim + problem.value_dim));
   return {.decode = elements * static_cast<int32_t>(ByteWidth(problem.kv_dtype)) / 38,
           .prefill = 2 * kTileRows * elements / 5000};
 }
@@ -82,26 +82,26 @@ DecodeArgs MakeDecodeArgs(const CallArgs& call, const Options& options, const De
 
 // ---- prefill ----------------------------------------------------------------------------------------------
 
-// True if 32 bits can number a pool's rows of H elements.
-bool RowsHaveNumbers(const AttentionProblem& problem, int64_t num_pages, const PageStrides& strides) {
-  const int64_t H = problem.head_dim;
+// True if 32 bits can number a pool's rows of as many elements as its head dim.
+bool RowsHaveNumbers(const AttentionProblem& problem, const PagePool& pool) {
+  const int64_t H = pool.head_dim;
+  const PageStrides& strides = pool.strides;
   const auto last = [](int64_t count) { return std::max<int64_t>(count, 1) - 1; };
   return strides.page % H == 0 && strides.token % H == 0 && strides.head % H == 0 &&
-         (last(num_pages) * strides.page + last(problem.page_size) * strides.token +
+         (last(pool.num_pages) * strides.page + last(problem.page_size) * strides.token +
           last(problem.num_kv_heads) * strides.head) /
                  H <=
              UINT32_MAX;
 }
 
-PoolRows PoolRowsOf(const AttentionProblem& problem, const void* pages, int64_t num_pages,
-                    const PageStrides& strides) {
-  const auto rows = [&](int64_t stride) { return static_cast<uint32_t>(stride / problem.head_dim); };
-  return {.start = static_cast<const char*>(pages),
-          .page = rows(strides.page),
-          .token = rows(strides.token),
-          .head = rows(strides.head),
-          .page_tokens = rows(strides.token * problem.page_size),
-          .num_pages = static_cast<uint32_t>(num_pages)};
+PoolRows PoolRowsOf(const AttentionProblem& problem, const PagePool& pool) {
+  const auto rows = [&](int64_t stride) { return static_cast<uint32_t>(stride / pool.head_dim); };
+  return {.start = static_cast<const char*>(pool.pages),
+          .page = rows(pool.strides.page),
+          .token = rows(pool.strides.token),
+          .head = rows(pool.strides.head),
+          .page_tokens = rows(pool.strides.token * problem.page_size),
+          .num_pages = static_cast<uint32_t>(pool.num_pages)};
 }
 
 struct PrefillChoice {
@@ -111,14 +111,13 @@ struct PrefillChoice {
 
 PrefillChoice ChoosePrefill(const AttentionProblem& problem, const AttentionParams& params,
                             const Device& device) {
-  if (device.prefill_by_tma.kernel != nullptr &&
-      TensorMapExists(problem, problem.num_k_pages, params.k_pages, params.k_strides) &&
-      TensorMapExists(problem, problem.num_v_pages, params.v_pages, params.v_strides)) {
+  const PagePool keys = KeyPool(problem, params), values = ValuePool(problem, params);
+  if (device.prefill_by_tma.kernel != nullptr && TensorMapExists(problem, keys) &&
+      TensorMapExists(problem, values)) {
     return {.prefill = &device.prefill_by_tma, .loader = Loader::kTma};
   }
   const bool finds_pages = device.prefill_by_cp_async.kernel != nullptr &&
-                           RowsHaveNumbers(problem, problem.num_k_pages, params.k_strides) &&
-                           RowsHaveNumbers(problem, problem.num_v_pages, params.v_strides);
+                           RowsHaveNumbers(problem, keys) && RowsHaveNumbers(problem, values);
   return {.prefill = finds_pages ? &device.prefill_by_cp_async : nullptr, .loader = Loader::kCpAsync};
 }
 
@@ -128,12 +127,12 @@ Status MakeTensorMaps(const PrefillDevice& prefill, PrefillArgs* args) {
   const AttentionParams& params = args->call.params;
   const int32_t box_rows = TmaBoxRows(problem.page_size, prefill.tile_keys);
   while (1 << args->box_rows_log2 < box_rows) ++args->box_rows_log2;
-  if (Status s = MakeTensorMap(problem, problem.num_k_pages, params.k_pages, params.k_strides, box_rows,
-                               &args->k_map, &args->k_blocks_per_head);
+  if (Status s = MakeTensorMap(problem, KeyPool(problem, params), box_rows, &args->k_map,
+                               &args->k_blocks_per_head);
       !s.ok()) {
     return s;
   }
-  return MakeTensorMap(problem, problem.num_v_pages, params.v_pages, params.v_strides, box_rows, &args->v_map,
+  return MakeTensorMap(problem, ValuePool(problem, params), box_rows, &args->v_map,
                        &args->v_blocks_per_head);
 }
 
@@ -159,10 +158,10 @@ Status MakePrefillArgs(const CallArgs& call, const Options& options, const Prefi
                       .states = reinterpret_cast<uint32_t*>(workspace + layout.cache_states),
                       .count = static_cast<int32_t>(num_cached_tiles),
                       .slices = prefill.cache_slices};
-  args->bytes_per_token = static_cast<int32_t>(2 * problem.head_dim * kBytesPerElement);
+  args->bytes_per_token = static_cast<int32_t>((problem.head_dim + problem.value_dim) * kBytesPerElement);
   if (choice.loader == Loader::kTma) return MakeTensorMaps(prefill, args);
-  args->k_rows = PoolRowsOf(problem, params.k_pages, problem.num_k_pages, params.k_strides);
-  args->v_rows = PoolRowsOf(problem, params.v_pages, problem.num_v_pages, params.v_strides);
+  args->k_rows = PoolRowsOf(problem, KeyPool(problem, params));
+  args->v_rows = PoolRowsOf(problem, ValuePool(problem, params));
   return Status::Ok();
 }
 

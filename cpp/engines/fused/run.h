@@ -56,7 +56,7 @@ struct Device {
   PrefillDevice prefill_by_cp_async;                      // for any
 };
 
-// Finds the kernels for the call's dtypes and head dim, and makes them ready on the current device.
+// Finds the kernels for the call's dtypes and head dims, and makes them ready on the current device.
 Status Prepare(const AttentionProblem& problem, Device* device);
 
 Status RunAttention(const AttentionProblem& problem, const AttentionParams& params, const Options& options,

@@ -57,7 +57,7 @@ PrefillLayout LayOutPrefill(const AttentionProblem& problem, const Options& opti
   const int64_t num_states = options.batch_invariant ? 0 : kMaxPartials * kMaxTileRows;
   const PrefillKernelInfo kernel = PrefillKernelFor<Loader::kCpAsync>(problem);
   PrefillLayout layout{};
-  layout.stats = BytesOf<float>(num_states * problem.head_dim);
+  layout.stats = BytesOf<float>(num_states * problem.value_dim);
   layout.arrivals = layout.stats + BytesOf<float2>(num_states);
   layout.plan = layout.arrivals + BytesOf<uint32_t>(kMaxPartials);
   layout.planned = layout.plan + BytesOf<PrefillPlan>(1);
@@ -74,7 +74,7 @@ WorkspaceLayout LayOut(const AttentionProblem& problem, const Options& options, 
   const int64_t num_states = options.batch_invariant
                                  ? MaxSplitRows(problem, options.decode) * problem.num_q_heads * kMaxSplits
                                  : 2 * kMaxCtas * layout.rows_per_partial;
-  layout.stats = BytesOf<float>(num_states * problem.head_dim);
+  layout.stats = BytesOf<float>(num_states * problem.value_dim);
   layout.prefill = layout.stats + BytesOf<float2>(num_states);
   // XLA aligns less than kWorkspaceAlign on some devices.
   layout.bytes = layout.prefill + LayOutPrefill(problem, options, num_cached_tiles).bytes + kWorkspaceAlign;
@@ -102,7 +102,7 @@ int64_t WorkspaceBound(const AttentionProblem& problem, const Options& options) 
 
 int64_t WorkspaceBytesPerRow(const AttentionProblem& problem) {
   return problem.num_q_heads * kMaxSplits *
-         (problem.head_dim * static_cast<int64_t>(sizeof(float)) + static_cast<int64_t>(sizeof(float2)));
+         (problem.value_dim * static_cast<int64_t>(sizeof(float)) + static_cast<int64_t>(sizeof(float2)));
 }
 
 }  // namespace jpa::fused

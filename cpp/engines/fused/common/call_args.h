@@ -13,7 +13,7 @@ namespace jpa::fused {
 // Scratch memory for partial results: the softmax states of row blocks that several CTAs have a KV split of.
 // A partial result has `rows_each` packed rows; decode/args.h and prefill/args.h say how many there are.
 struct Partials {
-  float* out;     // [num_partials, rows_each, H], not divided by the sum yet
+  float* out;     // [num_partials, rows_each, Hv], not divided by the sum yet
   float2* stats;  // [num_partials, rows_each]: maximum, in units of log 2, and sum
   int32_t rows_each;
 };

@@ -27,15 +27,16 @@ inline constexpr int kMaxSplitsAtOnce = 32;
 template <int kSplitsAtOnce>
 __device__ inline float4 MergeSplits(const CallArgs& call, int32_t num_splits, const PartialIndices& indices,
                                      int column, device::SoftmaxState* state) {
-  const int lane = static_cast<int>(threadIdx.x % 32), head_dim = static_cast<int>(call.problem.head_dim);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int value_dim = static_cast<int>(call.problem.value_dim);
   const auto load = [](const float* columns) { return __ldcg(reinterpret_cast<const float4*>(columns)); };
   const float* const out = call.partials.out + column;
   const float2 stats_of_first = __ldcg(call.partials.stats + indices.first);
-  float4 sum = load(out + indices.first * head_dim);
+  float4 sum = load(out + indices.first * value_dim);
   *state = {stats_of_first.x, stats_of_first.y};
   const float2* next_stats = call.partials.stats + indices.second + lane * indices.step;
-  const float* next = out + indices.second * head_dim;
-  const int32_t stride = indices.step * head_dim;
+  const float* next = out + indices.second * value_dim;
+  const int32_t stride = indices.step * value_dim;
 #pragma unroll 1
   for (int32_t left = num_splits - 1; left > 0; left -= kSplitsAtOnce) {
     float2 stats = {-INFINITY, 0.0f};
@@ -65,17 +66,17 @@ __device__ inline float4 MergeSplits(const CallArgs& call, int32_t num_splits, c
 template <DType q_dtype, int splits_at_once = kMaxSplitsAtOnce, typename WhereOf>
 __device__ inline void WriteMergedSplits(const CallArgs& call, int32_t num_splits,
                                          const PartialIndices& indices, const WhereOf& where_of) {
-  const int head_dim = static_cast<int>(call.problem.head_dim);
+  const int value_dim = static_cast<int>(call.problem.value_dim);
 #pragma unroll 1
-  for (int first = 0; first < head_dim; first += 4 * 32) {
+  for (int first = 0; first < value_dim; first += 4 * 32) {
     const int column = first + 4 * static_cast<int>(threadIdx.x % 32);
     device::SoftmaxState state;
     // Lanes without columns help with the weights.
     const float4 sum =
-        MergeSplits<splits_at_once>(call, num_splits, indices, column < head_dim ? column : 0, &state);
+        MergeSplits<splits_at_once>(call, num_splits, indices, column < value_dim ? column : 0, &state);
     const QueryHead where = where_of();
     const float factor = FactorOfResult(call, where.seq, where.kv_head, where.head, &state);
-    if (column < head_dim) WriteResult<q_dtype>(call, where.row, where.head, column, sum, factor, state);
+    if (column < value_dim) WriteResult<q_dtype>(call, where.row, where.head, column, sum, factor, state);
   }
 }
 

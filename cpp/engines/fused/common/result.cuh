@@ -46,7 +46,7 @@ template <DType q_dtype>
 __device__ inline void WriteResult(const CallArgs& call, int64_t row, int32_t head, int column,
                                    const float4& sum, float factor, const device::SoftmaxState& state) {
   const int64_t index = row * call.problem.num_q_heads + head;
-  StoreResult<q_dtype>(call, index * call.problem.head_dim + column, sum, factor);
+  StoreResult<q_dtype>(call, index * call.problem.value_dim + column, sum, factor);
   if (column == 0) call.params.lse[index] = state.LogSumExp();
 }
 

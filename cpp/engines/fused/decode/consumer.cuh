@@ -24,7 +24,8 @@ template <typename Traits>
 class ConsumerWarp {
  public:
   static constexpr int kHeadDim = Traits::kHeadDim;
-  static constexpr int kOutputs = kHeadDim / 8;                    // blocks of eight columns
+  static constexpr int kValueDim = Traits::kValueDim;
+  static constexpr int kOutputs = kValueDim / 8;                   // blocks of eight columns
   static constexpr int kKeys = device::kKeysPerLoad<Traits::kKV>;  // of a step
   static constexpr int kKeyBlocks = kKeys / 8;                     // of eight keys
   static constexpr int kSteps = kTileKeys / kKeys;                 // of a tile
@@ -38,8 +39,8 @@ class ConsumerWarp {
     num_key_slices_ = kConsumerWarps / row_groups;
     key_slice_ = warp / row_groups;
     turn_ = 0;
-    keys_row_ = device::Opaque(device::LaneRowOfKeys<Traits::kKV, typename Traits::Rows>());
-    values_row_ = device::Opaque(device::LaneRowOfValues<Traits::kKV, typename Traits::Rows>());
+    keys_row_ = device::Opaque(device::LaneRowOfKeys<Traits::kKV, typename Traits::KeyRows>());
+    values_row_ = device::Opaque(device::LaneRowOfValues<Traits::kKV, typename Traits::ValueRows>());
     all_visible_ = {.begin = 0, .end = INT32_MAX};
     const CallArgs& call = args.call;
     const float k_scale = ScaleOf(call.params.k_scale, call.seqs_per_k_scale, call.facts.num_kv_heads,
@@ -87,9 +88,8 @@ class ConsumerWarp {
 #pragma unroll 1
     for (int i = step; i < kSteps; i += num_key_slices_) {
       const int key = i * kKeys;
-      const uint32_t rows = stage + key * Traits::Rows::kStride;
       float scores[kKeyBlocks][4];
-      Scores(rows + keys_row_, scores);
+      Scores(stage + key * Traits::KeyRows::kStride + keys_row_, scores);
       if (args.call.params.soft_cap > 0.0f) {
         Scale(scores, args.call.params.soft_cap * kLog2E);
       } else {
@@ -98,7 +98,8 @@ class ConsumerWarp {
       if (!all_visible) Mask(descriptor, key, scores);
       Softmax(scores);
       // One register for both rows, where they are the same.
-      AddValues(rows + Traits::kTileBytes + (Traits::kIs8Bit ? keys_row_ : values_row_), scores);
+      const uint32_t values_row = Traits::kIs8Bit && Traits::kSameDims ? keys_row_ : values_row_;
+      AddValues(stage + Traits::kKeyTileBytes + key * Traits::ValueRows::kStride + values_row, scores);
     }
   }
 
@@ -133,12 +134,11 @@ class ConsumerWarp {
 
  private:
   using Layout = device::FragmentLayout<Traits::kIs8Bit>;
-  static constexpr int kVectors = kHeadDim / 4;  // of a row
 
   // Eight rows of each warp: first those of the first key slice, then those of the second one, and so on.
   struct Exchange {
     // With 16-bit pages half a warp stores four rows at a time; the padding puts them in different banks.
-    float values[kConsumerWarps * 8][kHeadDim + 8];
+    float values[kConsumerWarps * 8][kValueDim + 8];
     device::SoftmaxState states[kConsumerWarps * 8];
   };
   static_assert(sizeof(Exchange) <= Traits::kExchangeBytes, "traits.h has to know");
@@ -174,7 +174,7 @@ class ConsumerWarp {
         args.call.batch_invariant
             ? PartialOfRow(args, descriptor.seq, descriptor.row, token, where.head) + descriptor.partial
             : int64_t{descriptor.partial} * args.call.partials.rows_each + row;
-    merged->to = index * kHeadDim;
+    merged->to = index * kValueDim;
     args.call.partials.stats[index] = {state.maximum, state.sum};
   }
 
@@ -186,7 +186,7 @@ class ConsumerWarp {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
       uint32_t fragments[kKeyBlocks][2];
-      device::LoadKeys<Traits::kKV, typename Traits::Rows>(keys, i, fragments);
+      device::LoadKeys<Traits::kKV, typename Traits::KeyRows>(keys, i, fragments);
 #pragma unroll
       for (int t = 0; t < kKeyBlocks; ++t)
         device::MmaM16N8K16(scores[t], queries_.fragments[i], fragments[t][0], fragments[t][1], Math());
@@ -279,7 +279,7 @@ class ConsumerWarp {
 #pragma unroll
     for (int i = 0; i < kOutputs / 2; ++i) {
       uint32_t columns[kKeyBlocks / 2][4];
-      device::LoadValues<Traits::kKV, typename Traits::Rows>(values, i, columns);
+      device::LoadValues<Traits::kKV, typename Traits::ValueRows>(values, i, columns);
 #pragma unroll
       for (int t = 0; t < kKeyBlocks / 2; ++t) {
         device::MmaM16N8K16(outputs_[2 * i], fragments[t], columns[t][0], columns[t][1], Math());

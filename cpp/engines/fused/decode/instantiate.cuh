@@ -1,4 +1,4 @@
-// The kernels of one head dim.
+// The kernels of a head dim of keys and one of values.
 #pragma once
 
 #include "engines/fused/decode/kernel.cuh"
@@ -6,36 +6,36 @@
 
 namespace jpa::fused {
 
-template <DType q_dtype, DType kv_dtype, int head_dim>
+template <DType q_dtype, DType kv_dtype, int head_dim, int value_dim>
 DecodeKernelInfo InfoOf() {
-  using Traits = DecodeTraits<q_dtype, kv_dtype, head_dim>;
+  using Traits = DecodeTraits<q_dtype, kv_dtype, head_dim, value_dim>;
   return {.kernel = reinterpret_cast<const void*>(&DecodeKernel<Traits>),
           .threads = Traits::kThreads,
           .ctas_per_sm = &Traits::CtasPerSm,
           .shared_bytes = &SharedBytes<Traits>};
 }
 
-template <DType q_dtype, int head_dim>
+template <DType q_dtype, int head_dim, int value_dim>
 DecodeKernelInfo OfPages(DType kv_dtype) {
   switch (kv_dtype) {
     case DType::kE4M3FN:
-      return InfoOf<q_dtype, DType::kE4M3FN, head_dim>();
+      return InfoOf<q_dtype, DType::kE4M3FN, head_dim, value_dim>();
     case DType::kE5M2:
-      return InfoOf<q_dtype, DType::kE5M2, head_dim>();
+      return InfoOf<q_dtype, DType::kE5M2, head_dim, value_dim>();
     case DType::kS8:
-      return InfoOf<q_dtype, DType::kS8, head_dim>();
+      return InfoOf<q_dtype, DType::kS8, head_dim, value_dim>();
     default:
-      return kv_dtype == q_dtype ? InfoOf<q_dtype, q_dtype, head_dim>() : DecodeKernelInfo{};
+      return kv_dtype == q_dtype ? InfoOf<q_dtype, q_dtype, head_dim, value_dim>() : DecodeKernelInfo{};
   }
 }
 
-template <int head_dim>
+template <int head_dim, int value_dim>
 DecodeKernelInfo DecodeKernelOf(DType q_dtype, DType kv_dtype) {
   switch (q_dtype) {
     case DType::kBF16:
-      return OfPages<DType::kBF16, head_dim>(kv_dtype);
+      return OfPages<DType::kBF16, head_dim, value_dim>(kv_dtype);
     case DType::kF16:
-      return OfPages<DType::kF16, head_dim>(kv_dtype);
+      return OfPages<DType::kF16, head_dim, value_dim>(kv_dtype);
     default:
       return {};
   }

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     if (shared.range_seq >= 0) Produce(args, range, shared, stages);
   } else {
     if constexpr (kSharesSm) device::GrowRegisters<Traits::kConsumerRegisters>();
-    FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args, args.call.problem.head_dim, shared.row_owners);
+    FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args, shared.row_owners);
     if (shared.range_seq >= 0) Consume(args, shared, stages);
   }
 }

@@ -1,4 +1,4 @@
-// The decode kernels: one per dtype of q, dtype of pages and head dim of DecodeHeadDims.
+// The decode kernels: one per dtype of q, dtype of pages and pair of DecodeHeadDims.
 #pragma once
 
 #include "core/problem.h"
@@ -15,7 +15,7 @@ struct DecodeKernelInfo {
 
 // Each in a file of its own, which cmake/fused_kernels.cmake makes from instantiation.cu.in: they compile
 // side by side.
-template <int head_dim>
+template <int head_dim, int value_dim>
 DecodeKernelInfo DecodeKernelOf(DType q_dtype, DType kv_dtype);
 
 }  // namespace jpa::fused

@@ -18,7 +18,7 @@
 namespace jpa::fused {
 
 // The states of `count` parts of each of `rows` packed rows: state [count, rows], and sums of values [count,
-// rows, H], each row `stride` floats behind the last one.
+// rows, Hv], each row `stride` floats behind the last one.
 struct RowParts {
   device::SoftmaxState* states;
   const float* columns;
@@ -32,7 +32,7 @@ struct RowParts {
 template <typename Traits, typename Finish>
 __device__ inline void MergeRows(const DecodeArgs& args, const RowParts& parts, MergedRow* merged,
                                  bool to_results, const Finish& finish) {
-  constexpr int kVectors = Traits::kHeadDim / 4;
+  constexpr int kVectors = Traits::kValueDim / 4;
   const int thread = static_cast<int>(threadIdx.x), rows = parts.rows;
   if (thread < rows) {
     device::SoftmaxState* const states = parts.states + thread;
@@ -77,7 +77,7 @@ __device__ inline void FinishResult(const DecodeArgs& args, const QueryHead& whe
   const CallArgs& call = args.call;
   row->factor = FactorOfResult(call, where.seq, where.kv_head, where.head, &state);
   const int64_t index = where.row * call.problem.num_q_heads + where.head;
-  row->to = index * call.problem.head_dim;
+  row->to = index * call.problem.value_dim;
   call.params.lse[index] = state.LogSumExp();
 }
 

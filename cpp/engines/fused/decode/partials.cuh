@@ -46,10 +46,10 @@ __device__ inline void LoadPartials(const DecodeArgs& args, const SplitRowBlock&
   };
 #pragma unroll 1
   for (int split = 0; split < parts.count; ++split) {
-    const float* from = partials.out + index_of(split) * Traits::kHeadDim;
-    float* const to = columns + split * rows * Traits::kHeadDim;
+    const float* from = partials.out + index_of(split) * Traits::kValueDim;
+    float* const to = columns + split * rows * Traits::kValueDim;
 #pragma unroll 1
-    for (int i = thread * 4; i < rows * Traits::kHeadDim; i += Traits::kConsumerThreads * 4)
+    for (int i = thread * 4; i < rows * Traits::kValueDim; i += Traits::kConsumerThreads * 4)
       device::CpAsync16(device::SharedAddress(to + i), from + i);
   }
 #pragma unroll 1
@@ -76,7 +76,7 @@ __device__ inline void MergeSplitRowBlock(const DecodeArgs& args, const SplitRow
   constexpr int kThreads = Traits::kConsumerThreads;
   // Partial rows that the stages have room for.
   constexpr int kCapacity = DecodeShared<Traits>::kStages * Traits::kStageBytes /
-                            (4 * Traits::kHeadDim + static_cast<int>(sizeof(device::SoftmaxState)));
+                            (4 * Traits::kValueDim + static_cast<int>(sizeof(device::SoftmaxState)));
   const int thread = static_cast<int>(threadIdx.x), num_splits = row_block.num_splits + 1;
   // A warp waits for partial results by itself, so that their columns are asked for as soon as the last of
   // them is there.
@@ -102,9 +102,9 @@ __device__ inline void MergeSplitRowBlock(const DecodeArgs& args, const SplitRow
     for (int first_row = 0; first_row < row_block.num_rows; first_row += rows_at_once) {
       const int rows = min(rows_at_once, row_block.num_rows - first_row);
       const RowParts parts = {
-          .states = reinterpret_cast<device::SoftmaxState*>(columns + num_splits * rows * Traits::kHeadDim),
+          .states = reinterpret_cast<device::SoftmaxState*>(columns + num_splits * rows * Traits::kValueDim),
           .columns = columns,
-          .stride = Traits::kHeadDim,
+          .stride = Traits::kValueDim,
           .rows = rows,
           .count = num_splits};
       LoadPartials<Traits>(args, row_block, first_row, parts, columns);

@@ -47,10 +47,12 @@ class DescriptorMaker {
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i) valid[i] = __ballot_sync(~0u, IsPage(pages_[i]));
     // The way of nearly all tiles is short: other warps wait for the descriptor where memory is fast.
-    if (args_.same_offsets && (valid[0] & valid[1]) == ~0u) {
-#pragma unroll
-      for (int i = 0; i < kKeysPerLane; ++i)
-        descriptor->k_offsets[lane + 32 * i] = Offset<Traits>(call_.params.k_strides, pages_[i], tokens_[i]);
+    const bool all_valid = (valid[0] & valid[1]) == ~0u;
+    if (args_.same_offsets && all_valid) {
+      StoreValidOffsets<Traits>(call_.params.k_strides, descriptor->k_offsets);
+    } else if (!Traits::kSameDims && all_valid && call_.problem.num_k_pages == call_.problem.num_v_pages) {
+      StoreValidOffsets<Traits>(call_.params.k_strides, descriptor->k_offsets);
+      StoreValidOffsets<Traits>(call_.params.v_strides, descriptor->v_offsets);
     } else {
 #pragma unroll 1
       for (int side = 0; side < 2; ++side) {
@@ -88,6 +90,14 @@ class DescriptorMaker {
   __device__ int64_t Offset(const PageStrides& strides, uint32_t page, uint32_t token) const {
     return (page * strides.page + token * strides.token + range_.at().head() * strides.head) *
            ByteWidth(Traits::kKV);
+  }
+
+  // Where the pool has all the pages.
+  template <typename Traits>
+  __device__ void StoreValidOffsets(const PageStrides& strides, int64_t* offsets) const {
+#pragma unroll
+    for (int i = 0; i < kKeysPerLane; ++i)
+      offsets[threadIdx.x % 32 + 32 * i] = Offset<Traits>(strides, pages_[i], tokens_[i]);
   }
 
   // For any pools and any pages. The smaller of two pools is repeated.
@@ -141,51 +151,106 @@ struct ChunkPlace {
   uint32_t chunk;  // of the row
 };
 
-// By the loaders: starts the loads of a tile's keys and values into the stage at shared address `stage`.
-template <typename Traits>
-__device__ inline void LoadTile(const DecodeArgs& args, const TileDescriptor& descriptor, uint32_t stage) {
-  using Rows = typename Traits::Rows;
-  constexpr int kChunks = kTileKeys * Rows::kChunks,
-                kEach = (kChunks + Traits::kLoaderThreads - 1) / Traits::kLoaderThreads;
-  uint32_t thread = threadIdx.x - (Traits::kThreads - Traits::kLoaderThreads);
-  // Shifts find places at once. If divisions had to, the compiler would keep their results from tile to tile,
-  // and these warps lack the registers for that.
-  if constexpr ((Rows::kChunks & (Rows::kChunks - 1)) != 0) thread = device::Opaque(thread);
-  const char* const k_pages = static_cast<const char*>(args.call.params.k_pages);
-  const char* const v_pages = static_cast<const char*>(args.call.params.v_pages);
-  const auto place_of = [&](int i) {
-    const uint32_t number = i * Traits::kLoaderThreads + thread;
+// The chunks of a tile's keys, or of its values, that a loader thread has.
+template <typename Traits, typename Rows>
+class LoaderChunks {
+ public:
+  static constexpr int kChunks = kTileKeys * Rows::kChunks;  // of all threads
+  static constexpr int kEach = (kChunks + Traits::kLoaderThreads - 1) / Traits::kLoaderThreads;
+  static constexpr bool kSomeHaveFewer = kChunks % Traits::kLoaderThreads != 0;
+
+  __device__ LoaderChunks() : thread_(threadIdx.x - (Traits::kThreads - Traits::kLoaderThreads)) {
+    // Shifts find places at once. If divisions had to, the compiler would keep their results from tile to
+    // tile, and these warps lack the registers for that.
+    if constexpr ((Rows::kChunks & (Rows::kChunks - 1)) != 0) thread_ = device::Opaque(thread_);
+  }
+
+  __device__ ChunkPlace operator[](int i) const {
+    const uint32_t number = i * Traits::kLoaderThreads + thread_;
     if constexpr (Traits::kLoaderThreads % Rows::kChunks == 0) {
       // The same, with one division for all i.
-      return ChunkPlace{.exists = number < kChunks,
-                        .key = i * (Traits::kLoaderThreads / Rows::kChunks) + thread / Rows::kChunks,
-                        .chunk = thread % Rows::kChunks};
+      return {.exists = number < kChunks,
+              .key = i * (Traits::kLoaderThreads / Rows::kChunks) + thread_ / Rows::kChunks,
+              .chunk = thread_ % Rows::kChunks};
     } else {
-      return ChunkPlace{
-          .exists = number < kChunks, .key = number / Rows::kChunks, .chunk = number % Rows::kChunks};
+      return {.exists = number < kChunks, .key = number / Rows::kChunks, .chunk = number % Rows::kChunks};
     }
-  };
-  if (args.same_offsets && descriptor.all_valid()) {
+  }
+
+ private:
+  uint32_t thread_;
+};
+
+// By the loaders: starts the loads of a tile's keys, or of its values, to shared address `to`.
+template <typename Traits, typename Rows>
+__device__ inline void LoadRows(const char* pages, const int64_t* offsets, bool all_valid, uint32_t to) {
+  const LoaderChunks<Traits, Rows> chunks;
+  if (all_valid) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const ChunkPlace place = place_of(i);
-      if (kChunks % Traits::kLoaderThreads != 0 && !place.exists) break;
-      const uint32_t to = stage + Rows::Offset(place.key, place.chunk);
-      const int64_t offset = descriptor.k_offsets[place.key] + place.chunk * 16;
-      device::CpAsync16(to, k_pages + offset);
-      device::CpAsync16(to + Traits::kTileBytes, v_pages + offset);
+    for (int i = 0; i < chunks.kEach; ++i) {
+      const ChunkPlace place = chunks[i];
+      if (chunks.kSomeHaveFewer && !place.exists) break;
+      device::CpAsync16(to + Rows::Offset(place.key, place.chunk),
+                        pages + offsets[place.key] + place.chunk * 16);
     }
     return;
   }
 #pragma unroll 1
-  for (int i = 0; i < kEach; ++i) {
-    const ChunkPlace place = place_of(i);
+  for (int i = 0; i < chunks.kEach; ++i) {
+    const ChunkPlace place = chunks[i];
+    if (!place.exists) break;
+    const int64_t offset = offsets[place.key];
+    device::CpAsync16(to + Rows::Offset(place.key, place.chunk),
+                      pages + (offset < 0 ? 0 : offset + place.chunk * 16), offset >= 0);
+  }
+}
+
+// Likewise of both, where their rows are as long: with one look at a row's offset, and one loop.
+template <typename Traits>
+__device__ inline void LoadRowsOfBoth(const DecodeArgs& args, const TileDescriptor& descriptor, uint32_t stage) {
+  using Rows = typename Traits::KeyRows;
+  const LoaderChunks<Traits, Rows> chunks;
+  const char* const k_pages = static_cast<const char*>(args.call.params.k_pages);
+  const char* const v_pages = static_cast<const char*>(args.call.params.v_pages);
+  if (args.same_offsets && descriptor.all_valid()) {
+#pragma unroll
+    for (int i = 0; i < chunks.kEach; ++i) {
+      const ChunkPlace place = chunks[i];
+      if (chunks.kSomeHaveFewer && !place.exists) break;
+      const uint32_t to = stage + Rows::Offset(place.key, place.chunk);
+      const int64_t offset = descriptor.k_offsets[place.key] + place.chunk * 16;
+      device::CpAsync16(to, k_pages + offset);
+      device::CpAsync16(to + Traits::kKeyTileBytes, v_pages + offset);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < chunks.kEach; ++i) {
+    const ChunkPlace place = chunks[i];
     if (!place.exists) break;
     const uint32_t to = stage + Rows::Offset(place.key, place.chunk);
     const int byte = place.chunk * 16;
     const int64_t k_offset = descriptor.k_offsets[place.key], v_offset = descriptor.v_offsets[place.key];
     device::CpAsync16(to, k_pages + (k_offset < 0 ? 0 : k_offset + byte), k_offset >= 0);
-    device::CpAsync16(to + Traits::kTileBytes, v_pages + (v_offset < 0 ? 0 : v_offset + byte), v_offset >= 0);
+    device::CpAsync16(to + Traits::kKeyTileBytes, v_pages + (v_offset < 0 ? 0 : v_offset + byte),
+                      v_offset >= 0);
+  }
+}
+
+// By the loaders: starts the loads of a tile's keys and values into the stage at shared address `stage`.
+template <typename Traits>
+__device__ inline void LoadTile(const DecodeArgs& args, const TileDescriptor& descriptor, uint32_t stage) {
+  if constexpr (Traits::kSameDims) {
+    LoadRowsOfBoth<Traits>(args, descriptor, stage);
+  } else {
+    const AttentionParams& params = args.call.params;
+    const bool all_valid = descriptor.all_valid();
+    LoadRows<Traits, typename Traits::KeyRows>(static_cast<const char*>(params.k_pages), descriptor.k_offsets,
+                                               all_valid, stage);
+    LoadRows<Traits, typename Traits::ValueRows>(
+        static_cast<const char*>(params.v_pages),
+        args.same_offsets && all_valid ? descriptor.k_offsets : descriptor.v_offsets, all_valid,
+        stage + Traits::kKeyTileBytes);
   }
 }
 

@@ -13,15 +13,14 @@ namespace jpa::fused {
 // Rows of q that a CTA looks at together: one owner each.
 inline constexpr int kFilledRows = 256;
 
-// By one warp: writes the results of a row that sees no key, of `value_dim` columns. The state may have a
-// sink.
+// By one warp: writes the results of a row that sees no key. The state may have a sink.
 template <DType q_dtype>
-__device__ inline void WriteNoKeys(const CallArgs& call, int64_t value_dim, int64_t row, int32_t head,
+__device__ inline void WriteNoKeys(const CallArgs& call, int64_t row, int32_t head,
                                    const device::SoftmaxState& state) {
   const int64_t index = row * call.problem.num_q_heads + head;
-  auto* out = static_cast<device::TypeOf<q_dtype>*>(call.params.out) + index * value_dim;
+  auto* out = static_cast<device::TypeOf<q_dtype>*>(call.params.out) + index * call.problem.value_dim;
 #pragma unroll 1
-  for (int64_t i = threadIdx.x % 32; i < value_dim; i += 32) device::FromF32(0.0f, out + i);
+  for (int64_t i = threadIdx.x % 32; i < call.problem.value_dim; i += 32) device::FromF32(0.0f, out + i);
   if (threadIdx.x % 32 == 0) call.params.lse[index] = state.LogSumExp();
 }
 
@@ -52,7 +51,7 @@ __device__ inline void FindRowOwners(const CallArgs& call, int64_t first, int co
 
 // By one warp: writes the results of a row of q for all its heads whose row block has no tile.
 template <DType q_dtype>
-__device__ inline void FillRow(const CallArgs& call, int64_t value_dim, int64_t row, int owner) {
+__device__ inline void FillRow(const CallArgs& call, int64_t row, int owner) {
   const Sequence sequence = owner == kNoSequence ? Sequence{} : SequencesInMemory(call)(owner);
   const FastDivisor& group = call.facts.group;
 #pragma unroll 1
@@ -64,14 +63,13 @@ __device__ inline void FillRow(const CallArgs& call, int64_t value_dim, int64_t 
     }
     device::SoftmaxState state;
     if (owner != kNoSequence) AddSinkOf(call, owner, head, &state);
-    WriteNoKeys<q_dtype>(call, value_dim, row, head, state);
+    WriteNoKeys<q_dtype>(call, row, head, state);
   }
 }
 
 // By the consumers. A CTA has neighbouring rows of q.
 template <DType q_dtype, int threads>
-__device__ inline void FillRowsWithoutKeys(const DecodeArgs& args, int64_t value_dim,
-                                           int32_t (&row_owners)[kFilledRows]) {
+__device__ inline void FillRowsWithoutKeys(const DecodeArgs& args, int32_t (&row_owners)[kFilledRows]) {
   const int64_t num_rows = args.call.facts.num_rows;
   const int64_t each = (num_rows + args.num_ctas - 1) / args.num_ctas;
   const int64_t rows_end = min(num_rows, (blockIdx.x + 1) * each);
@@ -83,7 +81,7 @@ __device__ inline void FillRowsWithoutKeys(const DecodeArgs& args, int64_t value
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x) / 32; i < count; i += threads / 32) {
       const int owner = row_owners[i];
-      if (owner != kHasTiles) FillRow<q_dtype>(args.call, value_dim, first + i, owner);
+      if (owner != kHasTiles) FillRow<q_dtype>(args.call, first + i, owner);
     }
   }
 }

@@ -1,4 +1,4 @@
-// A decode kernel's dtypes and head dim, and all sizes that follow: the one place for them, but for those of
+// A decode kernel's dtypes and head dims, and all sizes that follow: the one place for them, but for those of
 // tiles, which all decode kernels share (work_split.h).
 #pragma once
 
@@ -19,11 +19,13 @@ constexpr int kReservedPerCta = 1024;  // of shared memory, by the driver
 // Consumer warps share a key tile by rows and by keys: each has 16 of a row block's 64 packed rows.
 constexpr int kConsumerWarps = kTileRows / 16;
 
-template <DType q_dtype_, DType kv_dtype_, int head_dim_>
+template <DType q_dtype_, DType kv_dtype_, int head_dim_, int value_dim_>
 struct DecodeTraits {
   static constexpr DType kQ = q_dtype_;
   static constexpr DType kKV = kv_dtype_;
-  static constexpr int kHeadDim = head_dim_;
+  static constexpr int kHeadDim = head_dim_;    // of queries and keys
+  static constexpr int kValueDim = value_dim_;  // of values and results
+  static constexpr bool kSameDims = kHeadDim == kValueDim;
   static constexpr bool kIs8Bit = ByteWidth(kv_dtype_) == 1;
   // The dtype of both MMAs is the pages' own. 8-bit pages are exact in f16, and not all of them in bf16.
   static constexpr DType kMath = kIs8Bit ? DType::kF16 : kv_dtype_;
@@ -39,15 +41,18 @@ struct DecodeTraits {
   static constexpr int kProducerRegisters = 72;
   static constexpr int kConsumerRegisters = 184;
 
-  static constexpr int kRowBytes = kHeadDim * static_cast<int>(ByteWidth(kKV));
-  using Rows = device::SwizzledRows<kRowBytes>;
-  static constexpr int kTileBytes = kTileKeys * Rows::kStride;  // of keys, and of values
+  static constexpr int kElementBytes = static_cast<int>(ByteWidth(kKV));
+  using KeyRows = device::SwizzledRows<kHeadDim * kElementBytes>;
+  using ValueRows = device::SwizzledRows<kValueDim * kElementBytes>;
+  // A stage has a tile's keys, and behind them its values.
+  static constexpr int kKeyTileBytes = kTileKeys * KeyRows::kStride;
+  static constexpr int kTileBytes = kKeyTileBytes + kTileKeys * ValueRows::kStride;
   // The consumer warps exchange their states in a stage when a KV split ends: a row of f32 and 40 bytes for
   // each of 32 rows. Tiles of 8-bit keys are smaller than that. Rounding up to whole KB keeps as many stages
   // as were measured to be enough.
-  static constexpr int kExchangeBytes = 8 * kConsumerWarps * (4 * kHeadDim + 40);
+  static constexpr int kExchangeBytes = 8 * kConsumerWarps * (4 * kValueDim + 40);
   static constexpr int kStageBytes =
-      ((2 * kTileBytes > kExchangeBytes ? 2 * kTileBytes : kExchangeBytes) + 1023) / 1024 * 1024;
+      ((kTileBytes > kExchangeBytes ? kTileBytes : kExchangeBytes) + 1023) / 1024 * 1024;
 
   // At least what a tile in flight needs beside its keys and values, and what a CTA needs beside its stages.
   static constexpr int kDescriptorBytes = 1152;
@@ -74,7 +79,7 @@ struct DecodeTraits {
     return fit < 2 || stages > fit ? fit : stages < 2 ? 2 : stages;
   }
 
-  static_assert(kHeadDim % 16 == 0, "an MMA takes 16 elements at a time");
+  static_assert(kHeadDim % 16 == 0 && kValueDim % 16 == 0, "an MMA takes 16 elements at a time");
 };
 
 }  // namespace jpa::fused

@@ -10,7 +10,7 @@
 
 namespace jpa::fused {
 
-// A pool as rows of H elements, and how far apart rows are, counted in rows.
+// A pool as rows of as many elements as its head dim, and how far apart rows are, counted in rows.
 struct PoolRows {
   const char* start;
   uint32_t page;

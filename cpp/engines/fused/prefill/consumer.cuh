@@ -23,7 +23,9 @@ class ConsumerWarpgroup {
   static constexpr int kKeys = Traits::kKeys;
   static constexpr int kBlocks = Traits::kBlocks, kFirstBlocks = Traits::kFirstBlocks;
   static constexpr int kBlocksBeforeValues = Traits::kBlocksBeforeValues;
-  static constexpr device::BlockStrides kStrides = StridesOf<Traits, kKeys>();  // of keys and values
+  static constexpr device::BlockStrides kOfQueries = StridesOf<Traits, Traits::kRows, Traits::kHeadDim>();
+  static constexpr device::BlockStrides kOfKeys = StridesOf<Traits, kKeys, Traits::kHeadDim>();
+  static constexpr device::BlockStrides kOfValues = StridesOf<Traits, kKeys, Traits::kValueDim>();
   using Math = device::TypeOf<Traits::kMath>;
   using Shared = PrefillShared<Traits>;
   using Scores = typename RowSoftmax<Traits>::Scores;
@@ -161,7 +163,6 @@ class ConsumerWarpgroup {
   // ---- MMAs
 
   __device__ void IssueQK(Scores& scores) {
-    constexpr device::BlockStrides kOfQueries = StridesOf<Traits, Traits::kRows>(), kOfKeys = kStrides;
     const uint32_t rows = warpgroup_ * (64 / device::kBlockRows) * kOfQueries.rows;
     const uint64_t queries =
         device::MatrixDescriptor(device::SharedAddress(shared_.queries[queries_.index()]) + rows, kOfQueries);
@@ -177,13 +178,13 @@ class ConsumerWarpgroup {
 
   __device__ void IssuePV(const Stage& stage, bool accumulates) {
     const uint64_t values =
-        device::MatrixDescriptor(device::SharedAddress(shared_.values[stage.index()]), kStrides);
+        device::MatrixDescriptor(device::SharedAddress(shared_.values[stage.index()]), kOfValues);
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
       for (int block = 0; block < Traits::kOutBlocks; ++block) {
         const int column = block * Traits::kOutWidth;
-        const int bytes = column / 64 * kStrides.columns + column % 64 * 2 + 2 * i * kStrides.rows;
+        const int bytes = column / 64 * kOfValues.columns + column % 64 * 2 + 2 * i * kOfValues.rows;
         device::WgmmaRS<Math>(out_.blocks[block], probabilities_[i], device::Advance(values, bytes),
                               accumulates || i > 0);
       }
@@ -213,12 +214,12 @@ class ConsumerWarpgroup {
     if (end >= kKeys) return;
     const Stage stage = keys_.Before();  // keys have left
     device::WaitForPhase(&shared_.values_full[stage.index()], stage.parity());
-    constexpr int kChunks = Traits::kColumnBlocks * 8;
+    constexpr int kChunks = ColumnBlocks(Traits::kValueDim) * 8;
     char* const values = shared_.values[stage.index()];
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < (kKeys - end) * kChunks; i += Traits::kConsumerThreads) {
       const int key = end + i / kChunks, chunk = i % kChunks;
-      *reinterpret_cast<uint4*>(values + device::SwizzledChunk(kStrides, key, chunk)) = {0, 0, 0, 0};
+      *reinterpret_cast<uint4*>(values + device::SwizzledChunk(kOfValues, key, chunk)) = {0, 0, 0, 0};
     }
     device::FenceSharedForAsync();
     device::NamedBarrierSync<kAllBarrier, Traits::kConsumerThreads>();

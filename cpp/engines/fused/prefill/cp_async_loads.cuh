@@ -18,8 +18,8 @@
 
 namespace jpa::fused {
 
-// A warp's rows of a key tile: keys, or values.
-template <typename Traits>
+// A warp's rows of a key tile: keys, or values, of `head_dim` elements.
+template <typename Traits, int head_dim>
 class TileRows {
  public:
   static constexpr int kRows = Traits::kKeys / Traits::kLoadWarps;
@@ -104,11 +104,11 @@ class TileRows {
 
  private:
   static constexpr uint32_t kNoPage = ~0u;
-  static constexpr int kRowBytes = Traits::kHeadDim * (Traits::kIs8Bit ? 1 : 2);
+  static constexpr int kRowBytes = head_dim * (Traits::kIs8Bit ? 1 : 2);
   // 64 bytes at once are as fast as more, and 32 are not. 8-bit rows take more time to convert than to copy.
   using Groups = RowGroups<kRowBytes, Traits::kIs8Bit ? 8 : 4>;
   static constexpr int kGroup = Groups::kGroup, kChunksOfLane = Groups::kChunksOfLane;
-  static constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kKeys>();
+  static constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kKeys, head_dim>();
 
   __device__ void PrefetchPageIds(int word) {
     columns_[word] = static_cast<uint32_t>(args_.call.page_size.Quotient(key_ + 32 * word));
@@ -188,20 +188,20 @@ class TileRows {
   uint32_t missing_[kWords];
 };
 
-// The keys, or the values, of all work tiles: one warp's rows.
-template <typename Traits>
+// The keys, or the values, of all work tiles: one warp's rows of `head_dim` elements.
+template <typename Traits, int head_dim>
 class CpAsyncLoader {
  public:
   using Shared = PrefillShared<Traits>;
-  using Rows = TileRows<Traits>;
-  using CacheSlice = TileCacheSlice<Traits>;
+  using Rows = TileRows<Traits, head_dim>;
+  using CacheSlice = TileCacheSlice<Traits, head_dim>;
 
   __device__ CpAsyncLoader(const PrefillArgs& args, Shared& shared, bool keys, int warp)
       : shared_(shared),
         keys_(keys),
         warp_(warp),
         stages_((keys ? shared.keys[0] : shared.values[0]) + warp * CacheSlice::kSliceBytes),
-        raw_(shared.raw[keys ? 0 : 1]),
+        raw_(keys ? shared.raw_keys : shared.raw_values),
         full_(keys ? shared.keys_full : shared.values_full),
         empty_(keys ? shared.keys_empty : shared.values_empty),
         rows_(args, keys, warp),
@@ -251,7 +251,7 @@ class CpAsyncLoader {
       device::WaitForPhase(&empty_[stage_.index()], stage_.parity() ^ 1);
       if constexpr (uses_cache) cache_.Publish();
       PublishTile<uses_cache>(tile);
-      char* const to = stages_ + stage_.index() * Traits::kTileBytes;
+      char* const to = stages_ + stage_.index() * MatrixBytes(Traits::kKeys, head_dim);
       const bool copies = !uses_cache || !is_cached_;
       if (copies) {
         if constexpr (!Traits::kIs8Bit) rows_.Copy(device::SharedAddress(to));

@@ -52,11 +52,11 @@ __device__ inline void WriteResults(const CallArgs& call, const WorkTile& work_t
     const QueryHead where = QueryHeadOf(call, work_tile, exists ? row : 0);
     const float factor = FactorOfResult(call, where.seq, where.kv_head, where.head, &softmax.state(r));
     const int64_t index = where.row * call.problem.num_q_heads + where.head;
-    auto* const out = static_cast<T*>(call.params.out) + index * Traits::kHeadDim;
+    auto* const out = static_cast<T*>(call.params.out) + index * Traits::kValueDim;
     if (exists && lane == 0) call.params.lse[index] = softmax.state(r).LogSumExp();
     // Four lanes have two columns of each block; after an exchange each has all eight of one block in four.
 #pragma unroll
-    for (int first = 0; first < Traits::kHeadDim / 8; first += 4) {
+    for (int first = 0; first < Traits::kValueDim / 8; first += 4) {
       uint32_t words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -83,9 +83,9 @@ __device__ inline void WritePartial(const Partials& partials, const WorkTile& wo
     const device::SoftmaxState& state = softmax.state(r);
     if (device::LaneId() % 4 == 0) partials.stats[index] = {state.maximum, state.sum};
 #pragma unroll
-    for (int block = 0; block < Traits::kHeadDim / 8; ++block) {
+    for (int block = 0; block < Traits::kValueDim / 8; ++block) {
       const float* columns = sums.Columns(block, r);
-      *reinterpret_cast<float2*>(partials.out + index * Traits::kHeadDim + LaneElements::Column(block)) = {
+      *reinterpret_cast<float2*>(partials.out + index * Traits::kValueDim + LaneElements::Column(block)) = {
           columns[0], columns[1]};
     }
   }

@@ -38,15 +38,15 @@ __device__ inline void Produce(const PrefillArgs& args, PrefillShared<Traits>& s
   const int warp = thread / 32;
   const bool keys = warp < Traits::kLoadWarps;
   const int warp_of_them = warp % Traits::kLoadWarps;
-  if constexpr (Traits::kUsesCpAsync && !Traits::kIs8Bit) {
+  if constexpr (Traits::kUsesCpAsync && Traits::kSameDims && !Traits::kIs8Bit) {
     // The same code for keys and values: it shares the instruction cache with the consumers.
-    CpAsyncLoader<Traits>(args, shared, keys, warp_of_them).Load();
+    CpAsyncLoader<Traits, Traits::kHeadDim>(args, shared, keys, warp_of_them).Load();
   } else if constexpr (Traits::kUsesCpAsync) {
     // Here fewer registers matter more.
     if (keys) {
-      CpAsyncLoader<Traits>(args, shared, true, warp_of_them).Load();
+      CpAsyncLoader<Traits, Traits::kHeadDim>(args, shared, true, warp_of_them).Load();
     } else {
-      CpAsyncLoader<Traits>(args, shared, false, warp_of_them).Load();
+      CpAsyncLoader<Traits, Traits::kValueDim>(args, shared, false, warp_of_them).Load();
     }
   } else if (keys) {
     LoadTilesByTma<Traits, true>(args, shared);

@@ -20,9 +20,9 @@ struct PrefillKernelInfo {
   int cache_slices = 0;
 };
 
-// The kernels of a head dim and a loader. Each pair has a file of its own, which cmake/fused_kernels.cmake
+// The kernels of a head dim of keys, one of values and a loader. Each has a file of its own, which cmake/fused_kernels.cmake
 // makes from instantiation.cu.in, so that they compile side by side.
-template <int head_dim, Loader loader>
+template <int head_dim, int value_dim, Loader loader>
 PrefillKernelInfo PrefillKernelOf(DType q_dtype, DType kv_dtype);
 
 // Makes the plan of schedule.h.

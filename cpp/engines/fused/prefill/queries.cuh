@@ -56,7 +56,7 @@ class QueryRows {
   static constexpr int kWords = 4 * Groups::kChunksOfLane;  // of a row, each of two elements
   // Two hide each other's latency, where there are registers for them.
   static constexpr int kRowsAtOnce = Groups::kChunksOfLane == 1 ? 2 : 1;
-  static constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kRows>();
+  static constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kRows, Traits::kHeadDim>();
 
   template <typename Use>
   __device__ void ForEach32(const Use& use) const {

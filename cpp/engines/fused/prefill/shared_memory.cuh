@@ -61,16 +61,18 @@ struct LoadedTile {
   }
 };
 
+constexpr int AtLeast16(int bytes) { return bytes > 16 ? bytes : 16; }
+
 template <typename Traits>
 struct PrefillShared {
   static constexpr int kWorkTiles = 4;  // short ones take less time than it takes to find the next
 
   alignas(1024) char queries[Traits::kQueryStages][Traits::kQueryBytes];
-  alignas(1024) char keys[Traits::kStages][Traits::kTileBytes];
-  alignas(1024) char values[Traits::kStages][Traits::kTileBytes];
-  alignas(16) char raw[2][Traits::kRawBytes > 0 ? Traits::kRawBytes
-                                                : 16];  // 8-bit keys, and values, on their way to f16
-  LoadedTile<Traits> tiles[Traits::kStages];            // whose keys those are
+  alignas(1024) char keys[Traits::kStages][Traits::kKeyTileBytes];
+  alignas(1024) char values[Traits::kStages][Traits::kValueTileBytes];
+  alignas(16) char raw_keys[AtLeast16(Traits::kRawKeyBytes)];
+  alignas(16) char raw_values[AtLeast16(Traits::kRawValueBytes)];
+  LoadedTile<Traits> tiles[Traits::kStages];  // whose keys those are
   int16_t exponents[Traits::kQueryStages]
                    [Traits::kIs8Bit ? Traits::kRows : 1];  // of 2: the factor of each query
   WorkTile work_tiles[kWorkTiles];
@@ -80,17 +82,26 @@ struct PrefillShared {
   device::Barrier queries_full[Traits::kQueryStages], queries_empty[Traits::kQueryStages];
   device::Barrier keys_full[Traits::kStages], keys_empty[Traits::kStages];
   device::Barrier values_full[Traits::kStages], values_empty[Traits::kStages];
+
+  template <bool of_keys>
+  __device__ auto& Stages() {
+    if constexpr (of_keys) {
+      return keys;
+    } else {
+      return values;
+    }
+  }
 };
 
 // When so many key tiles of a work tile are left the next work tile is requested: they take about the time in
 // which its queries come.
 inline constexpr int kTilesAhead = 4;
 
-// How far apart the blocks of a matrix of `rows` rows lie.
-template <typename Traits, int rows>
+// How far apart the blocks of a matrix of `rows` rows of `head_dim` columns lie.
+template <typename Traits, int rows, int head_dim>
 __device__ constexpr device::BlockStrides StridesOf() {
-  return Traits::kWholeBlocks
-             ? device::BlockStrides{device::kBlockBytes, Traits::kColumnBlocks * device::kBlockBytes}
+  return Traits::HasWholeBlocks(head_dim)
+             ? device::BlockStrides{device::kBlockBytes, ColumnBlocks(head_dim) * device::kBlockBytes}
              : device::BlockStrides{rows / device::kBlockRows * device::kBlockBytes, device::kBlockBytes};
 }
 

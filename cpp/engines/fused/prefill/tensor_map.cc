@@ -38,34 +38,33 @@ bool FitsTma(const AttentionProblem& problem) {
   return ByteWidth(problem.kv_dtype) == 2 && problem.page_size % kBlockRows == 0;
 }
 
-bool TensorMapExists(const AttentionProblem& problem, int64_t num_pages, const void* pool,
-                     const PageStrides& strides) {
+bool TensorMapExists(const AttentionProblem& problem, const PagePool& pool) {
   const int64_t width = ByteWidth(problem.kv_dtype);
   const auto fits = [&](int64_t stride) {
     return stride * width % kAlign == 0 && stride * width < kStrideEnd;
   };
-  return FitsTma(problem) && num_pages > 0 && reinterpret_cast<uintptr_t>(pool) % kAlign == 0 &&
-         fits(strides.page) && fits(strides.token) && fits(strides.head) &&
-         (problem.head_dim % kBlockColumns != 0 || strides.head % kBlockColumns == 0);
+  return FitsTma(problem) && pool.num_pages > 0 && reinterpret_cast<uintptr_t>(pool.pages) % kAlign == 0 &&
+         fits(pool.strides.page) && fits(pool.strides.token) && fits(pool.strides.head) &&
+         (pool.head_dim % kBlockColumns != 0 || pool.strides.head % kBlockColumns == 0);
 }
 
-Status MakeTensorMap(const AttentionProblem& problem, int64_t num_pages, const void* pool,
-                     const PageStrides& strides, int32_t box_rows, CUtensorMap* map,
-                     int32_t* blocks_per_head, int32_t box_blocks) {
+Status MakeTensorMap(const AttentionProblem& problem, const PagePool& pool, int32_t box_rows,
+                     CUtensorMap* map, int32_t* blocks_per_head, int32_t box_blocks) {
   static const Encode encode = FindEncode();
   if (encode == nullptr) {
     return Status::Internal("implementation 'fused': the CUDA driver has no cuTensorMapEncodeTiled");
   }
   const auto unsigned64 = [](int64_t number) { return static_cast<cuuint64_t>(number); };
   const int64_t width = ByteWidth(problem.kv_dtype);
-  const bool whole_blocks = problem.head_dim % kBlockColumns == 0;
-  const int64_t blocks = whole_blocks ? problem.head_dim / kBlockColumns : 1;
+  const PageStrides& strides = pool.strides;
+  const bool whole_blocks = pool.head_dim % kBlockColumns == 0;
+  const int64_t blocks = whole_blocks ? pool.head_dim / kBlockColumns : 1;
   const int64_t block_stride = whole_blocks ? kBlockColumns : strides.head;
   *blocks_per_head = static_cast<int32_t>(strides.head / block_stride);
-  const int64_t columns = whole_blocks ? kBlockColumns : problem.head_dim;
+  const int64_t columns = whole_blocks ? kBlockColumns : pool.head_dim;
   const cuuint64_t sizes[] = {unsigned64(columns), unsigned64(kBlockRows),
                               unsigned64((problem.num_kv_heads - 1) * *blocks_per_head + blocks),
-                              unsigned64(problem.page_size / kBlockRows), unsigned64(num_pages)};
+                              unsigned64(problem.page_size / kBlockRows), unsigned64(pool.num_pages)};
   const cuuint64_t bytes[] = {unsigned64(strides.token * width), unsigned64(block_stride * width),
                               unsigned64(kBlockRows * strides.token * width),
                               unsigned64(strides.page * width)};
@@ -75,7 +74,7 @@ Status MakeTensorMap(const AttentionProblem& problem, int64_t num_pages, const v
   const cuuint32_t steps[] = {1, 1, 1, 1, 1};
   const CUtensorMapDataType dtype =
       problem.kv_dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = encode(map, dtype, 5, const_cast<void*>(pool), sizes, bytes, box, steps,
+  const CUresult result = encode(map, dtype, 5, const_cast<void*>(pool.pages), sizes, bytes, box, steps,
                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return Status::Ok();

@@ -11,6 +11,27 @@
 
 namespace jpa::fused {
 
+// The pages of keys, or of values.
+struct PagePool {
+  const void* pages;  // [num_pages, S, K, head_dim], through strides
+  int64_t num_pages;
+  int64_t head_dim;
+  PageStrides strides;
+};
+
+inline PagePool KeyPool(const AttentionProblem& problem, const AttentionParams& params) {
+  return {.pages = params.k_pages,
+          .num_pages = problem.num_k_pages,
+          .head_dim = problem.head_dim,
+          .strides = params.k_strides};
+}
+inline PagePool ValuePool(const AttentionProblem& problem, const AttentionParams& params) {
+  return {.pages = params.v_pages,
+          .num_pages = problem.num_v_pages,
+          .head_dim = problem.value_dim,
+          .strides = params.v_strides};
+}
+
 // Tokens of a box: the most, a power of two, that reach neither from one page into the next nor from one key
 // tile of `tile_keys` into the next.
 int32_t TmaBoxRows(int64_t page_size, int32_t tile_keys);
@@ -20,15 +41,13 @@ int32_t TmaBoxRows(int64_t page_size, int32_t tile_keys);
 bool FitsTma(const AttentionProblem& problem);
 
 // True if TMA can load pages of such sizes from that pool.
-bool TensorMapExists(const AttentionProblem& problem, int64_t num_pages, const void* pool,
-                     const PageStrides& strides);
+bool TensorMapExists(const AttentionProblem& problem, const PagePool& pool);
 
-// A pool [P, S, K, H] of 16-bit elements in boxes of `box_rows` tokens. If heads are whole blocks of 64
-// columns a box has `box_blocks` of them, or all of a head if that is 0, and the tensor is (column of a block, token of eight, block, eight tokens,
-// page), where head h's blocks start at h * blocks_per_head. Otherwise it has 64 columns, and the tensor is
-// (column, token of eight, head, eight tokens, page).
-Status MakeTensorMap(const AttentionProblem& problem, int64_t num_pages, const void* pool,
-                     const PageStrides& strides, int32_t box_rows, CUtensorMap* map,
-                     int32_t* blocks_per_head, int32_t box_blocks = 0);
+// A pool of 16-bit elements in boxes of `box_rows` tokens. If heads are whole blocks of 64 columns a box has
+// `box_blocks` of them, or all of a head if that is 0, and the tensor is (column of a block, token of eight,
+// block, eight tokens, page), where head h's blocks start at h * blocks_per_head. Otherwise it has 64
+// columns, and the tensor is (column, token of eight, head, eight tokens, page).
+Status MakeTensorMap(const AttentionProblem& problem, const PagePool& pool, int32_t box_rows,
+                     CUtensorMap* map, int32_t* blocks_per_head, int32_t box_blocks = 0);
 
 }  // namespace jpa::fused

@@ -14,14 +14,15 @@
 
 namespace jpa::fused {
 
-// A warp's slice of cached keys, or of cached values, along the key tiles of a work tile.
-template <typename Traits>
+// A warp's slice of cached keys, or of cached values, along the key tiles of a work tile: rows of `head_dim`
+// elements.
+template <typename Traits, int head_dim>
 class TileCacheSlice {
  public:
   enum State : uint32_t { kNone, kClaimed, kReady };
   static constexpr int kSlices = 2 * Traits::kLoadWarps;  // of a cached tile
-  static constexpr uint32_t kSliceBytes = Traits::kTileBytes / Traits::kLoadWarps;
-  static_assert(Traits::kWholeBlocks, "a warp's rows are one piece");
+  static constexpr uint32_t kSliceBytes = MatrixBytes(Traits::kKeys, head_dim) / Traits::kLoadWarps;
+  static_assert(Traits::HasWholeBlocks(head_dim), "a warp's rows are one piece");
 
   __device__ TileCacheSlice(const TileCache& tile_cache, bool keys, int warp)
       : cache_(tile_cache), first_slice_((keys ? 0 : Traits::kLoadWarps) + warp) {}
@@ -64,7 +65,7 @@ class TileCacheSlice {
   __device__ void Load(int32_t tile, char* rows, device::Barrier* full) const {
     if (device::LaneId() == 0) {
       device::ArriveAndExpectBytes(full, kSliceBytes);
-      device::BulkLoad(rows, cache_.bytes + int64_t{Slice(tile)} * kSliceBytes, kSliceBytes, full);
+      device::BulkLoad(rows, cache_.bytes + int64_t{Slice(tile)} * kPlaceBytes, kSliceBytes, full);
     } else {
       device::Arrive(full);
     }
@@ -86,7 +87,7 @@ class TileCacheSlice {
       storing_ = -1;
       return;
     }
-    device::BulkStore(cache_.bytes + int64_t{storing_} * kSliceBytes, rows, kSliceBytes);
+    device::BulkStore(cache_.bytes + int64_t{storing_} * kPlaceBytes, rows, kSliceBytes);
     device::CommitBulkStores();
   }
   // After Store, if it stored: others may take the tile.
@@ -98,6 +99,9 @@ class TileCacheSlice {
   }
 
  private:
+  // Slices of keys and of values have places of one size.
+  static constexpr uint32_t kPlaceBytes = Traits::kCachedTileBytes / kSlices;
+
   __device__ int32_t Slice(int32_t tile) const { return (first_index_ + tile) * kSlices + first_slice_; }
 
   const TileCache& cache_;

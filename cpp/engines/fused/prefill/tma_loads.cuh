@@ -35,7 +35,7 @@ __device__ inline int32_t PageOf(const CallArgs& call, int32_t id, int64_t num_p
 }
 
 // Loads a key tile to the stage that starts at `stage`.
-template <typename Traits>
+template <typename Traits, int head_dim>
 __device__ inline void LoadTileByTma(const PrefillArgs& args, const CUtensorMap& map, int32_t blocks_per_head,
                                      int64_t num_pages, const TmaBox<Traits>& box, int32_t head, char* stage,
                                      device::Barrier* full) {
@@ -43,13 +43,13 @@ __device__ inline void LoadTileByTma(const PrefillArgs& args, const CUtensorMap&
   if (offset >= Traits::kKeys) return;
   // TMA makes zeros of a box outside the pool.
   const int32_t page = PageOf(args.call, box.id, num_pages);
-  constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kKeys>();
+  constexpr device::BlockStrides kStrides = StridesOf<Traits, Traits::kKeys, head_dim>();
   char* const to = stage + offset / device::kBlockRows * kStrides.rows;
-  if constexpr (Traits::kWholeBlocks) {
+  if constexpr (Traits::HasWholeBlocks(head_dim)) {
     device::TmaLoad(to, &map, {0, 0, head * blocks_per_head, box.token / device::kBlockRows, page}, full);
   } else {
 #pragma unroll
-    for (int block = 0; block < Traits::kColumnBlocks; ++block) {
+    for (int block = 0; block < ColumnBlocks(head_dim); ++block) {
       device::TmaLoad(to + block * kStrides.columns, &map,
                       {block * device::kBlockColumns, 0, head, box.token / device::kBlockRows, page}, full);
     }
@@ -59,11 +59,13 @@ __device__ inline void LoadTileByTma(const PrefillArgs& args, const CUtensorMap&
 // The keys, or the values, of all work tiles. Only the warp with the keys tells consumers of tiles.
 template <typename Traits, bool keys>
 __device__ inline void LoadTilesByTma(const PrefillArgs& args, PrefillShared<Traits>& shared) {
+  constexpr int kHeadDim = keys ? Traits::kHeadDim : Traits::kValueDim;
+  constexpr int kTileBytes = keys ? Traits::kKeyTileBytes : Traits::kValueTileBytes;
   const int lane = static_cast<int>(device::LaneId());
   const CUtensorMap& map = keys ? args.k_map : args.v_map;
   const int64_t num_pages = keys ? args.call.problem.num_k_pages : args.call.problem.num_v_pages;
   const int32_t blocks_per_head = keys ? args.k_blocks_per_head : args.v_blocks_per_head;
-  auto& stages = keys ? shared.keys : shared.values;
+  auto& stages = shared.template Stages<keys>();
   auto& full = keys ? shared.keys_full : shared.values_full;
   auto& empty = keys ? shared.keys_empty : shared.values_empty;
   PipelineState<PrefillShared<Traits>::kWorkTiles> state;
@@ -83,11 +85,11 @@ __device__ inline void LoadTilesByTma(const PrefillArgs& args, PrefillShared<Tra
       device::WaitForPhase(&empty[stage.index()], stage.parity() ^ 1);
       if (lane == 0) {
         if (keys) shared.tiles[stage.index()] = {tile, {{missing}}};
-        device::ArriveAndExpectBytes(&full[stage.index()], Traits::kTileBytes);
+        device::ArriveAndExpectBytes(&full[stage.index()], kTileBytes);
       }
       __syncwarp();
-      LoadTileByTma<Traits>(args, map, blocks_per_head, num_pages, box, work_tile.head, stages[stage.index()],
-                            &full[stage.index()]);
+      LoadTileByTma<Traits, kHeadDim>(args, map, blocks_per_head, num_pages, box, work_tile.head,
+                                      stages[stage.index()], &full[stage.index()]);
       if (keys && lane == 0 && tile - work_tile.tiles.begin == kTilesAhead)
         device::Arrive(&shared.work_tile_ending);
     }

@@ -1,4 +1,4 @@
-// A prefill kernel's dtype, loader and head dim, and all sizes that follow: the one place for them.
+// A prefill kernel's dtype, loader and head dims, and all sizes that follow: the one place for them.
 #pragma once
 
 #include "core/problem.h"
@@ -6,7 +6,12 @@
 
 namespace jpa::fused {
 
-template <DType q_dtype_, Loader loader_, bool is_8bit_, int head_dim_>
+// Matrices in shared memory are in blocks of 8 rows and 64 columns (device/wgmma.cuh). The columns past a head
+// dim are not used.
+constexpr int ColumnBlocks(int head_dim) { return (head_dim + 63) / 64; }
+constexpr int MatrixBytes(int rows, int head_dim) { return ColumnBlocks(head_dim) * rows * 128; }
+
+template <DType q_dtype_, Loader loader_, bool is_8bit_, int head_dim_, int value_dim_>
 struct PrefillTraits {
   static constexpr DType kQ = q_dtype_;
   static constexpr Loader kLoader = loader_;
@@ -15,7 +20,10 @@ struct PrefillTraits {
   static_assert(!kIs8Bit || kUsesCpAsync,
                 "8-bit keys and values become f16 on their way, which TMA cannot do");
   static constexpr DType kMath = kIs8Bit ? DType::kF16 : kQ;  // of both MMAs
-  static constexpr int kHeadDim = head_dim_;
+  static constexpr int kHeadDim = head_dim_;    // of queries and keys
+  static constexpr int kValueDim = value_dim_;  // of values and results
+  static constexpr bool kSameDims = kHeadDim == kValueDim;
+  static_assert(kValueDim <= kHeadDim, "key tiles leave registers for no wider results");
 
   // A consumer warpgroup has 64 packed rows: scores and results of that many fill its registers. Ping-pong
   // barriers let one's softmax run beside the others' MMAs. With a head dim of 64 MMAs are so short that it
@@ -24,8 +32,12 @@ struct PrefillTraits {
   static constexpr int kConsumerWarpgroups = kHeadDim <= 64 && !kUsesCpAsync ? 3 : 2;
   static constexpr int kRows = 64 * kConsumerWarpgroups;
   // Keys of a key tile: as many as fit twice into 227 KB, and leave registers for the results, which take
-  // head_dim / 2 of each thread. Warps that load by cp.async have 32 keys each at a time.
-  static constexpr int kKeys = kHeadDim <= 128 ? 128 : kHeadDim <= 192 && !kUsesCpAsync ? 96 : 64;
+  // kValueDim / 2 of each thread. Warps that load by cp.async have 32 keys each at a time.
+  static constexpr int kKeys = kHeadDim <= 128                ? 128
+                               : kHeadDim > 192               ? 64
+                               : kValueDim <= 128 && !kIs8Bit ? 128
+                               : kUsesCpAsync                 ? 64
+                                                              : 96;
   static constexpr int kStages = 2;
   // In blocks of 16 keys, as many as an MMA takes. The softmax goes over a key tile in two halves, so that
   // the second one's exponents are computed beside the first one's exp2. Before its last quarter it waits for
@@ -62,24 +74,28 @@ struct PrefillTraits {
                     128 * (kTwoProducerWarpgroups ? kTileRegisters + kQueryRegisters : kTileRegisters) <=
                 65536 / kThreads / 8 * 8 * kThreads);
 
-  // Matrices in shared memory, in blocks of 8 rows and 64 columns (device/wgmma.cuh). The columns past the
-  // head dim are not used.
-  static constexpr int kColumnBlocks = (kHeadDim + 63) / 64;
-  static constexpr int kQueryBytes = kColumnBlocks * kRows * 128;
-  static constexpr int kTileBytes = kColumnBlocks * kKeys * 128;    // of keys, and of values
-  static constexpr int kRawBytes = kIs8Bit ? kKeys * kHeadDim : 0;  // likewise, on their way to f16
-  static constexpr int kLoadBytes = 2 * (kStages * kTileBytes + kRawBytes);
+  static constexpr int kQueryBytes = MatrixBytes(kRows, kHeadDim);
+  static constexpr int kKeyTileBytes = MatrixBytes(kKeys, kHeadDim);
+  static constexpr int kValueTileBytes = MatrixBytes(kKeys, kValueDim);
+  // 8-bit keys and values on their way to f16.
+  static constexpr int kRawKeyBytes = kIs8Bit ? kKeys * kHeadDim : 0;
+  static constexpr int kRawValueBytes = kIs8Bit ? kKeys * kValueDim : 0;
+  static constexpr int kLoadBytes =
+      kStages * (kKeyTileBytes + kValueTileBytes) + kRawKeyBytes + kRawValueBytes;
+  // Of the tile cache, which has as much room for values as for keys.
+  static constexpr int kCachedTileBytes =
+      kUsesCpAsync ? 2 * (kKeyTileBytes > kValueTileBytes ? kKeyTileBytes : kValueTileBytes) : 0;
   // Two row tiles of queries where they fit: then the next one is there when a work tile ends.
   static constexpr int kQueryStages = 2 * kQueryBytes + kLoadBytes <= kMostSharedBytes - kMiscBytes ? 2 : 1;
   static_assert(kQueryStages * kQueryBytes + kLoadBytes <= kMostSharedBytes - kMiscBytes);
   // Blocks of the same rows are neighbours: then a page's tokens come in one box, and the rows of a warp are
   // one piece of memory. TMA cannot do that for heads that are no whole blocks: there blocks of the same
   // columns are neighbours, and a box has 64 columns.
-  static constexpr bool kWholeBlocks = kUsesCpAsync || kHeadDim % 64 == 0;
+  static constexpr bool HasWholeBlocks(int head_dim) { return kUsesCpAsync || head_dim % 64 == 0; }
   // Columns of results that one wgmma has; those of the next one start with a block.
-  static constexpr int kOutWidth = kHeadDim % 128 == 0 ? 128 : kHeadDim == 96 ? 96 : 64;
-  static constexpr int kOutBlocks = kHeadDim / kOutWidth;
-  static_assert(kOutBlocks * kOutWidth == kHeadDim && kHeadDim % 32 == 0, "no wgmma for this head dim");
+  static constexpr int kOutWidth = kValueDim % 128 == 0 ? 128 : kValueDim == 96 ? 96 : 64;
+  static constexpr int kOutBlocks = kValueDim / kOutWidth;
+  static_assert(kOutBlocks * kOutWidth == kValueDim && kHeadDim % 32 == 0, "no wgmma for these head dims");
   static_assert(kOutBlocks == 1 || kOutWidth % 64 == 0, "a wgmma starts with a block");
 };
 
