@@ -42,6 +42,8 @@ class Workload:
     table_pages: int | None = None  # columns of the block table; None: pages of the longest sequence
     batch_invariant: bool = False
     ragged: bool = False  # decode rows go through `ragged_paged_attention`
+    value_dim: int | None = None  # None: as head_dim
+    values_in_keys: bool = False  # one pool: values are the first numbers of each key
 
     @property
     def batch(self) -> int:
@@ -62,6 +64,10 @@ class Workload:
         return self.rows == 1
 
     @property
+    def head_dim_of_values(self) -> int:
+        return self.value_dim or self.head_dim
+
+    @property
     def quantized(self) -> bool:
         return self.page_dtype in PAGE_SCALE
 
@@ -77,8 +83,10 @@ class Workload:
 
     def bytes(self) -> int:
         """The least that has to move: keys and values read once, queries read, outputs written."""
-        keys_and_values = 2 * sum(keys for _, keys in self.sequences) * self.num_kv_heads * self.head_dim
-        queries_and_outputs = 2 * sum(rows for rows, _ in self.sequences) * self.num_heads * self.head_dim
+        values = self.head_dim_of_values
+        per_token = self.head_dim + (0 if self.values_in_keys else values)
+        keys_and_values = sum(keys for _, keys in self.sequences) * self.num_kv_heads * per_token
+        queries_and_outputs = sum(rows for rows, _ in self.sequences) * self.num_heads * (self.head_dim + values)
         of_pages, of_queries = (np.dtype(DTYPES[d]).itemsize for d in (self.page_dtype or self.dtype, self.dtype))
         return keys_and_values * of_pages + queries_and_outputs * of_queries
 
@@ -86,7 +94,7 @@ class Workload:
         """The two matrix products, over the (query, key) pairs that the causal mask leaves."""
         hidden = sum(rows * (rows - 1) // 2 for rows, _ in self.sequences) if self.causal else 0
         pairs = sum(rows * keys for rows, keys in self.sequences) - hidden
-        return 4 * pairs * self.num_heads * self.head_dim
+        return 2 * pairs * self.num_heads * (self.head_dim + self.head_dim_of_values)
 
     @staticmethod
     def _common(counts: Iterable[int]) -> int:
@@ -159,6 +167,8 @@ GPU_DECODE = (
     Workload("decode 64x1k table 64", "bf16", _64X1K),
     Workload("decode 64x1k table 8192", "bf16", _64X1K, table_pages=8192),
 )
+# DeepSeek's prompts, without absorbed projections.
+_PLAIN_MLA: dict[str, Any] = {"num_heads": 16, "num_kv_heads": 16, "head_dim": 192, "value_dim": 128}
 GPU_PREFILL = (
     Workload("prefill 1x16k", "bf16", ((16384, 16384),)),
     Workload("prefill 1x16k page 128", "bf16", ((16384, 16384),), page_size=128),
@@ -180,9 +190,30 @@ GPU_PREFILL = (
     Workload("prefill 1x16k head dim 64", "bf16", ((16384, 16384),), head_dim=64),
     Workload("prefill 1x16k 16/8 heads head dim 256", "bf16", ((16384, 16384),), num_heads=16, head_dim=256),
     Workload("prefill 16x4k 16/16 heads, no mask", "bf16", ((4096, 4096),) * 16, **PLAN, causal=False),
+    Workload("prefill 1x8k 16/16 heads of 192, values of 128", "bf16", ((8192, 8192),), **_PLAIN_MLA),
+    Workload("prefill 4x4k 16/16 heads of 192, values of 128", "bf16", ((4096, 4096),) * 4, **_PLAIN_MLA),
     Workload("mixed 63x4k decode, 2k of 8k", "bf16", (*(((1, 4096),) * 63), (2048, 8192))),
 )
-GPU = GPU_DECODE + GPU_PREFILL
+
+
+def _mla(name: str, sequences: tuple[tuple[int, int], ...], heads: int, **other: Any) -> Workload:
+    """Decode of DeepSeek V3 with absorbed projections, or of a share of its heads."""
+    dims: dict[str, Any] = {"num_kv_heads": 1, "head_dim": 576, "value_dim": 512, "values_in_keys": True}
+    return Workload(f"MLA {name}, {heads} heads", "bf16", sequences, heads, **{"page_size": 64, **dims, **other})
+
+
+GPU_MLA = (
+    *(_mla(f"{batch}x4k", ((1, 4096),) * batch, heads) for heads in (128, 16) for batch in (64, 128)),
+    _mla("16x8k", ((1, 8192),) * 16, 32),
+    *(_mla("1x32k", ((1, 32768),), heads) for heads in (128, 16)),
+    _mla("128x4k, 2 rows", ((2, 4096),) * 128, 128),
+    _mla("63x<=1k 1x64k", _skewed(64, 1024, 65536), 16),
+    _mla("64x4k page 16", _64X4K, 16, page_size=16),
+    _mla("64x4k page 1", _64X4K, 16, page_size=1),
+    _mla("1x1k", ((1, 1024),), 16),
+    _mla("8x1k", ((1, 1024),) * 8, 16),
+)
+GPU = GPU_DECODE + GPU_PREFILL + GPU_MLA
 
 # How many times the cost of another a workload may have: (first, second, goal).
 RELATIONS = (
@@ -304,7 +335,7 @@ class Operands(NamedTuple):
 
     q: Array  # [T, N, H]
     k_pages: Array  # [P, S, K, H]
-    v_pages: Array
+    v_pages: Array  # [P, S, K, Hv], or [0] where the values are in the keys
     block_tables: Array  # [B, M], 0 where a sequence has no page
     kv_lens: Array  # [B]
     cu_q_lens: Array  # [B + 1]
@@ -325,11 +356,14 @@ def make_ragged(workload: Workload, copies: int, seed: int = 0) -> tuple[Operand
 
 
 def make_pools(workload: Workload, num_pages: int, seed: int = 0) -> tuple[Array, Array]:
-    """Pools of keys and values, [P, S, K, H]."""
+    """Pools of keys [P, S, K, H] and values [P, S, K, Hv]; the second is empty where the values are in the keys."""
     w = workload
-    shape, dtype = (num_pages, w.page_size, w.num_kv_heads, w.head_dim), DTYPES[w.page_dtype or w.dtype]
+    shape, dtype = (num_pages, w.page_size, w.num_kv_heads), DTYPES[w.page_dtype or w.dtype]
     k_key, v_key, _ = jax.random.split(jax.random.key(seed), 3)
-    return _random(k_key, shape, dtype), _random(v_key, shape, dtype)
+    k_pages = _random(k_key, (*shape, w.head_dim), dtype)
+    if w.values_in_keys:
+        return k_pages, jnp.zeros(0, dtype)
+    return k_pages, _random(v_key, (*shape, w.head_dim_of_values), dtype)
 
 
 def make_in_pools(workload: Workload, pools: tuple[Array, Array], copies: int, seed: int = 0) -> tuple[Operands, ...]:

@@ -69,6 +69,8 @@ def _plain(workload: Workload) -> None:
     """Requires pages of the queries' dtype, and a workload that asks for nothing that only this package has."""
     _need(not workload.quantized, "pages of the queries' dtype only")
     _need(not workload.ragged, "as the call of one row per sequence")
+    _need(workload.head_dim_of_values == workload.head_dim, "one head dim for keys and values")
+    _need(not workload.values_in_keys, "a pool of values")
     _need(not workload.batch_invariant, "not asked for it: as without")
 
 
@@ -83,9 +85,12 @@ def _engine(name: str, workload: Workload) -> Iterator[Variant]:
         options: dict[str, Any] = {"implementation": name, "batch_invariant": w.batch_invariant}
         if w.quantized:
             options |= {"k_scale": x.k_scale, "v_scale": x.v_scale}
+        v_pages = None if w.values_in_keys else x.v_pages
+        if w.values_in_keys:
+            options["value_dim"] = w.value_dim
         if w.decode and not w.ragged:
-            return jnp.asarray(jpa.paged_attention(x.q, x.k_pages, x.v_pages, x.block_tables, x.kv_lens, **options))
-        operands = (x.q, x.k_pages, x.v_pages, x.kv_lens, x.block_tables, x.cu_q_lens)
+            return jnp.asarray(jpa.paged_attention(x.q, x.k_pages, v_pages, x.block_tables, x.kv_lens, **options))
+        operands = (x.q, x.k_pages, v_pages, x.kv_lens, x.block_tables, x.cu_q_lens)
         return jnp.asarray(jpa.ragged_paged_attention(*operands, causal=w.causal, **options))
 
     yield Variant("batch-invariant" if w.batch_invariant else "", attend)

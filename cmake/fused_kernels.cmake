@@ -1,4 +1,4 @@
-# Makes everything that follows from JPA_FUSED_DECODE_HEAD_DIMS and JPA_FUSED_PREFILL_HEAD_DIMS:
+# Makes everything that follows from JPA_FUSED_DECODE_HEAD_DIMS, JPA_FUSED_PREFILL_HEAD_DIMS and JPA_FUSED_MLA_HEAD_DIMS:
 #
 # - JPA_FUSED_INSTANTIATIONS: one source file per kernel, so that they compile side by side
 # - engines/fused/head_dims.h in JPA_GENERATED, from which cpp/engines/fused chooses a kernel
@@ -16,7 +16,7 @@ macro(jpa_parse_head_dims entry)
   string(REPLACE : _ JPA_DIMS ${entry})
 endmacro()
 
-foreach(kernel IN ITEMS DECODE PREFILL)
+foreach(kernel IN ITEMS DECODE PREFILL MLA)
   set(pairs_cpp)
   set(pairs_py)
   foreach(entry IN LISTS JPA_FUSED_${kernel}_HEAD_DIMS)
@@ -37,12 +37,15 @@ foreach(entry IN LISTS JPA_FUSED_DECODE_HEAD_DIMS)
   configure_file(cpp/engines/fused/decode/instantiation.cu.in ${instantiation} @ONLY)
   list(APPEND JPA_FUSED_INSTANTIATIONS ${instantiation})
 endforeach()
-foreach(entry IN LISTS JPA_FUSED_PREFILL_HEAD_DIMS)
-  jpa_parse_head_dims(${entry})
-  # The values of the enum Loader.
-  foreach(JPA_LOADER kTma kCpAsync)
-    set(instantiation ${JPA_GENERATED}/engines/fused/prefill/head_dim_${JPA_DIMS}_${JPA_LOADER}.cu)
-    configure_file(cpp/engines/fused/prefill/instantiation.cu.in ${instantiation} @ONLY)
-    list(APPEND JPA_FUSED_INSTANTIATIONS ${instantiation})
+foreach(kernel IN ITEMS prefill mla)
+  string(TOUPPER ${kernel} upper)
+  foreach(entry IN LISTS JPA_FUSED_${upper}_HEAD_DIMS)
+    jpa_parse_head_dims(${entry})
+    # The values of the enum Loader.
+    foreach(JPA_LOADER kTma kCpAsync)
+      set(instantiation ${JPA_GENERATED}/engines/fused/${kernel}/head_dim_${JPA_DIMS}_${JPA_LOADER}.cu)
+      configure_file(cpp/engines/fused/${kernel}/instantiation.cu.in ${instantiation} @ONLY)
+      list(APPEND JPA_FUSED_INSTANTIATIONS ${instantiation})
+    endforeach()
   endforeach()
 endforeach()

@@ -5,12 +5,13 @@ import logging
 from collections.abc import Iterable, Mapping
 
 from jax_paged_attn import _ffi
-from jax_paged_attn._head_dims import FUSED_HEAD_DIMS
+from jax_paged_attn._head_dims import FUSED_HEAD_DIMS, FUSED_MLA_HEAD_DIMS
 from jax_paged_attn._options import Scoring
 from jax_paged_attn._warnings import warn_once
 
 _log = logging.getLogger("jax_paged_attn")
 
+_MLA_CAPABILITY = "9.0"
 _QUANTIZED = ("float8_e4m3fn", "float8_e5m2", "int8")
 
 
@@ -42,6 +43,8 @@ class Engine:
       q_dtypes: dtypes of queries that it takes.
       quantized_dtypes: dtypes of pages that it reads besides that of the queries.
       head_dims: head dims of keys and of values that it takes; None is any.
+      mla_head_dims: those that it takes besides where the values are in the keys, with pages of q's dtype, on GPUs of
+        compute capability 9.0.
       batch_invariant: whether it can guarantee that a sequence has the same bits alone and in any batch.
       token_scales: whether it reads pages with one scale per token and head. "fused" does not: its products run from
         tensor cores' registers to registers, and a factor per key would cost every call in there.
@@ -52,6 +55,7 @@ class Engine:
     q_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     quantized_dtypes: tuple[str, ...] = _QUANTIZED
     head_dims: tuple[tuple[int, int], ...] | None = None
+    mla_head_dims: tuple[tuple[int, int], ...] = ()
     batch_invariant: bool = False
     token_scales: bool = True
 
@@ -62,12 +66,22 @@ class Engine:
         if call.page_dtype not in (call.q_dtype, *self.quantized_dtypes):
             expected = _either((call.q_dtype, *self.quantized_dtypes))
             return f"expected pages of dtype {expected}, got {call.page_dtype}"
-        dims = (call.head_dim, call.value_dim)
-        if self.head_dims is not None and dims not in self.head_dims:
-            return f"expected a head dim of {_either(map(_name, self.head_dims))}, got {_name(dims)}"
+        dims, taken = (call.head_dim, call.value_dim), self._head_dims_for(call)
+        if taken is not None and dims not in taken:
+            return f"expected a head dim of {_either(map(_name, taken))}, got {_name(dims)}"
+        if self.takes_as_mla(call) and call.page_dtype != call.q_dtype:
+            return f"expected pages of dtype {call.q_dtype} at a head dim of {_name(dims)}, got {call.page_dtype}"
         if call.token_scales and not self.token_scales:
             return "expected scales of pages to be scalar or per head, got one per token and head"
         return None
+
+    def _head_dims_for(self, call: Call) -> tuple[tuple[int, int], ...] | None:
+        if self.head_dims is None or not call.values_in_keys:
+            return self.head_dims
+        return tuple(dims for dims in self.head_dims if dims[0] == dims[1]) + self.mla_head_dims
+
+    def takes_as_mla(self, call: Call) -> bool:
+        return call.values_in_keys and (call.head_dim, call.value_dim) in self.mla_head_dims
 
     def rejects(self, call: Call) -> str | None:
         """Why the engine cannot run the call on any platform, or None."""
@@ -75,15 +89,21 @@ class Engine:
             return "expected batch_invariant=False, got True, which it does not guarantee"
         return self.unsupported(call)
 
-    def missing(self, platform: str) -> str | None:
-        """Why the engine cannot run on the platform, or None."""
+    def missing(self, platform: str, call: Call | None = None) -> str | None:
+        """Why the engine cannot run on the platform, or cannot run the call on this one's device, or None."""
         if self.platform not in (None, platform):
             return f"runs on {self.platform}, not on {platform}"
+        if call is not None and self.takes_as_mla(call):
+            capability = _ffi.compute_capability()
+            if capability not in (None, _MLA_CAPABILITY):
+                return f"runs MLA on compute capability {_MLA_CAPABILITY}, not on {capability}"
         return _ffi.missing(self.platform) if self.platform else None
 
     def __str__(self) -> str:
         """The calls that the engine takes, in one line."""
         head_dims = "any head dim" if self.head_dims is None else f"head dims {', '.join(map(_name, self.head_dims))}"
+        if self.mla_head_dims:
+            head_dims += f", MLA with {', '.join(map(_name, self.mla_head_dims))}"
         return "; ".join(
             (
                 f"q {', '.join(self.q_dtypes)}",
@@ -113,6 +133,7 @@ ENGINES = (
         platform="cuda",
         q_dtypes=("bfloat16", "float16"),
         head_dims=FUSED_HEAD_DIMS,
+        mla_head_dims=FUSED_MLA_HEAD_DIMS,
         batch_invariant=True,
         token_scales=False,
     ),
@@ -188,7 +209,7 @@ def choose(call: Call, platform: str, implementation: str | None) -> Explanation
     rejected: dict[str, str] = {}
     chosen = None
     for engine in ENGINES:
-        reason = engine.missing(platform) or engine.rejects(call)
+        reason = engine.missing(platform, call) or engine.rejects(call)
         if engine.name == implementation and reason:
             raise ValueError(f"implementation: {implementation!r} is not available here: {reason}")
         if reason is None and implementation not in (None, engine.name):

@@ -180,6 +180,15 @@ def compiled(platform: str) -> ModuleType:
     return module
 
 
+def compute_capability() -> str | None:
+    """That of this process's first GPU, such as "9.0"; None where JAX has no GPU, as in a program for export."""
+    try:
+        device, *_ = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return None
+    return device.compute_capability
+
+
 def missing(platform: str) -> str | None:
     """Why there is no compiled module for the platform, or None if there is one."""
     if has(platform):

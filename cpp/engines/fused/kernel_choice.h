@@ -7,11 +7,12 @@
 #include "core/problem.h"
 #include "engines/fused/decode/kernels.h"
 #include "engines/fused/head_dims.h"
+#include "engines/fused/mla/kernels.h"
 #include "engines/fused/prefill/kernels.h"
 
 namespace jpa::fused {
 
-// The compute capability that prefill kernels are compiled for; 0 if there are none.
+// The compute capability that prefill and MLA kernels are compiled for; 0 if there are none.
 #ifdef JPA_HAVE_SM90A
 inline constexpr int kPrefillCapability = 90;
 #else
@@ -41,6 +42,19 @@ PrefillKernelInfo PrefillKernelFor(const AttentionProblem& problem) {
   return ForHeadDims(PrefillHeadDims(), problem, [&](auto dims) {
     return PrefillKernelOf<dims.kHeadDim, dims.kValueDim, loader>(problem.q_dtype, problem.kv_dtype);
   });
+}
+
+template <Loader loader>
+MlaKernelInfo MlaKernelFor(const AttentionProblem& problem) {
+  return ForHeadDims(MlaHeadDims(), problem, [&](auto dims) {
+    return MlaKernelOf<dims.kHeadDim, dims.kValueDim, loader>(problem.q_dtype, problem.kv_dtype);
+  });
+}
+
+// True if MLA kernels have the head dims and dtypes: then no other kernel has them. They take them only where
+// the values are in the keys.
+inline bool IsMla(const AttentionProblem& problem) {
+  return MlaKernelFor<Loader::kCpAsync>(problem).kernel != nullptr;
 }
 
 }  // namespace jpa::fused

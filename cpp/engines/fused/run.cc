@@ -9,6 +9,7 @@
 #include "device/launch.h"
 #include "engines/fused/decode/args.h"
 #include "engines/fused/decode/combine.h"
+#include "engines/fused/mla/args.h"
 #include "engines/fused/prefill/args.h"
 #include "engines/fused/prefill/kernels.h"
 #include "engines/fused/prefill/tensor_map.h"
@@ -17,9 +18,18 @@
 namespace jpa::fused {
 namespace {
 
+using device::Overlap;
+
 constexpr char kCaller[] = "implementation 'fused'";
 constexpr int64_t kBytesPerElement = 2;  // as the prefill kernels' MMAs take it, whatever pages have
 constexpr int64_t kMost = INT32_MAX;
+
+// A call's scratch memory.
+struct Workspace {
+  WorkspaceLayout layout;
+  char* start;  // aligned
+  int64_t bytes;
+};
 
 FastDivisor DivisorOf(int64_t number) {
   return FastDivisor(static_cast<int32_t>(std::max<int64_t>(number, 1)));
@@ -57,14 +67,14 @@ CallArgs MakeCallArgs(const AttentionProblem& problem, const AttentionParams& pa
 }
 
 DecodeArgs MakeDecodeArgs(const CallArgs& call, const Options& options, const Device& device,
-                          const WorkspaceLayout& layout, char* workspace) {
+                          const Workspace& workspace) {
   const AttentionProblem& problem = call.problem;
   const PageStrides &k = call.params.k_strides, &v = call.params.v_strides;
   DecodeArgs args{};
   args.call = call;
-  args.call.partials = {.out = reinterpret_cast<float*>(workspace),
-                        .stats = reinterpret_cast<float2*>(workspace + layout.stats),
-                        .rows_each = static_cast<int32_t>(layout.rows_per_partial)};
+  args.call.partials = {.out = reinterpret_cast<float*>(workspace.start),
+                        .stats = reinterpret_cast<float2*>(workspace.start + workspace.layout.stats),
+                        .rows_each = static_cast<int32_t>(workspace.layout.rows_per_partial)};
   args.partial_ready = device.partial_ready.get();
   args.num_ctas = device.num_sms * device.ctas_per_sm;
   for (int eighths = 1; eighths <= kEighths; ++eighths) {
@@ -116,8 +126,8 @@ PrefillChoice ChoosePrefill(const AttentionProblem& problem, const AttentionPara
       TensorMapExists(problem, values)) {
     return {.prefill = &device.prefill_by_tma, .loader = Loader::kTma};
   }
-  const bool finds_pages = device.prefill_by_cp_async.kernel != nullptr &&
-                           RowsHaveNumbers(problem, keys) && RowsHaveNumbers(problem, values);
+  const bool finds_pages = device.prefill_by_cp_async.kernel != nullptr && RowsHaveNumbers(problem, keys) &&
+                           RowsHaveNumbers(problem, values);
   return {.prefill = finds_pages ? &device.prefill_by_cp_async : nullptr, .loader = Loader::kCpAsync};
 }
 
@@ -127,13 +137,12 @@ Status MakeTensorMaps(const PrefillDevice& prefill, PrefillArgs* args) {
   const AttentionParams& params = args->call.params;
   const int32_t box_rows = TmaBoxRows(problem.page_size, prefill.tile_keys);
   while (1 << args->box_rows_log2 < box_rows) ++args->box_rows_log2;
-  if (Status s = MakeTensorMap(problem, KeyPool(problem, params), box_rows, &args->k_map,
-                               &args->k_blocks_per_head);
+  if (Status s =
+          MakeTensorMap(problem, KeyPool(problem, params), box_rows, &args->k_map, &args->k_blocks_per_head);
       !s.ok()) {
     return s;
   }
-  return MakeTensorMap(problem, ValuePool(problem, params), box_rows, &args->v_map,
-                       &args->v_blocks_per_head);
+  return MakeTensorMap(problem, ValuePool(problem, params), box_rows, &args->v_map, &args->v_blocks_per_head);
 }
 
 // `workspace` is the start of prefill's part, and `spare_bytes` what the tile cache may have beyond the
@@ -165,6 +174,74 @@ Status MakePrefillArgs(const CallArgs& call, const Options& options, const Prefi
   return Status::Ok();
 }
 
+// ---- decode and prefill -----------------------------------------------------------------------------------
+
+// Says whether it launched prefill, too.
+Status LaunchDecodeAndPrefill(DecodeArgs* args, const Options& options, const Device& device,
+                              const Workspace& workspace, cudaStream_t stream, bool* prefills) {
+  const AttentionProblem& problem = args->call.problem;
+  // No sequence has more rows than q: where these are few, none is prefill's.
+  const int32_t decode_rows = std::max(kTileRows / args->call.facts.group.divisor(), 1);
+  PrefillChoice choice{};
+  if (!options.decode && problem.num_seqs > 0 && problem.num_rows > decode_rows)
+    choice = ChoosePrefill(problem, args->call.params, device);
+  *prefills = choice.prefill != nullptr;
+  PrefillArgs prefill_args{};
+  if (*prefills) {
+    args->call.facts.decode_rows = decode_rows;
+    if (Status s = MakePrefillArgs(args->call, options, choice, workspace.start + workspace.layout.prefill,
+                                   workspace.bytes - workspace.layout.bytes, &prefill_args);
+        !s.ok()) {
+      return s;
+    }
+    if (Status s = LaunchSchedule(prefill_args, stream); !s.ok()) return s;
+  }
+  const auto grid = [](int ctas) { return dim3(static_cast<unsigned>(ctas)); };
+  if (Status s = device::LaunchUntyped(kCaller, "decode", device.kernel,
+                                       {.grid = grid(args->num_ctas + (*prefills ? 1 : 0)),
+                                        .threads = device.threads,
+                                        .shared_bytes = device.shared_bytes,
+                                        .overlap = *prefills ? Overlap::kWithPrevious : Overlap::kNone},
+                                       stream, *args);
+      !s.ok() || !*prefills) {
+    return s;
+  }
+  return device::LaunchUntyped(kCaller, "prefill", choice.prefill->kernel,
+                               {.grid = grid(choice.prefill->num_ctas),
+                                .threads = choice.prefill->threads,
+                                .shared_bytes = choice.prefill->shared_bytes,
+                                .overlap = Overlap::kWithPrevious},
+                               stream, prefill_args);
+}
+
+// ---- MLA --------------------------------------------------------------------------------------------------
+
+// One block of 64 columns of a key is a box of TMA loads.
+constexpr int32_t kMlaBoxBlocks = 1;
+
+Status LaunchMla(const DecodeArgs& decode, const Device& device, cudaStream_t stream) {
+  const AttentionProblem& problem = decode.call.problem;
+  const PagePool pool = KeyPool(problem, decode.call.params);
+  MlaArgs args{};
+  args.decode = decode;
+  const bool by_tma = TensorMapExists(problem, pool);
+  if (by_tma) {
+    const int32_t box_rows = TmaBoxRows(problem.page_size, kTileKeys);
+    while (1 << args.box_rows_log2 < box_rows) ++args.box_rows_log2;
+    if (Status s =
+            MakeTensorMap(problem, pool, box_rows, &args.k_map, &args.k_blocks_per_head, kMlaBoxBlocks);
+        !s.ok()) {
+      return s;
+    }
+  }
+  const MlaDevice& kernel = by_tma ? device.mla_by_tma : device.mla_by_cp_async;
+  return device::LaunchUntyped(kCaller, "MLA", kernel.kernel,
+                               {.grid = dim3(static_cast<unsigned>(decode.num_ctas)),
+                                .threads = kernel.threads,
+                                .shared_bytes = kernel.shared_bytes},
+                               stream, args);
+}
+
 // ---- the call ---------------------------------------------------------------------------------------------
 
 Status Check(const AttentionProblem& problem, int64_t needed_bytes, int64_t workspace_bytes) {
@@ -184,54 +261,20 @@ Status Check(const AttentionProblem& problem, int64_t needed_bytes, int64_t work
 
 Status RunAttention(const AttentionProblem& problem, const AttentionParams& params, const Options& options,
                     const Device& device, int64_t workspace_bytes, cudaStream_t stream) {
-  const WorkspaceLayout layout = LayOut(problem, options, 0);
-  if (Status s = Check(problem, layout.bytes, workspace_bytes); !s.ok()) return s;
+  const Workspace workspace = {
+      .layout = LayOut(problem, options, 0),
+      .start = reinterpret_cast<char*>(
+          RoundUp<uintptr_t>(reinterpret_cast<uintptr_t>(params.workspace), uintptr_t{kWorkspaceAlign})),
+      .bytes = workspace_bytes};
+  if (Status s = Check(problem, workspace.layout.bytes, workspace_bytes); !s.ok()) return s;
   if (problem.num_rows == 0 || problem.num_q_heads == 0) return Status::Ok();
 
-  char* const workspace = reinterpret_cast<char*>(
-      RoundUp<uintptr_t>(reinterpret_cast<uintptr_t>(params.workspace), uintptr_t{kWorkspaceAlign}));
-  DecodeArgs args =
-      MakeDecodeArgs(MakeCallArgs(problem, params, options), options, device, layout, workspace);
-
-  // No sequence has more rows than q: where these are few, none is prefill's.
-  const int32_t decode_rows = std::max(kTileRows / args.call.facts.group.divisor(), 1);
-  PrefillChoice choice{};
-  if (!options.decode && problem.num_seqs > 0 && problem.num_rows > decode_rows)
-    choice = ChoosePrefill(problem, params, device);
-  const bool prefills = choice.prefill != nullptr;
-  PrefillArgs prefill_args{};
-  if (prefills) {
-    args.call.facts.decode_rows = decode_rows;
-    if (Status s = MakePrefillArgs(args.call, options, choice, workspace + layout.prefill,
-                                   workspace_bytes - layout.bytes, &prefill_args);
-        !s.ok()) {
-      return s;
-    }
-    if (Status s = LaunchSchedule(prefill_args, stream); !s.ok()) return s;
-  }
-  const auto grid = [](int ctas) { return dim3(static_cast<unsigned>(ctas)); };
-  using device::Overlap;
-  if (Status s = device::LaunchUntyped(kCaller, "decode", device.kernel,
-                                       {.grid = grid(args.num_ctas + (prefills ? 1 : 0)),
-                                        .threads = device.threads,
-                                        .shared_bytes = device.shared_bytes,
-                                        .overlap = prefills ? Overlap::kWithPrevious : Overlap::kNone},
-                                       stream, args);
-      !s.ok()) {
-    return s;
-  }
-  if (prefills) {
-    if (Status s = device::LaunchUntyped(kCaller, "prefill", choice.prefill->kernel,
-                                         {.grid = grid(choice.prefill->num_ctas),
-                                          .threads = choice.prefill->threads,
-                                          .shared_bytes = choice.prefill->shared_bytes,
-                                          .overlap = Overlap::kWithPrevious},
-                                         stream, prefill_args);
-        !s.ok()) {
-      return s;
-    }
-  }
-  if (!options.batch_invariant || problem.num_seqs == 0) return Status::Ok();
+  DecodeArgs args = MakeDecodeArgs(MakeCallArgs(problem, params, options), options, device, workspace);
+  bool prefills = false;
+  const Status launched = device.kernel == nullptr
+                              ? LaunchMla(args, device, stream)
+                              : LaunchDecodeAndPrefill(&args, options, device, workspace, stream, &prefills);
+  if (!launched.ok() || !options.batch_invariant || problem.num_seqs == 0) return launched;
   return LaunchCombine(args, device.overlaps && !prefills ? Overlap::kWithPrevious : Overlap::kNone, stream);
 }
 

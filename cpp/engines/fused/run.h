@@ -43,17 +43,26 @@ struct PrefillDevice {
   int cache_slices = 0;
 };
 
+// An MLA kernel, which runs one CTA per multiprocessor, or none.
+struct MlaDevice {
+  const void* kernel = nullptr;
+  int threads = 0;
+  int shared_bytes = 0;  // of a CTA
+};
+
 // All that the calls of one call site need on a device. They must follow each other, as those of a stream do.
 struct Device {
-  int num_sms;       // multiprocessors
-  int ctas_per_sm;   // that run at the same time
-  int threads;       // of a CTA
-  int shared_bytes;  // of a CTA
-  bool overlaps;     // a kernel of a stream may start before the one in front has ended
-  const void* kernel;
+  int num_sms;                   // multiprocessors
+  int ctas_per_sm;               // of decode or MLA, that run at the same time
+  int threads;                   // of a CTA of decode
+  int shared_bytes;              // likewise
+  bool overlaps;                 // a kernel of a stream may start before the one in front has ended
+  const void* kernel = nullptr;  // of decode; null: MLA's kernels take its place
   std::unique_ptr<uint32_t, FreeOnDevice> partial_ready;  // on the device: zeros, but while a call runs
   PrefillDevice prefill_by_tma;                           // for pages that TMA can load
   PrefillDevice prefill_by_cp_async;                      // for any
+  MlaDevice mla_by_tma;
+  MlaDevice mla_by_cp_async;
 };
 
 // Finds the kernels for the call's dtypes and head dims, and makes them ready on the current device.

@@ -7,6 +7,7 @@
 #include "core/integer_math.h"
 #include "engines/fused/decode/args.h"
 #include "engines/fused/kernel_choice.h"
+#include "engines/fused/mla/args.h"
 #include "engines/fused/prefill/schedule.h"
 #include "engines/fused/prefill/tensor_map.h"
 
@@ -53,7 +54,7 @@ int64_t MaxSplitRows(const AttentionProblem& problem, bool decode) {
 
 PrefillLayout LayOutPrefill(const AttentionProblem& problem, const Options& options,
                             int64_t num_cached_tiles) {
-  if (options.decode) return {};
+  if (options.decode || IsMla(problem)) return {};
   const int64_t num_states = options.batch_invariant ? 0 : kMaxPartials * kMaxTileRows;
   const PrefillKernelInfo kernel = PrefillKernelFor<Loader::kCpAsync>(problem);
   PrefillLayout layout{};
@@ -73,7 +74,7 @@ WorkspaceLayout LayOut(const AttentionProblem& problem, const Options& options, 
   layout.rows_per_partial = options.decode ? std::min<int64_t>(group, kTileRows) : kTileRows;
   const int64_t num_states = options.batch_invariant
                                  ? MaxSplitRows(problem, options.decode) * problem.num_q_heads * kMaxSplits
-                                 : 2 * kMaxCtas * layout.rows_per_partial;
+                                 : 2 * (IsMla(problem) ? kMaxMlaCtas : kMaxCtas) * layout.rows_per_partial;
   layout.stats = BytesOf<float>(num_states * problem.value_dim);
   layout.prefill = layout.stats + BytesOf<float2>(num_states);
   // XLA aligns less than kWorkspaceAlign on some devices.

@@ -292,15 +292,14 @@ class MlaConsumer {
       return;
     }
     WriteMlaPartial<Traits>(args_.decode, tile, kFirstColumn, out_, states);
-    if (!args_.decode.call.batch_invariant)
-      SignalSplit<Traits, kAllBarrier>(args_.decode, tile, shared_);
+    if (!args_.decode.call.batch_invariant) SignalSplit<Traits, kAllBarrier>(args_.decode, tile, shared_);
   }
 
   const MlaArgs& args_;
   MlaShared<Traits>& shared_;
-  uint32_t tile_ = 0;           // of the CTA
-  uint32_t split_ = 0;          // likewise
-  bool accumulates_ = false;    // O has something of the split
+  uint32_t tile_ = 0;         // of the CTA
+  uint32_t split_ = 0;        // likewise
+  bool accumulates_ = false;  // O has something of the split
   bool awaits_queries_ = false;
   float out_[Traits::kOutWidth / 2];
   MlaSoftmax::Scores scores_;

@@ -63,7 +63,8 @@ __device__ inline void MergeColumns(const CallArgs& call, const MlaSplit& split,
       // Behind the last split comes the last one again, with a weight of 0: no load needs a predicate.
       const int i = first + j * kWarps;
       const int64_t index = index_of(min(i, split.num_splits - 1));
-      values[j] = __ldcg(reinterpret_cast<const float4*>(call.partials.out + index * Traits::kValueDim + column));
+      values[j] =
+          __ldcg(reinterpret_cast<const float4*>(call.partials.out + index * Traits::kValueDim + column));
       weights[j] = i < split.num_splits ? __ldcg(call.partials.stats + index).x : -INFINITY;
     }
 #pragma unroll
@@ -118,8 +119,7 @@ template <typename Traits, int barrier>
 __device__ inline void MergeSplitRowBlocks(const DecodeArgs& args, MlaShared<Traits>& shared) {
   device::NamedBarrierSync<barrier, Traits::kConsumerThreads>();
 #pragma unroll 1
-  for (int i = 0; i < shared.num_to_merge; ++i)
-    MergeShare<Traits, barrier>(args, shared.to_merge[i], shared);
+  for (int i = 0; i < shared.num_to_merge; ++i) MergeShare<Traits, barrier>(args, shared.to_merge[i], shared);
 }
 
 }  // namespace jpa::fused

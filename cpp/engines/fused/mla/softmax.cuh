@@ -175,10 +175,10 @@ class MlaSoftmax {
     }
   }
 
-  float maxima_[2];  // of the rows, in units of log 2
-  float sums_[2];    // of the lane's own keys
-  float factor_;     // turns q . k into scores in units of log 2
-  bool scales_;      // there is a soft cap, or the factor is not positive and would turn -inf around
+  float maxima_[2];       // of the rows, in units of log 2
+  float sums_[2];         // of the lane's own keys
+  float factor_;          // turns q . k into scores in units of log 2
+  bool scales_;           // there is a soft cap, or the factor is not positive and would turn -inf around
   KeyRange all_visible_;  // by every row of the warp
 };
 
