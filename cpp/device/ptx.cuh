@@ -138,6 +138,19 @@ __device__ inline void WaitForPhase(Barrier* barrier, uint32_t parity) {
   } while (ended == 0);
 }
 
+// True if that phase has ended.
+__device__ inline bool PhaseEnded(Barrier* barrier, uint32_t parity) {
+  uint32_t ended;
+  asm volatile(
+      "{\n.reg .pred ended;\n"
+      "mbarrier.test_wait.parity.shared.b64 ended, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, ended;\n}"
+      : "=r"(ended)
+      : "r"(SharedAddress(barrier)), "r"(parity)
+      : "memory");
+  return ended != 0;
+}
+
 // Likewise of two barriers, which takes no longer than of one.
 __device__ inline void WaitForPhases(Barrier* first, Barrier* second, uint32_t parity) {
   uint32_t ended;
@@ -168,6 +181,21 @@ __device__ inline void NamedBarrierSync() {
 template <int threads>
 __device__ inline void NamedBarrierSync(int number) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(threads) : "memory");
+}
+
+// The same; true if `holds` is true in all threads.
+template <int number, int threads>
+__device__ inline bool NamedBarrierAll(bool holds) {
+  uint32_t all;
+  asm volatile(
+      "{\n.reg .pred holds, all;\n"
+      "setp.ne.u32 holds, %1, 0;\n"
+      "bar.red.and.pred all, %2, %3, holds;\n"
+      "selp.u32 %0, 1, 0, all;\n}"
+      : "=r"(all)
+      : "r"(holds ? 1 : 0), "n"(number), "n"(threads)
+      : "memory");
+  return all != 0;
 }
 
 // Arrives at such a barrier, and goes on.
@@ -232,6 +260,15 @@ __device__ inline void TmaLoad(void* to, const void* map, const TensorPlace& pla
       "l"(map), "r"(place.at[0]), "r"(place.at[1]), "r"(place.at[2]), "r"(place.at[3]), "r"(place.at[4]),
       "r"(SharedAddress(barrier))
       : "memory");
+#endif
+}
+
+// Brings such a box into the L2 cache.
+__device__ inline void TmaPrefetchToL2(const void* map, const TensorPlace& place) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
+               "r"(place.at[0]), "r"(place.at[1]), "r"(place.at[2]), "r"(place.at[3]), "r"(place.at[4])
+               : "memory");
 #endif
 }
 

@@ -26,12 +26,10 @@ namespace jpa::fused {
 template <typename Traits, int warpgroup>
 class MlaConsumer {
  public:
-  static constexpr int kAllBarrier = 1;  // of all consumer threads
-
   __device__ MlaConsumer(const MlaArgs& args, MlaShared<Traits>& shared) : args_(args), shared_(shared) {}
 
-  // Attends to all tiles of the CTA.
-  __device__ void Attend() {
+  // Attends to all tiles of the CTA. Products are in flight across its functions: so it must be inlined.
+  __device__ __forceinline__ void Attend() {
 #pragma unroll 1
     for (;; ++tile_) {
       AwaitDescriptor(tile_);
@@ -39,7 +37,7 @@ class MlaConsumer {
       if (Tile(tile_).starts_split) StartSplit();
       if (OwnerOf(tile_) == warpgroup) {
         AttendOwn();
-      } else if (warpgroup == 1 && !Tile(tile_).ends_split) {
+      } else if (!Tile(tile_).ends_split && NextKeysComeFirst()) {
         AttendOtherAndOwn();
       } else {
         AttendOther();
@@ -47,17 +45,21 @@ class MlaConsumer {
       if (Tile(tile_).ends_split) Epilogue();
       ReleaseDescriptor(tile_);
     }
-    MergeSplitRowBlocks<Traits, kAllBarrier>(args_.decode, shared_);
   }
 
  private:
   using Math = device::TypeOf<Traits::kQ>;
+  static constexpr int kAllBarrier = 1;              // of all consumer threads
   static constexpr int kOwnBarrier = 2 + warpgroup;  // of the warpgroup's threads
   static constexpr KeyPart kOwnValues = warpgroup == 0 ? kLeftValues : kRightValues;
   static constexpr int kBlocks = kTileKeys / 16;  // of keys, as many as an MMA takes
 
   // ---- tiles
 
+  // Each warpgroup has a stage for its tiles. So the addresses of MMAs' operands are known when this is
+  // compiled: the few instructions between two MMAs take about as long as the MMAs.
+  static_assert(Traits::kStages == Traits::kConsumerWarpgroups);
+  static constexpr int kOwnStage = warpgroup, kOtherStage = 1 - warpgroup;
   __device__ static int OwnerOf(uint32_t tile) { return StageOf<Traits::kStages>(tile); }
   __device__ const MlaTile& Tile(uint32_t tile) const {
     return shared_.descriptors[StageOf<Traits::kDescriptors>(tile)];
@@ -80,12 +82,28 @@ class MlaConsumer {
   __device__ void ReleaseQueriesIfLast(uint32_t tile) {
     if (Tile(tile).ends_split) ArrivePerWarp(&shared_.queries_empty);
   }
-  __device__ const char* Keys(uint32_t tile) const { return shared_.keys[StageOf<Traits::kStages>(tile)]; }
 
   __device__ void StartSplit() {
     softmax_.Start(args_.decode.call, Tile(tile_));
     accumulates_ = false;
     awaits_queries_ = true;
+  }
+
+  // True if the next tile's keys are there before this tile's probabilities, which the other warpgroup makes.
+  // Then scores come first, so that both warpgroups have MMAs beside their softmax. Else the tile's values come
+  // first, so that their memory is free soon.
+  __device__ bool NextKeysComeFirst() {
+    if (MLA_ORDER == 0) return warpgroup == 1;
+    if (MLA_ORDER == 1 && warpgroup == 0) return false;
+    AwaitDescriptor(tile_ + 1);
+    // The column of blocks that is asked for last.
+    constexpr int kPart = Traits::kFullParts == 1 ? 0 : Traits::kValueBlocks - 1;
+    device::Barrier* const keys = &shared_.keys_full[StageOf<Traits::kStages>(tile_ + 1)][kPart];
+    bool there;
+    do {
+      there = device::PhaseEnded(keys, ParityOf<Traits::kStages>(tile_ + 1));
+    } while (!there && !device::PhaseEnded(&shared_.probabilities_full, ParityOf<1>(tile_)));
+    return device::NamedBarrierAll<kOwnBarrier, 128>(there);
   }
 
   // ---- the ways of a tile
@@ -102,22 +120,21 @@ class MlaConsumer {
     AwaitProbabilities();
     ReleaseQueriesIfLast(tile_);
     device::WgmmaFence();
-    IssuePVOfOther(tile_);
+    IssuePVOfOther();
     device::WgmmaCommit();
     device::WgmmaWait<0>(out_);
     accumulates_ = true;
     ReleaseKeys(tile_, kOwnValues);
   }
 
-  // The other's tile and the next one. The MMAs of its scores are issued first, so that both have MMAs beside
-  // their softmax.
+  // The other's tile and the next one, the MMAs of its scores first.
   __device__ void AttendOtherAndOwn() {
     AwaitDescriptor(tile_ + 1);
     IssueQK(tile_ + 1);
     device::WgmmaCommit();
     AwaitProbabilities();
     device::WgmmaFence();
-    IssuePVOfOther(tile_);
+    IssuePVOfOther();
     device::WgmmaCommit();
     const bool needs_mask = softmax_.NeedsMask(Tile(tile_ + 1));
     device::WgmmaWait<1>(scores_);
@@ -145,7 +162,7 @@ class MlaConsumer {
     ShareProbabilities();
     if (rises && accumulates_) ScaleOutput(factors);
     device::WgmmaFence();
-    IssuePVOfOwn(tile_);
+    IssuePVOfOwn();
     device::WgmmaCommit();
     device::WgmmaWait<0>(out_);
     accumulates_ = true;
@@ -168,14 +185,14 @@ class MlaConsumer {
   // sequence's end, for the other warpgroup. That has read those of the tile before, since they were this
   // warpgroup's to read.
   __device__ void ShareProbabilities() {
-    const int lane = static_cast<int>(device::LaneId()), matrix = lane / 8;
+    // Computed anew each time: registers are few.
+    const int lane = static_cast<int>(device::Opaque(device::LaneId())), matrix = lane / 8;
     const int row = static_cast<int>(threadIdx.x) / 32 % 4 * 16 + matrix % 2 * 8 + lane % 8;
-    const uint32_t start = device::SharedAddress(shared_.probabilities);
+    const uint32_t place = device::SharedAddress(shared_.probabilities) +
+                           device::SwizzledChunk(kMlaStrides, row, matrix / 2);
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      device::Stmatrix(start + device::SwizzledChunk(kMlaStrides, row, 2 * i + matrix / 2),
-                       probabilities_[i]);
-    }
+    for (int i = 0; i < kBlocks; ++i)
+      device::Stmatrix(device::SwizzledFrom(place, kMlaStrides, 0, 2 * i), probabilities_[i]);
     softmax_.Leave(shared_.maxima);
     if constexpr (!Traits::kUsesCpAsync) ZeroTail();
     device::FenceSharedForAsync();
@@ -222,7 +239,7 @@ class MlaConsumer {
     }
     constexpr int kColumns = Traits::kColumnBlocks;
     const uint64_t queries = device::MatrixDescriptor(device::SharedAddress(shared_.queries), kMlaStrides);
-    const uint64_t keys = device::MatrixDescriptor(device::SharedAddress(Keys(tile)), kMlaStrides);
+    const uint64_t keys = device::MatrixDescriptor(device::SharedAddress(shared_.keys[kOwnStage]), kMlaStrides);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       const int column = (i + Traits::kValueBlocks) % kColumns;
@@ -240,31 +257,30 @@ class MlaConsumer {
   // Until a column of blocks is there, the i-th that is asked for.
   __device__ void AwaitKeys(uint32_t tile, int i, int column) {
     if (Traits::kFullParts == 1 && i > 0) return;
-    device::WaitForPhase(
-        &shared_.keys_full[StageOf<Traits::kStages>(tile)][Traits::kFullParts == 1 ? 0 : column],
-        ParityOf<Traits::kStages>(tile));
+    device::WaitForPhase(&shared_.keys_full[kOwnStage][Traits::kFullParts == 1 ? 0 : column],
+                         ParityOf<Traits::kStages>(tile));
     if constexpr (Traits::kUsesCpAsync) device::FenceSharedForAsync();
   }
 
   // The warpgroup's values of 16 keys.
-  __device__ uint64_t Values(uint32_t tile, int i) const {
-    const char* const half = Keys(tile) + warpgroup * Traits::kHalfBlocks * kMlaStrides.columns;
+  __device__ uint64_t Values(int stage, int i) const {
+    const char* const half = shared_.keys[stage] + warpgroup * Traits::kHalfBlocks * kMlaStrides.columns;
     return device::Advance(device::MatrixDescriptor(device::SharedAddress(half), kMlaStrides),
                            2 * i * kMlaStrides.rows);
   }
 
-  __device__ void IssuePVOfOwn(uint32_t tile) {
+  __device__ void IssuePVOfOwn() {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i)
-      device::WgmmaRS<Math>(out_, probabilities_[i], Values(tile, i), accumulates_ || i > 0);
+      device::WgmmaRS<Math>(out_, probabilities_[i], Values(kOwnStage, i), accumulates_ || i > 0);
   }
 
-  __device__ void IssuePVOfOther(uint32_t tile) {
+  __device__ void IssuePVOfOther() {
     const uint64_t probabilities =
         device::MatrixDescriptor(device::SharedAddress(shared_.probabilities), kMlaStrides);
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
-      device::WgmmaSSValues<Math>(out_, device::Advance(probabilities, 32 * i), Values(tile, i),
+      device::WgmmaSSValues<Math>(out_, device::Advance(probabilities, 32 * i), Values(kOtherStage, i),
                                   accumulates_ || i > 0);
     }
   }

@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) MlaKernel(const __grid_co
   } else {
     MlaConsumer<Traits, 1>(args, shared).Attend();
   }
+  MergeSplitRowBlocks<Traits, 1>(args.decode, shared);
 #endif
 }
 

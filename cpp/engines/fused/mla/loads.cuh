@@ -73,6 +73,28 @@ __device__ inline void LoadKeysByCpAsync(const MlaArgs& args, const MlaTile& des
   device::ArriveAfterCpAsync(&shared.keys_full[stage][0]);
 }
 
+// Where a box of a tile is in the pool: rows from `row` on, of a block of columns.
+__device__ inline device::TensorPlace PlaceOfBox(const MlaArgs& args, const MlaTile& descriptor, int block,
+                                                 int row) {
+  const FastDivisor& page_size = args.decode.call.page_size;
+  const int32_t key = descriptor.key + row, token = key - page_size.Quotient(key) * page_size.divisor();
+  return {0, 0, descriptor.head * args.k_blocks_per_head + block, token / device::kBlockRows,
+          descriptor.pages[row]};
+}
+
+// Brings a tile into the L2 cache, before there is room for it in shared memory: so the tiles in shared memory
+// do not limit how many bytes are on their way from memory.
+template <typename Traits>
+__device__ inline void PrefetchTile(const MlaArgs& args, const MlaTile& descriptor) {
+  const int boxes = kTileKeys >> args.box_rows_log2;
+#pragma unroll 1
+  for (int i = static_cast<int>(device::LaneId()); i < Traits::kColumnBlocks * boxes; i += 32) {
+    const int row = i % boxes << args.box_rows_log2;
+    if (descriptor.pages[row] >= 0)
+      device::TmaPrefetchToL2(&args.k_map, PlaceOfBox(args, descriptor, i / boxes, row));
+  }
+}
+
 // Column blocks [begin, end) of a tile; a lane has one box of one of them.
 template <typename Traits, int begin, int end>
 __device__ inline void LoadBlocksByTma(const MlaArgs& args, const MlaTile& descriptor, int stage,
@@ -83,13 +105,9 @@ __device__ inline void LoadBlocksByTma(const MlaArgs& args, const MlaTile& descr
   if (loads && row == 0) device::ArriveAndExpectBytes(&shared.keys_full[stage][block], Traits::kColumnBytes);
   __syncwarp();
   if (!loads) return;
-  const FastDivisor& page_size = args.decode.call.page_size;
-  const int32_t key = descriptor.key + row, token = key - page_size.Quotient(key) * page_size.divisor();
   // TMA makes zeros of a box outside the pool.
   char* const to = shared.keys[stage] + block * kMlaStrides.columns + row * 128;
-  device::TmaLoad(to, &args.k_map,
-                  {0, 0, descriptor.head * args.k_blocks_per_head + block, token / device::kBlockRows,
-                   descriptor.pages[row]},
+  device::TmaLoad(to, &args.k_map, PlaceOfBox(args, descriptor, block, row),
                   &shared.keys_full[stage][block]);
 }
 
@@ -99,6 +117,7 @@ __device__ inline void LoadKeysByTma(const MlaArgs& args, const MlaTile& descrip
                                      MlaShared<Traits>& shared) {
   constexpr int kHalf = Traits::kHalfBlocks;
   const int stage = StageOf<Traits::kStages>(tile);
+  if (MLA_PREFETCH && tile >= Traits::kStages) PrefetchTile<Traits>(args, descriptor);
   if constexpr (Traits::kValueBlocks < Traits::kColumnBlocks) {
     WaitForRoom(shared, tile, kOtherKeys);
     LoadBlocksByTma<Traits, Traits::kValueBlocks, Traits::kColumnBlocks>(args, descriptor, stage, shared);

@@ -29,87 +29,151 @@ __device__ inline void SignalSplit(const DecodeArgs& args, const MlaSplit& split
   shared.to_merge[shared.num_to_merge++] = split;
 }
 
-// Merges 128 neighbouring columns of a packed row, four per lane. The warps share the splits.
-template <typename Traits, int barrier>
-__device__ inline void MergeColumns(const CallArgs& call, const MlaSplit& split, int row, int first_column,
-                                    MlaShared<Traits>& shared) {
-  constexpr int kWarps = Traits::kConsumerWarps;
-  constexpr int kAtOnce = 8;  // splits whose columns a lane has in flight
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(device::LaneId());
-  const int column = first_column + 4 * lane;
-  const auto index_of = [&](int i) {
-    const int64_t partial = 2 * (split.first_cta + i * split.cta_step) + (i == 0 ? 1 : 0);
-    return partial * call.partials.rows_each + row;
-  };
-  // Every warp works out the state of the row.
+// A lane's numbers of a packed row while it is merged: four neighbouring columns of each 128.
+template <int vectors>
+using MergedColumns = float4[vectors];
+
+// With few splits a warp merges all columns of a row, with many 128 of them: so that in both cases it asks for
+// many at once, and waits for memory once.
+inline constexpr int kFewSplits = 8;
+template <int vectors>
+inline constexpr int kMergedAtOnce = vectors == 1 ? 20 : 4;
+
+// The state of a row, from those of its splits: lane i has those of splits i, i + 32, ...
+template <int count>
+__device__ inline device::SoftmaxState MergeStates(const float2 (&stats)[count]) {
   device::SoftmaxState state;
-#pragma unroll 1
-  for (int i = lane; i < split.num_splits; i += 32)
-    state.maximum = fmaxf(state.maximum, __ldcg(call.partials.stats + index_of(i)).x);
+#pragma unroll
+  for (const float2& of_split : stats) state.maximum = fmaxf(state.maximum, of_split.x);
   state.maximum = device::ReduceRow<32>(state.maximum, device::Max());
-#pragma unroll 1
-  for (int i = lane; i < split.num_splits; i += 32) {
-    const float2 stats = __ldcg(call.partials.stats + index_of(i));
-    state.sum += stats.y * device::Exp2(stats.x - state.origin());
-  }
+#pragma unroll
+  for (const float2& of_split : stats)
+    state.sum += of_split.y * device::Exp2(of_split.x - state.origin());
   state.sum = device::ReduceRow<32>(state.sum, device::Sum());
-  float4 sum = {0, 0, 0, 0};
+  return state;
+}
+
+// By a warp: adds up splits first_split, first_split + step, ... of a packed row's columns from `column` on.
+// Returns the state of the row, of all splits.
+template <typename Traits, int vectors>
+__device__ inline device::SoftmaxState MergeColumns(const CallArgs& call, const MlaSplit& split, int row,
+                                                    int column, int first_split, int step,
+                                                    MergedColumns<vectors>& sum) {
+  constexpr int kAtOnce = kMergedAtOnce<vectors>;
+  constexpr int kStats = vectors == 1 ? kMaxMlaCtas / 32 : 1;
+  static_assert(kMaxMlaCtas % 32 == 0 && kFewSplits <= 32);
+  const Partials& partials = call.partials;
+  const auto index_of = [&](int i) {
+    const int32_t partial = 2 * (split.first_cta + i * split.cta_step) + (i == 0 ? 1 : 0);
+    return partial * partials.rows_each + row;
+  };
+  float2 stats[kStats];
+#pragma unroll
+  for (int i = 0; i < kStats; ++i) {
+    const int of = static_cast<int>(device::LaneId()) + 32 * i;
+    stats[i] = of < split.num_splits ? __ldcg(partials.stats + index_of(of)) : float2{-INFINITY, 0.0f};
+  }
+  device::SoftmaxState state;
+#pragma unroll
+  for (float4& columns : sum) columns = {0, 0, 0, 0};
 #pragma unroll 1
-  for (int first = warp; first < split.num_splits; first += kWarps * kAtOnce) {
-    float4 values[kAtOnce];
-    float weights[kAtOnce];
+  for (int first = first_split; first < split.num_splits; first += step * kAtOnce) {
+    float4 values[kAtOnce][vectors];
+    float maxima[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      // Behind the last split comes the last one again, with a weight of 0: no load needs a predicate.
-      const int i = first + j * kWarps;
-      const int64_t index = index_of(min(i, split.num_splits - 1));
-      values[j] =
-          __ldcg(reinterpret_cast<const float4*>(call.partials.out + index * Traits::kValueDim + column));
-      weights[j] = i < split.num_splits ? __ldcg(call.partials.stats + index).x : -INFINITY;
+      const int i = first + j * step;
+      const bool exists = i < split.num_splits;
+      const int32_t index = index_of(i);
+      const float* const from = partials.out + int64_t{index} * Traits::kValueDim + column;
+      maxima[j] = exists ? __ldcg(&partials.stats[index].x) : -INFINITY;
+#pragma unroll
+      for (int v = 0; v < vectors; ++v)
+        values[j][v] = exists ? __ldcg(reinterpret_cast<const float4*>(from + 128 * v)) : float4{0, 0, 0, 0};
     }
+    // Here, while columns are on their way.
+    if (first == first_split) state = MergeStates(stats);
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const float weight = device::Exp2(weights[j] - state.origin());
-      sum = {sum.x + values[j].x * weight, sum.y + values[j].y * weight, sum.z + values[j].z * weight,
-             sum.w + values[j].w * weight};
-    }
-  }
-  shared.merged[warp][lane] = sum;
-  device::NamedBarrierSync<barrier, Traits::kConsumerThreads>();
-  if (warp == 0) {
+      const float weight = device::Exp2(maxima[j] - state.origin());
 #pragma unroll
-    for (int i = 1; i < kWarps; ++i) {
-      const float4 other = shared.merged[i][lane];
-      sum = {sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w};
+      for (int v = 0; v < vectors; ++v) {
+        const float4& value = values[j][v];
+        sum[v] = {fmaf(value.x, weight, sum[v].x), fmaf(value.y, weight, sum[v].y),
+                  fmaf(value.z, weight, sum[v].z), fmaf(value.w, weight, sum[v].w)};
+      }
     }
-    const QueryHead where = QueryHeadOf(call, split, row);
-    const float factor = FactorOfResult(call, where.seq, where.kv_head, where.head, &state);
-    const int64_t index = where.row * call.problem.num_q_heads + where.head;
-    StoreResult<Traits::kQ>(call, index * Traits::kValueDim + column, sum, factor);
-    if (column == 0) call.params.lse[index] = state.LogSumExp();
   }
-  device::NamedBarrierSync<barrier, Traits::kConsumerThreads>();
+  return state;
+}
+
+template <typename Traits, int vectors>
+__device__ inline void StoreMerged(const CallArgs& call, const MlaSplit& split, int row, int column,
+                                   const MergedColumns<vectors>& sum, device::SoftmaxState state) {
+  const QueryHead where = QueryHeadOf(call, split, row);
+  const float factor = FactorOfResult(call, where.seq, where.kv_head, where.head, &state);
+  const int64_t index = where.row * call.problem.num_q_heads + where.head;
+#pragma unroll
+  for (int v = 0; v < vectors; ++v)
+    StoreResult<Traits::kQ>(call, index * Traits::kValueDim + column + 128 * v, sum[v], factor);
+  if (column == 0) call.params.lse[index] = state.LogSumExp();
+}
+
+// By all consumers: the CTA's share of a row block whose splits are all there. A unit is 128 * vectors columns
+// of a row. A warp takes units by itself, or, where the share has fewer than warps, some warps take one.
+template <typename Traits, int barrier, int vectors>
+__device__ inline void MergeUnits(const CallArgs& call, const MlaSplit& split, MlaShared<Traits>& shared) {
+  constexpr int kWarps = Traits::kConsumerWarps, kUnits = Traits::kValueDim / (128 * vectors);
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(device::LaneId());
+  const int units = split.num_rows * kUnits;
+  const int begin = split.split * units / split.num_splits;
+  const int end = (split.split + 1) * units / split.num_splits;
+  int warps = kWarps;  // per unit
+  while (warps > 1 && (end - begin) * warps >= 2 * kWarps) warps /= 2;
+  const int part = warp % warps;
+#pragma unroll 1
+  for (int unit = begin + warp / warps; unit - warp / warps < end; unit += kWarps / warps) {
+    const bool exists = unit < end;
+    const int row = unit / kUnits, column = unit % kUnits * 128 * vectors + 4 * lane;
+    MergedColumns<vectors> sum = {};
+    device::SoftmaxState state;
+    if (exists) state = MergeColumns<Traits, vectors>(call, split, row, column, part, warps, sum);
+    if (warps > 1) {
+#pragma unroll
+      for (int v = 0; v < vectors; ++v) shared.merged[warp][v][lane] = sum[v];
+      device::NamedBarrierSync<barrier, Traits::kConsumerThreads>();
+#pragma unroll 1
+      for (int i = 1; part == 0 && i < warps; ++i) {
+#pragma unroll
+        for (int v = 0; v < vectors; ++v) {
+          const float4 other = shared.merged[warp + i][v][lane];
+          sum[v] = {sum[v].x + other.x, sum[v].y + other.y, sum[v].z + other.z, sum[v].w + other.w};
+        }
+      }
+      device::NamedBarrierSync<barrier, Traits::kConsumerThreads>();
+    }
+    if (exists && part == 0) StoreMerged<Traits, vectors>(call, split, row, column, sum, state);
+  }
 }
 
 // By all consumers: the CTA's share of a row block.
 template <typename Traits, int barrier>
 __device__ inline void MergeShare(const DecodeArgs& args, const MlaSplit& split, MlaShared<Traits>& shared) {
-  constexpr int kUnits = Traits::kValueDim / 128;  // of a row
-  const int32_t units = split.num_rows * kUnits;
-  const int32_t begin = split.split * units / split.num_splits;
-  const int32_t end = (split.split + 1) * units / split.num_splits;
   uint32_t* const word = args.partial_ready + split.first_cta;
-  if (begin < end && device::LaneId() == 0) {
+  if (device::LaneId() == 0) {
     const device::Watchdog watchdog;
     while ((device::LoadAcquire(word) & (kMergedOne - 1)) != static_cast<uint32_t>(split.num_splits))
       watchdog.Check("all splits of the row block that begins in CTA", split.first_cta);
   }
   __syncwarp();
-#pragma unroll 1
-  for (int32_t unit = begin; unit < end; ++unit)
-    MergeColumns<Traits, barrier>(args.call, split, unit / kUnits, unit % kUnits * 128, shared);
+  if (split.num_splits <= kFewSplits) {
+    MergeUnits<Traits, barrier, Traits::kValueDim / 128>(args.call, split, shared);
+  } else {
+    MergeUnits<Traits, barrier, 1>(args.call, split, shared);
+  }
+  // No warp waits any more.
+  device::NamedBarrierSync<barrier, Traits::kConsumerThreads>();
   if (threadIdx.x != 0) return;
-  // The barriers of MergeColumns tell that no warp waits any more.
   const uint32_t before = atomicAdd(word, kMergedOne) / kMergedOne;
   if (before + 1 == static_cast<uint32_t>(split.num_splits)) *word = 0;
 }
@@ -119,7 +183,8 @@ template <typename Traits, int barrier>
 __device__ inline void MergeSplitRowBlocks(const DecodeArgs& args, MlaShared<Traits>& shared) {
   device::NamedBarrierSync<barrier, Traits::kConsumerThreads>();
 #pragma unroll 1
-  for (int i = 0; i < shared.num_to_merge; ++i) MergeShare<Traits, barrier>(args, shared.to_merge[i], shared);
+  for (int i = 0; i < shared.num_to_merge; ++i)
+    MergeShare<Traits, barrier>(args, shared.to_merge[i], shared);
 }
 
 }  // namespace jpa::fused

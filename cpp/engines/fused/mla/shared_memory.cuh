@@ -42,17 +42,20 @@ enum KeyPart { kLeftValues, kRightValues, kOtherKeys, kNumKeyParts };
 
 template <typename Traits>
 struct MlaShared {
-  alignas(1024) char queries[Traits::kQueryBytes];
+  // Behind the last tile the consumers merge.
+  union {
+    alignas(1024) char queries[Traits::kQueryBytes];
+    float4 merged[Traits::kConsumerWarps][Traits::kValueDim / 128][32];
+  };
   alignas(1024) char keys[Traits::kStages][Traits::kTileBytes];
   // Probabilities of one tile, for the other warpgroup. Before the first tile all warps have read what they
-  // need to start, and behind the last one the consumers merge.
+  // need to start.
   union {
     alignas(1024) char probabilities[kTileRows * 128];
     struct {
       RangeShared<Traits::kThreads> range;
       int32_t row_owners[kFilledRows];
     } start;
-    float4 merged[Traits::kConsumerWarps][32];
   };
   // What softmax states count from after the latest tile (device::SoftmaxState::maximum).
   float maxima[kTileRows];

@@ -164,13 +164,15 @@ class MlaSoftmax {
 
   // Scores of keys that a row does not see become -inf.
   __device__ static void Mask(const CallArgs& call, const MlaTile& tile, Scores& scores) {
-    const KeyRange visible[2] = {VisibleTo(call, tile, 0), VisibleTo(call, tile, 1)};
+    // Keys are counted from the lane's first one, so that they are numbers known when this is compiled.
+    const int first = tile.key + MlaLane::Column(0);
+    KeyRange visible[2] = {VisibleTo(call, tile, 0), VisibleTo(call, tile, 1)};
+    for (KeyRange& range : visible) range = {.begin = range.begin - first, .end = range.end - first};
     const uint32_t valid[2] = {tile.valid[0] >> MlaLane::Column(0), tile.valid[1] >> MlaLane::Column(0)};
 #pragma unroll
     for (int i = 0; i < kTileKeys / 2; ++i) {
-      const int column = i / 4 * 8 + i % 2, r = i / 2 % 2;  // from the lane's first one on
-      const bool seen = visible[r].Contains(tile.key + MlaLane::Column(0) + column) &&
-                        (valid[column / 32] >> (column % 32) & 1) != 0;
+      const int key = i / 4 * 8 + i % 2, r = i / 2 % 2;
+      const bool seen = visible[r].Contains(key) && (valid[key / 32] >> (key % 32) & 1) != 0;
       if (!seen) scores[i] = -INFINITY;
     }
   }
