@@ -114,7 +114,7 @@ def cases(draw: st.DrawFn, engine: str, **fixed: Any) -> Case:
         sinks=draw(st.booleans()),
         sink_offset=draw(st.sampled_from([0.0, 0.0, 5.0, -300.0, -np.inf])),
         k_scale=draw(scales),
-        v_scale=draw(scales),
+        v_scale=None if values_in_keys else draw(scales),
         keywords=keywords,
     )
 
