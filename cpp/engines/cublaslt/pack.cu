@@ -198,7 +198,7 @@ template <typename T, typename KV, bool kAligned, bool kTokenScales>
 __device__ void GatherSide(const KV* pool, int64_t offset, float factor, int64_t head_dim, int64_t width,
                            T* to) {
   const int vectors = static_cast<int>(width / kWidth);
-#pragma unroll 2
+#pragma unroll(kAligned ? 2 : 1)
   for (int j = 0; j < vectors; ++j) {
     const int vector = 32 * j + Lane();
     const int token = vector / vectors, d = vector % vectors * kWidth;
