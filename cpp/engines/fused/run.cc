@@ -216,6 +216,20 @@ Status LaunchDecodeAndPrefill(DecodeArgs* args, const Options& options, const De
 
 // ---- MLA --------------------------------------------------------------------------------------------------
 
+// Where one key serves more query heads than a row block has rows, they count as several groups, each with a
+// KV head of its own at the same place in memory. CTAs side by side then have different groups of one
+// sequence, and read its keys at the same time, of which memory sees one read. Scales per KV head would no
+// longer be found.
+bool MayCountHeadsApart(const AttentionProblem& problem) {
+  return problem.num_kv_heads == 1 && problem.num_q_heads % kTileRows == 0 && problem.num_k_scales == 0 &&
+         problem.num_v_scales == 0;
+}
+
+void CountHeadsApart(AttentionProblem* problem, AttentionParams* params) {
+  problem->num_kv_heads = problem->num_q_heads / kTileRows;
+  params->k_strides.head = params->v_strides.head = 0;
+}
+
 // One block of 64 columns of a key is a box of TMA loads.
 constexpr int32_t kMlaBoxBlocks = 1;
 
@@ -269,9 +283,14 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   if (Status s = Check(problem, workspace.layout.bytes, workspace_bytes); !s.ok()) return s;
   if (problem.num_rows == 0 || problem.num_q_heads == 0) return Status::Ok();
 
-  DecodeArgs args = MakeDecodeArgs(MakeCallArgs(problem, params, options), options, device, workspace);
+  const bool is_mla = device.kernel == nullptr;
+  AttentionProblem counted = problem;
+  AttentionParams counted_params = params;
+  if (is_mla && MayCountHeadsApart(problem)) CountHeadsApart(&counted, &counted_params);
+  DecodeArgs args =
+      MakeDecodeArgs(MakeCallArgs(counted, counted_params, options), options, device, workspace);
   bool prefills = false;
-  const Status launched = device.kernel == nullptr
+  const Status launched = is_mla
                               ? LaunchMla(args, device, stream)
                               : LaunchDecodeAndPrefill(&args, options, device, workspace, stream, &prefills);
   if (!launched.ok() || !options.batch_invariant || problem.num_seqs == 0) return launched;

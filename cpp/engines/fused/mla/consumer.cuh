@@ -90,8 +90,8 @@ class MlaConsumer {
   }
 
   // True if the next tile's keys are there before this tile's probabilities, which the other warpgroup makes.
-  // Then scores come first, so that both warpgroups have MMAs beside their softmax. Else the tile's values come
-  // first, so that their memory is free soon.
+  // Then scores come first, so that both warpgroups have MMAs beside their softmax. Else the tile's values
+  // come first, so that their memory is free soon.
   __device__ bool NextKeysComeFirst() {
     if (MLA_ORDER == 0) return warpgroup == 1;
     if (MLA_ORDER == 1 && warpgroup == 0) return false;
@@ -188,8 +188,8 @@ class MlaConsumer {
     // Computed anew each time: registers are few.
     const int lane = static_cast<int>(device::Opaque(device::LaneId())), matrix = lane / 8;
     const int row = static_cast<int>(threadIdx.x) / 32 % 4 * 16 + matrix % 2 * 8 + lane % 8;
-    const uint32_t place = device::SharedAddress(shared_.probabilities) +
-                           device::SwizzledChunk(kMlaStrides, row, matrix / 2);
+    const uint32_t place =
+        device::SharedAddress(shared_.probabilities) + device::SwizzledChunk(kMlaStrides, row, matrix / 2);
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i)
       device::Stmatrix(device::SwizzledFrom(place, kMlaStrides, 0, 2 * i), probabilities_[i]);
@@ -239,7 +239,8 @@ class MlaConsumer {
     }
     constexpr int kColumns = Traits::kColumnBlocks;
     const uint64_t queries = device::MatrixDescriptor(device::SharedAddress(shared_.queries), kMlaStrides);
-    const uint64_t keys = device::MatrixDescriptor(device::SharedAddress(shared_.keys[kOwnStage]), kMlaStrides);
+    const uint64_t keys =
+        device::MatrixDescriptor(device::SharedAddress(shared_.keys[kOwnStage]), kMlaStrides);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       const int column = (i + Traits::kValueBlocks) % kColumns;

@@ -82,8 +82,8 @@ __device__ inline device::TensorPlace PlaceOfBox(const MlaArgs& args, const MlaT
           descriptor.pages[row]};
 }
 
-// Brings a tile into the L2 cache, before there is room for it in shared memory: so the tiles in shared memory
-// do not limit how many bytes are on their way from memory.
+// Brings a tile into the L2 cache, before there is room for it in shared memory: so the tiles in shared
+// memory do not limit how many bytes are on their way from memory.
 template <typename Traits>
 __device__ inline void PrefetchTile(const MlaArgs& args, const MlaTile& descriptor) {
   const int boxes = kTileKeys >> args.box_rows_log2;
@@ -107,8 +107,7 @@ __device__ inline void LoadBlocksByTma(const MlaArgs& args, const MlaTile& descr
   if (!loads) return;
   // TMA makes zeros of a box outside the pool.
   char* const to = shared.keys[stage] + block * kMlaStrides.columns + row * 128;
-  device::TmaLoad(to, &args.k_map, PlaceOfBox(args, descriptor, block, row),
-                  &shared.keys_full[stage][block]);
+  device::TmaLoad(to, &args.k_map, PlaceOfBox(args, descriptor, block, row), &shared.keys_full[stage][block]);
 }
 
 // Parts come in the order in which they become free and are multiplied.

@@ -33,8 +33,8 @@ __device__ inline void SignalSplit(const DecodeArgs& args, const MlaSplit& split
 template <int vectors>
 using MergedColumns = float4[vectors];
 
-// With few splits a warp merges all columns of a row, with many 128 of them: so that in both cases it asks for
-// many at once, and waits for memory once.
+// With few splits a warp merges all columns of a row, with many 128 of them: so that in both cases it asks
+// for many at once, and waits for memory once.
 inline constexpr int kFewSplits = 8;
 template <int vectors>
 inline constexpr int kMergedAtOnce = vectors == 1 ? 20 : 4;
@@ -47,8 +47,7 @@ __device__ inline device::SoftmaxState MergeStates(const float2 (&stats)[count])
   for (const float2& of_split : stats) state.maximum = fmaxf(state.maximum, of_split.x);
   state.maximum = device::ReduceRow<32>(state.maximum, device::Max());
 #pragma unroll
-  for (const float2& of_split : stats)
-    state.sum += of_split.y * device::Exp2(of_split.x - state.origin());
+  for (const float2& of_split : stats) state.sum += of_split.y * device::Exp2(of_split.x - state.origin());
   state.sum = device::ReduceRow<32>(state.sum, device::Sum());
   return state;
 }
@@ -119,8 +118,9 @@ __device__ inline void StoreMerged(const CallArgs& call, const MlaSplit& split, 
   if (column == 0) call.params.lse[index] = state.LogSumExp();
 }
 
-// By all consumers: the CTA's share of a row block whose splits are all there. A unit is 128 * vectors columns
-// of a row. A warp takes units by itself, or, where the share has fewer than warps, some warps take one.
+// By all consumers: the CTA's share of a row block whose splits are all there. A unit is 128 * vectors
+// columns of a row. A warp takes units by itself, or, where the share has fewer than warps, some warps take
+// one.
 template <typename Traits, int barrier, int vectors>
 __device__ inline void MergeUnits(const CallArgs& call, const MlaSplit& split, MlaShared<Traits>& shared) {
   constexpr int kWarps = Traits::kConsumerWarps, kUnits = Traits::kValueDim / (128 * vectors);
@@ -183,8 +183,7 @@ template <typename Traits, int barrier>
 __device__ inline void MergeSplitRowBlocks(const DecodeArgs& args, MlaShared<Traits>& shared) {
   device::NamedBarrierSync<barrier, Traits::kConsumerThreads>();
 #pragma unroll 1
-  for (int i = 0; i < shared.num_to_merge; ++i)
-    MergeShare<Traits, barrier>(args, shared.to_merge[i], shared);
+  for (int i = 0; i < shared.num_to_merge; ++i) MergeShare<Traits, barrier>(args, shared.to_merge[i], shared);
 }
 
 }  // namespace jpa::fused
