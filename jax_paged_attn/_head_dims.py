@@ -1,4 +1,4 @@
 """Head dims that "fused" takes. CMake writes this file from JPA_FUSED_DECODE_HEAD_DIMS of CMakeLists.txt."""
 
-# Of keys and of values.
+# Pairs: the head dim of keys, and that of values.
 FUSED_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128))

@@ -88,7 +88,7 @@ def test_limit_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
 @given(
     kv_heads=st.integers(1, 16),
     group=st.integers(1, 80),
-    head_dim=st.sampled_from(harness.engine_row("fused").head_dims or ()),
+    head_dims=st.sampled_from(harness.engine_row("fused").head_dims or ()),
     page_dtype=st.sampled_from(["bfloat16", "float8_e4m3fn"]),
     page_size=st.integers(1, 200),
     num_seqs=st.integers(0, 3000),
@@ -101,7 +101,7 @@ def test_limit_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
 def test_scratch_of_fused_depends_on_rows_only_where_it_must(
     kv_heads: int,
     group: int,
-    head_dim: int,
+    head_dims: tuple[int, int],
     page_dtype: str,
     page_size: int,
     num_seqs: int,
@@ -111,7 +111,7 @@ def test_scratch_of_fused_depends_on_rows_only_where_it_must(
     limit: int,
 ) -> None:
     module = _ffi.compiled("cuda")
-    dtypes, heads = ("bfloat16", page_dtype), (kv_heads * group, kv_heads, head_dim)
+    dtypes, heads = ("bfloat16", page_dtype), (kv_heads * group, kv_heads, *head_dims)
     rows = num_seqs if decode else num_rows
 
     def size(rows: int, num_seqs: int, *, batch_invariant: bool = False, limit: int = limit) -> int:
@@ -119,7 +119,7 @@ def test_scratch_of_fused_depends_on_rows_only_where_it_must(
         return module.fused_workspace_bytes(*sizes, decode, batch_invariant, limit)
 
     def bound(*, batch_invariant: bool, limit: int = limit) -> int:
-        of_rows = rows * module.fused_workspace_bytes_per_row(heads[0], head_dim) if batch_invariant else 0
+        of_rows = rows * module.fused_workspace_bytes_per_row(heads[0], head_dims[1]) if batch_invariant else 0
         of_sequences = 0 if decode else num_seqs * module.FUSED_WORKSPACE_BYTES_PER_SEQUENCE
         constant = module.fused_workspace_bound(*dtypes, *heads, page_size, decode, batch_invariant, limit)
         return constant + of_rows + of_sequences
@@ -134,11 +134,11 @@ def test_scratch_of_fused_depends_on_rows_only_where_it_must(
     assert 0 <= tile_cache <= limit // 2 + limit // 4096 + 256  # with 16 bytes of state for each, of 32 KiB at least
     if decode or (page_size % 8 == 0 and page_dtype == "bfloat16") or rows * group <= 3 * 128:
         assert tile_cache == 0
-    elif min(num_seqs, max_pages) > 0 and limit >= 1 << 20 and head_dim != 80:
+    elif min(num_seqs, max_pages) > 0 and limit >= 1 << 20 and head_dims != (80, 80):
         assert tile_cache > 0
     assert size(rows, num_seqs) <= bound(batch_invariant=False)
     invariant = size(rows, num_seqs, batch_invariant=True, limit=0)
-    per_row = module.fused_workspace_bytes_per_row(heads[0], head_dim)
+    per_row = module.fused_workspace_bytes_per_row(heads[0], head_dims[1])
     enough = bound(batch_invariant=True, limit=0)
     assert invariant <= enough
     assert rows > 8 * num_seqs or invariant >= enough - per_row - 512  # no more than rounding is lost

@@ -116,8 +116,8 @@ PrefillChoice ChoosePrefill(const AttentionProblem& problem, const AttentionPara
       TensorMapExists(problem, values)) {
     return {.prefill = &device.prefill_by_tma, .loader = Loader::kTma};
   }
-  const bool finds_pages = device.prefill_by_cp_async.kernel != nullptr &&
-                           RowsHaveNumbers(problem, keys) && RowsHaveNumbers(problem, values);
+  const bool finds_pages = device.prefill_by_cp_async.kernel != nullptr && RowsHaveNumbers(problem, keys) &&
+                           RowsHaveNumbers(problem, values);
   return {.prefill = finds_pages ? &device.prefill_by_cp_async : nullptr, .loader = Loader::kCpAsync};
 }
 
@@ -127,13 +127,12 @@ Status MakeTensorMaps(const PrefillDevice& prefill, PrefillArgs* args) {
   const AttentionParams& params = args->call.params;
   const int32_t box_rows = TmaBoxRows(problem.page_size, prefill.tile_keys);
   while (1 << args->box_rows_log2 < box_rows) ++args->box_rows_log2;
-  if (Status s = MakeTensorMap(problem, KeyPool(problem, params), box_rows, &args->k_map,
-                               &args->k_blocks_per_head);
+  if (Status s =
+          MakeTensorMap(problem, KeyPool(problem, params), box_rows, &args->k_map, &args->k_blocks_per_head);
       !s.ok()) {
     return s;
   }
-  return MakeTensorMap(problem, ValuePool(problem, params), box_rows, &args->v_map,
-                       &args->v_blocks_per_head);
+  return MakeTensorMap(problem, ValuePool(problem, params), box_rows, &args->v_map, &args->v_blocks_per_head);
 }
 
 // `workspace` is the start of prefill's part, and `spare_bytes` what the tile cache may have beyond the

@@ -207,7 +207,8 @@ __device__ inline void LoadRows(const char* pages, const int64_t* offsets, bool 
 
 // Likewise of both, where their rows are as long: with one look at a row's offset, and one loop.
 template <typename Traits>
-__device__ inline void LoadRowsOfBoth(const DecodeArgs& args, const TileDescriptor& descriptor, uint32_t stage) {
+__device__ inline void LoadRowsOfBoth(const DecodeArgs& args, const TileDescriptor& descriptor,
+                                      uint32_t stage) {
   using Rows = typename Traits::KeyRows;
   const LoaderChunks<Traits, Rows> chunks;
   const char* const k_pages = static_cast<const char*>(args.call.params.k_pages);
