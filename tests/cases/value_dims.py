@@ -17,7 +17,7 @@ PLAIN: dict[str, Any] = {"head_dim": 192, "value_dim": 128, "dtype": "bf16"}
 
 
 def cases() -> list[Case]:
-    return [*_apart(), *_in_keys(), *_mla()]
+    return [*_apart(), *_plain_tiles(), *_in_keys(), *_mla()]
 
 
 def _apart() -> list[Case]:
@@ -34,6 +34,33 @@ def _apart() -> list[Case]:
         MIXED.vary("mixed_keys_of_one", "a key is a number", head_dim=1, value_dim=33, page_size=17),
         DECODE.vary("decode_192_128", "the plain form of MLA, in decode", **PLAIN),
         PROMPT.vary("prompt_192_128", "prompts of DeepSeek and MiMo", **{**PLAIN, "dtype": "f16"}),
+    ]
+
+
+def _plain_tiles() -> list[Case]:
+    """Keys of 192 and values of 128 by key tiles and row tiles, in every kind of page and way to load them."""
+    f16 = {**PLAIN, "dtype": "f16"}
+    all_keywords = {"keywords": {**MASKS, "sliding_window": 700}, "sinks": True}
+    dense = {"keywords": {"causal": False, "sliding_window": 30}}
+    rows = {"num_heads": 8, "q_lens": (140, 1, 3, 70), "kv_lens": (590, 300, 9, 70), "max_pages": 74}
+    small = {**rows, "page_size": 8}
+    bad = ((0, 0, -1), (0, 9, INT32_MAX), (1, 2, -19), (3, 8, INT32_MAX))
+    long = {**rows, "q_lens": (135, 1, 60, 8), "kv_lens": (2100, 1500, 60, 700), "max_pages": 132}
+    return [
+        PROMPT.vary("rows_192_128", "TMA loads of boxes of 8 tokens, KV splits", **small, **PLAIN),
+        PROMPT.vary("rows_192_128_bad_ids", "boxes without a page", **small, **f16, bad_ids=bad),
+        PROMPT.vary("rows_192_128_all", "all keywords over several key tiles", **long, **all_keywords, **PLAIN),
+        PROMPT.vary("rows_192_128_dense", "no causality, with a window", **long, **dense, **f16),
+        PROMPT.vary("rows_192_128_page_size_17", "cp.async loads", **{**long, "page_size": 17}, **PLAIN),
+        PROMPT.vary("rows_192_128_e4m3", "fp8 pages become f16", **long, **E4M3, **PLAIN),
+        PROMPT.vary("rows_192_128_int8", "int8 pages become f16, all keywords", **long, **all_keywords, **INT8, **f16),
+        MIXED.vary("mixed_192_128", "decode rows and short chunks; three rows are slack", **f16),
+        MIXED.vary("mixed_192_128_e4m3", "the same over fp8 pages", bad_ids=BAD, **E4M3, **PLAIN),
+        DECODE.vary("decode_192_128_int8", "int8 pages in decode, with sinks", sinks=True, **INT8, **PLAIN),
+        DECODE.vary(
+            "decode_192_128_long", "KV splits in decode", **{**PLAIN, "kv_lens": (2500, 37, 0, 1100), "max_pages": 160}
+        ),
+        PROMPT.vary("prompt_192_128_in_keys", "values are the first 128 of each key", values_in_keys=True, **PLAIN),
     ]
 
 

@@ -23,7 +23,8 @@ PrefillKernelInfo PrefillInfoOfPages(DType kv_dtype) {
   if constexpr (loader == Loader::kCpAsync) {
     if (ByteWidth(kv_dtype) == 1) return PrefillInfoOf<q_dtype, loader, true, head_dim, value_dim>();
   }
-  return kv_dtype == q_dtype ? PrefillInfoOf<q_dtype, loader, false, head_dim, value_dim>() : PrefillKernelInfo{};
+  return kv_dtype == q_dtype ? PrefillInfoOf<q_dtype, loader, false, head_dim, value_dim>()
+                             : PrefillKernelInfo{};
 }
 
 template <int head_dim, int value_dim, Loader loader>

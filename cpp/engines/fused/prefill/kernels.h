@@ -20,8 +20,8 @@ struct PrefillKernelInfo {
   int cache_slices = 0;
 };
 
-// The kernels of a head dim of keys, one of values and a loader. Each has a file of its own, which cmake/fused_kernels.cmake
-// makes from instantiation.cu.in, so that they compile side by side.
+// The kernels of a head dim of keys, one of values and a loader. Each has a file of its own, which
+// cmake/fused_kernels.cmake makes from instantiation.cu.in, so that they compile side by side.
 template <int head_dim, int value_dim, Loader loader>
 PrefillKernelInfo PrefillKernelOf(DType q_dtype, DType kv_dtype);
 

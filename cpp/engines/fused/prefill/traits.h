@@ -6,8 +6,8 @@
 
 namespace jpa::fused {
 
-// Matrices in shared memory are in blocks of 8 rows and 64 columns (device/wgmma.cuh). The columns past a head
-// dim are not used.
+// Matrices in shared memory are in blocks of 8 rows and 64 columns (device/wgmma.cuh). The columns past a
+// head dim are not used.
 constexpr int ColumnBlocks(int head_dim) { return (head_dim + 63) / 64; }
 constexpr int MatrixBytes(int rows, int head_dim) { return ColumnBlocks(head_dim) * rows * 128; }
 
@@ -20,8 +20,8 @@ struct PrefillTraits {
   static_assert(!kIs8Bit || kUsesCpAsync,
                 "8-bit keys and values become f16 on their way, which TMA cannot do");
   static constexpr DType kMath = kIs8Bit ? DType::kF16 : kQ;  // of both MMAs
-  static constexpr int kHeadDim = head_dim_;    // of queries and keys
-  static constexpr int kValueDim = value_dim_;  // of values and results
+  static constexpr int kHeadDim = head_dim_;                  // of queries and keys
+  static constexpr int kValueDim = value_dim_;                // of values and results
   static constexpr bool kSameDims = kHeadDim == kValueDim;
   static_assert(kValueDim <= kHeadDim, "key tiles leave registers for no wider results");
 
@@ -32,7 +32,8 @@ struct PrefillTraits {
   static constexpr int kConsumerWarpgroups = kHeadDim <= 64 && !kUsesCpAsync ? 3 : 2;
   static constexpr int kRows = 64 * kConsumerWarpgroups;
   // Keys of a key tile: as many as fit twice into 227 KB, and leave registers for the results, which take
-  // kValueDim / 2 of each thread. Warps that load by cp.async have 32 keys each at a time.
+  // kValueDim / 2 of each thread. 8-bit rows take memory twice. Warps that load by cp.async have 32 keys each
+  // at a time.
   static constexpr int kKeys = kHeadDim <= 128                ? 128
                                : kHeadDim > 192               ? 64
                                : kValueDim <= 128 && !kIs8Bit ? 128
@@ -82,9 +83,8 @@ struct PrefillTraits {
   static constexpr int kRawValueBytes = kIs8Bit ? kKeys * kValueDim : 0;
   static constexpr int kLoadBytes =
       kStages * (kKeyTileBytes + kValueTileBytes) + kRawKeyBytes + kRawValueBytes;
-  // Of the tile cache, which has as much room for values as for keys.
-  static constexpr int kCachedTileBytes =
-      kUsesCpAsync ? 2 * (kKeyTileBytes > kValueTileBytes ? kKeyTileBytes : kValueTileBytes) : 0;
+  // The tile cache has as much room for values as for keys.
+  static constexpr int kCachedTileBytes = kUsesCpAsync ? 2 * kKeyTileBytes : 0;
   // Two row tiles of queries where they fit: then the next one is there when a work tile ends.
   static constexpr int kQueryStages = 2 * kQueryBytes + kLoadBytes <= kMostSharedBytes - kMiscBytes ? 2 : 1;
   static_assert(kQueryStages * kQueryBytes + kLoadBytes <= kMostSharedBytes - kMiscBytes);
