@@ -17,6 +17,9 @@ from jax_paged_attn._layouts import LAYOUTS
 Attend = Callable[..., tuple[Array, Array]]
 
 # Scales per token and head of keys and of values, by what errors call them.
+# Beyond, all pairs of sequences would cost more than a running maximum.
+_FEW_SEQUENCES = 512
+
 NO_TOKEN_SCALES: Mapping[str, None] = MappingProxyType({"k_token_scales": None, "v_token_scales": None})
 
 
@@ -144,13 +147,21 @@ def _one_row_each(num_seqs: int) -> tuple[Array, Array]:
 
 @functools.partial(_modes.compiled, static_argnums=2)
 def rows_of_each(cu_q_lens: Array, num_seqs: Array | None, num_rows: int) -> tuple[Array, Array]:
-    """The first rows and the row counts of ragged sequences; dead ones have no row."""
-    ends = jax.lax.cummax(jnp.clip(cu_q_lens, 0, num_rows))
-    counts = ends[1:] - ends[:-1]
-    if num_seqs is not None:
-        live = jnp.arange(counts.shape[0], dtype=jnp.int32) < num_seqs  # a [1] broadcasts as a scalar does
-        counts = jnp.where(live, counts, 0)
-    return ends[:-1], counts
+    """The first rows and the row counts of ragged sequences; dead ones have no row.
+
+    These are two reductions over all pairs of sequences, of which XLA makes one kernel for a GPU. It makes two or three
+    of a running maximum, and attention waits for them.
+    """
+    ends = jnp.clip(cu_q_lens, 0, num_rows)
+    num_sequences = cu_q_lens.shape[0] - 1
+    index = jnp.arange(num_sequences, dtype=jnp.int32)
+    live = jnp.ones(num_sequences, bool) if num_seqs is None else index < num_seqs  # a [1] broadcasts as a scalar does
+    if isinstance(num_sequences, int) and num_sequences <= _FEW_SEQUENCES:
+        before = jnp.arange(num_sequences + 1, dtype=jnp.int32)[None] <= index[:, None]
+        rows_since = jnp.where(live[:, None], jnp.maximum(ends[1:, None] - ends[None], 0), 0)
+        return jnp.where(before, ends[None], 0).max(axis=1), jnp.where(before, rows_since, num_rows).min(axis=1)
+    ends = jax.lax.cummax(ends)
+    return ends[:-1], jnp.where(live, ends[1:] - ends[:-1], 0)
 
 
 def _query_and_pages(

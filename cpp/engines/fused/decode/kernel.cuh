@@ -59,6 +59,7 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
   }
   SequencesAhead sequences(args.call, shared.raw_sequence);
   DescriptorMaker descriptors(args, range, sequences, shared.range_seq, shared.range_offset);
+  [[maybe_unused]] bool first = true;
 #pragma unroll 1
   for (;; descriptors.Advance()) {
     if (descriptors.skips()) continue;
@@ -72,6 +73,11 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
     }
     device::Arrive(&shared.described[stage.index]);
     if (done) return;
+    // Consumers ask for the queries of the first split at once.
+    if constexpr (Traits::kIs8Bit) {
+      if (!first) descriptors.template PrefetchQueries<Traits>();
+      first = false;
+    }
     stage.Next();
   }
 }
