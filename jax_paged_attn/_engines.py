@@ -66,22 +66,19 @@ class Engine:
         if call.page_dtype not in (call.q_dtype, *self.quantized_dtypes):
             expected = _either((call.q_dtype, *self.quantized_dtypes))
             return f"expected pages of dtype {expected}, got {call.page_dtype}"
-        dims, taken = (call.head_dim, call.value_dim), self._head_dims_for(call)
+        dims, taken = (call.head_dim, call.value_dim), self.head_dims_for(call.values_in_keys, call.page_dtype)
         if taken is not None and dims not in taken:
-            return f"expected a head dim of {_either(map(_name, taken))}, got {_name(dims)}"
-        if self.takes_as_mla(call) and call.page_dtype != call.q_dtype:
-            return f"expected pages of dtype {call.q_dtype} at a head dim of {_name(dims)}, got {call.page_dtype}"
+            of_pages = f" for pages of dtype {call.page_dtype}" if call.values_in_keys else ""
+            return f"expected a head dim of {_either(map(_name, taken))}{of_pages}, got {_name(dims)}"
         if call.token_scales and not self.token_scales:
             return "expected scales of pages to be scalar or per head, got one per token and head"
         return None
 
-    def _head_dims_for(self, call: Call) -> tuple[tuple[int, int], ...] | None:
-        if self.head_dims is None or not call.values_in_keys:
+    def head_dims_for(self, values_in_keys: bool, page_dtype: str) -> tuple[tuple[int, int], ...] | None:
+        """The head dims that the engine takes of calls whose pages have that dtype; None is any."""
+        if self.head_dims is None or not values_in_keys or page_dtype in self.quantized_dtypes:
             return self.head_dims
-        return tuple(dims for dims in self.head_dims if dims[0] == dims[1]) + self.mla_head_dims
-
-    def takes_as_mla(self, call: Call) -> bool:
-        return call.values_in_keys and (call.head_dim, call.value_dim) in self.mla_head_dims
+        return self.head_dims + self.mla_head_dims
 
     def rejects(self, call: Call) -> str | None:
         """Why the engine cannot run the call on any platform, or None."""
@@ -93,7 +90,7 @@ class Engine:
         """Why the engine cannot run on the platform, or cannot run the call on this one's device, or None."""
         if self.platform not in (None, platform):
             return f"runs on {self.platform}, not on {platform}"
-        if call is not None and self.takes_as_mla(call):
+        if call is not None and call.values_in_keys and (call.head_dim, call.value_dim) in self.mla_head_dims:
             capability = _ffi.compute_capability()
             if capability not in (None, _MLA_CAPABILITY):
                 return f"runs MLA on compute capability {_MLA_CAPABILITY}, not on {capability}"
