@@ -168,15 +168,15 @@ inline constexpr int kMaxSplitRows = 8;
 inline constexpr int kMinSplitTiles = 16;
 // Short sequences have more splits, of fewer tiles: alone or in a small batch they would else keep most
 // multiprocessors idle. In a large batch that costs a tenth, see docs/engines/fused-decode.md.
-inline constexpr int kFewSplits = 4;
-inline constexpr int kMinTilesOfFewSplits = 4;
+inline constexpr int kSplitsIfShort = 4;
+inline constexpr int kMinTilesIfShort = 4;
 
 // Tiles of each KV split of a row block but the last one.
 JPA_HOST_DEVICE inline int32_t TilesPerSplit(const Sequence& sequence, const TileRange& tiles) {
   if (sequence.num_rows > kMaxSplitRows) return tiles.size() > 0 ? tiles.size() : 1;
   const int32_t many = static_cast<int32_t>(CeilDiv(tiles.size(), kMinSplitTiles));
   const int32_t splits =
-      Smaller(kMaxSplits, Larger(many, Smaller(kFewSplits, tiles.size() / kMinTilesOfFewSplits)));
+      Smaller(kMaxSplits, Larger(many, Smaller(kSplitsIfShort, tiles.size() / kMinTilesIfShort)));
   return static_cast<int32_t>(CeilDiv(tiles.size(), Larger(splits, 1)));
 }
 
