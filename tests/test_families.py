@@ -59,6 +59,8 @@ def test_there_are_all_families() -> None:
         "gpt_oss",
         "olmo2",
         "smollm3",
+        "deepseek_v2",
+        "deepseek_v3",
     }
 
 
