@@ -69,8 +69,13 @@ class Rule:
 
     def shardy(self) -> tuple[str, dict[str, Any]]:
         """The rule in the notation of `custom_partitioning`, with its keywords."""
-        heads = "(kv_heads group)" if self.group > 1 else "kv_heads"
-        names = {Dim.ROWS: "rows", Dim.HEADS: heads, Dim.KV_HEADS: "kv_heads", Dim.KV_PAIRS: "(kv_heads pair)"}
+        one_head = self.num_kv_heads == 1  # a factor of size 1 may not stand beside another
+        names = {
+            Dim.ROWS: "rows",
+            Dim.HEADS: "kv_heads" if self.group == 1 else "group" if one_head else "(kv_heads group)",
+            Dim.KV_HEADS: "kv_heads",
+            Dim.KV_PAIRS: "pair" if one_head else "(kv_heads pair)",
+        }
         whole: list[str] = []  # in the order of the notation, as Shardy wants them
 
         def factor(dim: Dim) -> str:
@@ -81,8 +86,8 @@ class Rule:
             return names.get(dim, whole[-1] if whole else "")
 
         sides = [", ".join(" ".join(map(factor, dims)) for dims in side) for side in (self.operands, self.results)]
-        sizes = {"group": self.group} if self.group > 1 else {}
-        if "pair" in whole:
+        sizes = {"group": self.group} if self.group > 1 and not one_head else {}
+        if "pair" in whole and not one_head:
             sizes["pair"] = 2
         return " -> ".join(sides), {"need_replication_factors": tuple(whole), **sizes}
 

@@ -42,6 +42,7 @@ DECODE = Case(
 )  # fmt: skip
 RAGGED = dataclasses.replace(DECODE, q_lens=(1, 5, 3, 8, 0, 1, 12, 5), function="ragged_paged_attention")
 TWO_KV_HEADS = dataclasses.replace(DECODE, num_kv_heads=2, k_scale=(0.5, 2.0))
+ONE_KV_HEAD = dataclasses.replace(DECODE, num_kv_heads=1, k_scale=(0.5,))
 
 KINDS = (AxisType.Auto, AxisType.Explicit)
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
@@ -124,9 +125,10 @@ SPLITS = {
     "sequences and heads": (DECODE, {"x": 2, "y": 4}, {"rows": "x", "kv_heads": "y", "heads": "y"}),
     "heads by minor axis first": (DECODE, {"x": 2, "y": 4}, {"kv_heads": ("y", "x"), "heads": ("y", "x")}),
     "more shards than heads": (TWO_KV_HEADS, {"x": 2, "y": 4}, {"kv_heads": "x", "heads": ("x", "y")}),
+    "one key/value head": (ONE_KV_HEAD, {"x": 8}, {"heads": "x"}),
 }
 # Where each device has a part of what the cotangent of a pool or of sinks is a sum of.
-SUMMED = {"sequences", "sequences and heads", "more shards than heads"}
+SUMMED = {"sequences", "sequences and heads", "more shards than heads", "one key/value head"}
 
 
 @pytest.mark.whole
