@@ -32,7 +32,7 @@ def relative_error(got: Any, want: np.ndarray) -> float:
 
 
 # Each of these differs from another one by little; the long tail has them.
-ALIKE = ("gemma2", "llama-dynamic", "llama-linear", "llama-yarn", "mixtral", "olmo2", "qwen2", "smollm3")
+ALIKE = ("deepseek-v2", "gemma2", "llama-dynamic", "llama-linear", "llama-yarn", "mixtral", "olmo2", "qwen2", "smollm3")
 MODELS = [pytest.param(folder, id=folder.name, marks=[pytest.mark.slow] * (folder.name in ALIKE)) for folder in FOLDERS]
 
 

@@ -131,6 +131,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3",
         {
             **LATENT,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "moe_intermediate_size": 16,
             "q_lora_rank": 20,
             "attention_bias": True,
             "n_routed_experts": 8,
