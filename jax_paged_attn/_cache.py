@@ -17,7 +17,7 @@ from jax_paged_attn._attention import paged_attention, ragged_paged_attention
 from jax_paged_attn._donation import warn_of_eager_update
 from jax_paged_attn._step import StepMetadata
 
-# What `attend` takes from the cache.
+# Keywords of attention that `attend` takes from the cache.
 _OWN: dict[str, str] = {
     **dict.fromkeys(("k_scale", "v_scale"), "expected none, since the cache has its own scales"),
     "value_dim": "expected none, since the cache has its own",

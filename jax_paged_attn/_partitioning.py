@@ -69,13 +69,11 @@ class Rule:
 
     def shardy(self) -> tuple[str, dict[str, Any]]:
         """The rule in the notation of `custom_partitioning`, with its keywords."""
-        one_head = self.num_kv_heads == 1  # a factor of size 1 may not stand beside another
-        names = {
-            Dim.ROWS: "rows",
-            Dim.HEADS: "kv_heads" if self.group == 1 else "group" if one_head else "(kv_heads group)",
-            Dim.KV_HEADS: "kv_heads",
-            Dim.KV_PAIRS: "pair" if one_head else "(kv_heads pair)",
-        }
+        # Shardy wants no factor of size 1 beside another one.
+        one = self.num_kv_heads == 1
+        heads = "kv_heads" if self.group == 1 else "group" if one else "(kv_heads group)"
+        pairs = "pair" if one else "(kv_heads pair)"
+        names = {Dim.ROWS: "rows", Dim.HEADS: heads, Dim.KV_HEADS: "kv_heads", Dim.KV_PAIRS: pairs}
         whole: list[str] = []  # in the order of the notation, as Shardy wants them
 
         def factor(dim: Dim) -> str:
@@ -86,8 +84,8 @@ class Rule:
             return names.get(dim, whole[-1] if whole else "")
 
         sides = [", ".join(" ".join(map(factor, dims)) for dims in side) for side in (self.operands, self.results)]
-        sizes = {"group": self.group} if self.group > 1 and not one_head else {}
-        if "pair" in whole and not one_head:
+        sizes = {"group": self.group} if self.group > 1 and not one else {}
+        if "pair" in whole and not one:
             sizes["pair"] = 2
         return " -> ".join(sides), {"need_replication_factors": tuple(whole), **sizes}
 

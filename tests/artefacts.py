@@ -71,8 +71,8 @@ def step(q: Any, k_pages: Any, v_pages: Any, block_tables: Any, lengths: Any, k_
     page = block_tables[0, 0]
     slots = page * k_pages.shape[1] + jnp.arange(k_pages.shape[1], dtype=jnp.int32)
     k, v = k_pages[page].astype(jnp.float32) * k_scale, v_pages[page].astype(jnp.float32) * v_scale
-    pools = jpa.write_kv_pages(k_pages.at[page].set(0), v_pages.at[page].set(0), k, v, slots, **scales)
-    return jpa.paged_attention(q, *pools, block_tables, lengths, **scales, return_lse=True)
+    k_new, v_new = jpa.write_kv_pages(k_pages.at[page].set(0), v_pages.at[page].set(0), k, v, slots, **scales)
+    return jpa.paged_attention(q, k_new, v_new, block_tables, lengths, **scales, return_lse=True)
 
 
 def interleaved(*operands: Any) -> Any:

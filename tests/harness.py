@@ -99,6 +99,8 @@ def in_layout(layout: str, k_pages: Any, v_pages: Any, padding_heads: int = 0, x
     """
     if layout == "split":
         return k_pages, v_pages
+    if layout == "values_in_keys":
+        return (k_pages,)
     if layout == "head_major":
         return tuple(xp.moveaxis(x, 2, 0).copy() for x in (k_pages, v_pages))
     return (interleave(k_pages, v_pages, padding_heads or int(layout == "padded"), xp),)
@@ -119,6 +121,8 @@ def write_in_layout(*operands: Any, layout: str, **scales: Any) -> tuple[Any, ..
         k_scale, v_scale = (_call.page_scale(dims, x, scales.get(x), *pools) for x in ("k_scale", "v_scale"))
         arrays = (jnp.asarray(x) for x in (*pools, k, v, slots))
         return _primitive.write(*arrays, k_scale, v_scale, layout="interleaved")
+    if layout == "values_in_keys":  # `v` and its scale are for other layouts
+        return jpa.write_kv_pages(pools[0], None, k, None, slots, k_scale=scales.get("k_scale"))[:1]
     write: Any = {
         "split": jpa.write_kv_pages,
         "interleaved": compat.write_interleaved_kv_pages,

@@ -84,18 +84,28 @@ def recorded(function: Any, *operands: Any, **parameters: Any) -> Call:
     return call
 
 
-# Pools by layout, without the head dim; "padded" is an interleaved one with a head more.
-POOLS = {"split": (P, S, K), "interleaved": (P, S, 2 * K), "padded": (P, S, 2 * K + 1), "head_major": (K, P, S)}
+# Pools by layout, without the head dim; "padded" is an interleaved one with a head more, "apart" a split one whose
+# values have half of the head dim of keys.
+POOLS = {
+    "split": (P, S, K),
+    "apart": (P, S, K),
+    "interleaved": (P, S, 2 * K),
+    "padded": (P, S, 2 * K + 1),
+    "head_major": (K, P, S),
+    "values_in_keys": (P, S, K),
+}
+NAMES = {"apart": "split", "padded": "interleaved"}
 
 
 def attention(engine: str, decode: bool = False, layout: str = "split", token_scales: bool = False) -> Call:
     """Ragged attention, or decode, as the engine is called."""
     dtype, head_dim = (jnp.bfloat16, 64) if engine == "fused" else (jnp.float32, 8)
     pool, rows = jnp.zeros((*POOLS[layout], head_dim), dtype), jnp.zeros(B, jnp.int32)
+    values = {"apart": pool[..., : head_dim // 2], "values_in_keys": pool[:0]}.get(layout, pool)
     return recorded(
         _ffi.ATTENTION[engine],
         jnp.zeros((B if decode else T, N, head_dim), dtype),
-        *(pool, pool),
+        *(pool, values),
         jnp.zeros((B, M), jnp.int32),
         *(rows, rows, rows),
         *(jnp.zeros((0, heads), jnp.float32) for heads in (N, K, K)),
@@ -104,15 +114,18 @@ def attention(engine: str, decode: bool = False, layout: str = "split", token_sc
         decode=decode,
         batch_invariant=False,
         scoring=Scoring(scale=0.5, sliding_window=0, soft_cap=0.0, causal=True),
-        layout="interleaved" if layout == "padded" else layout,
+        layout=NAMES.get(layout, layout),
     )
 
 
 def write(layout: str = "split") -> Call:
     pool, new, none = (jnp.zeros(shape, jnp.float32) for shape in ((*POOLS[layout], 8), (T, K, 8), (0, K)))
-    name = "interleaved" if layout == "padded" else layout
+    name = NAMES.get(layout, layout)
     pools = [pool] * LAYOUTS[name].num_pools
-    return recorded(_ffi.write, *pools, new, new, jnp.zeros(T, jnp.int32), none, none, layout=name)
+    v = new[..., : {"apart": 4, "values_in_keys": 0}.get(layout, 8)]
+    if layout == "apart":
+        pools[1] = pool[..., :4]
+    return recorded(_ffi.write, *pools, new, v, jnp.zeros(T, jnp.int32), none, none, layout=name)
 
 
 # ---- What may be wrong with a call -----------------------------------------------------------------------------------
@@ -205,6 +218,7 @@ def malformed_attention(engine: str) -> Iterator[Call]:
             of_scale = layout == "padded" and wrong.label.startswith("k_scale: ax")  # whose columns are K
             if (wrong.label.startswith(WRITE_RESULTS) and ": dtype" not in wrong.label) or of_scale:
                 yield wrong
+    yield from malformed_values(engine)
     # The versions before know no padding heads, and no scales per token.
     call = attention(engine, layout="padded")
     before = {"target": _ffi.ATTENTION_LAYOUT_TARGET, "operands": call.operands[:-2]}
@@ -222,12 +236,36 @@ def malformed_attention(engine: str) -> Iterator[Call]:
             yield wrong
 
 
+def malformed_values(engine: str) -> Iterator[Call]:
+    """Of the target for values of another head dim, or in the keys."""
+    call = attention(engine, layout="values_in_keys")
+    yield call
+    yield from (wrong for wrong in wrong_attributes(call) if "layout" in wrong.label)
+    for wrong in wrong_arrays(call, (*ATTENTION_OPERANDS, *TOKEN_SCALES), "operands"):
+        # Pages of values are none; fewer of their numbers are another result.
+        free = wrong.label.startswith(WRITE_RESULTS) and wrong.error is None and not wrong.label.startswith("k_pages")
+        if wrong.label.startswith((*WRITE_RESULTS, *TOKEN_SCALES)) and ": dtype" not in wrong.label:
+            yield replace(wrong, error=MISMATCH) if free else wrong
+    before = {"target": _ffi.ATTENTION_TOKENS_TARGET}
+    yield replace(call, **before, label="values in keys in v3", error=MISMATCH)
+    apart = attention("cublaslt" if engine == "fused" else engine, layout="apart")
+    yield replace(apart, **before, label="head dims apart in v3", error=MISMATCH)
+    if engine == "fused":
+        attributes = {**apart.attributes, "engine": "fused"}
+        yield replace(apart, attributes=attributes, label="head dims apart", error="implementation: 'fused' has no")
+        return
+    yield apart
+    for wrong in wrong_arrays(apart, (*ATTENTION_OPERANDS, *TOKEN_SCALES), "operands"):
+        if wrong.label.startswith(("v_pages", "q:")) and ": dtype" not in wrong.label:
+            yield wrong
+
+
 def malformed_writes() -> Iterator[Call]:
-    for layout in ("split", "interleaved", "head_major"):
+    for layout in ("split", "interleaved", "head_major", "apart", "values_in_keys"):
         call = write(layout)
         yield call
         yield from wrong_attributes(call)
-        free = {("k_pages", 0)} if layout == "interleaved" else set()
+        free = {("k_pages", 0)} if layout in ("interleaved", "values_in_keys") else set()
         for wrong in wrong_arrays(call, WRITE_OPERANDS, "operands", free | (FREE - FREE_PAGES)):
             pool = wrong.label.split(":")[0] in WRITE_RESULTS
             if layout != "split" and (not pool or ": dtype" in wrong.label):
@@ -238,6 +276,9 @@ def malformed_writes() -> Iterator[Call]:
         # So these are not aliased.
         yield from wrong_arrays(replace(call, options={}), WRITE_RESULTS, "results")
         yield replace(call, options={}, label="no aliases", error="k_pages, v_pages: expected results aliased")
+    for layout in ("values_in_keys", "apart"):
+        old = {"target": _ffi.WRITE_LAYOUT_TARGET}
+        yield replace(write(layout), **old, label=f"{layout} in v2", error=MISMATCH)
 
 
 def main(what: str) -> None:

@@ -43,7 +43,6 @@ DECODE = Case(
 )  # fmt: skip
 RAGGED = dataclasses.replace(DECODE, q_lens=(1, 5, 3, 8, 0, 1, 12, 5), function="ragged_paged_attention")
 TWO_KV_HEADS = dataclasses.replace(DECODE, num_kv_heads=2, k_scale=(0.5, 2.0))
-ONE_KV_HEAD = dataclasses.replace(DECODE, num_kv_heads=1, k_scale=(0.5,))
 
 KINDS = (AxisType.Auto, AxisType.Explicit)
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
@@ -76,10 +75,11 @@ class Problem:
 
         def attend(q: Any, k_pages: Any, v_pages: Any, sinks: Any, k_scale: Any, *where: Any) -> Any:
             function = getattr(jpa, case.function)
-            keywords = {"sinks": sinks, "k_scale": k_scale, **case.keywords}
+            keywords = {"sinks": sinks, "k_scale": k_scale, "value_dim": traced.get("value_dim"), **case.keywords}
             return function(q, k_pages, v_pages, *where, **keywords, return_lse=True)
 
-        return cls(attend, (q, k_pages, v_pages, traced["sinks"], traced["k_scale"], *where))
+        operands: Any = (q, k_pages, v_pages, traced["sinks"], traced["k_scale"], *where)
+        return cls(attend, operands)
 
     def specs(self, rows: Any = None, kv_heads: Any = None, heads: Any = None) -> tuple[P, ...]:
         """How the operands are sharded, by the mesh axes that split sequences and heads."""
@@ -126,10 +126,9 @@ SPLITS = {
     "sequences and heads": (DECODE, {"x": 2, "y": 4}, {"rows": "x", "kv_heads": "y", "heads": "y"}),
     "heads by minor axis first": (DECODE, {"x": 2, "y": 4}, {"kv_heads": ("y", "x"), "heads": ("y", "x")}),
     "more shards than heads": (TWO_KV_HEADS, {"x": 2, "y": 4}, {"kv_heads": "x", "heads": ("x", "y")}),
-    "one key/value head": (ONE_KV_HEAD, {"x": 8}, {"heads": "x"}),
 }
 # Where each device has a part of what the cotangent of a pool or of sinks is a sum of.
-SUMMED = {"sequences", "sequences and heads", "more shards than heads", "one key/value head"}
+SUMMED = {"sequences", "sequences and heads", "more shards than heads"}
 
 
 @pytest.mark.whole
@@ -157,7 +156,56 @@ def test_partitioned_without_moving_an_operand(kind: AxisType, split: str, deriv
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
 
 
-POOLS = {"split": P(None, None, "x"), "interleaved": P(None, None, "x"), "head_major": P("x")}
+ONE_KV_HEAD = dataclasses.replace(DECODE, num_kv_heads=1, k_scale=(0.7,), head_dim=24, value_dim=16, values_in_keys=True)
+EIGHT_IN_KEYS = dataclasses.replace(DECODE, head_dim=24, value_dim=16, values_in_keys=True)
+APART = dataclasses.replace(RAGGED, value_dim=24)
+# Values in the keys or of another head dim: the mesh, and the axes of sequences, of pools' heads and of query heads.
+VALUE_SPLITS = {
+    "query heads of one KV head": (ONE_KV_HEAD, {"x": 8}, (None, None, "x")),
+    "sequences of one KV head": (ONE_KV_HEAD, {"x": 8}, ("x", None, None)),
+    "both": (ONE_KV_HEAD, {"x": 2, "y": 4}, ("x", None, "y")),
+    "heads, in the keys": (EIGHT_IN_KEYS, {"x": 8}, (None, "x", "x")),
+    "heads, apart": (APART, {"x": 8}, (None, "x", "x")),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("split", VALUE_SPLITS)
+def test_partitioned_values_apart_or_in_the_keys(split: str, kind: AxisType) -> None:
+    """Values and gradients; only what a pool on all devices is the sum of is added up."""
+    case, sizes, (rows, kv_heads, heads) = VALUE_SPLITS[split]
+    problem, mesh = Problem.of(case), mesh_of(kind, **sizes)
+    q, k_pages, v_pages, *rest = problem.operands
+    pools = finite((k_pages,) if v_pages is None else (k_pages, v_pages))
+
+    def attend(q: Any, pools: Any, *rest: Any) -> Any:
+        return problem.attend(q, pools[0], pools[1] if len(pools) > 1 else None, *rest)
+
+    def both(q: Any, pools: Any, *rest: Any) -> Any:
+        gradients = jax.grad(lambda q, pools: loss(attend(q, pools, *rest)), (0, 1))(q, pools)
+        return attend(q, pools, *rest), gradients
+
+    pool, (_, _, _, *rest_specs) = P(None, None, kv_heads), problem.specs(rows, kv_heads, heads)
+    operands = (*finite((q,)), pools, *rest)
+    want = jax.jit(both)(*operands)
+    with within(mesh):
+        placed = [
+            jax.tree.map(lambda x, spec=spec: jax.device_put(x, NamedSharding(mesh, spec)), x)
+            for x, spec in zip(operands, (P(rows, heads), pool, *rest_specs), strict=True)
+        ]
+        compiled = jax.jit(both).lower(*placed).compile()
+        got = compiled(*placed)
+    assert_same(got, want)
+    assert set(collectives(compiled)) == (set() if kv_heads else {"all-reduce"})
+    assert got[0][0].sharding.is_equivalent_to(NamedSharding(mesh, P(rows, heads)), 3)
+
+
+POOLS = {
+    "split": P(None, None, "x"),
+    "interleaved": P(None, None, "x"),
+    "head_major": P("x"),
+    "values_in_keys": P(None, None, "x"),
+}
 
 
 @pytest.mark.parametrize("derivative", ["forward", "gradient"])
@@ -243,7 +291,13 @@ def test_other_shardings_give_the_same(kind: AxisType, case: Case, pool: P, q: P
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(
     ("layout", "dtype"),
-    [("split", np.float32), ("split", np.int8), ("interleaved", np.int8), ("head_major", np.float32)],
+    [
+        ("split", np.float32),
+        ("split", np.int8),
+        ("interleaved", np.int8),
+        ("head_major", np.float32),
+        ("values_in_keys", np.int8),
+    ],
 )
 def test_write_is_in_place_on_each_device(kind: AxisType, layout: str, dtype: Any) -> None:
     mesh, rng = mesh_of(kind, x=8), np.random.default_rng(0)
@@ -268,7 +322,7 @@ def test_write_is_in_place_on_each_device(kind: AxisType, layout: str, dtype: An
         got = compiled(*placed)
     assert addresses(got) == before
     assert collectives(compiled) == []
-    shard = {"split": "6,4,1,16", "interleaved": "6,4,2,16", "head_major": "1,6,4,16"}[layout]
+    shard = {"interleaved": "6,4,2,16", "head_major": "1,6,4,16"}.get(layout, "6,4,1,16")
     assert not re.search(rf"\[{shard}\]\S* copy\(", compiled.as_text())
     for mine, theirs in zip(got, want, strict=True):
         np.testing.assert_array_equal(mine, theirs)
@@ -665,6 +719,34 @@ def test_context_parallel_is_attention_over_all_pages(name: str, check_vma: bool
     want = jax.jit(derived(whole.attend, "gradient"))(*operands)
     dealt = [np.asarray(grad)[spread.owner, spread.local_id] for grad in grads[1:3]]
     assert_same((grads[0], *dealt, grads[3]), want)
+
+
+@pytest.mark.parametrize("name", ["decode", "prompts"])
+def test_context_parallel_over_one_pool(name: str) -> None:
+    """Pages of keys that hold the values, spread over devices; results and gradients."""
+    case = dataclasses.replace(CONTEXTS[name], value_dim=9, values_in_keys=True)
+    inputs, mesh = build(case), mesh_of(x=8)
+    q, k_pages = finite((inputs.q, inputs.k_pages))
+    spread = Spread.evenly(len(k_pages), 8)
+    tables = spread.tables(inputs.block_tables, 8)
+    ragged = {} if inputs.decode else {"cu_q_lens": inputs.cu_q_lens, "num_seqs": inputs.num_seqs}
+    keywords = {**case.keywords, "sinks": inputs.sinks, "k_scale": case.k_scale, "value_dim": 9, "return_lse": True}
+
+    def part(q: Any, k_pages: Any, tables: Any) -> Any:
+        mine = (q, k_pages[0], None, tables[0], inputs.kv_lens)
+        return jpa.context_parallel_attention(*mine, axis_name="x", **ragged, **keywords)
+
+    def whole(q: Any, k_pages: Any) -> Any:
+        _, _, _, *where = inputs.arguments()[0]
+        return getattr(jpa, case.function)(q, k_pages, None, *where, **keywords)
+
+    by_device = (P(), P("x"), P("x"))
+    spread_attend = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=by_device, out_specs=(P(), P())))
+    operands = (q, spread.pools(k_pages, 8), tables)
+    assert_same(spread_attend(*operands), jax.jit(whole)(q, k_pages))
+    grads = jax.jit(jax.grad(lambda *xs: loss(spread_attend(*xs, tables)), (0, 1)))(*operands[:2])
+    want = jax.jit(jax.grad(lambda *xs: loss(whole(*xs)), (0, 1)))(q, k_pages)
+    assert_same((grads[0], np.asarray(grads[1])[spread.owner, spread.local_id]), want)
 
 
 def test_context_parallel_says_what_is_wrong() -> None:

@@ -36,15 +36,20 @@ def test_operands_and_attributes_are_those_of_the_compiled_targets(platform: str
         "split": _ffi.ATTENTION_TARGET,
         "head_major": _ffi.ATTENTION_LAYOUT_TARGET,
         "padded": _ffi.ATTENTION_TOKENS_TARGET,
+        "values_in_keys": _ffi.ATTENTION_VALUES_TARGET,
     }
-    writes = {"split": _ffi.WRITE_TARGET, "interleaved": _ffi.WRITE_LAYOUT_TARGET}
+    writes = {
+        "split": _ffi.WRITE_TARGET,
+        "interleaved": _ffi.WRITE_LAYOUT_TARGET,
+        "values_in_keys": _ffi.WRITE_VALUES_TARGET,
+    }
     assert set(targets) == {*attention.values(), *writes.values()}
     engine = {"cpu": "cpu", "cuda": "fused"}[platform]
     for layout, target in attention.items():
         call = malformed.attention(engine, layout=layout)
         assert call.target == target
         fields = list(_ffi.AttentionOperands._fields)
-        assert targets[target]["operands"] == (fields if layout == "padded" else fields[:-2])
+        assert targets[target]["operands"] == (fields if layout in ("padded", "values_in_keys") else fields[:-2])
         assert targets[target]["results"] == list(malformed.ATTENTION_RESULTS)
         assert set(targets[target]["attributes"]) == set(call.attributes)
     for layout, target in writes.items():

@@ -114,7 +114,7 @@ def cases(draw: st.DrawFn, engine: str, **fixed: Any) -> Case:
         sinks=draw(st.booleans()),
         sink_offset=draw(st.sampled_from([0.0, 0.0, 5.0, -300.0, -np.inf])),
         k_scale=draw(scales),
-        v_scale=draw(scales),
+        v_scale=None if values_in_keys else draw(scales),
         keywords=keywords,
     )
 
@@ -127,6 +127,8 @@ def assert_as_the_oracle(got: Any, function: str, args: tuple[Any, ...], keyword
     """Errors are measured by what the values add up to without their signs, which few of them cancel at random."""
     want = getattr(oracle, function)(*args, **keywords)
     q, k_pages, v_pages, *rest = args
+    if v_pages is None:
+        v_pages, keywords = k_pages[..., : keywords["value_dim"]], {**keywords, "v_scale": keywords["k_scale"]}
     magnitude, _ = getattr(oracle, function)(q, k_pages, np.abs(v_pages), *rest, **keywords)
     harness.assert_close(got, want, dtype, magnitude)
 
@@ -167,7 +169,9 @@ def test_any_batch_invariant_call_has_the_bits_of_each_sequence_alone(engine: st
 @given(data=st.data())
 def test_any_vmap_is_a_loop(engine: str, data: st.DataObject) -> None:
     case = data.draw(cases(engine), label="case")
-    variants = [_operands(case)]
+    variants, static = [_operands(case)], {**case.keywords}
+    if case.values_in_keys:
+        static["value_dim"] = case.value_dim
     for i in range(data.draw(st.integers(0, 2), label="more variants")):
         kv_lens, q_lens = (tuple(data.draw(st.permutations(lens))) for lens in (case.kv_lens, case.q_lens))
         variants.append(_operands(replace(case, name=f"{case.name} {i}", kv_lens=kv_lens, q_lens=q_lens)))
@@ -181,20 +185,21 @@ def test_any_vmap_is_a_loop(engine: str, data: st.DataObject) -> None:
 
     def one(operands: dict[str, Any]) -> Any:
         args, traced = _arguments(case.function, operands)
-        return getattr(jpa, case.function)(*args, **traced, **case.keywords, implementation=engine, return_lse=True)
+        return getattr(jpa, case.function)(*args, **traced, **static, implementation=engine, return_lse=True)
 
     out, lse = jax.jit(jax.vmap(one, in_axes=(axes,)))(stacked)
     for i, variant in enumerate(variants):
         alone = {name: (variant if name in mapped else variants[0])[name] for name in variant}
         args, traced = _arguments(case.function, alone)
-        assert_as_the_oracle((out[i], lse[i]), case.function, args, {**traced, **case.keywords}, case.dtype)
+        assert_as_the_oracle((out[i], lse[i]), case.function, args, {**traced, **static}, case.dtype)
 
 
 def _operands(case: Case) -> dict[str, Any]:
     """A case's operands by name. A page that one variant does not use may be another's, so none is poisoned."""
     args, traced = build(case).arguments()
     operands = dict(zip(ARGUMENTS[case.function], args, strict=True)) | traced
-    for name in ("q", "k_pages", "v_pages"):
+    operands.pop("value_dim", None)  # which is static
+    for name in ("q", "k_pages") if case.values_in_keys else ("q", "k_pages", "v_pages"):
         tame = np.nan_to_num(operands[name].astype(np.float32), nan=0.5, posinf=1.0, neginf=-1.0)
         operands[name] = tame.astype(operands[name].dtype)
     return operands
@@ -229,6 +234,7 @@ def test_any_write_is_as_the_oracle(data: st.DataObject) -> None:
     num_pages, page_size = data.draw(st.integers(0, 6), label="P"), data.draw(st.integers(1, 5), label="S")
     kv_heads, tokens = data.draw(st.integers(1, 3), label="K"), data.draw(st.integers(0, 12), label="T")
     head_dim = data.draw(st.integers(1, 20) | st.sampled_from([64, 128]), label="H")
+    value_dim = data.draw(st.just(head_dim) | st.sampled_from([0, 5, 64]), label="Hv, 0 in the keys")
     dtype = DTYPES[data.draw(st.sampled_from(["f32", "bf16", "f16"]), label="dtype")]
     page_dtype = DTYPES[data.draw(st.sampled_from(sorted(DTYPES)), label="dtype of pages")]
     scales = st.sampled_from([0.01, 0.3, 1.0, 7.0])
@@ -239,10 +245,14 @@ def test_any_write_is_as_the_oracle(data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**16), label="seed"))
 
     def operands(scales: list[Any]) -> dict[str, Any]:
-        pools = [random_values(rng, (num_pages, page_size, kv_heads, head_dim), page_dtype) for _ in "kv"]
-        shape = (tokens, kv_heads, head_dim)
+        dims = (head_dim, value_dim)
+        pools = [random_values(rng, (num_pages, page_size, kv_heads, dim), page_dtype) if dim else None for dim in dims]
+        shapes = [(tokens, kv_heads, dim) for dim in dims]
         with np.errstate(over="ignore"):
-            new = [(rng.standard_normal(shape) * 10.0 ** rng.integers(-4, 7, shape)).astype(dtype) for _ in "kv"]
+            new = [
+                (rng.standard_normal(shape) * 10.0 ** rng.integers(-4, 7, shape)).astype(dtype) if shape[2] else None
+                for shape in shapes
+            ]
         slots = np.array(data.draw(tuples(slot, tokens), label="slots"), np.int32)
         names = ("k_pages", "v_pages", "k", "v", "slot_mapping", "k_scale", "v_scale")
         return dict(zip(names, (*pools, *new, slots, *scales), strict=True))
@@ -251,16 +261,21 @@ def test_any_write_is_as_the_oracle(data: st.DataObject) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
             want = oracle.write_kv_pages(**operands)
         for mine, theirs in zip(got, want, strict=True):
-            assert_same_bits(mine, theirs)
+            if theirs is None:
+                assert mine is None
+            else:
+                assert_same_bits(mine, theirs)
 
     def scale_array(scale: Any) -> Array | None:
         return None if scale is None else np.asarray(scale, np.float32)
 
     factors = [scale_array(data.draw(scale, label=name)) for name in ("k_scale", "v_scale")]
+    if value_dim == 0:
+        factors[1] = None
     variants = [operands(factors) for _ in range(2)]
     on_device: dict[str, Any] = {n: None if x is None else jax.numpy.array(x) for n, x in variants[0].items()}
     check(jpa.write_kv_pages(**on_device), variants[0])
-    for name in ("k_pages", "v_pages"):
+    for name in ("k_pages", "v_pages") if value_dim else ("k_pages",):
         assert_same_bits(on_device[name], variants[0][name])
 
     present = [name for name, value in variants[0].items() if value is not None]

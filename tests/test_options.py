@@ -16,7 +16,7 @@ from jax_paged_attn import compat, nnx
 SCORES = {"scale": None, "sliding_window": None, "soft_cap": None}
 ENGINE = {"implementation": None, "batch_invariant": False}
 CACHE = {**SCORES, "sinks": None, **ENGINE, "return_lse": False}
-SCALES = {"k_scale": None, "v_scale": None}
+SCALES = {"k_scale": None, "v_scale": None, "value_dim": None}
 ROPE = {"rope_theta": 10000.0, "rope_scaling": None, "rotary_dim": None, "rope_interleaved": False}
 REFERENCE = {name: default for name, default in {**CACHE, **SCALES}.items() if name != "implementation"}
 KEYWORDS = (

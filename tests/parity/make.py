@@ -37,6 +37,7 @@ LONG = {"llama-dynamic": 96}
 
 # Multi-head latent attention of all DeepSeek, and their experts.
 LATENT: dict[str, Any] = {
+    "num_hidden_layers": 2,
     "num_key_value_heads": 4,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 12,

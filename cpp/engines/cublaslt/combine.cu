@@ -52,10 +52,10 @@ __device__ Blocks BlocksOf(const Call& call, const Group& group, const RowBlock&
 template <typename T>
 __device__ void StoreStrip(const Call& call, int64_t index, int64_t d, float factor,
                            const Unpacked<float, kWidth>& values) {
-  T* out = static_cast<T*>(call.params.out) + index * call.problem.head_dim;
+  T* out = static_cast<T*>(call.params.out) + index * call.problem.value_dim;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    if (d + i < call.problem.head_dim) device::FromF32(values.values[i] * factor, out + d + i);
+    if (d + i < call.problem.value_dim) device::FromF32(values.values[i] * factor, out + d + i);
   }
 }
 
@@ -154,10 +154,10 @@ __global__ void __launch_bounds__(ThreadsOf(kWarpsPerRow), BlocksOfSm(kWarpsPerR
   const Blocks blocks = live ? BlocksOf(call, group, row_block) : Blocks{.begin = 0, .end = 0};
   const int per_segment = static_cast<int>(plan.key_blocks_per_segment);
   const float2* stats = At<const float2>(call, plan.stats) + packed_row * plan.segments;
-  float* saved = At<float>(call, plan.states) + packed_row * (plan.head_dim + 2);
+  float* saved = At<float>(call, plan.states) + packed_row * (plan.value_dim + 2);
 
   State before = {.maximum = -INFINITY, .sum = 0.0f};
-  if (live && !group.first) before = {.maximum = saved[plan.head_dim], .sum = saved[plan.head_dim + 1]};
+  if (live && !group.first) before = {.maximum = saved[plan.value_dim], .sum = saved[plan.value_dim + 1]};
   State state = before;
   for (int s = blocks.begin / per_segment; s * per_segment < blocks.end; ++s)
     state.Add(stats[s].x, stats[s].y);
@@ -170,12 +170,12 @@ __global__ void __launch_bounds__(ThreadsOf(kWarpsPerRow), BlocksOfSm(kWarpsPerR
 
   const float* partials =
       At<const float>(call, plan.partials) +
-      (rb * plan.key_blocks() * plan.row_block_rows + packed_row % plan.row_block_rows) * plan.head_dim;
-  const int64_t block_stride = plan.row_block_rows * plan.head_dim;
+      (rb * plan.key_blocks() * plan.row_block_rows + packed_row % plan.row_block_rows) * plan.value_dim;
+  const int64_t block_stride = plan.row_block_rows * plan.value_dim;
   const int first_block = blocks.begin + warp_of_row;
-  for (int64_t strip = 0; strip < plan.head_dim; strip += kStrip) {
+  for (int64_t strip = 0; strip < plan.value_dim; strip += kStrip) {
     const int64_t d = strip + lane * kWidth;
-    const bool inside = d < plan.head_dim;
+    const bool inside = d < plan.value_dim;
     Unpacked<float, kWidth> sum = {};
     if (inside && plan.segments == 1) {
       AddPartials<kWarpsPerRow>(
@@ -199,8 +199,8 @@ __global__ void __launch_bounds__(ThreadsOf(kWarpsPerRow), BlocksOfSm(kWarpsPerR
   if (group.last) {
     call.params.lse[index] = ending.lse;
   } else {
-    saved[plan.head_dim] = state.maximum;
-    saved[plan.head_dim + 1] = state.sum;
+    saved[plan.value_dim] = state.maximum;
+    saved[plan.value_dim + 1] = state.sum;
   }
 }
 

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kCutThreads)
 Status LaunchCut(const Call& call, cudaStream_t stream) {
   constexpr int64_t kBytesPerBlock = 64 * 1024;
   constexpr int64_t kMaxBlocks = 512;
-  const int64_t bytes = call.problem.num_rows * call.problem.num_q_heads * call.problem.head_dim *
+  const int64_t bytes = call.problem.num_rows * call.problem.num_q_heads * call.problem.value_dim *
                         ByteWidth(call.problem.q_dtype);
   const int64_t blocks = 1 + std::min(bytes / kBytesPerBlock + 1, kMaxBlocks);
   return device::Launch(kCaller, "cut", &CutKernel,

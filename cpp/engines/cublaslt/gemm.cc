@@ -189,19 +189,19 @@ Status Products::Make(const AttentionProblem& problem, const Plan& plan,
   if (Status s = HandleOfCurrentDevice(*library, &handle); !s.ok()) return s;
 
   const cudaDataType_t type = TypeOf(problem.q_dtype);
-  const int64_t keys = plan.block_keys, rows = plan.row_block_rows, dim = plan.head_dim;
-  const int64_t token = plan.in_place ? plan.copies.token : dim;
+  const int64_t keys = plan.block_keys, rows = plan.row_block_rows;
+  const int64_t head_dim = plan.head_dim, value_dim = plan.value_dim;
   // Scores of one row stand beside each other over all blocks, and probabilities take the first bytes of
   // their place.
   const int64_t scores_row = plan.stretch_keys();
   const int64_t probabilities_row = scores_row * 4 / ByteWidth(problem.q_dtype);
   auto made = std::make_unique<Products>();
-  const Product::Matrix k = {.type = type, .rows = keys, .cols = dim, .stride = token};
-  const Product::Matrix q = {.type = type, .rows = dim, .cols = rows, .stride = dim};
+  const Product::Matrix k = {.type = type, .rows = keys, .cols = head_dim, .stride = plan.key_token};
+  const Product::Matrix q = {.type = type, .rows = head_dim, .cols = rows, .stride = head_dim};
   const Product::Matrix scores = {.type = CUDA_R_32F, .rows = keys, .cols = rows, .stride = scores_row};
-  const Product::Matrix v = {.type = type, .rows = dim, .cols = keys, .stride = token};
+  const Product::Matrix v = {.type = type, .rows = value_dim, .cols = keys, .stride = plan.value_token};
   const Product::Matrix p = {.type = type, .rows = keys, .cols = rows, .stride = probabilities_row};
-  const Product::Matrix partials = {.type = CUDA_R_32F, .rows = dim, .cols = rows, .stride = dim};
+  const Product::Matrix partials = {.type = CUDA_R_32F, .rows = value_dim, .cols = rows, .stride = value_dim};
   if (Status s = made->scores.Init(*library, handle, Transpose::kYes, k, q, scores, plan.batch(), "QK^T");
       !s.ok()) {
     return s;

@@ -121,10 +121,9 @@ __device__ void FillPointers(const Call& call, const Group& group) {
     const T* keys = At<const T>(call, plan.zeros);
     const T* values = keys;
     if (live && !plan.in_place) {
-      const int64_t offset =
-          (row_block.gather_index * plan.stretch_keys() + block * plan.block_keys) * plan.head_dim;
-      keys = At<const T>(call, plan.keys) + offset;
-      values = At<const T>(call, plan.values) + offset;
+      const int64_t index = row_block.gather_index * plan.stretch_keys() + block * plan.block_keys;
+      keys = At<const T>(call, plan.keys) + index * plan.key_token;
+      values = At<const T>(call, plan.values) + index * plan.value_token;
     } else if (live) {
       const int64_t page = PageOf(call, row_block.tile.seq, key);
       uint8_t* known =
@@ -152,7 +151,8 @@ __device__ void FillPointers(const Call& call, const Group& group) {
     PointersAt(call, kScores)[i] = scores + segment + in_segment;
     PointersAt(call, kValues)[i] = const_cast<T*>(values);
     PointersAt(call, kProbabilities)[i] = reinterpret_cast<T*>(scores + segment) + in_segment;
-    PointersAt(call, kPartials)[i] = At<float>(call, plan.partials) + i * plan.row_block_rows * plan.head_dim;
+    PointersAt(call, kPartials)[i] =
+        At<float>(call, plan.partials) + i * plan.row_block_rows * plan.value_dim;
   }
 }
 
@@ -171,7 +171,7 @@ template <typename T>
 __device__ void CopyLastPages(const Call& call, const Group& group) {
   const int64_t page_size = call.problem.page_size;
   const PageStrides &strides = call.params.v_strides, &copies = call.plan.copies;
-  const int64_t head_dim = call.problem.head_dim, width = call.problem.num_kv_heads * head_dim;
+  const int64_t value_dim = call.problem.value_dim, width = call.problem.num_kv_heads * value_dim;
   const int64_t tiles = call.plan.row_blocks / call.problem.num_kv_heads;
   for (int64_t i = WarpIndex(); i < tiles * page_size; i += NumWarps()) {
     const int64_t t = i / page_size, offset = i % page_size;
@@ -185,16 +185,37 @@ __device__ void CopyLastPages(const Call& call, const Group& group) {
     T* to = At<T>(call, call.plan.values) + t * copies.page + offset * copies.token;
     const bool live = key + offset < tile.kv_len;
     for (int64_t column = Lane() * kWidth; column < width; column += 32 * kWidth) {
-      const int64_t head = column / head_dim, d = column - head * head_dim;
+      const int64_t head = column / value_dim, d = column - head * value_dim;
       StorePacked<kWidth>(to + head * copies.head + d,
                           live ? LoadPacked<kWidth>(from + head * strides.head + d) : Packed<T, kWidth>{});
     }
   }
 }
 
+// 32 keys, or values, one after the other: lane t has the offset of token t in the pool, -1 if there is none,
+// and a factor.
+template <typename T, typename KV, bool kAligned, bool kTokenScales>
+__device__ void GatherSide(const KV* pool, int64_t offset, float factor, int64_t head_dim, int64_t width,
+                           T* to) {
+  const int vectors = static_cast<int>(width / kWidth);
+#pragma unroll(kAligned ? 2 : 1)
+  for (int j = 0; j < vectors; ++j) {
+    const int vector = 32 * j + Lane();
+    const int token = vector / vectors, d = vector % vectors * kWidth;
+    const int64_t from = __shfl_sync(~0u, offset, token);
+    const float of_token = kTokenScales ? __shfl_sync(~0u, factor, token) : 1.0f;
+    Packed<T, kWidth> numbers = {};
+    if (from >= 0) {
+      numbers = LoadRow<T, KV, kAligned>(pool + from, d, head_dim);
+      if constexpr (kTokenScales) numbers = Scaled<T>(numbers, of_token);
+    }
+    StorePacked<kWidth>(to + vector * kWidth, numbers);
+  }
+}
+
 // Keys and values of each row block that owns some, token after token; zeros for tokens that no row tile
 // sees. A warp per 32 tokens. Of scales per token, those of values are multiplied here, and those of keys
-// wait for the scores, which are f32.
+// wait for the scores, which are f32. Values in the keys come with these.
 template <typename T, typename KV, bool kAligned, bool kTokenScales>
 __device__ void Gather(const Call& call, const Group& group) {
   const Plan& plan = call.plan;
@@ -202,6 +223,8 @@ __device__ void Gather(const Call& call, const Group& group) {
   const float *const k_scales = call.params.k_token_scales, *const v_scales = call.params.v_token_scales;
   const int64_t strips = plan.stretch_keys() / 32;
   const int vectors = static_cast<int>(plan.head_dim / kWidth);
+  const auto* const k_pages = static_cast<const KV*>(call.params.k_pages);
+  const auto* const v_pages = static_cast<const KV*>(call.params.v_pages);
   for (int64_t i = WarpIndex(); i < plan.row_blocks * strips; i += NumWarps()) {
     const int64_t rb = i / strips, strip = i % strips * 32;
     const RowBlock row_block = MakeRowBlock(call, group, rb);
@@ -220,7 +243,7 @@ __device__ void Gather(const Call& call, const Group& group) {
         k_offset = page % call.problem.num_k_pages * k.page + token * k.token + row_block.head * k.head;
         v_offset = page % call.problem.num_v_pages * v.page + token * v.token + row_block.head * v.head;
         if (kTokenScales && k_scales != nullptr) k_scale = k_scales[k_offset / call.problem.head_dim];
-        if (kTokenScales && v_scales != nullptr) v_scale = v_scales[v_offset / call.problem.head_dim];
+        if (kTokenScales && v_scales != nullptr) v_scale = v_scales[v_offset / call.problem.value_dim];
       }
     }
     if (kTokenScales && k_scales != nullptr)
@@ -229,7 +252,17 @@ __device__ void Gather(const Call& call, const Group& group) {
     const unsigned known = __ballot_sync(~0u, k_offset >= 0);
     if (Lane() == 0)
       At<uint32_t>(call, plan.known)[(row_block.gather_index * plan.stretch_keys() + strip) / 32] = known;
-    const int64_t to = (row_block.gather_index * plan.stretch_keys() + strip) * plan.head_dim;
+    const int64_t first = row_block.gather_index * plan.stretch_keys() + strip;
+    T* const keys_to = At<T>(call, plan.keys) + first * plan.key_token;
+    T* const values_to = At<T>(call, plan.values) + first * plan.value_token;
+    if (call.problem.ValuesInKeys() || call.problem.value_dim != call.problem.head_dim) {
+      GatherSide<T, KV, kAligned, false>(k_pages, k_offset, 1.0f, call.problem.head_dim, plan.head_dim,
+                                         keys_to);
+      if (call.problem.ValuesInKeys()) continue;
+      GatherSide<T, KV, kAligned, kTokenScales>(v_pages, v_offset, v_scale, call.problem.value_dim,
+                                                plan.value_dim, values_to);
+      continue;
+    }
 #pragma unroll(kTokenScales ? 2 : 4)
     for (int j = 0; j < vectors; ++j) {
       const int vector = 32 * j + Lane();
@@ -238,14 +271,12 @@ __device__ void Gather(const Call& call, const Group& group) {
       const float factor = kTokenScales ? __shfl_sync(~0u, v_scale, token) : 1.0f;
       Packed<T, kWidth> keys = {}, values = {};
       if (k_from >= 0) {
-        keys = LoadRow<T, KV, kAligned>(static_cast<const KV*>(call.params.k_pages) + k_from, d,
-                                        call.problem.head_dim);
-        values = LoadRow<T, KV, kAligned>(static_cast<const KV*>(call.params.v_pages) + v_from, d,
-                                          call.problem.head_dim);
+        keys = LoadRow<T, KV, kAligned>(k_pages + k_from, d, call.problem.head_dim);
+        values = LoadRow<T, KV, kAligned>(v_pages + v_from, d, call.problem.head_dim);
         if constexpr (kTokenScales) values = Scaled<T>(values, factor);
       }
-      StorePacked<kWidth>(At<T>(call, plan.keys) + to + vector * kWidth, keys);
-      StorePacked<kWidth>(At<T>(call, plan.values) + to + vector * kWidth, values);
+      StorePacked<kWidth>(keys_to + vector * kWidth, keys);
+      StorePacked<kWidth>(values_to + vector * kWidth, values);
     }
   }
 }
@@ -273,8 +304,10 @@ Kernel ScaledOrNot(bool token_scales) {
 
 template <typename T, typename KV>
 Kernel Choose(const AttentionProblem& problem) {
-  return problem.head_dim % kWidth == 0 ? ScaledOrNot<T, KV, true>(problem.has_token_scales)
-                                        : ScaledOrNot<T, KV, false>(problem.has_token_scales);
+  const bool aligned =
+      problem.head_dim % kWidth == 0 && (problem.ValuesInKeys() || problem.value_dim % kWidth == 0);
+  return aligned ? ScaledOrNot<T, KV, true>(problem.has_token_scales)
+                 : ScaledOrNot<T, KV, false>(problem.has_token_scales);
 }
 
 template <DType q_dtype>

@@ -49,8 +49,8 @@ int64_t RowsPerRowTile(const AttentionProblem& problem, int64_t group) {
 // keys do. Scales per token join keys and values as they are gathered.
 bool InPlace(const AttentionProblem& problem, int64_t row_block_rows) {
   return !problem.has_token_scales && problem.kv_dtype == problem.q_dtype && problem.head_dim % 8 == 0 &&
-         problem.page_size % 8 == 0 && problem.page_size >= kTuning.min_page_in_place &&
-         problem.page_size <= kTuning.max_page_in_place &&
+         problem.value_dim % 8 == 0 && problem.page_size % 8 == 0 &&
+         problem.page_size >= kTuning.min_page_in_place && problem.page_size <= kTuning.max_page_in_place &&
          row_block_rows * kTuning.keys_per_row <= problem.page_size;
 }
 
@@ -64,14 +64,19 @@ int64_t GatheredBlockKeys(int64_t context, int64_t products, bool few_rows) {
   return std::min(keys, RoundUp(context, kKeyStep));
 }
 
-// With the stride that the pools' tokens have, heads stand beside each other where a token has room for them
+// The stride of tokens in the pool of keys, or of values, of this head dim.
+int64_t TokenStride(const AttentionProblem& problem, int64_t head_dim) {
+  return StridesOf(problem.layout, problem.num_k_pages, problem.page_size, problem.num_kv_heads, head_dim,
+                   problem.num_padding_heads)
+      .token;
+}
+
+// With the stride that the pool's values have, heads stand beside each other where a token has room for them
 // all, else one after the other.
 PageStrides StridesOfCopies(const AttentionProblem& problem) {
-  const int64_t token = StridesOf(problem.layout, problem.num_v_pages, problem.page_size,
-                                  problem.num_kv_heads, problem.head_dim, problem.num_padding_heads)
-                            .token;
-  const int64_t heads = problem.num_kv_heads * problem.head_dim, keys = problem.page_size * token;
-  if (token >= heads) return {.page = keys, .token = token, .head = problem.head_dim};
+  const int64_t token = TokenStride(problem, problem.ValuesInKeys() ? problem.head_dim : problem.value_dim);
+  const int64_t heads = problem.num_kv_heads * problem.value_dim, keys = problem.page_size * token;
+  if (token >= heads) return {.page = keys, .token = token, .head = problem.value_dim};
   return {.page = problem.num_kv_heads * keys, .token = token, .head = keys};
 }
 
@@ -90,20 +95,24 @@ void Lay(const AttentionProblem& problem, Plan* plan) {
   plan->row_tiles = place(plan->decode ? 0 : plan->num_row_tiles * static_cast<int64_t>(sizeof(RowTile)));
   plan->row_tile_starts =
       place(plan->decode ? 0 : (problem.num_seqs + 1) * static_cast<int64_t>(sizeof(int32_t)));
-  plan->zeros = place(plan->in_place ? page : plan->block_keys * plan->head_dim * width);
+  const int64_t block = plan->block_keys * std::max(plan->key_token, plan->value_token) * width;
+  plan->zeros = place(plan->in_place ? std::max(page, block) : block);
   plan->row_block_records = place(plan->row_blocks * static_cast<int64_t>(sizeof(RowBlock)));
   plan->queries = place(rows * plan->head_dim * width);
   plan->keys = place(plan->in_place ? 0 : keys * plan->head_dim * width);
-  plan->values =
-      place(plan->in_place ? plan->row_blocks / problem.num_kv_heads * page : keys * plan->head_dim * width);
+  if (plan->in_place) {
+    plan->values = place(plan->row_blocks / problem.num_kv_heads * page);
+  } else {
+    plan->values = problem.ValuesInKeys() ? plan->keys : place(keys * plan->value_dim * width);
+  }
   plan->key_scales = place(problem.has_token_scales ? keys * static_cast<int64_t>(sizeof(float)) : 0);
   plan->known = place(keys / 8);
   plan->scores = place(plan->chunk_row_blocks * plan->row_block_rows * plan->stretch_keys() * 4);
   plan->stats = place(rows * plan->segments * 8);
-  plan->partials = place(rows * plan->key_blocks() * plan->head_dim * 4);
+  plan->partials = place(rows * plan->key_blocks() * plan->value_dim * 4);
   plan->pointers =
       place(kPointerArrays * plan->row_blocks * plan->key_blocks() * static_cast<int64_t>(sizeof(void*)));
-  plan->states = place(plan->stretches > 1 ? rows * (plan->head_dim + 2) * 4 : 0);
+  plan->states = place(plan->stretches > 1 ? rows * (plan->value_dim + 2) * 4 : 0);
   plan->gemm = place(kGemmWorkspaceBytes);
   // XLA aligns less than 256 bytes on some devices.
   plan->workspace_bytes = end + kAlign;
@@ -145,13 +154,18 @@ Plan PlanOf(const AttentionProblem& problem, bool decode, int64_t tile_rows, int
   plan.tile_rows = tile_rows;
   plan.row_block_rows = tile_rows * group;
   plan.head_dim = RoundUp(problem.head_dim, 8);
+  plan.value_dim = RoundUp(problem.value_dim, 8);
   plan.num_row_tiles = num_row_tiles;
   plan.in_place = InPlace(problem, plan.row_block_rows);
   plan.copies = StridesOfCopies(problem);
+  plan.key_token = plan.in_place ? TokenStride(problem, problem.head_dim) : plan.head_dim;
+  plan.value_token = plan.in_place            ? plan.copies.token
+                     : problem.ValuesInKeys() ? plan.head_dim
+                                              : plan.value_dim;
 
   const bool few_rows = plan.row_block_rows < kTuning.min_rows_for_l2;
   const int64_t products_per_row_block =
-      CeilDiv(plan.row_block_rows, kProductTile) * CeilDiv(plan.head_dim, kProductTile);
+      CeilDiv(plan.row_block_rows, kProductTile) * CeilDiv(plan.value_dim, kProductTile);
   // In place all heads of a row tile belong to one group, since they share the copy of a last page.
   const int64_t row_block_step = plan.in_place ? problem.num_kv_heads : 1;
   const int64_t all_row_blocks = std::max<int64_t>(num_row_tiles, 1) * problem.num_kv_heads;
@@ -216,7 +230,7 @@ int64_t WorkspaceBound(const AttentionProblem& problem, int64_t workspace_limit)
     smallest = std::max(smallest, GroupBytes(PlanOf(problem, false, rows, 1, 2 * segment, 0)));
   }
   // Other contexts may have longer key blocks, hence more zeros, or shorter ones, hence more partial results.
-  const int64_t row = RoundUp(problem.head_dim, 8) * 4;
+  const int64_t row = RoundUp(std::max(problem.head_dim, problem.value_dim), 8) * 4;
   const int64_t zeros = kMaxGatheredBlockKeys * row;
   const int64_t partials =
       std::max(kTuning.max_row_block_rows, group) * (kMaxSegmentKeys / kMinGatheredBlockKeys) * row;

@@ -54,6 +54,9 @@ struct Plan {
   int64_t tile_rows;       // R
   int64_t row_block_rows;  // R * G
   int64_t head_dim;        // H, rounded up to what 16-byte accesses divide
+  int64_t value_dim;       // Hv, likewise
+  int64_t key_token;       // elements from one key to the next of a matrix
+  int64_t value_token;     // likewise of values
   int64_t num_row_tiles;   // as many as there can be
   int64_t block_keys;
   int64_t key_blocks_per_segment;
@@ -64,25 +67,26 @@ struct Plan {
   int64_t chunk_row_blocks;
   int64_t all_chunks;  // that have a row block, of all groups together: the last group may need fewer
   int64_t gathered;    // copies of keys and values in a group: row tiles of one sequence share one per head
-  // In place: of a copied page of values. Products know one stride of tokens, that of the pools.
+  // In place: of a copied page of values. Products know one stride of its tokens, that of the pool.
   PageStrides copies;
 
   // Bytes from the start of the workspace, multiples of 256.
   int64_t row_tiles;          // RowTile [num_row_tiles]
   int64_t row_tile_starts;    // int32 [B + 1]: the first row tile of each sequence
-  int64_t zeros;              // one block of keys of q's dtype
+  int64_t zeros;              // one block of keys, or of values, of q's dtype
   int64_t row_block_records;  // RowBlock [row blocks]
   int64_t queries;            // [row blocks, row_block_rows, head_dim] of q's dtype
   int64_t keys;               // gathered: [gathered, stretch_keys, head_dim] of q's dtype
-  int64_t values;  // gathered: likewise; in place: copies of last pages, [row blocks / K] through `copies`
+  int64_t values;  // gathered: [gathered, stretch_keys, value_dim], or the keys, if they hold the values; in
+                   // place: copies of last pages, [row blocks / K] through `copies`
   int64_t key_scales;  // f32 [gathered, stretch_keys], if keys have scales per token
   int64_t known;  // a bit per key, [gathered, stretch_keys / 8] bytes: whether the block table names its page
   int64_t scores;    // f32 [chunk_row_blocks, row_block_rows, stretch_keys]; probabilities of q's dtype take
                      // their place
   int64_t stats;     // float2 [row blocks, row_block_rows, segments]: maximum and sum
-  int64_t partials;  // f32 [row blocks, key blocks, row_block_rows, head_dim]
+  int64_t partials;  // f32 [row blocks, key blocks, row_block_rows, value_dim]
   int64_t pointers;  // void* [kPointerArrays, row blocks, key blocks]
-  int64_t states;    // f32 [row blocks, row_block_rows, head_dim + 2] between stretches
+  int64_t states;    // f32 [row blocks, row_block_rows, value_dim + 2] between stretches
   int64_t gemm;      // kGemmWorkspaceBytes
   int64_t workspace_bytes;
 
@@ -103,8 +107,8 @@ struct Plan {
 // The arrays of pointers, one entry per row block and key block of the group, in this order.
 enum PointerArray { kKeys, kQueries, kScores, kValues, kProbabilities, kPartials, kPointerArrays };
 
-// Needs K, H, S >= 1 and N a multiple of K. Keeps the workspace within `workspace_limit` plus what grows with
-// rows and sequences only, as long as the smallest group fits there.
+// Needs K, H, Hv, S >= 1 and N a multiple of K. Keeps the workspace within `workspace_limit` plus what grows
+// with rows and sequences only, as long as the smallest group fits there.
 Plan MakePlan(const AttentionProblem& problem, bool decode, int64_t workspace_limit);
 
 // At least MakePlan(...).workspace_bytes of the same problem with any T, B and M, less
