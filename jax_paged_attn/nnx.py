@@ -485,7 +485,7 @@ def _splitting(axes: tuple[str, ...], sizes: Mapping[str, int], kv_heads: int, h
 
 def calibrate(
     model: nnx.Module, prompts: Sequence[ArrayLike | Sequence[int]], dtype: DTypeLike, *, margin: float = 1.1
-) -> list[dict[str, Array | None]]:
+) -> list[dict[str, Array]]:
     """Scales for an 8-bit cache of a model, by the largest key and the largest value of each head in some prompts.
 
     The largest magnitude, times the margin, becomes the largest number of the dtype. fp8 scales are then rounded up to
@@ -505,8 +505,8 @@ def calibrate(
 
     Returns:
       For each layer a dict of `k_scale` and `v_scale`, float32 `[K]`: value = stored · scale. A head that is zero
-      throughout has scale 1. Where values are in keys, `v_scale` is None. Layers are in the order of their paths in the
-      model, numbers in these by value.
+      throughout has scale 1. Where values are in keys, there is no `v_scale`. Layers are in the order of their paths in
+      the model, numbers in these by value.
 
     Raises:
       ValueError: no prompts, an empty one, ids that are not integers in one row, a dtype of other than 8 bits, a margin
@@ -555,14 +555,11 @@ def calibrate(
     graphdef, state = nnx.split(twin)
     longest = max(map(len, checked))
     found = [jax.device_get(_largest_of(graphdef, state, *_padded(prompt, longest))) for prompt in checked]
-    scales: list[dict[str, Array | None]] = []
+    scales: list[dict[str, Array]] = []
     for index, of_layer in enumerate(zip(*found, strict=True)):
-        largest = np.max(of_layer, axis=0)
-        k_scale, *v_scale = (
-            scales_from_largest(f"{kind} of layer {index}", row, dtype, margin)
-            for kind, row in zip(("keys", "values"), largest, strict=False)
-        )
-        scales.append({"k_scale": k_scale, "v_scale": v_scale[0] if v_scale else None})
+        rows = dict(zip(("keys", "values"), np.max(of_layer, axis=0), strict=False))  # keys alone if they have both
+        each = (scales_from_largest(f"{kind} of layer {index}", row, dtype, margin) for kind, row in rows.items())
+        scales.append(dict(zip(("k_scale", "v_scale"), each, strict=False)))
     return scales
 
 

@@ -156,7 +156,9 @@ def test_partitioned_without_moving_an_operand(kind: AxisType, split: str, deriv
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
 
 
-ONE_KV_HEAD = dataclasses.replace(DECODE, num_kv_heads=1, k_scale=(0.7,), head_dim=24, value_dim=16, values_in_keys=True)
+ONE_KV_HEAD = dataclasses.replace(
+    DECODE, num_kv_heads=1, k_scale=(0.7,), head_dim=24, value_dim=16, values_in_keys=True
+)
 EIGHT_IN_KEYS = dataclasses.replace(DECODE, head_dim=24, value_dim=16, values_in_keys=True)
 APART = dataclasses.replace(RAGGED, value_dim=24)
 # Values in the keys or of another head dim: the mesh, and the axes of sequences, of pools' heads and of query heads.

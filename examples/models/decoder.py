@@ -210,7 +210,7 @@ class Decoder(nnx.Module):
         num_pages: int | tuple[int, ...],
         page_size: int,
         dtype: DTypeLike | None = None,
-        scales: Sequence[Mapping[str, ArrayLike | None]] | None = None,
+        scales: Sequence[Mapping[str, ArrayLike]] | None = None,
     ) -> None:
         """Gives every layer an empty cache.
 
@@ -277,7 +277,7 @@ class Decoder(nnx.Module):
         self._placed = mesh, axis
 
     def served(
-        self, cache_dtype: DTypeLike | None = None, scales: Sequence[Mapping[str, ArrayLike | None]] | None = None
+        self, cache_dtype: DTypeLike | None = None, scales: Sequence[Mapping[str, ArrayLike]] | None = None
     ) -> NnxModel:
         """The model as `jax_paged_attn.serving.Engine` takes it; see `init_cache` for the arguments."""
         return NnxModel(

@@ -84,18 +84,18 @@ class LatentAttention(nnx.Module):
         both = self.kv_a_proj_with_mqa(x)[..., None, :]
         latent = self.kv_a_layernorm(both[..., : sizes.rank])
         rotated_k = self._rotated(both[..., sizes.rank :], positions)
-        attend = self._plain if step is None else self._absorbed
-        out = attend((q, rotated_q), (latent, rotated_k), step)
+        parts = (q, rotated_q), (latent, rotated_k)
+        out = self._plain(*parts) if step is None else self._absorbed(*parts, step)
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
 
-    def _absorbed(self, q: tuple[Array, Array], k: tuple[Array, Array], step: StepMetadata | None) -> Array:
+    def _absorbed(self, q: tuple[Array, Array], k: tuple[Array, Array], step: StepMetadata) -> Array:
         """Attention `[T, N, value_dim]` over the cache, from the two parts of queries and of what is cached."""
         key_up, value_up = (weights.astype(q[0].dtype) for weights in self._ups())
         absorbed = jnp.einsum("tnd,ndr->tnr", q[0], key_up)
         queries, keys = jnp.concatenate([absorbed, q[1]], axis=-1), jnp.concatenate(k, axis=-1)
         return jnp.einsum("tnr,nrv->tnv", self.attention(queries, keys, None, step), value_up)
 
-    def _plain(self, q: tuple[Array, Array], k: tuple[Array, Array], _: None) -> Array:
+    def _plain(self, q: tuple[Array, Array], k: tuple[Array, Array]) -> Array:
         """Attention `[..., T, N, value_dim]` of whole sequences, with the keys and values of all heads."""
         key_up, value_up = (weights.astype(q[0].dtype) for weights in self._ups())
         latent, rotated = k[0][..., 0, :], jnp.broadcast_to(k[1], q[1].shape)
