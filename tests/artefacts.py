@@ -104,6 +104,14 @@ def tokens(q: Any, k_pages: Any, v_pages: Any, tables: Any, lengths: Any, k_scal
     return compat.paged_attention(q, k_pages, v_pages, tables, lengths, k_scales, v_scales, return_lse=True)
 
 
+def values(q: Any, k_pages: Any, tables: Any, lengths: Any) -> Any:
+    """Takes a page out of a pool of keys that hold the values, and writes its tokens back, then decodes."""
+    page, size = tables[0, 0], k_pages.shape[1]
+    slots = page * size + jnp.arange(size, dtype=jnp.int32)
+    pool, _ = jpa.write_kv_pages(k_pages.at[page].set(0), None, k_pages[page], None, slots)
+    return jpa.paged_attention(q, pool, None, tables, lengths, value_dim=24, return_lse=True)
+
+
 PROGRAMS = {
     "ragged": Program(
         ("jax_paged_attn.attention.v1",),
@@ -139,6 +147,13 @@ PROGRAMS = {
         (),
         ("b", "1, p", "1, p", "b, m", "b", "1, p", "1, p"),
         tokens,
+    ),
+    "values": Program(
+        ("jax_paged_attn.attention.v4", "jax_paged_attn.write.v3"),
+        "decode_in_keys",
+        (),
+        ("b", "p", "b, m", "b"),
+        values,
     ),
 }
 

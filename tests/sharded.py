@@ -171,8 +171,14 @@ VALUE_SPLITS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("split", VALUE_SPLITS)
+@pytest.mark.parametrize(
+    ("split", "kind"),
+    [
+        *((split, AxisType.Auto) for split in VALUE_SPLITS),
+        *((split, AxisType.Explicit) for split in ("both", "heads, apart")),
+    ],
+    ids=str,
+)
 def test_partitioned_values_apart_or_in_the_keys(split: str, kind: AxisType) -> None:
     """Values and gradients; only what a pool on all devices is the sum of is added up."""
     case, sizes, (rows, kv_heads, heads) = VALUE_SPLITS[split]

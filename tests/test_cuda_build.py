@@ -34,26 +34,31 @@ def plan_of(*sizes: Any, limit: int = 256 * MIB, **kind: Any) -> dict[str, int]:
     kv_heads=st.integers(1, 16),
     group=st.integers(1, 80),
     head_dim=st.integers(1, 600),
+    other_dim=st.none() | st.integers(1, 600),
     page_size=st.one_of(st.integers(1, 300), st.sampled_from([64, 128, 4096, 8192])),
     num_seqs=st.integers(0, 300),
     num_rows=st.integers(0, 70000),
     max_pages=st.integers(0, 1100),
     decode=st.booleans(),
     limit=st.sampled_from([1 * MIB, 16 * MIB, 256 * MIB]),
-    pool=st.sampled_from([("split", 0), ("interleaved", 0), ("interleaved", 3), ("head_major", 0)]),
+    pool=st.sampled_from(
+        [("split", 0), ("interleaved", 0), ("interleaved", 3), ("head_major", 0), ("values_in_keys", 0)]
+    ),
     token_scales=st.booleans(),
 )
 def test_plan_covers_the_call_within_its_bound(
-    dtypes: tuple[str, str], kv_heads: int, group: int, head_dim: int, page_size: int,
+    dtypes: tuple[str, str], kv_heads: int, group: int, head_dim: int, other_dim: int | None, page_size: int,
     num_seqs: int, num_rows: int, max_pages: int, decode: bool, limit: int, pool: tuple[str, int], token_scales: bool,
 ) -> None:  # fmt: skip
     module = _ffi.compiled("cuda")
+    value_dim = head_dim if other_dim is None or pool[0] == "interleaved" else other_dim
+    if pool[0] == "values_in_keys":
+        value_dim, token_scales = min(head_dim, value_dim), False
     kind = {"layout": pool[0], "num_padding_heads": pool[1], "token_scales": token_scales}
+    sizes = (kv_heads * group, kv_heads, head_dim, value_dim, page_size)
     rows = num_seqs if decode else num_rows
-    plan = plan_of(
-        *dtypes, rows, kv_heads * group, kv_heads, head_dim, page_size, num_seqs, max_pages, decode, limit=limit, **kind
-    )
-    bound = module.workspace_bound(*dtypes, kv_heads * group, kv_heads, head_dim, page_size, limit, **kind)
+    plan = plan_of(*dtypes, rows, *sizes, num_seqs, max_pages, decode, limit=limit, **kind)
+    bound = module.workspace_bound(*dtypes, *sizes, limit, **kind)
     assert plan["workspace_bytes"] <= bound + (rows + num_seqs) * module.WORKSPACE_BYTES_PER_ROW
     assert plan["stretch_keys"] * plan["stretches"] >= max_pages * page_size
     # Every row has a place: of each sequence all tiles but one are full.
@@ -69,9 +74,11 @@ def test_plan_covers_the_call_within_its_bound(
 
 def test_launches_do_not_depend_on_the_batch_while_it_fits() -> None:
     decode = {
-        plan_of(*["bfloat16"] * 2, b, 8 * k, k, 128, 64, b, 8, True)["launches"] for b in (1, 7, 64) for k in (1, 8)
+        plan_of(*["bfloat16"] * 2, b, 8 * k, k, 128, 128, 64, b, 8, True)["launches"]
+        for b in (1, 7, 64)
+        for k in (1, 8)
     }
-    ragged = {plan_of(*["bfloat16"] * 2, 64, 32, 8, 128, 16, b, 8, False)["launches"] for b in (1, 3, 16)}
+    ragged = {plan_of(*["bfloat16"] * 2, 64, 32, 8, 128, 128, 16, b, 8, False)["launches"] for b in (1, 3, 16)}
     assert decode == {5}
     assert ragged == {6}
 
@@ -88,7 +95,7 @@ def test_limit_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
 @given(
     kv_heads=st.integers(1, 16),
     group=st.integers(1, 80),
-    head_dim=st.sampled_from(harness.engine_row("fused").head_dims or ()),
+    head_dims=st.sampled_from(harness.engine_row("fused").head_dims or ()),
     page_dtype=st.sampled_from(["bfloat16", "float8_e4m3fn"]),
     page_size=st.integers(1, 200),
     num_seqs=st.integers(0, 3000),
@@ -101,7 +108,7 @@ def test_limit_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
 def test_scratch_of_fused_depends_on_rows_only_where_it_must(
     kv_heads: int,
     group: int,
-    head_dim: int,
+    head_dims: tuple[int, int],
     page_dtype: str,
     page_size: int,
     num_seqs: int,
@@ -111,7 +118,8 @@ def test_scratch_of_fused_depends_on_rows_only_where_it_must(
     limit: int,
 ) -> None:
     module = _ffi.compiled("cuda")
-    dtypes, heads = ("bfloat16", page_dtype), (kv_heads * group, kv_heads, head_dim)
+    head_dim, value_dim = head_dims
+    dtypes, heads = ("bfloat16", page_dtype), (kv_heads * group, kv_heads, head_dim, value_dim)
     rows = num_seqs if decode else num_rows
 
     def size(rows: int, num_seqs: int, *, batch_invariant: bool = False, limit: int = limit) -> int:
@@ -119,7 +127,7 @@ def test_scratch_of_fused_depends_on_rows_only_where_it_must(
         return module.fused_workspace_bytes(*sizes, decode, batch_invariant, limit)
 
     def bound(*, batch_invariant: bool, limit: int = limit) -> int:
-        of_rows = rows * module.fused_workspace_bytes_per_row(heads[0], head_dim) if batch_invariant else 0
+        of_rows = rows * module.fused_workspace_bytes_per_row(heads[0], value_dim) if batch_invariant else 0
         of_sequences = 0 if decode else num_seqs * module.FUSED_WORKSPACE_BYTES_PER_SEQUENCE
         constant = module.fused_workspace_bound(*dtypes, *heads, page_size, decode, batch_invariant, limit)
         return constant + of_rows + of_sequences
@@ -138,7 +146,7 @@ def test_scratch_of_fused_depends_on_rows_only_where_it_must(
         assert tile_cache > 0
     assert size(rows, num_seqs) <= bound(batch_invariant=False)
     invariant = size(rows, num_seqs, batch_invariant=True, limit=0)
-    per_row = module.fused_workspace_bytes_per_row(heads[0], head_dim)
+    per_row = module.fused_workspace_bytes_per_row(heads[0], value_dim)
     enough = bound(batch_invariant=True, limit=0)
     assert invariant <= enough
     assert rows > 8 * num_seqs or invariant >= enough - per_row - 512  # no more than rounding is lost

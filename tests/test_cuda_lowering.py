@@ -39,7 +39,7 @@ class StandIn(ModuleType):
     def fused_workspace_bound(self, **fixed: Any) -> int:
         return self.fused_workspace_bytes(**fixed, num_rows=1, num_seqs=1, max_pages=1)
 
-    def fused_workspace_bytes_per_row(self, *, num_q_heads: int, head_dim: int) -> int:
+    def fused_workspace_bytes_per_row(self, *, num_q_heads: int, value_dim: int) -> int:
         return PER_ROW
 
     def attention_plan(self, **sizes: Any) -> dict[str, int]:
@@ -119,11 +119,35 @@ def test_layouts_have_a_target_of_their_own(monkeypatch: pytest.MonkeyPatch, lay
     rows = 3 if layout == "head_major" else 40
     sizes = {
         **{"q_dtype": "bfloat16", "kv_dtype": "bfloat16", "num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64},
+        **{"value_dim": 64},
         **{"page_size": 16, "num_rows": rows, "num_seqs": 3, "max_pages": 7, "decode": layout == "head_major"},
         **{"workspace_limit": 256 << 20, "layout": name, "num_padding_heads": 3 if layout == "padded" else 0},
         "token_scales": False,
     }
     assert asked == ([sizes] if cuda_engine == "cublaslt" else [])
+
+
+@pytest.mark.parametrize("form", ["in keys", "narrow", "k = v"])
+def test_values_apart_or_in_keys_go_to_a_target_of_their_own(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Where "fused" has no kernel for the pair of head dims, it says so."""
+    asked = []
+    monkeypatch.setattr(StandIn, "attention_plan", lambda _, **sizes: asked.append(sizes) or {"workspace_bytes": 77})
+    q, k_pages, _, *rest = specs(3)
+    v_pages = jax.ShapeDtypeStruct((99, 16, 2, 40), k_pages.dtype) if form == "narrow" else None
+    value_dim = {"in keys": 40, "narrow": None, "k = v": 64}[form]
+    call = functools.partial(jpa.paged_attention, value_dim=value_dim)
+    verdict = jpa.explain(call, q, k_pages, v_pages, *rest, platform="cuda")
+    text = jax.jit(call).trace(q, k_pages, v_pages, *rest).lower(lowering_platforms=("cuda",)).as_text()
+    assert f"custom_call @{_ffi.ATTENTION_VALUES_TARGET}" in text
+    assert f'layout = "{"split" if form == "narrow" else "values_in_keys"}"' in text
+    if form == "k = v":
+        assert (verdict.engine, asked) == ("fused", [])
+        return
+    assert verdict.engine == "cublaslt"
+    assert verdict.rejected["fused"].endswith("got 64 with values of 40")
+    assert [sizes["value_dim"] for sizes in asked] == [40]
+    with pytest.raises(ValueError, match=r"^batch_invariant: expected an engine that guarantees it"):
+        jpa.explain(functools.partial(call, batch_invariant=True), q, k_pages, v_pages, *rest, platform="cuda")
 
 
 def test_scales_per_token_go_to_cublaslt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -278,7 +278,7 @@ def test_cublaslt_launches(page_size: int) -> None:
         for lengths in (args[4], jnp.zeros_like(args[4]), args[4] // 2):
             counts.add(count_launches(compiled("cublaslt"), *args[:4], lengths))
     plan = _ffi.compiled("cuda").attention_plan(
-        *("bfloat16", "bfloat16", 2, 8, 2, 64, page_size, 2, 512 // page_size, True, _ffi.workspace_limit_cuda())
+        *("bfloat16", "bfloat16", 2, 8, 2, 64, 64, page_size, 2, 512 // page_size, True, _ffi.workspace_limit_cuda())
     )
     assert counts == {plan["launches"]}
     assert plan["launches"] <= 6
@@ -302,7 +302,7 @@ def test_cublaslt_in_groups_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [prefill_inputs(seed) for seed in range(4)]
     q, _, _, _, tables, _ = inputs[0]
     plan = _ffi.compiled("cuda").attention_plan(
-        *("bfloat16", "bfloat16", q.shape[0], 8, 2, 64, 16, *tables.shape, False, _ffi.workspace_limit_cuda())
+        *("bfloat16", "bfloat16", q.shape[0], 8, 2, 64, 64, 16, *tables.shape, False, _ffi.workspace_limit_cuda())
     )
     assert plan["groups"] > 1
     assert plan["gathered"] < plan["row_blocks"]
@@ -577,7 +577,7 @@ def test_cublaslt_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = compiled("cublaslt")(*args)
     monkeypatch.setenv("JPA_CUDA_WORKSPACE_MIB", "1")
     plan = _ffi.compiled("cuda").attention_plan(
-        *("bfloat16", "bfloat16", 3, 8, 2, 64, 16, 3, 563, True, _ffi.workspace_limit_cuda())
+        *("bfloat16", "bfloat16", 3, 8, 2, 64, 64, 16, 3, 563, True, _ffi.workspace_limit_cuda())
     )
     assert plan["groups"] > 1
     assert plan["stretches"] > 1

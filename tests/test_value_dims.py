@@ -267,10 +267,10 @@ def test_absorbed_mla_is_the_plain_form(engine: str, dtype: str) -> None:
 
 
 def test_fused_says_which_pairs_it_takes() -> None:
-    call = _engines.Call(16, 1, 576, 512, 64, "bfloat16", "bfloat16", *_no_options(), values_in_keys=True)
+    call = _engines.Call(16, 1, 72, 40, 64, "bfloat16", "bfloat16", *_no_options(), values_in_keys=True)
     reason = harness.engine_row("fused").unsupported(call)
     assert reason is not None
-    assert reason.endswith("got 576 with values of 512")
+    assert reason.endswith("got 72 with values of 40")
     same = dataclasses.replace(call, head_dim=128, value_dim=128)
     assert harness.engine_row("fused").unsupported(same) is None
 

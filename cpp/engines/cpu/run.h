@@ -9,8 +9,8 @@
 
 namespace jpa::cpu {
 
-// Needs K, H, S >= 1, N a multiple of K, and X (of sinks and scales) 0 or a divisor of B. Whatever the arrays
-// hold, only memory inside the given shapes is touched.
+// Needs K, H, Hv, S >= 1, N a multiple of K, and X (of sinks and scales) 0 or a divisor of B. Whatever the
+// arrays hold, only memory inside the given shapes is touched.
 Status RunAttention(const AttentionProblem& problem, const AttentionParams& params, const Kernels& kernels,
                     TaskRunner& runner);
 

@@ -12,9 +12,9 @@
 
 namespace jpa::cublaslt {
 
-// Needs K, H, S >= 1, N a multiple of K, X (of sinks and scales) 0 or a divisor of B, and `products` of the
-// same problem and plan. Launches plan.launches() kernels on the stream whatever the arrays hold, and touches
-// only memory inside the given shapes. `workspace_bytes` of params.workspace must be at least
+// Needs K, H, Hv, S >= 1, N a multiple of K, X (of sinks and scales) 0 or a divisor of B, and `products` of
+// the same problem and plan. Launches plan.launches() kernels on the stream whatever the arrays hold, and
+// touches only memory inside the given shapes. `workspace_bytes` of params.workspace must be at least
 // plan.workspace_bytes.
 Status RunAttention(const AttentionProblem& problem, const AttentionParams& params, const Plan& plan,
                     const Products& products, int64_t workspace_bytes, cudaStream_t stream);
