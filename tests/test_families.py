@@ -23,7 +23,7 @@ from models.latent import LatentAttention
 from models.layers import Build, Experts, Latent
 from safetensors.numpy import load_file, save_file
 
-from jax_paged_attn.nnx import StepMetadata
+from jax_paged_attn.nnx import StepMetadata, calibrate
 from jax_paged_attn.rope import DynamicRopeScaling, LinearRopeScaling, LongRopeScaling, YarnRopeScaling
 from jax_paged_attn.serving import Engine, Request
 
@@ -389,6 +389,18 @@ def test_wrong_scales_of_fp8_weights_are_named(fp8: Path, tmp_path: Path, change
     save_file({key: value for key, value in changed.items() if value is not None}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"experts\.0\.up_proj.*: {message}"):
         checkpoint.load(tmp_path)
+
+
+def test_latents_of_eight_bits() -> None:
+    """One scale per layer, found by `calibrate`, for latents and rotated keys."""
+    folder = PARITY / "deepseek-v3"
+    model, want = checkpoint.load(folder).model, load_file(folder / "expected.safetensors")
+    tokens = jnp.asarray(want["tokens"], jnp.int32)
+    scales = calibrate(model, [tokens], jnp.int8)
+    assert [sorted(of_layer) for of_layer in scales] == [["k_scale"]] * 2
+    model.init_cache(len(tokens) // PAGE_SIZE, PAGE_SIZE, jnp.int8, scales)
+    got = model(tokens, StepMetadata.whole_sequences(1, len(tokens), PAGE_SIZE))
+    assert 1e-4 < relative_error(got, want["logits"]) < 0.1
 
 
 def test_rotated_pairs_may_be_halves() -> None:

@@ -50,17 +50,18 @@ class LatentAttention(nnx.Module):
         self.value_up: nnx.Param | None = nnx.data(None)  # `[N, rank, value_dim]`
         self.o_proj = build.linear(heads * sizes.value_dim, hidden, bool(config.attention_bias))
         scaling = config.rope_scaling
-        self.frequencies = rope_frequencies(sizes.rotary_dim, config.rope_theta, scaling).tolist()
+        self.frequencies = tuple(rope_frequencies(sizes.rotary_dim, config.rope_theta, scaling).tolist())
         self.rotation_factor = 1.0 if scaling is None else scaling.rotation_factor
-        self.options: dict[str, Any] = {"scale": config.attention_scale or head_dim**-0.5, "rope_theta": None}
+        self.scale = config.attention_scale or head_dim**-0.5
         self.attention = PagedAttention(
             heads,
             1,
             sizes.rank + sizes.rotary_dim,
             value_dim=sizes.rank,
             values_in_keys=True,
+            scale=self.scale,
+            rope_theta=None,
             implementation=build.implementation,
-            **self.options,
         )
 
     def fuse_projections(self) -> None:
@@ -101,8 +102,8 @@ class LatentAttention(nnx.Module):
         latent, rotated = k[0][..., 0, :], jnp.broadcast_to(k[1], q[1].shape)
         keys = jnp.concatenate([jnp.einsum("...r,ndr->...nd", latent, key_up), rotated], axis=-1)
         values = jnp.einsum("...r,nrv->...nv", latent, value_up)
-        heads = self.num_heads, self.num_heads, keys.shape[-1]
-        attention = PagedAttention(*heads, value_dim=self.sizes.value_dim, **self.options)  # it has no weights
+        heads, options = (self.num_heads, self.num_heads, keys.shape[-1]), {"scale": self.scale, "rope_theta": None}
+        attention = PagedAttention(*heads, value_dim=self.sizes.value_dim, **options)  # it has no weights
         return attention(jnp.concatenate(q, axis=-1), keys, values)
 
     def _ups(self) -> tuple[Array, Array]:
