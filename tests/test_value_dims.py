@@ -83,7 +83,7 @@ def test_donated_pages_are_updated_in_place(form: str) -> None:
         k_pages, v_pages = jpa.write_kv_pages(k_pages, v_pages, k_pages[0, :1] + 1, v, slot[None])  # pyright: ignore
         k_pages, v_pages = jpa.copy_kv_pages(k_pages, v_pages, slot[None] // S, jnp.array([5], jnp.int32))
         tables, lengths = jnp.zeros((1, 1), jnp.int32), jnp.full(1, S, jnp.int32)
-        size = {"value_dim": H // 2} if value_dim is None else {}
+        size: dict[str, Any] = {"value_dim": H // 2} if value_dim is None else {}
         out = jpa.paged_attention(jnp.ones((1, K, H)), k_pages, v_pages, tables, lengths, **size)
         return (k_pages,) if v_pages is None else (k_pages, v_pages), out
 
@@ -177,10 +177,12 @@ def test_cache_attends_to_what_it_holds(form: str, stacked: bool) -> None:
     new, got, ragged = step(cache)
     assert jax.tree.structure(new) == jax.tree.structure(cache)
     empty = arrays(value_dim, (P, S), "f32")
-    pools = oracle.write_kv_pages(*(None if x is None else 0 * x for x in empty), k, v, slots, k_scale=0.5)
-    pools = oracle.copy_kv_pages(*pools, np.array([3], np.int32), np.array([5], np.int32))
+    k_pages, v_pages = (None if x is None else 0 * x for x in empty)
+    assert k_pages is not None
+    k_pages, v_pages = oracle.write_kv_pages(k_pages, v_pages, k, v, slots, k_scale=0.5)
+    k_pages, v_pages = oracle.copy_kv_pages(k_pages, v_pages, np.array([3], np.int32), np.array([5], np.int32))
     in_keys = {"value_dim": 9} if value_dim is None else {}
-    want = oracle.paged_attention(q, *pools, tables, lengths, k_scale=0.5, **in_keys)
+    want = oracle.paged_attention(q, k_pages, v_pages, tables, lengths, k_scale=0.5, **in_keys)
     harness.assert_close(got, want, "f32")
     np.testing.assert_allclose(ragged, want[0], rtol=1e-5, atol=1e-5)
     assert new.layer(0, tables)[1] is None or value_dim is not None
@@ -190,7 +192,7 @@ def test_a_cache_of_one_pool_is_calibrated_and_has_prefix_trees() -> None:
     sizes = {"num_pages": P, "page_size": S, "num_kv_heads": K, "head_dim": H, "values_in_keys": True, "value_dim": 9}
     full = jpa.PagedKVCache.create(2, **sizes, dtype=jnp.float32)
     full = full.write(0, np.full((1, K, H), -254.0, np.float32), None, np.zeros(1, np.int32))
-    scales = full.calibrated_scales(jnp.int8, margin=1)
+    scales: Any = full.calibrated_scales(jnp.int8, margin=1)
     assert scales["v_scale"] is None
     np.testing.assert_allclose(scales["k_scale"], [[2.0, 2.0], [1.0, 1.0]])
     cache = jpa.PagedKVCache.create(2, **sizes, dtype=jnp.int8, **scales)
@@ -293,7 +295,7 @@ def _no_options() -> tuple[Any, bool, bool]:
 )
 def test_export_calls_new_targets_only_where_it_must(form: str, targets: set[str]) -> None:
     value_dim = {**FORMS, "as keys": H}[form]
-    keywords = {"value_dim": 9} if value_dim is None else {}
+    keywords: dict[str, Any] = {"value_dim": 9} if value_dim is None else {}
 
     def step(q: Any, pools: Any, k: Any, v: Any, slots: Any, tables: Any, lengths: Any) -> Any:
         k_pages, v_pages = jpa.write_kv_pages(*pools, k, v, slots)  # pyright: ignore[reportCallIssue]
