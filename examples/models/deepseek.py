@@ -228,6 +228,7 @@ def _tensors(tensors: Tensors, config: DecoderConfig) -> Iterator[tuple[Path, st
         raise CheckpointError(f"{stem!r}: expected fp8 weights and their scales, got {next(iter(one))} alone")
 
 
+# `head_dim` is that of the rotated part, as in `transformers`; `_special` puts the cache's in its place.
 DEEPSEEK_V2 = Family(
     _special_v2,
     {"max_position_embeddings": 2048, "head_dim": 64, "bos_token_id": 1, "eos_token_id": 2},
