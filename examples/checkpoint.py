@@ -97,7 +97,7 @@ def load(
 
     model = nnx.eval_shape(build)
     shardings = {} if mesh is None else model.shardings(mesh, axis)
-    placing = _Placing(jnp.dtype(dtype), shardings, progress or (lambda done, total: None))
+    placing = _Placing(shardings, progress or (lambda done, total: None))
     _load_weights(model, folder, family.tensors(read_tensors(folder), config), placing)
     if mesh is not None:
         model.shard(mesh, axis)
@@ -109,20 +109,18 @@ class _Placing:
     """How weights get to their devices.
 
     Attributes:
-      dtype: that of the weights.
       shardings: by path in the model; the default device for those without.
       progress: see `load`.
     """
 
-    dtype: jnp.dtype
     shardings: dict[tuple[Any, ...], NamedSharding]
     progress: Callable[[int, int], object]
 
-    def place(self, path: tuple[Any, ...], tensor: Tensor) -> Array:
+    def place(self, path: tuple[Any, ...], tensor: Tensor, dtype: jnp.dtype) -> Array:
         """The tensor on its devices, each share read and cast by itself. Kernels are transposed there."""
 
         def piece(index: Any) -> np.ndarray:
-            return np.array(tensor[index], self.dtype)
+            return np.array(tensor[index], dtype)
 
         sharding, is_kernel = self.shardings.get(path), path[-1] == "kernel"
         if sharding is None:
@@ -140,7 +138,7 @@ def _load_weights(model: Decoder, folder: Path, tensors: Tensors, placing: _Plac
     by_name = {_hf_name(path): (path, variable) for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     missing = dict.fromkeys(by_name)
     loaded: dict[tuple[Any, ...], Any] = {}
-    total = sum(math.prod(variable.shape) for _, variable in by_name.values()) * placing.dtype.itemsize
+    total = sum(math.prod(variable.shape) * variable.dtype.itemsize for _, variable in by_name.values())
     done = 0
     for file, name, tensor in tensors:
         if name not in by_name:
@@ -156,7 +154,7 @@ def _load_weights(model: Decoder, folder: Path, tensors: Tensors, placing: _Plac
             raise CheckpointError(f"{file}: {name!r}: expected shape {shape}, got {tensor.shape}")
         if tensor.dtype.name not in _DTYPES:
             raise CheckpointError(f"{file}: {name!r}: expected {' or '.join(_DTYPES)}, got {tensor.dtype}")
-        placed = placing.place(path, tensor)
+        placed = placing.place(path, tensor, variable.dtype)
         loaded[path] = variable.replace(placed)
         done += placed.nbytes
         placing.progress(done, total)

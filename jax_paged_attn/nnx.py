@@ -57,7 +57,7 @@ __all__ = [
 
 
 class CacheVariable(nnx.Variable):
-    """Key or value pages of one layer, `[P, S, K, H]`: changed by every step, unlike the weights.
+    """Key or value pages of one layer, `[P, S, K, H or Hv]`: changed by every step, unlike the weights.
 
     Example:
       >>> import jax.numpy as jnp
@@ -96,12 +96,15 @@ class PagedAttention(nnx.Module):
       rotary_dim: the first columns of a head that are rotated; None for all.
       rope_interleaved: True rotates columns (2i, 2i + 1), as GPT-J, in place of (i, i + rotary_dim / 2), as Llama.
       sinks: True gives each head a learnt sink logit, an `nnx.Param` `[N]` float32, initially 0.
+      value_dim: Hv, the head dim of values; None for H.
+      values_in_keys: the values are the first Hv ≤ H numbers of each rotated key, as in multi-head latent attention:
+        the cache has one pool, and no `v_scale`.
       options: the other keywords are those of `jax_paged_attn.ragged_paged_attention`, kept as attributes of the layer.
         `implementation` and `batch_invariant` are for calls with a step.
 
     Raises:
-      ValueError: a size below 1, N is no multiple of K, a window below 1, a cap that is not positive, a number that is
-        not finite, or what `rope_frequencies` refuses.
+      ValueError: a size below 1, N is no multiple of K, values in keys that are shorter, a window below 1, a cap that
+        is not positive, a number that is not finite, or what `rope_frequencies` refuses.
       TypeError: a size or window that is no integer, or what is no number or no bool.
 
     Example:
@@ -126,6 +129,8 @@ class PagedAttention(nnx.Module):
         rotary_dim: int | None = None,
         rope_interleaved: bool = False,
         sinks: bool = False,
+        value_dim: int | None = None,
+        values_in_keys: bool = False,
         **options: Unpack[_options.LayerOptions],
     ):
         for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
@@ -138,6 +143,10 @@ class PagedAttention(nnx.Module):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.value_dim = head_dim if value_dim is None else _checks.static_count("value_dim", value_dim)
+        self.values_in_keys = _checks.static_bool("values_in_keys", values_in_keys)
+        if values_in_keys and self.value_dim > head_dim:
+            raise ValueError(f"value_dim: expected at most head_dim = {head_dim} of values in keys, got {value_dim}")
         self.rope_theta = rope_theta
         self.rope_scaling = rope_scaling
         self.rotary_dim = head_dim if rotary_dim is None else _checks.static_count("rotary_dim", rotary_dim)
@@ -153,7 +162,8 @@ class PagedAttention(nnx.Module):
         self.v_pages: CacheVariable | None = nnx.data(None)
         self.k_scale: nnx.Variable | None = nnx.data(None)
         self.v_scale: nnx.Variable | None = nnx.data(None)
-        self._largest: nnx.Variable | None = nnx.data(None)  # `[2, K]`; `calibrate` has one in its twin of the model
+        # `[2, K]`, or `[1, K]` without pages of values; `calibrate` has one in its twin of the model.
+        self._largest: nnx.Variable | None = nnx.data(None)
 
     def init_cache(
         self,
@@ -164,38 +174,44 @@ class PagedAttention(nnx.Module):
         k_scale: ArrayLike | None = None,
         v_scale: ArrayLike | None = None,
     ) -> None:
-        """Gives the layer an empty cache in place of any it had: keys and values `[num_pages, page_size, K, H]`.
+        """Gives the layer an empty cache in place of any it had: keys and values `[num_pages, page_size, K, H or Hv]`.
 
         Args:
           dtype: that of the queries, or float8_e4m3fn, float8_e5m2, int8.
           k_scale, v_scale: positive, finite float32, scalar or `[K]`: value = stored · scale. Required for int8.
+            Values in keys have the scale of these.
 
         Raises:
-          ValueError: no pages, no tokens per page, a dtype that pages cannot have, an int8 cache without scales, or
-            scales that are zero, negative or not finite.
+          ValueError: no pages, no tokens per page, a dtype that pages cannot have, an int8 cache without scales, a
+            `v_scale` of values in keys, or scales that are zero, negative or not finite.
           TypeError: sizes that are no integers.
         """
-        cache = PagedKVCache.create(
-            1, num_pages, page_size, self.num_kv_heads, self.head_dim, dtype, k_scale=k_scale, v_scale=v_scale
-        )
-        self.k_pages, self.v_pages = CacheVariable(cache.k_pages[0]), CacheVariable(cache.v_pages[0])
+        sizes = num_pages, page_size, self.num_kv_heads, self.head_dim
+        values: Any = {"value_dim": self.value_dim, "values_in_keys": self.values_in_keys}
+        cache = PagedKVCache.create(1, *sizes, dtype, k_scale=k_scale, v_scale=v_scale, **values)
+        self.k_pages = CacheVariable(cache.k_pages[0])
+        self.v_pages = CacheVariable(cache.v_pages[0]) if cache.v_pages else None
         k_scale, v_scale = cache.scales(0)["k_scale"], cache.scales(0)["v_scale"]
         self.k_scale = None if k_scale is None else nnx.Variable(k_scale)
         self.v_scale = None if v_scale is None else nnx.Variable(v_scale)
 
-    def __call__(self, q: Array, k: Array, v: Array, step: StepMetadata | None = None) -> Array:
+    def __call__(self, q: Array, k: Array, v: Array | None, step: StepMetadata | None = None) -> Array:
         """Attends causally, over the cache or, without a step, within each of a batch of whole sequences.
 
         Args:
-          q: `[T, N, H]`, or `[..., T, N, H]` without a step; k, v: likewise with K heads.
+          q: `[T, N, H]`, or `[..., T, N, H]` without a step; k: likewise with K heads; v: `[..., T, K, Hv]`, or None
+            where the values are in the keys.
           step: whose tokens these are. None for training and scoring: no cache is read or written.
 
         Returns:
-          As `q`.
+          `[..., T, N, Hv]`, dtype as `q`.
 
         Raises:
-          ValueError: a step, but no cache.
+          ValueError: a step, but no cache; values beside keys that have them in, or no values.
         """
+        if (v is None) != self.values_in_keys:
+            expected = "None, since the values are in the keys" if self.values_in_keys else "an array"
+            raise ValueError(f"v: expected {expected}, got {'None' if v is None else f'shape {v.shape}'}")
         positions = jnp.arange(q.shape[-3], dtype=jnp.int32) if step is None else step.positions
         if self.rope_theta is not None:
             rope = (self.rotary_dim, self.rope_theta, self.rope_scaling, self.rope_interleaved)
@@ -206,21 +222,25 @@ class PagedAttention(nnx.Module):
             self._largest.set_value(_largest_per_head(k, v, step.slot_mapping))
             step = None  # the one sequence of such a step is whole
         if step is None:
-            return _attend_within(q, k, v, sinks, _options.Scoring.checked(options, self.head_dim))
-        if self.k_pages is None or self.v_pages is None:
+            values = k[..., : self.value_dim] if v is None else v
+            return _attend_within(q, k, values, sinks, _options.Scoring.checked(options, self.head_dim))
+        if self.k_pages is None:
             raise ValueError("step: expected a layer with a cache, but init_cache was never called")
 
         k_scale, v_scale = (None if scale is None else scale[...] for scale in (self.k_scale, self.v_scale))
-        cache = PagedKVCache((self.k_pages[...],), (self.v_pages[...],), k_scale, v_scale)
+        v_pools = () if self.v_pages is None else (self.v_pages[...],)
+        value_dim = self.value_dim if self.values_in_keys else 0
+        cache = PagedKVCache((self.k_pages[...],), v_pools, k_scale, v_scale, value_dim=value_dim)
         cache = cache.write(0, k, v, step.slot_mapping)
         self.k_pages.set_value(cache.k_pages[0])
-        self.v_pages.set_value(cache.v_pages[0])
+        if self.v_pages is not None:
+            self.v_pages.set_value(cache.v_pages[0])
         return cache.attend_step(0, q, step, sinks=sinks, **options)
 
 
 @functools.partial(_modes.compiled, static_argnames="scoring")
 def _attend_within(q: Array, k: Array, v: Array, sinks: Array | None, scoring: _options.Scoring) -> Array:
-    """Causal attention of whole sequences, q `[..., T, N, H]` and k, v `[..., T, K, H]`, each within itself.
+    """Causal attention of whole sequences, q `[..., T, N, H]`, k `[..., T, K, H]`, v `[..., T, K, Hv]`, within each.
 
     A block of queries at a time, which leaves out the keys that none of them sees; the queries of a group are rows of
     one product. The scores of a block are kept for the backward pass.
@@ -248,17 +268,18 @@ def _attend_within(q: Array, k: Array, v: Array, sinks: Array | None, scoring: _
             scores = jnp.concatenate([scores, sink], axis=-1)
         weights = jax.nn.softmax(scores, axis=-1)[..., : stop - first].astype(v.dtype)
         outs.append(jnp.einsum("...kgqs,...skh->...qkgh", weights, v[..., first:stop, :, :]))
-    return jnp.concatenate(outs, axis=-4).reshape(q.shape)
+    return jnp.concatenate(outs, axis=-4).reshape(*q.shape[:-1], v.shape[-1])
 
 
-def _largest_per_head(k: Array, v: Array, slot_mapping: ArrayLike) -> Array:
-    """The largest magnitudes among keys and among values of the tokens that have a slot, float32 `[2, K]`."""
+def _largest_per_head(k: Array, v: Array | None, slot_mapping: ArrayLike) -> Array:
+    """The largest magnitudes among keys and, if there are any, values of the tokens that have a slot, `[2 or 1, K]`."""
     is_token = (jnp.asarray(slot_mapping) >= 0)[:, None, None]
-    return jnp.stack([jnp.where(is_token, jnp.abs(x), 0).max((0, 2)).astype(jnp.float32) for x in (k, v)])
+    written = (k,) if v is None else (k, v)
+    return jnp.stack([jnp.where(is_token, jnp.abs(x), 0).max((0, 2)).astype(jnp.float32) for x in written])
 
 
 class _AttentionOptions(_options.LayerOptions, total=False):
-    """The keywords of `PagedAttention`."""
+    """The keywords of `PagedAttention` that a whole layer has."""
 
     rope_theta: float | None
     rope_scaling: RopeScaling | None
@@ -484,7 +505,8 @@ def calibrate(
 
     Returns:
       For each layer a dict of `k_scale` and `v_scale`, float32 `[K]`: value = stored · scale. A head that is zero
-      throughout has scale 1. Layers are in the order of their paths in the model, numbers in these by value.
+      throughout has scale 1. Where values are in keys, there is no `v_scale`. Layers are in the order of their paths in
+      the model, numbers in these by value.
 
     Raises:
       ValueError: no prompts, an empty one, ids that are not integers in one row, a dtype of other than 8 bits, a margin
@@ -528,16 +550,16 @@ def calibrate(
         raise ValueError(f"model: expected PagedAttention layers, got none in {type(model).__name__}")
     for layer in layers:
         layer.k_pages = layer.v_pages = layer.k_scale = layer.v_scale = None  # those of the model may be donated
-        layer._largest = nnx.Variable(_modes.zeros((2, layer.num_kv_heads), jnp.float32))
+        pools = 1 if layer.values_in_keys else 2
+        layer._largest = nnx.Variable(_modes.zeros((pools, layer.num_kv_heads), jnp.float32))
     graphdef, state = nnx.split(twin)
     longest = max(map(len, checked))
     found = [jax.device_get(_largest_of(graphdef, state, *_padded(prompt, longest))) for prompt in checked]
     scales: list[dict[str, Array]] = []
     for index, of_layer in enumerate(zip(*found, strict=True)):
-        names = (f"keys of layer {index}", f"values of layer {index}")
-        pairs = zip(names, np.max(of_layer, axis=0), strict=True)
-        k_scale, v_scale = (scales_from_largest(name, largest, dtype, margin) for name, largest in pairs)
-        scales.append({"k_scale": k_scale, "v_scale": v_scale})
+        rows = dict(zip(("keys", "values"), np.max(of_layer, axis=0), strict=False))  # keys alone if they have both
+        each = (scales_from_largest(f"{kind} of layer {index}", row, dtype, margin) for kind, row in rows.items())
+        scales.append(dict(zip(("k_scale", "v_scale"), each, strict=False)))
     return scales
 
 

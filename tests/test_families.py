@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import checkpoint
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint import CheckpointError
 from flax import nnx
+from hf_files import read_tensors
 from models import Decoder, config_from_hf
+from models.deepseek import GroupedExperts
 from models.gpt_oss import ClampedExperts
-from models.layers import Experts
+from models.latent import LatentAttention
+from models.layers import Build, Experts, Latent
 from safetensors.numpy import load_file, save_file
 
-from jax_paged_attn.nnx import StepMetadata
+from jax_paged_attn.nnx import StepMetadata, calibrate
 from jax_paged_attn.rope import DynamicRopeScaling, LinearRopeScaling, LongRopeScaling, YarnRopeScaling
 from jax_paged_attn.serving import Engine, Request
 
@@ -32,7 +37,7 @@ def relative_error(got: Any, want: np.ndarray) -> float:
 
 
 # Each of these differs from another one by little; the long tail has them.
-ALIKE = ("gemma2", "llama-dynamic", "llama-linear", "llama-yarn", "mixtral", "olmo2", "qwen2", "smollm3")
+ALIKE = ("deepseek-v2", "gemma2", "llama-dynamic", "llama-linear", "llama-yarn", "mixtral", "olmo2", "qwen2", "smollm3")
 MODELS = [pytest.param(folder, id=folder.name, marks=[pytest.mark.slow] * (folder.name in ALIKE)) for folder in FOLDERS]
 
 
@@ -59,6 +64,8 @@ def test_there_are_all_families() -> None:
         "gpt_oss",
         "olmo2",
         "smollm3",
+        "deepseek_v2",
+        "deepseek_v3",
     }
 
 
@@ -179,6 +186,19 @@ def test_what_is_special_is_read() -> None:
     assert (smol.unrotated_layers, smol.sliding_windows) == ((3,), None)
     assert config_of("smollm3", num_key_value_heads=None, num_attention_heads=8).num_key_value_heads == 8
     assert config_of("smollm3", num_key_value_heads=..., num_attention_heads=8).num_key_value_heads == 4
+    v2 = config_of("deepseek-v2", first_k_dense_replace=..., q_lora_rank=...)
+    assert (v2.num_key_value_heads, v2.head_dim, v2.dense_layers) == (1, 24, ())
+    assert v2.latent == Latent(rank=16, rotary_dim=8, unrotated_dim=12, value_dim=10, query_rank=1536)
+    assert v2.attention_scale == pytest.approx(20**-0.5 * (0.15 * math.log(4.0) + 1) ** 2)
+    groups: Any = {"groups": 3, "groups_per_token": 2}
+    assert v2.experts == GroupedExperts(6, 2, 12, normalised=False, factor=3.0, shared=2, **groups)
+    greedy = config_of("deepseek-v2", topk_method="greedy", n_group=..., topk_group=..., mlp_bias=True)
+    assert greedy.experts == GroupedExperts(6, 2, 12, normalised=False, factor=3.0, shared=2, shared_bias=True)
+    assert greedy.mlp_bias
+    v3 = config_of("deepseek-v3", first_k_dense_replace=..., rope_parameters={"rope_type": "yarn", "factor": 4.0})
+    assert (v3.dense_layers, v3.latent.query_rank, v3.attention_bias) == ((0, 1, 2), 20, True)
+    assert v3.attention_scale == 20**-0.5
+    assert v3.experts == GroupedExperts(8, 3, 16, factor=2.5, groups=4, groups_per_token=2, sigmoid=True)
     assert config_of("llama-linear").rope_scaling == LinearRopeScaling(4.0)
     assert config_of("llama-dynamic").rope_scaling == DynamicRopeScaling(3.0, 64, 64)
     assert config_of("llama-yarn").rope_scaling == YarnRopeScaling(4.0, 16, 4.0, 1.0)
@@ -199,6 +219,28 @@ def test_what_is_special_is_read() -> None:
         ("qwen3-moe", {"mlp_only_layers": [3]}, r"mlp_only_layers: expected a list of integers in \[0, 3\), got \[3\]"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers: expected a list of at least 4 zeros and ones"),
         ("gpt-oss", {"swiglu_alpha": 1.0}, "swiglu_alpha: expected 1.702, got 1.0"),
+        (
+            "deepseek-v2",
+            {"norm_topk_prob": True},
+            "norm_topk_prob: expected false, as all DeepSeek V2 have it, got true",
+        ),
+        ("deepseek-v2", {"num_key_value_heads": 2}, "num_key_value_heads: expected num_attention_heads = 4, got 2"),
+        ("deepseek-v2", {"n_group": 4}, "n_routed_experts: expected a multiple of n_group = 4, at least 4, got 6"),
+        ("deepseek-v2", {"topk_group": 4}, "topk_group: expected at most n_group = 3, got 4"),
+        (
+            "deepseek-v2",
+            {"num_experts_per_tok": 5},
+            "num_experts_per_tok: expected at most 4, the experts of .*, got 5",
+        ),
+        ("deepseek-v2", {"qk_rope_head_dim": 7}, "qk_rope_head_dim: expected an even number, got 7"),
+        ("deepseek-v3", {"n_group": 8}, "n_routed_experts: expected a multiple of n_group = 8, at least 16, got 8"),
+        ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq: expected 1, got 2"),
+        ("deepseek-v3", {"topk_method": "greedy"}, "topk_method: expected 'noaux_tc', got 'greedy'"),
+        (
+            "deepseek-v3",
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 128]}},
+            r"weight_block_size: expected \[128, 128\], got \[64, 128\]",
+        ),
         ("mistral", {"sliding_window": 0}, "sliding_window: expected an integer of at least 1, got 0"),
         ("llama-yarn", {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "rope_type: expected 'default'"),
         ("llama-dynamic", {"rope_parameters": {"rope_type": "dynamic"}}, "factor: expected a positive number"),
@@ -285,3 +327,96 @@ def test_half_a_quantised_tensor_is_named(quantised: Path, tmp_path: Path) -> No
     save_file({name: value for name, value in tensors.items() if name != lost}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"experts.*: expected blocks and scales, got blocks alone"):
         checkpoint.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DeepSeek V3 in fp8 with scales per block, and in `plain` beside it the same with what these stand for.
+
+    As in real files there is a layer behind the last one, which predicts a second token.
+    """
+    draw, folder = np.random.default_rng(0), tmp_path_factory.mktemp("fp8")
+    data = json.loads((PARITY / "deepseek-v3" / "config.json").read_text())
+    data |= {"num_hidden_layers": 1, "first_k_dense_replace": 0, "moe_intermediate_size": 130, "dtype": "bfloat16"}
+    (folder / "plain").mkdir()
+    plain, packed = {}, {"model.layers.1.shared_head.head.weight": np.zeros((2, 2), np.float32)}
+    for path, variable in nnx.to_flat_state(nnx.state(Decoder(config_from_hf(data, folder), rngs=nnx.Rngs(0)))):
+        if not isinstance(variable, nnx.Param):
+            continue
+        name, value = checkpoint._hf_name(path), np.asarray(variable[...])
+        plain[name] = packed[name] = np.ascontiguousarray(value.T) if path[-1] == "kernel" else value
+        if name.endswith("bias"):
+            plain[name] = packed[name] = draw.standard_normal(value.shape, np.float32)
+        if "layers" in name and path[-1] == "kernel" and "mlp.gate" not in name:
+            stored = plain[name].astype(jnp.float8_e4m3fn)
+            scales = draw.uniform(0.5, 2.0, [-(-size // 128) for size in stored.shape]).astype(np.float32)
+            each = scales.repeat(128, axis=0).repeat(128, axis=1)[: stored.shape[0], : stored.shape[1]]
+            packed[name], packed[f"{name}_scale_inv"] = stored, scales
+            plain[name] = stored.astype(np.float32) * each
+    quantised = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    for where, content, fields in ((folder, packed, data | quantised), (folder / "plain", plain, data)):
+        save_file(content, where / "model.safetensors")
+        (where / "config.json").write_text(json.dumps(fields))
+        shutil.copy(PARITY / "deepseek-v3" / "tokenizer.json", where)
+    return folder
+
+
+def test_fp8_weights_are_dequantised(fp8: Path) -> None:
+    """To bfloat16, but for the bias that experts are chosen by, which stays in float32."""
+    got, want = (nnx.state(checkpoint.load(folder).model, nnx.Param) for folder in (fp8, fp8 / "plain"))
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    gate = got["layers"][0]["mlp"]["gate"]
+    assert (gate["kernel"].dtype, gate["e_score_correction_bias"].dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda scales: None, "expected fp8 weights and their scales, got weight alone"),
+        (
+            lambda scales: scales[:1, :1],
+            r"expected weights of two axes and a scale for each 128², got .* with \(1, 1\)",
+        ),
+    ],
+    ids=["missing", "shape"],
+)
+def test_wrong_scales_of_fp8_weights_are_named(fp8: Path, tmp_path: Path, change: Any, message: str) -> None:
+    shutil.copytree(fp8, tmp_path, dirs_exist_ok=True)
+    tensors = {name: np.array(tensor) for _, name, tensor in read_tensors(tmp_path)}  # `load_file` refuses fp8
+    name = "model.layers.0.mlp.experts.0.up_proj.weight_scale_inv"
+    changed = {**tensors, name: change(tensors[name])}
+    save_file({key: value for key, value in changed.items() if value is not None}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"experts\.0\.up_proj.*: {message}"):
+        checkpoint.load(tmp_path)
+
+
+def test_latents_of_eight_bits() -> None:
+    """One scale per layer, found by `calibrate`, for latents and rotated keys."""
+    folder = PARITY / "deepseek-v3"
+    model, want = checkpoint.load(folder).model, load_file(folder / "expected.safetensors")
+    tokens = jnp.asarray(want["tokens"], jnp.int32)
+    scales = calibrate(model, [tokens], jnp.int8)
+    assert [sorted(of_layer) for of_layer in scales] == [["k_scale"]] * 2
+    model.init_cache(len(tokens) // PAGE_SIZE, PAGE_SIZE, jnp.int8, scales)
+    got = model(tokens, StepMetadata.whole_sequences(1, len(tokens), PAGE_SIZE))
+    assert 1e-4 < relative_error(got, want["logits"]) < 0.1
+
+
+def test_rotated_pairs_may_be_halves() -> None:
+    """Columns (i, i + 4) in place of (2i, 2i + 1), with weights in that order, give the same."""
+    config, layers = config_of("deepseek-v3"), []
+    build = Build(jnp.float32, jnp.float32, nnx.Rngs(0))
+    for name in ("interleaved", "halves"):
+        sizes = config_of("deepseek-v3", rope_interleave=name == "interleaved").latent
+        layers.append(LatentAttention(config, sizes, build))
+    interleaved, halves = layers
+    nnx.update(halves, nnx.state(interleaved, nnx.Param))
+    order = np.array([0, 2, 4, 6, 1, 3, 5, 7])
+    for projection, heads in ((halves.q_b_proj, 8), (halves.kv_a_proj_with_mqa, 1)):
+        kernel = projection.kernel[...].reshape(len(projection.kernel), heads, -1)
+        kept = np.arange(kernel.shape[-1] - 8)
+        kernel = kernel[..., np.append(kept, len(kept) + order)]
+        projection.kernel.set_value(kernel.reshape(projection.kernel.shape))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 24)), jnp.float32)
+    assert relative_error(halves(x), np.asarray(interleaved(x))) < 1e-6

@@ -1,6 +1,7 @@
 """The Flax layer: rotary embeddings, cached against whole-sequence attention, the cache as `nnx` state."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -270,6 +271,82 @@ def test_calibration_without_numbers():
 def test_calibration_refuses(change: dict, message: str):
     with pytest.raises(ValueError, match=message):
         calibrate(**{"model": Chain(), "prompts": PROMPTS, "dtype": jnp.int8, **change})
+
+
+def attended(length: int = 13, **options: Any) -> tuple[PagedAttention, tuple[jax.Array, jax.Array, jax.Array | None]]:
+    """A layer whose values have another head dim than keys, or are in them, and its operands."""
+    layer = PagedAttention(HEADS, KV_HEADS, HEAD_DIM, **options)
+    draw = np.random.default_rng(0)
+    sizes = (HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM), (KV_HEADS, layer.value_dim)
+    q, k, v = (jnp.asarray(draw.standard_normal((length, *size)), jnp.float32) for size in sizes)
+    return layer, (q, k, None if layer.values_in_keys else v)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"value_dim": 12, "sinks": True, "sliding_window": 4},
+        {"value_dim": 5, "values_in_keys": True, "rope_theta": None, "scale": 0.4},
+        {"values_in_keys": True, "soft_cap": 2.0},
+    ],
+    ids=shown,
+)
+def test_values_of_another_head_dim_or_in_the_keys(options: dict):
+    """Whole sequences, a prompt over the cache, and a decode step, beside values that the test takes from the keys."""
+    layer, (q, k, v) = attended(**options)
+    value_dim, in_keys = options.get("value_dim", HEAD_DIM), options.get("values_in_keys", False)
+    plain: Any = {**options, "values_in_keys": False, "value_dim": HEAD_DIM}
+    dense = PagedAttention(HEADS, KV_HEADS, HEAD_DIM, **plain)
+    rotated = k if layer.rope_theta is None else apply_rope(k, jnp.arange(13), rope_frequencies(HEAD_DIM))
+    values = rotated if v is None else v
+    padded = jnp.pad(values, ((0, 0), (0, 0), (0, 2 * HEAD_DIM - values.shape[-1])))
+    halves = [dense(q, k, half)[..., :HEAD_DIM] for half in jnp.split(padded, 2, axis=-1)]
+    want = jnp.concatenate(halves, axis=-1)[..., :value_dim]
+    assert layer(q, k, v).shape == (13, HEADS, value_dim)
+    assert relative_error(layer(q, k, v), want) < 1e-5
+
+    layer.init_cache(num_pages=4, page_size=PAGE_SIZE, dtype=jnp.float32)
+    assert len(jax.tree.leaves(nnx.state(layer, CacheVariable))) == (1 if in_keys else 2)
+    whole = StepMetadata.whole_sequences(1, 13, PAGE_SIZE)
+    assert relative_error(layer(q, k, v, whole), want) < 1e-5
+    decode = StepMetadata.decode(whole.block_tables, whole.kv_lens, PAGE_SIZE)
+    assert relative_error(layer(q[-1:], k[-1:], None if v is None else v[-1:], decode), want[-1:]) < 1e-5
+
+
+def test_calibration_and_eight_bits_of_values_in_keys():
+    """One scale for both, and no `v_scale`."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.attention, (self.q, self.k, _) = attended(value_dim=5, values_in_keys=True, rope_theta=None)
+
+        def __call__(self, tokens: jax.Array, step: StepMetadata | None = None) -> jax.Array:
+            return self.attention(self.q[: len(tokens)], self.k[: len(tokens)], None, step)
+
+    model = Model()
+    (scales,) = calibrate(model, [range(13), range(2)], jnp.int8)
+    np.testing.assert_allclose(scales["k_scale"], 1.1 * jnp.abs(model.k).max((0, 2)) / 127, rtol=1e-6)
+    assert "v_scale" not in scales
+    model.attention.init_cache(num_pages=4, page_size=PAGE_SIZE, dtype=jnp.int8, **scales)
+    out = model(jnp.arange(13), StepMetadata.whole_sequences(1, 13, PAGE_SIZE))
+    assert 1e-4 < relative_error(out, model(jnp.arange(13))) < 0.02
+
+
+def test_values_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="value_dim: expected at most head_dim = 8 of values in keys, got 9"):
+        PagedAttention(2, 1, 8, value_dim=9, values_in_keys=True)
+    with pytest.raises(ValueError, match="value_dim"):
+        PagedAttention(2, 1, 8, value_dim=0)
+    with pytest.raises(TypeError, match="values_in_keys"):
+        PagedAttention(2, 1, 8, values_in_keys=1)  # pyright: ignore[reportArgumentType]
+    layer, (q, k, _) = attended(values_in_keys=True)
+    with pytest.raises(ValueError, match="v: expected None, since the values are in the keys, got shape"):
+        layer(q, k, k)
+    with pytest.raises(ValueError, match="v_scale"):
+        layer.init_cache(4, PAGE_SIZE, jnp.int8, k_scale=1.0, v_scale=1.0)
+    layer, (q, k, _) = attended()
+    with pytest.raises(ValueError, match="v: expected an array, got None"):
+        layer(q, k, None)
 
 
 def test_dtypes_of_weights_and_computation():

@@ -18,6 +18,7 @@ ENGINE = {"implementation": None, "batch_invariant": False}
 CACHE = {**SCORES, "sinks": None, **ENGINE, "return_lse": False}
 SCALES = {"k_scale": None, "v_scale": None, "value_dim": None}
 ROPE = {"rope_theta": 10000.0, "rope_scaling": None, "rotary_dim": None, "rope_interleaved": False}
+VALUES = {"value_dim": None, "values_in_keys": False}
 REFERENCE = {name: default for name, default in {**CACHE, **SCALES}.items() if name != "implementation"}
 KEYWORDS = (
     (jpa.paged_attention, {**CACHE, **SCALES}),
@@ -26,7 +27,7 @@ KEYWORDS = (
     (jpa.ragged_paged_attention_reference, {**REFERENCE, "causal": True}),
     (jpa.PagedKVCache.attend, CACHE),
     (jpa.PagedKVCache.attend_ragged, {**CACHE, "causal": True}),
-    (nnx.PagedAttention.__init__, {**SCORES, **ENGINE, **ROPE, "sinks": False}),
+    (nnx.PagedAttention.__init__, {**SCORES, **ENGINE, **ROPE, **VALUES, "sinks": False}),
 )
 ONE, POOL = jnp.ones((1, 1, 8)), jnp.ones((1, 4, 1, 8))
 TABLE, LENGTH, ROWS = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), jnp.array([0, 1], jnp.int32)

@@ -1,7 +1,7 @@
 """Families of models over one decoder. A new family is a file with a `Family`, and a line here.
 
 Each file shows what is special about its family: the fields of config.json, defaults, and modules of its own. What
-families share is in decoder.py, layers.py, rotary.py, family.py and fields.py.
+families share is in decoder.py, latent.py, layers.py, rotary.py, family.py and fields.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .decoder import Decoder, DecoderConfig
+from .deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from .family import Family
 from .fields import CheckpointError, Fields
 from .gemma2 import GEMMA2
@@ -41,6 +42,8 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": GPT_OSS,
     "olmo2": OLMO2,
     "smollm3": SMOLLM3,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
 }
 
 

@@ -1,8 +1,9 @@
-"""One decoder for all families, in Flax NNX: grouped-query attention and MLPs between residual connections.
+"""One decoder for all families, in Flax NNX: attention and MLPs between residual connections.
 
 A family says by a `DecoderConfig` which options of attention it has, and which norm, block and experts of its own.
-Every attention goes through `jax_paged_attn.nnx.PagedSelfAttention`. Module and field names follow Hugging Face's, so
-that `checkpoint.py` is a plain renaming.
+Every attention goes through `jax_paged_attn.nnx`: grouped-query attention through `PagedSelfAttention`, multi-head
+latent attention through `PagedAttention`. Module and field names follow Hugging Face's, so that `checkpoint.py` is a
+plain renaming.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jax_paged_attn.nnx import PagedSelfAttention, StepMetadata
 from jax_paged_attn.rope import RopeScaling
 from jax_paged_attn.serving import NnxModel
 
-from .layers import Build, Experts, GatedMlp, Norm, rms_norm
+from .layers import Build, Experts, GatedMlp, Latent, Norm, rms_norm
 
 Step = StepMetadata | tuple[StepMetadata, ...] | None
 
@@ -38,30 +39,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: DecoderConfig, layer: int, build: Build):
         size, epsilon = config.hidden_size, config.rms_norm_eps
-        window = None if config.sliding_windows is None else config.sliding_windows[layer]
-        is_local = window is not None and config.local_rope_theta is not None
-        rope_theta = config.local_rope_theta if is_local else config.rope_theta
-        self.group = config.windows.index(window)
+        self.group = config.windows.index(config.window(layer))
         self.input_layernorm = config.norm(size, epsilon, build)
-        self.self_attn = PagedSelfAttention(
-            size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            use_bias=config.attention_bias,
-            qk_norm=(lambda head_dim: config.norm(head_dim, epsilon, build)) if config.qk_norm else None,
-            sliding_window=window,
-            scale=config.attention_scale,
-            soft_cap=config.attention_soft_cap,
-            sinks=config.sinks,
-            rope_theta=None if layer in config.unrotated_layers else rope_theta,
-            rope_scaling=None if is_local else config.rope_scaling,
-            rotary_dim=config.rotary_dim,
-            implementation=build.implementation,
-            dtype=build.dtype,
-            param_dtype=build.param_dtype,
-            rngs=build.rngs,
-        )
+        self.self_attn = self.attention(config, layer, build)
         self.post_attention_layernorm = config.norm(size, epsilon, build)
         if config.experts is None or layer in config.dense_layers:
             options: Any = {"activation": config.hidden_act, "use_bias": config.mlp_bias}
@@ -79,6 +59,31 @@ class Block(nnx.Module):
         """What is added to the input, after dropout."""
         return self.dropout(y, deterministic=rngs is None, rngs=rngs)
 
+    def attention(self, config: DecoderConfig, layer: int, build: Build) -> Any:
+        """The module between the norm and the sum: called as `PagedSelfAttention`, with a `PagedAttention` in it."""
+        window = config.window(layer)
+        is_local = window is not None and config.local_rope_theta is not None
+        rope_theta = config.local_rope_theta if is_local else config.rope_theta
+        return PagedSelfAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            use_bias=config.attention_bias,
+            qk_norm=(lambda head_dim: config.norm(head_dim, config.rms_norm_eps, build)) if config.qk_norm else None,
+            sliding_window=window,
+            scale=config.attention_scale,
+            soft_cap=config.attention_soft_cap,
+            sinks=config.sinks,
+            rope_theta=None if layer in config.unrotated_layers else rope_theta,
+            rope_scaling=None if is_local else config.rope_scaling,
+            rotary_dim=config.rotary_dim,
+            implementation=build.implementation,
+            dtype=build.dtype,
+            param_dtype=build.param_dtype,
+            rngs=build.rngs,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -92,6 +97,7 @@ class DecoderConfig:
       rotary_dim: the first columns of a head that are rotated; None for all.
       unrotated_layers: layers without rotary embeddings.
       local_rope_theta: the rotary base of layers with a window, which then have no scaling; None for `rope_theta`.
+      latent: sizes of multi-head latent attention; None for grouped-query attention.
       experts: None where all layers have a plain MLP.
       dense_layers: layers with a plain MLP in spite of that.
       sinks: whether each head has a learnt logit without a value.
@@ -121,6 +127,7 @@ class DecoderConfig:
     rotary_dim: int | None = None
     unrotated_layers: tuple[int, ...] = ()
     local_rope_theta: float | None = None
+    latent: Latent | None = None
     experts: Experts | None = None
     dense_layers: tuple[int, ...] = ()
     sinks: bool = False
@@ -140,9 +147,16 @@ class DecoderConfig:
         """The windows of the layer groups, each once."""
         return tuple(dict.fromkeys(self.sliding_windows or (None,)))
 
+    def window(self, layer: int) -> int | None:
+        """That of a layer."""
+        return None if self.sliding_windows is None else self.sliding_windows[layer]
+
     def split_sizes(self) -> dict[str, int]:
         """What tensor parallelism splits, by name: the number of devices has to divide each."""
-        sizes = {"num_key_value_heads": self.num_key_value_heads}
+        if self.latent is None:
+            sizes = {"num_key_value_heads": self.num_key_value_heads}
+        else:
+            sizes = {"num_attention_heads": self.num_attention_heads}
         if self.experts is None or self.dense_layers:
             sizes["intermediate_size"] = self.intermediate_size
         if self.experts is not None:
@@ -217,7 +231,8 @@ class Decoder(nnx.Module):
             for pages in (layer.self_attn.attention.k_pages, layer.self_attn.attention.v_pages):
                 if pages is not None and self._placed is not None:
                     mesh, axis = self._placed
-                    pages.set_value(jax.device_put(pages[...], NamedSharding(mesh, PartitionSpec(None, None, axis))))
+                    by_head = None if self.config.latent is not None else axis  # a latent is that of all heads
+                    pages.set_value(jax.device_put(pages[...], NamedSharding(mesh, PartitionSpec(None, None, by_head))))
 
     def fuse(self) -> None:
         """Joins products that share their input, q with k and v, gate with up: for serving, not to be saved."""

@@ -30,7 +30,8 @@ class Family:
     """One family of models.
 
     Attributes:
-      special: reads the fields of `DecoderConfig` that others do not have, or have otherwise.
+      special: reads the fields of `DecoderConfig` that others do not have, or have otherwise; they go before those
+        that most families have.
       defaults: of fields that config.json leaves out, where they are not those of most families.
       activation: the field that names the MLP's, and the only value that it may have.
       rope: the object with the kind of rotary embeddings.
@@ -68,23 +69,23 @@ class Family:
         served = context if max_len is None else max_len
         if served < 1 or (served > context and rope_kind(rope) != "dynamic"):
             raise ValueError(f"max_len: expected 1 to max_position_embeddings = {context}, got {served}")
-        return DecoderConfig(
-            vocab_size=vocab_size,
-            hidden_size=fields.integer("hidden_size"),
-            intermediate_size=fields.integer("intermediate_size"),
-            num_hidden_layers=fields.integer("num_hidden_layers"),
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim(fields, defaults.get("head_dim")),
-            max_position_embeddings=served,
-            rms_norm_eps=fields.number("rms_norm_eps", defaults.get("rms_norm_eps", 1e-6)),
-            rope_theta=rope.number("rope_theta", fields.number("rope_theta", defaults.get("rope_theta", 10000.0))),
-            rope_scaling=rope_scaling(rope, fields, context, served),
-            tie_word_embeddings=fields.boolean("tie_word_embeddings", defaults.get("tie_word_embeddings", False)),
-            bos_token_id=next(iter(self._token_ids(fields, "bos_token_id", vocab_size)), None),
-            eos_token_ids=self._token_ids(fields, "eos_token_id", vocab_size),
-            **special,
-        )
+        common = {
+            "vocab_size": vocab_size,
+            "hidden_size": fields.integer("hidden_size"),
+            "intermediate_size": fields.integer("intermediate_size"),
+            "num_hidden_layers": fields.integer("num_hidden_layers"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim(fields, defaults.get("head_dim")),
+            "max_position_embeddings": served,
+            "rms_norm_eps": fields.number("rms_norm_eps", defaults.get("rms_norm_eps", 1e-6)),
+            "rope_theta": rope.number("rope_theta", fields.number("rope_theta", defaults.get("rope_theta", 10000.0))),
+            "rope_scaling": rope_scaling(rope, fields, context, served),
+            "tie_word_embeddings": fields.boolean("tie_word_embeddings", defaults.get("tie_word_embeddings", False)),
+            "bos_token_id": next(iter(self._token_ids(fields, "bos_token_id", vocab_size)), None),
+            "eos_token_ids": self._token_ids(fields, "eos_token_id", vocab_size),
+        }
+        return DecoderConfig(**{**common, **special})
 
     def _token_ids(self, fields: Fields, name: str, vocab_size: int) -> tuple[int, ...]:
         """Missing and null differ: null means that there is none."""

@@ -47,6 +47,14 @@ class Fields:
         value = self._read(name, default, "a positive number", _is_positive_number)
         return None if value is None else float(value)
 
+    def integers(self, name: str) -> tuple[int, ...]:
+        """A list of positive integers."""
+
+        def is_right(value: Any) -> bool:
+            return isinstance(value, list) and all(_is_integer(item, 1) for item in value)
+
+        return tuple(self._read(name, _REQUIRED, "a list of positive integers", is_right))
+
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of positive and finite numbers, at least one."""
 

@@ -19,7 +19,7 @@ from jax import Array
 from .decoder import DecoderConfig
 from .family import Family, Tensor, Tensors, windows
 from .fields import CheckpointError, Fields
-from .layers import Build, Experts, alternating, mixture
+from .layers import Build, Experts, alternating, largest, mixture
 from .mxfp4 import Quantised
 
 _ALPHA = 1.702
@@ -79,7 +79,7 @@ class ClampedExpertsMlp(nnx.Module):
             out = jax.lax.ragged_dot(inner, weights.down_proj[...].astype(rows.dtype), counts)
             return out + weights.down_proj_bias[...].astype(rows.dtype)[expert]
 
-        return mixture(x, self.router, self.config, run)
+        return mixture(x, self.config, lambda rows: largest(self.router(rows), self.config), run)
 
 
 class _Arrays(nnx.Module):

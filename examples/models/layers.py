@@ -93,6 +93,27 @@ class GatedMlp(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
+class Latent:
+    """Sizes of multi-head latent attention.
+
+    Attributes:
+      rank: numbers of a token's latent, from which the keys and values of all heads come.
+      rotary_dim: numbers of the rotated part of keys, which all heads share.
+      unrotated_dim: numbers of the part of keys that each head has for itself.
+      value_dim: numbers of a head's values.
+      query_rank: numbers of the latent that queries come from; None where they come from the hidden states.
+      interleaved: whether rotated pairs are columns (2i, 2i + 1).
+    """
+
+    rank: int
+    rotary_dim: int
+    unrotated_dim: int
+    value_dim: int
+    query_rank: int | None = None
+    interleaved: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Experts:
     """A mixture of experts in place of an MLP.
 
@@ -125,7 +146,7 @@ class ExpertsMlp(nnx.Module):
     def __init__(self, config: Experts, size: int, build: Build, activation: str):
         self.config = config
         self.activation = activation
-        self.gate = build.linear(size, config.number)
+        self.gate: Any = build.linear(size, config.number)
         self.experts = nnx.data(nnx.List([GatedMlp(size, config.size, build) for _ in range(config.number)]))
         self.gate_up: nnx.Param | None = nnx.data(None)  # `[E, D, 2 · size]`, columns of gate and up alternate
         self.down: nnx.Param | None = nnx.data(None)  # `[E, size, D]`
@@ -144,7 +165,11 @@ class ExpertsMlp(nnx.Module):
             gate, up = alternating(jax.lax.ragged_dot(rows, gate_up.astype(rows.dtype), counts))
             return jax.lax.ragged_dot(ACTIVATIONS[self.activation](gate) * up, down.astype(rows.dtype), counts)
 
-        return mixture(x, self.gate, self.config, run)
+        return mixture(x, self.config, self.route, run)
+
+    def route(self, x: Array) -> tuple[Array, Array]:
+        """The experts of each token `[n, D]`: their weights, float32 `[n, per_token]`, and which they are."""
+        return largest(self.gate(x), self.config)
 
     def _stacked(self) -> tuple[Array, Array]:
         if self.gate_up is not None and self.down is not None:
@@ -161,19 +186,30 @@ def alternating(columns: Array) -> tuple[Array, Array]:
     return pairs[..., 0], pairs[..., 1]
 
 
-def mixture(x: Array, router: nnx.Linear, config: Experts, run: Callable[[Array, Array, Array], Array]) -> Array:
+def largest(logits: Array, config: Experts) -> tuple[Array, Array]:
+    """The weights, float32, and the numbers of those experts that have the largest of each row's logits `[n, E]`."""
+    weights, chosen = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), config.per_token)
+    if config.normalised:
+        weights /= weights.sum(axis=-1, keepdims=True)
+    return weights, chosen
+
+
+def mixture(
+    x: Array,
+    config: Experts,
+    route: Callable[[Array], tuple[Array, Array]],
+    run: Callable[[Array, Array, Array], Array],
+) -> Array:
     """The weighted sum of each token's experts.
 
     Args:
       x: `[..., D]`.
-      router: tokens to a logit per expert.
       config: how many experts there are, and how many each token has.
+      route: from tokens `[n, D]` the weights of their experts, `[n, per_token]`, and which they are.
       run: the experts, from rows `[n, D]` that are sorted by expert, the number of rows of each, and each row's expert.
     """
     flat = x.reshape(-1, x.shape[-1])
-    weights, chosen = jax.lax.top_k(jax.nn.softmax(router(flat).astype(jnp.float32), axis=-1), config.per_token)
-    if config.normalised:
-        weights /= weights.sum(axis=-1, keepdims=True)
+    weights, chosen = route(flat)
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     tokens, expert = order // config.per_token, chosen.reshape(-1)[order]
     counts = jnp.bincount(expert, length=config.number).astype(jnp.int32)

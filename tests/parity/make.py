@@ -35,6 +35,25 @@ LENGTH, PROMPT = 40, 18
 # A second, longer text: frequencies depend on its length.
 LONG = {"llama-dynamic": 96}
 
+# Multi-head latent attention of all DeepSeek, and their experts.
+LATENT: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "moe_intermediate_size": 12,
+    "first_k_dense_replace": 1,
+}
+LATENT_ROPE: dict[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "rope_theta": 1e4,
+}
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
     "llama-dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4}}),
@@ -94,6 +113,39 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "deepseek-v2": (
+        "DeepseekV2",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "n_routed_experts": 6,
+            "n_group": 3,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 3.0,
+            "rope_parameters": {**LATENT_ROPE, "mscale": 0.7, "mscale_all_dim": 1.5},
+        },
+    ),
+    "deepseek-v3": (
+        "DeepseekV3",
+        {
+            **LATENT,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "moe_intermediate_size": 16,
+            "q_lora_rank": 20,
+            "attention_bias": True,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 1,
+            "num_mtp_layers": 0,
+            "rope_parameters": {**LATENT_ROPE, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3-moe": (
         "Qwen3Moe",
@@ -138,6 +190,9 @@ def make(name: str, kind: str, options: dict[str, Any], folder: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.3)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3)
         tokens = torch.randint(0, config.vocab_size, (1, LENGTH))
         logits = model(tokens).logits[0]
         prompt = tokens[:, :PROMPT]
