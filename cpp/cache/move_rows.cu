@@ -4,6 +4,7 @@
 #include "cache/move_rows.h"
 #include "cache/slots.cuh"
 #include "core/integer_math.h"
+#include "device/bulk_copies.cuh"
 #include "device/compiled_for.h"
 #include "device/cuda_status.h"
 #include "device/launch.h"

@@ -5,9 +5,6 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#ifdef JPA_TRAP_PRINTS
-#include <cstdio>
-#endif
 
 namespace jpa::device {
 
@@ -97,33 +94,11 @@ __device__ inline void ArriveAfterCpAsync(Barrier* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
 
-// With JPA_TRAP_AFTER, a number of cycles, a wait that takes longer ends the kernel: for development. With
-// JPA_TRAP_PRINTS it says so, too, and wgmma runs one by one.
-class Watchdog {
- public:
-  __device__ void Check([[maybe_unused]] const char* what, [[maybe_unused]] uint32_t number) const {
-#if defined(JPA_TRAP_AFTER) && defined(__CUDA_ARCH__)
-    if (clock64() - start_ < (JPA_TRAP_AFTER)) return;
-#ifdef JPA_TRAP_PRINTS
-    printf("CTA %d, thread %d waits for %s %u\n", blockIdx.x, threadIdx.x, what, number);
-#endif
-    asm volatile("trap;");
-#endif
-  }
-
-#if defined(JPA_TRAP_AFTER) && defined(__CUDA_ARCH__)
- private:
-  long long start_ = clock64();
-#endif
-};
-
 // Until the phase of that parity has ended: the first one has parity 0. A barrier's phase before the first
 // one counts as ended.
 __device__ inline void WaitForPhase(Barrier* barrier, uint32_t parity) {
-  const Watchdog watchdog;
   uint32_t ended;
   do {
-    watchdog.Check("the barrier at", SharedAddress(barrier));
     asm volatile(
         "{\n.reg .pred ended;\n"
 #if __CUDA_ARCH__ >= 900
@@ -208,113 +183,6 @@ __device__ inline void NamedBarrierArrive(int number) {
 __device__ inline void PrefetchToL2(const void* from, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
-
-// ---- bulk copies -----------------------------------------------------------------------------------------
-
-// Bytes and addresses are multiples of 16. Kernels with these copies are launched only from compute
-// capability 9.0 on.
-
-// Makes the thread's InitBarrier visible to bulk copies.
-__device__ inline void FenceBarrierInit() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-// Arrives; the phase does not end before so many bytes have come by bulk copies besides.
-__device__ inline void ArriveAndExpectBytes(Barrier* barrier, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(
-                   SharedAddress(barrier)),
-               "r"(bytes)
-               : "memory");
-#endif
-}
-
-// From global to shared memory; the barrier counts the bytes.
-__device__ inline void BulkLoad(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          SharedAddress(to)),
-      "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
-      : "memory");
-#endif
-}
-
-// A place in a tensor of five dimensions; numbers outside of it are allowed.
-struct TensorPlace {
-  int32_t at[5];
-};
-
-// A box of a tensor from global to shared memory; what of it lies outside the tensor becomes zeros. The
-// barrier counts the whole box's bytes.
-__device__ inline void TmaLoad(void* to, const void* map, const TensorPlace& place, Barrier* barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
-      "%4, "
-      "%5, %6}], [%7];" ::"r"(SharedAddress(to)),
-      "l"(map), "r"(place.at[0]), "r"(place.at[1]), "r"(place.at[2]), "r"(place.at[3]), "r"(place.at[4]),
-      "r"(SharedAddress(barrier))
-      : "memory");
-#endif
-}
-
-// Brings such a box into the L2 cache.
-__device__ inline void TmaPrefetchToL2(const void* map, const TensorPlace& place) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
-               "r"(place.at[0]), "r"(place.at[1]), "r"(place.at[2]), "r"(place.at[3]), "r"(place.at[4])
-               : "memory");
-#endif
-}
-
-// Makes what the thread has written to shared memory visible to wgmma and to bulk copies, once a barrier
-// tells other threads.
-__device__ inline void FenceSharedForAsync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-// Makes what the thread sees in global memory visible to its bulk copies.
-__device__ inline void FenceGlobalForAsync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.global;" ::: "memory");
-#endif
-}
-
-// From shared to global memory, as part of the thread's current group.
-__device__ inline void BulkStore(void* to, const void* from, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
-               "r"(SharedAddress(from)), "r"(bytes)
-               : "memory");
-#endif
-}
-
-// Ends the thread's current group, which may be empty.
-__device__ inline void CommitBulkStores() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-#endif
-}
-
-// Until all groups of the thread but the latest `groups` have read shared memory.
-template <int groups>
-__device__ inline void WaitForBulkReads() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(groups) : "memory");
-#endif
-}
-
-// Until all bulk stores of the thread are done.
-__device__ inline void WaitForBulkStores() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 #endif
 }
 

@@ -99,10 +99,10 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
 #define JPA_ACCUMULATORS_48(d) JPA_ACCUMULATORS_32(d), JPA_ACCUMULATORS_8(d, 32), JPA_ACCUMULATORS_8(d, 40)
 #define JPA_ACCUMULATORS_64(d) JPA_ACCUMULATORS_48(d), JPA_ACCUMULATORS_8(d, 48), JPA_ACCUMULATORS_8(d, 56)
 
-#define JPA_ACCUMULATORS_128(d)                                                                      \
-  JPA_ACCUMULATORS_64(d), JPA_ACCUMULATORS_8(d, 64), JPA_ACCUMULATORS_8(d, 72),                      \
-      JPA_ACCUMULATORS_8(d, 80), JPA_ACCUMULATORS_8(d, 88), JPA_ACCUMULATORS_8(d, 96),               \
-      JPA_ACCUMULATORS_8(d, 104), JPA_ACCUMULATORS_8(d, 112), JPA_ACCUMULATORS_8(d, 120)
+#define JPA_ACCUMULATORS_128(d)                                                                            \
+  JPA_ACCUMULATORS_64(d), JPA_ACCUMULATORS_8(d, 64), JPA_ACCUMULATORS_8(d, 72), JPA_ACCUMULATORS_8(d, 80), \
+      JPA_ACCUMULATORS_8(d, 88), JPA_ACCUMULATORS_8(d, 96), JPA_ACCUMULATORS_8(d, 104),                    \
+      JPA_ACCUMULATORS_8(d, 112), JPA_ACCUMULATORS_8(d, 120)
 
 #define JPA_NAMES_32                                                                                       \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
@@ -110,10 +110,10 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
 #define JPA_NAMES_48 JPA_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define JPA_NAMES_64 JPA_NAMES_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
-#define JPA_NAMES_128                                                                          \
-  JPA_NAMES_64                                                                                 \
-  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79" \
-  ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95" \
+#define JPA_NAMES_128                                                            \
+  JPA_NAMES_64                                                                   \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"             \
+  ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"             \
   ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
   ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
@@ -142,10 +142,11 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
     static_assert(std::is_same_v<T, __half>);       \
     f16;                                            \
   }
-#define JPA_WGMMA_SS(n, count, type, a0, a1, a2, b_as_is)                                                        \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n      \
-               "k16.f32." type "." type " {" JPA_NAMES_##count "}, %" #a0 ", %" #a1 ", p, 1, 1, 0, " #b_as_is ";\n}" \
-               : JPA_ACCUMULATORS_##count(d)                                                              \
+#define JPA_WGMMA_SS(n, count, type, a0, a1, a2, b_as_is)                                            \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n \
+               "k16.f32." type "." type " {" JPA_NAMES_##count "}, %" #a0 ", %" #a1                  \
+                                                               ", p, 1, 1, 0, " #b_as_is ";\n}"      \
+               : JPA_ACCUMULATORS_##count(d)                                                         \
                : "l"(a), "l"(b), "r"(accumulate ? 1 : 0))
 #define JPA_WGMMA_RS(n, count, type, a0, a1, a2, a3, a4, a5)                                             \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n     \

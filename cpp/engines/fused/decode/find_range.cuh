@@ -17,7 +17,7 @@ struct CtaRange {
   int64_t tiles;
 };
 
-// What the threads of a CTA tell each other to find its range.
+// Notes that the threads of a CTA leave each other to find its range.
 template <int threads>
 struct RangeShared {
   HeadTiles warp_tiles[threads / 32];

@@ -80,7 +80,8 @@ class DescriptorMaker {
     int32_t token = call_.facts.group.Quotient(first) + static_cast<int32_t>(threadIdx.x % 32);
 #pragma unroll 1
     for (; token < end; token += 32) {
-      const int64_t query = (int64_t{at.sequence().row} + token) * call_.problem.num_q_heads + at.head() * group;
+      const int64_t query =
+          (int64_t{at.sequence().row} + token) * call_.problem.num_q_heads + at.head() * group;
       device::PrefetchToL2(static_cast<const uint16_t*>(call_.params.q) + query * Traits::kHeadDim,
                            group * Traits::kHeadDim * sizeof(uint16_t));
     }

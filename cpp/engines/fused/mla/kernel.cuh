@@ -16,6 +16,7 @@
 
 #include <cstdint>
 
+#include "device/bulk_copies.cuh"
 #include "device/ptx.cuh"
 #include "engines/fused/mla/args.h"
 #include "engines/fused/mla/consumer.cuh"

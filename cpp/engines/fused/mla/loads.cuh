@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "device/bulk_copies.cuh"
 #include "device/ptx.cuh"
 #include "device/wgmma.cuh"
 #include "engines/fused/mla/shared_memory.cuh"

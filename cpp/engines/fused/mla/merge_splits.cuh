@@ -161,9 +161,8 @@ template <typename Traits, int barrier>
 __device__ inline void MergeShare(const DecodeArgs& args, const MlaSplit& split, MlaShared<Traits>& shared) {
   uint32_t* const word = args.partial_ready + split.first_cta;
   if (device::LaneId() == 0) {
-    const device::Watchdog watchdog;
-    while ((device::LoadAcquire(word) & (kMergedOne - 1)) != static_cast<uint32_t>(split.num_splits))
-      watchdog.Check("all splits of the row block that begins in CTA", split.first_cta);
+    while ((device::LoadAcquire(word) & (kMergedOne - 1)) != static_cast<uint32_t>(split.num_splits)) {
+    }
   }
   __syncwarp();
   if (split.num_splits <= kFewSplits) {

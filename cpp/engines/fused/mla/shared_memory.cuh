@@ -57,7 +57,7 @@ struct MlaShared {
       int32_t row_owners[kFilledRows];
     } start;
   };
-  // What softmax states count from after the latest tile (device::SoftmaxState::maximum).
+  // The numbers that softmax states count from after the latest tile (device::SoftmaxState::maximum).
   float maxima[kTileRows];
   // Sums of each warpgroup's tiles, when a split ends: of every other split.
   float sums[2][Traits::kConsumerWarpgroups][kTileRows];

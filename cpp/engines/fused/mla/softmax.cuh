@@ -114,7 +114,7 @@ class MlaSoftmax {
   __device__ float sum(int r) const { return sums_[r]; }
 
  private:
-  // What exponents are counted from, and the largest that needs no other maximum.
+  // The number that exponents are counted from, and the largest that needs no other maximum.
   __device__ float Origin(int r) const { return maxima_[r] == -INFINITY ? 0.0f : maxima_[r]; }
   __device__ float Limit(int r) const {
     return maxima_[r] == -INFINITY ? -INFINITY : device::SoftmaxState::kRescaleThreshold;

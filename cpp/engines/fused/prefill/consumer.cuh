@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "device/bulk_copies.cuh"
 #include "device/convert.cuh"
 #include "device/fragment.cuh"
 #include "device/ptx.cuh"

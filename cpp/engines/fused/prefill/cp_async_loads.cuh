@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "core/problem.h"
+#include "device/bulk_copies.cuh"
 #include "device/fragment.cuh"
 #include "engines/fused/prefill/args.h"
 #include "engines/fused/prefill/row_copies.cuh"

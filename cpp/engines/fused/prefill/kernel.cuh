@@ -13,6 +13,7 @@
 // them.
 #pragma once
 
+#include "device/bulk_copies.cuh"
 #include "device/ptx.cuh"
 #include "engines/fused/prefill/args.h"
 #include "engines/fused/prefill/consumer.cuh"

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "device/bulk_copies.cuh"
 #include "engines/fused/prefill/args.h"
 #include "engines/fused/prefill/shared_memory.cuh"
 

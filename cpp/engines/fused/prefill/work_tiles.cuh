@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "device/bulk_copies.cuh"
 #include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/prefill/args.h"
 #include "engines/fused/prefill/queries.cuh"
