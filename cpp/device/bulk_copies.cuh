@@ -58,15 +58,6 @@ __device__ inline void TmaLoad(void* to, const void* map, const TensorPlace& pla
 #endif
 }
 
-// Brings such a box into the L2 cache.
-__device__ inline void TmaPrefetchToL2(const void* map, const TensorPlace& place) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
-               "r"(place.at[0]), "r"(place.at[1]), "r"(place.at[2]), "r"(place.at[3]), "r"(place.at[4])
-               : "memory");
-#endif
-}
-
 // Makes what the thread has written to shared memory visible to wgmma and to bulk copies, once a barrier
 // tells other threads.
 __device__ inline void FenceSharedForAsync() {

@@ -90,21 +90,23 @@ class MlaConsumer {
     awaits_queries_ = true;
   }
 
-  // True if the next tile's keys are there before this tile's probabilities, which the other warpgroup makes.
-  // Then scores come first, so that both warpgroups have MMAs beside their softmax. Else the tile's values
-  // come first, so that their memory is free soon.
+  // Tells whether the scores of the next tile come before this tile's values: then both warpgroups have MMAs
+  // beside their softmax. With cp.async that depends on whether the keys are there before this tile's
+  // probabilities, which the other warpgroup makes: else the values come first, so that their memory is free
+  // soon. With TMA, whose keys come sooner, it is always so: asking costs more than it gains.
   __device__ bool NextKeysComeFirst() {
-    if (MLA_ORDER == 0) return warpgroup == 1;
-    if (MLA_ORDER == 1 && warpgroup == 0) return false;
-    AwaitDescriptor(tile_ + 1);
-    // The column of blocks that is asked for last.
-    constexpr int kPart = Traits::kFullParts == 1 ? 0 : Traits::kValueBlocks - 1;
-    device::Barrier* const keys = &shared_.keys_full[StageOf<Traits::kStages>(tile_ + 1)][kPart];
-    bool there;
-    do {
-      there = device::PhaseEnded(keys, ParityOf<Traits::kStages>(tile_ + 1));
-    } while (!there && !device::PhaseEnded(&shared_.probabilities_full, ParityOf<1>(tile_)));
-    return device::NamedBarrierAll<kOwnBarrier, 128>(there);
+    if constexpr (warpgroup == 0 || !Traits::kUsesCpAsync) {
+      return warpgroup == 1;
+    } else {
+      const uint32_t next = tile_ + 1;
+      AwaitDescriptor(next);
+      device::Barrier* const keys = &shared_.keys_full[StageOf<Traits::kStages>(next)][0];
+      bool there;
+      do {
+        there = device::PhaseEnded(keys, ParityOf<Traits::kStages>(next));
+      } while (!there && !device::PhaseEnded(&shared_.probabilities_full, ParityOf<1>(tile_)));
+      return device::NamedBarrierAll<kOwnBarrier, 128>(there);
+    }
   }
 
   // ---- the ways of a tile

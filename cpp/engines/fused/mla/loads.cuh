@@ -83,19 +83,6 @@ __device__ inline device::TensorPlace PlaceOfBox(const MlaArgs& args, const MlaT
           descriptor.pages[row]};
 }
 
-// Brings a tile into the L2 cache, before there is room for it in shared memory: so the tiles in shared
-// memory do not limit how many bytes are on their way from memory.
-template <typename Traits>
-__device__ inline void PrefetchTile(const MlaArgs& args, const MlaTile& descriptor) {
-  const int boxes = kTileKeys >> args.box_rows_log2;
-#pragma unroll 1
-  for (int i = static_cast<int>(device::LaneId()); i < Traits::kColumnBlocks * boxes; i += 32) {
-    const int row = i % boxes << args.box_rows_log2;
-    if (descriptor.pages[row] >= 0)
-      device::TmaPrefetchToL2(&args.k_map, PlaceOfBox(args, descriptor, i / boxes, row));
-  }
-}
-
 // Column blocks [begin, end) of a tile; a lane has one box of one of them.
 template <typename Traits, int begin, int end>
 __device__ inline void LoadBlocksByTma(const MlaArgs& args, const MlaTile& descriptor, int stage,
@@ -117,7 +104,6 @@ __device__ inline void LoadKeysByTma(const MlaArgs& args, const MlaTile& descrip
                                      MlaShared<Traits>& shared) {
   constexpr int kHalf = Traits::kHalfBlocks;
   const int stage = StageOf<Traits::kStages>(tile);
-  if (MLA_PREFETCH && tile >= Traits::kStages) PrefetchTile<Traits>(args, descriptor);
   if constexpr (Traits::kValueBlocks < Traits::kColumnBlocks) {
     WaitForRoom(shared, tile, kOtherKeys);
     LoadBlocksByTma<Traits, Traits::kValueBlocks, Traits::kColumnBlocks>(args, descriptor, stage, shared);

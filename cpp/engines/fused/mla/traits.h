@@ -6,14 +6,6 @@
 #include "engines/fused/decode/work_split.h"
 #include "engines/fused/prefill/loader.h"
 
-// Which order the consumers follow and whether tiles go to L2 first: while both are measured.
-#ifndef MLA_ORDER
-#define MLA_ORDER 2
-#endif
-#ifndef MLA_PREFETCH
-#define MLA_PREFETCH 0
-#endif
-
 namespace jpa::fused {
 
 // Values are the first value_dim numbers of keys.
