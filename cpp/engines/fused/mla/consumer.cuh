@@ -22,6 +22,13 @@
 #include "engines/fused/mla/shared_memory.cuh"
 #include "engines/fused/mla/softmax.cuh"
 
+#ifndef JPA_CHAIN
+#define JPA_CHAIN 1
+#endif
+#ifndef JPA_ORDER
+#define JPA_ORDER 1
+#endif
+
 namespace jpa::fused {
 
 template <typename Traits, int warpgroup>
@@ -38,8 +45,14 @@ class MlaConsumer {
       if (Tile(tile_).starts_split) StartSplit();
       if (OwnerOf(tile_) == warpgroup) {
         AttendOwn();
-      } else if (!Tile(tile_).ends_split && NextKeysComeFirst()) {
-        AttendOtherAndOwn();
+      } else if (!Tile(tile_).ends_split && (warpgroup == 0 || NextKeysComeFirst())) {
+        if constexpr (warpgroup == 0 && JPA_CHAIN > 0) {
+          AttendOtherThenOwn();
+        } else if constexpr (warpgroup == 1) {
+          AttendOtherAndOwn();
+        } else {
+          AttendOther();
+        }
       } else {
         AttendOther();
       }
@@ -114,6 +127,7 @@ class MlaConsumer {
   __device__ void AttendOwn() {
     IssueQK(tile_);
     device::WgmmaCommit();
+    SignalScores();
     const bool needs_mask = softmax_.NeedsMask(Tile(tile_));
     device::WgmmaWait<0>(scores_);
     ScoresToOutput(needs_mask);
@@ -128,6 +142,31 @@ class MlaConsumer {
     device::WgmmaWait<0>(out_);
     accumulates_ = true;
     ReleaseKeys(tile_, kOwnValues);
+  }
+
+  // The other's tile, and the scores of the next one right behind it if its keys are there.
+  __device__ void AttendOtherThenOwn() {
+    AwaitDescriptor(tile_ + 1);
+    AwaitProbabilities();
+    device::WgmmaFence();
+    IssuePVOfOther();
+    device::WgmmaCommit();
+    accumulates_ = true;
+    const bool there = JPA_CHAIN == 2 || KeysAreThere(tile_ + 1);
+    if (!there) {
+      device::WgmmaWait<0>(out_);
+      ReleaseKeys(tile_, kOwnValues);
+    }
+    IssueQK(tile_ + 1);
+    device::WgmmaCommit();
+    SignalScores();
+    const bool needs_mask = softmax_.NeedsMask(Tile(tile_ + 1));
+    device::WgmmaWait<1>(out_);
+    if (there) ReleaseKeys(tile_, kOwnValues);
+    ReleaseDescriptor(tile_);
+    ++tile_;
+    device::WgmmaWait<0>(scores_);
+    ScoresToOutput(needs_mask);
   }
 
   // The other's tile and the next one, the MMAs of its scores first.
@@ -149,20 +188,20 @@ class MlaConsumer {
     ReleaseKeys(tile_, kOwnValues);
     ReleaseDescriptor(tile_);
     ++tile_;
-    ProbabilitiesToOutput(rises, factors);
+    ProbabilitiesToOutput(needs_mask, rises, factors);
   }
 
   __device__ void ScoresToOutput(bool needs_mask) {
     float factors[2];
     const bool rises = softmax_.Attend(args_.decode.call, Tile(tile_), needs_mask, scores_, factors);
-    ProbabilitiesToOutput(rises, factors);
+    ProbabilitiesToOutput(needs_mask, rises, factors);
   }
 
-  __device__ void ProbabilitiesToOutput(bool rises, const float (&factors)[2]) {
+  __device__ void ProbabilitiesToOutput(bool needs_mask, bool rises, const float (&factors)[2]) {
     ReleaseKeys(tile_, kOtherKeys);
     ReleaseQueriesIfLast(tile_);
     Pack();
-    ShareProbabilities();
+    ShareProbabilities(needs_mask);
     if (rises && accumulates_) ScaleOutput(factors);
     device::WgmmaFence();
     IssuePVOfOwn();
@@ -187,7 +226,7 @@ class MlaConsumer {
   // Leaves the probabilities, the maxima that they count from, and values without what lies past the
   // sequence's end, for the other warpgroup. That has read those of the tile before, since they were this
   // warpgroup's to read.
-  __device__ void ShareProbabilities() {
+  __device__ void ShareProbabilities(bool needs_mask) {
     // Computed anew each time: registers are few.
     const int lane = static_cast<int>(device::Opaque(device::LaneId())), matrix = lane / 8;
     const int row = static_cast<int>(threadIdx.x) / 32 % 4 * 16 + matrix % 2 * 8 + lane % 8;
@@ -197,7 +236,7 @@ class MlaConsumer {
     for (int i = 0; i < kBlocks; ++i)
       device::Stmatrix(device::SwizzledFrom(place, kMlaStrides, 0, 2 * i), probabilities_[i]);
     softmax_.Leave(shared_.maxima);
-    if constexpr (!Traits::kUsesCpAsync) ZeroTail();
+    if (!Traits::kUsesCpAsync && needs_mask) ZeroTail();
     device::FenceSharedForAsync();
     device::Arrive(&shared_.probabilities_full);
   }
@@ -233,20 +272,39 @@ class MlaConsumer {
 
   // ---- MMAs
 
-  // Scores of one column of blocks after the other, as they come: first those that have no values.
+  // The tensor cores share their time among what is asked of them. So warpgroup 1 asks for its scores behind
+  // all of warpgroup 0's of the tile before: these come sooner, and those while warpgroup 0 has its softmax.
+  __device__ void SignalScores() {
+    if constexpr (warpgroup == 0 && JPA_ORDER) ArrivePerWarp(&shared_.scores_issued);
+  }
+  __device__ void AwaitScoresIssued(uint32_t tile) {
+    if constexpr (warpgroup == 1 && JPA_ORDER)
+      device::WaitForPhase(&shared_.scores_issued, ParityOf<Traits::kStages>(tile));
+  }
+
+  // True if the last keys of a tile, as they are asked for, are there.
+  __device__ bool KeysAreThere(uint32_t tile) {
+    const int column = Traits::kFullParts == 1 ? 0 : Traits::kValueBlocks - 1;
+    return __any_sync(~0u, device::PhaseEnded(&shared_.keys_full[kOwnStage][column],
+                                              ParityOf<Traits::kStages>(tile)));
+  }
+
+  // Scores of one column of blocks after the other, as they come: first those that have no values, then those
+  // of the half of the values that the warpgroup itself is done with first.
   __device__ void IssueQK(uint32_t tile) {
     if (awaits_queries_) {
       device::WaitForPhase(&shared_.queries_full, ParityOf<1>(split_));
       device::FenceSharedForAsync();
       awaits_queries_ = false;
     }
+    AwaitScoresIssued(tile);
     constexpr int kColumns = Traits::kColumnBlocks;
     const uint64_t queries = device::MatrixDescriptor(device::SharedAddress(shared_.queries), kMlaStrides);
     const uint64_t keys =
         device::MatrixDescriptor(device::SharedAddress(shared_.keys[kOwnStage]), kMlaStrides);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-      const int column = (i + Traits::kValueBlocks) % kColumns;
+      const int column = ColumnAt(i);
       AwaitKeys(tile, i, column);
       device::WgmmaFence();
 #pragma unroll
@@ -256,6 +314,12 @@ class MlaConsumer {
                               i > 0 || j > 0);
       }
     }
+  }
+
+  __device__ static constexpr int ColumnAt(int i) {
+    constexpr int kOthers = Traits::kColumnBlocks - Traits::kValueBlocks;
+    if (i < kOthers) return Traits::kValueBlocks + i;
+    return (i - kOthers + warpgroup * Traits::kHalfBlocks) % Traits::kValueBlocks;
   }
 
   // Until a column of blocks is there, the i-th that is asked for.

@@ -44,6 +44,7 @@ __device__ inline void InitMlaBarriers(MlaShared<Traits>& shared) {
       device::InitBarrier(&empty, kWarps / Traits::kConsumerWarpgroups);
   }
   device::InitBarrier(&shared.probabilities_full, Traits::kConsumerThreads / Traits::kConsumerWarpgroups);
+  device::InitBarrier(&shared.scores_issued, kWarps / Traits::kConsumerWarpgroups);
   device::FenceBarrierInit();
 }
 

@@ -74,52 +74,51 @@ __device__ inline void LoadKeysByCpAsync(const MlaArgs& args, const MlaTile& des
   device::ArriveAfterCpAsync(&shared.keys_full[stage][0]);
 }
 
-// Where a box of a tile is in the pool: rows from `row` on, of a block of columns.
-__device__ inline device::TensorPlace PlaceOfBox(const MlaArgs& args, const MlaTile& descriptor, int block,
-                                                 int row) {
-  const FastDivisor& page_size = args.decode.call.page_size;
-  const int32_t key = descriptor.key + row, token = key - page_size.Quotient(key) * page_size.divisor();
-  return {0, 0, descriptor.head * args.k_blocks_per_head + block, token / device::kBlockRows,
-          descriptor.pages[row]};
-}
-
-// Column blocks [begin, end) of a tile; a lane has one box of one of them.
-template <typename Traits, int begin, int end>
-__device__ inline void LoadBlocksByTma(const MlaArgs& args, const MlaTile& descriptor, int stage,
-                                       MlaShared<Traits>& shared) {
-  const int boxes = kTileKeys >> args.box_rows_log2, lane = static_cast<int>(device::LaneId());
-  const bool loads = lane < boxes * (end - begin);
-  const int block = begin + lane / boxes, row = lane % boxes << args.box_rows_log2;
-  if (loads && row == 0) device::ArriveAndExpectBytes(&shared.keys_full[stage][block], Traits::kColumnBytes);
-  __syncwarp();
-  if (!loads) return;
-  // TMA makes zeros of a box outside the pool.
-  char* const to = shared.keys[stage] + block * kMlaStrides.columns + row * 128;
-  device::TmaLoad(to, &args.k_map, PlaceOfBox(args, descriptor, block, row), &shared.keys_full[stage][block]);
-}
-
-// Parts come in the order in which they become free and are multiplied.
+// One part of a tile, by a warp that has this part of all tiles. All but the room is known before there is
+// room: then nothing but the loads is left to do.
 template <typename Traits>
-__device__ inline void LoadKeysByTma(const MlaArgs& args, const MlaTile& descriptor, uint32_t tile,
+__device__ inline void LoadPartByTma(const MlaArgs& args, const MlaTile& descriptor, uint32_t tile, int part,
                                      MlaShared<Traits>& shared) {
-  constexpr int kHalf = Traits::kHalfBlocks;
-  const int stage = StageOf<Traits::kStages>(tile);
-  if constexpr (Traits::kValueBlocks < Traits::kColumnBlocks) {
-    WaitForRoom(shared, tile, kOtherKeys);
-    LoadBlocksByTma<Traits, Traits::kValueBlocks, Traits::kColumnBlocks>(args, descriptor, stage, shared);
+  constexpr int kHalf = Traits::kHalfBlocks, kOthers = Traits::kColumnBlocks - Traits::kValueBlocks;
+  const int begin = part * kHalf, columns = part == kOtherKeys ? kOthers : kHalf;
+  const int stage = StageOf<Traits::kStages>(tile), lane = static_cast<int>(device::LaneId());
+  const int boxes = kTileKeys >> args.box_rows_log2;
+  char* const to = shared.keys[stage] + begin * kMlaStrides.columns;
+  device::Barrier* const full = &shared.keys_full[stage][begin];
+  const int32_t block = descriptor.head * args.k_blocks_per_head + begin;
+  // Of box i of a column, in lane i.
+  const int row = (lane < boxes ? lane : 0) << args.box_rows_log2;
+  const FastDivisor& page_size = args.decode.call.page_size;
+  const int32_t key = descriptor.key + row;
+  const int32_t token = (key - page_size.Quotient(key) * page_size.divisor()) / device::kBlockRows;
+  const int32_t page = descriptor.pages[row];
+  device::TensorPlace place = {0, 0, block, token, page};
+  WaitForRoom(shared, tile, static_cast<KeyPart>(part));
+  if (lane < columns) device::ArriveAndExpectBytes(full + lane, Traits::kColumnBytes);
+  __syncwarp();
+#pragma unroll 1
+  for (int box = 0;;) {
+    // TMA makes zeros of a box outside the pool.
+    if (device::ElectLane()) {
+      char* const rows = to + (box << args.box_rows_log2) * 128;
+#pragma unroll 1
+      for (int i = 0; i < columns; ++i) {
+        device::TmaLoad(rows + i * kMlaStrides.columns, &args.k_map,
+                        {0, 0, place.at[2] + i, place.at[3], place.at[4]}, full + i);
+      }
+    }
+    __syncwarp();
+    if (++box == boxes) return;
+    place.at[3] = __shfl_sync(~0u, token, box);
+    place.at[4] = __shfl_sync(~0u, page, box);
   }
-  WaitForRoom(shared, tile, kLeftValues);
-  LoadBlocksByTma<Traits, 0, kHalf>(args, descriptor, stage, shared);
-  WaitForRoom(shared, tile, kRightValues);
-  LoadBlocksByTma<Traits, kHalf, 2 * kHalf>(args, descriptor, stage, shared);
 }
 
 // By the producer warps that load; `warp` counts them from 0.
 template <typename Traits>
 __device__ inline void LoadAll(const MlaArgs& args, int warp, MlaShared<Traits>& shared) {
   constexpr int kRing = Traits::kDescriptors;
-  const bool loads_keys = warp < Traits::kKeyWarps;
-  const int query_warp = warp - (Traits::kProducerWarps - 1 - Traits::kQueryWarps);
+  const int query_warp = warp - (Traits::kKeyWarps - Traits::kQueryWarps);
   uint32_t split = 0;
 #pragma unroll 1
   for (uint32_t tile = 0;; ++tile) {
@@ -128,8 +127,8 @@ __device__ inline void LoadAll(const MlaArgs& args, int warp, MlaShared<Traits>&
     if (!descriptor.exists) return;
     if constexpr (Traits::kUsesCpAsync) {
       LoadKeysByCpAsync(args, descriptor, tile, warp, shared);
-    } else if (loads_keys) {
-      LoadKeysByTma(args, descriptor, tile, shared);
+    } else {
+      LoadPartByTma(args, descriptor, tile, warp, shared);
     }
     if (query_warp >= 0 && descriptor.starts_split)
       LoadQueries(args, descriptor, split++, query_warp, shared);

@@ -70,6 +70,8 @@ struct MlaShared {
   device::Barrier keys_full[Traits::kStages][Traits::kFullParts];
   device::Barrier keys_empty[Traits::kStages][kNumKeyParts];
   device::Barrier probabilities_full;
+  // By warpgroup 0, when all MMAs of its tile's scores are on their way.
+  device::Barrier scores_issued;
 };
 
 // How far apart the blocks of a matrix of 64 rows lie.

@@ -24,11 +24,11 @@ struct MlaTraits {
   static constexpr int kOutWidth = kValueDim / kConsumerWarpgroups;
   static constexpr int kConsumerThreads = 128 * kConsumerWarpgroups;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
-  // Warp 0 makes tile descriptors. With TMA, warp 1 loads keys and two load queries; with cp.async all three
-  // load both.
+  // Warp 0 makes tile descriptors, three load keys. With TMA each of these has a part of every tile
+  // (KeyPart), and the last two load queries; with cp.async all three load both.
   static constexpr int kProducerThreads = 128;
   static constexpr int kProducerWarps = kProducerThreads / 32;
-  static constexpr int kKeyWarps = kUsesCpAsync ? 3 : 1;
+  static constexpr int kKeyWarps = 3;
   static constexpr int kQueryWarps = kUsesCpAsync ? 3 : 2;
   static constexpr int kThreads = kConsumerThreads + kProducerThreads;
   // Registers per thread: results take 128 of a consumer's, scores 32 and probabilities 16.
