@@ -22,19 +22,15 @@
 #include "engines/fused/mla/shared_memory.cuh"
 #include "engines/fused/mla/softmax.cuh"
 
-#ifndef JPA_CHAIN
-#define JPA_CHAIN 1
-#endif
-#ifndef JPA_ORDER
-#define JPA_ORDER 1
-#endif
-
 namespace jpa::fused {
 
-template <typename Traits, int warpgroup>
+template <typename Traits>
 class MlaConsumer {
  public:
-  __device__ MlaConsumer(const MlaArgs& args, MlaShared<Traits>& shared) : args_(args), shared_(shared) {}
+  // The same code serves both warpgroups: with one copy each, the loop would not stay in the instruction
+  // caches.
+  __device__ MlaConsumer(const MlaArgs& args, MlaShared<Traits>& shared, int warpgroup)
+      : args_(args), shared_(shared), warpgroup_(warpgroup) {}
 
   // Attends to all tiles of the CTA. Products are in flight across its functions: so it must be inlined.
   __device__ __forceinline__ void Attend() {
@@ -43,19 +39,9 @@ class MlaConsumer {
       AwaitDescriptor(tile_);
       if (!Tile(tile_).exists) break;
       if (Tile(tile_).starts_split) StartSplit();
-      if (OwnerOf(tile_) == warpgroup) {
-        AttendOwn();
-      } else if (!Tile(tile_).ends_split && (warpgroup == 0 || NextKeysComeFirst())) {
-        if constexpr (warpgroup == 0 && JPA_CHAIN > 0) {
-          AttendOtherThenOwn();
-        } else if constexpr (warpgroup == 1) {
-          AttendOtherAndOwn();
-        } else {
-          AttendOther();
-        }
-      } else {
-        AttendOther();
-      }
+      const bool others = OwnerOf(tile_) != warpgroup_;
+      const bool both = others && !Tile(tile_).ends_split && NextKeysComeNow();
+      Step(__any_sync(~0u, others), __any_sync(~0u, !others || both));
       if (Tile(tile_).ends_split) Epilogue();
       ReleaseDescriptor(tile_);
     }
@@ -64,16 +50,18 @@ class MlaConsumer {
  private:
   using Math = device::TypeOf<Traits::kQ>;
   static constexpr int kAllBarrier = 1;              // of all consumer threads
-  static constexpr int kOwnBarrier = 2 + warpgroup;  // of the warpgroup's threads
-  static constexpr KeyPart kOwnValues = warpgroup == 0 ? kLeftValues : kRightValues;
+  // Of each warpgroup's threads: the first one's, and the next one's.
+  static constexpr int kOwnBarrier = 2;
   static constexpr int kBlocks = kTileKeys / 16;  // of keys, as many as an MMA takes
 
   // ---- tiles
 
-  // Each warpgroup has a stage for its tiles. So the addresses of MMAs' operands are known when this is
-  // compiled: the few instructions between two MMAs take about as long as the MMAs.
+  // Each warpgroup has a stage for its tiles.
   static_assert(Traits::kStages == Traits::kConsumerWarpgroups);
-  static constexpr int kOwnStage = warpgroup, kOtherStage = 1 - warpgroup;
+  __device__ int own_stage() const { return warpgroup_; }
+  __device__ int other_stage() const { return 1 - warpgroup_; }
+  // The half of the values that the warpgroup multiplies.
+  __device__ KeyPart own_values() const { return static_cast<KeyPart>(warpgroup_); }
   __device__ static int OwnerOf(uint32_t tile) { return StageOf<Traits::kStages>(tile); }
   __device__ const MlaTile& Tile(uint32_t tile) const {
     return shared_.descriptors[StageOf<Traits::kDescriptors>(tile)];
@@ -103,101 +91,70 @@ class MlaConsumer {
     awaits_queries_ = true;
   }
 
-  // Tells whether the scores of the next tile come before this tile's values: then both warpgroups have MMAs
-  // beside their softmax. With cp.async that depends on whether the keys are there before this tile's
-  // probabilities, which the other warpgroup makes: else the values come first, so that their memory is free
-  // soon. With TMA, whose keys come sooner, it is always so: asking costs more than it gains.
-  __device__ bool NextKeysComeFirst() {
-    if constexpr (warpgroup == 0 || !Traits::kUsesCpAsync) {
-      return warpgroup == 1;
-    } else {
-      const uint32_t next = tile_ + 1;
-      AwaitDescriptor(next);
-      device::Barrier* const keys = &shared_.keys_full[StageOf<Traits::kStages>(next)][0];
-      bool there;
-      do {
-        there = device::PhaseEnded(keys, ParityOf<Traits::kStages>(next));
-      } while (!there && !device::PhaseEnded(&shared_.probabilities_full, ParityOf<1>(tile_)));
-      return device::NamedBarrierAll<kOwnBarrier, 128>(there);
-    }
+  // Tells whether the next tile, the warpgroup's own, is begun together with this one of the other's. With
+  // cp.async warpgroup 1 does so if its keys are there before this tile's probabilities: else the values come
+  // first, so that their memory is free soon. With TMA, whose keys come sooner, it is always so: asking costs
+  // more than it gains.
+  __device__ bool NextKeysComeNow() {
+    if (!Traits::kUsesCpAsync || warpgroup_ == 0) return true;
+    const uint32_t next = tile_ + 1;
+    AwaitDescriptor(next);
+    device::Barrier* const keys = &shared_.keys_full[StageOf<Traits::kStages>(next)][0];
+    bool there;
+    do {
+      there = device::PhaseEnded(keys, ParityOf<Traits::kStages>(next));
+    } while (!there && !device::PhaseEnded(&shared_.probabilities_full, ParityOf<1>(tile_)));
+    return device::NamedBarrierAll<kOwnBarrier + 1, 128>(there);
   }
 
-  // ---- the ways of a tile
+  // ---- a step
 
-  __device__ void AttendOwn() {
-    IssueQK(tile_);
-    device::WgmmaCommit();
-    SignalScores();
-    const bool needs_mask = softmax_.NeedsMask(Tile(tile_));
-    device::WgmmaWait<0>(scores_);
-    ScoresToOutput(needs_mask);
-  }
-
-  __device__ void AttendOther() {
-    AwaitProbabilities();
-    ReleaseQueriesIfLast(tile_);
-    device::WgmmaFence();
-    IssuePVOfOther();
-    device::WgmmaCommit();
-    device::WgmmaWait<0>(out_);
-    accumulates_ = true;
-    ReleaseKeys(tile_, kOwnValues);
-  }
-
-  // The other's tile, and the scores of the next one right behind it if its keys are there.
-  __device__ void AttendOtherThenOwn() {
-    AwaitDescriptor(tile_ + 1);
-    AwaitProbabilities();
-    device::WgmmaFence();
-    IssuePVOfOther();
-    device::WgmmaCommit();
-    accumulates_ = true;
-    const bool there = JPA_CHAIN == 2 || KeysAreThere(tile_ + 1);
-    if (!there) {
+  // The other's tile, the own one, or the other's and the own one behind it. Of both warpgroup 0 has the values
+  // first, as its next keys come no sooner, and warpgroup 1 the scores, so that it has MMAs while it waits for
+  // probabilities.
+  __device__ __forceinline__ void Step(bool others, bool own) {
+    const bool scores_first = __any_sync(~0u, warpgroup_ == 1 && others && own);
+    const uint32_t own_tile = tile_ + (others ? 1 : 0);
+    if (others && own) AwaitDescriptor(own_tile);
+    if (!own) {
+      AddOthers();
       device::WgmmaWait<0>(out_);
-      ReleaseKeys(tile_, kOwnValues);
+      ReleaseKeys(tile_, own_values());
+      return;
     }
-    IssueQK(tile_ + 1);
-    device::WgmmaCommit();
-    SignalScores();
-    const bool needs_mask = softmax_.NeedsMask(Tile(tile_ + 1));
-    device::WgmmaWait<1>(out_);
-    if (there) ReleaseKeys(tile_, kOwnValues);
-    ReleaseDescriptor(tile_);
-    ++tile_;
-    device::WgmmaWait<0>(scores_);
-    ScoresToOutput(needs_mask);
-  }
-
-  // The other's tile and the next one, the MMAs of its scores first.
-  __device__ void AttendOtherAndOwn() {
-    AwaitDescriptor(tile_ + 1);
-    IssueQK(tile_ + 1);
-    device::WgmmaCommit();
-    AwaitProbabilities();
-    device::WgmmaFence();
-    IssuePVOfOther();
-    device::WgmmaCommit();
-    const bool needs_mask = softmax_.NeedsMask(Tile(tile_ + 1));
-    device::WgmmaWait<1>(scores_);
     float factors[2];
-    const bool rises = softmax_.Attend(args_.decode.call, Tile(tile_ + 1), needs_mask, scores_, factors);
-    device::ComputeBeforeNext(softmax_.sum(0), softmax_.sum(1));
-    device::WgmmaWait<0>(out_);
-    accumulates_ = true;
-    ReleaseKeys(tile_, kOwnValues);
-    ReleaseDescriptor(tile_);
-    ++tile_;
-    ProbabilitiesToOutput(needs_mask, rises, factors);
-  }
-
-  __device__ void ScoresToOutput(bool needs_mask) {
-    float factors[2];
-    const bool rises = softmax_.Attend(args_.decode.call, Tile(tile_), needs_mask, scores_, factors);
-    ProbabilitiesToOutput(needs_mask, rises, factors);
-  }
-
-  __device__ void ProbabilitiesToOutput(bool needs_mask, bool rises, const float (&factors)[2]) {
+    bool needs_mask, rises;
+    // A branch each, so that the compiler knows which products are in flight.
+    if (scores_first) {
+      IssueQK(own_tile);
+      device::WgmmaCommit();
+      AddOthers();
+      needs_mask = softmax_.NeedsMask(Tile(own_tile));
+      device::WgmmaWait<1>(scores_);
+    } else {
+      bool in_flight = false;
+      if (others) {
+        AddOthers();
+        in_flight = KeysAreThere(own_tile);
+        if (!in_flight) {
+          device::WgmmaWait<0>(out_);
+          ReleaseKeys(tile_, own_values());
+        }
+      }
+      IssueQK(own_tile);
+      device::WgmmaCommit();
+      SignalScores();
+      needs_mask = softmax_.NeedsMask(Tile(own_tile));
+      device::WgmmaWait<1>(out_);
+      if (in_flight) ReleaseKeys(tile_, own_values());
+      device::WgmmaWait<0>(scores_);
+    }
+      rises = softmax_.Attend(args_.decode.call, Tile(own_tile), needs_mask, scores_, factors);
+      device::ComputeBeforeNext(softmax_.sum(0), softmax_.sum(1));
+      device::WgmmaWait<0>(out_);
+      if (scores_first) ReleaseKeys(tile_, own_values());
+    if (others) ReleaseDescriptor(tile_);
+    tile_ = own_tile;
     ReleaseKeys(tile_, kOtherKeys);
     ReleaseQueriesIfLast(tile_);
     Pack();
@@ -208,7 +165,17 @@ class MlaConsumer {
     device::WgmmaCommit();
     device::WgmmaWait<0>(out_);
     accumulates_ = true;
-    ReleaseKeys(tile_, kOwnValues);
+    ReleaseKeys(tile_, own_values());
+  }
+
+  // Starts to add the other's tile.
+  __device__ __forceinline__ void AddOthers() {
+    AwaitProbabilities();
+    ReleaseQueriesIfLast(tile_);
+    device::WgmmaFence();
+    IssuePVOfOther();
+    device::WgmmaCommit();
+    accumulates_ = true;
   }
 
   // ---- probabilities
@@ -238,7 +205,7 @@ class MlaConsumer {
     softmax_.Leave(shared_.maxima);
     if (!Traits::kUsesCpAsync && needs_mask) ZeroTail();
     device::FenceSharedForAsync();
-    device::Arrive(&shared_.probabilities_full);
+    ArrivePerWarp(&shared_.probabilities_full);
   }
 
   // Takes what the other warpgroup has left.
@@ -262,7 +229,7 @@ class MlaConsumer {
       *reinterpret_cast<uint4*>(values + device::SwizzledChunk(kMlaStrides, key, chunk)) = {0, 0, 0, 0};
     }
     device::FenceSharedForAsync();
-    device::NamedBarrierSync<kOwnBarrier, 128>();
+    device::NamedBarrierSync<128>(kOwnBarrier + warpgroup_);
   }
 
   __device__ void ScaleOutput(const float (&factors)[2]) {
@@ -275,17 +242,17 @@ class MlaConsumer {
   // The tensor cores share their time among what is asked of them. So warpgroup 1 asks for its scores behind
   // all of warpgroup 0's of the tile before: these come sooner, and those while warpgroup 0 has its softmax.
   __device__ void SignalScores() {
-    if constexpr (warpgroup == 0 && JPA_ORDER) ArrivePerWarp(&shared_.scores_issued);
+    if (warpgroup_ == 0) ArrivePerWarp(&shared_.scores_issued);
   }
   __device__ void AwaitScoresIssued(uint32_t tile) {
-    if constexpr (warpgroup == 1 && JPA_ORDER)
+    if (warpgroup_ == 1)
       device::WaitForPhase(&shared_.scores_issued, ParityOf<Traits::kStages>(tile));
   }
 
   // True if the last keys of a tile, as they are asked for, are there.
   __device__ bool KeysAreThere(uint32_t tile) {
     const int column = Traits::kFullParts == 1 ? 0 : Traits::kValueBlocks - 1;
-    return __any_sync(~0u, device::PhaseEnded(&shared_.keys_full[kOwnStage][column],
+    return __any_sync(~0u, device::PhaseEnded(&shared_.keys_full[own_stage()][column],
                                               ParityOf<Traits::kStages>(tile)));
   }
 
@@ -298,41 +265,42 @@ class MlaConsumer {
       awaits_queries_ = false;
     }
     AwaitScoresIssued(tile);
-    constexpr int kColumns = Traits::kColumnBlocks;
-    const uint64_t queries = device::MatrixDescriptor(device::SharedAddress(shared_.queries), kMlaStrides);
+    constexpr int kHalf = Traits::kHalfBlocks;
+    IssueColumns<Traits::kColumnBlocks - Traits::kValueBlocks>(tile, Traits::kValueBlocks, false);
+    IssueColumns<kHalf>(tile, warpgroup_ * kHalf, Traits::kColumnBlocks > Traits::kValueBlocks);
+    IssueColumns<kHalf>(tile, (1 - warpgroup_) * kHalf, true);
+  }
+
+  template <int columns>
+  __device__ __forceinline__ void IssueColumns(uint32_t tile, int first, bool accumulates) {
+    const int start = first * kMlaStrides.columns;
+    const uint64_t queries =
+        device::MatrixDescriptor(device::SharedAddress(shared_.queries) + start, kMlaStrides);
     const uint64_t keys =
-        device::MatrixDescriptor(device::SharedAddress(shared_.keys[kOwnStage]), kMlaStrides);
+        device::MatrixDescriptor(device::SharedAddress(shared_.keys[own_stage()]) + start, kMlaStrides);
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      const int column = ColumnAt(i);
-      AwaitKeys(tile, i, column);
+    for (int i = 0; i < columns; ++i) {
+      if (Traits::kFullParts > 1 || (!accumulates && i == 0)) AwaitKeys(tile, first + i);
       device::WgmmaFence();
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int bytes = column * kMlaStrides.columns + j * 32;
+        const int bytes = i * kMlaStrides.columns + j * 32;
         device::WgmmaSS<Math>(scores_, device::Advance(queries, bytes), device::Advance(keys, bytes),
-                              i > 0 || j > 0);
+                              accumulates || i > 0 || j > 0);
       }
     }
   }
 
-  __device__ static constexpr int ColumnAt(int i) {
-    constexpr int kOthers = Traits::kColumnBlocks - Traits::kValueBlocks;
-    if (i < kOthers) return Traits::kValueBlocks + i;
-    return (i - kOthers + warpgroup * Traits::kHalfBlocks) % Traits::kValueBlocks;
-  }
-
-  // Until a column of blocks is there, the i-th that is asked for.
-  __device__ void AwaitKeys(uint32_t tile, int i, int column) {
-    if (Traits::kFullParts == 1 && i > 0) return;
-    device::WaitForPhase(&shared_.keys_full[kOwnStage][Traits::kFullParts == 1 ? 0 : column],
+  // Until a column of blocks is there.
+  __device__ void AwaitKeys(uint32_t tile, int column) {
+    device::WaitForPhase(&shared_.keys_full[own_stage()][Traits::kFullParts == 1 ? 0 : column],
                          ParityOf<Traits::kStages>(tile));
     if constexpr (Traits::kUsesCpAsync) device::FenceSharedForAsync();
   }
 
   // The warpgroup's values of 16 keys.
   __device__ uint64_t Values(int stage, int i) const {
-    const char* const half = shared_.keys[stage] + warpgroup * Traits::kHalfBlocks * kMlaStrides.columns;
+    const char* const half = shared_.keys[stage] + warpgroup_ * Traits::kHalfBlocks * kMlaStrides.columns;
     return device::Advance(device::MatrixDescriptor(device::SharedAddress(half), kMlaStrides),
                            2 * i * kMlaStrides.rows);
   }
@@ -340,7 +308,7 @@ class MlaConsumer {
   __device__ void IssuePVOfOwn() {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i)
-      device::WgmmaRS<Math>(out_, probabilities_[i], Values(kOwnStage, i), accumulates_ || i > 0);
+      device::WgmmaRS<Math>(out_, probabilities_[i], Values(own_stage(), i), accumulates_ || i > 0);
   }
 
   __device__ void IssuePVOfOther() {
@@ -348,7 +316,7 @@ class MlaConsumer {
         device::MatrixDescriptor(device::SharedAddress(shared_.probabilities), kMlaStrides);
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
-      device::WgmmaSSValues<Math>(out_, device::Advance(probabilities, 32 * i), Values(kOtherStage, i),
+      device::WgmmaSSValues<Math>(out_, device::Advance(probabilities, 32 * i), Values(other_stage(), i),
                                   accumulates_ || i > 0);
     }
   }
@@ -361,7 +329,7 @@ class MlaConsumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float sum = softmax_.SumOverLanes(r);
-      if (device::LaneId() % 4 == 0) sums[warpgroup][MlaLane::Row(r)] = sum;
+      if (device::LaneId() % 4 == 0) sums[warpgroup_][MlaLane::Row(r)] = sum;
     }
     device::NamedBarrierSync<kAllBarrier, Traits::kConsumerThreads>();
     device::SoftmaxState states[2];
@@ -370,17 +338,18 @@ class MlaConsumer {
       states[r] = {softmax_.maximum(r), sums[0][MlaLane::Row(r)] + sums[1][MlaLane::Row(r)]};
     }
     ++split_;
-    constexpr int kFirstColumn = warpgroup * Traits::kOutWidth;
+    const int first_column = warpgroup_ * Traits::kOutWidth;
     if (tile.is_whole) {
-      WriteMlaResults<Traits>(args_.decode.call, tile, kFirstColumn, out_, states);
+      WriteMlaResults<Traits>(args_.decode.call, tile, first_column, out_, states);
       return;
     }
-    WriteMlaPartial<Traits>(args_.decode, tile, kFirstColumn, out_, states);
+    WriteMlaPartial<Traits>(args_.decode, tile, first_column, out_, states);
     if (!args_.decode.call.batch_invariant) SignalSplit<Traits, kAllBarrier>(args_.decode, tile, shared_);
   }
 
   const MlaArgs& args_;
   MlaShared<Traits>& shared_;
+  const int warpgroup_;       // the same in all lanes, which the compiler knows
   uint32_t tile_ = 0;         // of the CTA
   uint32_t split_ = 0;        // likewise
   bool accumulates_ = false;  // O has something of the split

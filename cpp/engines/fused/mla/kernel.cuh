@@ -43,7 +43,7 @@ __device__ inline void InitMlaBarriers(MlaShared<Traits>& shared) {
     for (auto& empty : shared.keys_empty[i])
       device::InitBarrier(&empty, kWarps / Traits::kConsumerWarpgroups);
   }
-  device::InitBarrier(&shared.probabilities_full, Traits::kConsumerThreads / Traits::kConsumerWarpgroups);
+  device::InitBarrier(&shared.probabilities_full, kWarps / Traits::kConsumerWarpgroups);
   device::InitBarrier(&shared.scores_issued, kWarps / Traits::kConsumerWarpgroups);
   device::FenceBarrierInit();
 }
@@ -79,11 +79,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) MlaKernel(const __grid_co
   if (shared.start.range.range_seq < 0) return;
   // Probabilities have the same memory.
   device::NamedBarrierSync<1, Traits::kConsumerThreads>();
-  if (__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0) == 0) {
-    MlaConsumer<Traits, 0>(args, shared).Attend();
-  } else {
-    MlaConsumer<Traits, 1>(args, shared).Attend();
-  }
+  MlaConsumer<Traits>(args, shared, __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0)).Attend();
   MergeSplitRowBlocks<Traits, 1>(args.decode, shared);
 #endif
 }
