@@ -28,9 +28,10 @@ struct RangeShared {
 };
 
 // All but the number of tiles.
+template <bool may_share_sms>
 __device__ inline CtaRange RangeOfCta(const DecodeArgs& args, int64_t decode_tiles, int64_t prefill_tiles) {
   int32_t cta = static_cast<int32_t>(blockIdx.x), eighths = kEighths;
-  if (args.may_share_sms()) {
+  if (may_share_sms && args.may_share_sms()) {
     // CTAs come round by round, one on each multiprocessor. So where decode has fewer multiprocessors, each
     // of these has as many CTAs as before.
     eighths = EighthsForDecode(decode_tiles, prefill_tiles, args.costs);
@@ -76,7 +77,7 @@ __device__ inline void PrefetchTable(const CallArgs& call, int index, int32_t kv
 
 // Tells every thread which range the CTA has; leaves where it starts in shared memory. A thread adds up
 // neighbouring sequences, so that only the one that finds the start walks them again.
-template <int threads>
+template <int threads, bool may_share_sms = true>
 __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<threads>& shared) {
   const CallArgs& call = args.call;
   const int num_seqs = static_cast<int>(call.problem.num_seqs);
@@ -91,7 +92,7 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
     if (i == static_cast<int>(blockIdx.x)) PrefetchTable(call, i, raw.kv_len);
     mine.Add(call.facts, raw.Clipped(call.facts));
   }
-  const int64_t prefill = args.may_share_sms() ? SumPrefillTiles(call, begin, end, shared) : 0;
+  const int64_t prefill = may_share_sms && args.may_share_sms() ? SumPrefillTiles(call, begin, end, shared) : 0;
   int64_t before = mine.total;
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
@@ -111,7 +112,7 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
   }
   before -= mine.total;
 
-  CtaRange range = RangeOfCta(args, all.total, prefill);
+  CtaRange range = RangeOfCta<may_share_sms>(args, all.total, prefill);
   range.tiles = TilesPerCta(all, range.heads, range.queues);
   // From here on in tiles of all heads of the queue.
   const int64_t heads = range.heads.size(), place = range.cta / range.queues.num_queues;

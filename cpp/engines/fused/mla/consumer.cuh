@@ -22,6 +22,7 @@
 #include "engines/fused/mla/shared_memory.cuh"
 #include "engines/fused/mla/softmax.cuh"
 
+
 namespace jpa::fused {
 
 template <typename Traits>
@@ -149,10 +150,14 @@ class MlaConsumer {
       if (in_flight) ReleaseKeys(tile_, own_values());
       device::WgmmaWait<0>(scores_);
     }
-      rises = softmax_.Attend(args_.decode.call, Tile(own_tile), needs_mask, scores_, factors);
-      device::ComputeBeforeNext(softmax_.sum(0), softmax_.sum(1));
-      device::WgmmaWait<0>(out_);
-      if (scores_first) ReleaseKeys(tile_, own_values());
+    rises = softmax_.Prepare(args_.decode.call, Tile(own_tile), needs_mask, scores_, factors);
+    // So far the other's tile is done, and the memory of its values may be needed.
+    constexpr int kBefore = 20;
+    softmax_.template Exponentiate<0, kBefore>(scores_);
+    device::ComputeBeforeNext(softmax_.sum(0), softmax_.sum(1));
+    device::WgmmaWait<0>(out_);
+    if (scores_first) ReleaseKeys(tile_, own_values());
+    softmax_.template Exponentiate<kBefore, kTileKeys / 2>(scores_);
     if (others) ReleaseDescriptor(tile_);
     tile_ = own_tile;
     ReleaseKeys(tile_, kOtherKeys);

@@ -21,9 +21,7 @@ class MlaTileWalk {
         num_queues_(range.queues.num_queues),
         per_cta_(static_cast<int32_t>(range.tiles < INT32_MAX ? range.tiles : INT32_MAX)),
         range_(call.facts, range.heads, static_cast<int32_t>(call.problem.num_seqs), sequences, seq, offset,
-               range.tiles, call.batch_invariant) {
-    LookUpPages();
-  }
+               range.tiles, call.batch_invariant) {}
 
   // True if the range has no more tiles.
   __device__ bool done() const { return range_.done(); }
@@ -31,9 +29,17 @@ class MlaTileWalk {
   __device__ bool skips() const { return range_.skips(); }
 
   // To the next tile.
-  __device__ void Advance() {
-    range_.Next();
-    LookUpPages();
+  __device__ void Advance() { range_.Next(); }
+
+  // Reads the block table for the lane's keys of the tile.
+  __device__ void LookUpPages() {
+    if (range_.done()) return;
+    const int32_t* table = call_.params.block_tables + range_.at().index() * call_.problem.max_pages;
+#pragma unroll
+    for (int i = 0; i < kKeysPerLane; ++i) {
+      const int32_t key = range_.at().tile() * kTileKeys + static_cast<int32_t>(device::LaneId()) + 32 * i;
+      pages_[i] = key < range_.at().sequence().kv_len ? table[call_.page_size.Quotient(key)] : -1;
+    }
   }
 
   // Leaves the tile's descriptor.
@@ -65,17 +71,6 @@ class MlaTileWalk {
 
  private:
   static constexpr int kKeysPerLane = kTileKeys / 32;
-
-  // Reads the block table for the lane's keys.
-  __device__ void LookUpPages() {
-    if (range_.done()) return;
-    const int32_t* table = call_.params.block_tables + range_.at().index() * call_.problem.max_pages;
-#pragma unroll
-    for (int i = 0; i < kKeysPerLane; ++i) {
-      const int32_t key = range_.at().tile() * kTileKeys + static_cast<int32_t>(device::LaneId()) + 32 * i;
-      pages_[i] = key < range_.at().sequence().kv_len ? table[call_.page_size.Quotient(key)] : -1;
-    }
-  }
 
   // A row block is cut where a CTA's range ends: so all its splits but the first and the last have as many
   // tiles as a range.
@@ -112,6 +107,7 @@ __device__ inline void DescribeTiles(const MlaArgs& args, const CtaRange& range,
   uint32_t tile = 0;
 #pragma unroll 1
   for (;; walk.Advance()) {
+    walk.LookUpPages();
     if (walk.skips()) continue;
     device::WaitForPhase(&shared.descriptor_empty[StageOf<kRing>(tile)], ParityOf<kRing>(tile) ^ 1);
     MlaTile* const descriptor = &shared.descriptors[StageOf<kRing>(tile)];

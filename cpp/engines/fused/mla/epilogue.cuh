@@ -29,20 +29,23 @@ __device__ inline void WriteMlaResults(const CallArgs& call, const MlaTile& tile
     const QueryHead where = QueryHeadOf(call, tile, exists ? row : 0);
     const float factor = FactorOfResult(call, where.seq, where.kv_head, where.head, &states[r]);
     const int64_t index = where.row * call.problem.num_q_heads + where.head;
-    T* const to = static_cast<T*>(call.params.out) + index * Traits::kValueDim + first_column;
+    T* const to = static_cast<T*>(call.params.out) + index * Traits::kValueDim + first_column + lane % 2 * 8 +
+                  lane / 2 * 4;
     if (exists && first_column == 0 && lane == 0) call.params.lse[index] = states[r].LogSumExp();
-    // Four lanes have two columns of each block; after an exchange each has all eight of one block in four.
+    // A lane has two columns of each block. After an exchange between neighbours it has four of one block in
+    // two: so four lanes write 32 bytes side by side, as many as memory takes at a time.
 #pragma unroll
-    for (int first = 0; first < Traits::kOutWidth / 8; first += 4) {
-      uint32_t words[4];
+    for (int block = 0; block < Traits::kOutWidth / 8; block += 2) {
+      uint32_t words[2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* columns = &out[4 * (first + i) + 2 * r];
+      for (int i = 0; i < 2; ++i) {
+        const float* columns = &out[4 * (block + i) + 2 * r];
         words[i] = device::PackPair<T>(columns[0] * factor, columns[1] * factor);
       }
-      device::TransposeAmongFour(words);
+      const bool odd = lane % 2 != 0;
+      const uint32_t theirs = __shfl_xor_sync(~0u, odd ? words[0] : words[1], 1);
       if (exists)
-        *reinterpret_cast<uint4*>(to + 8 * (first + lane)) = {words[0], words[1], words[2], words[3]};
+        *reinterpret_cast<uint2*>(to + 8 * block) = odd ? uint2{theirs, words[1]} : uint2{words[0], theirs};
     }
   }
 }

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) MlaKernel(const __grid_co
     shared.num_to_merge = 0;
   }
   // Nobody passes the barriers in it before those of the pipeline are there.
-  const CtaRange range = FindCtaRange(args.decode, shared.start.range);
+  const CtaRange range = FindCtaRange<Traits::kThreads, false>(args.decode, shared.start.range);
 
   if (threadIdx.x >= Traits::kConsumerThreads) {
     device::ShrinkRegisters<Traits::kProducerRegisters>();

@@ -56,9 +56,9 @@ class MlaSoftmax {
     return !tile.all_valid() || tile.key < all_visible_.begin || tile.key + kTileKeys > all_visible_.end;
   }
 
-  // Turns the scores of the warpgroup's own tile into probabilities. True if some maximum of the warp rises:
-  // then `factors` are those of what was summed before.
-  __device__ bool Attend(const CallArgs& call, const MlaTile& tile, bool needs_mask, Scores& scores,
+  // Turns the scores of the warpgroup's own tile into exponents of probabilities. True if some maximum of the
+  // warp rises: then `factors` are those of what was summed before.
+  __device__ bool Prepare(const CallArgs& call, const MlaTile& tile, bool needs_mask, Scores& scores,
                          float (&factors)[2]) {
     if (scales_) Scale(call.params.soft_cap * kLog2E, scores);
     if (needs_mask) Mask(call, tile, scores);
@@ -78,12 +78,17 @@ class MlaSoftmax {
     }
     const bool rises = __any_sync(~0u, largest[0] > Limit(0) || largest[1] > Limit(1));
     if (rises) Raise(largest, scores, factors);
+    return rises;
+  }
+
+  // Turns exponents [begin, end) into probabilities.
+  template <int begin, int end>
+  __device__ void Exponentiate(Scores& scores) {
 #pragma unroll
-    for (int i = 0; i < kTileKeys / 2; ++i) {
+    for (int i = begin; i < end; ++i) {
       scores[i] = device::Exp2(scores[i]);
       sums_[i / 2 % 2] += scores[i];
     }
-    return rises;
   }
 
   // Takes the maxima that the other warpgroup's tile has left. True if some maximum of the warp rises, as
