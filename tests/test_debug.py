@@ -404,7 +404,8 @@ def lower_for_cuda(dtype: Any, **keywords: Any) -> None:
 
 @pytest.mark.usefixtures("untold")
 def test_plain_jax_on_cuda_is_told_once_per_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(engine: Any, platform: str) -> str | None:
+    def missing(engine: Any, platform: str, call: Any = None) -> str | None:
+        del call
         return "no module" if engine.platform == "cuda" else "runs on cpu" if engine.platform else None
 
     monkeypatch.setattr(_engines.Engine, "missing", missing)
