@@ -15,6 +15,12 @@ __device__ inline uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The address without the part that says which CTA of a cluster it belongs to.
+__device__ inline uint32_t SharedOffset(const void* pointer) { return SharedAddress(pointer) & 0xffffff; }
+
+// Ends the kernel with an error.
+__device__ inline void Trap() { asm volatile("trap;"); }
+
 __device__ inline uint32_t LaneId() { return threadIdx.x % 32; }
 
 // The same pointer, of which the compiler no longer knows how it was made: it adds to it and takes nothing
@@ -263,12 +269,28 @@ __device__ inline void TmaLoad(void* to, const void* map, const TensorPlace& pla
 #endif
 }
 
-// Brings such a box into the L2 cache.
-__device__ inline void TmaPrefetchToL2(const void* map, const TensorPlace& place) {
+// The same for a tensor of four dimensions.
+struct TensorPlace4 {
+  int32_t at[4];
+};
+
+__device__ inline void TmaLoad(void* to, const void* map, const TensorPlace4& place, Barrier* barrier) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
-               "r"(place.at[0]), "r"(place.at[1]), "r"(place.at[2]), "r"(place.at[3]), "r"(place.at[4])
-               : "memory");
+#if !defined(MLA_HINT) || MLA_HINT
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, "
+      "%4, %5}], [%6], %7;" ::"r"(SharedAddress(to)),
+      "l"(map), "r"(place.at[0]), "r"(place.at[1]), "r"(place.at[2]), "r"(place.at[3]),
+      "r"(SharedAddress(barrier)), "l"(0x12F0000000000000ull)
+      : "memory");
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
+      "%4, %5}], [%6];" ::"r"(SharedAddress(to)),
+      "l"(map), "r"(place.at[0]), "r"(place.at[1]), "r"(place.at[2]), "r"(place.at[3]),
+      "r"(SharedAddress(barrier))
+      : "memory");
+#endif
 #endif
 }
 

@@ -31,19 +31,19 @@ class MlaConsumer {
   // Attends to all tiles of the CTA. Products are in flight across its functions: so it must be inlined.
   __device__ __forceinline__ void Attend() {
 #pragma unroll 1
-    for (;; ++tile_) {
-      AwaitDescriptor(tile_);
-      if (!Tile(tile_).exists) break;
-      if (Tile(tile_).starts_split) StartSplit();
-      if (OwnerOf(tile_) == warpgroup) {
-        AttendOwn();
-      } else if (!Tile(tile_).ends_split && NextKeysComeFirst()) {
-        AttendOtherAndOwn();
+    for (AwaitNextTile(0);; GoToNextTile()) {
+      flags_ = next_flags_;
+      if (!Is(kExists)) break;
+      if (Is(kStartsSplit)) StartSplit();
+      if (OwnerOf(tile_) != warpgroup) {
+        AttendOther();  // and, if it is in the same split, to the next tile
       } else {
-        AttendOther();
+        // The first tile of a split, or its keys come late.
+        IssueQK<0, kNumAsked>(tile_);
+        device::WgmmaCommit();
+        AttendOwn();
       }
-      if (Tile(tile_).ends_split) Epilogue();
-      ReleaseDescriptor(tile_);
+      if (Is(kEndsSplit)) Epilogue();
     }
   }
 
@@ -60,27 +60,33 @@ class MlaConsumer {
   // compiled: the few instructions between two MMAs take about as long as the MMAs.
   static_assert(Traits::kStages == Traits::kConsumerWarpgroups);
   static constexpr int kOwnStage = warpgroup, kOtherStage = 1 - warpgroup;
+  static constexpr uint32_t kQueriesAt = kSharedStart, kKeysAt = kQueriesAt + Traits::kQueryBytes,
+                            kProbabilitiesAt = kKeysAt + Traits::kStages * Traits::kTileBytes;
   __device__ static int OwnerOf(uint32_t tile) { return StageOf<Traits::kStages>(tile); }
   __device__ const MlaTile& Tile(uint32_t tile) const {
     return shared_.descriptors[StageOf<Traits::kDescriptors>(tile)];
   }
-  __device__ void AwaitDescriptor(uint32_t tile) {
+  // Until the descriptor of the tile that comes next is there. Its flags are read long before they are asked.
+  __device__ void AwaitNextTile(uint32_t tile) {
     device::WaitForPhase(&shared_.described[StageOf<Traits::kDescriptors>(tile)],
                          ParityOf<Traits::kDescriptors>(tile));
+    next_flags_ = Tile(tile).flags;
   }
+  __device__ void GoToNextTile() {
+    ArrivePerWarp(&shared_.descriptor_empty[StageOf<Traits::kDescriptors>(tile_)]);
+    ++tile_;
+  }
+  __device__ bool Is(MlaTileFlag flag) const { return (flags_ & flag) != 0; }
   __device__ static void ArrivePerWarp(device::Barrier* barrier) {
     __syncwarp();
     if (device::LaneId() == 0) device::Arrive(barrier);
-  }
-  __device__ void ReleaseDescriptor(uint32_t tile) {
-    ArrivePerWarp(&shared_.descriptor_empty[StageOf<Traits::kDescriptors>(tile)]);
   }
   __device__ void ReleaseKeys(uint32_t tile, KeyPart part) {
     ArrivePerWarp(&shared_.keys_empty[StageOf<Traits::kStages>(tile)][part]);
   }
   // When all scores of a split are there.
-  __device__ void ReleaseQueriesIfLast(uint32_t tile) {
-    if (Tile(tile).ends_split) ArrivePerWarp(&shared_.queries_empty);
+  __device__ void ReleaseQueriesIfLast() {
+    if (Is(kEndsSplit)) ArrivePerWarp(&shared_.queries_empty);
   }
 
   __device__ void StartSplit() {
@@ -89,48 +95,72 @@ class MlaConsumer {
     awaits_queries_ = true;
   }
 
-  // True if the next tile's keys are there before this tile's probabilities, which the other warpgroup makes.
-  // Then scores come first, so that both warpgroups have MMAs beside their softmax. Else the tile's values come
-  // first, so that their memory is free soon.
-  __device__ bool NextKeysComeFirst() {
-    if (MLA_ORDER == 0) return warpgroup == 1;
-    if (MLA_ORDER == 1 && warpgroup == 0) return false;
-    AwaitDescriptor(tile_ + 1);
-    // The column of blocks that is asked for last.
-    constexpr int kPart = Traits::kFullParts == 1 ? 0 : Traits::kValueBlocks - 1;
-    device::Barrier* const keys = &shared_.keys_full[StageOf<Traits::kStages>(tile_ + 1)][kPart];
-    bool there;
-    do {
-      there = device::PhaseEnded(keys, ParityOf<Traits::kStages>(tile_ + 1));
-    } while (!there && !device::PhaseEnded(&shared_.probabilities_full, ParityOf<1>(tile_)));
-    return device::NamedBarrierAll<kOwnBarrier, 128>(there);
-  }
-
   // ---- the ways of a tile
 
+  // The warpgroup's own tile, from where the MMAs of its scores are issued.
   __device__ void AttendOwn() {
-    IssueQK(tile_);
-    device::WgmmaCommit();
     const bool needs_mask = softmax_.NeedsMask(Tile(tile_));
     device::WgmmaWait<0>(scores_);
-    ScoresToOutput(needs_mask);
+    ReleaseKeys(tile_, kOtherKeys);
+    ReleaseQueriesIfLast();
+    float factors[2];
+    const bool rises = softmax_.Attend(args_.decode.call, Tile(tile_), needs_mask, scores_, factors);
+    ProbabilitiesToOutput(rises, factors);
   }
 
-  __device__ void AttendOther() {
-    AwaitProbabilities();
-    ReleaseQueriesIfLast(tile_);
+  __device__ void ProbabilitiesToOutput(bool rises, const float (&factors)[2]) {
+    Pack();
+    StoreProbabilities();
+    if (!MLA_SHARE) TellOfProbabilities();
+    if (rises && accumulates_) ScaleOutput(factors);
     device::WgmmaFence();
-    IssuePVOfOther();
+    IssuePVOfOwn();
     device::WgmmaCommit();
+    if (MLA_SHARE) TellOfProbabilities();
+    AwaitNextTile(tile_ + 1);
     device::WgmmaWait<0>(out_);
     accumulates_ = true;
     ReleaseKeys(tile_, kOwnValues);
   }
 
-  // The other's tile and the next one, the MMAs of its scores first.
+  // The other's tile and, in the same split, the next one. Its first MMAs follow at once if their keys are
+  // there.
+  __device__ void AttendOther() {
+    if (MLA_ORDER == 1 && warpgroup == 1 && !Is(kEndsSplit)) {
+      AttendOtherAndOwn();
+      return;
+    }
+    AwaitNextTile(tile_ + 1);
+    AwaitProbabilities();
+    ReleaseQueriesIfLast();
+    if (Is(kEndsSplit) || !NextKeysCome()) {
+      device::WgmmaFence();
+      IssuePVOfOther();
+      device::WgmmaCommit();
+      device::WgmmaWait<0>(out_);
+      accumulates_ = true;
+      ReleaseKeys(tile_, kOwnValues);
+      return;
+    }
+    device::WgmmaFence();
+    IssuePVOfOther();
+    device::WgmmaCommit();
+    IssueQK<0, kNumAsked - 1>(tile_ + 1);
+    device::WgmmaCommit();
+    device::WgmmaWait<1>(out_);
+    accumulates_ = true;
+    ReleaseKeys(tile_, kOwnValues);
+    IssueQK<kNumAsked - 1, kNumAsked>(tile_ + 1);
+    device::WgmmaCommit();
+    GoToNextTile();
+    flags_ = next_flags_;
+    AttendOwn();
+  }
+
+  // The same, the MMAs of the own tile's scores first.
   __device__ void AttendOtherAndOwn() {
-    AwaitDescriptor(tile_ + 1);
-    IssueQK(tile_ + 1);
+    AwaitNextTile(tile_ + 1);
+    IssueQK<0, kNumAsked>(tile_ + 1);
     device::WgmmaCommit();
     AwaitProbabilities();
     device::WgmmaFence();
@@ -138,35 +168,17 @@ class MlaConsumer {
     device::WgmmaCommit();
     const bool needs_mask = softmax_.NeedsMask(Tile(tile_ + 1));
     device::WgmmaWait<1>(scores_);
+    ReleaseKeys(tile_ + 1, kOtherKeys);
     float factors[2];
     const bool rises = softmax_.Attend(args_.decode.call, Tile(tile_ + 1), needs_mask, scores_, factors);
     device::ComputeBeforeNext(softmax_.sum(0), softmax_.sum(1));
     device::WgmmaWait<0>(out_);
     accumulates_ = true;
     ReleaseKeys(tile_, kOwnValues);
-    ReleaseDescriptor(tile_);
-    ++tile_;
+    GoToNextTile();
+    flags_ = next_flags_;
+    ReleaseQueriesIfLast();
     ProbabilitiesToOutput(rises, factors);
-  }
-
-  __device__ void ScoresToOutput(bool needs_mask) {
-    float factors[2];
-    const bool rises = softmax_.Attend(args_.decode.call, Tile(tile_), needs_mask, scores_, factors);
-    ProbabilitiesToOutput(rises, factors);
-  }
-
-  __device__ void ProbabilitiesToOutput(bool rises, const float (&factors)[2]) {
-    ReleaseKeys(tile_, kOtherKeys);
-    ReleaseQueriesIfLast(tile_);
-    Pack();
-    ShareProbabilities();
-    if (rises && accumulates_) ScaleOutput(factors);
-    device::WgmmaFence();
-    IssuePVOfOwn();
-    device::WgmmaCommit();
-    device::WgmmaWait<0>(out_);
-    accumulates_ = true;
-    ReleaseKeys(tile_, kOwnValues);
   }
 
   // ---- probabilities
@@ -184,7 +196,7 @@ class MlaConsumer {
   // Leaves the probabilities, the maxima that they count from, and values without what lies past the
   // sequence's end, for the other warpgroup. That has read those of the tile before, since they were this
   // warpgroup's to read.
-  __device__ void ShareProbabilities() {
+  __device__ void StoreProbabilities() {
     // Computed anew each time: registers are few.
     const int lane = static_cast<int>(device::Opaque(device::LaneId())), matrix = lane / 8;
     const int row = static_cast<int>(threadIdx.x) / 32 % 4 * 16 + matrix % 2 * 8 + lane % 8;
@@ -195,6 +207,9 @@ class MlaConsumer {
       device::Stmatrix(device::SwizzledFrom(place, kMlaStrides, 0, 2 * i), probabilities_[i]);
     softmax_.Leave(shared_.maxima);
     if constexpr (!Traits::kUsesCpAsync) ZeroTail();
+  }
+  // Behind the issue of MMAs, since the fence takes its time.
+  __device__ void TellOfProbabilities() {
     device::FenceSharedForAsync();
     device::Arrive(&shared_.probabilities_full);
   }
@@ -230,42 +245,61 @@ class MlaConsumer {
 
   // ---- MMAs
 
-  // Scores of one column of blocks after the other, as they come: first those that have no values.
+  // A tile's keys come part by part, and are multiplied so: what no value has, the warpgroup's own half of the
+  // values, which was free first, the other half.
+  static constexpr int kNumAsked = 3;
+  __device__ static constexpr int FirstBlock(int part) {
+    return part == 0 ? Traits::kValueBlocks : (part == 1 ? warpgroup : 1 - warpgroup) * Traits::kHalfBlocks;
+  }
+  __device__ static constexpr int NumBlocks(int part) {
+    return part == 0 ? Traits::kColumnBlocks - Traits::kValueBlocks : Traits::kHalfBlocks;
+  }
+
+  __device__ device::Barrier* PartFull(int i) const {
+    return &shared_.keys_full[kOwnStage][Traits::PartOf(FirstBlock(i) + (MLA_PARTS == 9 ? NumBlocks(i) - 1 : 0))];
+  }
+  // True if the parts of the next tile that come first are there.
+  __device__ bool NextKeysCome() {
+    if (!MLA_VOTE) return true;
+    return device::NamedBarrierAll<kOwnBarrier, 128>(
+        device::PhaseEnded(PartFull(kNumAsked - 2), ParityOf<Traits::kStages>(tile_ + 1)));
+  }
+
+  // Scores of parts [begin, end), as they come.
+  template <int begin, int end>
   __device__ void IssueQK(uint32_t tile) {
-    if (awaits_queries_) {
+    if (begin == 0 && awaits_queries_) {
       device::WaitForPhase(&shared_.queries_full, ParityOf<1>(split_));
       device::FenceSharedForAsync();
       awaits_queries_ = false;
     }
-    constexpr int kColumns = Traits::kColumnBlocks;
-    const uint64_t queries = device::MatrixDescriptor(device::SharedAddress(shared_.queries), kMlaStrides);
-    const uint64_t keys = device::MatrixDescriptor(device::SharedAddress(shared_.keys[kOwnStage]), kMlaStrides);
+    const uint64_t queries = device::MatrixDescriptor(kQueriesAt, kMlaStrides);
+    const uint64_t keys = device::MatrixDescriptor(kKeysAt + kOwnStage * Traits::kTileBytes, kMlaStrides);
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      const int column = (i + Traits::kValueBlocks) % kColumns;
-      AwaitKeys(tile, i, column);
-      device::WgmmaFence();
+    for (int part = begin; part < end; ++part) {
+      if (NumBlocks(part) == 0) continue;
+      if ((Traits::kFullParts > 1 && MLA_PARTS != 9) || part == 0) {
+        device::WaitForPhase(PartFull(part), ParityOf<Traits::kStages>(tile));
+        if constexpr (Traits::kUsesCpAsync) device::FenceSharedForAsync();
+        device::WgmmaFence();
+      }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int bytes = column * kMlaStrides.columns + j * 32;
+      for (int i = 0; i < 4 * NumBlocks(part); ++i) {
+        if (MLA_PARTS == 9 && Traits::kFullParts > 1 && i % 4 == 0) {
+          device::WaitForPhase(&shared_.keys_full[kOwnStage][FirstBlock(part) + i / 4], ParityOf<Traits::kStages>(tile));
+          device::WgmmaFence();
+        }
+        const int bytes = (FirstBlock(part) + i / 4) * kMlaStrides.columns + i % 4 * 32;
         device::WgmmaSS<Math>(scores_, device::Advance(queries, bytes), device::Advance(keys, bytes),
-                              i > 0 || j > 0);
+                              part > 0 || i > 0);
       }
     }
   }
 
-  // Until a column of blocks is there, the i-th that is asked for.
-  __device__ void AwaitKeys(uint32_t tile, int i, int column) {
-    if (Traits::kFullParts == 1 && i > 0) return;
-    device::WaitForPhase(&shared_.keys_full[kOwnStage][Traits::kFullParts == 1 ? 0 : column],
-                         ParityOf<Traits::kStages>(tile));
-    if constexpr (Traits::kUsesCpAsync) device::FenceSharedForAsync();
-  }
-
   // The warpgroup's values of 16 keys.
   __device__ uint64_t Values(int stage, int i) const {
-    const char* const half = shared_.keys[stage] + warpgroup * Traits::kHalfBlocks * kMlaStrides.columns;
-    return device::Advance(device::MatrixDescriptor(device::SharedAddress(half), kMlaStrides),
+    const uint32_t half = kKeysAt + stage * Traits::kTileBytes + warpgroup * Traits::kHalfBlocks * kMlaStrides.columns;
+    return device::Advance(device::MatrixDescriptor(half, kMlaStrides),
                            2 * i * kMlaStrides.rows);
   }
 
@@ -277,7 +311,7 @@ class MlaConsumer {
 
   __device__ void IssuePVOfOther() {
     const uint64_t probabilities =
-        device::MatrixDescriptor(device::SharedAddress(shared_.probabilities), kMlaStrides);
+        device::MatrixDescriptor(kProbabilitiesAt, kMlaStrides);
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
       device::WgmmaSSValues<Math>(out_, device::Advance(probabilities, 32 * i), Values(kOtherStage, i),
@@ -303,7 +337,7 @@ class MlaConsumer {
     }
     ++split_;
     constexpr int kFirstColumn = warpgroup * Traits::kOutWidth;
-    if (tile.is_whole) {
+    if (Is(kIsWhole)) {
       WriteMlaResults<Traits>(args_.decode.call, tile, kFirstColumn, out_, states);
       return;
     }
@@ -316,6 +350,8 @@ class MlaConsumer {
   MlaShared<Traits>& shared_;
   uint32_t tile_ = 0;           // of the CTA
   uint32_t split_ = 0;          // likewise
+  uint32_t flags_ = 0;          // of the tile
+  uint32_t next_flags_ = 0;     // of the next one
   bool accumulates_ = false;    // O has something of the split
   bool awaits_queries_ = false;
   float out_[Traits::kOutWidth / 2];

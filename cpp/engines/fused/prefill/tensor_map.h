@@ -24,11 +24,11 @@ bool TensorMapExists(const AttentionProblem& problem, int64_t num_pages, const v
                      const PageStrides& strides);
 
 // A pool [P, S, K, H] of 16-bit elements in boxes of `box_rows` tokens. If heads are whole blocks of 64
-// columns a box has `box_blocks` of them, or all of a head if that is 0, and the tensor is (column of a block, token of eight, block, eight tokens,
+// columns a box has all of a head, and the tensor is (column of a block, token of eight, block, eight tokens,
 // page), where head h's blocks start at h * blocks_per_head. Otherwise it has 64 columns, and the tensor is
 // (column, token of eight, head, eight tokens, page).
 Status MakeTensorMap(const AttentionProblem& problem, int64_t num_pages, const void* pool,
                      const PageStrides& strides, int32_t box_rows, CUtensorMap* map,
-                     int32_t* blocks_per_head, int32_t box_blocks = 0);
+                     int32_t* blocks_per_head);
 
 }  // namespace jpa::fused
