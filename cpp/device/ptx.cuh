@@ -12,6 +12,12 @@ __device__ inline uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The address without the part that says which CTA of a cluster it belongs to.
+__device__ inline uint32_t SharedOffset(const void* pointer) { return SharedAddress(pointer) & 0xffffff; }
+
+// Ends the kernel with an error.
+__device__ inline void Trap() { asm volatile("trap;"); }
+
 __device__ inline uint32_t LaneId() { return threadIdx.x % 32; }
 
 // The same pointer, of which the compiler no longer knows how it was made: it adds to it and takes nothing

@@ -3,11 +3,14 @@
 // in registers, the other one gets it through shared memory.
 //
 // So one warpgroup's softmax runs beside the other's MMAs, though registers hold but one O. The order is that
-// of FlashMLA's "seesaw" (DeepSeek, 2025), but that the second warpgroup adds the first one's tile while its
-// own scores are on their way, and that maxima seldom rise (softmax.cuh):
+// of FlashMLA's "seesaw" (DeepSeek, 2025), but that maxima seldom rise (softmax.cuh), and that, where keys
+// come by TMA, the second warpgroup makes the scores of its tile before it adds the first one's:
 //
-//   warpgroup 0:  S(0)          softmax(0)  O += P(0) V(0)                          O += P(1) V(1)  S(2) ...
-//   warpgroup 1:          S(1)              O += P(0) V(0)  softmax(1)  O += P(1) V(1)              S(3) ...
+//   warpgroup 0:  S(0)          softmax(0)  O += P(0) V(0)              O += P(1) V(1)  S(2)  softmax(2) ...
+//   warpgroup 1:          S(1)              O += P(0) V(0)  softmax(1)  O += P(1) V(1)  S(3) ...
+//
+// With cp.async both add the other's tile first: keys come later, and until it is added its stage is not
+// free.
 #pragma once
 
 #include <cstdint>
@@ -32,19 +35,19 @@ class MlaConsumer {
   // Attends to all tiles of the CTA. Products are in flight across its functions: so it must be inlined.
   __device__ __forceinline__ void Attend() {
 #pragma unroll 1
-    for (;; ++tile_) {
-      AwaitDescriptor(tile_);
-      if (!Tile(tile_).exists) break;
-      if (Tile(tile_).starts_split) StartSplit();
-      if (OwnerOf(tile_) == warpgroup) {
-        AttendOwn();
-      } else if (!Tile(tile_).ends_split && NextKeysComeFirst()) {
-        AttendOtherAndOwn();
+    for (AwaitNextTile(0);; GoToNextTile()) {
+      flags_ = next_flags_;
+      if (!Is(kExists)) break;
+      if (Is(kStartsSplit)) StartSplit();
+      if (OwnerOf(tile_) != warpgroup) {
+        AttendOther();  // and, if it is in the same split, to the next tile
       } else {
-        AttendOther();
+        // The first tile of a split, or its keys come late.
+        IssueQK<0, kNumAsked>(tile_);
+        device::WgmmaCommit();
+        AttendOwn();
       }
-      if (Tile(tile_).ends_split) Epilogue();
-      ReleaseDescriptor(tile_);
+      if (Is(kEndsSplit)) Epilogue();
     }
   }
 
@@ -53,6 +56,7 @@ class MlaConsumer {
   static constexpr int kAllBarrier = 1;              // of all consumer threads
   static constexpr int kOwnBarrier = 2 + warpgroup;  // of the warpgroup's threads
   static constexpr KeyPart kOwnValues = warpgroup == 0 ? kLeftValues : kRightValues;
+  static constexpr bool kScoresFirst = warpgroup == 1 && !Traits::kUsesCpAsync;
   static constexpr int kBlocks = kTileKeys / 16;  // of keys, as many as an MMA takes
 
   // ---- tiles
@@ -61,27 +65,33 @@ class MlaConsumer {
   // compiled: the few instructions between two MMAs take about as long as the MMAs.
   static_assert(Traits::kStages == Traits::kConsumerWarpgroups);
   static constexpr int kOwnStage = warpgroup, kOtherStage = 1 - warpgroup;
+  static constexpr uint32_t kQueriesAt = kSharedStart, kKeysAt = kQueriesAt + Traits::kQueryBytes,
+                            kProbabilitiesAt = kKeysAt + Traits::kStages * Traits::kTileBytes;
   __device__ static int OwnerOf(uint32_t tile) { return StageOf<Traits::kStages>(tile); }
   __device__ const MlaTile& Tile(uint32_t tile) const {
     return shared_.descriptors[StageOf<Traits::kDescriptors>(tile)];
   }
-  __device__ void AwaitDescriptor(uint32_t tile) {
+  // Until the descriptor of the tile that comes next is there. Its flags are read long before they are asked.
+  __device__ void AwaitNextTile(uint32_t tile) {
     device::WaitForPhase(&shared_.described[StageOf<Traits::kDescriptors>(tile)],
                          ParityOf<Traits::kDescriptors>(tile));
+    next_flags_ = Tile(tile).flags;
   }
+  __device__ void GoToNextTile() {
+    ArrivePerWarp(&shared_.descriptor_empty[StageOf<Traits::kDescriptors>(tile_)]);
+    ++tile_;
+  }
+  __device__ bool Is(MlaTileFlag flag) const { return (flags_ & flag) != 0; }
   __device__ static void ArrivePerWarp(device::Barrier* barrier) {
     __syncwarp();
     if (device::LaneId() == 0) device::Arrive(barrier);
-  }
-  __device__ void ReleaseDescriptor(uint32_t tile) {
-    ArrivePerWarp(&shared_.descriptor_empty[StageOf<Traits::kDescriptors>(tile)]);
   }
   __device__ void ReleaseKeys(uint32_t tile, KeyPart part) {
     ArrivePerWarp(&shared_.keys_empty[StageOf<Traits::kStages>(tile)][part]);
   }
   // When all scores of a split are there.
-  __device__ void ReleaseQueriesIfLast(uint32_t tile) {
-    if (Tile(tile).ends_split) ArrivePerWarp(&shared_.queries_empty);
+  __device__ void ReleaseQueriesIfLast() {
+    if (Is(kEndsSplit)) ArrivePerWarp(&shared_.queries_empty);
   }
 
   __device__ void StartSplit() {
@@ -90,50 +100,70 @@ class MlaConsumer {
     awaits_queries_ = true;
   }
 
-  // Tells whether the scores of the next tile come before this tile's values: then both warpgroups have MMAs
-  // beside their softmax. With cp.async that depends on whether the keys are there before this tile's
-  // probabilities, which the other warpgroup makes: else the values come first, so that their memory is free
-  // soon. With TMA, whose keys come sooner, it is always so: asking costs more than it gains.
-  __device__ bool NextKeysComeFirst() {
-    if constexpr (warpgroup == 0 || !Traits::kUsesCpAsync) {
-      return warpgroup == 1;
-    } else {
-      const uint32_t next = tile_ + 1;
-      AwaitDescriptor(next);
-      device::Barrier* const keys = &shared_.keys_full[StageOf<Traits::kStages>(next)][0];
-      bool there;
-      do {
-        there = device::PhaseEnded(keys, ParityOf<Traits::kStages>(next));
-      } while (!there && !device::PhaseEnded(&shared_.probabilities_full, ParityOf<1>(tile_)));
-      return device::NamedBarrierAll<kOwnBarrier, 128>(there);
-    }
-  }
-
   // ---- the ways of a tile
 
+  // The warpgroup's own tile, from where the MMAs of its scores are issued.
   __device__ void AttendOwn() {
-    IssueQK(tile_);
-    device::WgmmaCommit();
     const bool needs_mask = softmax_.NeedsMask(Tile(tile_));
     device::WgmmaWait<0>(scores_);
-    ScoresToOutput(needs_mask);
+    ReleaseKeys(tile_, kOtherKeys);
+    ReleaseQueriesIfLast();
+    float factors[2];
+    const bool rises = softmax_.Attend(args_.decode.call, Tile(tile_), needs_mask, scores_, factors);
+    ProbabilitiesToOutput(rises, factors);
   }
 
-  __device__ void AttendOther() {
-    AwaitProbabilities();
-    ReleaseQueriesIfLast(tile_);
+  __device__ void ProbabilitiesToOutput(bool rises, const float (&factors)[2]) {
+    Pack();
+    StoreProbabilities();
+    if (rises && accumulates_) ScaleOutput(factors);
     device::WgmmaFence();
-    IssuePVOfOther();
+    IssuePVOfOwn();
     device::WgmmaCommit();
+    TellOfProbabilities();
+    AwaitNextTile(tile_ + 1);
     device::WgmmaWait<0>(out_);
     accumulates_ = true;
     ReleaseKeys(tile_, kOwnValues);
   }
 
-  // The other's tile and the next one, the MMAs of its scores first.
-  __device__ void AttendOtherAndOwn() {
-    AwaitDescriptor(tile_ + 1);
-    IssueQK(tile_ + 1);
+  // The other's tile and, in the same split, the next one.
+  __device__ void AttendOther() {
+    if constexpr (kScoresFirst) {
+      if (!Is(kEndsSplit)) {
+        AttendOtherAfterScores();
+        return;
+      }
+    }
+    AwaitNextTile(tile_ + 1);
+    AwaitProbabilities();
+    ReleaseQueriesIfLast();
+    const bool next_follows = !Is(kEndsSplit) && NextKeysCome();
+    device::WgmmaFence();
+    IssuePVOfOther();
+    device::WgmmaCommit();
+    if (!next_follows) {
+      device::WgmmaWait<0>(out_);
+      accumulates_ = true;
+      ReleaseKeys(tile_, kOwnValues);
+      return;
+    }
+    IssueQK<0, kNumAsked - 1>(tile_ + 1);
+    device::WgmmaCommit();
+    device::WgmmaWait<1>(out_);
+    accumulates_ = true;
+    ReleaseKeys(tile_, kOwnValues);
+    IssueQK<kNumAsked - 1, kNumAsked>(tile_ + 1);
+    device::WgmmaCommit();
+    GoToNextTile();
+    flags_ = next_flags_;
+    AttendOwn();
+  }
+
+  // The same, the scores of the own tile first.
+  __device__ void AttendOtherAfterScores() {
+    AwaitNextTile(tile_ + 1);
+    IssueQK<0, kNumAsked>(tile_ + 1);
     device::WgmmaCommit();
     AwaitProbabilities();
     device::WgmmaFence();
@@ -141,35 +171,17 @@ class MlaConsumer {
     device::WgmmaCommit();
     const bool needs_mask = softmax_.NeedsMask(Tile(tile_ + 1));
     device::WgmmaWait<1>(scores_);
+    ReleaseKeys(tile_ + 1, kOtherKeys);
     float factors[2];
     const bool rises = softmax_.Attend(args_.decode.call, Tile(tile_ + 1), needs_mask, scores_, factors);
     device::ComputeBeforeNext(softmax_.sum(0), softmax_.sum(1));
     device::WgmmaWait<0>(out_);
     accumulates_ = true;
     ReleaseKeys(tile_, kOwnValues);
-    ReleaseDescriptor(tile_);
-    ++tile_;
+    GoToNextTile();
+    flags_ = next_flags_;
+    ReleaseQueriesIfLast();
     ProbabilitiesToOutput(rises, factors);
-  }
-
-  __device__ void ScoresToOutput(bool needs_mask) {
-    float factors[2];
-    const bool rises = softmax_.Attend(args_.decode.call, Tile(tile_), needs_mask, scores_, factors);
-    ProbabilitiesToOutput(rises, factors);
-  }
-
-  __device__ void ProbabilitiesToOutput(bool rises, const float (&factors)[2]) {
-    ReleaseKeys(tile_, kOtherKeys);
-    ReleaseQueriesIfLast(tile_);
-    Pack();
-    ShareProbabilities();
-    if (rises && accumulates_) ScaleOutput(factors);
-    device::WgmmaFence();
-    IssuePVOfOwn();
-    device::WgmmaCommit();
-    device::WgmmaWait<0>(out_);
-    accumulates_ = true;
-    ReleaseKeys(tile_, kOwnValues);
   }
 
   // ---- probabilities
@@ -187,7 +199,7 @@ class MlaConsumer {
   // Leaves the probabilities, the maxima that they count from, and values without what lies past the
   // sequence's end, for the other warpgroup. That has read those of the tile before, since they were this
   // warpgroup's to read.
-  __device__ void ShareProbabilities() {
+  __device__ void StoreProbabilities() {
     // Computed anew each time: registers are few.
     const int lane = static_cast<int>(device::Opaque(device::LaneId())), matrix = lane / 8;
     const int row = static_cast<int>(threadIdx.x) / 32 % 4 * 16 + matrix % 2 * 8 + lane % 8;
@@ -198,6 +210,9 @@ class MlaConsumer {
       device::Stmatrix(device::SwizzledFrom(place, kMlaStrides, 0, 2 * i), probabilities_[i]);
     softmax_.Leave(shared_.maxima);
     if constexpr (!Traits::kUsesCpAsync) ZeroTail();
+  }
+  // Behind the issue of MMAs, since the fence takes its time.
+  __device__ void TellOfProbabilities() {
     device::FenceSharedForAsync();
     device::Arrive(&shared_.probabilities_full);
   }
@@ -233,44 +248,63 @@ class MlaConsumer {
 
   // ---- MMAs
 
-  // Scores of one column of blocks after the other, as they come: first those that have no values.
+  // A tile's keys come part by part, and are multiplied so: what no value has, the warpgroup's own half of
+  // the values, which was free first, the other half.
+  static constexpr int kNumAsked = 3;
+  __device__ static constexpr int FirstBlock(int part) {
+    return part == 0 ? Traits::kValueBlocks : (part == 1 ? warpgroup : 1 - warpgroup) * Traits::kHalfBlocks;
+  }
+  __device__ static constexpr int NumBlocks(int part) {
+    return part == 0 ? Traits::kColumnBlocks - Traits::kValueBlocks : Traits::kHalfBlocks;
+  }
+
+  __device__ device::Barrier* PartFull(int part) const {
+    constexpr KeyPart kAsked[] = {kOtherKeys, kOwnValues, warpgroup == 0 ? kRightValues : kLeftValues};
+    return &shared_.keys_full[kOwnStage][Traits::kFullParts == 1 ? 0 : kAsked[part]];
+  }
+  // Tells whether the MMAs of the next tile's scores follow at once. With cp.async they do if the keys are
+  // there: else the warpgroup would not free the other's stage meanwhile.
+  __device__ bool NextKeysCome() {
+    if constexpr (Traits::kUsesCpAsync) {
+      return device::NamedBarrierAll<kOwnBarrier, 128>(
+          device::PhaseEnded(PartFull(0), ParityOf<Traits::kStages>(tile_ + 1)));
+    } else {
+      return true;
+    }
+  }
+
+  // Scores of parts [begin, end), as they come.
+  template <int begin, int end>
   __device__ void IssueQK(uint32_t tile) {
-    if (awaits_queries_) {
+    if (begin == 0 && awaits_queries_) {
       device::WaitForPhase(&shared_.queries_full, ParityOf<1>(split_));
       device::FenceSharedForAsync();
       awaits_queries_ = false;
     }
-    constexpr int kColumns = Traits::kColumnBlocks;
-    const uint64_t queries = device::MatrixDescriptor(device::SharedAddress(shared_.queries), kMlaStrides);
-    const uint64_t keys =
-        device::MatrixDescriptor(device::SharedAddress(shared_.keys[kOwnStage]), kMlaStrides);
+    const uint64_t queries = device::MatrixDescriptor(kQueriesAt, kMlaStrides);
+    const uint64_t keys = device::MatrixDescriptor(kKeysAt + kOwnStage * Traits::kTileBytes, kMlaStrides);
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      const int column = (i + Traits::kValueBlocks) % kColumns;
-      AwaitKeys(tile, i, column);
-      device::WgmmaFence();
+    for (int part = begin; part < end; ++part) {
+      if (NumBlocks(part) == 0) continue;
+      if (Traits::kFullParts > 1 || part == 0) {
+        device::WaitForPhase(PartFull(part), ParityOf<Traits::kStages>(tile));
+        if constexpr (Traits::kUsesCpAsync) device::FenceSharedForAsync();
+        device::WgmmaFence();
+      }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int bytes = column * kMlaStrides.columns + j * 32;
+      for (int i = 0; i < 4 * NumBlocks(part); ++i) {
+        const int bytes = (FirstBlock(part) + i / 4) * kMlaStrides.columns + i % 4 * 32;
         device::WgmmaSS<Math>(scores_, device::Advance(queries, bytes), device::Advance(keys, bytes),
-                              i > 0 || j > 0);
+                              part > 0 || i > 0);
       }
     }
   }
 
-  // Until a column of blocks is there, the i-th that is asked for.
-  __device__ void AwaitKeys(uint32_t tile, int i, int column) {
-    if (Traits::kFullParts == 1 && i > 0) return;
-    device::WaitForPhase(&shared_.keys_full[kOwnStage][Traits::kFullParts == 1 ? 0 : column],
-                         ParityOf<Traits::kStages>(tile));
-    if constexpr (Traits::kUsesCpAsync) device::FenceSharedForAsync();
-  }
-
   // The warpgroup's values of 16 keys.
   __device__ uint64_t Values(int stage, int i) const {
-    const char* const half = shared_.keys[stage] + warpgroup * Traits::kHalfBlocks * kMlaStrides.columns;
-    return device::Advance(device::MatrixDescriptor(device::SharedAddress(half), kMlaStrides),
-                           2 * i * kMlaStrides.rows);
+    const uint32_t half =
+        kKeysAt + stage * Traits::kTileBytes + warpgroup * Traits::kHalfBlocks * kMlaStrides.columns;
+    return device::Advance(device::MatrixDescriptor(half, kMlaStrides), 2 * i * kMlaStrides.rows);
   }
 
   __device__ void IssuePVOfOwn() {
@@ -280,8 +314,7 @@ class MlaConsumer {
   }
 
   __device__ void IssuePVOfOther() {
-    const uint64_t probabilities =
-        device::MatrixDescriptor(device::SharedAddress(shared_.probabilities), kMlaStrides);
+    const uint64_t probabilities = device::MatrixDescriptor(kProbabilitiesAt, kMlaStrides);
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
       device::WgmmaSSValues<Math>(out_, device::Advance(probabilities, 32 * i), Values(kOtherStage, i),
@@ -307,7 +340,7 @@ class MlaConsumer {
     }
     ++split_;
     constexpr int kFirstColumn = warpgroup * Traits::kOutWidth;
-    if (tile.is_whole) {
+    if (Is(kIsWhole)) {
       WriteMlaResults<Traits>(args_.decode.call, tile, kFirstColumn, out_, states);
       return;
     }
@@ -319,6 +352,8 @@ class MlaConsumer {
   MlaShared<Traits>& shared_;
   uint32_t tile_ = 0;         // of the CTA
   uint32_t split_ = 0;        // likewise
+  uint32_t flags_ = 0;        // of the tile
+  uint32_t next_flags_ = 0;   // of the next one
   bool accumulates_ = false;  // O has something of the split
   bool awaits_queries_ = false;
   float out_[Traits::kOutWidth / 2];

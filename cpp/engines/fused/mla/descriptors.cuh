@@ -49,9 +49,9 @@ class MlaTileWalk {
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i) descriptor->valid[i] = valid[i];
     const auto& at = range_.at();
-    descriptor->exists = 1;
-    descriptor->starts_split = range_.StartsSplit();
-    descriptor->ends_split = range_.EndsSplit();
+    const bool is_whole = range_.HasRowBlockStart() && range_.HasRowBlockEnd();
+    descriptor->flags = kExists | (range_.StartsSplit() ? kStartsSplit : 0u) |
+                        (range_.EndsSplit() ? kEndsSplit : 0u) | (is_whole ? kIsWhole : 0u);
     descriptor->key = at.tile() * kTileKeys;
     descriptor->seq = at.index();
     descriptor->head = at.head();
@@ -80,7 +80,6 @@ class MlaTileWalk {
   // A row block is cut where a CTA's range ends: so all its splits but the first and the last have as many
   // tiles as a range.
   __device__ void DescribeSplit(MlaTile* descriptor) const {
-    descriptor->is_whole = range_.HasRowBlockStart() && range_.HasRowBlockEnd();
     if (call_.batch_invariant) {
       descriptor->partial = range_.SplitIndex();
       return;
@@ -119,7 +118,7 @@ __device__ inline void DescribeTiles(const MlaArgs& args, const CtaRange& range,
     if (!done) {
       walk.Describe(descriptor);
     } else if (device::LaneId() == 0) {
-      descriptor->exists = 0;
+      descriptor->flags = 0;
     }
     device::Arrive(&shared.described[StageOf<kRing>(tile)]);
     if (done) return;

@@ -32,14 +32,14 @@ __device__ inline void InitMlaBarriers(MlaShared<Traits>& shared) {
   constexpr int kWarps = Traits::kConsumerWarps;
   for (int i = 0; i < Traits::kDescriptors; ++i) {
     device::InitBarrier(&shared.described[i], 32);
-    device::InitBarrier(&shared.descriptor_empty[i], kWarps + Traits::kProducerWarps - 1);
+    device::InitBarrier(&shared.descriptor_empty[i], kWarps + Traits::kLoadWarps);
   }
-  device::InitBarrier(&shared.queries_full, 32 * Traits::kQueryWarps);
+  device::InitBarrier(&shared.queries_full, 32 * Traits::kLoadWarps);
   device::InitBarrier(&shared.queries_empty, kWarps);
   for (int i = 0; i < Traits::kStages; ++i) {
-    // The lane that asks for a column of blocks by TMA, or each thread that loads by cp.async.
+    // The lane that asks for a part by TMA, or each thread that loads by cp.async.
     for (auto& full : shared.keys_full[i])
-      device::InitBarrier(&full, Traits::kUsesCpAsync ? 32 * Traits::kKeyWarps : 1);
+      device::InitBarrier(&full, Traits::kUsesCpAsync ? 32 * Traits::kLoadWarps : 1);
     for (auto& empty : shared.keys_empty[i])
       device::InitBarrier(&empty, kWarps / Traits::kConsumerWarpgroups);
   }
@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) MlaKernel(const __grid_co
   auto& shared = *reinterpret_cast<MlaShared<Traits>*>(memory);
   device::LetNextKernelStart();
   if (threadIdx.x == 0) {
+    if (device::SharedOffset(memory) != kSharedStart) device::Trap();
     InitMlaBarriers(shared);
     shared.num_to_merge = 0;
   }

@@ -44,7 +44,7 @@ __device__ inline void LoadQueries(const MlaArgs& args, const MlaTile& tile, uin
     const QueryHead where = QueryHeadOf(call, tile, row);
     return (where.row * call.problem.num_q_heads + where.head) * (2 * Traits::kKeyDim);
   };
-  CopyRowsByCpAsync<Traits, Traits::kQueryWarps>(warp, call.params.q, shared.queries, place_of);
+  CopyRowsByCpAsync<Traits, Traits::kLoadWarps>(warp, call.params.q, shared.queries, place_of);
   device::ArriveAfterCpAsync(&shared.queries_full);
 }
 
@@ -70,69 +70,86 @@ __device__ inline void LoadKeysByCpAsync(const MlaArgs& args, const MlaTile& des
     const int32_t token = key - call.page_size.Quotient(key) * call.page_size.divisor();
     return (page * strides.page + token * strides.token + descriptor.head * strides.head) * 2;
   };
-  CopyRowsByCpAsync<Traits, Traits::kKeyWarps>(warp, call.params.k_pages, shared.keys[stage], place_of);
+  CopyRowsByCpAsync<Traits, Traits::kLoadWarps>(warp, call.params.k_pages, shared.keys[stage], place_of);
   device::ArriveAfterCpAsync(&shared.keys_full[stage][0]);
 }
 
-// Where a box of a tile is in the pool: rows from `row` on, of a block of columns.
-__device__ inline device::TensorPlace PlaceOfBox(const MlaArgs& args, const MlaTile& descriptor, int block,
-                                                 int row) {
+// Where a box of the first column of blocks is in the pool: rows from `row` of a tile on.
+__device__ inline device::TensorPlace4 PlaceOfBox(const MlaArgs& args, const MlaTile& descriptor, int row) {
   const FastDivisor& page_size = args.decode.call.page_size;
   const int32_t key = descriptor.key + row, token = key - page_size.Quotient(key) * page_size.divisor();
-  return {0, 0, descriptor.head * args.k_blocks_per_head + block, token / device::kBlockRows,
-          descriptor.pages[row]};
+  return {0, token, descriptor.head * args.k_head_step, descriptor.pages[row]};
 }
 
-// Column blocks [begin, end) of a tile; a lane has one box of one of them.
-template <typename Traits, int begin, int end>
-__device__ inline void LoadBlocksByTma(const MlaArgs& args, const MlaTile& descriptor, int stage,
-                                       MlaShared<Traits>& shared) {
-  const int boxes = kTileKeys >> args.box_rows_log2, lane = static_cast<int>(device::LaneId());
-  const bool loads = lane < boxes * (end - begin);
-  const int block = begin + lane / boxes, row = lane % boxes << args.box_rows_log2;
-  if (loads && row == 0) device::ArriveAndExpectBytes(&shared.keys_full[stage][block], Traits::kColumnBytes);
-  __syncwarp();
-  if (!loads) return;
-  // TMA makes zeros of a box outside the pool.
-  char* const to = shared.keys[stage] + block * kMlaStrides.columns + row * 128;
-  device::TmaLoad(to, &args.k_map, PlaceOfBox(args, descriptor, block, row), &shared.keys_full[stage][block]);
-}
+// A lane's box of each block of 64 columns, if it has one.
+struct MlaBox {
+  device::TensorPlace4 place;
+  int row;  // of the tile, the first one
+  uint64_t policy;
 
-// Parts come in the order in which they become free and are multiplied.
-template <typename Traits>
-__device__ inline void LoadKeysByTma(const MlaArgs& args, const MlaTile& descriptor, uint32_t tile,
-                                     MlaShared<Traits>& shared) {
-  constexpr int kHalf = Traits::kHalfBlocks;
-  const int stage = StageOf<Traits::kStages>(tile);
-  if constexpr (Traits::kValueBlocks < Traits::kColumnBlocks) {
-    WaitForRoom(shared, tile, kOtherKeys);
-    LoadBlocksByTma<Traits, Traits::kValueBlocks, Traits::kColumnBlocks>(args, descriptor, stage, shared);
+  __device__ bool exists() const { return row < kTileKeys; }
+};
+
+// A part of a stage, `count` column blocks from block `begin` on.
+template <typename Traits, int count>
+__device__ inline void LoadPartByTma(const MlaArgs& args, const MlaBox& box, int stage, KeyPart part,
+                                     int begin, MlaShared<Traits>& shared) {
+  if (!box.exists()) return;
+  const int row = box.row;
+  device::TensorPlace4 place = box.place;
+  char* const to = shared.keys[stage] + begin * kMlaStrides.columns + row * 128;
+  place.at[0] = begin * device::kBlockColumns;
+#pragma unroll
+  for (int block = 0; block < count; ++block) {
+    // TMA makes zeros of a box outside the pool.
+    device::TmaLoad(to + block * kMlaStrides.columns, &args.k_map, place, &shared.keys_full[stage][part],
+                    box.policy);
+    place.at[0] += device::kBlockColumns;
   }
-  WaitForRoom(shared, tile, kLeftValues);
-  LoadBlocksByTma<Traits, 0, kHalf>(args, descriptor, stage, shared);
-  WaitForRoom(shared, tile, kRightValues);
-  LoadBlocksByTma<Traits, kHalf, 2 * kHalf>(args, descriptor, stage, shared);
+}
+
+// By one warp: half of a tile's values; with the left half, what no value has. All that can be is worked out
+// before there is room.
+template <typename Traits>
+__device__ inline void LoadHalfByTma(const MlaArgs& args, const MlaTile& descriptor, uint32_t tile,
+                                     KeyPart half, MlaShared<Traits>& shared) {
+  constexpr int kHalf = Traits::kHalfBlocks, kOther = Traits::kColumnBlocks - Traits::kValueBlocks;
+  const int stage = StageOf<Traits::kStages>(tile);
+  const int row = static_cast<int>(device::LaneId()) << args.box_rows_log2;
+  const MlaBox box = {.place = PlaceOfBox(args, descriptor, row < kTileKeys ? row : 0),
+                      .row = row,
+                      .policy = device::EvictFirst()};
+  const bool has_other = kOther > 0 && half == kLeftValues;
+  // Once the scores have been made, all parts of the stage may be expected anew.
+  WaitForRoom(shared, tile, kOtherKeys);
+  if (device::LaneId() == 0) {
+    device::ArriveAndExpectBytes(&shared.keys_full[stage][half], kHalf * Traits::kColumnBytes);
+    if (has_other)
+      device::ArriveAndExpectBytes(&shared.keys_full[stage][kOtherKeys], kOther * Traits::kColumnBytes);
+  }
+  __syncwarp();
+  if (has_other) LoadPartByTma<Traits, kOther>(args, box, stage, kOtherKeys, Traits::kValueBlocks, shared);
+  WaitForRoom(shared, tile, half);
+  LoadPartByTma<Traits, kHalf>(args, box, stage, half, half * kHalf, shared);
 }
 
 // By the producer warps that load; `warp` counts them from 0.
 template <typename Traits>
 __device__ inline void LoadAll(const MlaArgs& args, int warp, MlaShared<Traits>& shared) {
   constexpr int kRing = Traits::kDescriptors;
-  const bool loads_keys = warp < Traits::kKeyWarps;
-  const int query_warp = warp - (Traits::kProducerWarps - 1 - Traits::kQueryWarps);
   uint32_t split = 0;
 #pragma unroll 1
   for (uint32_t tile = 0;; ++tile) {
     const MlaTile& descriptor = shared.descriptors[StageOf<kRing>(tile)];
     device::WaitForPhase(&shared.described[StageOf<kRing>(tile)], ParityOf<kRing>(tile));
-    if (!descriptor.exists) return;
+    const uint32_t flags = descriptor.flags;
+    if ((flags & kExists) == 0) return;
     if constexpr (Traits::kUsesCpAsync) {
       LoadKeysByCpAsync(args, descriptor, tile, warp, shared);
-    } else if (loads_keys) {
-      LoadKeysByTma(args, descriptor, tile, shared);
+    } else if (warp < 2) {
+      LoadHalfByTma(args, descriptor, tile, warp == 0 ? kLeftValues : kRightValues, shared);
     }
-    if (query_warp >= 0 && descriptor.starts_split)
-      LoadQueries(args, descriptor, split++, query_warp, shared);
+    if ((flags & kStartsSplit) != 0) LoadQueries(args, descriptor, split++, warp, shared);
     __syncwarp();
     if (device::LaneId() == 0) device::Arrive(&shared.descriptor_empty[StageOf<kRing>(tile)]);
   }

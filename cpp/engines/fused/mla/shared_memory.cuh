@@ -21,14 +21,19 @@ struct MlaSplit : RowBlock {
   int32_t cta_step;
 };
 
+// One word, since who reads it waits for it.
+enum MlaTileFlag : uint32_t {
+  kExists = 1,  // not behind the last tile
+  kStartsSplit = 2,
+  kEndsSplit = 4,
+  kIsWhole = 8,  // the split is all of the row block; known of its last tile
+};
+
 // All that producers and consumers need to know of a key tile in flight.
 struct MlaTile : MlaSplit {
   int32_t pages[kTileKeys];        // of each key; -1: there is no such key
   uint32_t valid[kTileKeys / 32];  // a bit per key: whether it exists
-  int32_t exists;                  // 0 behind the last tile
-  int32_t starts_split;            // the tile is the first one of a KV split
-  int32_t ends_split;              // the tile is the last one of a KV split
-  int32_t is_whole;                // that split is all of the row block
+  uint32_t flags;                  // of MlaTileFlag
   int32_t partial;                 // index of the split's partial result; batch-invariant: of the split
   int32_t key;                     // the first one
 
@@ -36,8 +41,8 @@ struct MlaTile : MlaSplit {
   __device__ bool all_valid() const { return (valid[0] & valid[1]) == ~0u; }
 };
 
-// The parts of a stage by who needs them last: each warpgroup its half of the values, and whoever makes the
-// scores what no value has.
+// The parts of a stage by who needs them last: each warpgroup its half of the values, and the tile's owner
+// what no value has.
 enum KeyPart { kLeftValues, kRightValues, kOtherKeys, kNumKeyParts };
 
 template <typename Traits>
@@ -71,6 +76,12 @@ struct MlaShared {
   device::Barrier keys_empty[Traits::kStages][kNumKeyParts];
   device::Barrier probabilities_full;
 };
+
+// Where a kernel's shared memory starts if it declares none of a known size: behind a kilobyte that the
+// system keeps (CUDA C++ programming guide, "Compute capability 9.0"). So MMAs' operands have addresses that
+// are known when this is compiled, and an MMA takes a few moves of constants. Sums would be made anew at each
+// MMA, in as many instructions as take longer than the MMA. The kernel looks whether it is so.
+inline constexpr uint32_t kSharedStart = 1024;
 
 // How far apart the blocks of a matrix of 64 rows lie.
 inline constexpr device::BlockStrides kMlaStrides = {.columns = 64 * 128, .rows = device::kBlockBytes};

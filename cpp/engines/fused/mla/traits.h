@@ -24,12 +24,11 @@ struct MlaTraits {
   static constexpr int kOutWidth = kValueDim / kConsumerWarpgroups;
   static constexpr int kConsumerThreads = 128 * kConsumerWarpgroups;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
-  // Warp 0 makes tile descriptors. With TMA, warp 1 loads keys and two load queries; with cp.async all three
-  // load both.
+  // Warp 0 makes tile descriptors. The other three load queries. By TMA two of them load keys, each a half of
+  // the values; by cp.async all three do.
   static constexpr int kProducerThreads = 128;
   static constexpr int kProducerWarps = kProducerThreads / 32;
-  static constexpr int kKeyWarps = kUsesCpAsync ? 3 : 1;
-  static constexpr int kQueryWarps = kUsesCpAsync ? 3 : 2;
+  static constexpr int kLoadWarps = kProducerWarps - 1;
   static constexpr int kThreads = kConsumerThreads + kProducerThreads;
   // Registers per thread: results take 128 of a consumer's, scores 32 and probabilities 16.
   static constexpr int kConsumerRegisters = 224;
@@ -48,8 +47,8 @@ struct MlaTraits {
   static_assert(kTileRows == 64 && kTileKeys == 64, "a warpgroup's wgmma");
   // Two tiles fill shared memory. Each warpgroup makes the scores of one of them.
   static constexpr int kStages = 2;
-  // A stage's keys come as a column of blocks at a time, or at once.
-  static constexpr int kFullParts = kUsesCpAsync ? 1 : kColumnBlocks;
+  // A stage's keys come in the parts of KeyPart, or at once.
+  static constexpr int kFullParts = kUsesCpAsync ? 1 : 3;
   // So many tiles are described ahead.
   static constexpr int kDescriptors = 4;
   static constexpr int kMostSharedBytes = 227 * 1024;
