@@ -87,7 +87,7 @@ def test_lengths_grow_between_replays_of_a_graph() -> None:
     calls = []
     for growth in range(0, 400, 40):
         before = _ffi.compiled("cuda").host_calls()
-        got = layers(q, jnp.minimum(lengths + growth, 512))
+        got = jax.block_until_ready(layers(q, jnp.minimum(lengths + growth, 512)))
         calls.append(_ffi.compiled("cuda").host_calls() - before)
         want = [compiled()(q + layer, pool, tables, jnp.minimum(lengths + growth, 512))[0] for layer in range(8)]
         np.testing.assert_array_equal(got, np.stack(want))
