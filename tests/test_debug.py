@@ -414,8 +414,7 @@ def test_plain_jax_on_cuda_is_told_once_per_cause(monkeypatch: pytest.MonkeyPatc
     with pytest.warns(jpa.PagedAttentionWarning, match=r"plain JAX.*\(fused: no module; cublaslt: no module\)"):
         lower_for_cuda(jnp.float32)
     lower_for_cuda(jnp.bfloat16)
-    monkeypatch.setattr(_engines.Engine, "missing", lambda *_: "another reason")
-    monkeypatch.setattr(_engines.ENGINES[-1].__class__, "missing", lambda e, _: e.platform and "another reason")
+    monkeypatch.setattr(_engines.Engine, "missing", lambda engine, *_: engine.platform and "another reason")
     with pytest.warns(jpa.PagedAttentionWarning, match="fused: another reason"):
         lower_for_cuda(jnp.float32)
 
