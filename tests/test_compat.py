@@ -442,7 +442,7 @@ BAD_GPU_WRITE: list[tuple[dict[str, Any], type[Exception], str]] = [
 BAD_GPU: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"k_pages": jnp.zeros((2, 6, 4, 9))}, ValueError, "k_pages: expected .*H = 8"),
     ({"v_pages": jnp.zeros((2, 7, 4, 8))}, ValueError, "v_pages: expected .*P = 6"),
-    ({"k_pages": jnp.zeros((3, 6, 4, 8))}, ValueError, r"v_pages: expected .*\[K, P, S, H\].*K = 3"),
+    ({"k_pages": jnp.zeros((3, 6, 4, 8))}, ValueError, r"v_pages: expected .*\[K, P, S, Hv\].*K = 3"),
     ({"block_tables": jnp.zeros((2, 3, 1), jnp.int32), "lengths": None}, ValueError, "block_tables: expected rank 2"),
     ({"attn_logits_soft_cap": 0.0}, ValueError, "attn_logits_soft_cap: "),
     ({"k_splits": 0}, ValueError, "k_splits: "),

@@ -58,6 +58,33 @@ __device__ inline void TmaLoad(void* to, const void* map, const TensorPlace& pla
 #endif
 }
 
+// A place in a tensor of four dimensions, the one with neighbours in memory first.
+struct TensorPlace4 {
+  int32_t at[4];
+};
+
+// A cache policy for what is read once: it leaves the L2 cache before other data do.
+__device__ inline uint64_t EvictFirst() {
+  uint64_t policy = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+
+// As above, from a tensor of four dimensions, with a cache policy.
+__device__ inline void TmaLoad(void* to, const void* map, const TensorPlace4& place, Barrier* barrier,
+                               uint64_t policy) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(SharedAddress(to)),
+      "l"(map), "r"(place.at[0]), "r"(place.at[1]), "r"(place.at[2]), "r"(place.at[3]),
+      "r"(SharedAddress(barrier)), "l"(policy)
+      : "memory");
+#endif
+}
+
 // Makes what the thread has written to shared memory visible to wgmma and to bulk copies, once a barrier
 // tells other threads.
 __device__ inline void FenceSharedForAsync() {

@@ -14,13 +14,13 @@ __device__ inline uint32_t SharedAddress(const void* pointer) {
 
 __device__ inline uint32_t LaneId() { return threadIdx.x % 32; }
 
-// True in one lane of the warp, all of which come here. Unlike a comparison of lanes it tells the compiler so.
+// True in one lane of the warp, all of which come here. Unlike a comparison of lanes it tells the compiler
+// so.
 __device__ inline bool ElectLane() {
 #if __CUDA_ARCH__ >= 900
   uint32_t elected;
-  asm volatile(
-      "{\n.reg .pred elected;\nelect.sync _|elected, 0xffffffff;\nselp.u32 %0, 1, 0, elected;\n}"
-      : "=r"(elected));
+  asm volatile("{\n.reg .pred elected;\nelect.sync _|elected, 0xffffffff;\nselp.u32 %0, 1, 0, elected;\n}"
+               : "=r"(elected));
   return elected != 0;
 #else
   return LaneId() == 0;

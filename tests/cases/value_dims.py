@@ -96,6 +96,12 @@ def _mla() -> list[Case]:
         DECODE.vary("mla_decode_long", "KV splits of MLA, pages of 64", num_heads=8, **long, **MLA),
         DECODE.vary("mla_decode_e4m3", "MLA over fp8 pages, with bad ids", num_heads=16, bad_ids=BAD, **e4m3, **MLA),
         DECODE.vary("mla_decode_masks", "MLA with all keywords, pages of 1", num_heads=5, **masks, **MLA),
+        DECODE.vary(
+            "mla_bad_ids", "pages outside the pool in boxes of TMA loads", num_heads=16, page_size=8, bad_ids=BAD, **MLA
+        ),
         MIXED.vary("mla_mixed", "chunks over an MLA cache", **{**MLA, "dtype": "f16"}),
+        MIXED.vary(
+            "mla_mixed_128", "two groups of 64 heads, copied by rows", num_heads=128, page_size=17, **masks, **MLA
+        ),
         PROMPT.vary("mla_prompt", "many rows over an MLA cache", **MLA),
     ]

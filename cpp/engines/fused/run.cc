@@ -10,6 +10,7 @@
 #include "engines/fused/decode/args.h"
 #include "engines/fused/decode/combine.h"
 #include "engines/fused/mla/args.h"
+#include "engines/fused/mla/tensor_map.h"
 #include "engines/fused/prefill/args.h"
 #include "engines/fused/prefill/kernels.h"
 #include "engines/fused/prefill/tensor_map.h"
@@ -230,9 +231,6 @@ void CountHeadsApart(AttentionProblem* problem, AttentionParams* params) {
   params->k_strides.head = params->v_strides.head = 0;
 }
 
-// One block of 64 columns of a key is a box of TMA loads.
-constexpr int32_t kMlaBoxBlocks = 1;
-
 Status LaunchMla(const DecodeArgs& decode, const Device& device, cudaStream_t stream) {
   const AttentionProblem& problem = decode.call.problem;
   const PagePool pool = KeyPool(problem, decode.call.params);
@@ -242,11 +240,8 @@ Status LaunchMla(const DecodeArgs& decode, const Device& device, cudaStream_t st
   if (by_tma) {
     const int32_t box_rows = TmaBoxRows(problem.page_size, kTileKeys);
     while (1 << args.box_rows_log2 < box_rows) ++args.box_rows_log2;
-    if (Status s =
-            MakeTensorMap(problem, pool, box_rows, &args.k_map, &args.k_blocks_per_head, kMlaBoxBlocks);
-        !s.ok()) {
-      return s;
-    }
+    args.k_head_step = pool.strides.head == 0 ? 0 : 1;
+    if (Status s = MakeMlaTensorMap(problem, pool, box_rows, &args.k_map); !s.ok()) return s;
   }
   const MlaDevice& kernel = by_tma ? device.mla_by_tma : device.mla_by_cp_async;
   return device::LaunchUntyped(kCaller, "MLA", kernel.kernel,

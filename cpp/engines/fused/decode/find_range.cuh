@@ -92,7 +92,8 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
     if (i == static_cast<int>(blockIdx.x)) PrefetchTable(call, i, raw.kv_len);
     mine.Add(call.facts, raw.Clipped(call.facts));
   }
-  const int64_t prefill = may_share_sms && args.may_share_sms() ? SumPrefillTiles(call, begin, end, shared) : 0;
+  const int64_t prefill =
+      may_share_sms && args.may_share_sms() ? SumPrefillTiles(call, begin, end, shared) : 0;
   int64_t before = mine.total;
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {

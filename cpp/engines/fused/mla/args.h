@@ -17,9 +17,9 @@ struct MlaArgs {
   // partial_ready has a word per CTA that counts the row block which begins in the CTA's range and goes on in
   // others (merge_splits.cuh).
   DecodeArgs decode;
-  CUtensorMap k_map;  // TMA loads alone: of boxes of one block of 64 columns (prefill/tensor_map.h)
-  int32_t k_blocks_per_head;
-  int32_t box_rows_log2;  // tokens of such a box
+  CUtensorMap k_map;      // TMA loads alone (tensor_map.h)
+  int32_t k_head_step;    // 0: all heads have the same keys
+  int32_t box_rows_log2;  // tokens of the map's box
 };
 
 }  // namespace jpa::fused

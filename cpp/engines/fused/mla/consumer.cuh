@@ -3,11 +3,11 @@
 // in registers, the other one gets it through shared memory.
 //
 // So one warpgroup's softmax runs beside the other's MMAs, though registers hold but one O. The order is that
-// of FlashMLA's "seesaw" (DeepSeek, 2025), but that the second warpgroup adds the first one's tile while its
-// own scores are on their way, and that maxima seldom rise (softmax.cuh):
+// of FlashMLA's "seesaw" (DeepSeek, 2025), but that maxima seldom rise (softmax.cuh), and that the second
+// warpgroup makes its scores before it adds the first one's tile:
 //
-//   warpgroup 0:  S(0)          softmax(0)  O += P(0) V(0)                          O += P(1) V(1)  S(2) ...
-//   warpgroup 1:          S(1)              O += P(0) V(0)  softmax(1)  O += P(1) V(1)              S(3) ...
+//   warpgroup 0:  S(0)  softmax(0)  O += P(0) V(0)              O += P(1) V(1)  S(2)  softmax(2) ...
+//   warpgroup 1:        S(1)        O += P(0) V(0)  softmax(1)  O += P(1) V(1)        S(3) ...
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,6 @@
 #include "engines/fused/mla/merge_splits.cuh"
 #include "engines/fused/mla/shared_memory.cuh"
 #include "engines/fused/mla/softmax.cuh"
-
 
 namespace jpa::fused {
 
@@ -50,7 +49,7 @@ class MlaConsumer {
 
  private:
   using Math = device::TypeOf<Traits::kQ>;
-  static constexpr int kAllBarrier = 1;              // of all consumer threads
+  static constexpr int kAllBarrier = 1;  // of all consumer threads
   // Of each warpgroup's threads: the first one's, and the next one's.
   static constexpr int kOwnBarrier = 2;
   static constexpr int kBlocks = kTileKeys / 16;  // of keys, as many as an MMA takes
@@ -110,9 +109,9 @@ class MlaConsumer {
 
   // ---- a step
 
-  // The other's tile, the own one, or the other's and the own one behind it. Of both warpgroup 0 has the values
-  // first, as its next keys come no sooner, and warpgroup 1 the scores, so that it has MMAs while it waits for
-  // probabilities.
+  // The other's tile, the own one, or the other's and the own one behind it. Of both warpgroup 0 has the
+  // values first, as its next keys come no sooner, and warpgroup 1 the scores, so that it has MMAs while it
+  // waits for probabilities.
   __device__ __forceinline__ void Step(bool others, bool own) {
     const bool scores_first = __any_sync(~0u, warpgroup_ == 1 && others && own);
     const uint32_t own_tile = tile_ + (others ? 1 : 0);
@@ -250,15 +249,14 @@ class MlaConsumer {
     if (warpgroup_ == 0) ArrivePerWarp(&shared_.scores_issued);
   }
   __device__ void AwaitScoresIssued(uint32_t tile) {
-    if (warpgroup_ == 1)
-      device::WaitForPhase(&shared_.scores_issued, ParityOf<Traits::kStages>(tile));
+    if (warpgroup_ == 1) device::WaitForPhase(&shared_.scores_issued, ParityOf<Traits::kStages>(tile));
   }
 
   // True if the last keys of a tile, as they are asked for, are there.
   __device__ bool KeysAreThere(uint32_t tile) {
     const int column = Traits::kFullParts == 1 ? 0 : Traits::kValueBlocks - 1;
-    return __any_sync(~0u, device::PhaseEnded(&shared_.keys_full[own_stage()][column],
-                                              ParityOf<Traits::kStages>(tile)));
+    return __any_sync(
+        ~0u, device::PhaseEnded(&shared_.keys_full[own_stage()][column], ParityOf<Traits::kStages>(tile)));
   }
 
   // Scores of one column of blocks after the other, as they come: first those that have no values, then those

@@ -85,14 +85,15 @@ __device__ inline void LoadPartByTma(const MlaArgs& args, const MlaTile& descrip
   const int boxes = kTileKeys >> args.box_rows_log2;
   char* const to = shared.keys[stage] + begin * kMlaStrides.columns;
   device::Barrier* const full = &shared.keys_full[stage][begin];
-  const int32_t block = descriptor.head * args.k_blocks_per_head + begin;
   // Of box i of a column, in lane i.
   const int row = (lane < boxes ? lane : 0) << args.box_rows_log2;
   const FastDivisor& page_size = args.decode.call.page_size;
   const int32_t key = descriptor.key + row;
-  const int32_t token = (key - page_size.Quotient(key) * page_size.divisor()) / device::kBlockRows;
+  const int32_t token = key - page_size.Quotient(key) * page_size.divisor();
   const int32_t page = descriptor.pages[row];
-  device::TensorPlace place = {0, 0, block, token, page};
+  device::TensorPlace4 place = {begin * device::kBlockColumns, token, descriptor.head * args.k_head_step,
+                                page};
+  const uint64_t policy = device::EvictFirst();
   WaitForRoom(shared, tile, static_cast<KeyPart>(part));
   if (lane < columns) device::ArriveAndExpectBytes(full + lane, Traits::kColumnBytes);
   __syncwarp();
@@ -104,13 +105,14 @@ __device__ inline void LoadPartByTma(const MlaArgs& args, const MlaTile& descrip
 #pragma unroll 1
       for (int i = 0; i < columns; ++i) {
         device::TmaLoad(rows + i * kMlaStrides.columns, &args.k_map,
-                        {0, 0, place.at[2] + i, place.at[3], place.at[4]}, full + i);
+                        {place.at[0] + i * device::kBlockColumns, place.at[1], place.at[2], place.at[3]},
+                        full + i, policy);
       }
     }
     __syncwarp();
     if (++box == boxes) return;
-    place.at[3] = __shfl_sync(~0u, token, box);
-    place.at[4] = __shfl_sync(~0u, page, box);
+    place.at[1] = __shfl_sync(~0u, token, box);
+    place.at[3] = __shfl_sync(~0u, page, box);
   }
 }
 

@@ -59,7 +59,7 @@ class MlaSoftmax {
   // Turns the scores of the warpgroup's own tile into exponents of probabilities. True if some maximum of the
   // warp rises: then `factors` are those of what was summed before.
   __device__ bool Prepare(const CallArgs& call, const MlaTile& tile, bool needs_mask, Scores& scores,
-                         float (&factors)[2]) {
+                          float (&factors)[2]) {
     if (scales_) Scale(call.params.soft_cap * kLog2E, scores);
     if (needs_mask) Mask(call, tile, scores);
     float largest[2];

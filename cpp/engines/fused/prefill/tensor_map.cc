@@ -1,9 +1,9 @@
 #include "engines/fused/prefill/tensor_map.h"
 
-#include <cuda_runtime_api.h>
-
 #include <numeric>
 #include <string>
+
+#include "engines/fused/common/tensor_map_encoder.h"
 
 namespace jpa::fused {
 namespace {
@@ -14,19 +14,6 @@ constexpr int64_t kBlockRows = 8;
 constexpr int64_t kMaxBoxRows = 128;
 constexpr int64_t kAlign = 16;  // bytes
 constexpr int64_t kStrideEnd = int64_t{1} << 40;
-
-// The driver's function, found at run time: the module is not linked to the driver.
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode FindEncode() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  constexpr unsigned kVersion = 12000;  // of CUDA, that brought it
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kVersion,
-                                                             cudaEnableDefault, &found);
-  return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function)
-                                                                      : nullptr;
-}
 
 }  // namespace
 
@@ -49,8 +36,8 @@ bool TensorMapExists(const AttentionProblem& problem, const PagePool& pool) {
 }
 
 Status MakeTensorMap(const AttentionProblem& problem, const PagePool& pool, int32_t box_rows,
-                     CUtensorMap* map, int32_t* blocks_per_head, int32_t box_blocks) {
-  static const Encode encode = FindEncode();
+                     CUtensorMap* map, int32_t* blocks_per_head) {
+  static const TensorMapEncoder encode = FindTensorMapEncoder();
   if (encode == nullptr) {
     return Status::Internal("implementation 'fused': the CUDA driver has no cuTensorMapEncodeTiled");
   }
@@ -69,8 +56,8 @@ Status MakeTensorMap(const AttentionProblem& problem, const PagePool& pool, int3
                               unsigned64(kBlockRows * strides.token * width),
                               unsigned64(strides.page * width)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(kBlockColumns), static_cast<cuuint32_t>(kBlockRows),
-                            static_cast<cuuint32_t>(box_blocks > 0 ? box_blocks : blocks),
-                            static_cast<cuuint32_t>(box_rows / kBlockRows), 1};
+                            static_cast<cuuint32_t>(blocks), static_cast<cuuint32_t>(box_rows / kBlockRows),
+                            1};
   const cuuint32_t steps[] = {1, 1, 1, 1, 1};
   const CUtensorMapDataType dtype =
       problem.kv_dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;

@@ -44,10 +44,10 @@ bool FitsTma(const AttentionProblem& problem);
 bool TensorMapExists(const AttentionProblem& problem, const PagePool& pool);
 
 // A pool of 16-bit elements in boxes of `box_rows` tokens. If heads are whole blocks of 64 columns a box has
-// `box_blocks` of them, or all of a head if that is 0, and the tensor is (column of a block, token of eight,
-// block, eight tokens, page), where head h's blocks start at h * blocks_per_head. Otherwise it has 64
-// columns, and the tensor is (column, token of eight, head, eight tokens, page).
+// all of a head, and the tensor is (column of a block, token of eight, block, eight tokens, page), where head
+// h's blocks start at h * blocks_per_head. Otherwise it has 64 columns, and the tensor is (column, token of
+// eight, head, eight tokens, page).
 Status MakeTensorMap(const AttentionProblem& problem, const PagePool& pool, int32_t box_rows,
-                     CUtensorMap* map, int32_t* blocks_per_head, int32_t box_blocks = 0);
+                     CUtensorMap* map, int32_t* blocks_per_head);
 
 }  // namespace jpa::fused

@@ -1,0 +1,94 @@
+"""Properties of the MLA kernels that only a GPU can show: KV splits, repeats, graphs, batch invariance."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_paged_attn as jpa
+from jax_paged_attn import _ffi
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        jax.default_backend() != "gpu" or _ffi.compute_capability() != "9.0" or not _ffi.has("cuda"),
+        reason="needs a GPU of compute capability 9.0 and a CUDA build",
+    ),
+]
+
+KEY_DIM, VALUE_DIM = 576, 512
+Inputs = tuple[jax.Array, ...]
+
+
+def make_inputs(lengths: tuple[int, ...], heads: int, page_size: int) -> Inputs:
+    """Operands of `paged_attention` in bf16: q, the pool, tables, lengths; pages that no table names are NaN."""
+    batch, width = len(lengths), max(-(-max(lengths) // page_size), 1)
+    q_key, pool_key = jax.random.split(jax.random.key(0))
+    q = jax.random.normal(q_key, (batch, heads, KEY_DIM), jnp.bfloat16)
+    pool = jax.random.normal(pool_key, (2 * batch * width, page_size, 1, KEY_DIM), jnp.bfloat16)
+    ids = np.random.default_rng(0).permutation(len(pool)).astype(np.int32)
+    used, unused = ids[: batch * width].reshape(batch, width), ids[batch * width :]
+    return q, pool.at[unused].set(jnp.nan), jnp.asarray(used), jnp.asarray(lengths, jnp.int32)
+
+
+@functools.cache
+def compiled(**keywords: Any) -> Any:
+    def attend(q: jax.Array, pool: jax.Array, tables: jax.Array, lengths: jax.Array) -> Any:
+        options = {"value_dim": VALUE_DIM, "implementation": "fused", "return_lse": True, **keywords}
+        return jpa.paged_attention(q, pool, None, tables, lengths, **options)
+
+    return jax.jit(attend)
+
+
+def bits(results: Any) -> list[bytes]:
+    return [np.asarray(x).tobytes() for x in results]
+
+
+@pytest.mark.parametrize("page_size", [64, 16, 17])
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("lengths", [(9000,), (4096,) * 5, (1, 0, 777, 30000, 64, 5000)], ids=["one", "few", "skewed"])
+def test_kv_splits_are_merged_and_repeats_agree(lengths: tuple[int, ...], heads: int, page_size: int) -> None:
+    inputs = make_inputs(lengths, heads, page_size)
+    q, pool, tables, kv_lens = inputs
+    out, lse = compiled()(*inputs)
+    exact = jpa.paged_attention_reference(q, pool, None, tables, kv_lens, value_dim=VALUE_DIM, return_lse=True)
+    error = np.linalg.norm(np.asarray(out - exact[0], np.float32)) / np.linalg.norm(np.asarray(exact[0], np.float32))
+    assert error < 1e-2
+    np.testing.assert_allclose(lse, exact[1], atol=1e-3)
+    for _ in range(300):
+        assert bits(compiled()(*inputs)) == bits((out, lse))
+
+
+@pytest.mark.parametrize("page_size", [64, 17])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_a_sequence_has_the_same_bits_in_any_batch(heads: int, page_size: int) -> None:
+    lengths = tuple(int(n) for n in np.random.default_rng(1).integers(0, 3000, 40))
+    q, pool, tables, kv_lens = make_inputs(lengths, heads, page_size)
+    attend = compiled(batch_invariant=True)
+    whole = tuple(map(np.asarray, attend(q, pool, tables, kv_lens)))
+    for some in ([0], [39, 3, 12], range(0, 40, 2)):
+        mine = np.array(list(some))
+        assert bits(attend(q[mine], pool, tables[mine], kv_lens[mine])) == bits(x[mine] for x in whole)
+
+
+def test_lengths_grow_between_replays_of_a_graph() -> None:
+    q, pool, tables, lengths = make_inputs((1, 500, 63, 64), 128, 64)
+
+    @jax.jit
+    def layers(q: jax.Array, lengths: jax.Array) -> jax.Array:
+        outs = [compiled()(q + layer, pool, tables, lengths)[0] for layer in range(8)]
+        return jnp.stack(outs)
+
+    calls = []
+    for growth in range(0, 400, 40):
+        before = _ffi.compiled("cuda").host_calls()
+        got = jax.block_until_ready(layers(q, jnp.minimum(lengths + growth, 512)))
+        calls.append(_ffi.compiled("cuda").host_calls() - before)
+        want = [compiled()(q + layer, pool, tables, jnp.minimum(lengths + growth, 512))[0] for layer in range(8)]
+        np.testing.assert_array_equal(got, np.stack(want))
+    assert 0 in calls, f"calls of the handler per step: {calls}"
