@@ -50,7 +50,7 @@ class MlaConsumer {
  private:
   using Math = device::TypeOf<Traits::kQ>;
   static constexpr int kAllBarrier = 1;  // of all consumer threads
-  // Of each warpgroup's threads: the first one's, and the next one's.
+  // Each warpgroup's threads have one: the first warpgroup's, and the number behind it.
   static constexpr int kOwnBarrier = 2;
   static constexpr int kBlocks = kTileKeys / 16;  // of keys, as many as an MMA takes
 

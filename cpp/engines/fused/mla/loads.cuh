@@ -85,7 +85,7 @@ __device__ inline void LoadPartByTma(const MlaArgs& args, const MlaTile& descrip
   const int boxes = kTileKeys >> args.box_rows_log2;
   char* const to = shared.keys[stage] + begin * kMlaStrides.columns;
   device::Barrier* const full = &shared.keys_full[stage][begin];
-  // Of box i of a column, in lane i.
+  // Lane i has the place of box i of a column.
   const int row = (lane < boxes ? lane : 0) << args.box_rows_log2;
   const FastDivisor& page_size = args.decode.call.page_size;
   const int32_t key = descriptor.key + row;
