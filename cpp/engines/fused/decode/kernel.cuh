@@ -59,7 +59,6 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
   }
   SequencesAhead sequences(args.call, shared.raw_sequence);
   DescriptorMaker descriptors(args, range, sequences, shared.range_seq, shared.range_offset);
-  [[maybe_unused]] bool first = true;
 #pragma unroll 1
   for (;; descriptors.Advance()) {
     if (descriptors.skips()) continue;
@@ -73,11 +72,8 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
     }
     device::Arrive(&shared.described[stage.index]);
     if (done) return;
-    // Consumers ask for the queries of the first split at once.
-    if constexpr (Traits::kIs8Bit) {
-      if (!first) descriptors.template PrefetchQueries<Traits>();
-      first = false;
-    }
+    // With 8-bit pages consumers have little time to wait.
+    if constexpr (Traits::kIs8Bit) descriptors.template PrefetchQueries<Traits>();
     stage.Next();
   }
 }

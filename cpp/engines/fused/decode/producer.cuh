@@ -68,23 +68,20 @@ class DescriptorMaker {
     }
   }
 
-  // At the first tile of a KV split: starts to bring the row block's queries into the L2 cache. Consumers ask
-  // for them some tiles later, and wait for the answer.
+  // At the first tile of a KV split: starts to bring the row block's queries, of 32 query rows at most, into
+  // the L2 cache. Consumers ask for them some tiles later, and wait for the answer.
   template <typename Traits>
   __device__ void PrefetchQueries() const {
     if (!range_.StartsSplit()) return;
     const auto& at = range_.at();
-    const int32_t group = call_.facts.group.divisor(), first = at.row_tile() * kTileRows;
-    const int32_t last = first + RowsOfTile(call_.facts, at.sequence(), at.row_tile()) - 1;
-    const int32_t end = call_.facts.group.Quotient(last) + 1;
-    int32_t token = call_.facts.group.Quotient(first) + static_cast<int32_t>(threadIdx.x % 32);
-#pragma unroll 1
-    for (; token < end; token += 32) {
-      const int64_t query =
-          (int64_t{at.sequence().row} + token) * call_.problem.num_q_heads + at.head() * group;
-      device::PrefetchToL2(static_cast<const uint16_t*>(call_.params.q) + query * Traits::kHeadDim,
-                           group * Traits::kHeadDim * sizeof(uint16_t));
-    }
+    const int32_t group = call_.facts.group.divisor();
+    const int32_t first = call_.facts.group.Quotient(at.row_tile() * kTileRows);
+    const int32_t token = first + static_cast<int32_t>(threadIdx.x % 32);
+    if (token * group >= (at.row_tile() + 1) * kTileRows || token >= at.sequence().num_rows) return;
+    const int64_t query =
+        (int64_t{at.sequence().row} + token) * call_.problem.num_q_heads + at.head() * group;
+    device::PrefetchToL2(static_cast<const uint16_t*>(call_.params.q) + query * Traits::kHeadDim,
+                         group * Traits::kHeadDim * sizeof(uint16_t));
   }
 
  private:

@@ -260,7 +260,8 @@ class MlaConsumer {
   }
 
   // Scores of one column of blocks after the other, as they come: first those that have no values, then those
-  // of the half of the values that the warpgroup itself is done with first.
+  // of the half of the values that the warpgroup itself is done with first. A batch-invariant call adds them
+  // up in one order: which warpgroup has a tile depends on the CTA's tiles before.
   __device__ void IssueQK(uint32_t tile) {
     if (awaits_queries_) {
       device::WaitForPhase(&shared_.queries_full, ParityOf<1>(split_));
@@ -269,9 +270,10 @@ class MlaConsumer {
     }
     AwaitScoresIssued(tile);
     constexpr int kHalf = Traits::kHalfBlocks;
+    const int half = args_.decode.call.batch_invariant ? 0 : warpgroup_;
     IssueColumns<Traits::kColumnBlocks - Traits::kValueBlocks>(tile, Traits::kValueBlocks, false);
-    IssueColumns<kHalf>(tile, warpgroup_ * kHalf, Traits::kColumnBlocks > Traits::kValueBlocks);
-    IssueColumns<kHalf>(tile, (1 - warpgroup_) * kHalf, true);
+    IssueColumns<kHalf>(tile, half * kHalf, Traits::kColumnBlocks > Traits::kValueBlocks);
+    IssueColumns<kHalf>(tile, (1 - half) * kHalf, true);
   }
 
   template <int columns>
