@@ -60,7 +60,7 @@ int main() {
   problem.num_rows = 70;
   problem.num_q_heads = 32;
   problem.num_kv_heads = 8;
-  problem.head_dim = 128;
+  problem.head_dim = problem.value_dim = 128;
   problem.page_size = 16;
   problem.num_seqs = 5;
   problem.max_pages = 9;
@@ -111,6 +111,6 @@ def test_a_program_links_the_cuda_engine(tmp_path: Path):
     run(*cmake, "-S", tmp_path, "-B", tmp_path / "build", f"-Djax_paged_attn_ROOT={__main__.cmake_directory()}")
     run(*cmake, "--build", tmp_path / "build")
     expected = _ffi.compiled("cuda").fused_workspace_bytes(
-        *("bfloat16", "bfloat16", 70, 32, 8, 128, 16, 5, 9), decode=False, batch_invariant=True, workspace_limit=0
+        *("bfloat16", "bfloat16", 70, 32, 8, 128, 128, 16, 5, 9), decode=False, batch_invariant=True, workspace_limit=0
     )
     assert run(tmp_path / "build" / "scratch") == str(expected)
