@@ -161,4 +161,17 @@ class CtaRangeCursor {
   int32_t split_, split_begin_, split_end_;
 };
 
+// Fills in a row block (common/row_block.cuh): the one of the cursor's tile.
+template <typename Sequences, typename RowBlock>
+JPA_HOST_DEVICE inline void DescribeRowBlock(const CallFacts& call, const TileCursor<Sequences>& at,
+                                             RowBlock* row_block) {
+  row_block->seq = at.index();
+  row_block->head = at.head();
+  row_block->first = at.row_tile() * kTileRows;
+  row_block->num_rows = RowsOfTile(call, at.sequence(), at.row_tile());
+  row_block->row = at.sequence().row;
+  row_block->position = at.sequence().position;
+  row_block->kv_len = at.sequence().kv_len;
+}
+
 }  // namespace jpa::fused

@@ -131,13 +131,7 @@ class DescriptorMaker {
     descriptor->exists = 1;
     descriptor->ends_split = range_.EndsSplit();
     descriptor->key = at.tile() * kTileKeys;
-    descriptor->seq = at.index();
-    descriptor->head = at.head();
-    descriptor->first = at.row_tile() * kTileRows;
-    descriptor->num_rows = RowsOfTile(call_.facts, at.sequence(), at.row_tile());
-    descriptor->row = at.sequence().row;
-    descriptor->position = at.sequence().position;
-    descriptor->kv_len = at.sequence().kv_len;
+    DescribeRowBlock(call_.facts, at, descriptor);
     if (!range_.EndsSplit()) return;
     descriptor->is_whole = range_.HasRowBlockStart() && range_.HasRowBlockEnd();
     descriptor->continues = !call_.batch_invariant && !range_.HasRowBlockEnd();

@@ -59,13 +59,7 @@ class MlaTileWalk {
     descriptor->starts_split = range_.StartsSplit();
     descriptor->ends_split = range_.EndsSplit();
     descriptor->key = at.tile() * kTileKeys;
-    descriptor->seq = at.index();
-    descriptor->head = at.head();
-    descriptor->first = at.row_tile() * kTileRows;
-    descriptor->num_rows = RowsOfTile(call_.facts, at.sequence(), at.row_tile());
-    descriptor->row = at.sequence().row;
-    descriptor->position = at.sequence().position;
-    descriptor->kv_len = at.sequence().kv_len;
+    DescribeRowBlock(call_.facts, at, descriptor);
     if (range_.EndsSplit()) DescribeSplit(descriptor);
   }
 
