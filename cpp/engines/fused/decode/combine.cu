@@ -36,8 +36,13 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
         return QueryHead{
             .seq = index, .kv_head = kv_head, .row = int64_t{sequence.row} + token, .head = head};
       };
-      WriteMergedSplits<q_dtype, kMaxSplits - 1>(call, splits,
-                                                 {.first = first, .second = first + 1, .step = 1}, where_of);
+      const PartialIndices indices = {.first = first, .second = first + 1, .step = 1};
+      // All of a row's splits are asked for together, and seldom more than there are.
+      if (splits <= kSplitsIfShort) {
+        WriteMergedSplits<q_dtype, kSplitsIfShort - 1>(call, splits, indices, where_of);
+      } else {
+        WriteMergedSplits<q_dtype, kMaxSplits - 1>(call, splits, indices, where_of);
+      }
     }
   }
 }
