@@ -209,7 +209,9 @@ class MlaConsumer {
     softmax_.Leave(shared_.maxima);
     if (!Traits::kUsesCpAsync && needs_mask) ZeroTail();
     device::FenceSharedForAsync();
-    ArrivePerWarp(&shared_.probabilities_full);
+    // Who has left maxima arrives: one lane per warp would do, but racecheck does not follow that.
+    __syncwarp();
+    if (MlaSoftmax::Leaves()) device::Arrive(&shared_.probabilities_full);
   }
 
   // Takes what the other warpgroup has left.

@@ -43,7 +43,8 @@ __device__ inline void InitMlaBarriers(MlaShared<Traits>& shared) {
     for (auto& empty : shared.keys_empty[i])
       device::InitBarrier(&empty, kWarps / Traits::kConsumerWarpgroups);
   }
-  device::InitBarrier(&shared.probabilities_full, kWarps / Traits::kConsumerWarpgroups);
+  device::InitBarrier(&shared.probabilities_full,
+                      kWarps / Traits::kConsumerWarpgroups * MlaSoftmax::kLanesThatLeave);
   device::InitBarrier(&shared.scores_issued, kWarps / Traits::kConsumerWarpgroups);
   device::FenceBarrierInit();
 }

@@ -101,9 +101,13 @@ class MlaSoftmax {
     return true;
   }
 
+  // The lanes that leave maxima, each those of its rows.
+  static constexpr int kLanesThatLeave = 8;
+  __device__ static bool Leaves() { return device::LaneId() % 4 == 0; }
+
   // Leaves the maxima for the next tile.
   __device__ void Leave(float* maxima) const {
-    if (device::LaneId() % 4 != 0) return;
+    if (!Leaves()) return;
     maxima[MlaLane::Row(0)] = maxima_[0];
     maxima[MlaLane::Row(1)] = maxima_[1];
   }
