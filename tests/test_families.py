@@ -405,8 +405,37 @@ def test_latents_of_eight_bits() -> None:
     scales = calibrate(model, [tokens], jnp.int8)
     assert [sorted(of_layer) for of_layer in scales] == [["k_scale"]] * 2
     model.init_cache(len(tokens) // PAGE_SIZE, PAGE_SIZE, jnp.int8, scales)
-    got = model(tokens, StepMetadata.whole_sequences(1, len(tokens), PAGE_SIZE))
-    assert 1e-4 < relative_error(got, want["logits"]) < 0.1
+    whole = StepMetadata.whole_sequences(1, len(tokens), PAGE_SIZE)
+    # Prompts have their keys from the step, as they were before they were stored.
+    assert relative_error(model(tokens, whole), want["logits"]) < 1e-5
+    last = StepMetadata.decode(whole.block_tables, whole.kv_lens, PAGE_SIZE)
+    assert 1e-4 < relative_error(model(tokens[-1:], last), want["logits"][-1:]) < 0.1
+
+
+def test_a_step_has_prompts_and_chunks_over_a_cache_of_latents() -> None:
+    """One with all its tokens in the step, one with some of them in the cache, one decode row, and padding."""
+    folder = PARITY / "deepseek-v3"
+    model, want = checkpoint.load(folder).model, load_file(folder / "expected.safetensors")
+    tokens = jnp.asarray(want["tokens"][:9], jnp.int32)
+    model.init_cache(12, 4, jnp.float32)
+    tables = jnp.arange(12, dtype=jnp.int32).reshape(4, 3)
+
+    def step(parts: list[tuple[int, int]]) -> jax.Array:
+        """Logits of the rows of tokens [begin, end) of each sequence."""
+        positions = np.concatenate([np.arange(begin, end) for begin, end in parts])
+        sequences = np.repeat(np.arange(len(parts)), [end - begin for begin, end in parts])
+        slots = np.asarray(tables)[sequences, positions // 4] * 4 + positions % 4
+        ends = np.cumsum([0, *(end - begin for begin, end in parts)])
+        kv_lens = [end for _, end in parts]
+        return model(
+            tokens[positions],
+            StepMetadata(*map(np.int32, (positions, slots, tables, kv_lens, ends, len(parts)))),
+        )
+
+    step([(0, 0), (0, 4), (0, 8), (0, 0)])
+    got = step([(0, 9), (4, 9), (8, 9), (0, 0)])
+    expected = np.concatenate([want["logits"][:9], want["logits"][4:9], want["logits"][8:9]])
+    assert relative_error(got, expected) < 1e-5
 
 
 def test_rotated_pairs_may_be_halves() -> None:

@@ -7,12 +7,14 @@ one pool of one key/value head, whose keys are latents beside rotated parts, and
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jax_paged_attn import ragged_paged_attention
 from jax_paged_attn.nnx import PagedAttention, StepMetadata
 from jax_paged_attn.rope import apply_rope, rope_frequencies
 
@@ -26,9 +28,9 @@ _EPSILON = 1e-6
 class LatentAttention(nnx.Module):
     """Projections, rotary embeddings and a paged cache of `rank + rotary_dim` numbers per token.
 
-    Steps over the cache are absorbed, decode steps and chunks of prompts alike, since one step has both. A row and a
-    key then cost `2 · rank + rotary_dim` multiplications per head: 1088 in DeepSeek V3, against 320 of the plain form.
-    Whole sequences without a step take the plain form.
+    Over the cache attention is absorbed. A row and a key then cost `2 · rank + rotary_dim` multiplications per head:
+    1088 in DeepSeek V3, against 320 of the plain form. So sequences that have all their tokens in the step, as prompts
+    have, take the plain form there, and so do whole sequences without a step.
     """
 
     split_axes: ClassVar = {"q_b_proj.kernel": -1, "kv_b_proj.kernel": -1, "key_up": 0, "value_up": 0}
@@ -86,8 +88,18 @@ class LatentAttention(nnx.Module):
         latent = self.kv_a_layernorm(both[..., : sizes.rank])
         rotated_k = self._rotated(both[..., sizes.rank :], positions)
         parts = (q, rotated_q), (latent, rotated_k)
-        out = self._plain(*parts) if step is None else self._absorbed(*parts, step)
+        out = self._whole(*parts) if step is None else self._over_cache(*parts, step)
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
+
+    def _over_cache(self, q: tuple[Array, Array], k: tuple[Array, Array], step: StepMetadata) -> Array:
+        """Attention `[T, N, value_dim]` of a step, from the two parts of queries and of what is cached."""
+        if step.cu_q_lens is None:
+            return self._absorbed(q, k, step)
+        kv_lens, rows = jnp.asarray(step.kv_lens), jnp.diff(jnp.asarray(step.cu_q_lens))
+        # Rows of a sequence without keys are zeros: so each row has its result in one of the two.
+        absorbed = self._absorbed(q, k, dataclasses.replace(step, kv_lens=jnp.where(kv_lens == rows, 0, kv_lens)))
+        plain = self._prompts(q, k, dataclasses.replace(step, kv_lens=jnp.where(kv_lens == rows, kv_lens, 0)))
+        return absorbed + plain
 
     def _absorbed(self, q: tuple[Array, Array], k: tuple[Array, Array], step: StepMetadata) -> Array:
         """Attention `[T, N, value_dim]` over the cache, from the two parts of queries and of what is cached."""
@@ -96,15 +108,35 @@ class LatentAttention(nnx.Module):
         queries, keys = jnp.concatenate([absorbed, q[1]], axis=-1), jnp.concatenate(k, axis=-1)
         return jnp.einsum("tnr,nrv->tnv", self.attention(queries, keys, None, step), value_up)
 
-    def _plain(self, q: tuple[Array, Array], k: tuple[Array, Array]) -> Array:
-        """Attention `[..., T, N, value_dim]` of whole sequences, with the keys and values of all heads."""
-        key_up, value_up = (weights.astype(q[0].dtype) for weights in self._ups())
-        latent, rotated = k[0][..., 0, :], jnp.broadcast_to(k[1], q[1].shape)
-        keys = jnp.concatenate([jnp.einsum("...r,ndr->...nd", latent, key_up), rotated], axis=-1)
-        values = jnp.einsum("...r,nrv->...nv", latent, value_up)
+    def _prompts(self, q: tuple[Array, Array], k: tuple[Array, Array], step: StepMetadata) -> Array:
+        """Attention `[T, N, value_dim]` of a step's own tokens: they are pages of one token each."""
+        keys, values = self._keys_and_values(q, k)
+        starts = jnp.asarray(step.cu_q_lens)[:-1]
+        return ragged_paged_attention(
+            jnp.concatenate(q, axis=-1),
+            keys[:, None],
+            values[:, None],
+            step.kv_lens,
+            starts[:, None] + jnp.arange(len(keys), dtype=jnp.int32),
+            step.cu_q_lens,
+            step.num_seqs,
+            scale=self.scale,
+            implementation=self.attention.implementation,
+        )
+
+    def _whole(self, q: tuple[Array, Array], k: tuple[Array, Array]) -> Array:
+        """Attention `[..., T, N, value_dim]` of whole sequences."""
+        keys, values = self._keys_and_values(q, k)
         heads, options = (self.num_heads, self.num_heads, keys.shape[-1]), {"scale": self.scale, "rope_theta": None}
         attention = PagedAttention(*heads, value_dim=self.sizes.value_dim, **options)  # it has no weights
         return attention(jnp.concatenate(q, axis=-1), keys, values)
+
+    def _keys_and_values(self, q: tuple[Array, Array], k: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Those of all heads, for the plain form: `[..., T, N, H]` of queries, and `[..., T, N, value_dim]`."""
+        key_up, value_up = (weights.astype(q[0].dtype) for weights in self._ups())
+        latent, rotated = k[0][..., 0, :], jnp.broadcast_to(k[1], q[1].shape)
+        keys = jnp.concatenate([jnp.einsum("...r,ndr->...nd", latent, key_up), rotated], axis=-1)
+        return keys, jnp.einsum("...r,nrv->...nv", latent, value_up)
 
     def _ups(self) -> tuple[Array, Array]:
         """The weights from a latent to keys, `[N, unrotated_dim, rank]`, and to values, `[N, rank, value_dim]`."""
