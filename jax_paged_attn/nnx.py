@@ -195,13 +195,17 @@ class PagedAttention(nnx.Module):
         self.k_scale = None if k_scale is None else nnx.Variable(k_scale)
         self.v_scale = None if v_scale is None else nnx.Variable(v_scale)
 
-    def __call__(self, q: Array, k: Array, v: Array | None, step: StepMetadata | None = None) -> Array:
+    def __call__(
+        self, q: Array, k: Array, v: Array | None, step: StepMetadata | None = None, *, writes: bool = True
+    ) -> Array:
         """Attends causally, over the cache or, without a step, within each of a batch of whole sequences.
 
         Args:
           q: `[T, N, H]`, or `[..., T, N, H]` without a step; k: likewise with K heads; v: `[..., T, K, Hv]`, or None
             where the values are in the keys.
           step: whose tokens these are. None for training and scoring: no cache is read or written.
+          writes: False where keys and values of the step are in the cache already, since another layer has written
+            them: layers that share a cache call one `PagedAttention`, the first of them with True.
 
         Returns:
           `[..., T, N, Hv]`, dtype as `q`.
@@ -231,10 +235,11 @@ class PagedAttention(nnx.Module):
         v_pools = () if self.v_pages is None else (self.v_pages[...],)
         value_dim = self.value_dim if self.values_in_keys else 0
         cache = PagedKVCache((self.k_pages[...],), v_pools, k_scale, v_scale, value_dim=value_dim)
-        cache = cache.write(0, k, v, step.slot_mapping)
-        self.k_pages.set_value(cache.k_pages[0])
-        if self.v_pages is not None:
-            self.v_pages.set_value(cache.v_pages[0])
+        if writes:
+            cache = cache.write(0, k, v, step.slot_mapping)
+            self.k_pages.set_value(cache.k_pages[0])
+            if self.v_pages is not None:
+                self.v_pages.set_value(cache.v_pages[0])
         return cache.attend_step(0, q, step, sinks=sinks, **options)
 
 

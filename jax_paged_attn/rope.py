@@ -22,6 +22,7 @@ __all__ = [
     "LinearRopeScaling",
     "Llama3RopeScaling",
     "LongRopeScaling",
+    "ProportionalRopeScaling",
     "RopeScaling",
     "YarnRopeScaling",
     "apply_rope",
@@ -270,6 +271,41 @@ class LongRopeScaling(RopeScaling):
     def rotation_factor(self) -> float:
         """See `RopeScaling.rotation_factor`."""
         return self.attention_factor
+
+
+@dataclasses.dataclass(frozen=True)
+class ProportionalRopeScaling(RopeScaling):
+    """Proportional rotation (Gemma 4): the highest frequencies stay, and the others become zero.
+
+    Columns i and i + H/2 are still a pair, so those that are not rotated are the last ones of each half. With
+    `rotary_dim`, in contrast, they are the last ones of the head, and frequencies are those of a smaller head.
+
+    Attributes:
+      partial_rotary_factor: the share of the frequencies that stay, > 0, rounded down to a number of them.
+      factor: divides these, > 0.
+
+    Raises:
+      ValueError: a number that is not positive, or a share above 1.
+
+    Example:
+      >>> from jax_paged_attn.rope import ProportionalRopeScaling, rope_frequencies
+      >>> scaling = ProportionalRopeScaling(0.5)
+      >>> [f"{frequency:.2f}" for frequency in rope_frequencies(8, scaling=scaling)]
+      ['1.00', '0.10', '0.00', '0.00']
+    """
+
+    partial_rotary_factor: float
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "partial_rotary_factor", "factor")
+        if self.partial_rotary_factor > 1:
+            raise ValueError(f"rope scaling: expected partial_rotary_factor <= 1, got {self}")
+
+    def scaled(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
+        """See `RopeScaling.scaled`."""
+        kept = int(self.partial_rotary_factor * len(frequencies))
+        return np.where(np.arange(len(frequencies)) < kept, frequencies / self.factor, 0.0)
 
 
 def rope_frequencies(head_dim: int, theta: float = ROPE_THETA, scaling: RopeScaling | None = None) -> np.ndarray:

@@ -313,6 +313,21 @@ def test_values_of_another_head_dim_or_in_the_keys(options: dict):
     assert relative_error(layer(q[-1:], k[-1:], None if v is None else v[-1:], decode), want[-1:]) < 1e-5
 
 
+@pytest.mark.parametrize("in_keys", [False, True])
+def test_a_step_may_see_what_another_layer_wrote(in_keys: bool):
+    """As layers that share a cache: queries of their own over it, while no page changes."""
+    layer, (q, k, v) = attended(values_in_keys=in_keys)
+    layer.init_cache(num_pages=4, page_size=PAGE_SIZE, dtype=jnp.float32)
+    step = StepMetadata.whole_sequences(1, 13, PAGE_SIZE)
+    layer(q, k, v, step)
+    before = jax.tree.map(np.asarray, nnx.state(layer, CacheVariable))
+    other = None if v is None else jnp.full_like(v, jnp.nan)
+    got = layer(2 * q, jnp.full_like(k, jnp.nan), other, step, writes=False)
+    assert relative_error(got, layer(2 * q, k, v)) < 1e-5
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(layer, CacheVariable))
+    assert relative_error(layer(2 * q, k, v, writes=False), got) < 1e-5  # whole sequences, which no cache is for
+
+
 def test_calibration_and_eight_bits_of_values_in_keys():
     """One scale for both, and no `v_scale`."""
 

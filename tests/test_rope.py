@@ -15,6 +15,7 @@ from jax_paged_attn.rope import (
     LinearRopeScaling,
     Llama3RopeScaling,
     LongRopeScaling,
+    ProportionalRopeScaling,
     RopeScaling,
     YarnRopeScaling,
     apply_rope,
@@ -107,6 +108,19 @@ def test_simple_kinds_divide() -> None:
     assert scaling.rotation_factor == 1.2
 
 
+def test_a_share_of_the_columns_is_rotated_from_either_half() -> None:
+    """Proportional: pairs are as without scaling, and the last ones of them stay as they are, bit by bit."""
+    scaling = ProportionalRopeScaling(0.3, factor=2.0)
+    np.testing.assert_allclose(rope_frequencies(16, 50.0, scaling), rope_frequencies(16, 50.0) / 2 * (np.arange(8) < 2))
+    assert scaling.rotation_factor == 1.0
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 16)), jnp.float32)
+    got = apply_rope(x, jnp.array([3, 90, 7]), rope_frequencies(16, 50.0, scaling))
+    moved = [0, 1, 8, 9]
+    assert not (got[..., jnp.array(moved)] == x[..., jnp.array(moved)]).any()
+    kept = jnp.array([column for column in range(16) if column not in moved])
+    np.testing.assert_array_equal(got[..., kept], x[..., kept])
+
+
 @pytest.mark.parametrize(("size", "max_len"), [(12, 100), (128, 16384), (2, 100), (12, 64), (12, 7)])
 def test_dynamic_scaling_is_that_of_its_longest_context(size: int, max_len: int) -> None:
     """The base grows; up to the original context nothing changes. The first frequency never does."""
@@ -128,6 +142,8 @@ def test_dynamic_scaling_is_that_of_its_longest_context(size: int, max_len: int)
         (lambda: LongRopeScaling((1.0, -1.0)), "expected positive factors"),
         (lambda: LongRopeScaling((1.0,), 0.0), "expected positive attention_factor"),
         (lambda: rope_frequencies(8, scaling=LongRopeScaling((1.0,))), "factors: expected one for each of 4"),
+        (lambda: ProportionalRopeScaling(0.0), "expected positive partial_rotary_factor and factor"),
+        (lambda: ProportionalRopeScaling(1.25), "expected partial_rotary_factor <= 1"),
         (lambda: rope_frequencies(7), "head_dim: expected an even number"),
         (lambda: apply_rope(jnp.ones((1, 1, 4)), jnp.zeros(1, jnp.int32), np.ones(3)), "frequencies: expected at most"),
     ],
