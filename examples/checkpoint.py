@@ -93,7 +93,7 @@ def load(
         dtype = _dtype(fields)
 
     def build() -> Decoder:
-        return Decoder(config, dtype=dtype, param_dtype=dtype, implementation=implementation, rngs=nnx.Rngs(0))
+        return family.decoder(config, dtype=dtype, param_dtype=dtype, implementation=implementation, rngs=nnx.Rngs(0))
 
     model = nnx.eval_shape(build)
     shardings = {} if mesh is None else model.shardings(mesh, axis)

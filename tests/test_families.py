@@ -18,13 +18,20 @@ from flax import nnx
 from hf_files import read_tensors
 from models import Decoder, config_from_hf
 from models.deepseek import GroupedExperts
+from models.gemma4_decoder import LayerKind
 from models.gpt_oss import ClampedExperts
 from models.latent import LatentAttention
 from models.layers import Build, Experts, Latent
 from safetensors.numpy import load_file, save_file
 
-from jax_paged_attn.nnx import StepMetadata, calibrate
-from jax_paged_attn.rope import DynamicRopeScaling, LinearRopeScaling, LongRopeScaling, YarnRopeScaling
+from jax_paged_attn.nnx import CacheVariable, StepMetadata, calibrate
+from jax_paged_attn.rope import (
+    DynamicRopeScaling,
+    LinearRopeScaling,
+    LongRopeScaling,
+    ProportionalRopeScaling,
+    YarnRopeScaling,
+)
 from jax_paged_attn.serving import Engine, Request
 
 PARITY = Path(__file__).parent / "parity"
@@ -64,6 +71,7 @@ def test_there_are_all_families() -> None:
         "qwen3",
         "gemma2",
         "gemma3_text",
+        "gemma4_text",
         "phi3",
         "mixtral",
         "qwen3_moe",
@@ -210,6 +218,29 @@ def test_what_is_special_is_read() -> None:
     assert config_of("llama-yarn").rope_scaling == YarnRopeScaling(4.0, 16, 4.0, 1.0)
 
 
+def test_what_is_special_about_gemma_4_is_read() -> None:
+    """Newer files give the sizes of each layer, those that were released first give them for all global layers."""
+    quarter = ProportionalRopeScaling(0.25)
+    big = config_of("gemma4")
+    assert (big.local_kind, big.global_kind) == (LayerKind(8, 4, 1e4), LayerKind(16, 2, 1e6, quarter, True))
+    assert (big.experts, big.dense_layers, big.layer_input_size) == (Experts(5, 2, 12), (0, 1, 2, 3), 0)
+    assert (big.sliding_windows, big.shared_layers, big.logit_soft_cap) == ((5, None, 5, None), 0, None)
+    assert config_of("gemma4", per_layer_config=...).global_kind == LayerKind(512, 4, 1e6, quarter, True)
+    older = {"per_layer_config": ..., "num_global_key_value_heads": 2, "global_head_dim": 24}
+    assert config_of("gemma4", **older).global_kind == LayerKind(24, 2, 1e6, quarter, True)
+    assert config_of("gemma4", **older, attention_k_eq_v=False).global_kind == LayerKind(24, 4, 1e6, quarter)
+    plain = config_of("gemma4", rope_parameters=..., layer_types=..., enable_moe_block=..., sliding_window=...)
+    assert (plain.local_kind, plain.global_kind.rope_scaling) == (LayerKind(8, 4, 1e4), quarter)
+    assert (plain.sliding_windows, plain.experts, plain.dense_layers) == ((512, 512, 512, None), None, ())
+    small = config_of("gemma4-shared", use_bidirectional_attention="vision")
+    assert (small.shared_layers, small.layer_input_size, small.layer_input_vocab_size) == (2, 6, 48)
+    assert [small.inner_size(layer) for layer in range(5)] == [40, 40, 40, 80, 80]
+    assert config_of("gemma4-shared", hidden_size_per_layer_input=..., vocab_size_per_layer_input=...).layer_input_size
+    ropes = {kind: {"rope_type": "proportional", "factor": 2.0} for kind in ("full_attention", "sliding_attention")}
+    other = config_of("gemma4-shared", rope_parameters=ropes)
+    assert other.local_kind == LayerKind(8, 2, 1e4, ProportionalRopeScaling(1.0, 2.0))
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -247,6 +278,36 @@ def test_what_is_special_is_read() -> None:
             {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 128]}},
             r"weight_block_size: expected \[128, 128\], got \[64, 128\]",
         ),
+        (
+            "gemma4",
+            {"use_bidirectional_attention": "all"},
+            "use_bidirectional_attention: expected 'vision', got 'all'",
+        ),
+        ("gemma4", {"top_k_experts": 6}, "top_k_experts: expected at most num_experts = 5, got 6"),
+        ("gemma4", {"num_experts": None}, "num_experts: expected an integer of at least 1, got null"),
+        (
+            "gemma4",
+            {"per_layer_config": {"1": {"head_dim": 16}, "3": {"head_dim": 32}}},
+            "per_layer_config: expected the same for all layers of full attention",
+        ),
+        (
+            "gemma4",
+            {"per_layer_config": None, "num_global_key_value_heads": 3},
+            "layers of full attention: expected .* a divisor of num_attention_heads = 4 .*, got 512 and 3",
+        ),
+        ("gemma4-shared", {"num_kv_shared_layers": 3}, "num_kv_shared_layers: expected so few that a layer of each"),
+        ("gemma4-shared", {"num_kv_shared_layers": 9}, "num_kv_shared_layers: expected so few that a layer of each"),
+        ("gemma4-shared", {"vocab_size": 49}, "vocab_size_per_layer_input: expected at least vocab_size = 49, got 48"),
+        (
+            "gemma4-shared",
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}},
+            "rope_type: expected 'default' or 'proportional', got 'yarn'",
+        ),
+        (
+            "gemma4-shared",
+            {"rope_parameters": {"full_attention": {"rope_type": "proportional", "partial_rotary_factor": 1.5}}},
+            "partial_rotary_factor: expected at most 1, got 1.5",
+        ),
         ("mistral", {"sliding_window": 0}, "sliding_window: expected an integer of at least 1, got 0"),
         ("llama-yarn", {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "rope_type: expected 'default'"),
         ("llama-dynamic", {"rope_parameters": {"rope_type": "dynamic"}}, "factor: expected a positive number"),
@@ -264,7 +325,7 @@ def test_wrong_fields_are_named(name: str, changes: dict[str, Any], message: str
 
 
 @pytest.mark.parametrize(
-    "name", ["mistral", "qwen2", "qwen3", "llama-yarn", "gemma3", "phi3", "mixtral", "gpt-oss", "smollm3"]
+    "name", ["mistral", "qwen2", "qwen3", "llama-yarn", "gemma3", "gemma4", "phi3", "mixtral", "gpt-oss", "smollm3"]
 )
 def test_only_llamas_are_saved(name: str, tmp_path: Path) -> None:
     model = checkpoint.load(PARITY / name).model
@@ -436,6 +497,49 @@ def test_a_step_has_prompts_and_chunks_over_a_cache_of_latents() -> None:
     got = step([(0, 9), (4, 9), (8, 9), (0, 0)])
     expected = np.concatenate([want["logits"][:9], want["logits"][4:9], want["logits"][8:9]])
     assert relative_error(got, expected) < 1e-5
+
+
+def test_shared_caches_of_eight_bits() -> None:
+    """Scales are those of the layers that have keys and values, which the other layers read with these scales."""
+    folder = PARITY / "gemma4-shared"
+    model, want = checkpoint.load(folder).model, load_file(folder / "expected.safetensors")
+    tokens = jnp.asarray(want["tokens"], jnp.int32)
+    scales = calibrate(model, [tokens], jnp.int8)
+    assert [of_layer["k_scale"].shape for of_layer in scales] == [(2,)] * 3
+    with pytest.raises(ValueError, match="scales: expected those of 3 layers, got 5"):
+        model.init_cache(10, PAGE_SIZE, jnp.int8, [*scales, *scales[:2]])
+    model.init_cache(len(tokens) // PAGE_SIZE, PAGE_SIZE, jnp.int8, scales)
+    pages = [variable.shape for variable in jax.tree.leaves(nnx.state(model, CacheVariable))]
+    assert sorted(pages) == [(10, PAGE_SIZE, 2, 8)] * 4 + [(10, PAGE_SIZE, 2, 16)] * 2
+    got = compiled(model, tokens, StepMetadata.whole_sequences(1, len(tokens), PAGE_SIZE))
+    assert 1e-4 < relative_error(got, want["logits"]) < 0.2  # scores are not scaled, and weights are large
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-shared"])
+def test_gemma_4_with_images_is_its_language_model(name: str, tmp_path: Path) -> None:
+    """As released: a text_config, other weights beside those of the text, and some of layers that do not use them."""
+    tensors = {name: tensor for _, name, tensor in read_tensors(PARITY / name)}
+    renamed = {key.replace("model.", "model.language_model.", 1): np.array(value) for key, value in tensors.items()}
+    unused = ["model.vision_tower.x.weight", "model.embed_audio.y.weight"]
+    if name == "gemma4-shared":
+        unused.append("model.language_model.layers.4.self_attn.k_proj.weight")
+    save_file(renamed | dict.fromkeys(unused, np.zeros(2, np.float32)), tmp_path / "model.safetensors")
+    data = json.loads((PARITY / name / "config.json").read_text())
+    whole = {"model_type": "gemma4", "text_config": data, "vision_config": {}, "dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    shutil.copy(PARITY / name / "tokenizer.json", tmp_path)
+    got, want = (nnx.state(checkpoint.load(folder).model, nnx.Param) for folder in (tmp_path, PARITY / name))
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_experts_of_gemma_4_have_three_axes(tmp_path: Path) -> None:
+    shutil.copytree(PARITY / "gemma4", tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.experts.down_proj"
+    save_file({**tensors, name: tensors[name][0]}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"experts\.down_proj': expected three axes, got shape \(24, 12\)"):
+        checkpoint.load(tmp_path)
 
 
 def test_rotated_pairs_may_be_halves() -> None:

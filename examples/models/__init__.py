@@ -15,6 +15,7 @@ from .family import Family
 from .fields import CheckpointError, Fields
 from .gemma2 import GEMMA2
 from .gemma3 import GEMMA3
+from .gemma4 import GEMMA4, GEMMA4_WITH_IMAGES
 from .gpt_oss import GPT_OSS
 from .llama import LLAMA
 from .mistral import MISTRAL
@@ -38,6 +39,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": QWEN3_MOE,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
+    "gemma4_text": GEMMA4,
+    "gemma4": GEMMA4_WITH_IMAGES,
     "phi3": PHI3,
     "gpt_oss": GPT_OSS,
     "olmo2": OLMO2,

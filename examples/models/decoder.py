@@ -45,7 +45,7 @@ class Block(nnx.Module):
         self.post_attention_layernorm = config.norm(size, epsilon, build)
         if config.experts is None or layer in config.dense_layers:
             options: Any = {"activation": config.hidden_act, "use_bias": config.mlp_bias}
-            self.mlp = GatedMlp(size, config.intermediate_size, build, **options)
+            self.mlp = GatedMlp(size, config.inner_size(layer), build, **options)
         else:
             self.mlp = config.experts.mlp(size, build, config.hidden_act)
         self.dropout = nnx.Dropout(build.dropout)
@@ -54,6 +54,11 @@ class Block(nnx.Module):
         """`[..., T, D]` to the same. See `Decoder.__call__`."""
         x = x + self.dropped(self.self_attn(self.input_layernorm(x), step), rngs)
         return x + self.dropped(self.mlp(self.post_attention_layernorm(x)), rngs)
+
+    def fuse(self) -> None:
+        """See `Decoder.fuse`."""
+        self.self_attn.fuse_projections()
+        self.mlp.fuse()
 
     def dropped(self, y: Array, rngs: nnx.Rngs | None) -> Array:
         """What is added to the input, after dropout."""
@@ -151,6 +156,10 @@ class DecoderConfig:
         """That of a layer."""
         return None if self.sliding_windows is None else self.sliding_windows[layer]
 
+    def inner_size(self, layer: int) -> int:
+        """The inner columns of a layer's plain MLP."""
+        return self.intermediate_size
+
     def split_sizes(self) -> dict[str, int]:
         """What tensor parallelism splits, by name: the number of devices has to divide each."""
         if self.latent is None:
@@ -201,9 +210,13 @@ class Decoder(nnx.Module):
         self.norm = config.norm(config.hidden_size, config.rms_norm_eps, build)
         self.dropout = nnx.Dropout(dropout)
         self._placed: tuple[Mesh, str] | None = None
+        self.add_modules(build)
         self.lm_head = nnx.data(None)
         if not config.tie_word_embeddings:
             self.lm_head = build.linear(config.hidden_size, config.vocab_size)
+
+    def add_modules(self, build: Build) -> None:
+        """Makes what only some families have around the blocks; here nothing."""
 
     def init_cache(
         self,
@@ -212,7 +225,7 @@ class Decoder(nnx.Module):
         dtype: DTypeLike | None = None,
         scales: Sequence[Mapping[str, ArrayLike]] | None = None,
     ) -> None:
-        """Gives every layer an empty cache.
+        """Gives every layer an empty cache, but for those that see another layer's.
 
         Args:
           num_pages, page_size: pages of every layer, or of those of each layer group; and tokens per page.
@@ -220,13 +233,14 @@ class Decoder(nnx.Module):
           scales: keywords of each layer's `init_cache`, as `jax_paged_attn.nnx.calibrate` returns them.
 
         Raises:
-          ValueError: as many scales as layers are expected; see also `PagedAttention.init_cache`.
+          ValueError: as many scales as layers with a cache are expected; see also `PagedAttention.init_cache`.
         """
-        if scales is not None and len(scales) != len(self.layers):
-            raise ValueError(f"scales: expected those of {len(self.layers)} layers, got {len(scales)}")
+        layers = [layer for layer in self.layers if layer.self_attn.attention is not None]
+        if scales is not None and len(scales) != len(layers):
+            raise ValueError(f"scales: expected those of {len(layers)} layers, got {len(scales)}")
         dtype = self.dtype if dtype is None else dtype
-        for index, layer in enumerate(self.layers):
-            pages_of_layer = _of_group(num_pages, layer.group)
+        for index, layer in enumerate(layers):
+            pages_of_layer = of_group(num_pages, layer.group)
             layer.self_attn.init_cache(pages_of_layer, page_size, dtype, **(scales[index] if scales else {}))
             for pages in (layer.self_attn.attention.k_pages, layer.self_attn.attention.v_pages):
                 if pages is not None and self._placed is not None:
@@ -237,8 +251,7 @@ class Decoder(nnx.Module):
     def fuse(self) -> None:
         """Joins products that share their input, q with k and v, gate with up: for serving, not to be saved."""
         for layer in self.layers:
-            layer.self_attn.fuse_projections()
-            layer.mlp.fuse()
+            layer.fuse()
         if self._placed is not None:
             self.shard(*self._placed)
 
@@ -290,13 +303,17 @@ class Decoder(nnx.Module):
 
     def hidden(self, tokens: Array, step: Step = None, rngs: nnx.Rngs | None = None) -> Array:
         """`[..., T]` token ids to normalised hidden states `[..., T, D]`. See `__call__`."""
+        x = self.embedded(tokens, rngs)
+        for layer in self.layers:
+            x = layer(x, of_group(step, layer.group), rngs)
+        return self.norm(x)
+
+    def embedded(self, tokens: Array, rngs: nnx.Rngs | None) -> Array:
+        """What the first layer sees, `[..., T, D]`."""
         x = self.embed_tokens(tokens)
         if self.config.embedding_scale is not None:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
-        x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
-        for layer in self.layers:
-            x = layer(x, _of_group(step, layer.group), rngs)
-        return self.norm(x)
+        return self.dropout(x, deterministic=rngs is None, rngs=rngs)
 
     def logits(self, hidden: Array) -> Array:
         """`[..., D]` to float32 `[..., vocab]`."""
@@ -317,7 +334,7 @@ class Decoder(nnx.Module):
         return self.logits(self.hidden(tokens, step, rngs))
 
 
-def _of_group(values: Any, group: int) -> Any:
+def of_group(values: Any, group: int) -> Any:
     """What the layers of a group get: their own, if there is one for each group."""
     return values[group] if isinstance(values, tuple) else values
 

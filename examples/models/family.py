@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .decoder import DecoderConfig
+from .decoder import Decoder, DecoderConfig
 from .fields import CheckpointError, Fields
 from .rotary import rope_kind, rope_scaling, rope_section
 
@@ -36,6 +36,8 @@ class Family:
       activation: the field that names the MLP's, and the only value that it may have.
       rope: the object with the kind of rotary embeddings.
       tensors: gives a folder's tensors the names and the shapes of the decoder's.
+      text: the field with the language model's config, in models that see images too; None where it is all there is.
+      config_type, decoder: of the family's models.
     """
 
     special: Callable[[Fields], dict[str, Any]]
@@ -43,6 +45,9 @@ class Family:
     activation: Callable[[Fields], str] = lambda fields: fields.choice("hidden_act", ("silu",), "silu")
     rope: Callable[[Fields], Fields] = rope_section
     tensors: Callable[[Tensors, DecoderConfig], Tensors] = _unchanged
+    text: str | None = None
+    config_type: type[DecoderConfig] = DecoderConfig
+    decoder: type[Decoder] = Decoder
 
     def config(self, fields: Fields, max_len: int | None = None) -> DecoderConfig:
         """The config of a config.json.
@@ -56,6 +61,8 @@ class Family:
           CheckpointError: a field has a value that no model of the family has.
           ValueError: `max_len` is below 1 or more than the model reaches.
         """
+        if self.text is not None:
+            fields = fields.section(self.text)
         special, defaults = self.special(fields), self.defaults
         self.activation(fields)
         vocab_size = fields.integer("vocab_size")
@@ -85,7 +92,7 @@ class Family:
             "bos_token_id": next(iter(self._token_ids(fields, "bos_token_id", vocab_size)), None),
             "eos_token_ids": self._token_ids(fields, "eos_token_id", vocab_size),
         }
-        return DecoderConfig(**{**common, **special})
+        return self.config_type(**{**common, **special})
 
     def _token_ids(self, fields: Fields, name: str, vocab_size: int) -> tuple[int, ...]:
         """Missing and null differ: null means that there is none."""

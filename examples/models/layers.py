@@ -158,14 +158,16 @@ class ExpertsMlp(nnx.Module):
             self.gate_up, self.down = nnx.Param(gate_up), nnx.Param(down)
             self.experts = nnx.data(None)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, routed: Array | None = None) -> Array:
+        """Tokens `[..., D]` to the same; `routed` is what the router sees, where that is not `x`."""
         gate_up, down = self._stacked()
+        seen = (x if routed is None else routed).reshape(-1, x.shape[-1])
 
         def run(rows: Array, counts: Array, _: Array) -> Array:
             gate, up = alternating(jax.lax.ragged_dot(rows, gate_up.astype(rows.dtype), counts))
             return jax.lax.ragged_dot(ACTIVATIONS[self.activation](gate) * up, down.astype(rows.dtype), counts)
 
-        return mixture(x, self.config, self.route, run)
+        return mixture(x, self.config, lambda _: self.route(seen), run)
 
     def route(self, x: Array) -> tuple[Array, Array]:
         """The experts of each token `[n, D]`: their weights, float32 `[n, per_token]`, and which they are."""

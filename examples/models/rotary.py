@@ -9,13 +9,14 @@ from jax_paged_attn.rope import (
     LinearRopeScaling,
     Llama3RopeScaling,
     LongRopeScaling,
+    ProportionalRopeScaling,
     RopeScaling,
     YarnRopeScaling,
 )
 
 from .fields import Fields
 
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 
 
 def rope_section(fields: Fields) -> Fields:
@@ -42,6 +43,8 @@ def rope_scaling(rope: Fields, fields: Fields, context: int, max_len: int) -> Ro
         return _long(rope, fields, context, max_len)
     if kind == "yarn":
         return _yarn(rope, context)
+    if kind == "proportional":
+        return proportional(rope)
     factor = rope.number("factor")
     return LinearRopeScaling(factor) if kind == "linear" else DynamicRopeScaling(factor, context, max_len)
 
@@ -57,6 +60,14 @@ def _llama3(rope: Fields) -> Llama3RopeScaling:
     if low >= high:
         raise rope.error("low_freq_factor", f"less than high_freq_factor = {high}")
     return Llama3RopeScaling(factor, low, high, original)
+
+
+def proportional(rope: Fields) -> ProportionalRopeScaling:
+    """The scaling of kind "proportional"."""
+    share = rope.number("partial_rotary_factor", 1.0)
+    if share > 1:
+        raise rope.error("partial_rotary_factor", "at most 1")
+    return ProportionalRopeScaling(share, rope.number("factor", 1.0))
 
 
 def _yarn(rope: Fields, context: int) -> YarnRopeScaling:

@@ -54,6 +54,16 @@ LATENT_ROPE: dict[str, Any] = {
     "rope_theta": 1e4,
 }
 
+# Layers with a window and the others, in all Gemma 4.
+GEMMA4: dict[str, Any] = {
+    "global_head_dim": 16,
+    "sliding_window": 5,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    },
+}
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
     "llama-dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4}}),
@@ -92,6 +102,37 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             },
+        },
+    ),
+    # As the larger models of the family: experts beside the MLP, values from the projection of keys.
+    "gemma4": (
+        "Gemma4Text",
+        {
+            **GEMMA4,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 4,
+            "num_global_key_value_heads": 2,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 5,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 12,
+        },
+    ),
+    # As the smaller ones: embeddings of each layer, and last layers that see keys and values of earlier ones.
+    "gemma4-shared": (
+        "Gemma4Text",
+        {
+            **GEMMA4,
+            "num_hidden_layers": 5,
+            "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding", "full")],
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": 48,
+            "final_logit_softcapping": 8.0,
         },
     ),
     "gpt-oss": (
@@ -193,6 +234,8 @@ def make(name: str, kind: str, options: dict[str, Any], folder: Path) -> None:
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("e_score_correction_bias"):
                 buffer.normal_(0.0, 0.3)
+            if buffer_name.endswith("layer_scalar"):
+                buffer.normal_(1.0, 0.3)
         tokens = torch.randint(0, config.vocab_size, (1, LENGTH))
         logits = model(tokens).logits[0]
         prompt = tokens[:, :PROMPT]
