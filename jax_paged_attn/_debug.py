@@ -185,7 +185,7 @@ def _observe_attention(
         "lengths": lengths,
         "block_tables": block_tables,
         "finite_q": _finite(q),
-        "bad_keys": first_not_finite(k_pages, 0),
+        "bad_keys": first_not_finite(k_pages[..., : q.shape[-1]] if layout == "values_in_keys" else k_pages, 0),
         "bad_values": first_not_finite(v_pages, 1) if not LAYOUTS[layout].values_in_keys else nothing,
         "sinks": sinks.reshape(-1),
         "k_scale": k_scale,

@@ -81,6 +81,7 @@ def tangent(
     value_dim = saved.out.shape[-1]
     k_dot, v_dot = (None if x is None else LAYOUTS[layout].split(x, i, kv_heads) for i, x in enumerate((k_dot, v_dot)))
     if LAYOUTS[layout].values_in_keys:
+        k_dot = None if k_dot is None else k_dot[..., : saved.q.shape[-1]]
         v_dot = None if k_dot is None else k_dot[..., :value_dim]
     saved = _split(saved, layout)
     num_rows, heads, _ = saved.q.shape
@@ -177,7 +178,7 @@ def cotangent(
 def _split(saved: Saved, layout: str) -> Saved:
     """With pools `[P, S, K, H]`, whatever the layout."""
     kv_heads, pools = saved.k_scale.shape[1], (saved.k_pages, saved.v_pages)
-    k_pages, v_pages = LAYOUTS[layout].split_both(*pools, kv_heads)
+    k_pages, v_pages = LAYOUTS[layout].split_both(*pools, kv_heads, saved.q.shape[-1])
     scales = (saved.k_token_scales, saved.v_token_scales)
     k_scales, v_scales = (LAYOUTS[layout].split_scales(x, i, kv_heads) for i, x in enumerate(scales))
     pages = {"k_pages": k_pages, "v_pages": v_pages}

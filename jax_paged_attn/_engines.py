@@ -31,6 +31,7 @@ class Call:
     batch_invariant: bool
     token_scales: bool = False
     values_in_keys: bool = False
+    padded_keys: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Engine:
         if taken is not None and dims not in taken:
             of_pages = f" for pages of dtype {call.page_dtype}" if call.values_in_keys else ""
             return f"expected a head dim of {_either(map(_name, taken))}{of_pages}, got {_name(dims)}"
+        if call.padded_keys and taken is not None and dims not in self.mla_head_dims:
+            return f"expected keys without padding unless of {_either(map(_name, self.mla_head_dims))}, got some"
         if call.token_scales and not self.token_scales:
             return "expected scales of pages to be scalar or per head, got one per token and head"
         return None

@@ -342,7 +342,7 @@ def attention_cpu(
     named = AttentionOperands.of(operands, token_scales)
     sizes = (named.block_tables.shape[0], named.q.shape[1], named.v_pages.shape[-1])
     workspace = attention_workspace_bytes(*sizes)
-    return _attention(named, workspace, **parameters)
+    return _attention(named, workspace, padded=_num_padding_columns(named) > 0, **parameters)
 
 
 def attention_cuda(
@@ -361,6 +361,9 @@ def attention_cuda(
     """
     limit = workspace_limit_cuda()
     named = AttentionOperands.of(operands, token_scales)
+    padded = _num_padding_columns(named) > 0
+    if engine == "cublaslt":  # which does not pass over padding
+        named = named._replace(q=jnp.pad(named.q, ((0, 0), (0, 0), (0, _num_padding_columns(named)))))
     workspace = _CUDA_WORKSPACES[engine](
         named.q,
         named.k_pages,
@@ -383,7 +386,7 @@ def attention_cuda(
         # The rows are known then: XLA would make both arrays anew in each call.
         none = jnp.zeros(0, jnp.int32)
         named = named._replace(q_starts=none, q_counts=none)
-    return _attention(named, workspace, attributes, layout=layout, **parameters)
+    return _attention(named, workspace, attributes, layout=layout, padded=padded, **parameters)
 
 
 def _attention(
@@ -393,8 +396,15 @@ def _attention(
     *,
     scoring: Scoring,
     layout: str,
+    padded: bool,
 ) -> tuple[Array, Array]:
-    """Calls the attention target; `attributes` are those that one platform has beyond the common ones."""
+    """Calls the attention target.
+
+    Args:
+      attributes: those that one platform has beyond the common ones.
+      padded: whether keys are, see `Layout.values_in_keys`. Their pools are reshaped ones, mostly of one head. XLA
+        would copy them if the last reshape added an axis of size 1, so they go without the axis of heads.
+    """
     q, value_dim = operands.q, operands.v_pages.shape[-1]
     results = (
         jax.ShapeDtypeStruct((*q.shape[:2], value_dim), q.dtype),
@@ -402,9 +412,13 @@ def _attention(
         jax.ShapeDtypeStruct((workspace_bytes,), jnp.uint8),
     )
     target, of_layout = (ATTENTION_TARGET, {}) if layout == "split" else (ATTENTION_LAYOUT_TARGET, {"layout": layout})
+    num_padding_heads = _padding_heads(operands, layout)
+    if padded and operands.k_pages.shape[2] == 1:
+        k_pages, v_pages = (jnp.squeeze(pages, 2) for pages in (operands.k_pages, operands.v_pages))
+        operands = operands._replace(k_pages=k_pages, v_pages=v_pages)
     arrays, scales = operands[:10], operands[10:]
     own_values = value_dim != q.shape[2] or LAYOUTS[layout].values_in_keys
-    if own_values or _padding_heads(operands, layout) or any(x is not None for x in scales):
+    if own_values or num_padding_heads or any(x is not None for x in scales):
         target = ATTENTION_VALUES_TARGET if own_values else ATTENTION_TOKENS_TARGET
         of_layout = {"layout": layout}
         arrays += tuple(jnp.zeros((0, 0, 0), jnp.float32) if x is None else x for x in scales)
@@ -415,6 +429,10 @@ def _attention(
         **(attributes or {}),
     )
     return out, lse
+
+
+def _num_padding_columns(operands: AttentionOperands) -> int:
+    return operands.k_pages.shape[-1] - operands.q.shape[2]
 
 
 def _padding_heads(operands: AttentionOperands, layout: str) -> int:

@@ -23,7 +23,7 @@ class Layout:
       interleaved: True if one array holds both pools: key head k is its head 2k, value head k its head 2k + 1. Padding
         heads may follow, which no operation reads or writes.
       values_in_keys: True if the values are the first Hv numbers of each key. The pool of values is then an empty
-        array, whose last axis says how many they are.
+        array, whose last axis says how many they are. Padding numbers may follow each key, which no row sees.
     """
 
     shape: str
@@ -61,12 +61,15 @@ class Layout:
         """K, the key/value heads, of a pool or its abstract value."""
         return (pool.shape[self.head_axis] - num_padding_heads) // (2 if self.interleaved else 1)
 
-    def shape_by_heads(self, pool: Array, head_dim: int | None) -> tuple[int, ...]:
+    def shape_by_heads(self, pool: Array, head_dim: int | None, kv_heads: int) -> tuple[int, ...]:
         """The shape of a pool, or its abstract value, with one axis of heads; an interleaved one may have any axes.
 
-        That of a pool that does not consist of heads of `head_dim` numbers is returned as it is. None: the pool has no
-        axis for a head dim of 1.
+        One of a single head that holds the values may have the tokens of a page in two axes. That of a pool that does
+        not consist of heads of `head_dim` numbers is returned as it is. None: the pool has no axis for a head dim of 1.
         """
+        if self.values_in_keys and kv_heads == 1 and len(pool.shape) == 4:
+            pages, page_size, more, width = pool.shape
+            return (pages, page_size * more, 1, width)
         shape = pool.shape if head_dim is not None else (*pool.shape, 1)
         head_dim = 1 if head_dim is None else head_dim
         numbers = math.prod(shape[2:])
@@ -83,9 +86,9 @@ class Layout:
         heads = pool[:, :, which : 2 * kv_heads : 2] if self.interleaved else pool
         return jnp.moveaxis(heads, (self.page_axis, self.token_axis), (0, 1))
 
-    def split_both(self, k_pages: Array, v_pages: Array, kv_heads: int) -> tuple[Array, Array]:
+    def split_both(self, k_pages: Array, v_pages: Array, kv_heads: int, head_dim: int) -> tuple[Array, Array]:
         """Keys `[P, S, K, H]` and values `[P, S, K, Hv]`, likewise, of the operands of attention."""
-        keys = self.split(k_pages, 0, kv_heads)
+        keys = self.split(k_pages, 0, kv_heads)[..., :head_dim]
         if self.values_in_keys:
             return keys, keys[..., : v_pages.shape[-1]]
         return keys, self.split(v_pages, 1, kv_heads)
@@ -96,8 +99,8 @@ class Layout:
 
     def merge(self, pages: Array, which: int, pool: Array) -> Array:
         """The transpose of `split`: `[P, S, K, H]` in the place of `pool`, whose values are not used, else zeros."""
-        aval = jax.ShapeDtypeStruct(pool.shape, pages.dtype)
-        (merged,) = jax.linear_transpose(lambda pool: self.split(pool, which, pages.shape[2]), aval)(pages)
+        aval, (*_, kv_heads, head_dim) = jax.ShapeDtypeStruct(pool.shape, pages.dtype), pages.shape
+        (merged,) = jax.linear_transpose(lambda pool: self.split(pool, which, kv_heads)[..., :head_dim], aval)(pages)
         return merged
 
 

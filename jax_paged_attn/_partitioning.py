@@ -116,7 +116,7 @@ def rule(
 
     # Behind pools come their scales per token, which have the same axes but the last.
     pool, rows, num_kv_heads = first(Axis.K_POOL), first(Axis.ROWS, Axis.TOKENS), first(Axis.SCALES).shape[1]
-    num_heads = layout.shape_by_heads(pool, head_dim_of(rows))[layout.head_axis]
+    num_heads = layout.shape_by_heads(pool, head_dim_of(rows), num_kv_heads)[layout.head_axis]
     kinds = {num_kv_heads: Dim.KV_HEADS} | ({2 * num_kv_heads: Dim.KV_PAIRS} if layout.interleaved else {})
     heads_of_pool = kinds.get(pool.shape[layout.head_axis], Dim.WHOLE)
     whole_heads = heads_of_pool is Dim.WHOLE or num_heads != num_kv_heads * len(kinds)

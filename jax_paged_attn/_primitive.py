@@ -161,6 +161,7 @@ def describe(operands: Sequence[Any], parameters: Mapping[str, Any]) -> _engines
         head_dim=q.shape[2],
         value_dim=v_pages.shape[-1],
         values_in_keys=layout.values_in_keys,
+        padded_keys=k_pages.shape[-1] > q.shape[2],
         page_size=layout.page_size(k_pages),
         q_dtype=str(q.dtype),
         page_dtype=str(k_pages.dtype),
@@ -180,7 +181,10 @@ def _attention_abstract(*operands: Any, implementation: str | None, **parameters
     dims.match("k_scale", k_scale, "Xk K", ("float32",))
     dims.match("v_scale", v_scale, "Xv K", ("float32",))
     k_name, v_name = layout.pools
-    dims.match(k_name, k_pages, layout.padded_shape.replace("P", "Pk"), (str(q.dtype), *_checks.QUANTIZED_DTYPES))
+    k_shape = layout.padded_shape.replace("P", "Pk").replace("H", ">=H" if layout.values_in_keys else "H")
+    dims.match(k_name, k_pages, k_shape, (str(q.dtype), *_checks.QUANTIZED_DTYPES))
+    if k_pages.shape[-1] != dims["H"] and k_pages.shape[-1] * k_pages.dtype.itemsize % 16:
+        raise ValueError(f"{k_name}: expected padded keys of a multiple of 16 bytes, got shape {k_pages.shape}")
     v_shape = layout.padded_shape if layout.interleaved else layout.value_shape
     dims.match(v_name, v_pages, v_shape.replace("P", "0" if layout.values_in_keys else "Pv"), (str(k_pages.dtype),))
     k_tokens, v_tokens = keys_and_values(operands[10:], parameters["token_scales"])
@@ -251,7 +255,7 @@ def _write_abstract(*operands: Any, layout: str, **_: Any) -> list[Any]:
     shapes = (LAYOUTS[layout].padded_shape, LAYOUTS[layout].value_shape)
     for which, (name, pool) in enumerate(zip(LAYOUTS[layout].pools, pools, strict=False)):
         dtypes = (str(pools[0].dtype),) if which else _checks.PAGE_DTYPES
-        by_heads: Any = jax.ShapeDtypeStruct(LAYOUTS[layout].shape_by_heads(pool, head_dim), pool.dtype)
+        by_heads: Any = jax.ShapeDtypeStruct(LAYOUTS[layout].shape_by_heads(pool, head_dim, k.shape[1]), pool.dtype)
         dims.match(name, by_heads, shapes[which], dtypes)
     dims.match("v", v, of_values, (str(k.dtype),))
     dims.match("slot_mapping", slot_mapping, "T", ("int32",))

@@ -39,7 +39,7 @@ def attention(
     num_rows, num_heads, head_dim = q.shape
     num_seqs, kv_heads = block_tables.shape[0], k_scale.shape[1]
     out_shape = (num_rows, num_heads, v_pages.shape[-1])
-    k_pages, v_pages = LAYOUTS[layout].split_both(k_pages, v_pages, kv_heads)
+    k_pages, v_pages = LAYOUTS[layout].split_both(k_pages, v_pages, kv_heads, head_dim)
     k_tokens, v_tokens = (
         LAYOUTS[layout].split_scales(scales, i, kv_heads)
         for i, scales in enumerate(keys_and_values(scales_of_tokens, token_scales))
@@ -136,7 +136,7 @@ def _softmax_average(scores: Array, visible: Array, sink: Array, values: Array) 
 def write(*operands: Array, layout: str = "split") -> tuple[Array, ...]:
     """Returns the pools with the tokens of `k`, `v` `[T, K, H]` stored at `slot_mapping [T]`."""
     *given, k, v, slot_mapping, k_scale, v_scale = operands
-    pools = [pool.reshape(LAYOUTS[layout].shape_by_heads(pool, head_dim_of(k))) for pool in given]
+    pools = [pool.reshape(LAYOUTS[layout].shape_by_heads(pool, head_dim_of(k), k.shape[1])) for pool in given]
     k, v = (x if x.ndim == 3 else x[..., None] for x in (k, v))
     num_slots = LAYOUTS[layout].num_slots(pools[0])
     targets = jnp.where(last_writer(slot_mapping, num_slots), slot_mapping, num_slots)
@@ -203,7 +203,7 @@ def read_tokens(pool: Array, slots: Array, scale: Array, which: int, head_dim: i
     It is 0 if the token is not there. As a linear map this is the transpose of the write. A key has all its numbers, a
     value the first `head_dim` ones, which are none where the values are in the keys.
     """
-    pool = pool.reshape(LAYOUTS[layout].shape_by_heads(pool, head_dim))
+    pool = pool.reshape(LAYOUTS[layout].shape_by_heads(pool, head_dim, scale.shape[1]))
     pages = LAYOUTS[layout].split(pool, which, scale.shape[1])
     num_pages, page_size, kv_heads, width = pages.shape
     num_slots = num_pages * page_size

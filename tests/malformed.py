@@ -248,6 +248,7 @@ def malformed_values(engine: str) -> Iterator[Call]:
             yield replace(wrong, error=MISMATCH) if free else wrong
     before = {"target": _ffi.ATTENTION_TOKENS_TARGET}
     yield replace(call, **before, label="values in keys in v3", error=MISMATCH)
+    yield from padded_keys(call, engine)
     apart = attention("cublaslt" if engine == "fused" else engine, layout="apart")
     yield replace(apart, **before, label="head dims apart in v3", error=MISMATCH)
     if engine == "fused":
@@ -258,6 +259,24 @@ def malformed_values(engine: str) -> Iterator[Call]:
     for wrong in wrong_arrays(apart, (*ATTENTION_OPERANDS, *TOKEN_SCALES), "operands"):
         if wrong.label.startswith(("v_pages", "q:")) and ": dtype" not in wrong.label:
             yield wrong
+
+
+def padded_keys(call: Call, engine: str) -> Iterator[Call]:
+    """Keys with columns that no row sees: of whole 16 bytes, for engines that pass over them."""
+    q, keys, values, *others = call.operands
+    more = 16 // keys.dtype.itemsize
+
+    def padded(columns: int, label: str, error: str | None, more_values: int = 0) -> Call:
+        wide, of_values = (
+            jax.ShapeDtypeStruct((*x.shape[:-1], x.shape[-1] + n), x.dtype)
+            for x, n in ((keys, columns), (values, more_values))
+        )
+        return replace(call, operands=(q, wide, of_values, *others), label=label, error=error)
+
+    refused = None if engine == "cpu" else "k_pages: expected keys without padding"
+    yield padded(more, "padded keys", refused)
+    yield padded(1, "odd padding", "k_pages: expected padded keys of a multiple of 16 bytes")
+    yield padded(more, "values in padding", "v_pages: expected at most the H", more)
 
 
 def malformed_writes() -> Iterator[Call]:

@@ -47,8 +47,9 @@ struct AttentionProblem {
   int64_t num_k_scales = 0;  // X of k_scale, likewise
   int64_t num_v_scales = 0;  // X of v_scale, likewise
   PageLayout layout = PageLayout::kSplit;
-  int64_t num_padding_heads = 0;  // of an interleaved pool, after the 2K
-  bool has_token_scales = false;  // keys or values have a scale per token and head
+  int64_t num_padding_heads = 0;    // of an interleaved pool, after the 2K
+  int64_t num_padding_columns = 0;  // with ValuesInKeys(), after each key, which takes a multiple of 16 bytes
+  bool has_token_scales = false;    // keys or values have a scale per token and head
 
   // The values are the first Hv numbers of each key: v_pages is k_pages, with its strides, pages and scales.
   constexpr bool ValuesInKeys() const { return layout == PageLayout::kValuesInKeys; }

@@ -106,6 +106,9 @@ Status Parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
     return Status::InvalidArgument(
         "k_token_scales, v_token_scales: expected none with implementation fused, got some");
   }
+  if (call->problem.num_padding_columns > 0 && !IsFused(call->attributes)) {
+    return Status::InvalidArgument("k_pages: expected keys without padding with implementation cublaslt");
+  }
   call->workspace_bytes = tensors["workspace"].dim(0);
   return Status::Ok();
 }

@@ -35,13 +35,20 @@ struct PoolShape {
   const char* text;
   size_t pages, page_size, heads;  // axes; the head dimension is the last one
   int64_t heads_per_kv_head;
+  bool may_lack_heads = false;  // [P, S, H] for K = 1
 };
 
 constexpr PoolShape ShapeOfPool(PageLayout layout) {
   switch (layout) {
     case PageLayout::kSplit:
-    case PageLayout::kValuesInKeys:
       return {.text = "[P, S, K, H]", .pages = 0, .page_size = 1, .heads = 2, .heads_per_kv_head = 1};
+    case PageLayout::kValuesInKeys:
+      return {.text = "[P, S, K, H]",
+              .pages = 0,
+              .page_size = 1,
+              .heads = 2,
+              .heads_per_kv_head = 1,
+              .may_lack_heads = true};
     case PageLayout::kInterleaved:
       return {.text = "[P, S, 2K, H]", .pages = 0, .page_size = 1, .heads = 2, .heads_per_kv_head = 2};
     case PageLayout::kHeadMajor:
@@ -78,6 +85,11 @@ inline constexpr int64_t kNowhere = -1;    // it is 1 and has no axis
 inline Status ParseHeads(const NamedBuffer& pages, const PoolShape& shape, int64_t head_dim, int64_t* heads,
                          int64_t* parsed_head_dim) {
   const bool interleaved = shape.heads_per_kv_head > 1;
+  if (head_dim == kInLastAxis && shape.may_lack_heads && pages.rank() == 3) {
+    *heads = 1;
+    *parsed_head_dim = pages.dim(2);
+    return Status::Ok();
+  }
   if (head_dim == kInLastAxis || (head_dim == kNowhere && !interleaved)) {
     if (pages.rank() != (head_dim == kNowhere ? 3 : 4))
       return Mismatch(pages, std::string("shape ") + shape.text);
@@ -181,8 +193,16 @@ inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Targe
   }
   const int64_t num_rows = q.dim(0), num_q_heads = q.dim(1), head_dim = q.dim(2);
   const int64_t num_kv_heads = pools.num_kv_heads;
-  if (head_dim != pools.head_dim) {
+  const bool may_be_padded = layout == PageLayout::kValuesInKeys;
+  const int64_t num_padding_columns = may_be_padded ? pools.head_dim - head_dim : 0;
+  if (num_padding_columns < 0 || (!may_be_padded && head_dim != pools.head_dim)) {
     return Mismatch(k_pages, "the head dimension of q, " + std::to_string(head_dim));
+  }
+  if (num_padding_columns > 0 && pools.head_dim * ByteWidth(pools.dtype) % 16 != 0) {
+    return Mismatch(k_pages, "padded keys of a multiple of 16 bytes");
+  }
+  if (may_be_padded && pools.value_dim > head_dim) {
+    return Mismatch(tensors["v_pages"], "at most the H = " + std::to_string(head_dim) + " numbers of a key");
   }
   if (num_q_heads < 1 || num_q_heads % num_kv_heads != 0) {
     return Mismatch(q, "N a positive multiple of K = " + std::to_string(num_kv_heads));
@@ -223,7 +243,8 @@ inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Targe
               .num_k_scales = tensors["k_scale"].dim(0),
               .num_v_scales = tensors["v_scale"].dim(0),
               .layout = layout,
-              .num_padding_heads = pools.num_padding_heads};
+              .num_padding_heads = pools.num_padding_heads,
+              .num_padding_columns = num_padding_columns};
   return Status::Ok();
 }
 
@@ -237,7 +258,8 @@ inline Status ParseAttention(const AttentionTensors& tensors, const Target& targ
     return StridesOf(problem->layout, num_pages, problem->page_size, problem->num_kv_heads, head_dim,
                      problem->num_padding_heads);
   };
-  const PageStrides k_strides = strides_of(problem->num_k_pages, problem->head_dim);
+  const PageStrides k_strides =
+      strides_of(problem->num_k_pages, problem->head_dim + problem->num_padding_columns);
   const int64_t first_value =
       FirstValue(problem->layout, problem->num_v_pages, problem->head_dim, problem->kv_dtype);
   const float *k_token_scales = nullptr, *v_token_scales = nullptr;
@@ -299,6 +321,11 @@ inline Status ParseWrite(const WriteTensors& tensors, const Target& target, cons
   const bool own_value_dim = may_own_value_dim && has_head_dim;
   if (Status s = ParsePages(k_pages, v_pages, layout, k.dim(1), head_dim, own_value_dim, &pools); !s.ok())
     return s;
+  // A pool of one head that holds the values may have the tokens of a page in two axes.
+  if (!has_values && k.dim(1) == 1) {
+    pools.page_size *= pools.num_kv_heads;
+    pools.num_kv_heads = 1;
+  }
   const int64_t num_pages = pools.num_k_pages;
   if (one_pool && v_pages.dim(ShapeOfPool(layout).pages) != 0)
     return Mismatch(v_pages, "no pages, since k_pages holds the values");

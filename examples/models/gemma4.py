@@ -25,7 +25,7 @@ from .gemma4_decoder import Gemma4Block, Gemma4Config, Gemma4Decoder, LayerKind
 from .layers import Experts
 from .rotary import proportional
 
-# Of layers with a window and of the others, where config.json does not say it.
+# Rotary embeddings by kind of layer, where config.json does not say them.
 _ROPE: dict[str, dict[str, Any]] = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},

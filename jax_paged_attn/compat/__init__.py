@@ -7,14 +7,15 @@ another import, on CPU and CUDA; pages are read where they lie. All that holds o
 and `compat.ejkernel` have the calls of Levanter and of EasyDeL.
 
 `write_interleaved_kv_pages` and `write_head_major_kv_pages` write the pages of JAX's own kernels, in place where they
-are donated; the latter also 8-bit ones with a scale per token and head. `ragged_paged_attention_v3` and
-`batched_ragged_paged_attention` write the cache themselves.
+are donated; the latter also 8-bit ones with a scale per token and head. `ragged_paged_attention_v3`,
+`batched_ragged_paged_attention` and `mla_ragged_paged_attention` write the cache themselves.
 """
 
 from jax_paged_attn.compat import ejkernel as ejkernel
 from jax_paged_attn.compat import levanter as levanter
 from jax_paged_attn.compat._gpu import paged_attention
 from jax_paged_attn.compat._keywords import DEFAULT_MASK_VALUE
+from jax_paged_attn.compat._mla import mla_ragged_paged_attention
 from jax_paged_attn.compat._rpa_v3 import ragged_paged_attention_v3
 from jax_paged_attn.compat._tokamax import batched_ragged_paged_attention
 from jax_paged_attn.compat._tpu import ragged_paged_attention
@@ -24,6 +25,7 @@ __all__ = [
     "DEFAULT_MASK_VALUE",
     "amax_scales",
     "batched_ragged_paged_attention",
+    "mla_ragged_paged_attention",
     "paged_attention",
     "ragged_paged_attention",
     "ragged_paged_attention_v3",

@@ -81,25 +81,32 @@ class Call:
         shape = shape_of_pool(cache, dims["K"], dims["H"], side_by_side)
         _primitive.check_sizes(dims["N"], dims["K"], (dims["H"], dims["H"]), shape[1], ("kv_cache", "kv_cache"))
 
-        lens, flat, rows, ends = (
-            _checks.as_int32(name, x)
-            for name, x in (
-                ("kv_lens", kv_lens),
-                ("page_indices", page_indices),
-                ("cu_q_lens", cu_q_lens),
-                ("distribution", distribution),
-            )
+        where, given = sequences(dims, (kv_lens, page_indices, cu_q_lens, distribution), shape[1])
+        return cls(q, k, v, cache, shape, *where, given=given)
+
+
+def sequences(
+    dims: _checks.Dims, arrays: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], page_size: int
+) -> tuple[tuple[Array, Array, Array, Array], tuple[Array, Array, Array]]:
+    """Checked arrays of the sequences of a call, and lengths, first rows and distribution as they were given.
+
+    Args:
+      dims: T is known.
+      arrays: `kv_lens`, `page_indices`, `cu_q_lens` and `distribution`.
+      page_size: S.
+
+    Returns:
+      Lengths, tables, first rows and row counts, as in `Call`; then see above.
+    """
+    names = {"kv_lens": "B", "page_indices": "B·M", "cu_q_lens": "B+1", "distribution": "3"}
+    lens, flat, rows, ends = (_checks.as_int32(name, x) for name, x in zip(names, arrays, strict=True))
+    for (name, letters), x in zip(names.items(), (lens, flat, rows, ends), strict=True):
+        dims.match(name, x, letters, ("int32",))
+    if dims["B"] == 0 or flat.shape[0] % dims["B"]:
+        raise ValueError(
+            f"page_indices: expected shape [B·M] for the {dims['B']} sequences of kv_lens, got {flat.shape}"
         )
-        dims.match("kv_lens", lens, "B", ("int32",))
-        dims.match("page_indices", flat, "B·M", ("int32",))
-        dims.match("cu_q_lens", rows, "B+1", ("int32",))
-        dims.match("distribution", ends, "3", ("int32",))
-        if dims["B"] == 0 or flat.shape[0] % dims["B"]:
-            raise ValueError(
-                f"page_indices: expected shape [B·M] for the {dims['B']} sequences of kv_lens, got {flat.shape}"
-            )
-        where = _rows(lens, flat, rows, ends, dims["T"], shape[1])
-        return cls(q, k, v, cache, shape, *where, given=(lens, rows, ends))
+    return _rows(lens, flat, rows, ends, dims["T"], page_size), (lens, rows, ends)
 
 
 def shape_of_pool(cache: Array, kv_heads: int, head_dim: int, side_by_side: bool | None) -> tuple[int, int, int, int]:
@@ -121,7 +128,7 @@ def shape_of_pool(cache: Array, kv_heads: int, head_dim: int, side_by_side: bool
     heads = math.prod(cache.shape[2:-1])
 
     def fits(count: int) -> bool:
-        return heads in (count, _aligned(count, pack))
+        return heads in (count, aligned(count, pack))
 
     pairs = fits(kv_heads) and width == 2 * head_dim
     if side_by_side is None:
@@ -131,7 +138,7 @@ def shape_of_pool(cache: Array, kv_heads: int, head_dim: int, side_by_side: bool
     if side_by_side or not fits(2 * kv_heads) or width < head_dim:
         count, last = (kv_heads, f"{2 * head_dim}") if side_by_side else (2 * kv_heads, f"H' ≥ {head_dim}")
         raise ValueError(
-            f"kv_cache: expected shape [P, S, {_aligned(count, pack) // pack}, {pack}, {last}] or "
+            f"kv_cache: expected shape [P, S, {aligned(count, pack) // pack}, {pack}, {last}] or "
             f"[P, S, {count}, {last}] for {kv_heads} key/value heads, got shape {cache.shape}"
         )
     if heads % 2:
@@ -139,7 +146,7 @@ def shape_of_pool(cache: Array, kv_heads: int, head_dim: int, side_by_side: bool
     return pages, page_size, heads, width
 
 
-def _aligned(count: int, multiple: int) -> int:
+def aligned(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 

@@ -109,6 +109,10 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
     if (Status s = PrepareMla(MlaKernelFor<Loader::kTma>(problem), &device->mla_by_tma); !s.ok()) return s;
     return PrepareMla(MlaKernelFor<Loader::kCpAsync>(problem), &device->mla_by_cp_async);
   }
+  if (problem.num_padding_columns > 0) {
+    return Status::InvalidArgument(
+        "k_pages: expected keys without padding, which MLA kernels alone pass over");
+  }
   if (Status s = PrepareDecode(problem, num_sms, device); !s.ok()) return s;
   if (Status s = PreparePrefill(PrefillKernelFor<Loader::kTma>(problem), num_sms, &device->prefill_by_tma);
       !s.ok()) {
