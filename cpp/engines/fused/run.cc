@@ -58,6 +58,7 @@ CallArgs MakeCallArgs(const AttentionProblem& problem, const AttentionParams& pa
                     .sliding_window = static_cast<int32_t>(std::min(params.sliding_window, kMost)),
                     .causal = params.causal},
           .partials = {},
+          .ordered_rows = nullptr,
           .page_size = DivisorOf(problem.page_size),
           .seqs_per_sink = seqs_per(problem.num_sinks),
           .seqs_per_k_scale = seqs_per(problem.num_k_scales),
@@ -76,7 +77,8 @@ DecodeArgs MakeDecodeArgs(const CallArgs& call, const Options& options, const De
   args.call.partials = {.out = reinterpret_cast<float*>(workspace.start),
                         .stats = reinterpret_cast<float2*>(workspace.start + workspace.layout.stats),
                         .rows_each = static_cast<int32_t>(workspace.layout.rows_per_partial)};
-  args.partial_ready = device.partial_ready.get();
+  args.call.ordered_rows = reinterpret_cast<int32_t*>(workspace.start + workspace.layout.ordered_rows);
+  args.partial_ready = device.flags.get();
   args.num_ctas = device.num_sms * device.ctas_per_sm;
   for (int eighths = 1; eighths <= kEighths; ++eighths) {
     const int sms = std::max(device.num_sms * eighths / kEighths, 1);
@@ -195,14 +197,13 @@ Status LaunchDecodeAndPrefill(DecodeArgs* args, const Options& options, const De
         !s.ok()) {
       return s;
     }
-    if (Status s = LaunchSchedule(prefill_args, stream); !s.ok()) return s;
+    prefill_args.plan_ready = device.flags.get() + kMaxCtas;
   }
   const auto grid = [](int ctas) { return dim3(static_cast<unsigned>(ctas)); };
   if (Status s = device::LaunchUntyped(kCaller, "decode", device.kernel,
-                                       {.grid = grid(args->num_ctas + (*prefills ? 1 : 0)),
+                                       {.grid = grid(args->num_ctas),
                                         .threads = device.threads,
-                                        .shared_bytes = device.shared_bytes,
-                                        .overlap = *prefills ? Overlap::kWithPrevious : Overlap::kNone},
+                                        .shared_bytes = device.shared_bytes},
                                        stream, *args);
       !s.ok() || !*prefills) {
     return s;

@@ -15,18 +15,20 @@ namespace jpa::fused {
 struct Options {
   bool decode;           // every sequence has one query row at most
   bool batch_invariant;  // a sequence gets the same bits alone and in any batch
+  bool cumulative = false;  // cu_q_lens say which rows sequences have
   // Bytes of scratch memory. Half of it may hold the tile cache (prefill/tile_cache.cuh), which makes prompts
   // faster over 8-bit pages and over pages whose size is no multiple of 8.
   int64_t workspace_limit = 0;
 };
 
 // Bytes of scratch memory that a call asks for: at most WorkspaceBound, and kWorkspaceBytesPerSequence per
-// sequence if the call is not all decode, and WorkspaceBytesPerRow per query row if it is batch-invariant. A
+// sequence if the call is not all decode, kCumulativeBytesPerSequence if it is cumulative, and WorkspaceBytesPerRow per query row if it is batch-invariant. A
 // call that gets less makes do with a smaller tile cache.
 int64_t WorkspaceBytes(const AttentionProblem& problem, const Options& options);
 int64_t WorkspaceBound(const AttentionProblem& problem, const Options& options);
 int64_t WorkspaceBytesPerRow(const AttentionProblem& problem);
 inline constexpr int64_t kWorkspaceBytesPerSequence = 24;
+inline constexpr int64_t kCumulativeBytesPerSequence = 4;
 
 struct FreeOnDevice {
   void operator()(uint32_t* memory) const;
@@ -58,9 +60,10 @@ struct Device {
   int shared_bytes;              // likewise
   bool overlaps;                 // a kernel of a stream may start before the one in front has ended
   const void* kernel = nullptr;  // of decode; null: MLA's kernels take its place
-  std::unique_ptr<uint32_t, FreeOnDevice> partial_ready;  // on the device: zeros, but while a call runs
-  PrefillDevice prefill_by_tma;                           // for pages that TMA can load
-  PrefillDevice prefill_by_cp_async;                      // for any
+  // On the device, [kMaxCtas + 1]: zeros, but while a call runs. Those of decode's CTAs, then prefill's.
+  std::unique_ptr<uint32_t, FreeOnDevice> flags;
+  PrefillDevice prefill_by_tma;       // for pages that TMA can load
+  PrefillDevice prefill_by_cp_async;  // for any
   MlaDevice mla_by_tma;
   MlaDevice mla_by_cp_async;
 };

@@ -57,7 +57,7 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
       device::ArriveAfterCpAsync(&shared.full[stage.index]);
     }
   }
-  SequencesAhead sequences(args.call, shared.raw_sequence);
+  SequencesAhead sequences(args.call, range.cu_q_lens, shared.raw_sequence);
   DescriptorMaker descriptors(args, range, sequences, shared.range_seq, shared.range_offset);
 #pragma unroll 1
   for (;; descriptors.Advance()) {
@@ -116,14 +116,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   char* const stages = device::KeptShared(shared_memory);
   auto& shared = *reinterpret_cast<Shared*>(stages + Shared::kStages * Traits::kStageBytes);
 
-  if (blockIdx.x == static_cast<unsigned>(args.num_ctas)) {
-    // Where prefill comes next there is one more CTA: prefill may start when its plan is there.
-    if (threadIdx.x == 0) {
-      device::WaitForPreviousKernel();
-      device::LetNextKernelStart();
-    }
-    return;
-  }
   device::LetNextKernelStart();
   if (threadIdx.x < Shared::kStages) {
     // Every lane arrives for itself: one per warp would do, but racecheck does not follow that.
@@ -140,7 +132,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     if (shared.range_seq >= 0) Produce(args, range, shared, stages);
   } else {
     if constexpr (kSharesSm) device::GrowRegisters<Traits::kConsumerRegisters>();
-    FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args, shared.row_owners);
+    FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args, range.cu_q_lens, shared.row_owners);
     if (shared.range_seq >= 0) Consume(args, shared, stages);
   }
 }

@@ -34,6 +34,7 @@ struct PrefillArgs {
   CUtensorMap v_map;
   CallArgs call;  // its partial results are [kMaxPartials], of a row tile each
   PrefillPlan* plan;
+  uint32_t* plan_ready;      // 1 once the plan is there; 0 before and after each call
   PlannedSequence* planned;  // [B]
   uint32_t* arrivals;  // [kMaxPartials], by the first partial result of a row block: its splits that are done
   TileShape shape;

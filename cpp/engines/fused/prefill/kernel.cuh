@@ -2,6 +2,8 @@
 // running: producers and consumers are different warps, and one consumer warpgroup's softmax runs beside the
 // other's MMAs (FlashAttention-3: Shah et al., 2024).
 //
+// make_plan.cuh: the first CTA makes the plan of schedule.h.
+//
 // work_tiles.cuh: one producer warp takes work tiles from the queue of schedule.h; it and others load their
 // queries (queries.cuh).
 //
@@ -18,6 +20,7 @@
 #include "engines/fused/prefill/args.h"
 #include "engines/fused/prefill/consumer.cuh"
 #include "engines/fused/prefill/cp_async_loads.cuh"
+#include "engines/fused/prefill/make_plan.cuh"
 #include "engines/fused/prefill/shared_memory.cuh"
 #include "engines/fused/prefill/tma_loads.cuh"
 #include "engines/fused/prefill/work_tiles.cuh"
@@ -87,7 +90,17 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     device::FenceBarrierInit();
   }
-  __syncthreads();
+  const int32_t* cu_q_lens = nullptr;
+  if (!HasWork<Traits::kThreads>(args.call, &cu_q_lens)) {
+    // Decode still runs, and whoever comes next waits for this kernel alone: so one CTA must wait for decode.
+    // The others make room, so that the last CTAs need not wait for decode's to end.
+    if (blockIdx.x == gridDim.x - 1) device::WaitForPreviousKernel();
+    return;
+  }
+  using PlanMemory = PlanShared<Traits::kThreads>;
+  static_assert(sizeof(PlanMemory) <= sizeof(shared.keys) && alignof(PlanMemory) <= 1024);
+  if (threadIdx.x == 0) shared.cu_q_lens = cu_q_lens;
+  AwaitPlan(args, cu_q_lens, reinterpret_cast<PlanMemory&>(shared.keys));
 
   if (threadIdx.x >= Traits::kConsumerThreads) {
     Produce<Traits>(args, shared, static_cast<int>(threadIdx.x) - Traits::kConsumerThreads);

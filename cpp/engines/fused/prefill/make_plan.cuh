@@ -1,27 +1,32 @@
-// Makes the plan of schedule.h, in one thread block.
+// Makes the plan of schedule.h: one CTA of the prefill kernel does, before its first work tile, and the others
+// wait for it. Where all sequences are decode's there is no plan, and a CTA returns at once.
+#pragma once
+
+#include <cstdint>
+
 #include "core/problem.h"
-#include "device/launch.h"
 #include "device/ptx.cuh"
 #include "engines/fused/common/read_sequences.cuh"
-#include "engines/fused/prefill/kernels.h"
+#include "engines/fused/prefill/args.h"
 
 namespace jpa::fused {
-namespace {
 
-constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / 32;
-constexpr int kClasses = 64;
-constexpr int kCandidates = kMaxPrefillSplits;
-static_assert(kCandidates <= kWarps, "a warp each");
+inline constexpr int kClasses = 64;
+inline constexpr int kCandidates = kMaxPrefillSplits;
 
 // Sequences are sorted by classes of their longest row tile, longest first; a class spans a factor of
 // 2^(1/3).
-__device__ int ClassOf(int32_t tiles) {
+__device__ inline int ClassOf(int32_t tiles) {
   return kClasses - 1 - min(kClasses - 1, static_cast<int>(3.0f * log2f(static_cast<float>(tiles + 1))));
 }
 
-struct Shared {
-  Sequence sequences[kThreads];  // of the first planned ones
+// Shared memory while the plan is made.
+template <int threads>
+struct PlanShared {
+  static constexpr int kWarps = threads / 32;
+  static_assert(kWarps <= 32, "a lane each");
+
+  Sequence sequences[threads];  // of the first planned ones
   int32_t class_counts[kClasses];
   int32_t class_next[kClasses];
   int32_t longest;
@@ -32,29 +37,32 @@ struct Shared {
 };
 
 // Memory takes longer to answer than all else here: what is asked for again and again is kept.
-class Sequences {
+template <int threads>
+class SequencesToPlan {
  public:
-  __device__ Sequences(const PrefillArgs& args, const Shared& shared) : args_(args), shared_(shared) {
+  __device__ SequencesToPlan(const PrefillArgs& args, const int32_t* cu_q_lens,
+                             const PlanShared<threads>& shared)
+      : args_(args), in_memory_(args.call, cu_q_lens), shared_(shared) {
     const int thread = static_cast<int>(threadIdx.x);
-    if (thread < args.call.problem.num_seqs) own_ = Read(thread);
+    if (thread < args.call.problem.num_seqs) own_ = in_memory_(thread);
   }
 
-  // For the thread whose number `seq` is modulo kThreads.
-  __device__ Sequence operator()(int seq) const { return seq < kThreads ? own_ : Read(seq); }
+  // For the thread whose number `seq` is modulo the threads.
+  __device__ Sequence operator()(int seq) const { return seq < threads ? own_ : in_memory_(seq); }
   __device__ Sequence Planned(int index) const {
-    return index < kThreads ? shared_.sequences[index] : Read(args_.planned[index].seq);
+    return index < threads ? shared_.sequences[index] : in_memory_(args_.planned[index].seq);
   }
 
  private:
-  __device__ Sequence Read(int seq) const { return RawSequence(args_.call, seq).Clipped(args_.call.facts); }
-
   const PrefillArgs& args_;
-  const Shared& shared_;
+  const SequencesInMemory in_memory_;
+  const PlanShared<threads>& shared_;
   Sequence own_{};
 };
 
-// Adds up over the block's threads before each; `total` is of all.
-__device__ int32_t SumBefore(int32_t value, int32_t* of_warps, int32_t* total) {
+// Adds up over the CTA's threads before each; `total` is of all.
+template <int warps>
+__device__ inline int32_t SumBefore(int32_t value, int32_t (&of_warps)[warps], int32_t* total) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   int32_t sum = value;
   for (int lanes = 1; lanes < 32; lanes *= 2) {
@@ -63,20 +71,21 @@ __device__ int32_t SumBefore(int32_t value, int32_t* of_warps, int32_t* total) {
   }
   if (lane == 31) of_warps[warp] = sum;
   __syncthreads();
-  static_assert(kWarps == 32, "a lane each");
-  *total = __reduce_add_sync(~0u, of_warps[lane]);
-  const int32_t before = sum - value + __reduce_add_sync(~0u, lane < warp ? of_warps[lane] : 0);
+  const int32_t of_warp = lane < warps ? of_warps[lane] : 0;
+  *total = __reduce_add_sync(~0u, of_warp);
+  const int32_t before = sum - value + __reduce_add_sync(~0u, lane < warp ? of_warp : 0);
   __syncthreads();
   return before;
 }
 
 // Plans the sequences that are not decoded, by classes; returns how many they are. Sequences of one class
 // come in any order, which changes no result.
-__device__ int32_t Sort(const PrefillArgs& args, const Sequences& sequences, Shared& shared) {
+template <int threads>
+__device__ inline int32_t Sort(const PrefillArgs& args, const SequencesToPlan<threads>& sequences, PlanShared<threads>& shared) {
   const CallFacts& facts = args.call.facts;
   const int thread = static_cast<int>(threadIdx.x);
   const int num_seqs = static_cast<int>(args.call.problem.num_seqs);
-  for (int seq = thread; seq < num_seqs; seq += kThreads) {
+  for (int seq = thread; seq < num_seqs; seq += threads) {
     const Sequence sequence = sequences(seq);
     if (!IsPrefill(facts, sequence)) continue;
     const int32_t tiles = LongestRowTile(facts, args.shape, sequence);
@@ -89,25 +98,26 @@ __device__ int32_t Sort(const PrefillArgs& args, const Sequences& sequences, Sha
       SumBefore(thread < kClasses ? shared.class_counts[thread] : 0, shared.warp_work_tiles, &num_planned);
   if (thread < kClasses) shared.class_next[thread] = planned_before;
   __syncthreads();
-  for (int seq = thread; seq < num_seqs; seq += kThreads) {
+  for (int seq = thread; seq < num_seqs; seq += threads) {
     const Sequence sequence = sequences(seq);
     if (!IsPrefill(facts, sequence)) continue;
     const int index = atomicAdd(&shared.class_next[ClassOf(LongestRowTile(facts, args.shape, sequence))], 1);
     args.planned[index].seq = seq;
-    if (index < kThreads) shared.sequences[index] = sequence;
+    if (index < threads) shared.sequences[index] = sequence;
   }
   __syncthreads();
   return num_planned;
 }
 
 // Chooses how many key tiles a split may have: a warp estimates each candidate.
-__device__ void ChooseSplits(const PrefillArgs& args, const Sequences& sequences, int32_t num_planned,
-                             Shared& shared) {
+template <int threads>
+__device__ inline void ChooseSplits(const PrefillArgs& args, const SequencesToPlan<threads>& sequences, int32_t num_planned,
+                             PlanShared<threads>& shared) {
   const CallFacts& facts = args.call.facts;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int32_t longest = max(shared.longest, 1);
-  if (warp < kCandidates) {
-    const int32_t most = static_cast<int32_t>(CeilDiv(longest, warp + 1));
+  for (int candidate = warp; candidate < kCandidates; candidate += threads / 32) {
+    const int32_t most = static_cast<int32_t>(CeilDiv(longest, candidate + 1));
     int32_t work_tiles = 0, partials = 0;
     for (int i = lane; i < num_planned; i += 32) {
       const Sequence sequence = sequences.Planned(i);
@@ -119,8 +129,9 @@ __device__ void ChooseSplits(const PrefillArgs& args, const Sequences& sequences
     work_tiles = __reduce_add_sync(~0u, work_tiles);
     partials = __reduce_add_sync(~0u, partials);
     if (lane == 0) {
-      shared.tiles[warp] =
-          partials > kMaxPartials ? INT64_MAX : EstimatedTiles(work_tiles, longest, warp + 1, args.num_ctas);
+      shared.tiles[candidate] = partials > kMaxPartials
+                                    ? INT64_MAX
+                                    : EstimatedTiles(work_tiles, longest, candidate + 1, args.num_ctas);
     }
   }
   __syncthreads();
@@ -135,12 +146,13 @@ __device__ void ChooseSplits(const PrefillArgs& args, const Sequences& sequences
 }
 
 // Numbers the work tiles, their partial results and their places in the tile cache.
-__device__ void Number(const PrefillArgs& args, const Sequences& sequences, int32_t num_planned,
-                       Shared& shared) {
+template <int threads>
+__device__ inline void Number(const PrefillArgs& args, const SequencesToPlan<threads>& sequences, int32_t num_planned,
+                       PlanShared<threads>& shared) {
   const CallFacts& facts = args.call.facts;
   const int thread = static_cast<int>(threadIdx.x);
   const bool converts = ByteWidth(args.call.problem.kv_dtype) == 1;
-  for (int first = 0; first < num_planned; first += kThreads) {
+  for (int first = 0; first < num_planned; first += threads) {
     const int index = first + thread;
     int32_t work_tiles = 0, partials = 0, cached = 0, splits = 1;
     TileSharing sharing{};
@@ -175,19 +187,20 @@ __device__ void Number(const PrefillArgs& args, const Sequences& sequences, int3
   }
 }
 
-__global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant__ PrefillArgs args) {
-  __shared__ Shared shared;
+// By a whole CTA.
+template <int threads>
+__device__ inline void MakePlan(const PrefillArgs& args, const int32_t* cu_q_lens,
+                                PlanShared<threads>& shared) {
   const int thread = static_cast<int>(threadIdx.x);
-  device::LetNextKernelStart();
-  const Sequences sequences(args, shared);
+  const SequencesToPlan<threads> sequences(args, cu_q_lens, shared);
   if (thread < kClasses) shared.class_counts[thread] = 0;
   if (thread == 0) shared.longest = shared.first_work_tile = shared.first_partial = shared.cache_index = 0;
-  for (int i = thread; i < kMaxPartials; i += kThreads) args.arrivals[i] = 0;
+  for (int i = thread; i < kMaxPartials; i += threads) args.arrivals[i] = 0;
   __syncthreads();
   const int32_t num_planned = Sort(args, sequences, shared);
   ChooseSplits(args, sequences, num_planned, shared);
   Number(args, sequences, num_planned, shared);
-  for (int i = thread; i < shared.cache_index * args.tile_cache.slices; i += kThreads)
+  for (int i = thread; i < shared.cache_index * args.tile_cache.slices; i += threads)
     args.tile_cache.states[i] = 0;
   if (thread == 0) {
     *args.plan = {
@@ -195,11 +208,38 @@ __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant
   }
 }
 
-}  // namespace
-
-Status LaunchSchedule(const PrefillArgs& args, cudaStream_t stream) {
-  return device::Launch("implementation 'fused'", "schedule", &ScheduleKernel,
-                        {.grid = dim3(1), .threads = kThreads}, stream, args);
+// By a whole CTA: says whether some sequence is prefill's, and if so, where cu_q_lens are in order.
+template <int threads>
+__device__ inline bool HasWork(const CallArgs& call, const int32_t** cu_q_lens) {
+  bool fall = false, some = false;
+  for (int i = static_cast<int>(threadIdx.x); i < call.problem.num_seqs; i += threads) {
+    const RawSequence raw(call, call.params.cu_q_lens, i);
+    fall = fall || raw.falls();
+    some = some || IsPrefill(call.facts, raw.Clipped(call.facts));
+  }
+  if (__syncthreads_or(fall || some) == 0) return false;
+  *cu_q_lens = __syncthreads_or(fall) != 0 ? OrderedRows(call) : call.params.cu_q_lens;
+  return true;  // or there is an empty plan, where they were not in order
 }
+
+// By a whole CTA: until there is a plan. The first CTA makes it: devices start it first, as decode relies on,
+// too (SignalPartial). `shared` is memory that TMA loads may overwrite later.
+template <int threads>
+__device__ inline void AwaitPlan(const PrefillArgs& args, const int32_t* cu_q_lens,
+                                 PlanShared<threads>& shared) {
+  if (blockIdx.x == 0) {
+    MakePlan(args, cu_q_lens, shared);
+    device::FenceSharedForAsync();
+    __syncthreads();
+    if (threadIdx.x == 0) device::StoreRelease(args.plan_ready, 1);
+  } else if (threadIdx.x == 0) {
+    while (device::LoadAcquire(args.plan_ready) == 0) {
+    }
+  }
+  __syncthreads();
+}
+
+// By the CTA that is the last one to find no work tile left: all have seen the flag by then.
+__device__ inline void TakeBackPlan(const PrefillArgs& args) { *args.plan_ready = 0; }
 
 }  // namespace jpa::fused
