@@ -207,12 +207,12 @@ NB_MODULE(JPA_MODULE, m) {
   m.def("fused_workspace_bytes", &FusedWorkspaceBytes, nb::arg("q_dtype"), nb::arg("kv_dtype"),
         nb::arg("num_rows"), nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
         nb::arg("value_dim"), nb::arg("page_size"), nb::arg("num_seqs"), nb::arg("max_pages"),
-        nb::arg("decode"), nb::arg("batch_invariant"), nb::arg("workspace_limit"), nb::arg("cumulative"),
+        nb::arg("decode"), nb::arg("batch_invariant"), nb::arg("workspace_limit"), nb::arg("cumulative") = false,
         "Bytes of scratch memory that \"fused\" needs for a call of these sizes.");
   m.def("fused_workspace_bound", &FusedWorkspaceBound, nb::arg("q_dtype"), nb::arg("kv_dtype"),
         nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("value_dim"),
         nb::arg("page_size"), nb::arg("decode"), nb::arg("batch_invariant"), nb::arg("workspace_limit"),
-        nb::arg("cumulative"), "At least those of any such call, less what each row and sequence adds.");
+        nb::arg("cumulative") = false, "At least those of any such call, less what each row and sequence adds.");
   m.def("fused_workspace_bytes_per_row", &FusedWorkspaceBytesPerRow, nb::arg("num_q_heads"),
         nb::arg("value_dim"), "At most what a query row of a batch-invariant call adds to them.");
   m.attr("FUSED_CUMULATIVE_BYTES_PER_SEQUENCE") = jpa::fused::kCumulativeBytesPerSequence;

@@ -35,8 +35,8 @@ inline void DefineTargets(nb::module_& m, Platform platform) {
         nb::dict targets;
         int version = 0;
         for (const char* name : {kAttentionV1, kAttentionV2, kAttentionV3, kAttentionV4, kAttentionV5}) {
-          if (name == kAttentionV5 && platform == Platform::kCpu) break;
-          targets[name] = NamesOf(kAttentionTensors, kAttentionAttributes, {platform, ++version});
+          if (++version >= kCumulativeSince && platform == Platform::kCpu) break;
+          targets[name] = NamesOf(kAttentionTensors, kAttentionAttributes, {platform, version});
         }
         version = 0;
         for (const char* name : {kWriteV1, kWriteV2, kWriteV3}) {

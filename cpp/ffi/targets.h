@@ -82,10 +82,10 @@ inline constexpr TensorTable<14, 3> kAttentionTensors = {
         {.name = "v_pages", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, Hv]"},
         {.name = "block_tables", .dtype = ElementType::kS32, .rank = 2, .shape = "[B, M]"},
         {.name = "kv_lens", .dtype = ElementType::kS32, .rank = 1, .shape = "[B]"},
-        {.name = "q_starts", .dtype = ElementType::kS32, .rank = 1, .shape = "[B]", .until = kCumulativeSince - 1},
-        {.name = "q_counts", .dtype = ElementType::kS32, .rank = 1, .shape = "[B]", .until = kCumulativeSince - 1},
-        {.name = "cu_q_lens", .dtype = ElementType::kS32, .rank = 1, .shape = "[B + 1]", .since = kCumulativeSince},
-        {.name = "num_seqs", .dtype = ElementType::kS32, .rank = 1, .shape = "[1]", .since = kCumulativeSince},  // or [0]
+        {.name = "q_starts", .dtype = ElementType::kS32, .rank = 1, .shape = "[B]", .until = 4},
+        {.name = "q_counts", .dtype = ElementType::kS32, .rank = 1, .shape = "[B]", .until = 4},
+        {.name = "cu_q_lens", .dtype = ElementType::kS32, .rank = 1, .shape = "[B + 1]", .since = 5},
+        {.name = "num_seqs", .dtype = ElementType::kS32, .rank = 1, .shape = "[1]", .since = 5},  // or [0]
         {.name = "sinks", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, N]"},
         {.name = "k_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
         {.name = "v_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
@@ -130,7 +130,7 @@ inline constexpr auto kAttentionAttributes = std::to_array<AttributeSpec>({
     {.name = "soft_cap"},
     {.name = "sliding_window"},
     {.name = "causal"},
-    {.name = "decode", .on_cpu = false, .until = kCumulativeSince - 1},
+    {.name = "decode", .on_cpu = false, .until = 4},
     {.name = "batch_invariant", .on_cpu = false},
     {.name = "engine", .on_cpu = false},
     {.name = "workspace_limit", .on_cpu = false},
@@ -142,10 +142,10 @@ inline constexpr auto kWriteAttributes = std::to_array<AttributeSpec>({{.name = 
 inline constexpr int kPaddingSince = 3;
 // From this version of attention on, values may have a head dim of their own, or be in the keys.
 inline constexpr int kValueDimSince = 4;
-// cu_q_lens came with this version.
-inline constexpr int kCumulativeSince = 5;
 // Likewise of the write.
 inline constexpr int kWriteValueDimSince = 3;
+// From this version of attention on, which only CUDA has, cu_q_lens say which rows a sequence has.
+inline constexpr int kCumulativeSince = 5;
 // From this version of the write on, an interleaved pool may also have its heads in two axes, [P, S, X, Y,
 // H], and k, v and pools of any layout may lack the last axis if it is 1. (XLA would copy what is reshaped
 // and aliased.)

@@ -20,8 +20,8 @@ Status Check(cudaError_t error, const char* what) {
 
 // Makes zeros that are there when this returns, whatever streams kernels run on later.
 Status MakeFlags(std::unique_ptr<uint32_t, FreeOnDevice>* flags) {
-  constexpr char kWhat[] = "memory of flags";
-  constexpr size_t kBytes = (kMaxCtas + 1) * sizeof(uint32_t);
+  constexpr char kWhat[] = "memory of the CTAs' flags";
+  constexpr size_t kBytes = kMaxCtas * sizeof(uint32_t);
   void* memory = nullptr;
   if (Status s = Check(cudaMalloc(&memory, kBytes), kWhat); !s.ok()) return s;
   flags->reset(static_cast<uint32_t*>(memory));
@@ -101,7 +101,7 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
       !s.ok()) {
     return s;
   }
-  if (Status s = MakeFlags(&device->flags); !s.ok()) return s;
+  if (Status s = MakeFlags(&device->partial_ready); !s.ok()) return s;
   if (IsMla(problem) && problem.ValuesInKeys()) {
     device->ctas_per_sm = 1;
     device->num_sms = std::min(num_sms, kMaxMlaCtas);

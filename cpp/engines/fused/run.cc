@@ -78,7 +78,7 @@ DecodeArgs MakeDecodeArgs(const CallArgs& call, const Options& options, const De
                         .stats = reinterpret_cast<float2*>(workspace.start + workspace.layout.stats),
                         .rows_each = static_cast<int32_t>(workspace.layout.rows_per_partial)};
   args.call.ordered_rows = reinterpret_cast<int32_t*>(workspace.start + workspace.layout.ordered_rows);
-  args.partial_ready = device.flags.get();
+  args.partial_ready = device.partial_ready.get();
   args.num_ctas = device.num_sms * device.ctas_per_sm;
   for (int eighths = 1; eighths <= kEighths; ++eighths) {
     const int sms = std::max(device.num_sms * eighths / kEighths, 1);
@@ -197,7 +197,7 @@ Status LaunchDecodeAndPrefill(DecodeArgs* args, const Options& options, const De
         !s.ok()) {
       return s;
     }
-    prefill_args.plan_ready = device.flags.get() + kMaxCtas;
+    args->prefill = prefill_args;  // where the plan lies
   }
   const auto grid = [](int ctas) { return dim3(static_cast<unsigned>(ctas)); };
   if (Status s = device::LaunchUntyped(kCaller, "decode", device.kernel,

@@ -60,10 +60,9 @@ struct Device {
   int shared_bytes;              // likewise
   bool overlaps;                 // a kernel of a stream may start before the one in front has ended
   const void* kernel = nullptr;  // of decode; null: MLA's kernels take its place
-  // On the device, [kMaxCtas + 1]: zeros, but while a call runs. Those of decode's CTAs, then prefill's.
-  std::unique_ptr<uint32_t, FreeOnDevice> flags;
-  PrefillDevice prefill_by_tma;       // for pages that TMA can load
-  PrefillDevice prefill_by_cp_async;  // for any
+  std::unique_ptr<uint32_t, FreeOnDevice> partial_ready;  // on the device: zeros, but while a call runs
+  PrefillDevice prefill_by_tma;                           // for pages that TMA can load
+  PrefillDevice prefill_by_cp_async;                      // for any
   MlaDevice mla_by_tma;
   MlaDevice mla_by_cp_async;
 };

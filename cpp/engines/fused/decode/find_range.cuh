@@ -16,6 +16,7 @@ struct CtaRange {
   HeadRange heads;
   int64_t tiles;
   const int32_t* cu_q_lens;  // in order
+  bool has_prefill;          // some sequences are prefill's
 };
 
 // Notes that the threads of a CTA leave each other to find its range.
@@ -45,7 +46,8 @@ __device__ inline CtaRange RangeOfCta(const DecodeArgs& args, int64_t decode_til
           .queues = queues,
           .heads = HeadsOfQueue(args.call.facts, queues, cta % queues.num_queues),
           .tiles = 0,
-          .cu_q_lens = nullptr};
+          .cu_q_lens = nullptr,
+          .has_prefill = false};
 }
 
 // The tiles that all sequences have for prefill; a thread adds up those of sequences [begin, end).
@@ -116,6 +118,7 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
   const HeadTiles& mine = own.tiles;
   const int32_t* cu_q_lens = call.params.cu_q_lens;
   int64_t prefill = 0;
+  bool has_prefill = false;
 #pragma unroll 1
   for (;;) {
     own.Read(call, cu_q_lens);
@@ -123,6 +126,7 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
     // Ragged calls of decode rows alone, in order, are to be as fast as decode calls.
     if (!AnyThread(own.fall || own.has_prefill)) break;
     if (!AnyThread(own.fall)) {
+      has_prefill = true;
       if constexpr (may_share_sms) prefill = SumPrefillTiles(call, cu_q_lens, own.begin, own.end, shared);
       break;
     }
@@ -149,6 +153,7 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
 
   CtaRange range = RangeOfCta<may_share_sms>(args, all.total, prefill);
   range.cu_q_lens = cu_q_lens;
+  range.has_prefill = has_prefill;
   range.tiles = TilesPerCta(all, range.heads, range.queues);
   // From here on in tiles of all heads of the queue.
   const int64_t heads = range.heads.size(), place = range.cta / range.queues.num_queues;

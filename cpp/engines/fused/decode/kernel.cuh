@@ -3,6 +3,8 @@
 //
 // find_range.cuh: every CTA works out from the lengths alone which key tiles it has (work_split.h).
 //
+// make_plan.cuh: where prefill comes next, the last CTA makes its plan.
+//
 // producer.cuh: one warp walks these tiles (cta_range_cursor.h), looks up their pages and leaves a descriptor
 // per tile. Three others load keys and values into stages, as many tiles ahead as there are stages.
 //
@@ -21,6 +23,7 @@
 #include "engines/fused/decode/args.h"
 #include "engines/fused/decode/consumer.cuh"
 #include "engines/fused/decode/find_range.cuh"
+#include "engines/fused/decode/make_plan.cuh"
 #include "engines/fused/decode/partials.cuh"
 #include "engines/fused/decode/producer.cuh"
 #include "engines/fused/decode/rows_without_keys.cuh"
@@ -108,6 +111,25 @@ __device__ inline void Consume(const DecodeArgs& args, DecodeShared<Traits>& sha
   }
 }
 
+// By the last CTA, which has no tiles if prefill has some, before it lets prefill start. Where all sequences are
+// decode's, prefill is told so.
+template <typename Traits>
+__device__ inline void PlanPrefill(const DecodeArgs& args, const CtaRange& range, char* stages) {
+  using PlanMemory = PlanShared<Traits::kThreads>;
+  static_assert(sizeof(PlanMemory) <= Traits::kStageBytes);
+  if (range.has_prefill) {
+    MakePlan(args.call, args.prefill, range.cu_q_lens, *reinterpret_cast<PlanMemory*>(stages));
+    __threadfence();
+    __syncthreads();
+  }
+  // A consumer: it has nothing to do yet.
+  if (threadIdx.x == 0) {
+    if (!range.has_prefill) args.prefill.plan->num_work_tiles = 0;
+    __threadfence();  // prefill does not wait for this kernel
+    device::LetNextKernelStart();
+  }
+}
+
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapability))
     DecodeKernel(const __grid_constant__ DecodeArgs args) {
@@ -116,7 +138,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   char* const stages = device::KeptShared(shared_memory);
   auto& shared = *reinterpret_cast<Shared*>(stages + Shared::kStages * Traits::kStageBytes);
 
-  device::LetNextKernelStart();
+  // Prefill is for that compute capability alone.
+  const bool plans = kCapability == 90 && args.may_share_sms() &&
+                     blockIdx.x == static_cast<unsigned>(args.num_ctas) - 1;
+  if (!plans) device::LetNextKernelStart();
   if (threadIdx.x < Shared::kStages) {
     // Every lane arrives for itself: one per warp would do, but racecheck does not follow that.
     device::InitBarrier(&shared.described[threadIdx.x], 32);
@@ -125,6 +150,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   }
   if (threadIdx.x == 0) shared.row_block.num_splits = 0;
   const CtaRange range = FindCtaRange(args, shared);
+  if constexpr (kCapability == 90) {
+    if (plans) PlanPrefill<Traits>(args, range, stages);
+  }
 
   constexpr bool kSharesSm = Traits::CtasPerSm(kCapability) > 1;
   if (threadIdx.x >= Traits::kConsumerThreads) {

@@ -2,8 +2,6 @@
 // running: producers and consumers are different warps, and one consumer warpgroup's softmax runs beside the
 // other's MMAs (FlashAttention-3: Shah et al., 2024).
 //
-// make_plan.cuh: the first CTA makes the plan of schedule.h.
-//
 // work_tiles.cuh: one producer warp takes work tiles from the queue of schedule.h; it and others load their
 // queries (queries.cuh).
 //
@@ -20,7 +18,6 @@
 #include "engines/fused/prefill/args.h"
 #include "engines/fused/prefill/consumer.cuh"
 #include "engines/fused/prefill/cp_async_loads.cuh"
-#include "engines/fused/prefill/make_plan.cuh"
 #include "engines/fused/prefill/shared_memory.cuh"
 #include "engines/fused/prefill/tma_loads.cuh"
 #include "engines/fused/prefill/work_tiles.cuh"
@@ -64,6 +61,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     PrefillKernel(const __grid_constant__ PrefillArgs args) {
 // For sm_90a alone: elsewhere nothing launches it, and it is empty.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if (__ldcg(&args.plan->num_work_tiles) == 0) {
+    // Whoever comes next waits for this kernel alone, so one CTA must wait for decode. The others make room at
+    // once: all CTAs have come and gone where the first CTAs of decode were, by the time its last ones end.
+    if (blockIdx.x == gridDim.x - 1) device::WaitForPreviousKernel();
+    return;
+  }
   using Shared = PrefillShared<Traits>;
   extern __shared__ __align__(1024) char memory[];  // blocks are swizzled by addresses modulo 1024
   auto& shared = *reinterpret_cast<Shared*>(memory);
@@ -90,17 +93,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     device::FenceBarrierInit();
   }
-  const int32_t* cu_q_lens = nullptr;
-  if (!HasWork<Traits::kThreads>(args.call, &cu_q_lens)) {
-    // Decode still runs, and whoever comes next waits for this kernel alone: so one CTA must wait for decode.
-    // The others make room, so that the last CTAs need not wait for decode's to end.
-    if (blockIdx.x == gridDim.x - 1) device::WaitForPreviousKernel();
-    return;
-  }
-  using PlanMemory = PlanShared<Traits::kThreads>;
-  static_assert(sizeof(PlanMemory) <= sizeof(shared.keys) && alignof(PlanMemory) <= 1024);
-  if (threadIdx.x == 0) shared.cu_q_lens = cu_q_lens;
-  AwaitPlan(args, cu_q_lens, reinterpret_cast<PlanMemory&>(shared.keys));
+  __syncthreads();
 
   if (threadIdx.x >= Traits::kConsumerThreads) {
     Produce<Traits>(args, shared, static_cast<int>(threadIdx.x) - Traits::kConsumerThreads);

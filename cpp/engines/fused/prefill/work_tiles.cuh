@@ -8,7 +8,6 @@
 #include "device/bulk_copies.cuh"
 #include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/prefill/args.h"
-#include "engines/fused/prefill/make_plan.cuh"
 #include "engines/fused/prefill/queries.cuh"
 #include "engines/fused/prefill/shared_memory.cuh"
 
@@ -16,15 +15,11 @@ namespace jpa::fused {
 
 // By one warp: describes work tile `number`.
 template <typename Traits>
-__device__ inline void MakeWorkTile(const PrefillArgs& args, const int32_t* cu_q_lens, int32_t number,
-                                    WorkTile* work_tile) {
+__device__ inline void MakeWorkTile(const PrefillArgs& args, int32_t number, WorkTile* work_tile) {
   const int lane = static_cast<int>(device::LaneId());
   const int32_t num_planned = args.plan->num_sequences;
   if (number >= args.plan->num_work_tiles) {
-    if (lane != 0) return;
-    work_tile->exists = 0;
-    // Each CTA comes here once.
-    if (number == args.plan->num_work_tiles + args.num_ctas - 1) TakeBackPlan(args);
+    if (lane == 0) work_tile->exists = 0;
     return;
   }
   // The last planned sequence that starts at `number` or before it is among [begin, begin + size).
@@ -39,7 +34,7 @@ __device__ inline void MakeWorkTile(const PrefillArgs& args, const int32_t* cu_q
   if (lane != 0) return;
   const PlannedSequence planned = args.planned[begin];
   const CallFacts& facts = args.call.facts;
-  const Sequence sequence = RawSequence(args.call, cu_q_lens, planned.seq).Clipped(facts);
+  const Sequence sequence = RawSequence(args.call, args.plan->cu_q_lens, planned.seq).Clipped(facts);
   work_tile->exists = 1;
   work_tile->seq = planned.seq;
   work_tile->row = sequence.row;
@@ -79,8 +74,7 @@ __device__ inline void ScheduleAndLoadQueries(const PrefillArgs& args, PrefillSh
       int32_t number = 0;
       if (lane == 0) number = atomicAdd(&args.plan->next_work_tile, 1);
       device::WaitForPhase(&shared.work_tile_empty[state.index()], state.parity() ^ 1);
-      MakeWorkTile<Traits>(args, shared.cu_q_lens, __shfl_sync(~0u, number, 0),
-                           &shared.work_tiles[state.index()]);
+      MakeWorkTile<Traits>(args, __shfl_sync(~0u, number, 0), &shared.work_tiles[state.index()]);
       __syncwarp();
       if (lane == 0) device::Arrive(&shared.work_tile_full[state.index()]);
     }

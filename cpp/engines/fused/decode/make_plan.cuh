@@ -1,5 +1,4 @@
-// Makes the plan of schedule.h: one CTA of the prefill kernel does, before its first work tile, and the others
-// wait for it. Where all sequences are decode's there is no plan, and a CTA returns at once.
+// Makes the plan of prefill (prefill/schedule.h): one CTA of decode does, before prefill starts.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +6,7 @@
 #include "core/problem.h"
 #include "device/ptx.cuh"
 #include "engines/fused/common/read_sequences.cuh"
-#include "engines/fused/prefill/args.h"
+#include "engines/fused/prefill/plan_args.h"
 
 namespace jpa::fused {
 
@@ -40,11 +39,11 @@ struct PlanShared {
 template <int threads>
 class SequencesToPlan {
  public:
-  __device__ SequencesToPlan(const PrefillArgs& args, const int32_t* cu_q_lens,
+  __device__ SequencesToPlan(const CallArgs& call, const PlanArgs& args, const int32_t* cu_q_lens,
                              const PlanShared<threads>& shared)
-      : args_(args), in_memory_(args.call, cu_q_lens), shared_(shared) {
+      : args_(args), in_memory_(call, cu_q_lens), shared_(shared) {
     const int thread = static_cast<int>(threadIdx.x);
-    if (thread < args.call.problem.num_seqs) own_ = in_memory_(thread);
+    if (thread < call.problem.num_seqs) own_ = in_memory_(thread);
   }
 
   // For the thread whose number `seq` is modulo the threads.
@@ -54,7 +53,7 @@ class SequencesToPlan {
   }
 
  private:
-  const PrefillArgs& args_;
+  const PlanArgs& args_;
   const SequencesInMemory in_memory_;
   const PlanShared<threads>& shared_;
   Sequence own_{};
@@ -81,10 +80,10 @@ __device__ inline int32_t SumBefore(int32_t value, int32_t (&of_warps)[warps], i
 // Plans the sequences that are not decoded, by classes; returns how many they are. Sequences of one class
 // come in any order, which changes no result.
 template <int threads>
-__device__ inline int32_t Sort(const PrefillArgs& args, const SequencesToPlan<threads>& sequences, PlanShared<threads>& shared) {
-  const CallFacts& facts = args.call.facts;
+__device__ inline int32_t Sort(const CallArgs& call, const PlanArgs& args, const SequencesToPlan<threads>& sequences, PlanShared<threads>& shared) {
+  const CallFacts& facts = call.facts;
   const int thread = static_cast<int>(threadIdx.x);
-  const int num_seqs = static_cast<int>(args.call.problem.num_seqs);
+  const int num_seqs = static_cast<int>(call.problem.num_seqs);
   for (int seq = thread; seq < num_seqs; seq += threads) {
     const Sequence sequence = sequences(seq);
     if (!IsPrefill(facts, sequence)) continue;
@@ -111,9 +110,9 @@ __device__ inline int32_t Sort(const PrefillArgs& args, const SequencesToPlan<th
 
 // Chooses how many key tiles a split may have: a warp estimates each candidate.
 template <int threads>
-__device__ inline void ChooseSplits(const PrefillArgs& args, const SequencesToPlan<threads>& sequences, int32_t num_planned,
+__device__ inline void ChooseSplits(const CallArgs& call, const PlanArgs& args, const SequencesToPlan<threads>& sequences, int32_t num_planned,
                              PlanShared<threads>& shared) {
-  const CallFacts& facts = args.call.facts;
+  const CallFacts& facts = call.facts;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int32_t longest = max(shared.longest, 1);
   for (int candidate = warp; candidate < kCandidates; candidate += threads / 32) {
@@ -137,7 +136,7 @@ __device__ inline void ChooseSplits(const PrefillArgs& args, const SequencesToPl
   __syncthreads();
   if (thread == 0) {
     int best = 0;
-    for (int i = 1; i < kCandidates && !args.call.batch_invariant; ++i) {
+    for (int i = 1; i < kCandidates && !call.batch_invariant; ++i) {
       if (shared.tiles[i] < shared.tiles[best]) best = i;
     }
     shared.split_tiles = static_cast<int32_t>(CeilDiv(longest, best + 1));
@@ -147,11 +146,11 @@ __device__ inline void ChooseSplits(const PrefillArgs& args, const SequencesToPl
 
 // Numbers the work tiles, their partial results and their places in the tile cache.
 template <int threads>
-__device__ inline void Number(const PrefillArgs& args, const SequencesToPlan<threads>& sequences, int32_t num_planned,
+__device__ inline void Number(const CallArgs& call, const PlanArgs& args, const SequencesToPlan<threads>& sequences, int32_t num_planned,
                        PlanShared<threads>& shared) {
-  const CallFacts& facts = args.call.facts;
+  const CallFacts& facts = call.facts;
   const int thread = static_cast<int>(threadIdx.x);
-  const bool converts = ByteWidth(args.call.problem.kv_dtype) == 1;
+  const bool converts = ByteWidth(call.problem.kv_dtype) == 1;
   for (int first = 0; first < num_planned; first += threads) {
     const int index = first + thread;
     int32_t work_tiles = 0, partials = 0, cached = 0, splits = 1;
@@ -187,59 +186,28 @@ __device__ inline void Number(const PrefillArgs& args, const SequencesToPlan<thr
   }
 }
 
-// By a whole CTA.
+// By a whole CTA; `cu_q_lens` are in order. A function of its own: what it needs of registers and code is nothing to
+// the kernel, whose other CTAs have none of it.
 template <int threads>
-__device__ inline void MakePlan(const PrefillArgs& args, const int32_t* cu_q_lens,
-                                PlanShared<threads>& shared) {
+__device__ __noinline__ void MakePlan(const CallArgs& call, const PlanArgs& args, const int32_t* cu_q_lens,
+                                      PlanShared<threads>& shared) {
   const int thread = static_cast<int>(threadIdx.x);
-  const SequencesToPlan<threads> sequences(args, cu_q_lens, shared);
+  const SequencesToPlan<threads> sequences(call, args, cu_q_lens, shared);
   if (thread < kClasses) shared.class_counts[thread] = 0;
   if (thread == 0) shared.longest = shared.first_work_tile = shared.first_partial = shared.cache_index = 0;
   for (int i = thread; i < kMaxPartials; i += threads) args.arrivals[i] = 0;
   __syncthreads();
-  const int32_t num_planned = Sort(args, sequences, shared);
-  ChooseSplits(args, sequences, num_planned, shared);
-  Number(args, sequences, num_planned, shared);
+  const int32_t num_planned = Sort(call, args, sequences, shared);
+  ChooseSplits(call, args, sequences, num_planned, shared);
+  Number(call, args, sequences, num_planned, shared);
   for (int i = thread; i < shared.cache_index * args.tile_cache.slices; i += threads)
     args.tile_cache.states[i] = 0;
   if (thread == 0) {
-    *args.plan = {
-        .num_sequences = num_planned, .num_work_tiles = shared.first_work_tile, .next_work_tile = 0};
+    *args.plan = {.num_sequences = num_planned,
+                  .num_work_tiles = shared.first_work_tile,
+                  .next_work_tile = 0,
+                  .cu_q_lens = cu_q_lens};
   }
 }
-
-// By a whole CTA: says whether some sequence is prefill's, and if so, where cu_q_lens are in order.
-template <int threads>
-__device__ inline bool HasWork(const CallArgs& call, const int32_t** cu_q_lens) {
-  bool fall = false, some = false;
-  for (int i = static_cast<int>(threadIdx.x); i < call.problem.num_seqs; i += threads) {
-    const RawSequence raw(call, call.params.cu_q_lens, i);
-    fall = fall || raw.falls();
-    some = some || IsPrefill(call.facts, raw.Clipped(call.facts));
-  }
-  if (__syncthreads_or(fall || some) == 0) return false;
-  *cu_q_lens = __syncthreads_or(fall) != 0 ? OrderedRows(call) : call.params.cu_q_lens;
-  return true;  // or there is an empty plan, where they were not in order
-}
-
-// By a whole CTA: until there is a plan. The first CTA makes it: devices start it first, as decode relies on,
-// too (SignalPartial). `shared` is memory that TMA loads may overwrite later.
-template <int threads>
-__device__ inline void AwaitPlan(const PrefillArgs& args, const int32_t* cu_q_lens,
-                                 PlanShared<threads>& shared) {
-  if (blockIdx.x == 0) {
-    MakePlan(args, cu_q_lens, shared);
-    device::FenceSharedForAsync();
-    __syncthreads();
-    if (threadIdx.x == 0) device::StoreRelease(args.plan_ready, 1);
-  } else if (threadIdx.x == 0) {
-    while (device::LoadAcquire(args.plan_ready) == 0) {
-    }
-  }
-  __syncthreads();
-}
-
-// By the CTA that is the last one to find no work tile left: all have seen the flag by then.
-__device__ inline void TakeBackPlan(const PrefillArgs& args) { *args.plan_ready = 0; }
 
 }  // namespace jpa::fused
