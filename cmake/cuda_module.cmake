@@ -76,6 +76,7 @@ function(jpa_add_cuda_module version)
     cpp/engines/fused/workspace.cc
     cpp/engines/fused/decode/combine.cu
     cpp/engines/fused/mla/tensor_map.cc
+    cpp/engines/fused/prefill/schedule.cu
     cpp/engines/fused/prefill/tensor_map.cc
     ${JPA_FUSED_INSTANTIATIONS})
   target_include_directories(${fused} PRIVATE ${JPA_GENERATED})

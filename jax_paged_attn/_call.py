@@ -151,7 +151,7 @@ def _at_most_one(num_seqs: Array | None) -> Array:
 
 @_modes.compiled
 def _as_row(scalar: Array) -> Array:
-    return scalar[None]
+    return scalar.reshape(1)
 
 
 def _query_and_pages(

@@ -179,6 +179,11 @@ Status MakePrefillArgs(const CallArgs& call, const Options& options, const Prefi
 
 // ---- decode and prefill -----------------------------------------------------------------------------------
 
+// Where a sequence has no more query rows than that on average, a call is taken for one of decode rows and drafts. Then
+// no kernel goes in front of decode to plan prefill, and decode's last CTA does. If there are prompts after all,
+// they start a little later.
+constexpr int64_t kRowsOfDecode = 8;
+
 // Says whether it launched prefill, too.
 Status LaunchDecodeAndPrefill(DecodeArgs* args, const Options& options, const Device& device,
                               const Workspace& workspace, cudaStream_t stream, bool* prefills) {
@@ -198,12 +203,18 @@ Status LaunchDecodeAndPrefill(DecodeArgs* args, const Options& options, const De
       return s;
     }
     args->prefill = prefill_args;  // where the plan lies
+    args->plans_prefill = problem.num_rows <= kRowsOfDecode * problem.num_seqs;
+    if (!args->plans_prefill) {
+      if (Status s = LaunchSchedule(prefill_args, stream); !s.ok()) return s;
+    }
   }
+  const bool is_scheduled = *prefills && !args->plans_prefill;
   const auto grid = [](int ctas) { return dim3(static_cast<unsigned>(ctas)); };
   if (Status s = device::LaunchUntyped(kCaller, "decode", device.kernel,
-                                       {.grid = grid(args->num_ctas),
+                                       {.grid = grid(args->num_ctas + (is_scheduled ? 1 : 0)),
                                         .threads = device.threads,
-                                        .shared_bytes = device.shared_bytes},
+                                        .shared_bytes = device.shared_bytes,
+                                        .overlap = is_scheduled ? Overlap::kWithPrevious : Overlap::kNone},
                                        stream, *args);
       !s.ok() || !*prefills) {
     return s;

@@ -43,6 +43,17 @@ __device__ inline const int32_t* OrderedRows(const CallArgs& call) {
   return call.ordered_rows;
 }
 
+// By a whole CTA: cu_q_lens in order.
+template <int threads>
+__device__ inline const int32_t* OrderedRowsOf(const CallArgs& call) {
+  const int32_t* const cu_q_lens = call.params.cu_q_lens;
+  if (cu_q_lens == nullptr) return nullptr;
+  bool fall = false;
+  for (int i = static_cast<int>(threadIdx.x); i < call.problem.num_seqs; i += threads)
+    fall = fall || RawSequence(call, cu_q_lens, i).falls();
+  return __syncthreads_or(fall) != 0 ? OrderedRows(call) : cu_q_lens;
+}
+
 class SequencesInMemory {
  public:
   __device__ SequencesInMemory(const CallArgs& call, const int32_t* cu_q_lens)

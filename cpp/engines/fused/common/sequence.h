@@ -62,7 +62,8 @@ struct RowRange {
 // OrderRows has to make others from them.
 JPA_HOST_DEVICE inline RowRange RowRangeOf(const int32_t* cu_q_lens, int32_t num_rows, int32_t num_live,
                                            int32_t index) {
-  const int32_t start = Larger(cu_q_lens[index], 0), end = Smaller(cu_q_lens[index + 1], num_rows);
+  const int32_t start = Larger(cu_q_lens[index], 0);
+  const int32_t end = Larger(Smaller(cu_q_lens[index + 1], num_rows), 0);
   return {.start = start, .count = index < num_live ? end - start : 0};
 }
 

@@ -3,8 +3,6 @@
 //
 // find_range.cuh: every CTA works out from the lengths alone which key tiles it has (work_split.h).
 //
-// make_plan.cuh: where prefill comes next, the last CTA makes its plan.
-//
 // producer.cuh: one warp walks these tiles (cta_range_cursor.h), looks up their pages and leaves a descriptor
 // per tile. Three others load keys and values into stages, as many tiles ahead as there are stages.
 //
@@ -23,12 +21,12 @@
 #include "engines/fused/decode/args.h"
 #include "engines/fused/decode/consumer.cuh"
 #include "engines/fused/decode/find_range.cuh"
-#include "engines/fused/decode/make_plan.cuh"
 #include "engines/fused/decode/partials.cuh"
 #include "engines/fused/decode/producer.cuh"
 #include "engines/fused/decode/rows_without_keys.cuh"
 #include "engines/fused/decode/shared_memory.cuh"
 #include "engines/fused/decode/traits.h"
+#include "engines/fused/prefill/make_plan.cuh"
 
 namespace jpa::fused {
 
@@ -111,14 +109,13 @@ __device__ inline void Consume(const DecodeArgs& args, DecodeShared<Traits>& sha
   }
 }
 
-// By the last CTA, which has no tiles if prefill has some, before it lets prefill start. Where all sequences are
-// decode's, prefill is told so.
+// By the last CTA, before it lets prefill start. Where all sequences are decode's, prefill is told so.
 template <typename Traits>
 __device__ inline void PlanPrefill(const DecodeArgs& args, const CtaRange& range, char* stages) {
   using PlanMemory = PlanShared<Traits::kThreads>;
   static_assert(sizeof(PlanMemory) <= Traits::kStageBytes);
   if (range.has_prefill) {
-    MakePlan(args.call, args.prefill, range.cu_q_lens, *reinterpret_cast<PlanMemory*>(stages));
+    MakePlanApart(args.call, args.prefill, range.cu_q_lens, *reinterpret_cast<PlanMemory*>(stages));
     __threadfence();
     __syncthreads();
   }
@@ -138,9 +135,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   char* const stages = device::KeptShared(shared_memory);
   auto& shared = *reinterpret_cast<Shared*>(stages + Shared::kStages * Traits::kStageBytes);
 
+  if (blockIdx.x == static_cast<unsigned>(args.num_ctas)) {
+    // Behind a kernel that plans prefill there is one more CTA: prefill may start when its plan is there.
+    if (threadIdx.x == 0) {
+      device::WaitForPreviousKernel();
+      device::LetNextKernelStart();
+    }
+    return;
+  }
   // Prefill is for that compute capability alone.
-  const bool plans = kCapability == 90 && args.may_share_sms() &&
-                     blockIdx.x == static_cast<unsigned>(args.num_ctas) - 1;
+  const bool plans =
+      kCapability == 90 && args.plans_prefill && blockIdx.x == static_cast<unsigned>(args.num_ctas) - 1;
   if (!plans) device::LetNextKernelStart();
   if (threadIdx.x < Shared::kStages) {
     // Every lane arrives for itself: one per warp would do, but racecheck does not follow that.

@@ -132,9 +132,7 @@ JPA_HOST_DEVICE inline int64_t TilesPerCta(const HeadTiles& of_head, const HeadR
 // ---- beside prefill ---------------------------------------------------------------------------------------
 
 // In a call that has sequences for both kernels, decode keeps to some of the multiprocessors and leaves the
-// others to prefill: as many eighths as its part of the work, since the estimate of the work is no finer, and
-// at most seven, which memory hardly notices: then prefill runs beside decode, and its plan is made by a CTA
-// that has no other work.
+// others to prefill: as many eighths as its part of the work, since the estimate of the work is no finer.
 // Prefill gets the rest when decode is done.
 inline constexpr int kEighths = 8;
 
@@ -157,8 +155,7 @@ JPA_HOST_DEVICE inline int32_t EighthsForDecode(int64_t decode_tiles, int64_t pr
                                                 const TileCosts& costs) {
   if (prefill_tiles == 0) return kEighths;
   const int64_t decode = decode_tiles * costs.decode, all = decode + prefill_tiles * costs.prefill;
-  const int32_t eighths = static_cast<int32_t>(CeilDiv(decode * kEighths, all));
-  return Smaller(Larger(1, eighths), kEighths - 1);
+  return Larger(1, static_cast<int32_t>(CeilDiv(decode * kEighths, all)));
 }
 
 // ---- KV splits of batch-invariant calls -------------------------------------------------------------------

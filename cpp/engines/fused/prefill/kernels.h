@@ -25,4 +25,7 @@ struct PrefillKernelInfo {
 template <int head_dim, int value_dim, Loader loader>
 PrefillKernelInfo PrefillKernelOf(DType q_dtype, DType kv_dtype);
 
+// Makes the plan of schedule.h.
+Status LaunchSchedule(const PrefillArgs& args, cudaStream_t stream);
+
 }  // namespace jpa::fused

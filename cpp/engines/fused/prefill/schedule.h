@@ -1,4 +1,4 @@
-// The work list of a prefill launch, made on the device from lengths and row counts (decode/make_plan.cuh).
+// The work list of a prefill launch, made on the device from lengths and row counts (make_plan.cuh).
 //
 // A row block's key tiles are one KV split, or where there are too few row blocks for all CTAs, several. A
 // work tile is a KV split of a row block. CTAs take work tiles from a queue, longest first, so that none

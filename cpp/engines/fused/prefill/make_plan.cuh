@@ -1,4 +1,4 @@
-// Makes the plan of prefill (prefill/schedule.h): one CTA of decode does, before prefill starts.
+// Makes the plan of schedule.h: a kernel of one CTA does, or a CTA of decode.
 #pragma once
 
 #include <cstdint>
@@ -186,11 +186,10 @@ __device__ inline void Number(const CallArgs& call, const PlanArgs& args, const 
   }
 }
 
-// By a whole CTA; `cu_q_lens` are in order. A function of its own: what it needs of registers and code is nothing to
-// the kernel, whose other CTAs have none of it.
+// By a whole CTA; `cu_q_lens` are in order.
 template <int threads>
-__device__ __noinline__ void MakePlan(const CallArgs& call, const PlanArgs& args, const int32_t* cu_q_lens,
-                                      PlanShared<threads>& shared) {
+__device__ inline void MakePlan(const CallArgs& call, const PlanArgs& args, const int32_t* cu_q_lens,
+                                PlanShared<threads>& shared) {
   const int thread = static_cast<int>(threadIdx.x);
   const SequencesToPlan<threads> sequences(call, args, cu_q_lens, shared);
   if (thread < kClasses) shared.class_counts[thread] = 0;
@@ -208,6 +207,13 @@ __device__ __noinline__ void MakePlan(const CallArgs& call, const PlanArgs& args
                   .next_work_tile = 0,
                   .cu_q_lens = cu_q_lens};
   }
+}
+
+// The same as a function of its own: a kernel whose other CTAs have other things to do keeps its registers and code.
+template <int threads>
+__device__ __noinline__ void MakePlanApart(const CallArgs& call, const PlanArgs& args,
+                                           const int32_t* cu_q_lens, PlanShared<threads>& shared) {
+  MakePlan(call, args, cu_q_lens, shared);
 }
 
 }  // namespace jpa::fused
