@@ -434,7 +434,8 @@ def test_fused_prefill(name: str, head_dim: int, page_size: int, page_dtype: str
 @pytest.mark.parametrize("name", PREFILLS)
 def test_dead_sequences_change_no_bit(name: str, page_size: int, batch_invariant: bool) -> None:
     """With many of them, decode plans prefill, and no kernel in front of it (kRowsOfDecode in run.cc)."""
-    q, k_pages, v_pages, lengths, tables, cu_q_lens = mixed_inputs(*PREFILLS[name], page_size, 128)
+    rows, kv_lens = PREFILLS[name]
+    q, k_pages, v_pages, lengths, tables, cu_q_lens = mixed_inputs(rows, kv_lens, page_size, 128)
     attend = jax.jit(
         functools.partial(
             jpa.ragged_paged_attention, implementation="fused", return_lse=True, batch_invariant=batch_invariant
@@ -459,7 +460,9 @@ def test_rows_in_any_order_are_those_of_first_rows_and_row_counts(
 ) -> None:
     """Kernels read `cu_q_lens` as `rows_of_each` does, which a mapped call goes through."""
     rng = np.random.default_rng(num_seqs)
-    q, k_pages, v_pages, lengths, tables, _ = mixed_inputs((num_rows, *(0,) * (num_seqs - 1)), (300,) * num_seqs, 20, 128)
+    q, k_pages, v_pages, lengths, tables, _ = mixed_inputs(
+        (num_rows, *(0,) * (num_seqs - 1)), (300,) * num_seqs, 20, 128
+    )
     attend = functools.partial(
         jpa.ragged_paged_attention, implementation="fused", return_lse=True, batch_invariant=batch_invariant
     )

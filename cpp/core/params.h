@@ -48,9 +48,9 @@ struct AttentionParams {
   // In place of both, for "fused": rows [cu_q_lens[b], cu_q_lens[b + 1]).
   const int32_t* cu_q_lens = nullptr;  // [B + 1]
   const int32_t* num_seqs = nullptr;   // [1], sequences that have rows: the first ones; null: all
-  const float* sinks;           // [X, N], null if X is 0
-  const float* k_scale;         // [X, K], null if X is 0
-  const float* v_scale;         // [X, K], null if X is 0
+  const float* sinks;                  // [X, N], null if X is 0
+  const float* k_scale;                // [X, K], null if X is 0
+  const float* v_scale;                // [X, K], null if X is 0
   const float* k_token_scales;  // [Pk, S, K] through StridesOfRows(k_strides), or null: a further factor
   const float* v_token_scales;  // [Pv, S, K] likewise; scales of keys that no row sees may be anything
   void* out;                    // [T, N, Hv] in q_dtype

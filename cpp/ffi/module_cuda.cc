@@ -152,8 +152,7 @@ int64_t FusedWorkspaceBytes(const std::string& q_dtype, const std::string& kv_dt
 
 int64_t FusedWorkspaceBound(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_q_heads,
                             int64_t num_kv_heads, int64_t head_dim, int64_t value_dim, int64_t page_size,
-                            bool decode, bool batch_invariant, int64_t workspace_limit,
-                            bool cumulative) {
+                            bool decode, bool batch_invariant, int64_t workspace_limit, bool cumulative) {
   return jpa::fused::WorkspaceBound(
       ProblemOfOneRow(q_dtype, kv_dtype, num_q_heads, num_kv_heads, head_dim, value_dim, page_size),
       {.decode = decode,
@@ -207,12 +206,14 @@ NB_MODULE(JPA_MODULE, m) {
   m.def("fused_workspace_bytes", &FusedWorkspaceBytes, nb::arg("q_dtype"), nb::arg("kv_dtype"),
         nb::arg("num_rows"), nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
         nb::arg("value_dim"), nb::arg("page_size"), nb::arg("num_seqs"), nb::arg("max_pages"),
-        nb::arg("decode"), nb::arg("batch_invariant"), nb::arg("workspace_limit"), nb::arg("cumulative") = false,
+        nb::arg("decode"), nb::arg("batch_invariant"), nb::arg("workspace_limit"),
+        nb::arg("cumulative") = false,
         "Bytes of scratch memory that \"fused\" needs for a call of these sizes.");
   m.def("fused_workspace_bound", &FusedWorkspaceBound, nb::arg("q_dtype"), nb::arg("kv_dtype"),
         nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("value_dim"),
         nb::arg("page_size"), nb::arg("decode"), nb::arg("batch_invariant"), nb::arg("workspace_limit"),
-        nb::arg("cumulative") = false, "At least those of any such call, less what each row and sequence adds.");
+        nb::arg("cumulative") = false,
+        "At least those of any such call, less what each row and sequence adds.");
   m.def("fused_workspace_bytes_per_row", &FusedWorkspaceBytesPerRow, nb::arg("num_q_heads"),
         nb::arg("value_dim"), "At most what a query row of a batch-invariant call adds to them.");
   m.attr("FUSED_CUMULATIVE_BYTES_PER_SEQUENCE") = jpa::fused::kCumulativeBytesPerSequence;

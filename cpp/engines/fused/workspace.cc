@@ -78,8 +78,7 @@ WorkspaceLayout LayOut(const AttentionProblem& problem, const Options& options, 
                                  : 2 * (IsMla(problem) ? kMaxMlaCtas : kMaxCtas) * layout.rows_per_partial;
   layout.stats = BytesOf<float>(num_states * problem.value_dim);
   layout.ordered_rows = layout.stats + BytesOf<float2>(num_states);
-  layout.prefill =
-      layout.ordered_rows + (options.cumulative ? BytesOf<int32_t>(problem.num_seqs + 1) : 0);
+  layout.prefill = layout.ordered_rows + (options.cumulative ? BytesOf<int32_t>(problem.num_seqs + 1) : 0);
   // XLA aligns less than kWorkspaceAlign on some devices.
   layout.bytes = layout.prefill + LayOutPrefill(problem, options, num_cached_tiles).bytes + kWorkspaceAlign;
   return layout;

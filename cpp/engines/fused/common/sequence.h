@@ -58,8 +58,8 @@ struct RowRange {
 
 // The rows between two cumulative numbers, of cu_q_lens [B + 1]. Sequences from `num_live` on have none.
 //
-// The numbers should be in order and numbers of rows. If some are not, a live sequence has a negative count: then
-// OrderRows has to make others from them.
+// The numbers should be in order and numbers of rows. If some are not, a live sequence has a negative count:
+// then OrderRows has to make others from them.
 JPA_HOST_DEVICE inline RowRange RowRangeOf(const int32_t* cu_q_lens, int32_t num_rows, int32_t num_live,
                                            int32_t index) {
   const int32_t start = Larger(cu_q_lens[index], 0);

@@ -23,9 +23,9 @@ struct DecodeArgs {
   HeadQueues head_queues[kEighths];
   int32_t num_ctas;  // on all multiprocessors, the same number on each
   TileCosts costs;
-  PlanArgs prefill;     // if may_share_sms()
-  bool plans_prefill;   // no kernel in front of decode does
-  bool same_offsets;  // keys and values have the same place in their pools
+  PlanArgs prefill;    // if may_share_sms()
+  bool plans_prefill;  // no kernel in front of decode does
+  bool same_offsets;   // keys and values have the same place in their pools
   // Batch-invariant: rows of partial results are numbered kMaxSplitRows * sequence + row in it, not by row of
   // q.
   bool split_rows_by_sequence;

@@ -63,8 +63,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const int32_t num_work_tiles = __ldcg(&args.plan->num_work_tiles);
   if (num_work_tiles == 0) {
-    // Whoever comes next waits for this kernel alone, so one CTA must wait for decode. The others make room at
-    // once: all CTAs have come and gone where the first CTAs of decode were, by the time its last ones end.
+    // Whoever comes next waits for this kernel alone, so one CTA must wait for decode. The others make room
+    // at once: all CTAs have come and gone where the first CTAs of decode were, by the time its last ones
+    // end.
     if (blockIdx.x == gridDim.x - 1) device::WaitForPreviousKernel();
     return;
   }

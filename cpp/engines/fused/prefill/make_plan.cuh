@@ -80,7 +80,8 @@ __device__ inline int32_t SumBefore(int32_t value, int32_t (&of_warps)[warps], i
 // Plans the sequences that are not decoded, by classes; returns how many they are. Sequences of one class
 // come in any order, which changes no result.
 template <int threads>
-__device__ inline int32_t Sort(const CallArgs& call, const PlanArgs& args, const SequencesToPlan<threads>& sequences, PlanShared<threads>& shared) {
+__device__ inline int32_t Sort(const CallArgs& call, const PlanArgs& args,
+                               const SequencesToPlan<threads>& sequences, PlanShared<threads>& shared) {
   const CallFacts& facts = call.facts;
   const int thread = static_cast<int>(threadIdx.x);
   const int num_seqs = static_cast<int>(call.problem.num_seqs);
@@ -110,8 +111,9 @@ __device__ inline int32_t Sort(const CallArgs& call, const PlanArgs& args, const
 
 // Chooses how many key tiles a split may have: a warp estimates each candidate.
 template <int threads>
-__device__ inline void ChooseSplits(const CallArgs& call, const PlanArgs& args, const SequencesToPlan<threads>& sequences, int32_t num_planned,
-                             PlanShared<threads>& shared) {
+__device__ inline void ChooseSplits(const CallArgs& call, const PlanArgs& args,
+                                    const SequencesToPlan<threads>& sequences, int32_t num_planned,
+                                    PlanShared<threads>& shared) {
   const CallFacts& facts = call.facts;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int32_t longest = max(shared.longest, 1);
@@ -146,8 +148,9 @@ __device__ inline void ChooseSplits(const CallArgs& call, const PlanArgs& args, 
 
 // Numbers the work tiles, their partial results and their places in the tile cache.
 template <int threads>
-__device__ inline void Number(const CallArgs& call, const PlanArgs& args, const SequencesToPlan<threads>& sequences, int32_t num_planned,
-                       PlanShared<threads>& shared) {
+__device__ inline void Number(const CallArgs& call, const PlanArgs& args,
+                              const SequencesToPlan<threads>& sequences, int32_t num_planned,
+                              PlanShared<threads>& shared) {
   const CallFacts& facts = call.facts;
   const int thread = static_cast<int>(threadIdx.x);
   const bool converts = ByteWidth(call.problem.kv_dtype) == 1;
@@ -209,7 +212,8 @@ __device__ inline void MakePlan(const CallArgs& call, const PlanArgs& args, cons
   }
 }
 
-// The same as a function of its own: a kernel whose other CTAs have other things to do keeps its registers and code.
+// The same as a function of its own: a kernel whose other CTAs have other things to do keeps its registers
+// and code.
 template <int threads>
 __device__ __noinline__ void MakePlanApart(const CallArgs& call, const PlanArgs& args,
                                            const int32_t* cu_q_lens, PlanShared<threads>& shared) {

@@ -43,7 +43,7 @@ struct PlannedSequence {
 struct PrefillPlan {
   int32_t num_sequences;
   int32_t num_work_tiles;
-  int32_t next_work_tile;  // that no CTA has taken
+  int32_t next_work_tile;    // that no CTA has taken
   const int32_t* cu_q_lens;  // in order, see RowRangeOf
 };
 

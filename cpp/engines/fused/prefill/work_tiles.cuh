@@ -15,8 +15,8 @@ namespace jpa::fused {
 
 // By one warp: describes work tile `number`.
 template <typename Traits>
-__device__ inline void MakeWorkTile(const PrefillArgs& args, const PrefillShared<Traits>& shared, int32_t number,
-                                    WorkTile* work_tile) {
+__device__ inline void MakeWorkTile(const PrefillArgs& args, const PrefillShared<Traits>& shared,
+                                    int32_t number, WorkTile* work_tile) {
   const int lane = static_cast<int>(device::LaneId());
   if (number >= shared.num_work_tiles) {
     if (lane == 0) work_tile->exists = 0;
