@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -17,9 +16,6 @@ from jax_paged_attn._layouts import LAYOUTS
 Attend = Callable[..., tuple[Array, Array]]
 
 # Scales per token and head of keys and of values, by what errors call them.
-# Beyond, all pairs of sequences would cost more than a running maximum.
-_FEW_SEQUENCES = 512
-
 NO_TOKEN_SCALES: Mapping[str, None] = MappingProxyType({"k_token_scales": None, "v_token_scales": None})
 
 
@@ -74,8 +70,8 @@ def ragged(
     scoring = _options.Scoring.checked(options, dims["H"])
     rows: Any = {"cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "layout": layout, "tables_name": tables_name}
     _debug.check_attention(*arrays, per_head, scoring, **rows)
-    static = {"scoring": scoring, "decode": False, "layout": layout}
-    return _attend(attend, static, options, (*arrays, *rows_of_each(cu_q_lens, num_seqs, dims["T"]), *per_head))
+    static = {"scoring": scoring, "decode": False, "layout": layout, "cumulative": True}
+    return _attend(attend, static, options, (*arrays, cu_q_lens, _at_most_one(num_seqs), *per_head))
 
 
 def write(
@@ -145,23 +141,16 @@ def _one_row_each(num_seqs: int) -> tuple[Array, Array]:
     return jnp.arange(num_seqs, dtype=jnp.int32), jnp.ones(num_seqs, jnp.int32)
 
 
-@functools.partial(_modes.compiled, static_argnums=2)
-def rows_of_each(cu_q_lens: Array, num_seqs: Array | None, num_rows: int) -> tuple[Array, Array]:
-    """The first rows and the row counts of ragged sequences; dead ones have no row.
+def _at_most_one(num_seqs: Array | None) -> Array:
+    """`num_seqs` as the primitive takes it: `[1]`, or `[0]` where all sequences live."""
+    if num_seqs is None:
+        return _modes.zeros((0,), jnp.int32)
+    return num_seqs if num_seqs.ndim else _as_row(num_seqs)
 
-    These are two reductions over all pairs of sequences, of which XLA makes one kernel for a GPU. It makes two or three
-    of a running maximum, and attention waits for them.
-    """
-    ends = jnp.clip(cu_q_lens, 0, num_rows)
-    num_sequences = cu_q_lens.shape[0] - 1
-    index = jnp.arange(num_sequences, dtype=jnp.int32)
-    live = jnp.ones(num_sequences, bool) if num_seqs is None else index < num_seqs  # a [1] broadcasts as a scalar does
-    if isinstance(num_sequences, int) and num_sequences <= _FEW_SEQUENCES:
-        before = jnp.arange(num_sequences + 1, dtype=jnp.int32)[None] <= index[:, None]
-        rows_since = jnp.where(live[:, None], jnp.maximum(ends[1:, None] - ends[None], 0), 0)
-        return jnp.where(before, ends[None], 0).max(axis=1), jnp.where(before, rows_since, num_rows).min(axis=1)
-    ends = jax.lax.cummax(ends)
-    return ends[:-1], jnp.where(live, ends[1:] - ends[:-1], 0)
+
+@_modes.compiled
+def _as_row(scalar: Array) -> Array:
+    return scalar.reshape(1)
 
 
 def _query_and_pages(

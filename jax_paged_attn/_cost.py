@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from jax_paged_attn import _primitive
 from jax_paged_attn._explain import trace
 from jax_paged_attn._layouts import LAYOUTS
 from jax_paged_attn._options import Scoring
+from jax_paged_attn._rows import rows_of_each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +196,8 @@ def _times(cost: Cost, count: int) -> Cost:
 def _cost_of_call(avals: Sequence[Any], known: Sequence[_Known], params: dict[str, Any]) -> Cost:
     q, k_pages, v_pages, tables, *_ = avals
     kv_lens, q_counts = known[4], known[6]
+    if params["cumulative"]:
+        q_counts = _row_counts(known[5], known[6], avals[0].shape[0])
     num_rows, heads, head_dim = q.shape
     value_dim = v_pages.shape[-1]
     num_seqs, max_pages = tables.shape
@@ -222,6 +226,12 @@ def _cost_of_call(avals: Sequence[Any], known: Sequence[_Known], params: dict[st
         bytes_accessed=tokens * token_bytes + operand_bytes + result_bytes,
         exact=kv_lens is not None and q_counts is not None,
     )
+
+
+def _row_counts(cu_q_lens: _Known, num_seqs: _Known, num_rows: int) -> _Known:
+    if cu_q_lens is None or num_seqs is None:
+        return None
+    return np.asarray(rows_of_each(jnp.asarray(cu_q_lens), jnp.asarray(num_seqs), num_rows)[1])
 
 
 def _visible(length: int, rows: int, scoring: Scoring) -> tuple[int, int]:

@@ -27,14 +27,16 @@ def workspace_bound(q_dtype: str, kv_dtype: str, num_q_heads: int, num_kv_heads:
     At least the workspace of any such call, less WORKSPACE_BYTES_PER_ROW for each row and sequence.
     """
 
-def fused_workspace_bytes(q_dtype: str, kv_dtype: str, num_rows: int, num_q_heads: int, num_kv_heads: int, head_dim: int, value_dim: int, page_size: int, num_seqs: int, max_pages: int, decode: bool, batch_invariant: bool, workspace_limit: int) -> int:
+def fused_workspace_bytes(q_dtype: str, kv_dtype: str, num_rows: int, num_q_heads: int, num_kv_heads: int, head_dim: int, value_dim: int, page_size: int, num_seqs: int, max_pages: int, decode: bool, batch_invariant: bool, workspace_limit: int, cumulative: bool = False) -> int:
     """Bytes of scratch memory that "fused" needs for a call of these sizes."""
 
-def fused_workspace_bound(q_dtype: str, kv_dtype: str, num_q_heads: int, num_kv_heads: int, head_dim: int, value_dim: int, page_size: int, decode: bool, batch_invariant: bool, workspace_limit: int) -> int:
+def fused_workspace_bound(q_dtype: str, kv_dtype: str, num_q_heads: int, num_kv_heads: int, head_dim: int, value_dim: int, page_size: int, decode: bool, batch_invariant: bool, workspace_limit: int, cumulative: bool = False) -> int:
     """At least those of any such call, less what each row and sequence adds."""
 
 def fused_workspace_bytes_per_row(num_q_heads: int, value_dim: int) -> int:
     """At most what a query row of a batch-invariant call adds to them."""
+
+FUSED_CUMULATIVE_BYTES_PER_SEQUENCE: int = 4
 
 FUSED_WORKSPACE_BYTES_PER_SEQUENCE: int = 24
 

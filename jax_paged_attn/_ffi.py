@@ -39,6 +39,8 @@ ATTENTION_LAYOUT_TARGET = "jax_paged_attn.attention.v2"
 ATTENTION_TOKENS_TARGET = "jax_paged_attn.attention.v3"
 # For values of another head dim than keys, or in the keys, too. It has all that v3 has.
 ATTENTION_VALUES_TARGET = "jax_paged_attn.attention.v4"
+# For ragged calls of "fused" on CUDA, with `cu_q_lens` and `num_seqs` in place of `q_starts` and `q_counts`.
+ATTENTION_CUMULATIVE_TARGET = "jax_paged_attn.attention.v5"
 WRITE_TARGET = "jax_paged_attn.write.v1"
 WRITE_LAYOUT_TARGET = "jax_paged_attn.write.v2"
 # As v4 of attention.
@@ -51,7 +53,7 @@ _MAX_SPLITS = 16
 class AttentionOperands(NamedTuple):
     """Operands of the attention targets, in the order of kAttentionTensors in cpp/ffi/targets.h.
 
-    The last ones came with v3.
+    The last ones came with v3. From v5 on `cu_q_lens` and `num_seqs` stand in the places of `q_starts` and `q_counts`.
     """
 
     q: Array
@@ -277,6 +279,7 @@ def fused_workspace_bytes(
     num_padding_heads: int = 0,
     token_scales: bool = False,
     value_dim: int | None = None,
+    cumulative: bool = False,
 ) -> Any:
     """Size of the workspace of "fused", exact for known sizes and enough for symbolic ones.
 
@@ -288,11 +291,14 @@ def fused_workspace_bytes(
     module = compiled("cuda")
     fixed, variable = _sizes(q, k_pages, block_tables, layout, num_padding_heads, value_dim)
     options = {"decode": decode, "batch_invariant": batch_invariant, "workspace_limit": workspace_limit}
+    options["cumulative"] = cumulative
     if _are_known(variable):
         return module.fused_workspace_bytes(**fixed, **variable, **options)
     workspace = module.fused_workspace_bound(**fixed, **options)
     if not decode:
         workspace += variable["num_seqs"] * module.FUSED_WORKSPACE_BYTES_PER_SEQUENCE
+    if cumulative:
+        workspace += variable["num_seqs"] * module.FUSED_CUMULATIVE_BYTES_PER_SEQUENCE
     if batch_invariant:
         per_row = module.fused_workspace_bytes_per_row(num_q_heads=fixed["num_q_heads"], value_dim=fixed["value_dim"])
         workspace += variable["num_rows"] * per_row
@@ -352,6 +358,7 @@ def attention_cuda(
     batch_invariant: bool,
     layout: str,
     token_scales: tuple[bool, bool],
+    cumulative: bool = False,
     **parameters: Any,
 ) -> tuple[Array, Array]:
     """Attention on an engine for CUDA; operands and parameters as in docs/primitive.md.
@@ -375,18 +382,20 @@ def attention_cuda(
         num_padding_heads=_padding_heads(named, layout),
         token_scales=any(token_scales),
         value_dim=named.v_pages.shape[-1],
+        **({"cumulative": True} if cumulative else {}),
     )
-    attributes = {
-        "decode": bool(decode),
+    attributes: dict[str, Any] = {
         "engine": engine,
         "workspace_limit": np.int64(limit),
         "batch_invariant": bool(batch_invariant),
     }
+    if not cumulative:
+        attributes["decode"] = bool(decode)
     if decode:
         # The rows are known then: XLA would make both arrays anew in each call.
         none = jnp.zeros(0, jnp.int32)
         named = named._replace(q_starts=none, q_counts=none)
-    return _attention(named, workspace, attributes, layout=layout, padded=padded, **parameters)
+    return _attention(named, workspace, attributes, layout=layout, padded=padded, cumulative=cumulative, **parameters)
 
 
 def _attention(
@@ -397,11 +406,13 @@ def _attention(
     scoring: Scoring,
     layout: str,
     padded: bool,
+    cumulative: bool = False,
 ) -> tuple[Array, Array]:
     """Calls the attention target.
 
     Args:
       attributes: those that one platform has beyond the common ones.
+      cumulative: whether the operands q_starts and q_counts are `cu_q_lens` and `num_seqs`.
       padded: whether keys are, see `Layout.values_in_keys`. Their pools are reshaped ones, mostly of one head. XLA
         would copy them if the last reshape added an axis of size 1, so they go without the axis of heads.
     """
@@ -418,8 +429,10 @@ def _attention(
         operands = operands._replace(k_pages=k_pages, v_pages=v_pages)
     arrays, scales = operands[:10], operands[10:]
     own_values = value_dim != q.shape[2] or LAYOUTS[layout].values_in_keys
-    if own_values or num_padding_heads or any(x is not None for x in scales):
+    if cumulative or own_values or num_padding_heads or any(x is not None for x in scales):
         target = ATTENTION_VALUES_TARGET if own_values else ATTENTION_TOKENS_TARGET
+        if cumulative:
+            target = ATTENTION_CUMULATIVE_TARGET
         of_layout = {"layout": layout}
         arrays += tuple(jnp.zeros((0, 0, 0), jnp.float32) if x is None else x for x in scales)
     out, lse, _ = jax.ffi.ffi_call(target, results)(
@@ -462,6 +475,8 @@ def write(*operands: Array, layout: str = "split") -> tuple[Array, ...]:
     return tuple(call(*named, **of_layout))[:num_pools]
 
 
+# The engines that take `cu_q_lens` and `num_seqs`.
+CUMULATIVE = ("fused",)
 # The attention call of each compiled engine.
 ATTENTION: dict[str, Callable[..., tuple[Array, Array]]] = {
     "cpu": attention_cpu,

@@ -21,6 +21,7 @@ class Axis(enum.Enum):
     ROWS = enum.auto()  # query rows
     SEQUENCES = enum.auto()
     FIRST_ROWS = enum.auto()  # sequences; the values are row numbers
+    CUMULATIVE = enum.auto()  # how many rows the sequences before have, or how many sequences live; never folded
     TABLES = enum.auto()  # sequences; the values are page ids
     TOKENS = enum.auto()  # new tokens
     SLOTS = enum.auto()  # new tokens; the values are slot numbers

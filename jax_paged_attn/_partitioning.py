@@ -44,6 +44,7 @@ _DIMS: dict[Axis, Dims] = {
     Axis.ROWS: (Dim.ROWS, Dim.HEADS, Dim.WHOLE),
     Axis.SEQUENCES: (Dim.ROWS,),
     Axis.FIRST_ROWS: (Dim.ROWS,),
+    Axis.CUMULATIVE: (Dim.WHOLE,),
     Axis.TABLES: (Dim.ROWS, Dim.WHOLE),
     Axis.TOKENS: (Dim.WHOLE, Dim.KV_HEADS, Dim.WHOLE),
     Axis.SLOTS: (Dim.WHOLE,),

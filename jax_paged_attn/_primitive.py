@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_paged_attn import _checks, _differentiation, _engines, _ffi, _modes, _partitioning, _reference
+from jax_paged_attn import _checks, _differentiation, _engines, _ffi, _modes, _partitioning, _reference, _rows
 from jax_paged_attn._folding import POOLS, Axis, fold, unfold
 from jax_paged_attn._layouts import LAYOUTS, head_dim_of, keys_and_values
 
@@ -62,8 +62,11 @@ def _operand_axes(token_scales: tuple[bool, bool]) -> tuple[Axis, ...]:
     return (*_AXES, *(axis for axis, has in zip(POOLS, token_scales, strict=True) if has))
 
 
-def _attention_axes(*, token_scales: tuple[bool, bool], **_: Any) -> _Axes:
-    return _operand_axes(token_scales), (Axis.ROWS, Axis.ROWS)
+def _attention_axes(*, token_scales: tuple[bool, bool], cumulative: bool, **_: Any) -> _Axes:
+    axes = _operand_axes(token_scales)
+    if cumulative:
+        axes = (*axes[:5], Axis.CUMULATIVE, Axis.CUMULATIVE, *axes[7:])
+    return axes, (Axis.ROWS, Axis.ROWS)
 
 
 def _axes_with_respect_to(wrt: tuple[bool, ...]) -> tuple[Axis, ...]:
@@ -89,10 +92,11 @@ def _write_axes(*, layout: str, **_: Any) -> _Axes:
 
 
 def attention(
-    *operands: Array, token_scales: tuple[bool, bool] = (False, False), **parameters: Any
+    *operands: Array, token_scales: tuple[bool, bool] = (False, False), cumulative: bool = False, **parameters: Any
 ) -> tuple[Array, Array]:
     """Binds the attention primitive: `(out, lse)` for its operands and its static parameters."""
-    parameters |= {"partitioned": _partitioning.call_that_needs_devices(), "token_scales": token_scales}
+    parameters |= {"partitioned": _partitioning.call_that_needs_devices()}
+    parameters |= {"token_scales": token_scales, "cumulative": cumulative}
     out, lse = attention_p.bind(*_vary_alike(operands), **parameters)
     return out, lse
 
@@ -174,7 +178,7 @@ def describe(operands: Sequence[Any], parameters: Mapping[str, Any]) -> _engines
 
 def _attention_abstract(*operands: Any, implementation: str | None, **parameters: Any) -> list[Any]:
     decode, layout = parameters["decode"], LAYOUTS[parameters["layout"]]
-    q, k_pages, v_pages, block_tables, kv_lens, q_starts, q_counts, sinks, k_scale, v_scale, *_ = operands
+    q, k_pages, v_pages, block_tables, kv_lens, *rows, sinks, k_scale, v_scale = operands[:10]
     dims = _checks.Dims()
     dims.match("q", q, "T N H", _checks.COMPUTE_DTYPES)
     # The columns of scales say how many key/value heads there are, which a pool with padding heads does not.
@@ -191,8 +195,13 @@ def _attention_abstract(*operands: Any, implementation: str | None, **parameters
     _check_token_scales("k_token_scales", k_tokens, k_pages)
     _check_token_scales("v_token_scales", v_tokens, v_pages)
     dims.match("block_tables", block_tables, "B M", ("int32",))
-    for name, x in (("kv_lens", kv_lens), ("q_starts", q_starts), ("q_counts", q_counts)):
-        dims.match(name, x, "B", ("int32",))
+    dims.match("kv_lens", kv_lens, "B", ("int32",))
+    cumulative = parameters["cumulative"]
+    first, second = (("cu_q_lens", "B+1"), ("num_seqs", "X")) if cumulative else (("q_starts", "B"), ("q_counts", "B"))
+    for (name, letters), x in zip((first, second), rows, strict=True):
+        dims.match(name, x, letters, ("int32",))
+    if cumulative and dims["X"] > 1:
+        raise ValueError(f"num_seqs: expected one number at most, got {dims['X']}")
     dims.match("sinks", sinks, "Xs N", ("float32",))
     value_dim = v_pages.shape[-1]
     check_sizes(dims["N"], dims["K"], (dims["H"], value_dim), dims["S"], layout.pools)
@@ -313,9 +322,11 @@ def _attention_lowering(platform: str | None) -> Callable[..., Any]:
         engine = _engines.choose_to_run(describe(ctx.avals_in, parameters), here, parameters["implementation"])
         attend = _reference_attention if engine == "reference" else _ffi.ATTENTION[engine]
 
-        def impl(*operands: Array, implementation: str | None, **static: Any) -> Sequence[Array]:
+        def impl(*operands: Array, implementation: str | None, cumulative: bool, **static: Any) -> Sequence[Array]:
             del implementation  # `engine` is the one that was chosen
-            return attend(*operands, **static)
+            if cumulative and engine in _ffi.CUMULATIVE:
+                return attend(*operands, **static, cumulative=True)
+            return attend(*(_rows.with_ranges(operands) if cumulative else operands), **static)
 
         return _lowering(impl, _attention_axes)(ctx, *operands, **parameters)
 
@@ -362,6 +373,9 @@ def _batcher(primitive: Primitive, axes_of: Callable[..., _Axes]) -> Callable[..
     def batch(
         operands: Sequence[Array], dims: Sequence[int | None], **parameters: Any
     ) -> tuple[list[Array], list[int]]:
+        if parameters.get("cumulative", False):
+            operands, dims = _rows.mapped_with_ranges(operands, dims)
+            parameters["cumulative"] = False
         axes, result_axes = axes_of(**parameters)
         page_axis = LAYOUTS[parameters["layout"]].page_axis
         # Each copy of the batch has a result of its own, of pools and sinks too, shared by all copies or not.
@@ -405,10 +419,12 @@ def _attention_jvp(
     *,
     implementation: str | None,
     batch_invariant: bool,
+    cumulative: bool,
     **static: Any,
 ) -> tuple[Any, Any]:
     # Derivatives are plain JAX, whichever engine runs.
-    results = attention_p.bind(*primals, implementation=implementation, batch_invariant=batch_invariant, **static)
+    engine = {"implementation": implementation, "batch_invariant": batch_invariant}
+    results = attention_p.bind(*primals, **engine, cumulative=cumulative, **static)
     dots = [tangents[i] for i in _DIFFERENTIABLE]  # scales are constants
     wrt = tuple(_has_tangent(dot) for dot in dots)
     for index, name in enumerate(LAYOUTS[static["layout"]].pools, start=1):
@@ -417,7 +433,8 @@ def _attention_jvp(
     if not any(wrt):
         return results, _zero_tangents(results)
     present = [dot for dot, w in zip(dots, wrt, strict=True) if w]
-    return results, tangent_p.bind(*present, *primals, *results, wrt=wrt, **static)
+    ranged = _rows.with_ranges(primals) if cumulative else primals
+    return results, tangent_p.bind(*present, *ranged, *results, wrt=wrt, **static)
 
 
 def _tangent_transpose(bars: Sequence[Any], *operands: Any, wrt: tuple[bool, ...], **parameters: Any) -> list[Any]:

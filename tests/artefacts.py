@@ -29,6 +29,7 @@ class Program:
 
     Attributes:
       targets: the FFI targets that it calls.
+      cuda_targets: those on CUDA, if they are others there.
       case: the name of the case whose shapes and keywords it has.
       others: names of cases that it runs as well.
       sizes: the symbolic sizes of the first operands' leading axes; the others keep their shapes.
@@ -40,6 +41,10 @@ class Program:
     others: tuple[str, ...]
     sizes: tuple[str, ...]
     run: Callable[..., Any]
+    cuda_targets: tuple[str, ...] = ()
+
+    def targets_on(self, platform: str) -> tuple[str, ...]:
+        return self.cuda_targets if platform == "cuda" and self.cuda_targets else self.targets
 
     def exported(self, platform: str) -> jax.export.Exported:
         scope = jax.export.SymbolicScope()
@@ -47,7 +52,7 @@ class Program:
         for i, x in enumerate(operands_of(BY_NAME[self.case])):
             leading = jax.export.symbolic_shape(self.sizes[i], scope=scope) if i < len(self.sizes) else ()
             specs.append(jax.ShapeDtypeStruct((*leading, *x.shape[len(leading) :]), x.dtype))
-        checks = [jax.export.DisabledSafetyCheck.custom_call(target) for target in self.targets]
+        checks = [jax.export.DisabledSafetyCheck.custom_call(target) for target in self.targets_on(platform)]
         return jax.export.export(jax.jit(self.run), platforms=[platform], disabled_checks=checks)(*specs)
 
 
@@ -63,6 +68,11 @@ def ragged(*operands: Any) -> Any:
     *positional, sinks = operands
     keywords = BY_NAME["mixed_all"].keywords
     return jpa.ragged_paged_attention(*positional, sinks=sinks, **keywords, return_lse=True)
+
+
+def rows(*operands: Any) -> Any:
+    """Drafts and prompts as "fused" on CUDA takes them: by `cu_q_lens`."""
+    return jpa.ragged_paged_attention(*operands, return_lse=True)
 
 
 def step(q: Any, k_pages: Any, v_pages: Any, block_tables: Any, lengths: Any, k_scale: Any, v_scale: Any) -> Any:
@@ -119,6 +129,14 @@ PROGRAMS = {
         ("mixed_all_short",),
         ("t", "p", "p", "b", "b, m", "b+1"),
         ragged,
+    ),
+    "rows": Program(
+        ("jax_paged_attn.attention.v1",),
+        "drafts",
+        ("drafts_of_9",),
+        ("t", "p", "p", "b", "b, m", "b+1"),
+        rows,
+        ("jax_paged_attn.attention.v5",),
     ),
     "step": Program(
         ("jax_paged_attn.attention.v1", "jax_paged_attn.write.v1"),

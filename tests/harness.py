@@ -21,7 +21,7 @@ import oracle
 from cases import BY_NAME, DTYPES, FAMILIES, LSE_BOUND, OUT_BOUND, Array, Case, build, poison
 
 import jax_paged_attn as jpa
-from jax_paged_attn import _call, _checks, _engines, _options, _primitive, compat
+from jax_paged_attn import _call, _checks, _engines, _options, _primitive, _rows, compat
 
 # A single row may be this much worse than the bound on the whole output: the bound alone would let one wrong row of
 # many pass, while a row of small values may exceed it by rounding.
@@ -161,7 +161,8 @@ def attend_in_layout(
         if options.get(name) is None:
             options[name] = 1.0 if k_pages.dtype == jnp.int8 else None
     arrays = (jnp.asarray(x) for x in (q, k_pages, v_pages, block_tables, kv_lens))
-    rows = _call.rows_of_each(jnp.asarray(cu_q_lens), None if num_seqs is None else jnp.asarray(num_seqs), q.shape[0])
+    none = jnp.zeros(0, jnp.int32)
+    rows = _rows.rows_of_each(jnp.asarray(cu_q_lens), none if num_seqs is None else jnp.asarray(num_seqs), q.shape[0])
     per_head = _call.operands_per_head(_checks.Dims(N=q.shape[1], K=kv_heads), jnp.asarray(k_pages), options)
     scales = (k_token_scales, v_token_scales)
     return _primitive.attention(

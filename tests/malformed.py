@@ -28,6 +28,7 @@ P, S, K = 6, 2, 2
 ATTENTION_OPERANDS = (
     "q", "k_pages", "v_pages", "block_tables", "kv_lens", "q_starts", "q_counts", "sinks", "k_scale", "v_scale"
 )  # fmt: skip
+CUMULATIVE_OPERANDS = (*ATTENTION_OPERANDS[:5], "cu_q_lens", "num_seqs", *ATTENTION_OPERANDS[7:])  # of v5
 TOKEN_SCALES = ("k_token_scales", "v_token_scales")  # of v3
 ATTENTION_RESULTS = ("out", "lse", "workspace")
 WRITE_OPERANDS = ("k_pages", "v_pages", "k", "v", "slot_mapping", "k_scale", "v_scale")
@@ -97,7 +98,9 @@ POOLS = {
 NAMES = {"apart": "split", "padded": "interleaved"}
 
 
-def attention(engine: str, decode: bool = False, layout: str = "split", token_scales: bool = False) -> Call:
+def attention(
+    engine: str, decode: bool = False, layout: str = "split", token_scales: bool = False, cumulative: bool = False
+) -> Call:
     """Ragged attention, or decode, as the engine is called."""
     dtype, head_dim = (jnp.bfloat16, 64) if engine == "fused" else (jnp.float32, 8)
     pool, rows = jnp.zeros((*POOLS[layout], head_dim), dtype), jnp.zeros(B, jnp.int32)
@@ -107,7 +110,8 @@ def attention(engine: str, decode: bool = False, layout: str = "split", token_sc
         jnp.zeros((B if decode else T, N, head_dim), dtype),
         *(pool, values),
         jnp.zeros((B, M), jnp.int32),
-        *(rows, rows, rows),
+        rows,
+        *((jnp.zeros(B + 1, jnp.int32), rows[:1]) if cumulative else (rows, rows)),
         *(jnp.zeros((0, heads), jnp.float32) for heads in (N, K, K)),
         *([jnp.zeros(pool.shape[:-1], jnp.float32)] * 2 if token_scales else []),
         token_scales=(token_scales, token_scales),
@@ -115,6 +119,7 @@ def attention(engine: str, decode: bool = False, layout: str = "split", token_sc
         batch_invariant=False,
         scoring=Scoring(scale=0.5, sliding_window=0, soft_cap=0.0, causal=True),
         layout=NAMES.get(layout, layout),
+        **({"cumulative": True} if cumulative else {}),
     )
 
 
@@ -219,6 +224,8 @@ def malformed_attention(engine: str) -> Iterator[Call]:
             if (wrong.label.startswith(WRITE_RESULTS) and ": dtype" not in wrong.label) or of_scale:
                 yield wrong
     yield from malformed_values(engine)
+    if engine == "fused":
+        yield from malformed_cumulative(engine)
     # The versions before know no padding heads, and no scales per token.
     call = attention(engine, layout="padded")
     before = {"target": _ffi.ATTENTION_LAYOUT_TARGET, "operands": call.operands[:-2]}
@@ -234,6 +241,20 @@ def malformed_attention(engine: str) -> Iterator[Call]:
     for wrong in wrong_arrays(call, (*ATTENTION_OPERANDS, *TOKEN_SCALES), "operands"):
         if wrong.label.startswith(TOKEN_SCALES):
             yield wrong
+
+
+def malformed_cumulative(engine: str) -> Iterator[Call]:
+    """Of the target that takes `cu_q_lens`."""
+    call = attention(engine, cumulative=True)
+    yield call
+    yield from wrong_attributes(call)
+    for wrong in wrong_arrays(call, (*CUMULATIVE_OPERANDS, *TOKEN_SCALES), "operands", FREE | {("num_seqs", 0)}):
+        of_rows = wrong.label.startswith(("cu_q_lens", "num_seqs", "operands"))
+        two = wrong.label == "num_seqs: axis 0 of 2"
+        if of_rows:
+            yield replace(wrong, error="num_seqs: expected") if two else wrong
+    attributes = {**call.attributes, "engine": "cublaslt"}
+    yield replace(call, attributes=attributes, label="cublaslt", error="cu_q_lens: expected implementation fused")
 
 
 def malformed_values(engine: str) -> Iterator[Call]:

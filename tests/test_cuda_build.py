@@ -149,6 +149,11 @@ def test_scratch_of_fused_depends_on_rows_only_where_it_must(
     per_row = module.fused_workspace_bytes_per_row(heads[0], value_dim)
     enough = bound(batch_invariant=True, limit=0)
     assert invariant <= enough
+    cumulative = module.fused_workspace_bytes(
+        *(*dtypes, rows, *heads, page_size, num_seqs, max_pages), decode, False, limit, cumulative=True
+    )
+    more = cumulative - size(rows, num_seqs)
+    assert num_seqs * module.FUSED_CUMULATIVE_BYTES_PER_SEQUENCE < more <= 4 * num_seqs + 256
     assert rows > 8 * num_seqs or invariant >= enough - per_row - 512  # no more than rounding is lost
     assert size(rows, num_seqs, batch_invariant=True) <= bound(batch_invariant=True)
 
@@ -164,7 +169,8 @@ def lowered(name: str, cuda_engine: str) -> str:
 @pytest.mark.parametrize("name", ["decode", "mixed"])
 def test_calls_lower_for_cuda(name: str, cuda_engine: str) -> None:
     text = lowered(name, cuda_engine)
-    assert f"custom_call @{_ffi.ATTENTION_TARGET}" in text
+    cumulative = name == "mixed" and cuda_engine == "fused"
+    assert f"custom_call @{_ffi.ATTENTION_CUMULATIVE_TARGET if cumulative else _ffi.ATTENTION_TARGET}" in text
     assert f'engine = "{cuda_engine}"' in text
 
 

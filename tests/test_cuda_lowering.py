@@ -17,8 +17,12 @@ from jax.export import symbolic_shape
 import jax_paged_attn as jpa
 from jax_paged_attn import _ffi, compat
 
-OURS = [jax.export.DisabledSafetyCheck.custom_call(_ffi.ATTENTION_TARGET)]
-CONSTANT, PER_ROW, PER_SEQUENCE = 1_000_000, 4096, 16
+OURS = [
+    jax.export.DisabledSafetyCheck.custom_call(target)
+    for target in (_ffi.ATTENTION_TARGET, _ffi.ATTENTION_CUMULATIVE_TARGET)
+]
+CONSTANT, PER_ROW, PER_SEQUENCE, CUMULATIVE = 1_000_000, 4096, 16, 4
+RAGGED = PER_SEQUENCE + CUMULATIVE  # per sequence of ragged calls
 
 
 class StandIn(ModuleType):
@@ -27,14 +31,16 @@ class StandIn(ModuleType):
     DEFAULT_WORKSPACE_LIMIT = 256 << 20
     WORKSPACE_BYTES_PER_ROW = 32
     FUSED_WORKSPACE_BYTES_PER_SEQUENCE = PER_SEQUENCE
+    FUSED_CUMULATIVE_BYTES_PER_SEQUENCE = CUMULATIVE
 
     def fused_workspace_bytes(
-        self, *, num_rows: int, num_seqs: int, decode: bool, batch_invariant: bool, **fixed: Any
+        self, *, num_rows: int, num_seqs: int, decode: bool, batch_invariant: bool, cumulative: bool, **fixed: Any
     ) -> int:
         known = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64, "page_size": 16, "workspace_limit": 256 << 20}
         assert {name: fixed[name] for name in known} == known
         more = num_rows if decode else min(num_rows, 8 * num_seqs)
-        return CONSTANT + more * PER_ROW * batch_invariant + (0 if decode else num_seqs * PER_SEQUENCE)
+        per_sequence = (0 if decode else PER_SEQUENCE) + CUMULATIVE * cumulative
+        return CONSTANT + more * PER_ROW * batch_invariant + num_seqs * per_sequence
 
     def fused_workspace_bound(self, **fixed: Any) -> int:
         return self.fused_workspace_bytes(**fixed, num_rows=1, num_seqs=1, max_pages=1)
@@ -79,13 +85,15 @@ def workspace_bytes(text: str) -> int:
 @pytest.mark.parametrize("args", [specs(3), specs(3, 40)], ids=["decode", "ragged"])
 def test_attributes_of_the_call(args: tuple[Any, ...], batch_invariant: bool) -> None:
     text = lowered(args, batch_invariant=batch_invariant)
-    assert f"custom_call @{_ffi.ATTENTION_TARGET}" in text
+    decode = len(args) == 5
+    assert f"custom_call @{_ffi.ATTENTION_TARGET if decode else _ffi.ATTENTION_CUMULATIVE_TARGET}" in text
     (attributes,) = re.findall(r"mhlo.backend_config = \{([^}]*)\}", text)
-    names = {"scale", "soft_cap", "sliding_window", "causal", "decode", "engine", "workspace_limit", "batch_invariant"}
+    names = {"scale", "soft_cap", "sliding_window", "causal", "engine", "workspace_limit", "batch_invariant"}
+    names.add("decode" if decode else "layout")
     assert {part.split(" = ")[0].strip() for part in attributes.split(", ")} == names
     assert 'engine = "fused"' in attributes
     assert f"batch_invariant = {str(batch_invariant).lower()}" in attributes
-    assert f"decode = {str(len(args) == 5).lower()}" in attributes
+    assert ("decode = true" if decode else 'layout = "split"') in attributes
     assert f"workspace_limit = {256 << 20} : i64" in attributes
 
 
@@ -111,10 +119,13 @@ def test_layouts_have_a_target_of_their_own(monkeypatch: pytest.MonkeyPatch, lay
         .as_text()
     )
     target = _ffi.ATTENTION_TOKENS_TARGET if layout == "padded" else _ffi.ATTENTION_LAYOUT_TARGET
+    cumulative = layout == "interleaved" and cuda_engine == "fused"
+    if cumulative:
+        target = _ffi.ATTENTION_CUMULATIVE_TARGET
     name = "interleaved" if layout == "padded" else layout
     assert f"custom_call @{target}" in text
     assert f'layout = "{name}"' in text
-    expected = CONSTANT if layout == "head_major" else CONSTANT + 3 * PER_SEQUENCE
+    expected = CONSTANT + 3 * {"head_major": 0, "padded": PER_SEQUENCE, "interleaved": RAGGED}[layout]
     assert workspace_bytes(text) == (77 if cuda_engine == "cublaslt" else expected)
     rows = 3 if layout == "head_major" else 40
     sizes = {
@@ -169,10 +180,10 @@ def test_scales_per_token_go_to_cublaslt(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_every_engine_gets_its_own_workspace() -> None:
     assert workspace_bytes(lowered(specs(3))) == CONSTANT
-    assert workspace_bytes(lowered(specs(300, 4000))) == CONSTANT + 300 * PER_SEQUENCE
+    assert workspace_bytes(lowered(specs(300, 4000))) == CONSTANT + 300 * RAGGED
     assert workspace_bytes(lowered(specs(3), batch_invariant=True)) == CONSTANT + 3 * PER_ROW
-    assert workspace_bytes(lowered(specs(3, 10), batch_invariant=True)) == CONSTANT + 10 * PER_ROW + 3 * PER_SEQUENCE
-    assert workspace_bytes(lowered(specs(3, 40), batch_invariant=True)) == CONSTANT + 24 * PER_ROW + 3 * PER_SEQUENCE
+    assert workspace_bytes(lowered(specs(3, 10), batch_invariant=True)) == CONSTANT + 10 * PER_ROW + 3 * RAGGED
+    assert workspace_bytes(lowered(specs(3, 40), batch_invariant=True)) == CONSTANT + 24 * PER_ROW + 3 * RAGGED
     assert workspace_bytes(lowered(specs(3), implementation="cublaslt")) == 77
     assert 'engine = "cublaslt"' in lowered(specs(3, dtype=jnp.float32))
 
@@ -186,12 +197,12 @@ def test_symbolic_sizes_get_enough(ragged: bool, batch_invariant: bool) -> None:
     )
     args = specs(b, t) if ragged else specs(b)
     text = jax.export.export(jax.jit(call), platforms=["cuda"], disabled_checks=OURS)(*args).mlir_module()
-    assert _ffi.ATTENTION_TARGET in text
+    assert (_ffi.ATTENTION_CUMULATIVE_TARGET if ragged else _ffi.ATTENTION_TARGET) in text
 
     q, k_pages, *_ = args
     tables = args[4] if ragged else args[3]
     keywords: dict[str, Any] = {"decode": not ragged, "batch_invariant": batch_invariant}
-    keywords["workspace_limit"] = StandIn.DEFAULT_WORKSPACE_LIMIT
+    keywords |= {"workspace_limit": StandIn.DEFAULT_WORKSPACE_LIMIT, "cumulative": ragged}
     size = _ffi.fused_workspace_bytes(q, k_pages, tables, **keywords)
     if not batch_invariant and not ragged:
         assert size == CONSTANT
@@ -202,6 +213,42 @@ def test_symbolic_sizes_get_enough(ragged: bool, batch_invariant: bool) -> None:
         assert size_at(size, t=rows, b=seqs if ragged else rows) >= _ffi.fused_workspace_bytes(
             known[0], known[1], tables, **keywords
         )
+
+
+@pytest.mark.parametrize("num_seqs", [None, (), (1,)])
+def test_nothing_but_the_call_computes_in_a_ragged_call(num_seqs: tuple[int, ...] | None) -> None:
+    """Each operation of XLA's in front of it would be a kernel more."""
+    args = specs(64, 64) + (() if num_seqs is None else (jax.ShapeDtypeStruct(num_seqs, jnp.int32),))
+    call = jax.jit(jpa.ragged_paged_attention)
+    text = call.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    operations = set(re.findall(r"stablehlo\.(\w+)", text))
+    # Arrays without numbers are nothing to fill, and a scalar becomes [1] without a copy.
+    assert operations <= {"custom_call", "constant", "broadcast_in_dim", "reshape"}
+    assert all("-> tensor<0" in line for line in text.splitlines() if "stablehlo.broadcast_in_dim" in line)
+    assert f"custom_call @{_ffi.ATTENTION_CUMULATIVE_TARGET}" in text
+
+
+@pytest.mark.parametrize("transformation", ["vmap", "grad", "cublaslt", "other platform"])
+def test_first_rows_and_row_counts_where_they_are_needed(transformation: str) -> None:
+    q, *rest = specs(3, 40)
+
+    def attend(q: Any, *rest: Any) -> Any:
+        return jpa.ragged_paged_attention(q, *rest, implementation="cublaslt" if transformation == "cublaslt" else None)
+
+    call: Any = attend
+    if transformation == "vmap":
+        call, q = jax.vmap(attend, in_axes=(1, *[None] * 5)), jax.ShapeDtypeStruct((40, 2, 8, 64), q.dtype)
+    if transformation == "grad":
+        call = jax.grad(lambda q, *rest: attend(q, *rest).astype(jnp.float32).sum())
+    platform = "tpu" if transformation == "other platform" else "cuda"
+    text = jax.jit(call).trace(q, *rest).lower(lowering_platforms=(platform,)).as_text()
+    targets = {
+        "vmap": [_ffi.ATTENTION_TARGET],
+        "cublaslt": [_ffi.ATTENTION_TARGET],
+        "grad": [_ffi.ATTENTION_CUMULATIVE_TARGET],  # of the forward pass; derivatives are plain JAX
+        "other platform": [],
+    }[transformation]
+    assert re.findall(r"custom_call @(jax_paged_attn[\w.]+)", text) == targets
 
 
 def size_at(size: Any, **dims: int) -> int:

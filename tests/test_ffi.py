@@ -43,7 +43,13 @@ def test_operands_and_attributes_are_those_of_the_compiled_targets(platform: str
         "interleaved": _ffi.WRITE_LAYOUT_TARGET,
         "values_in_keys": _ffi.WRITE_VALUES_TARGET,
     }
-    assert set(targets) == {*attention.values(), *writes.values()}
+    cumulative = {_ffi.ATTENTION_CUMULATIVE_TARGET} if platform == "cuda" else set[str]()
+    assert set(targets) == {*attention.values(), *cumulative, *writes.values()}
+    for target in cumulative:
+        call = malformed.attention("fused", cumulative=True)
+        assert call.target == target
+        assert targets[target]["operands"] == [*malformed.CUMULATIVE_OPERANDS, *malformed.TOKEN_SCALES]
+        assert set(targets[target]["attributes"]) == set(call.attributes)
     engine = {"cpu": "cpu", "cuda": "fused"}[platform]
     for layout, target in attention.items():
         call = malformed.attention(engine, layout=layout)

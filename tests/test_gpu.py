@@ -335,7 +335,7 @@ def test_cublaslt_in_groups_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("page_dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
 def test_fused_launches(page_dtype: Any, batch_invariant: bool) -> None:
-    """At most three, whatever batch, lengths, tables and pages are."""
+    """As few as docs/engines say, whatever lengths, tables and pages are; and none of XLA's around them."""
     count = functools.partial(count_launches, kernels_of="jpa")
     counts = set()
     decode = compiled("fused", batch_invariant=batch_invariant)
@@ -351,16 +351,15 @@ def test_fused_launches(page_dtype: Any, batch_invariant: bool) -> None:
     ragged = jax.jit(
         functools.partial(jpa.ragged_paged_attention, implementation="fused", batch_invariant=batch_invariant)
     )
-    drafts = set()
-    for rows in (1, 2, 8):
-        q, k_pages, v_pages, tables, lengths = decode_inputs(8, 512, 16, page_dtype=page_dtype)
-        cu_q_lens = jnp.arange(9, dtype=jnp.int32) * rows
-        q = jnp.resize(q, (64, *q.shape[1:]))
-        drafts.add(count(ragged, q, k_pages, v_pages, lengths, tables, cu_q_lens))
-    assert len(drafts) == 1, drafts
-    assert max(drafts) <= (
-        4 if batch_invariant else 3
-    )  # plan, decode, prefill; batch-invariant, and the combine of decode
+    q, k_pages, v_pages, tables, lengths = decode_inputs(8, 512, 16, page_dtype=page_dtype)
+    # Decode and prefill, with more rows than drafts the plan; batch-invariant, and the combine of decode.
+    for num_rows, expected in ((8, 1), (64, 2), (65, 3)):
+        rows = jnp.resize(q, (num_rows, *q.shape[1:]))
+        cuts = [jnp.arange(9, dtype=jnp.int32) * each for each in (1, num_rows // 8, 100)]
+        seen = {count(ragged, rows, k_pages, v_pages, lengths, tables, cu_q_lens) for cu_q_lens in cuts}
+        assert seen == {expected + batch_invariant}, num_rows
+        everything = count_launches(ragged, rows, k_pages, v_pages, lengths, tables, cuts[0], kernels_of=".")
+        assert everything == expected + batch_invariant, num_rows
 
 
 def scales_of(page_dtype: Any) -> dict[str, jax.Array]:
@@ -428,6 +427,55 @@ def test_fused_prefill(name: str, head_dim: int, page_size: int, page_dtype: str
             for mine, theirs in zip(got, want, strict=True):
                 np.testing.assert_allclose(np.asarray(mine, np.float32), np.asarray(theirs, np.float32), atol=2e-2)
             assert all(bits(fused(*some)) == bits(got) for _ in range(3))
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("page_size", [16, 20])
+@pytest.mark.parametrize("name", PREFILLS)
+def test_dead_sequences_change_no_bit(name: str, page_size: int, batch_invariant: bool) -> None:
+    """With many of them, decode plans prefill, and no kernel in front of it (kRowsOfDecode in run.cc)."""
+    rows, kv_lens = PREFILLS[name]
+    q, k_pages, v_pages, lengths, tables, cu_q_lens = mixed_inputs(rows, kv_lens, page_size, 128)
+    attend = jax.jit(
+        functools.partial(
+            jpa.ragged_paged_attention, implementation="fused", return_lse=True, batch_invariant=batch_invariant
+        )
+    )
+    expected = bits(attend(q, k_pages, v_pages, lengths, tables, cu_q_lens))
+    dead = q.shape[0] // 4
+    padded = (
+        jnp.pad(lengths, (0, dead), constant_values=9),
+        jnp.pad(tables, ((0, dead), (0, 0)), constant_values=-1),
+        jnp.pad(cu_q_lens, (0, dead), constant_values=-7),  # which nothing reads
+    )
+    num_seqs = jnp.int32(lengths.shape[0])
+    for _ in range(10):
+        assert bits(attend(q, k_pages, v_pages, *padded, num_seqs)) == expected
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(("num_seqs", "num_rows"), [(5, 400), (60, 300), (1500, 2000)])
+def test_rows_in_any_order_are_those_of_first_rows_and_row_counts(
+    num_seqs: int, num_rows: int, batch_invariant: bool
+) -> None:
+    """Kernels read `cu_q_lens` as `rows_of_each` does, which a mapped call goes through."""
+    rng = np.random.default_rng(num_seqs)
+    q, k_pages, v_pages, lengths, tables, _ = mixed_inputs(
+        (num_rows, *(0,) * (num_seqs - 1)), (300,) * num_seqs, 20, 128
+    )
+    attend = functools.partial(
+        jpa.ragged_paged_attention, implementation="fused", return_lse=True, batch_invariant=batch_invariant
+    )
+    direct, mapped = jax.jit(attend), jax.jit(jax.vmap(attend, in_axes=(None,) * 5 + (0, None)))
+    in_order = np.sort(rng.integers(0, num_rows, num_seqs + 1))
+    spoilt = np.where(rng.random(num_seqs + 1) < 0.2, rng.integers(-(2**31), 2**31, num_seqs + 1), in_order)
+    for cuts in (in_order, spoilt, rng.permutation(in_order), np.full(num_seqs + 1, 2**31 - 1), in_order[::-1] - 9):
+        for live in (num_seqs, num_seqs // 2, -1):
+            args = (q, k_pages, v_pages, lengths, tables)
+            some = jnp.asarray(cuts, jnp.int32)
+            got = direct(*args, some, jnp.int32(live))
+            want = [x[0] for x in mapped(*args, some[None], jnp.int32(live))]
+            assert bits(got) == bits(want)
 
 
 @pytest.mark.parametrize(("head_dim", "page_size", "page_dtype"), [(128, 20, BF16), (256, 1, BF16), (128, 16, E4M3)])

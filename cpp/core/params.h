@@ -45,9 +45,12 @@ struct AttentionParams {
   const int32_t* kv_lens;       // [B], clipped to [0, M * S]
   const int32_t* q_starts;      // [B], first query row of the sequence; null (decode on CUDA): row b of q
   const int32_t* q_counts;      // [B], number of its query rows; null (likewise): 1
-  const float* sinks;           // [X, N], null if X is 0
-  const float* k_scale;         // [X, K], null if X is 0
-  const float* v_scale;         // [X, K], null if X is 0
+  // In place of both, for "fused": rows [cu_q_lens[b], cu_q_lens[b + 1]).
+  const int32_t* cu_q_lens = nullptr;  // [B + 1]
+  const int32_t* num_seqs = nullptr;   // [1], sequences that have rows: the first ones; null: all
+  const float* sinks;                  // [X, N], null if X is 0
+  const float* k_scale;                // [X, K], null if X is 0
+  const float* v_scale;                // [X, K], null if X is 0
   const float* k_token_scales;  // [Pk, S, K] through StridesOfRows(k_strides), or null: a further factor
   const float* v_token_scales;  // [Pv, S, K] likewise; scales of keys that no row sees may be anything
   void* out;                    // [T, N, Hv] in q_dtype

@@ -23,6 +23,7 @@ constexpr Target kV1 = {.platform = Platform::kCuda, .version = 1};
 constexpr Target kV2 = {.platform = Platform::kCuda, .version = 2};
 constexpr Target kV3 = {.platform = Platform::kCuda, .version = 3};
 constexpr Target kV4 = {.platform = Platform::kCuda, .version = 4};
+constexpr Target kV5 = {.platform = Platform::kCuda, .version = 5};
 
 std::atomic<int64_t> host_calls{0};
 
@@ -78,9 +79,13 @@ struct ParsedCall {
   int64_t workspace_bytes;
 };
 
-Status CheckEngine(const AttentionAttributes& attributes) {
+Status CheckEngine(const AttentionAttributes& attributes, const Target& target) {
   if (!IsFused(attributes) && attributes.engine != "cublaslt") {
     return Status::InvalidArgument("implementation: expected fused or cublaslt, got " +
+                                   std::string(attributes.engine));
+  }
+  if (target.version >= kCumulativeSince && !IsFused(attributes)) {
+    return Status::InvalidArgument("cu_q_lens: expected implementation fused, got " +
                                    std::string(attributes.engine));
   }
   if (attributes.batch_invariant && !IsFused(attributes)) {
@@ -99,7 +104,7 @@ Status Parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
   AttentionTensors tensors;
   if (Status s = AttentionTensors::Bind(target, args, rets, &tensors); !s.ok()) return s;
   if (Status s = ReadAttributes(dictionary, target, &call->attributes); !s.ok()) return s;
-  if (Status s = CheckEngine(call->attributes); !s.ok()) return s;
+  if (Status s = CheckEngine(call->attributes, target); !s.ok()) return s;
   if (Status s = ParseAttention(tensors, target, call->attributes, &call->problem, &call->params); !s.ok())
     return s;
   if (call->problem.has_token_scales && IsFused(call->attributes)) {
@@ -139,6 +144,7 @@ ffi::Error Execute(cudaStream_t stream, AttentionState* state, ffi::RemainingArg
     if (IsFused(call.attributes)) {
       const fused::Options options = {.decode = call.attributes.decode,
                                       .batch_invariant = call.attributes.batch_invariant,
+                                      .cumulative = target.version >= kCumulativeSince,
                                       .workspace_limit = call.attributes.workspace_limit};
       return fused::RunAttention(call.problem, call.params, options, device->fused, call.workspace_bytes,
                                  stream);
@@ -172,6 +178,7 @@ XLA_FFI_DEFINE_HANDLER(kInitializeV1, Initialize<kV1>, BindInitialize());
 XLA_FFI_DEFINE_HANDLER(kInitializeV2, Initialize<kV2>, BindInitialize());
 XLA_FFI_DEFINE_HANDLER(kInitializeV3, Initialize<kV3>, BindInitialize());
 XLA_FFI_DEFINE_HANDLER(kInitializeV4, Initialize<kV4>, BindInitialize());
+XLA_FFI_DEFINE_HANDLER(kInitializeV5, Initialize<kV5>, BindInitialize());
 
 // The same launches at every call of a compiled program, whatever the arrays hold, so a command buffer may
 // hold them.
@@ -179,6 +186,7 @@ XLA_FFI_DEFINE_HANDLER(kExecuteV1, Execute<kV1>, BindExecute(), {ffi::Traits::kC
 XLA_FFI_DEFINE_HANDLER(kExecuteV2, Execute<kV2>, BindExecute(), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kExecuteV3, Execute<kV3>, BindExecute(), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kExecuteV4, Execute<kV4>, BindExecute(), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kExecuteV5, Execute<kV5>, BindExecute(), {ffi::Traits::kCmdBufferCompatible});
 
 AttentionCudaHandlers Handlers(XLA_FFI_Handler* initialize, XLA_FFI_Handler* execute) {
   return {.instantiate = reinterpret_cast<void*>(kInstantiate),
@@ -192,6 +200,7 @@ AttentionCudaHandlers AttentionV1CudaHandlers() { return Handlers(kInitializeV1,
 AttentionCudaHandlers AttentionV2CudaHandlers() { return Handlers(kInitializeV2, kExecuteV2); }
 AttentionCudaHandlers AttentionV3CudaHandlers() { return Handlers(kInitializeV3, kExecuteV3); }
 AttentionCudaHandlers AttentionV4CudaHandlers() { return Handlers(kInitializeV4, kExecuteV4); }
+AttentionCudaHandlers AttentionV5CudaHandlers() { return Handlers(kInitializeV5, kExecuteV5); }
 
 AttentionCudaStateType GetAttentionCudaStateType() {
   return {.id = &AttentionState::id, .info = const_cast<ffi::TypeInfo*>(&kStateInfo)};

@@ -16,6 +16,7 @@ AttentionCudaHandlers AttentionV1CudaHandlers();  // of target jax_paged_attn.at
 AttentionCudaHandlers AttentionV2CudaHandlers();  // of target jax_paged_attn.attention.v2
 AttentionCudaHandlers AttentionV3CudaHandlers();  // of target jax_paged_attn.attention.v3
 AttentionCudaHandlers AttentionV4CudaHandlers();  // of target jax_paged_attn.attention.v4
+AttentionCudaHandlers AttentionV5CudaHandlers();  // of target jax_paged_attn.attention.v5
 
 // The type of what the first stage makes for the others: XLA_FFI_TypeId* and XLA_FFI_TypeInfo*.
 struct AttentionCudaStateType {

@@ -34,6 +34,7 @@ nb::dict Registrations() {
   targets[jpa::kAttentionV2] = Stages(jpa::AttentionV2CudaHandlers());
   targets[jpa::kAttentionV3] = Stages(jpa::AttentionV3CudaHandlers());
   targets[jpa::kAttentionV4] = Stages(jpa::AttentionV4CudaHandlers());
+  targets[jpa::kAttentionV5] = Stages(jpa::AttentionV5CudaHandlers());
   targets[jpa::kWriteV1] = nb::capsule(jpa::WriteV1CudaHandler());
   targets[jpa::kWriteV2] = nb::capsule(jpa::WriteV2CudaHandler());
   targets[jpa::kWriteV3] = nb::capsule(jpa::WriteV3CudaHandler());
@@ -132,7 +133,7 @@ int64_t WorkspaceBound(const std::string& q_dtype, const std::string& kv_dtype, 
 int64_t FusedWorkspaceBytes(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_rows,
                             int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t value_dim,
                             int64_t page_size, int64_t num_seqs, int64_t max_pages, bool decode,
-                            bool batch_invariant, int64_t workspace_limit) {
+                            bool batch_invariant, int64_t workspace_limit, bool cumulative) {
   const jpa::AttentionProblem problem = {.q_dtype = DTypeOf(q_dtype),
                                          .kv_dtype = DTypeOf(kv_dtype),
                                          .num_rows = num_rows,
@@ -143,16 +144,21 @@ int64_t FusedWorkspaceBytes(const std::string& q_dtype, const std::string& kv_dt
                                          .page_size = page_size,
                                          .num_seqs = num_seqs,
                                          .max_pages = max_pages};
-  return jpa::fused::WorkspaceBytes(
-      problem, {.decode = decode, .batch_invariant = batch_invariant, .workspace_limit = workspace_limit});
+  return jpa::fused::WorkspaceBytes(problem, {.decode = decode,
+                                              .batch_invariant = batch_invariant,
+                                              .cumulative = cumulative,
+                                              .workspace_limit = workspace_limit});
 }
 
 int64_t FusedWorkspaceBound(const std::string& q_dtype, const std::string& kv_dtype, int64_t num_q_heads,
                             int64_t num_kv_heads, int64_t head_dim, int64_t value_dim, int64_t page_size,
-                            bool decode, bool batch_invariant, int64_t workspace_limit) {
+                            bool decode, bool batch_invariant, int64_t workspace_limit, bool cumulative) {
   return jpa::fused::WorkspaceBound(
       ProblemOfOneRow(q_dtype, kv_dtype, num_q_heads, num_kv_heads, head_dim, value_dim, page_size),
-      {.decode = decode, .batch_invariant = batch_invariant, .workspace_limit = workspace_limit});
+      {.decode = decode,
+       .batch_invariant = batch_invariant,
+       .cumulative = cumulative,
+       .workspace_limit = workspace_limit});
 }
 
 int64_t FusedWorkspaceBytesPerRow(int64_t num_q_heads, int64_t value_dim) {
@@ -201,13 +207,16 @@ NB_MODULE(JPA_MODULE, m) {
         nb::arg("num_rows"), nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
         nb::arg("value_dim"), nb::arg("page_size"), nb::arg("num_seqs"), nb::arg("max_pages"),
         nb::arg("decode"), nb::arg("batch_invariant"), nb::arg("workspace_limit"),
+        nb::arg("cumulative") = false,
         "Bytes of scratch memory that \"fused\" needs for a call of these sizes.");
   m.def("fused_workspace_bound", &FusedWorkspaceBound, nb::arg("q_dtype"), nb::arg("kv_dtype"),
         nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("value_dim"),
         nb::arg("page_size"), nb::arg("decode"), nb::arg("batch_invariant"), nb::arg("workspace_limit"),
+        nb::arg("cumulative") = false,
         "At least those of any such call, less what each row and sequence adds.");
   m.def("fused_workspace_bytes_per_row", &FusedWorkspaceBytesPerRow, nb::arg("num_q_heads"),
         nb::arg("value_dim"), "At most what a query row of a batch-invariant call adds to them.");
+  m.attr("FUSED_CUMULATIVE_BYTES_PER_SEQUENCE") = jpa::fused::kCumulativeBytesPerSequence;
   m.attr("FUSED_WORKSPACE_BYTES_PER_SEQUENCE") = jpa::fused::kWorkspaceBytesPerSequence;
   m.attr("WORKSPACE_BYTES_PER_ROW") = jpa::cublaslt::kWorkspaceBytesPerRow;
   m.attr("DEFAULT_WORKSPACE_LIMIT") = jpa::cublaslt::kDefaultWorkspaceLimit;

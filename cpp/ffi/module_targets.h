@@ -34,8 +34,9 @@ inline void DefineTargets(nb::module_& m, Platform platform) {
       [platform] {
         nb::dict targets;
         int version = 0;
-        for (const char* name : {kAttentionV1, kAttentionV2, kAttentionV3, kAttentionV4}) {
-          targets[name] = NamesOf(kAttentionTensors, kAttentionAttributes, {platform, ++version});
+        for (const char* name : {kAttentionV1, kAttentionV2, kAttentionV3, kAttentionV4, kAttentionV5}) {
+          if (++version >= kCumulativeSince && platform == Platform::kCpu) break;
+          targets[name] = NamesOf(kAttentionTensors, kAttentionAttributes, {platform, version});
         }
         version = 0;
         for (const char* name : {kWriteV1, kWriteV2, kWriteV3}) {

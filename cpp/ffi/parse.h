@@ -211,9 +211,16 @@ inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Targe
   const int64_t num_seqs = block_tables.dim(0), max_pages = block_tables.dim(1);
   if (Status s = Expect(block_tables, {num_seqs, max_pages}); !s.ok()) return s;
   if (Status s = Expect(tensors["kv_lens"], {num_seqs}); !s.ok()) return s;
-  const int64_t num_ranges = attributes.decode ? 0 : num_seqs;
-  if (Status s = Expect(tensors["q_starts"], {num_ranges}); !s.ok()) return s;
-  if (Status s = Expect(tensors["q_counts"], {num_ranges}); !s.ok()) return s;
+  if (tensors.Has("cu_q_lens")) {
+    if (Status s = Expect(tensors["cu_q_lens"], {num_seqs + 1}); !s.ok()) return s;
+    if (Status s = ExpectRank(tensors["num_seqs"]); !s.ok()) return s;
+    const bool is_given = tensors["num_seqs"].dim(0) != 0;
+    if (Status s = Expect(tensors["num_seqs"], {is_given ? 1 : 0}); !s.ok()) return s;
+  } else {
+    const int64_t num_ranges = attributes.decode ? 0 : num_seqs;
+    if (Status s = Expect(tensors["q_starts"], {num_ranges}); !s.ok()) return s;
+    if (Status s = Expect(tensors["q_counts"], {num_ranges}); !s.ok()) return s;
+  }
   if (attributes.decode && num_rows != num_seqs) {
     return Mismatch(q, "one row for each of the " + std::to_string(num_seqs) + " sequences");
   }
@@ -272,6 +279,9 @@ inline Status ParseAttention(const AttentionTensors& tensors, const Target& targ
     if (Status s = parse("k_token_scales", "k_pages", &k_token_scales); !s.ok()) return s;
     if (Status s = parse("v_token_scales", "v_pages", &v_token_scales); !s.ok()) return s;
   }
+  const auto data_of = [&](AttentionTensors::Name name) {
+    return tensors.Has(name) ? tensors[name].data_or_null<const int32_t>() : nullptr;
+  };
   problem->has_token_scales = k_token_scales != nullptr || v_token_scales != nullptr;
   if (first_value > 0 && v_token_scales != nullptr) ++v_token_scales;  // value head 0 is behind key head 0
   *params = {
@@ -281,8 +291,10 @@ inline Status ParseAttention(const AttentionTensors& tensors, const Target& targ
                                          : tensors["v_pages"].data<const char>() + first_value,
       .block_tables = tensors["block_tables"].data<const int32_t>(),
       .kv_lens = tensors["kv_lens"].data<const int32_t>(),
-      .q_starts = attributes.decode ? nullptr : tensors["q_starts"].data<const int32_t>(),
-      .q_counts = attributes.decode ? nullptr : tensors["q_counts"].data<const int32_t>(),
+      .q_starts = data_of("q_starts"),  // which decode has none of
+      .q_counts = data_of("q_counts"),
+      .cu_q_lens = data_of("cu_q_lens"),
+      .num_seqs = data_of("num_seqs"),
       .sinks = tensors["sinks"].data_or_null<const float>(),
       .k_scale = tensors["k_scale"].data_or_null<const float>(),
       .v_scale = tensors["v_scale"].data_or_null<const float>(),

@@ -18,6 +18,8 @@ inline constexpr char kAttentionV2[] = "jax_paged_attn.attention.v2";  // v1 wit
 inline constexpr char kAttentionV3[] = "jax_paged_attn.attention.v3";
 // v3 with a head dim of values, which may be in the pool of keys.
 inline constexpr char kAttentionV4[] = "jax_paged_attn.attention.v4";
+// v4 with cu_q_lens and num_seqs in place of q_starts and q_counts, for "fused" on CUDA.
+inline constexpr char kAttentionV5[] = "jax_paged_attn.attention.v5";
 inline constexpr char kWriteV1[] = "jax_paged_attn.write.v1";
 inline constexpr char kWriteV2[] = "jax_paged_attn.write.v2";  // v1 with an attribute for the layout
 // v2 with a head dim of values, which may be in the pool of keys.
@@ -39,6 +41,8 @@ struct Target {
   int version;
 };
 
+inline constexpr int kNewest = 1 << 30;
+
 // Letters as in core/problem.h.
 struct TensorSpec {
   const char* name;
@@ -46,8 +50,11 @@ struct TensorSpec {
   size_t rank;
   const char* shape;
   int since = 1;  // version of the target
+  int until = kNewest;
 
-  constexpr bool BelongsTo(const Target& target) const { return target.version >= since; }
+  constexpr bool BelongsTo(const Target& target) const {
+    return target.version >= since && target.version <= until;
+  }
 };
 
 // The tensors of a target: operands, then results.
@@ -66,7 +73,7 @@ struct TensorTable {
   }
 };
 
-inline constexpr TensorTable<12, 3> kAttentionTensors = {
+inline constexpr TensorTable<14, 3> kAttentionTensors = {
     .function = "attention",
     .tensors = {{
         {.name = "q", .dtype = ElementType::kFloat, .rank = 3, .shape = "[T, N, H]"},
@@ -75,8 +82,10 @@ inline constexpr TensorTable<12, 3> kAttentionTensors = {
         {.name = "v_pages", .dtype = ElementType::kPages, .rank = 4, .shape = "[P, S, K, Hv]"},
         {.name = "block_tables", .dtype = ElementType::kS32, .rank = 2, .shape = "[B, M]"},
         {.name = "kv_lens", .dtype = ElementType::kS32, .rank = 1, .shape = "[B]"},
-        {.name = "q_starts", .dtype = ElementType::kS32, .rank = 1, .shape = "[B]"},
-        {.name = "q_counts", .dtype = ElementType::kS32, .rank = 1, .shape = "[B]"},
+        {.name = "q_starts", .dtype = ElementType::kS32, .rank = 1, .shape = "[B]", .until = 4},
+        {.name = "q_counts", .dtype = ElementType::kS32, .rank = 1, .shape = "[B]", .until = 4},
+        {.name = "cu_q_lens", .dtype = ElementType::kS32, .rank = 1, .shape = "[B + 1]", .since = 5},
+        {.name = "num_seqs", .dtype = ElementType::kS32, .rank = 1, .shape = "[1]", .since = 5},  // or [0]
         {.name = "sinks", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, N]"},
         {.name = "k_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
         {.name = "v_scale", .dtype = ElementType::kF32, .rank = 2, .shape = "[X, K]"},
@@ -108,9 +117,11 @@ struct AttributeSpec {
   const char* name;
   bool on_cpu = true;
   int since = 1;  // version of the target
+  int until = kNewest;
 
   constexpr bool BelongsTo(const Target& target) const {
-    return target.version >= since && (on_cpu || target.platform == Platform::kCuda);
+    return target.version >= since && target.version <= until &&
+           (on_cpu || target.platform == Platform::kCuda);
   }
 };
 
@@ -119,7 +130,7 @@ inline constexpr auto kAttentionAttributes = std::to_array<AttributeSpec>({
     {.name = "soft_cap"},
     {.name = "sliding_window"},
     {.name = "causal"},
-    {.name = "decode", .on_cpu = false},
+    {.name = "decode", .on_cpu = false, .until = 4},
     {.name = "batch_invariant", .on_cpu = false},
     {.name = "engine", .on_cpu = false},
     {.name = "workspace_limit", .on_cpu = false},
@@ -133,6 +144,8 @@ inline constexpr int kPaddingSince = 3;
 inline constexpr int kValueDimSince = 4;
 // Likewise of the write.
 inline constexpr int kWriteValueDimSince = 3;
+// From this version of attention on, which only CUDA has, cu_q_lens say which rows a sequence has.
+inline constexpr int kCumulativeSince = 5;
 // From this version of the write on, an interleaved pool may also have its heads in two axes, [P, S, X, Y,
 // H], and k, v and pools of any layout may lack the last axis if it is 1. (XLA would copy what is reshaped
 // and aliased.)

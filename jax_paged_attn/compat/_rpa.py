@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from jax_paged_attn import _call, _checks, _debug, _modes, _options, _primitive, _reference
 from jax_paged_attn._donation import warn_of_eager_update
+from jax_paged_attn._rows import rows_of_each
 from jax_paged_attn.compat import _keywords
 
 # The last axis of a cache is padded up to a multiple of it.
@@ -157,7 +158,7 @@ def _rows(
     """Lengths, tables, first rows and row counts of the sequences."""
     tables = page_indices.reshape(kv_lens.shape[0], -1)
     kv_lens = jnp.clip(kv_lens, 0, tables.shape[1] * page_size)
-    return kv_lens, tables, *_call.rows_of_each(cu_q_lens, distribution[2], num_rows)
+    return kv_lens, tables, *rows_of_each(cu_q_lens, distribution[2], num_rows)
 
 
 def run(

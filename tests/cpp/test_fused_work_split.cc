@@ -267,6 +267,49 @@ void DecodeLeavesMultiprocessorsToPrefill() {
   }
 }
 
+void RowsAreThoseUpToTheLargestNumberSoFar() {
+  std::mt19937 random(11);
+  const auto below = [&random](int32_t n) {
+    return static_cast<int32_t>(random() % static_cast<uint32_t>(n));
+  };
+  int in_order = 0, out_of_order = 0;
+  for (int repeat = 0; repeat < 3000; ++repeat) {
+    const int32_t num_seqs = below(9), num_rows = below(40), num_live = below(12) - 1, kind = below(3);
+    std::vector<int32_t> cu(static_cast<size_t>(num_seqs) + 1), ordered(cu.size());
+    int32_t sum = 0;
+    for (int32_t& number : cu) {
+      const int32_t far[] = {INT32_MIN, INT32_MAX, -1};
+      number = kind == 0 || below(4) != 0 ? sum : kind == 1 ? below(60) - 10 : far[below(3)];
+      sum += below(8);
+    }
+    OrderRows(cu.data(), num_rows, num_seqs, ordered.data());
+    bool falls = false;
+    int64_t largest = 0;
+    std::vector<RowRange> expected;
+    for (size_t i = 0; i < static_cast<size_t>(num_seqs); ++i) {
+      largest = std::max<int64_t>(largest, std::min(cu[i], num_rows));
+      const bool live = static_cast<int32_t>(i) < num_live;
+      const int64_t end = std::min(cu[i + 1], num_rows);
+      expected.push_back({.start = static_cast<int32_t>(largest),
+                          .count = live ? static_cast<int32_t>(std::max<int64_t>(end - largest, 0)) : 0});
+      falls = falls || RowRangeOf(cu.data(), num_rows, num_live, static_cast<int32_t>(i)).count < 0;
+    }
+    ++(falls ? out_of_order : in_order);
+    for (size_t i = 0; i < expected.size(); ++i) {
+      // Where no count is negative the numbers need not be put in order.
+      for (const std::vector<int32_t>* numbers : {&ordered, &cu}) {
+        if (falls && numbers == &cu) continue;
+        const RowRange got = RowRangeOf(numbers->data(), num_rows, num_live, static_cast<int32_t>(i));
+        const RowRange& want = expected[i];
+        CHECK(got.count == want.count && (want.count == 0 || got.start == want.start),
+              "sequence %d: rows %d + %d, expected %d + %d", static_cast<int>(i), got.start, got.count,
+              want.start, want.count);
+      }
+    }
+  }
+  CHECK(in_order > 500 && out_of_order > 500, "%d in order, %d not", in_order, out_of_order);
+}
+
 }  // namespace
 }  // namespace jpa::test
 
@@ -277,5 +320,6 @@ int main() {
   jpa::test::EqualUnitsStayWhole();
   jpa::test::NumbersBeyondTheirRange();
   jpa::test::DecodeLeavesMultiprocessorsToPrefill();
+  jpa::test::RowsAreThoseUpToTheLargestNumberSoFar();
   return jpa::test::failures == 0 ? 0 : 1;
 }

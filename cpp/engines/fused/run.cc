@@ -58,6 +58,7 @@ CallArgs MakeCallArgs(const AttentionProblem& problem, const AttentionParams& pa
                     .sliding_window = static_cast<int32_t>(std::min(params.sliding_window, kMost)),
                     .causal = params.causal},
           .partials = {},
+          .ordered_rows = nullptr,
           .page_size = DivisorOf(problem.page_size),
           .seqs_per_sink = seqs_per(problem.num_sinks),
           .seqs_per_k_scale = seqs_per(problem.num_k_scales),
@@ -76,6 +77,7 @@ DecodeArgs MakeDecodeArgs(const CallArgs& call, const Options& options, const De
   args.call.partials = {.out = reinterpret_cast<float*>(workspace.start),
                         .stats = reinterpret_cast<float2*>(workspace.start + workspace.layout.stats),
                         .rows_each = static_cast<int32_t>(workspace.layout.rows_per_partial)};
+  args.call.ordered_rows = reinterpret_cast<int32_t*>(workspace.start + workspace.layout.ordered_rows);
   args.partial_ready = device.partial_ready.get();
   args.num_ctas = device.num_sms * device.ctas_per_sm;
   for (int eighths = 1; eighths <= kEighths; ++eighths) {
@@ -177,6 +179,11 @@ Status MakePrefillArgs(const CallArgs& call, const Options& options, const Prefi
 
 // ---- decode and prefill -----------------------------------------------------------------------------------
 
+// Where a sequence has no more query rows than that on average, a call is taken for one of decode rows and
+// drafts. Then no kernel goes in front of decode to plan prefill, and decode's last CTA does. If there are
+// prompts after all, they start a little later.
+constexpr int64_t kRowsOfDecode = 8;
+
 // Says whether it launched prefill, too.
 Status LaunchDecodeAndPrefill(DecodeArgs* args, const Options& options, const Device& device,
                               const Workspace& workspace, cudaStream_t stream, bool* prefills) {
@@ -195,14 +202,19 @@ Status LaunchDecodeAndPrefill(DecodeArgs* args, const Options& options, const De
         !s.ok()) {
       return s;
     }
-    if (Status s = LaunchSchedule(prefill_args, stream); !s.ok()) return s;
+    args->prefill = prefill_args;  // where the plan lies
+    args->plans_prefill = problem.num_rows <= kRowsOfDecode * problem.num_seqs;
+    if (!args->plans_prefill) {
+      if (Status s = LaunchSchedule(prefill_args, stream); !s.ok()) return s;
+    }
   }
+  const bool is_scheduled = *prefills && !args->plans_prefill;
   const auto grid = [](int ctas) { return dim3(static_cast<unsigned>(ctas)); };
   if (Status s = device::LaunchUntyped(kCaller, "decode", device.kernel,
-                                       {.grid = grid(args->num_ctas + (*prefills ? 1 : 0)),
+                                       {.grid = grid(args->num_ctas + (is_scheduled ? 1 : 0)),
                                         .threads = device.threads,
                                         .shared_bytes = device.shared_bytes,
-                                        .overlap = *prefills ? Overlap::kWithPrevious : Overlap::kNone},
+                                        .overlap = is_scheduled ? Overlap::kWithPrevious : Overlap::kNone},
                                        stream, *args);
       !s.ok() || !*prefills) {
     return s;

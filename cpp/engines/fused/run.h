@@ -13,20 +13,23 @@
 namespace jpa::fused {
 
 struct Options {
-  bool decode;           // every sequence has one query row at most
-  bool batch_invariant;  // a sequence gets the same bits alone and in any batch
+  bool decode;              // every sequence has one query row at most
+  bool batch_invariant;     // a sequence gets the same bits alone and in any batch
+  bool cumulative = false;  // cu_q_lens say which rows sequences have
   // Bytes of scratch memory. Half of it may hold the tile cache (prefill/tile_cache.cuh), which makes prompts
   // faster over 8-bit pages and over pages whose size is no multiple of 8.
   int64_t workspace_limit = 0;
 };
 
 // Bytes of scratch memory that a call asks for: at most WorkspaceBound, and kWorkspaceBytesPerSequence per
-// sequence if the call is not all decode, and WorkspaceBytesPerRow per query row if it is batch-invariant. A
-// call that gets less makes do with a smaller tile cache.
+// sequence if the call is not all decode, kCumulativeBytesPerSequence if it is cumulative, and
+// WorkspaceBytesPerRow per query row if it is batch-invariant. A call that gets less makes do with a smaller
+// tile cache.
 int64_t WorkspaceBytes(const AttentionProblem& problem, const Options& options);
 int64_t WorkspaceBound(const AttentionProblem& problem, const Options& options);
 int64_t WorkspaceBytesPerRow(const AttentionProblem& problem);
 inline constexpr int64_t kWorkspaceBytesPerSequence = 24;
+inline constexpr int64_t kCumulativeBytesPerSequence = 4;
 
 struct FreeOnDevice {
   void operator()(uint32_t* memory) const;

@@ -15,6 +15,7 @@ namespace jpa::fused {
 namespace {
 
 static_assert(sizeof(PlannedSequence) == kWorkspaceBytesPerSequence);
+static_assert(sizeof(int32_t) == kCumulativeBytesPerSequence);
 
 int64_t Aligned(int64_t bytes) { return RoundUp(bytes, kWorkspaceAlign); }
 
@@ -76,7 +77,8 @@ WorkspaceLayout LayOut(const AttentionProblem& problem, const Options& options, 
                                  ? MaxSplitRows(problem, options.decode) * problem.num_q_heads * kMaxSplits
                                  : 2 * (IsMla(problem) ? kMaxMlaCtas : kMaxCtas) * layout.rows_per_partial;
   layout.stats = BytesOf<float>(num_states * problem.value_dim);
-  layout.prefill = layout.stats + BytesOf<float2>(num_states);
+  layout.ordered_rows = layout.stats + BytesOf<float2>(num_states);
+  layout.prefill = layout.ordered_rows + (options.cumulative ? BytesOf<int32_t>(problem.num_seqs + 1) : 0);
   // XLA aligns less than kWorkspaceAlign on some devices.
   layout.bytes = layout.prefill + LayOutPrefill(problem, options, num_cached_tiles).bytes + kWorkspaceAlign;
   return layout;

@@ -15,6 +15,7 @@ inline constexpr int64_t kWorkspaceAlign = 256;
 struct WorkspaceLayout {
   int64_t rows_per_partial;
   int64_t stats;
+  int64_t ordered_rows;
   int64_t prefill;
   int64_t bytes;  // in all, with what alignment may take
 };

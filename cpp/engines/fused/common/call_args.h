@@ -23,6 +23,7 @@ struct CallArgs {
   AttentionParams params;
   CallFacts facts;
   Partials partials;
+  int32_t* ordered_rows;  // [B + 1], scratch memory for cu_q_lens that are not in order
   FastDivisor page_size;
   // Sequence b has row b / seqs_per_... of the array.
   FastDivisor seqs_per_sink;

@@ -50,6 +50,34 @@ JPA_HOST_DEVICE inline Sequence MakeSequence(const CallFacts& call, int32_t kv_l
           .kv_len = keys};
 }
 
+// A sequence's query rows as a call gives them: the first one, and how many there are.
+struct RowRange {
+  int32_t start;
+  int32_t count;
+};
+
+// The rows between two cumulative numbers, of cu_q_lens [B + 1]. Sequences from `num_live` on have none.
+//
+// The numbers should be in order and numbers of rows. If some are not, a live sequence has a negative count:
+// then OrderRows has to make others from them.
+JPA_HOST_DEVICE inline RowRange RowRangeOf(const int32_t* cu_q_lens, int32_t num_rows, int32_t num_live,
+                                           int32_t index) {
+  const int32_t start = Larger(cu_q_lens[index], 0);
+  const int32_t end = Larger(Smaller(cu_q_lens[index + 1], num_rows), 0);
+  return {.start = start, .count = index < num_live ? end - start : 0};
+}
+
+// Makes cumulative numbers that are in order: each is the largest one so far, as a number of rows.
+JPA_HOST_DEVICE inline void OrderRows(const int32_t* cu_q_lens, int32_t num_rows, int32_t num_seqs,
+                                      int32_t* ordered) {
+  int32_t largest = 0;
+  JPA_KEEP_LOOP
+  for (int32_t i = 0; i <= num_seqs; ++i) {
+    largest = Larger(largest, Smaller(cu_q_lens[i], num_rows));
+    ordered[i] = largest;
+  }
+}
+
 // Tells whether the prefill kernel has the sequence.
 JPA_HOST_DEVICE inline bool IsPrefill(const CallFacts& call, const Sequence& sequence) {
   return sequence.num_rows > call.decode_rows;

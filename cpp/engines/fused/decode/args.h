@@ -5,6 +5,7 @@
 
 #include "engines/fused/common/call_args.h"
 #include "engines/fused/decode/work_split.h"
+#include "engines/fused/prefill/plan_args.h"
 
 namespace jpa::fused {
 
@@ -22,7 +23,9 @@ struct DecodeArgs {
   HeadQueues head_queues[kEighths];
   int32_t num_ctas;  // on all multiprocessors, the same number on each
   TileCosts costs;
-  bool same_offsets;  // keys and values have the same place in their pools
+  PlanArgs prefill;    // if may_share_sms()
+  bool plans_prefill;  // no kernel in front of decode does
+  bool same_offsets;   // keys and values have the same place in their pools
   // Batch-invariant: rows of partial results are numbered kMaxSplitRows * sequence + row in it, not by row of
   // q.
   bool split_rows_by_sequence;

@@ -15,6 +15,16 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 
+// By one warp: cu_q_lens in order, which decode has left in scratch memory where those of the call are not.
+__device__ const int32_t* RowsAfterDecode(const CallArgs& call) {
+  const int32_t* const cu_q_lens = call.params.cu_q_lens;
+  if (cu_q_lens == nullptr) return nullptr;
+  bool fall = false;
+  for (int32_t i = static_cast<int32_t>(threadIdx.x % 32); i < call.problem.num_seqs; i += 32)
+    fall = fall || RawSequence(call, cu_q_lens, i).falls();
+  return __any_sync(~0u, fall) ? call.ordered_rows : cu_q_lens;
+}
+
 template <DType q_dtype>
 __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ DecodeArgs args) {
   const CallArgs& call = args.call;
@@ -23,9 +33,10 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
   const int kv_head = call.facts.group.Quotient(head);
   device::WaitForPreviousKernel();
   if (head >= call.problem.num_q_heads) return;
+  const SequencesInMemory sequences(call, RowsAfterDecode(call));
   for (int64_t seq = blockIdx.x; seq < call.problem.num_seqs; seq += gridDim.x) {
     const int32_t index = static_cast<int32_t>(seq);
-    const Sequence sequence = SequencesInMemory(call)(index);
+    const Sequence sequence = sequences(index);
     if (sequence.num_rows > kMaxSplitRows) continue;
     for (int32_t token = 0; token < sequence.num_rows; ++token) {
       const int32_t packed = token * group + head - kv_head * group;

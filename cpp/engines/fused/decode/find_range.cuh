@@ -15,6 +15,8 @@ struct CtaRange {
   HeadQueues queues;
   HeadRange heads;
   int64_t tiles;
+  const int32_t* cu_q_lens;  // in order
+  bool has_prefill;          // some sequences are prefill's
 };
 
 // Notes that the threads of a CTA leave each other to find its range.
@@ -27,7 +29,7 @@ struct RangeShared {
   RawSequence raw_sequence;
 };
 
-// All but the number of tiles.
+// All that follows from the CTA's place.
 template <bool may_share_sms>
 __device__ inline CtaRange RangeOfCta(const DecodeArgs& args, int64_t decode_tiles, int64_t prefill_tiles) {
   int32_t cta = static_cast<int32_t>(blockIdx.x), eighths = kEighths;
@@ -43,17 +45,19 @@ __device__ inline CtaRange RangeOfCta(const DecodeArgs& args, int64_t decode_til
   return {.cta = cta,
           .queues = queues,
           .heads = HeadsOfQueue(args.call.facts, queues, cta % queues.num_queues),
-          .tiles = 0};
+          .tiles = 0,
+          .cu_q_lens = nullptr,
+          .has_prefill = false};
 }
 
 // The tiles that all sequences have for prefill; a thread adds up those of sequences [begin, end).
 template <int threads>
-__device__ inline int64_t SumPrefillTiles(const CallArgs& call, int begin, int end,
+__device__ inline int64_t SumPrefillTiles(const CallArgs& call, const int32_t* cu_q_lens, int begin, int end,
                                           RangeShared<threads>& shared) {
   int64_t tiles = 0;
 #pragma unroll 1
   for (int i = begin; i < end; ++i)
-    tiles += PrefillTiles(call.facts, RawSequence(call, i).Clipped(call.facts));
+    tiles += PrefillTiles(call.facts, RawSequence(call, cu_q_lens, i).Clipped(call.facts));
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) tiles += __shfl_xor_sync(~0u, tiles, lanes);
   if (threadIdx.x % 32 == 0) shared.warp_prefill[threadIdx.x / 32] = tiles;
@@ -75,25 +79,59 @@ __device__ inline void PrefetchTable(const CallArgs& call, int index, int32_t kv
     device::PrefetchToL2(reinterpret_cast<const void*>(begin), static_cast<uint32_t>(bytes / 16 * 16));
 }
 
-// Tells every thread which range the CTA has; leaves where it starts in shared memory. A thread adds up
-// neighbouring sequences, so that only the one that finds the start walks them again.
+// The sequences that a thread adds up: neighbours, so that only the one that finds the start of the range
+// walks them again.
+struct OwnSequences {
+  int begin, end;
+  HeadTiles tiles = {};
+  RawSequence last = {};
+  bool fall = false;         // their cu_q_lens: they are read anew when these are in order
+  bool has_prefill = false;  // some are prefill's
+
+  __device__ void Read(const CallArgs& call, const int32_t* cu_q_lens) {
+    tiles = {};
+    fall = has_prefill = false;
+#pragma unroll 1
+    for (int i = begin; i < end; ++i) {
+      last = RawSequence(call, cu_q_lens, i);
+      if (i == static_cast<int>(blockIdx.x)) PrefetchTable(call, i, last.kv_len);
+      const Sequence sequence = last.Clipped(call.facts);
+      tiles.Add(call.facts, sequence);
+      fall = fall || last.falls();
+      has_prefill = has_prefill || IsPrefill(call.facts, sequence);
+    }
+  }
+};
+
+// By a whole CTA. The vote tells the compiler that a warp's threads stay together.
+__device__ inline bool AnyThread(bool value) { return __any_sync(~0u, __syncthreads_or(value)) != 0; }
+
+// Tells every thread which range the CTA has; leaves where it starts in shared memory.
 template <int threads, bool may_share_sms = true>
 __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<threads>& shared) {
   const CallArgs& call = args.call;
   const int num_seqs = static_cast<int>(call.problem.num_seqs);
   const int each = (num_seqs + threads - 1) / threads;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int begin = min(thread * each, num_seqs), end = min(begin + each, num_seqs);
-  HeadTiles mine;
-  RawSequence raw;  // of the thread's last sequence
+  const int begin = min(thread * each, num_seqs);
+  OwnSequences own = {.begin = begin, .end = min(begin + each, num_seqs)};
+  const HeadTiles& mine = own.tiles;
+  const int32_t* cu_q_lens = call.params.cu_q_lens;
+  int64_t prefill = 0;
+  bool has_prefill = false;
 #pragma unroll 1
-  for (int i = begin; i < end; ++i) {
-    raw = RawSequence(call, i);
-    if (i == static_cast<int>(blockIdx.x)) PrefetchTable(call, i, raw.kv_len);
-    mine.Add(call.facts, raw.Clipped(call.facts));
+  for (;;) {
+    own.Read(call, cu_q_lens);
+    if (cu_q_lens == nullptr && !args.may_share_sms()) break;
+    // Ragged calls of decode rows alone, in order, are to be as fast as decode calls.
+    if (!AnyThread(own.fall || own.has_prefill)) break;
+    if (!AnyThread(own.fall)) {
+      has_prefill = true;
+      if constexpr (may_share_sms) prefill = SumPrefillTiles(call, cu_q_lens, own.begin, own.end, shared);
+      break;
+    }
+    cu_q_lens = OrderedRows(call);
   }
-  const int64_t prefill =
-      may_share_sms && args.may_share_sms() ? SumPrefillTiles(call, begin, end, shared) : 0;
   int64_t before = mine.total;
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
@@ -114,6 +152,8 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
   before -= mine.total;
 
   CtaRange range = RangeOfCta<may_share_sms>(args, all.total, prefill);
+  range.cu_q_lens = cu_q_lens;
+  range.has_prefill = has_prefill;
   range.tiles = TilesPerCta(all, range.heads, range.queues);
   // From here on in tiles of all heads of the queue.
   const int64_t heads = range.heads.size(), place = range.cta / range.queues.num_queues;
@@ -122,15 +162,16 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
   const int64_t total = mine.total * heads;
   if (place < range.queues.ctas_per_queue.divisor() && first >= before && first < before + total) {
     // Backwards, from the sequence that is still at hand: where a thread has one, nothing is read again.
-    int i = end - 1;
+    int i = own.end - 1;
     int64_t start = before + total;
+    RawSequence raw = own.last;
 #pragma unroll 1
-    for (; i > begin; raw = RawSequence(call, --i)) {
+    for (; i > own.begin; raw = RawSequence(call, cu_q_lens, --i)) {
       start -= NumTiles(call.facts, range.heads, raw.Clipped(call.facts));
       if (first >= start) break;
     }
     shared.range_seq = i;
-    shared.range_offset = first - (i > begin ? start : before);
+    shared.range_offset = first - (i > own.begin ? start : before);
     shared.raw_sequence = raw;
   }
   __syncthreads();

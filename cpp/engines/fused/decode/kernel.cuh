@@ -26,6 +26,7 @@
 #include "engines/fused/decode/rows_without_keys.cuh"
 #include "engines/fused/decode/shared_memory.cuh"
 #include "engines/fused/decode/traits.h"
+#include "engines/fused/prefill/make_plan.cuh"
 
 namespace jpa::fused {
 
@@ -57,7 +58,7 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
       device::ArriveAfterCpAsync(&shared.full[stage.index]);
     }
   }
-  SequencesAhead sequences(args.call, shared.raw_sequence);
+  SequencesAhead sequences(args.call, range.cu_q_lens, shared.raw_sequence);
   DescriptorMaker descriptors(args, range, sequences, shared.range_seq, shared.range_offset);
 #pragma unroll 1
   for (;; descriptors.Advance()) {
@@ -108,6 +109,24 @@ __device__ inline void Consume(const DecodeArgs& args, DecodeShared<Traits>& sha
   }
 }
 
+// By the last CTA, before it lets prefill start. Where all sequences are decode's, prefill is told so.
+template <typename Traits>
+__device__ inline void PlanPrefill(const DecodeArgs& args, const CtaRange& range, char* stages) {
+  using PlanMemory = PlanShared<Traits::kThreads>;
+  static_assert(sizeof(PlanMemory) <= Traits::kStageBytes);
+  if (range.has_prefill) {
+    MakePlanApart(args.call, args.prefill, range.cu_q_lens, *reinterpret_cast<PlanMemory*>(stages));
+    __threadfence();
+    __syncthreads();
+  }
+  // A consumer: it has nothing to do yet.
+  if (threadIdx.x == 0) {
+    if (!range.has_prefill) args.prefill.plan->num_work_tiles = 0;
+    __threadfence();  // prefill does not wait for this kernel
+    device::LetNextKernelStart();
+  }
+}
+
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapability))
     DecodeKernel(const __grid_constant__ DecodeArgs args) {
@@ -117,14 +136,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   auto& shared = *reinterpret_cast<Shared*>(stages + Shared::kStages * Traits::kStageBytes);
 
   if (blockIdx.x == static_cast<unsigned>(args.num_ctas)) {
-    // Where prefill comes next there is one more CTA: prefill may start when its plan is there.
+    // Behind a kernel that plans prefill there is one more CTA: prefill may start when its plan is there.
     if (threadIdx.x == 0) {
       device::WaitForPreviousKernel();
       device::LetNextKernelStart();
     }
     return;
   }
-  device::LetNextKernelStart();
+  // Prefill is for that compute capability alone.
+  const bool plans =
+      kCapability == 90 && args.plans_prefill && blockIdx.x == static_cast<unsigned>(args.num_ctas) - 1;
+  if (!plans) device::LetNextKernelStart();
   if (threadIdx.x < Shared::kStages) {
     // Every lane arrives for itself: one per warp would do, but racecheck does not follow that.
     device::InitBarrier(&shared.described[threadIdx.x], 32);
@@ -133,6 +155,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   }
   if (threadIdx.x == 0) shared.row_block.num_splits = 0;
   const CtaRange range = FindCtaRange(args, shared);
+  if constexpr (kCapability == 90) {
+    if (plans) PlanPrefill<Traits>(args, range, stages);
+  }
 
   constexpr bool kSharesSm = Traits::CtasPerSm(kCapability) > 1;
   if (threadIdx.x >= Traits::kConsumerThreads) {
@@ -140,7 +165,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     if (shared.range_seq >= 0) Produce(args, range, shared, stages);
   } else {
     if constexpr (kSharesSm) device::GrowRegisters<Traits::kConsumerRegisters>();
-    FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args, shared.row_owners);
+    FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args, range.cu_q_lens, shared.row_owners);
     if (shared.range_seq >= 0) Consume(args, shared, stages);
   }
 }

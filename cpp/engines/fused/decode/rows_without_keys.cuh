@@ -29,8 +29,8 @@ inline constexpr int kNoSequence = -1, kHasTiles = -2;
 // By the consumers: sets, for each of `count` rows of q from `first` on, the sequence that it belongs to if
 // that sequence has no tiles for its first rows.
 template <int threads>
-__device__ inline void FindRowOwners(const CallArgs& call, int64_t first, int count, int32_t* row_owners) {
-  const SequencesInMemory sequences(call);
+__device__ inline void FindRowOwners(const CallArgs& call, const SequencesInMemory& sequences, int64_t first,
+                                     int count, int32_t* row_owners) {
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 1
   for (int i = thread; i < count; i += threads) row_owners[i] = kNoSequence;
@@ -51,8 +51,9 @@ __device__ inline void FindRowOwners(const CallArgs& call, int64_t first, int co
 
 // By one warp: writes the results of a row of q for all its heads whose row block has no tile.
 template <DType q_dtype>
-__device__ inline void FillRow(const CallArgs& call, int64_t row, int owner) {
-  const Sequence sequence = owner == kNoSequence ? Sequence{} : SequencesInMemory(call)(owner);
+__device__ inline void FillRow(const CallArgs& call, const SequencesInMemory& sequences, int64_t row,
+                               int owner) {
+  const Sequence sequence = owner == kNoSequence ? Sequence{} : sequences(owner);
   const FastDivisor& group = call.facts.group;
 #pragma unroll 1
   for (int head = 0; head < call.problem.num_q_heads; ++head) {
@@ -69,19 +70,21 @@ __device__ inline void FillRow(const CallArgs& call, int64_t row, int owner) {
 
 // By the consumers. A CTA has neighbouring rows of q.
 template <DType q_dtype, int threads>
-__device__ inline void FillRowsWithoutKeys(const DecodeArgs& args, int32_t (&row_owners)[kFilledRows]) {
+__device__ inline void FillRowsWithoutKeys(const DecodeArgs& args, const int32_t* cu_q_lens,
+                                           int32_t (&row_owners)[kFilledRows]) {
+  const SequencesInMemory sequences(args.call, cu_q_lens);
   const int64_t num_rows = args.call.facts.num_rows;
   const int64_t each = (num_rows + args.num_ctas - 1) / args.num_ctas;
   const int64_t rows_end = min(num_rows, (blockIdx.x + 1) * each);
   for (int64_t first = blockIdx.x * each; first < rows_end; first += kFilledRows) {
     const int count = static_cast<int>(min(rows_end - first, int64_t{kFilledRows}));
     device::NamedBarrierSync<1, threads>();  // the last rows' owners have been read
-    FindRowOwners<threads>(args.call, first, count, row_owners);
+    FindRowOwners<threads>(args.call, sequences, first, count, row_owners);
     device::NamedBarrierSync<1, threads>();
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x) / 32; i < count; i += threads / 32) {
       const int owner = row_owners[i];
-      if (owner != kHasTiles) FillRow<q_dtype>(args.call, first + i, owner);
+      if (owner != kHasTiles) FillRow<q_dtype>(args.call, sequences, first + i, owner);
     }
   }
 }

@@ -96,7 +96,7 @@ template <typename Traits>
 __device__ inline void DescribeTiles(const MlaArgs& args, const CtaRange& range, MlaShared<Traits>& shared) {
   constexpr int kRing = Traits::kDescriptors;
   const RangeShared<Traits::kThreads>& start = shared.start.range;
-  SequencesAhead sequences(args.decode.call, start.raw_sequence);
+  SequencesAhead sequences(args.decode.call, range.cu_q_lens, start.raw_sequence);
   MlaTileWalk walk(args.decode.call, range, sequences, start.range_seq, start.range_offset);
   uint32_t tile = 0;
 #pragma unroll 1

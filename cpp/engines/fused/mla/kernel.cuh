@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) MlaKernel(const __grid_co
     return;
   }
   device::GrowRegisters<Traits::kConsumerRegisters>();
-  FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args.decode, shared.start.row_owners);
+  FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args.decode, range.cu_q_lens,
+                                                            shared.start.row_owners);
   if (shared.start.range.range_seq < 0) return;
   // Probabilities have the same memory.
   device::NamedBarrierSync<1, Traits::kConsumerThreads>();

@@ -61,6 +61,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     PrefillKernel(const __grid_constant__ PrefillArgs args) {
 // For sm_90a alone: elsewhere nothing launches it, and it is empty.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const int32_t num_work_tiles = __ldcg(&args.plan->num_work_tiles);
+  if (num_work_tiles == 0) {
+    // Whoever comes next waits for this kernel alone, so one CTA must wait for decode. The others make room
+    // at once: all CTAs have come and gone where the first CTAs of decode were, by the time its last ones
+    // end.
+    if (blockIdx.x == gridDim.x - 1) device::WaitForPreviousKernel();
+    return;
+  }
   using Shared = PrefillShared<Traits>;
   extern __shared__ __align__(1024) char memory[];  // blocks are swizzled by addresses modulo 1024
   auto& shared = *reinterpret_cast<Shared*>(memory);
@@ -68,6 +76,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   // Whoever has read a stage says that it is empty: every thread for work tiles and queries, lane 0 of each
   // warp for key tiles. Racecheck cannot follow the order that a lane makes for others.
   if (threadIdx.x == 0) {
+    shared.num_sequences = __ldcg(&args.plan->num_sequences);
+    shared.num_work_tiles = num_work_tiles;
     for (int i = 0; i < Shared::kWorkTiles; ++i) {
       device::InitBarrier(&shared.work_tile_full[i], 1);
       device::InitBarrier(&shared.work_tile_empty[i], Traits::kThreads);

@@ -1,4 +1,4 @@
-// The work list of a prefill launch, made on the device from lengths and row counts.
+// The work list of a prefill launch, made on the device from lengths and row counts (make_plan.cuh).
 //
 // A row block's key tiles are one KV split, or where there are too few row blocks for all CTAs, several. A
 // work tile is a KV split of a row block. CTAs take work tiles from a queue, longest first, so that none
@@ -43,7 +43,8 @@ struct PlannedSequence {
 struct PrefillPlan {
   int32_t num_sequences;
   int32_t num_work_tiles;
-  int32_t next_work_tile;  // that no CTA has taken
+  int32_t next_work_tile;    // that no CTA has taken
+  const int32_t* cu_q_lens;  // in order, see RowRangeOf
 };
 
 // Partial results that a call may have, of a row tile each: so scratch memory has a fixed bound.

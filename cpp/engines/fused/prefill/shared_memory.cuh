@@ -76,6 +76,7 @@ struct PrefillShared {
   int16_t exponents[Traits::kQueryStages]
                    [Traits::kIs8Bit ? Traits::kRows : 1];  // of 2: the factor of each query
   WorkTile work_tiles[kWorkTiles];
+  int32_t num_sequences, num_work_tiles;  // of the plan
   int32_t is_last_split;
   device::Barrier work_tile_full[kWorkTiles], work_tile_empty[kWorkTiles];
   device::Barrier work_tile_ending;  // the last key tiles of a work tile are on their way

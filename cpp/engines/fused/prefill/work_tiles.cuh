@@ -15,16 +15,16 @@ namespace jpa::fused {
 
 // By one warp: describes work tile `number`.
 template <typename Traits>
-__device__ inline void MakeWorkTile(const PrefillArgs& args, int32_t number, WorkTile* work_tile) {
+__device__ inline void MakeWorkTile(const PrefillArgs& args, const PrefillShared<Traits>& shared,
+                                    int32_t number, WorkTile* work_tile) {
   const int lane = static_cast<int>(device::LaneId());
-  const int32_t num_planned = args.plan->num_sequences;
-  if (number >= args.plan->num_work_tiles) {
+  if (number >= shared.num_work_tiles) {
     if (lane == 0) work_tile->exists = 0;
     return;
   }
   // The last planned sequence that starts at `number` or before it is among [begin, begin + size).
   int32_t begin = 0;
-  for (int32_t size = num_planned; size > 1;) {
+  for (int32_t size = shared.num_sequences; size > 1;) {
     const int32_t step = (size + 31) / 32, probe = begin + lane * step;
     const bool starts = lane * step < size && args.planned[probe].first_work_tile <= number;
     const int32_t last = __popc(__ballot_sync(~0u, starts)) - 1;
@@ -34,7 +34,7 @@ __device__ inline void MakeWorkTile(const PrefillArgs& args, int32_t number, Wor
   if (lane != 0) return;
   const PlannedSequence planned = args.planned[begin];
   const CallFacts& facts = args.call.facts;
-  const Sequence sequence = RawSequence(args.call, planned.seq).Clipped(facts);
+  const Sequence sequence = RawSequence(args.call, args.plan->cu_q_lens, planned.seq).Clipped(facts);
   work_tile->exists = 1;
   work_tile->seq = planned.seq;
   work_tile->row = sequence.row;
@@ -74,7 +74,7 @@ __device__ inline void ScheduleAndLoadQueries(const PrefillArgs& args, PrefillSh
       int32_t number = 0;
       if (lane == 0) number = atomicAdd(&args.plan->next_work_tile, 1);
       device::WaitForPhase(&shared.work_tile_empty[state.index()], state.parity() ^ 1);
-      MakeWorkTile<Traits>(args, __shfl_sync(~0u, number, 0), &shared.work_tiles[state.index()]);
+      MakeWorkTile<Traits>(args, shared, __shfl_sync(~0u, number, 0), &shared.work_tiles[state.index()]);
       __syncwarp();
       if (lane == 0) device::Arrive(&shared.work_tile_full[state.index()]);
     }
