@@ -77,7 +77,7 @@ __device__ inline void PrefetchTable(const CallArgs& call, int index, int32_t kv
 
 // Tells every thread which range the CTA has; leaves where it starts in shared memory. A thread adds up
 // neighbouring sequences, so that only the one that finds the start walks them again.
-template <int threads, bool may_share_sms = true>
+template <int threads, bool may_share_sms = true, int tile_rows = kTileRows>
 __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<threads>& shared) {
   const CallArgs& call = args.call;
   const int num_seqs = static_cast<int>(call.problem.num_seqs);
@@ -90,7 +90,7 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
   for (int i = begin; i < end; ++i) {
     raw = RawSequence(call, i);
     if (i == static_cast<int>(blockIdx.x)) PrefetchTable(call, i, raw.kv_len);
-    mine.Add(call.facts, raw.Clipped(call.facts));
+    mine.Add<tile_rows>(call.facts, raw.Clipped(call.facts));
   }
   const int64_t prefill =
       may_share_sms && args.may_share_sms() ? SumPrefillTiles(call, begin, end, shared) : 0;
@@ -126,7 +126,7 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
     int64_t start = before + total;
 #pragma unroll 1
     for (; i > begin; raw = RawSequence(call, --i)) {
-      start -= NumTiles(call.facts, range.heads, raw.Clipped(call.facts));
+      start -= NumTiles<tile_rows>(call.facts, range.heads, raw.Clipped(call.facts));
       if (first >= start) break;
     }
     shared.range_seq = i;
