@@ -23,30 +23,33 @@ pytestmark = [
 
 KEY_DIM, VALUE_DIM = 576, 512
 Inputs = tuple[jax.Array, ...]
-
-
-SCALE = 0.05  # of all pages
+SCALE = 0.05  # of 8-bit pages
 PAGE_DTYPES = {"bf16": jnp.bfloat16, "e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2, "int8": jnp.int8}
 
 
 def make_inputs(lengths: tuple[int, ...], heads: int, page_size: int, page_dtype: str) -> Inputs:
     """Operands of `paged_attention` with q in bf16: q, the pool, tables, lengths; pages that no table names are NaN."""
-    dtype = PAGE_DTYPES[page_dtype]
     batch, width = len(lengths), max(-(-max(lengths) // page_size), 1)
     q_key, pool_key = jax.random.split(jax.random.key(0))
     q = jax.random.normal(q_key, (batch, heads, KEY_DIM), jnp.bfloat16)
-    pool = jax.random.normal(pool_key, (2 * batch * width, page_size, 1, KEY_DIM), jnp.bfloat16) / SCALE
+    pool = jax.random.normal(pool_key, (2 * batch * width, page_size, 1, KEY_DIM), jnp.bfloat16)
     ids = np.random.default_rng(0).permutation(len(pool)).astype(np.int32)
     used, unused = ids[: batch * width].reshape(batch, width), ids[batch * width :]
-    pool = pool.astype(dtype).at[unused].set(127 if page_dtype == "int8" else jnp.nan)
+    pool = (pool if page_dtype == "bf16" else pool / SCALE).astype(PAGE_DTYPES[page_dtype])
+    pool = pool.at[unused].set(127 if page_dtype == "int8" else jnp.nan)
     return q, pool, jnp.asarray(used), jnp.asarray(lengths, jnp.int32)
+
+
+def options_of(pool: jax.Array) -> dict[str, Any]:
+    k_scale = SCALE if pool.dtype.itemsize == 1 else None
+    return {"value_dim": VALUE_DIM, "k_scale": k_scale, "return_lse": True}
 
 
 @functools.cache
 def compiled(**keywords: Any) -> Any:
     def attend(q: jax.Array, pool: jax.Array, tables: jax.Array, lengths: jax.Array) -> Any:
-        options = {"implementation": "fused", "return_lse": True, **keywords}
-        return jpa.paged_attention(q, pool, None, tables, lengths, value_dim=VALUE_DIM, k_scale=SCALE, **options)
+        options = {"implementation": "fused", **options_of(pool), **keywords}
+        return jpa.paged_attention(q, pool, None, tables, lengths, **options)
 
     return jax.jit(attend)
 
@@ -65,8 +68,7 @@ def test_kv_splits_are_merged_and_repeats_agree(
     inputs = make_inputs(lengths, heads, page_size, page_dtype)
     q, pool, tables, kv_lens = inputs
     out, lse = compiled()(*inputs)
-    options = {"value_dim": VALUE_DIM, "k_scale": SCALE, "return_lse": True}
-    exact = jpa.paged_attention_reference(q, pool, None, tables, kv_lens, **options)
+    exact = jpa.paged_attention_reference(q, pool, None, tables, kv_lens, **options_of(pool))
     error = np.linalg.norm(np.asarray(out - exact[0], np.float32)) / np.linalg.norm(np.asarray(exact[0], np.float32))
     assert error < 1e-2
     np.testing.assert_allclose(lse, exact[1], atol=1e-3)

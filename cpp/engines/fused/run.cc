@@ -296,7 +296,8 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
                               ? LaunchMla(args, scales_values ? params.v_scale : nullptr, device, stream)
                               : LaunchDecodeAndPrefill(&args, options, device, workspace, stream, &prefills);
   if (!launched.ok() || !options.batch_invariant || problem.num_seqs == 0) return launched;
-  return LaunchCombine(args, TileRowsOf(problem), device.overlaps && !prefills ? Overlap::kWithPrevious : Overlap::kNone, stream);
+  return LaunchCombine(args, TileRowsOf(problem),
+                       device.overlaps && !prefills ? Overlap::kWithPrevious : Overlap::kNone, stream);
 }
 
 }  // namespace jpa::fused

@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
     if (sequence.num_rows > kMaxSplitRows) continue;
     for (int32_t token = 0; token < sequence.num_rows; ++token) {
       const int32_t packed = token * group + head - kv_head * group;
-      const int32_t splits = NumSplits(sequence, VisibleTiles<tile_rows>(call.facts, sequence, packed / tile_rows));
+      const int32_t splits =
+          NumSplits(sequence, VisibleTiles<tile_rows>(call.facts, sequence, packed / tile_rows));
       if (splits <= 1) continue;
       const int64_t first = PartialOfRow(args, index, sequence.row, token, head);
       const auto where_of = [&] {
@@ -54,8 +55,8 @@ auto CombineKernelFor(DType q_dtype) {
 Status LaunchCombine(const DecodeArgs& args, int tile_rows, device::Overlap overlap, cudaStream_t stream) {
   constexpr int64_t kMostBlocks = 65535;
   const AttentionProblem& problem = args.call.problem;
-  const auto kernel =
-      tile_rows == kMla8TileRows ? CombineKernelFor<kMla8TileRows>(problem.q_dtype) : CombineKernelFor<kTileRows>(problem.q_dtype);
+  const auto kernel = tile_rows == kMla8TileRows ? CombineKernelFor<kMla8TileRows>(problem.q_dtype)
+                                                 : CombineKernelFor<kTileRows>(problem.q_dtype);
   return device::Launch("implementation 'fused'", "combine", kernel,
                         {.grid = dim3(static_cast<unsigned>(std::min(problem.num_seqs, kMostBlocks)),
                                       static_cast<unsigned>(CeilDiv(problem.num_q_heads, kWarps))),

@@ -46,10 +46,10 @@ class Mla8Consumer {
 
  private:
   static_assert(Traits::kWarpgroups == 2);
-  static constexpr int kHalves = kTileKeys / 32;                  // keys of one ldmatrix
-  static constexpr int kHalfBytes = 32 * 64;                      // of a block
-  static constexpr int kOwnBarrier = kMla8AllBarrier + 1;         // the first warpgroup's
-  static constexpr uint32_t kProbabilityBytes = kTileKeys * 2;    // of a row
+  static constexpr int kHalves = kTileKeys / 32;                // keys of one ldmatrix
+  static constexpr int kHalfBytes = 32 * 64;                    // of a block
+  static constexpr int kOwnBarrier = kMla8AllBarrier + 1;       // the first warpgroup's
+  static constexpr uint32_t kProbabilityBytes = kTileKeys * 2;  // of a row
   using Exchange = Mla8Exchange<Traits>;
 
   // Lets `times` lanes arrive, when the warp has come here.
@@ -182,7 +182,7 @@ class Mla8Consumer {
         }
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-          const uint32_t(&p)[4] = fragments[2 * half + t];
+          const uint32_t (&p)[4] = fragments[2 * half + t];
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             const uint32_t low = words[j][2 * t], high = words[j][2 * t + 1];
@@ -201,7 +201,8 @@ class Mla8Consumer {
   __device__ void Epilogue(const MlaTile& tile) {
     auto& states = shared_.states[split_++ % 2];
     softmax_.Leave(states[warpgroup_]);
-    Mla8Rows rows = {.first = first_row(), .first_block = 0, .end_block = Traits::kValueBlocks, .warp = warp_};
+    Mla8Rows rows = {
+        .first = first_row(), .first_block = 0, .end_block = Traits::kValueBlocks, .warp = warp_};
     if (by_rows_) {
       SyncWarpgroup();
       rows.TakeStates(states[warpgroup_]);
@@ -213,8 +214,7 @@ class Mla8Consumer {
       return;
     }
     WriteMla8Partial<Traits>(args_, tile, rows, out_);
-    if (!args_.decode.call.batch_invariant)
-      SignalSplit<Traits, kMla8AllBarrier>(args_.decode, tile, shared_);
+    if (!args_.decode.call.batch_invariant) SignalSplit<Traits, kMla8AllBarrier>(args_.decode, tile, shared_);
   }
 
   // Each warpgroup gives half of its columns to the other, and adds that one's to its own half. Which of them
@@ -231,7 +231,7 @@ class Mla8Consumer {
       if (half == warpgroup_) continue;
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        const float(&block)[4] = out_[half * kVectors + i];
+        const float (&block)[4] = out_[half * kVectors + i];
         mine[i][lane] = {block[0], block[1], block[2], block[3]};
       }
     }
@@ -243,7 +243,7 @@ class Mla8Consumer {
       if (half != warpgroup_) continue;
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        float(&block)[4] = out_[half * kVectors + i];
+        float (&block)[4] = out_[half * kVectors + i];
         const float4 theirs = others[i][lane];
         const float of_other[4] = {theirs.x, theirs.y, theirs.z, theirs.w};
         // Products are rounded before they are added, so that none comes first.

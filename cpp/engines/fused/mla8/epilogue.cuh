@@ -26,11 +26,11 @@ __device__ inline float Mla8ScaleOf(const MlaArgs& args, const float* scales,
   return ScaleOf(scales, seqs_per_scale, heads, tile.seq, tile.head * args.k_head_step);
 }
 
-// What a warp writes.
+// The rows and columns that a warp writes.
 struct Mla8Rows {
-  int first;                   // of the 16, in the row block
-  int first_block, end_block;  // of columns
-  int warp;                    // of the warpgroup, which is its chunk of the blocks
+  int first;                       // of the 16, in the row block
+  int first_block, end_block;      // of columns
+  int warp;                        // of the warpgroup, which is its chunk of the blocks
   device::SoftmaxState states[2];  // of the lane's rows
 
   // The lane's row r of the 16.
@@ -68,7 +68,7 @@ struct Mla8Rows {
     constexpr int kBlocks = sizeof(Output) / sizeof(out[0]) / 2;
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-      const float(&even)[4] = out[2 * block], (&odd)[4] = out[2 * block + 1];
+      const float (&even)[4] = out[2 * block], (&odd)[4] = out[2 * block + 1];
       if (block >= first_block && block < end_block)
         use(block, Layout::Neighbours(even[2 * r], even[2 * r + 1], odd[2 * r], odd[2 * r + 1]));
     }
@@ -85,7 +85,8 @@ __device__ inline void WriteMla8Results(const MlaArgs& args, const MlaTile& tile
     const int row = rows.first + rows.Row(r);
     if (row >= tile.num_rows) continue;
     const QueryHead where = QueryHeadOf(call, tile, row);
-    const float factor = v_scale * FactorOfResult(call, where.seq, where.kv_head, where.head, &rows.states[r]);
+    const float factor =
+        v_scale * FactorOfResult(call, where.seq, where.kv_head, where.head, &rows.states[r]);
     const int64_t index = where.row * call.problem.num_q_heads + where.head;
     if (rows.IsFirst()) call.params.lse[index] = rows.states[r].LogSumExp();
     rows.ForColumns(out, r, [&](int block, const float4& columns) {

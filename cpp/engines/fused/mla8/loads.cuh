@@ -69,7 +69,8 @@ __device__ inline void LoadMla8ByCpAsync(const MlaArgs& args, const MlaTile& des
     const int32_t token = key - call.page_size.Quotient(key) * call.page_size.divisor();
     const bool exists = page >= 0;
     const int64_t offset = page * strides.page + token * strides.token + descriptor.head * strides.head;
-    const char* const from = static_cast<const char*>(call.params.k_pages) + (exists ? offset + chunk * 16 : 0);
+    const char* const from =
+        static_cast<const char*>(call.params.k_pages) + (exists ? offset + chunk * 16 : 0);
     const uint32_t to =
         device::SharedAddress(shared.keys[stage]) + Mla8Chunk(static_cast<uint32_t>(row), chunk);
 #pragma unroll

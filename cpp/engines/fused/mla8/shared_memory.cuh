@@ -9,7 +9,7 @@
 
 namespace jpa::fused {
 
-// What the warps of a warpgroup leave each other. Both parts are never needed at the same time.
+// Notes that the warps of a warpgroup leave each other. Both are never needed at the same time.
 template <typename Traits>
 union Mla8Exchange {
   // Each warp's part of the scores of a tile, and rows so far apart that four of them lie in different banks.
@@ -33,7 +33,7 @@ struct Mla8Shared {
     Mla8Exchange<Traits> exchange[Traits::kWarpgroups];
     float4 merged[Traits::kConsumerWarps][Traits::kValueDim / 128][32];
   };
-  // Of each warpgroup's rows: the probabilities of a tile in f16, and the factors of what was summed before.
+  // The probabilities of a tile in f16, per warpgroup, and the factors of what was summed before.
   alignas(128) char probabilities[Traits::kWarpgroups][kMla8WarpgroupRows * kTileKeys * 2];
   float factors[Traits::kWarpgroups][kMla8WarpgroupRows];
   // States of the rows when a KV split ends: of every other split.
@@ -46,8 +46,8 @@ struct Mla8Shared {
   device::Barrier keys_full[Traits::kStages], keys_empty[Traits::kStages];
 };
 
-// Bytes from a tile's start to 16-byte chunk `chunk` of a key's row in the first block. The order of chunks is
-// that of CU_TENSOR_MAP_SWIZZLE_64B: so eight keys' chunks of the same columns lie in different banks.
+// Bytes from a tile's start to 16-byte chunk `chunk` of a key's row in the first block. The order of chunks
+// is that of CU_TENSOR_MAP_SWIZZLE_64B: so eight keys' chunks of the same columns lie in different banks.
 __device__ inline uint32_t Mla8Chunk(uint32_t key, uint32_t chunk) {
   return key * 64 + (chunk ^ key / 2 % 4) * 16;
 }
