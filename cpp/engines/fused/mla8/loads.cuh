@@ -80,6 +80,20 @@ __device__ inline void LoadMla8ByCpAsync(const MlaArgs& args, const MlaTile& des
   device::ArriveAfterCpAsync(&shared.keys_full[stage]);
 }
 
+// By a warp: starts to bring the queries of a row block into the L2 cache. Consumers ask for them later than
+// others for keys, and memory has a long queue of those.
+template <typename Traits>
+__device__ inline void PrefetchMla8Queries(const CallArgs& call, const MlaTile& tile) {
+  static_assert(Traits::kRows <= 32);
+  const int row = static_cast<int>(device::LaneId());
+  if (row >= tile.num_rows) return;
+  const QueryHead where = QueryHeadOf(call, tile, row);
+  constexpr uint32_t kBytes = 2 * Traits::kKeyDim;
+  device::PrefetchToL2(static_cast<const char*>(call.params.q) +
+                           (where.row * call.problem.num_q_heads + where.head) * kBytes,
+                       kBytes);
+}
+
 // By the producer warps that load; `warp` counts them from 0.
 template <typename Traits>
 __device__ inline void LoadMla8Keys(const MlaArgs& args, int warp, Mla8Shared<Traits>& shared) {
@@ -89,6 +103,7 @@ __device__ inline void LoadMla8Keys(const MlaArgs& args, int warp, Mla8Shared<Tr
     const MlaTile& descriptor = shared.descriptors[StageOf<kRing>(tile)];
     device::WaitForPhase(&shared.described[StageOf<kRing>(tile)], ParityOf<kRing>(tile));
     if (!descriptor.exists) return;
+    if (warp == 0 && descriptor.starts_split) PrefetchMla8Queries<Traits>(args.decode.call, descriptor);
     if (args.by_tma) {
       LoadMla8ByTma(args, descriptor, tile, warp, shared);
     } else {
