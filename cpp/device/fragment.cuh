@@ -156,8 +156,8 @@ class QueryScale {
   float first_, second_;
 };
 
-// 16 queries as first operand of Q K^T, two rows per lane: of `step` columns the first 16, `head_dim` in all.
-template <DType q_dtype, bool is_8bit, int head_dim, int step = 16>
+// 16 queries as first operand of Q K^T, two rows per lane.
+template <DType q_dtype, bool is_8bit, int head_dim>
 struct QueryFragments {
   uint32_t fragments[head_dim / 16][4];
 
@@ -168,7 +168,7 @@ struct QueryFragments {
     if constexpr (!is_8bit) {
 #pragma unroll
       for (int i = 0; i < head_dim / 16; ++i) {
-        const auto* pairs = reinterpret_cast<const uint32_t*>(query + step * i + 2 * lane);
+        const auto* pairs = reinterpret_cast<const uint32_t*>(query + 16 * i + 2 * lane);
         fragments[i][r] = query == nullptr ? 0 : pairs[0];
         fragments[i][2 + r] = query == nullptr ? 0 : pairs[4];
       }
@@ -180,7 +180,7 @@ struct QueryFragments {
 #pragma unroll
       for (int i = 0; i < head_dim / 16; ++i) {
         words[i] =
-            query == nullptr ? uint2{0, 0} : *reinterpret_cast<const uint2*>(query + step * i + 4 * lane);
+            query == nullptr ? uint2{0, 0} : *reinterpret_cast<const uint2*>(query + 16 * i + 4 * lane);
         const Unpacked<T, 4> values = Unpack<T, 4>(words[i]);
 #pragma unroll
         for (const T& value : values.values) largest = fmaxf(largest, fabsf(ToF32(value)));

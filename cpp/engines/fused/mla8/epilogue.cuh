@@ -9,15 +9,16 @@
 #include "engines/fused/common/result.cuh"
 #include "engines/fused/decode/partials.cuh"
 #include "engines/fused/mla8/shared_memory.cuh"
+#include "engines/fused/mla8/softmax.cuh"
 
 namespace jpa::fused {
 
 inline constexpr int kMla8AllBarrier = 1;  // of all consumer threads
 
-// A warp's columns of 16 packed rows' sums of values: of each block of 64 columns those of its chunk, first
-// the even ones, then the odd ones (device::FragmentLayout).
+// A warp's 16 columns of each block of 64, of 16 packed rows, as wgmma leaves them: sums 4 j + i and 4 j + 2
+// + i are two neighbouring columns of the lane's row 2 j + i (Mla8LaneRow).
 template <typename Traits>
-using Mla8Output = float[2 * Traits::kValueBlocks][4];
+using Mla8Output = float[Traits::kValueBlocks][8];
 
 // The scale of a KV head's keys or values, in the array that it has one in.
 __device__ inline float Mla8ScaleOf(const MlaArgs& args, const float* scales,
@@ -28,49 +29,44 @@ __device__ inline float Mla8ScaleOf(const MlaArgs& args, const float* scales,
 
 // The rows and columns that a warp writes.
 struct Mla8Rows {
-  int first;                       // of the 16, in the row block
-  int first_block, end_block;      // of columns
-  int warp;                        // of the warpgroup, which is its chunk of the blocks
-  device::SoftmaxState states[2];  // of the lane's rows
+  int first;                   // of the 16, in the row block
+  int first_block, end_block;  // of columns
+  int warp;                    // of the warpgroup, which is its chunk of the blocks
+  device::SoftmaxState states[kMla8LaneRows];
 
-  // The lane's row r of the 16.
-  __device__ static int Row(int r) { return static_cast<int>(device::LaneId()) / 4 + 8 * r; }
-  // The first of four neighbouring columns that the lane has of a block.
+  // The first of two neighbouring columns that the lane has of a block.
   __device__ int Column(int block) const {
-    return 64 * block + 16 * warp + 4 * static_cast<int>(device::LaneId() % 4);
+    return 64 * block + 16 * warp + 2 * static_cast<int>(device::LaneId() / 4);
   }
   // True in the lane that writes what there is one of per row.
   __device__ bool IsFirst() const { return Column(first_block) == 0; }
 
-  __device__ void TakeStates(const device::SoftmaxState* of_rows) {
+  __device__ void TakeStates(const Mla8States& of_rows) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) states[r] = of_rows[Row(r)];
+    for (int i = 0; i < kMla8LaneRows; ++i) states[i] = of_rows.Of(Mla8LaneRow(i));
   }
   // Takes the sum of two warpgroups' states, and sets the factors of both warpgroups' sums of values. Which
   // state comes first is all the same to the sum: products are rounded before they are added.
-  __device__ void MergeStates(const device::SoftmaxState* own, const device::SoftmaxState* others,
-                              float (&own_factors)[2], float (&other_factors)[2]) {
+  __device__ void MergeStates(const Mla8States& own, const Mla8States& others,
+                              float (&own_factors)[kMla8LaneRows], float (&other_factors)[kMla8LaneRows]) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const device::SoftmaxState a = own[Row(r)], b = others[Row(r)];
-      device::SoftmaxState& merged = states[r];
+    for (int i = 0; i < kMla8LaneRows; ++i) {
+      const device::SoftmaxState a = own.Of(Mla8LaneRow(i)), b = others.Of(Mla8LaneRow(i));
+      device::SoftmaxState& merged = states[i];
       merged.maximum = fmaxf(a.maximum, b.maximum);
-      own_factors[r] = device::Exp2(a.maximum - merged.origin());
-      other_factors[r] = device::Exp2(b.maximum - merged.origin());
-      merged.sum = __fadd_rn(__fmul_rn(a.sum, own_factors[r]), __fmul_rn(b.sum, other_factors[r]));
+      own_factors[i] = device::Exp2(a.maximum - merged.origin());
+      other_factors[i] = device::Exp2(b.maximum - merged.origin());
+      merged.sum = __fadd_rn(__fmul_rn(a.sum, own_factors[i]), __fmul_rn(b.sum, other_factors[i]));
     }
   }
 
-  // Calls use(block, columns) for each of the blocks, of row r of the lane.
-  template <typename Output, typename Use>
-  __device__ void ForColumns(const Output& out, int r, const Use& use) const {
-    using Layout = device::FragmentLayout<true>;
-    constexpr int kBlocks = sizeof(Output) / sizeof(out[0]) / 2;
+  // Calls use(block, columns) for each of the blocks, of the lane's row i.
+  template <int blocks, typename Use>
+  __device__ void ForColumns(const float (&out)[blocks][8], int i, const Use& use) const {
+    const int sum = i / 2 * 4 + i % 2;
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      const float (&even)[4] = out[2 * block], (&odd)[4] = out[2 * block + 1];
-      if (block >= first_block && block < end_block)
-        use(block, Layout::Neighbours(even[2 * r], even[2 * r + 1], odd[2 * r], odd[2 * r + 1]));
+    for (int block = 0; block < blocks; ++block) {
+      if (block >= first_block && block < end_block) use(block, float2{out[block][sum], out[block][sum + 2]});
     }
   }
 };
@@ -81,16 +77,19 @@ __device__ inline void WriteMla8Results(const MlaArgs& args, const MlaTile& tile
   const CallArgs& call = args.decode.call;
   const float v_scale = Mla8ScaleOf(args, args.v_scale, call.seqs_per_v_scale, tile);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = rows.first + rows.Row(r);
+  for (int i = 0; i < kMla8LaneRows; ++i) {
+    const int row = rows.first + Mla8LaneRow(i);
     if (row >= tile.num_rows) continue;
     const QueryHead where = QueryHeadOf(call, tile, row);
     const float factor =
-        v_scale * FactorOfResult(call, where.seq, where.kv_head, where.head, &rows.states[r]);
+        v_scale * FactorOfResult(call, where.seq, where.kv_head, where.head, &rows.states[i]);
     const int64_t index = where.row * call.problem.num_q_heads + where.head;
-    if (rows.IsFirst()) call.params.lse[index] = rows.states[r].LogSumExp();
-    rows.ForColumns(out, r, [&](int block, const float4& columns) {
-      StoreResult<Traits::kQ>(call, index * Traits::kValueDim + rows.Column(block), columns, factor);
+    if (rows.IsFirst()) call.params.lse[index] = rows.states[i].LogSumExp();
+    rows.ForColumns(out, i, [&](int block, const float2& columns) {
+      using T = device::TypeOf<Traits::kQ>;
+      *reinterpret_cast<uint32_t*>(static_cast<T*>(call.params.out) + index * Traits::kValueDim +
+                                   rows.Column(block)) =
+          device::PackPair<T>(columns.x * factor, columns.y * factor);
     });
   }
 }
@@ -102,8 +101,8 @@ __device__ inline void WriteMla8Partial(const MlaArgs& args, const MlaTile& tile
   const Partials& partials = call.partials;
   const float v_scale = Mla8ScaleOf(args, args.v_scale, call.seqs_per_v_scale, tile);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = rows.first + rows.Row(r);
+  for (int i = 0; i < kMla8LaneRows; ++i) {
+    const int row = rows.first + Mla8LaneRow(i);
     if (row >= tile.num_rows) continue;
     int64_t index = int64_t{tile.partial} * partials.rows_each + row;
     if (call.batch_invariant) {
@@ -112,11 +111,10 @@ __device__ inline void WriteMla8Partial(const MlaArgs& args, const MlaTile& tile
                            where.head) +
               tile.partial;
     }
-    if (rows.IsFirst()) partials.stats[index] = {rows.states[r].maximum, rows.states[r].sum};
+    if (rows.IsFirst()) partials.stats[index] = {rows.states[i].maximum, rows.states[i].sum};
     float* const to = partials.out + index * Traits::kValueDim;
-    rows.ForColumns(out, r, [&](int block, const float4& columns) {
-      *reinterpret_cast<float4*>(to + rows.Column(block)) = {columns.x * v_scale, columns.y * v_scale,
-                                                             columns.z * v_scale, columns.w * v_scale};
+    rows.ForColumns(out, i, [&](int block, const float2& columns) {
+      *reinterpret_cast<float2*>(to + rows.Column(block)) = {columns.x * v_scale, columns.y * v_scale};
     });
   }
 }

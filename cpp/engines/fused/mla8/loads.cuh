@@ -89,9 +89,9 @@ __device__ inline void PrefetchMla8Queries(const CallArgs& call, const MlaTile& 
   if (row >= tile.num_rows) return;
   const QueryHead where = QueryHeadOf(call, tile, row);
   constexpr uint32_t kBytes = 2 * Traits::kKeyDim;
-  device::PrefetchToL2(static_cast<const char*>(call.params.q) +
-                           (where.row * call.problem.num_q_heads + where.head) * kBytes,
-                       kBytes);
+  device::PrefetchToL2(
+      static_cast<const char*>(call.params.q) + (where.row * call.problem.num_q_heads + where.head) * kBytes,
+      kBytes);
 }
 
 // By the producer warps that load; `warp` counts them from 0.

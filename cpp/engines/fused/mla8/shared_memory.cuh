@@ -4,20 +4,30 @@
 #include <cstdint>
 
 #include "device/ptx.cuh"
+#include "device/softmax_state.cuh"
+#include "device/wgmma.cuh"
 #include "engines/fused/mla/shared_memory.cuh"
 #include "engines/fused/mla8/traits.h"
 
 namespace jpa::fused {
 
-// Notes that the warps of a warpgroup leave each other. Both are never needed at the same time.
+// A warpgroup's queries in f16, and when a KV split ends half of its results, for the other warpgroup.
 template <typename Traits>
 union Mla8Exchange {
-  // Each warp's part of the scores of a tile, and rows so far apart that four of them lie in different banks.
-  static constexpr int kStride = kTileKeys + 8;
-  float scores[4][kMla8WarpgroupRows][kStride];
-  // When a KV split ends, half of each warp's results, in the order of its registers.
+  alignas(1024) char queries[Traits::kBlocks * kMla8WarpgroupRows * 128];
+  // Per warp, in the order of its registers.
   static constexpr int kVectors = Traits::kValueBlocks;
   float4 results[4][kVectors][32];
+};
+
+// The softmax states of a warpgroup's rows: sums are those of each warp's keys.
+struct Mla8States {
+  float maxima[kMla8WarpgroupRows];
+  float sums[4][kMla8WarpgroupRows];
+
+  __device__ device::SoftmaxState Of(int row) const {
+    return {maxima[row], sums[0][row] + sums[1][row] + (sums[2][row] + sums[3][row])};
+  }
 };
 
 template <typename Traits>
@@ -33,11 +43,15 @@ struct Mla8Shared {
     Mla8Exchange<Traits> exchange[Traits::kWarpgroups];
     float4 merged[Traits::kConsumerWarps][Traits::kValueDim / 128][32];
   };
-  // The probabilities of a tile in f16, per warpgroup, and the factors of what was summed before.
-  alignas(128) char probabilities[Traits::kWarpgroups][kMla8WarpgroupRows * kTileKeys * 2];
+  // The probabilities of a warpgroup's tiles in f16, of every other one: warps may still multiply with the
+  // last tile's when the first of them has made the next.
+  alignas(1024) char probabilities[Traits::kWarpgroups][2][kMla8WarpgroupRows * kTileKeys * 2];
+  // The largest scores of each warp's keys, where maxima rise.
+  float largest[Traits::kWarpgroups][4][kMla8WarpgroupRows];
+  // The factors that turn q . k of a row into scores in units of log 2.
   float factors[Traits::kWarpgroups][kMla8WarpgroupRows];
-  // States of the rows when a KV split ends: of every other split.
-  device::SoftmaxState states[2][Traits::kWarpgroups][kMla8WarpgroupRows];
+  // When a KV split ends: of every other split.
+  Mla8States states[2][Traits::kWarpgroups];
   MlaTile descriptors[Traits::kDescriptors];
   MlaSplit to_merge[2];
   int32_t num_to_merge;
@@ -52,10 +66,9 @@ __device__ inline uint32_t Mla8Chunk(uint32_t key, uint32_t chunk) {
   return key * 64 + (chunk ^ key / 2 % 4) * 16;
 }
 
-// Bytes to a chunk of a row of probabilities.
-__device__ inline uint32_t Mla8ProbabilityChunk(uint32_t row, uint32_t chunk) {
-  return row * (kTileKeys * 2) + (chunk ^ row % 8) * 16;
-}
+// How far apart the blocks of queries and probabilities lie, as wgmma takes them.
+inline constexpr device::BlockStrides kMla8Strides = {.columns = kMla8WarpgroupRows * 128,
+                                                      .rows = device::kBlockBytes};
 
 template <typename Traits>
 constexpr int Mla8SharedBytes() {
