@@ -1,7 +1,8 @@
 // MLA (mla/kernel.cuh) over 8-bit pages. A tile has half the bytes, so memory takes half as long: what counts
-// is how fast 8-bit numbers become operands of MMAs. wgmma would take 64 rows where 16 heads have 16, and
-// tiles that another warpgroup has converted in shared memory, for which there is no room. So these kernels
-// work as decode's do, with mma.sync: operands are converted in registers, and 16 rows fill an MMA.
+// is how fast 8-bit numbers become operands of MMAs. In shared memory is no room for tiles in 16 bits. So
+// numbers are converted on their way to registers, where wgmma takes its first operand from: that are keys,
+// and columns of values. The second operand, and so the columns of results, are packed rows: 16 heads are
+// no padding, which they would be as rows, since wgmma takes 64.
 //
 // Work is split as decode's (decode/work_split.h): a CTA has a range of key tiles of 64 keys, for 32 packed
 // rows at a time. A tile is loaded once.
@@ -10,7 +11,8 @@
 //
 // loads.cuh: other producer warps load keys.
 //
-// consumer.cuh: two warpgroups make scores, softmax (softmax.cuh) and sums of values. The epilogue
+// consumer.cuh: two warpgroups load queries (queries.cuh), make scores, softmax (softmax.cuh) and sums of
+// values. The epilogue
 // (epilogue.cuh) writes results of whole row blocks, and leaves KV splits in scratch memory.
 //
 // mla/merge_splits.cuh: all CTAs that have a split of a row block merge it together.
