@@ -212,6 +212,11 @@ GPU_MLA = (
     _mla("64x4k page 1", _64X4K, 16, page_size=1),
     _mla("1x1k", ((1, 1024),), 16),
     _mla("8x1k", ((1, 1024),) * 8, 16),
+    *(_mla(f"{batch}x4k e4m3", ((1, 4096),) * batch, 16, page_dtype="e4m3") for batch in (64, 128)),
+    _mla("64x4k int8", _64X4K, 16, page_dtype="int8"),
+    _mla("64x4k page 1 e4m3", _64X4K, 16, page_size=1, page_dtype="e4m3"),
+    _mla("1x32k e4m3", ((1, 32768),), 16, page_dtype="e4m3"),
+    _mla("64x4k e4m3", _64X4K, 128, page_dtype="e4m3"),
 )
 GPU = GPU_DECODE + GPU_PREFILL + GPU_MLA
 

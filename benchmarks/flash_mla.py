@@ -92,7 +92,7 @@ def main() -> None:
     torch.ops.load_library(str(library.locate()))
     print(f"FlashMLA (sgl-flash-mla) on {torch.cuda.get_device_name()}\n{'us of a call':34} {'single':>8} {'graph':>8}")
     for w in GPU_MLA:
-        if w.page_size == PAGE_SIZE:
+        if w.page_size == PAGE_SIZE and w.page_dtype is None:
             single, in_graph = measure(torch, w)
             flops = w.flops() / single / 1e6
             print(

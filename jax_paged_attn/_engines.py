@@ -44,8 +44,7 @@ class Engine:
       q_dtypes: dtypes of queries that it takes.
       quantized_dtypes: dtypes of pages that it reads besides that of the queries.
       head_dims: head dims of keys and of values that it takes; None is any.
-      mla_head_dims: those that it takes besides where the values are in the keys, with pages of q's dtype, on GPUs of
-        compute capability 9.0.
+      mla_head_dims: those that it takes besides where the values are in the keys, on GPUs of compute capability 9.0.
       batch_invariant: whether it can guarantee that a sequence has the same bits alone and in any batch.
       token_scales: whether it reads pages with one scale per token and head. "fused" does not: its products run from
         tensor cores' registers to registers, and a factor per key would cost every call in there.
@@ -67,19 +66,18 @@ class Engine:
         if call.page_dtype not in (call.q_dtype, *self.quantized_dtypes):
             expected = _either((call.q_dtype, *self.quantized_dtypes))
             return f"expected pages of dtype {expected}, got {call.page_dtype}"
-        dims, taken = (call.head_dim, call.value_dim), self.head_dims_for(call.values_in_keys, call.page_dtype)
+        dims, taken = (call.head_dim, call.value_dim), self.head_dims_for(call.values_in_keys)
         if taken is not None and dims not in taken:
-            of_pages = f" for pages of dtype {call.page_dtype}" if call.values_in_keys else ""
-            return f"expected a head dim of {_either(map(_name, taken))}{of_pages}, got {_name(dims)}"
+            return f"expected a head dim of {_either(map(_name, taken))}, got {_name(dims)}"
         if call.padded_keys and taken is not None and dims not in self.mla_head_dims:
             return f"expected keys without padding unless of {_either(map(_name, self.mla_head_dims))}, got some"
         if call.token_scales and not self.token_scales:
             return "expected scales of pages to be scalar or per head, got one per token and head"
         return None
 
-    def head_dims_for(self, values_in_keys: bool, page_dtype: str) -> tuple[tuple[int, int], ...] | None:
-        """The head dims that the engine takes of calls whose pages have that dtype; None is any."""
-        if self.head_dims is None or not values_in_keys or page_dtype in self.quantized_dtypes:
+    def head_dims_for(self, values_in_keys: bool) -> tuple[tuple[int, int], ...] | None:
+        """The head dims that the engine takes, with values in keys or apart; None is any."""
+        if self.head_dims is None or not values_in_keys:
             return self.head_dims
         return self.head_dims + self.mla_head_dims
 

@@ -164,6 +164,18 @@ def test_cuda_runs_fused_where_its_table_says_so(
         assert "got" in explanation.rejected["fused"]
 
 
+@pytest.mark.parametrize("page_dtype", [None, jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8], ids=str)
+@pytest.mark.parametrize(("value_dim", "chosen"), [(512, "fused"), (256, "cublaslt")])
+def test_cuda_runs_fused_on_mla_over_16_bit_and_8_bit_pages(
+    monkeypatch: pytest.MonkeyPatch, page_dtype: Any, value_dim: int, chosen: str
+) -> None:
+    monkeypatch.setitem(_ffi._loaded, "cuda", ModuleType("stand-in"))
+    q, pages, _, tables, lengths = call_of(head_dim=576, page_dtype=page_dtype)
+    attend = functools.partial(jpa.paged_attention, v_pages=None, value_dim=value_dim, k_scale=0.1)
+    explanation = jpa.explain(attend, q, pages, block_tables=tables, lengths=lengths, platform="cuda")
+    assert explanation.engine == chosen
+
+
 def test_no_engine_that_promises_batch_invariance_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_ffi._loaded, "cuda", ModuleType("stand-in"))
     for platform, dtype in (("cuda", jnp.float32), ("tpu", jnp.bfloat16)):

@@ -186,6 +186,20 @@ __device__ inline bool NamedBarrierAll(bool holds) {
   return all != 0;
 }
 
+template <int threads>
+__device__ inline bool NamedBarrierAll(int number, bool holds) {
+  uint32_t all;
+  asm volatile(
+      "{\n.reg .pred holds, all;\n"
+      "setp.ne.u32 holds, %1, 0;\n"
+      "bar.red.and.pred all, %2, %3, holds;\n"
+      "selp.u32 %0, 1, 0, all;\n}"
+      : "=r"(all)
+      : "r"(holds ? 1 : 0), "r"(number), "n"(threads)
+      : "memory");
+  return all != 0;
+}
+
 // Arrives at such a barrier, and goes on.
 template <int threads>
 __device__ inline void NamedBarrierArrive(int number) {
@@ -235,6 +249,15 @@ __device__ inline void Stmatrix(uint32_t row, const uint32_t (&from)[4]) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(from[0]),
                "r"(from[1]), "r"(from[2]), "r"(from[3])
+               : "memory");
+#endif
+}
+
+// The same of their transposes: the inverse of LdmatrixTransposed.
+__device__ inline void StmatrixTransposed(uint32_t row, const uint32_t (&from)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
                : "memory");
 #endif
 }

@@ -76,6 +76,14 @@ __device__ inline void WgmmaWait(float (&results)[count]) {
 #endif
 }
 
+// The same for groups whose results nobody reads yet: registers of their first operands are free again.
+template <int groups>
+__device__ inline void WgmmaWait() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(groups) : "memory");
+#endif
+}
+
 // Takes sums, none below 0, of what must be computed before the wait that follows. Without the branch ptxas
 // puts the wait first, and then nothing runs beside the MMAs.
 __device__ inline void ComputeBeforeNext(float a, float b) {
@@ -183,5 +191,17 @@ __device__ inline void WgmmaRS(float (&)[count], const uint32_t (&)[4], uint64_t
 #undef JPA_IF_BF16
 #undef JPA_WGMMA_SS
 #undef JPA_WGMMA_RS
+
+// For d of 16 columns, in f16: a in registers; the transpose of b in shared memory.
+__device__ inline void WgmmaRSColumns16(float (&d)[8], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
+      "{%8, %9, %10, %11}, %12, p, 1, 1, 0;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate ? 1 : 0));
+#endif
+}
 
 }  // namespace jpa::device

@@ -86,6 +86,9 @@ def _in_keys() -> list[Case]:
 
 def _mla() -> list[Case]:
     e4m3 = {"page_dtype": "e4m3", "k_scale": 0.7}
+    e5m2 = {"page_dtype": "e5m2", "k_scale": 1.5}
+    int8 = {"page_dtype": "int8", "k_scale": 0.02}
+    two_heads = {**MLA, **e4m3, "dtype": "f16", "num_kv_heads": 2, "num_heads": 24, "k_scale": (0.5, 1.5)}
     long: dict[str, Any] = {"kv_lens": (2500, 37, 0, 1100), "max_pages": 40, "page_size": 64}
     masks = {"keywords": {**MASKS, "scale": 0.05}, "sinks": True}
     return [
@@ -95,6 +98,8 @@ def _mla() -> list[Case]:
         ),
         DECODE.vary("mla_decode_long", "KV splits of MLA, pages of 64", num_heads=8, **long, **MLA),
         DECODE.vary("mla_decode_e4m3", "MLA over fp8 pages, with bad ids", num_heads=16, bad_ids=BAD, **e4m3, **MLA),
+        DECODE.vary("mla_decode_e5m2_long", "KV splits of MLA over e5m2", num_heads=20, **long, **e5m2, **MLA),
+        DECODE.vary("mla_decode_int8_masks", "all keywords, int8 pages of 1", num_heads=128, **masks, **int8, **MLA),
         DECODE.vary("mla_decode_masks", "MLA with all keywords, pages of 1", num_heads=5, **masks, **MLA),
         DECODE.vary(
             "mla_bad_ids", "pages outside the pool in boxes of TMA loads", num_heads=16, page_size=8, bad_ids=BAD, **MLA
@@ -103,5 +108,7 @@ def _mla() -> list[Case]:
         MIXED.vary(
             "mla_mixed_128", "two groups of 64 heads, copied by rows", num_heads=128, page_size=17, **masks, **MLA
         ),
+        MIXED.vary("mla_mixed_e4m3", "chunks over an fp8 MLA cache, two heads", **two_heads),
         PROMPT.vary("mla_prompt", "many rows over an MLA cache", **MLA),
+        PROMPT.vary("mla_prompt_e4m3", "many rows over an fp8 MLA cache", page_size=8, **e4m3, **MLA),
     ]

@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "engines/fused/decode/cta_range_cursor.h"
+#include "engines/fused/mla8/traits.h"
 
 namespace jpa::test {
 namespace {
@@ -29,9 +30,10 @@ struct Batch {
   }
   int32_t size() const { return static_cast<int32_t>(raw.size()); }
   // Per KV head.
+  template <int tile_rows>
   int64_t num_tiles() const {
     int64_t tiles = 0;
-    for (int32_t i = 0; i < size(); ++i) tiles += TilesPerHead(facts, (*this)(i));
+    for (int32_t i = 0; i < size(); ++i) tiles += TilesPerHead<tile_rows>(facts, (*this)(i));
     return tiles;
   }
 };
@@ -63,6 +65,7 @@ bool Sees(const CallFacts& facts, const Raw& raw, int32_t row, int32_t key) {
          (facts.sliding_window == 0 || key > position - facts.sliding_window);
 }
 
+template <int tile_rows>
 void TilesHaveTheKeysThatRowsSee() {
   std::mt19937 random(1);
   for (int repeat = 0; repeat < 300; ++repeat) {
@@ -71,9 +74,9 @@ void TilesHaveTheKeysThatRowsSee() {
       const Raw& raw = batch.raw[static_cast<size_t>(i)];
       const Sequence sequence = batch(i);
       int32_t packed_rows = 0;
-      for (int32_t t = 0; t < NumRowTiles(batch.facts, sequence); ++t) {
-        const TileRange tiles = VisibleTiles(batch.facts, sequence, t);
-        const int32_t rows = RowsOfTile(batch.facts, sequence, t);
+      for (int32_t t = 0; t < NumRowTiles<tile_rows>(batch.facts, sequence); ++t) {
+        const TileRange tiles = VisibleTiles<tile_rows>(batch.facts, sequence, t);
+        const int32_t rows = RowsOfTile<tile_rows>(batch.facts, sequence, t);
         int32_t first = INT32_MAX, last = -1;
         for (int32_t p = packed_rows; p < packed_rows + rows; ++p) {
           const int32_t row = sequence.row + p / batch.facts.group.divisor() - raw.q_start;
@@ -110,25 +113,29 @@ struct Split {
 };
 
 // Walks the ranges of all CTAs as the kernel does.
+template <int tile_rows = kTileRows>
 std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
   std::map<RowBlockKey, std::vector<Split>> splits;
   const HeadQueues queues = MakeHeadQueues(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
   for (int64_t cta = 0; cta < num_ctas; ++cta) {
     const HeadRange heads = HeadsOfQueue(batch.facts, queues, static_cast<int32_t>(cta % queues.num_queues));
     HeadTiles of_head;
-    for (int32_t i = 0; i < batch.size(); ++i) of_head.Add(batch.facts, batch(i));
-    const int64_t total = batch.num_tiles() * heads.size(), per = TilesPerCta(of_head, heads, queues);
-    CHECK(of_head.total == batch.num_tiles(), "%d tiles of %d", static_cast<int>(of_head.total),
-          static_cast<int>(batch.num_tiles()));
+    for (int32_t i = 0; i < batch.size(); ++i) of_head.Add<tile_rows>(batch.facts, batch(i));
+    const int64_t total = batch.num_tiles<tile_rows>() * heads.size(),
+                  per = TilesPerCta(of_head, heads, queues);
+    CHECK(of_head.total == batch.num_tiles<tile_rows>(), "%d tiles of %d", static_cast<int>(of_head.total),
+          static_cast<int>(batch.num_tiles<tile_rows>()));
     const int64_t first = cta / queues.num_queues * per;
     if (cta / queues.num_queues >= queues.ctas_per_queue.divisor() || first >= total) continue;
-    const auto tiles_of = [&](int32_t index) { return NumTiles(batch.facts, heads, batch(index)); };
+    const auto tiles_of = [&](int32_t index) {
+      return NumTiles<tile_rows>(batch.facts, heads, batch(index));
+    };
     int64_t offset = first;
     int32_t index = 0;
     for (; offset >= tiles_of(index); ++index) offset -= tiles_of(index);
     const Batch& sequences = batch;
-    CtaRangeCursor<const Batch> range(batch.facts, heads, batch.size(), sequences, index, offset, per,
-                                      batch_invariant);
+    CtaRangeCursor<const Batch, tile_rows> range(batch.facts, heads, batch.size(), sequences, index, offset,
+                                                 per, batch_invariant);
     int64_t walked = 0;
     Split split{};
     if (range.skips()) range.Next();
@@ -154,13 +161,14 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
   return splits;
 }
 
+template <int tile_rows = kTileRows>
 void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
-  const auto splits = Walk(batch, num_ctas, batch_invariant);
+  const auto splits = Walk<tile_rows>(batch, num_ctas, batch_invariant);
   int64_t row_blocks = 0, tiles_seen = 0;
   for (int32_t i = 0; i < batch.size(); ++i) {
     const Sequence sequence = batch(i);
-    for (int32_t t = 0; t < NumRowTiles(batch.facts, sequence); ++t) {
-      const TileRange tiles = VisibleTiles(batch.facts, sequence, t);
+    for (int32_t t = 0; t < NumRowTiles<tile_rows>(batch.facts, sequence); ++t) {
+      const TileRange tiles = VisibleTiles<tile_rows>(batch.facts, sequence, t);
       if (tiles.size() == 0) continue;
       for (int32_t head = 0; head < batch.facts.num_kv_heads; ++head) {
         ++row_blocks;
@@ -195,20 +203,21 @@ void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
   }
   CHECK(row_blocks == static_cast<int64_t>(splits.size()), "%d row blocks, %d in ranges",
         static_cast<int>(row_blocks), static_cast<int>(splits.size()));
-  const int64_t total = batch.num_tiles() * batch.facts.num_kv_heads;
+  const int64_t total = batch.num_tiles<tile_rows>() * batch.facts.num_kv_heads;
   CHECK(tiles_seen == total, "%d tiles of %d", static_cast<int>(tiles_seen), static_cast<int>(total));
 }
 
+template <int tile_rows>
 void RangesTakeEachTileOnce() {
   std::mt19937 random(2);
   for (int repeat = 0; repeat < 2000; ++repeat) {
     const Batch batch = RandomBatch(random);
-    const int64_t total = batch.num_tiles() * batch.facts.num_kv_heads;
+    const int64_t total = batch.num_tiles<tile_rows>() * batch.facts.num_kv_heads;
     for (const int64_t num_ctas :
          {int64_t{1}, int64_t{2}, int64_t{7}, int64_t{264}, total - 1, total, total + 1}) {
       if (num_ctas < 1) continue;
-      Check(batch, num_ctas, false);
-      Check(batch, num_ctas, true);
+      Check<tile_rows>(batch, num_ctas, false);
+      Check<tile_rows>(batch, num_ctas, true);
     }
   }
 }
@@ -314,8 +323,10 @@ void RowsAreThoseUpToTheLargestNumberSoFar() {
 }  // namespace jpa::test
 
 int main() {
-  jpa::test::TilesHaveTheKeysThatRowsSee();
-  jpa::test::RangesTakeEachTileOnce();
+  jpa::test::TilesHaveTheKeysThatRowsSee<jpa::fused::kTileRows>();
+  jpa::test::TilesHaveTheKeysThatRowsSee<jpa::fused::kMla8TileRows>();
+  jpa::test::RangesTakeEachTileOnce<jpa::fused::kTileRows>();
+  jpa::test::RangesTakeEachTileOnce<jpa::fused::kMla8TileRows>();
   jpa::test::OneUnitOverAllShares();
   jpa::test::EqualUnitsStayWhole();
   jpa::test::NumbersBeyondTheirRange();

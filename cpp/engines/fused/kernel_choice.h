@@ -8,6 +8,7 @@
 #include "engines/fused/decode/kernels.h"
 #include "engines/fused/head_dims.h"
 #include "engines/fused/mla/kernels.h"
+#include "engines/fused/mla8/kernels.h"
 #include "engines/fused/prefill/kernels.h"
 
 namespace jpa::fused {
@@ -44,10 +45,13 @@ PrefillKernelInfo PrefillKernelFor(const AttentionProblem& problem) {
   });
 }
 
+// Kernels over 8-bit pages have both loaders.
 template <Loader loader>
 MlaKernelInfo MlaKernelFor(const AttentionProblem& problem) {
   return ForHeadDims(MlaHeadDims(), problem, [&](auto dims) {
-    return MlaKernelOf<dims.kHeadDim, dims.kValueDim, loader>(problem.q_dtype, problem.kv_dtype);
+    return ByteWidth(problem.kv_dtype) == 1
+               ? Mla8KernelOf<dims.kHeadDim, dims.kValueDim>(problem.q_dtype, problem.kv_dtype)
+               : MlaKernelOf<dims.kHeadDim, dims.kValueDim, loader>(problem.q_dtype, problem.kv_dtype);
   });
 }
 
@@ -55,6 +59,11 @@ MlaKernelInfo MlaKernelFor(const AttentionProblem& problem) {
 // the values are in the keys.
 inline bool IsMla(const AttentionProblem& problem) {
   return MlaKernelFor<Loader::kCpAsync>(problem).kernel != nullptr;
+}
+
+// Packed rows of the problem's row blocks, in decode or MLA.
+inline int32_t TileRowsOf(const AttentionProblem& problem) {
+  return IsMla(problem) ? MlaKernelFor<Loader::kCpAsync>(problem).tile_rows : kTileRows;
 }
 
 }  // namespace jpa::fused

@@ -9,6 +9,7 @@
 #include "device/launch.h"
 #include "engines/fused/decode/args.h"
 #include "engines/fused/decode/combine.h"
+#include "engines/fused/kernel_choice.h"
 #include "engines/fused/mla/args.h"
 #include "engines/fused/mla/tensor_map.h"
 #include "engines/fused/prefill/args.h"
@@ -231,31 +232,34 @@ Status LaunchDecodeAndPrefill(DecodeArgs* args, const Options& options, const De
 
 // Where one key serves more query heads than a row block has rows, they count as several groups, each with a
 // KV head of its own at the same place in memory. CTAs side by side then have different groups of one
-// sequence, and read its keys at the same time, of which memory sees one read. Scales per KV head would no
-// longer be found.
+// sequence, and read its keys at the same time, of which memory sees one read. Only the kernels over 8-bit
+// pages then find scales per KV head.
 bool MayCountHeadsApart(const AttentionProblem& problem) {
-  return problem.num_kv_heads == 1 && problem.num_q_heads % kTileRows == 0 && problem.num_k_scales == 0 &&
-         problem.num_v_scales == 0;
+  const bool finds_scales = ByteWidth(problem.kv_dtype) == 1;
+  return problem.num_kv_heads == 1 && problem.num_q_heads % TileRowsOf(problem) == 0 &&
+         (finds_scales || (problem.num_k_scales == 0 && problem.num_v_scales == 0));
 }
 
 void CountHeadsApart(AttentionProblem* problem, AttentionParams* params) {
-  problem->num_kv_heads = problem->num_q_heads / kTileRows;
+  problem->num_kv_heads = problem->num_q_heads / TileRowsOf(*problem);
   params->k_strides.head = params->v_strides.head = 0;
 }
 
-Status LaunchMla(const DecodeArgs& decode, const Device& device, cudaStream_t stream) {
+// `v_scale` is the scale of values that the kernel itself has to multiply with.
+Status LaunchMla(const DecodeArgs& decode, const float* v_scale, const Device& device, cudaStream_t stream) {
   const AttentionProblem& problem = decode.call.problem;
   const PagePool pool = KeyPool(problem, decode.call.params);
   MlaArgs args{};
   args.decode = decode;
-  const bool by_tma = TensorMapExists(problem, pool);
-  if (by_tma) {
+  args.v_scale = v_scale;
+  args.k_head_step = pool.strides.head == 0 ? 0 : 1;
+  args.by_tma = MlaTensorMapExists(problem, pool);
+  if (args.by_tma) {
     const int32_t box_rows = TmaBoxRows(problem.page_size, kTileKeys);
     while (1 << args.box_rows_log2 < box_rows) ++args.box_rows_log2;
-    args.k_head_step = pool.strides.head == 0 ? 0 : 1;
     if (Status s = MakeMlaTensorMap(problem, pool, box_rows, &args.k_map); !s.ok()) return s;
   }
-  const MlaDevice& kernel = by_tma ? device.mla_by_tma : device.mla_by_cp_async;
+  const MlaDevice& kernel = args.by_tma ? device.mla_by_tma : device.mla_by_cp_async;
   return device::LaunchUntyped(kCaller, "MLA", kernel.kernel,
                                {.grid = dim3(static_cast<unsigned>(decode.num_ctas)),
                                 .threads = kernel.threads,
@@ -294,14 +298,18 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   AttentionProblem counted = problem;
   AttentionParams counted_params = params;
   if (is_mla && MayCountHeadsApart(problem)) CountHeadsApart(&counted, &counted_params);
+  // Whoever merges KV splits would look for a scale per counted head.
+  const bool scales_values = is_mla && ByteWidth(problem.kv_dtype) == 1;
+  if (scales_values) counted_params.v_scale = nullptr;
   DecodeArgs args =
       MakeDecodeArgs(MakeCallArgs(counted, counted_params, options), options, device, workspace);
   bool prefills = false;
   const Status launched = is_mla
-                              ? LaunchMla(args, device, stream)
+                              ? LaunchMla(args, scales_values ? params.v_scale : nullptr, device, stream)
                               : LaunchDecodeAndPrefill(&args, options, device, workspace, stream, &prefills);
   if (!launched.ok() || !options.batch_invariant || problem.num_seqs == 0) return launched;
-  return LaunchCombine(args, device.overlaps && !prefills ? Overlap::kWithPrevious : Overlap::kNone, stream);
+  return LaunchCombine(args, TileRowsOf(problem),
+                       device.overlaps && !prefills ? Overlap::kWithPrevious : Overlap::kNone, stream);
 }
 
 }  // namespace jpa::fused

@@ -72,7 +72,8 @@ PrefillLayout LayOutPrefill(const AttentionProblem& problem, const Options& opti
 WorkspaceLayout LayOut(const AttentionProblem& problem, const Options& options, int64_t num_cached_tiles) {
   WorkspaceLayout layout{};
   const int64_t group = problem.num_q_heads / problem.num_kv_heads;
-  layout.rows_per_partial = options.decode ? std::min<int64_t>(group, kTileRows) : kTileRows;
+  const int64_t tile_rows = TileRowsOf(problem);
+  layout.rows_per_partial = options.decode ? std::min(group, tile_rows) : tile_rows;
   const int64_t num_states = options.batch_invariant
                                  ? MaxSplitRows(problem, options.decode) * problem.num_q_heads * kMaxSplits
                                  : 2 * (IsMla(problem) ? kMaxMlaCtas : kMaxCtas) * layout.rows_per_partial;

@@ -8,6 +8,7 @@
 #include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/decode/combine.h"
 #include "engines/fused/decode/partials.cuh"
+#include "engines/fused/mla8/traits.h"
 
 namespace jpa::fused {
 namespace {
@@ -25,7 +26,7 @@ __device__ const int32_t* RowsAfterDecode(const CallArgs& call) {
   return __any_sync(~0u, fall) ? call.ordered_rows : cu_q_lens;
 }
 
-template <DType q_dtype>
+template <DType q_dtype, int tile_rows>
 __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ DecodeArgs args) {
   const CallArgs& call = args.call;
   const int head = static_cast<int>(blockIdx.y) * kWarps + static_cast<int>(threadIdx.x / 32);
@@ -40,7 +41,8 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
     if (sequence.num_rows > kMaxSplitRows) continue;
     for (int32_t token = 0; token < sequence.num_rows; ++token) {
       const int32_t packed = token * group + head - kv_head * group;
-      const int32_t splits = NumSplits(sequence, VisibleTiles(call.facts, sequence, packed / kTileRows));
+      const int32_t splits =
+          NumSplits(sequence, VisibleTiles<tile_rows>(call.facts, sequence, packed / tile_rows));
       if (splits <= 1) continue;
       const int64_t first = PartialOfRow(args, index, sequence.row, token, head);
       const auto where_of = [&] {
@@ -58,13 +60,19 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
   }
 }
 
+template <int tile_rows>
+auto CombineKernelFor(DType q_dtype) {
+  return q_dtype == DType::kBF16 ? &CombineKernel<DType::kBF16, tile_rows>
+                                 : &CombineKernel<DType::kF16, tile_rows>;
+}
+
 }  // namespace
 
-Status LaunchCombine(const DecodeArgs& args, device::Overlap overlap, cudaStream_t stream) {
+Status LaunchCombine(const DecodeArgs& args, int tile_rows, device::Overlap overlap, cudaStream_t stream) {
   constexpr int64_t kMostBlocks = 65535;
   const AttentionProblem& problem = args.call.problem;
-  const auto kernel =
-      problem.q_dtype == DType::kBF16 ? &CombineKernel<DType::kBF16> : &CombineKernel<DType::kF16>;
+  const auto kernel = tile_rows == kMla8TileRows ? CombineKernelFor<kMla8TileRows>(problem.q_dtype)
+                                                 : CombineKernelFor<kTileRows>(problem.q_dtype);
   return device::Launch("implementation 'fused'", "combine", kernel,
                         {.grid = dim3(static_cast<unsigned>(std::min(problem.num_seqs, kMostBlocks)),
                                       static_cast<unsigned>(CeilDiv(problem.num_q_heads, kWarps))),

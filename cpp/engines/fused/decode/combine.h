@@ -9,6 +9,7 @@
 
 namespace jpa::fused {
 
-Status LaunchCombine(const DecodeArgs& args, device::Overlap overlap, cudaStream_t stream);
+// For row blocks of `tile_rows` packed rows.
+Status LaunchCombine(const DecodeArgs& args, int tile_rows, device::Overlap overlap, cudaStream_t stream);
 
 }  // namespace jpa::fused

@@ -10,7 +10,7 @@ namespace jpa::fused {
 
 // Stands at a tile of a head queue, and steps to the next. `Sequences` is a callable from an index to the
 // sequence.
-template <typename Sequences>
+template <typename Sequences, int tile_rows = kTileRows>
 class TileCursor {
  public:
   // At tile `offset` of a sequence that has more tiles than that.
@@ -24,7 +24,7 @@ class TileCursor {
         sequence_(sequences(index)),
         head_(heads.begin),
         row_tile_(0) {
-    tiles_ = VisibleTiles(call, sequence_, 0);
+    tiles_ = VisibleTiles<tile_rows>(call, sequence_, 0);
     tile_ = tiles_.begin;
     for (; offset >= tiles_.size(); tile_ = tiles_.begin) {
       offset -= tiles_.size();
@@ -55,7 +55,7 @@ class TileCursor {
  private:
   // False behind the last one.
   JPA_HOST_DEVICE bool NextRowBlock() {
-    if (++row_tile_ >= NumRowTiles(call_, sequence_)) {
+    if (++row_tile_ >= NumRowTiles<tile_rows>(call_, sequence_)) {
       row_tile_ = 0;
       if (++head_ == heads_.end) {
         head_ = heads_.begin;
@@ -63,7 +63,7 @@ class TileCursor {
         sequence_ = sequences_(index_);
       }
     }
-    tiles_ = VisibleTiles(call_, sequence_, row_tile_);
+    tiles_ = VisibleTiles<tile_rows>(call_, sequence_, row_tile_);
     return true;
   }
 
@@ -81,7 +81,7 @@ class TileCursor {
 
 // The tiles of one CTA, one after the other, and the KV splits that they make: from where the CTA starts a
 // row block, or TilesPerSplit cuts it, to where the next split or the CTA's range ends.
-template <typename Sequences>
+template <typename Sequences, int tile_rows = kTileRows>
 class CtaRangeCursor {
  public:
   // From tile `offset` of sequence `index` on, the first one of a range of `per_cta` tiles.
@@ -121,7 +121,7 @@ class CtaRangeCursor {
   }
 
   JPA_HOST_DEVICE bool done() const { return done_; }
-  JPA_HOST_DEVICE const TileCursor<Sequences>& at() const { return cursor_; }
+  JPA_HOST_DEVICE const TileCursor<Sequences, tile_rows>& at() const { return cursor_; }
 
   // True at the first and at the last tile of a split.
   JPA_HOST_DEVICE bool StartsSplit() const { return cursor_.tile() == split_begin_; }
@@ -153,7 +153,7 @@ class CtaRangeCursor {
     }
   }
 
-  TileCursor<Sequences> cursor_;
+  TileCursor<Sequences, tile_rows> cursor_;
   int32_t per_cta_;
   int64_t left_;  // tiles of the range from this one on
   bool batch_invariant_;
@@ -162,13 +162,14 @@ class CtaRangeCursor {
 };
 
 // Fills in a row block (common/row_block.cuh): the one of the cursor's tile.
-template <typename Sequences, typename RowBlock>
-JPA_HOST_DEVICE inline void DescribeRowBlock(const CallFacts& call, const TileCursor<Sequences>& at,
+template <typename Sequences, int tile_rows, typename RowBlock>
+JPA_HOST_DEVICE inline void DescribeRowBlock(const CallFacts& call,
+                                             const TileCursor<Sequences, tile_rows>& at,
                                              RowBlock* row_block) {
   row_block->seq = at.index();
   row_block->head = at.head();
-  row_block->first = at.row_tile() * kTileRows;
-  row_block->num_rows = RowsOfTile(call, at.sequence(), at.row_tile());
+  row_block->first = at.row_tile() * tile_rows;
+  row_block->num_rows = RowsOfTile<tile_rows>(call, at.sequence(), at.row_tile());
   row_block->row = at.sequence().row;
   row_block->position = at.sequence().position;
   row_block->kv_len = at.sequence().kv_len;

@@ -81,6 +81,7 @@ __device__ inline void PrefetchTable(const CallArgs& call, int index, int32_t kv
 
 // The sequences that a thread adds up: neighbours, so that only the one that finds the start of the range
 // walks them again.
+template <int tile_rows>
 struct OwnSequences {
   int begin, end;
   HeadTiles tiles = {};
@@ -96,7 +97,7 @@ struct OwnSequences {
       last = RawSequence(call, cu_q_lens, i);
       if (i == static_cast<int>(blockIdx.x)) PrefetchTable(call, i, last.kv_len);
       const Sequence sequence = last.Clipped(call.facts);
-      tiles.Add(call.facts, sequence);
+      tiles.Add<tile_rows>(call.facts, sequence);
       fall = fall || last.falls();
       has_prefill = has_prefill || IsPrefill(call.facts, sequence);
     }
@@ -107,14 +108,14 @@ struct OwnSequences {
 __device__ inline bool AnyThread(bool value) { return __any_sync(~0u, __syncthreads_or(value)) != 0; }
 
 // Tells every thread which range the CTA has; leaves where it starts in shared memory.
-template <int threads, bool may_share_sms = true>
+template <int threads, bool may_share_sms = true, int tile_rows = kTileRows>
 __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<threads>& shared) {
   const CallArgs& call = args.call;
   const int num_seqs = static_cast<int>(call.problem.num_seqs);
   const int each = (num_seqs + threads - 1) / threads;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int begin = min(thread * each, num_seqs);
-  OwnSequences own = {.begin = begin, .end = min(begin + each, num_seqs)};
+  OwnSequences<tile_rows> own = {.begin = begin, .end = min(begin + each, num_seqs)};
   const HeadTiles& mine = own.tiles;
   const int32_t* cu_q_lens = call.params.cu_q_lens;
   int64_t prefill = 0;
@@ -167,7 +168,7 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
     RawSequence raw = own.last;
 #pragma unroll 1
     for (; i > own.begin; raw = RawSequence(call, cu_q_lens, --i)) {
-      start -= NumTiles(call.facts, range.heads, raw.Clipped(call.facts));
+      start -= NumTiles<tile_rows>(call.facts, range.heads, raw.Clipped(call.facts));
       if (first >= start) break;
     }
     shared.range_seq = i;

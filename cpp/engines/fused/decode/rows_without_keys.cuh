@@ -28,7 +28,7 @@ inline constexpr int kNoSequence = -1, kHasTiles = -2;
 
 // By the consumers: sets, for each of `count` rows of q from `first` on, the sequence that it belongs to if
 // that sequence has no tiles for its first rows.
-template <int threads>
+template <int threads, int tile_rows>
 __device__ inline void FindRowOwners(const CallArgs& call, const SequencesInMemory& sequences, int64_t first,
                                      int count, int32_t* row_owners) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -42,7 +42,7 @@ __device__ inline void FindRowOwners(const CallArgs& call, const SequencesInMemo
     const int64_t end = min(sequence.row + int64_t{sequence.num_rows} - first, int64_t{count});
     // Later rows see no less than the first ones.
     const bool has_tiles =
-        IsPrefill(call.facts, sequence) || VisibleTiles(call.facts, sequence, 0).size() > 0;
+        IsPrefill(call.facts, sequence) || VisibleTiles<tile_rows>(call.facts, sequence, 0).size() > 0;
     const int owner = has_tiles ? kHasTiles : seq;
 #pragma unroll 1
     for (int64_t i = begin; i < end; ++i) row_owners[i] = owner;
@@ -50,7 +50,7 @@ __device__ inline void FindRowOwners(const CallArgs& call, const SequencesInMemo
 }
 
 // By one warp: writes the results of a row of q for all its heads whose row block has no tile.
-template <DType q_dtype>
+template <DType q_dtype, int tile_rows>
 __device__ inline void FillRow(const CallArgs& call, const SequencesInMemory& sequences, int64_t row,
                                int owner) {
   const Sequence sequence = owner == kNoSequence ? Sequence{} : sequences(owner);
@@ -60,7 +60,7 @@ __device__ inline void FillRow(const CallArgs& call, const SequencesInMemory& se
     if (owner != kNoSequence) {
       const int32_t packed = static_cast<int32_t>(row - sequence.row) * group.divisor() + head -
                              group.Quotient(head) * group.divisor();
-      if (VisibleTiles(call.facts, sequence, packed / kTileRows).size() > 0) continue;
+      if (VisibleTiles<tile_rows>(call.facts, sequence, packed / tile_rows).size() > 0) continue;
     }
     device::SoftmaxState state;
     if (owner != kNoSequence) AddSinkOf(call, owner, head, &state);
@@ -69,7 +69,7 @@ __device__ inline void FillRow(const CallArgs& call, const SequencesInMemory& se
 }
 
 // By the consumers. A CTA has neighbouring rows of q.
-template <DType q_dtype, int threads>
+template <DType q_dtype, int threads, int tile_rows = kTileRows>
 __device__ inline void FillRowsWithoutKeys(const DecodeArgs& args, const int32_t* cu_q_lens,
                                            int32_t (&row_owners)[kFilledRows]) {
   const SequencesInMemory sequences(args.call, cu_q_lens);
@@ -79,12 +79,12 @@ __device__ inline void FillRowsWithoutKeys(const DecodeArgs& args, const int32_t
   for (int64_t first = blockIdx.x * each; first < rows_end; first += kFilledRows) {
     const int count = static_cast<int>(min(rows_end - first, int64_t{kFilledRows}));
     device::NamedBarrierSync<1, threads>();  // the last rows' owners have been read
-    FindRowOwners<threads>(args.call, sequences, first, count, row_owners);
+    FindRowOwners<threads, tile_rows>(args.call, sequences, first, count, row_owners);
     device::NamedBarrierSync<1, threads>();
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x) / 32; i < count; i += threads / 32) {
       const int owner = row_owners[i];
-      if (owner != kHasTiles) FillRow<q_dtype>(args.call, sequences, first + i, owner);
+      if (owner != kHasTiles) FillRow<q_dtype, tile_rows>(args.call, sequences, first + i, owner);
     }
   }
 }

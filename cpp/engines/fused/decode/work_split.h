@@ -24,30 +24,37 @@
 namespace jpa::fused {
 
 inline constexpr int kTileKeys = 64;
+// Packed rows of a row tile: of all kernels with this work split but those of mla8, which give their own
+// number to what follows.
 inline constexpr int kTileRows = 64;
 
+template <int tile_rows = kTileRows>
 JPA_HOST_DEVICE inline int32_t NumRowTiles(const CallFacts& call, const Sequence& sequence) {
   if (IsPrefill(call, sequence)) return 0;
-  return static_cast<int32_t>(CeilDiv(int64_t{sequence.num_rows} * call.group.divisor(), kTileRows));
+  return static_cast<int32_t>(CeilDiv(int64_t{sequence.num_rows} * call.group.divisor(), tile_rows));
 }
 
 // Packed rows of a row tile.
+template <int tile_rows = kTileRows>
 JPA_HOST_DEVICE inline int32_t RowsOfTile(const CallFacts& call, const Sequence& sequence, int32_t row_tile) {
-  return Smaller(kTileRows, sequence.num_rows * call.group.divisor() - row_tile * kTileRows);
+  return Smaller(tile_rows, sequence.num_rows * call.group.divisor() - row_tile * tile_rows);
 }
 
 // The key tiles that the rows of a row tile see.
+template <int tile_rows = kTileRows>
 JPA_HOST_DEVICE inline TileRange VisibleTiles(const CallFacts& call, const Sequence& sequence,
                                               int32_t row_tile) {
   if (IsPrefill(call, sequence)) return {.begin = 0, .end = 0};
-  return VisibleKeyTiles(call, sequence, row_tile * kTileRows, (row_tile + 1) * kTileRows - 1, kTileKeys);
+  return VisibleKeyTiles(call, sequence, row_tile * tile_rows, (row_tile + 1) * tile_rows - 1, kTileKeys);
 }
 
 // Key tiles of all row tiles of a sequence, per KV head.
+template <int tile_rows = kTileRows>
 JPA_HOST_DEVICE inline int64_t TilesPerHead(const CallFacts& call, const Sequence& sequence) {
   int64_t tiles = 0;
   JPA_KEEP_LOOP
-  for (int32_t i = 0; i < NumRowTiles(call, sequence); ++i) tiles += VisibleTiles(call, sequence, i).size();
+  for (int32_t i = 0; i < NumRowTiles<tile_rows>(call, sequence); ++i)
+    tiles += VisibleTiles<tile_rows>(call, sequence, i).size();
   return tiles;
 }
 
@@ -82,9 +89,10 @@ JPA_HOST_DEVICE inline HeadRange HeadsOfQueue(const CallFacts& call, const HeadQ
           .end = Smaller((queue + 1) * queues.heads_per_queue, call.num_kv_heads)};
 }
 
+template <int tile_rows = kTileRows>
 JPA_HOST_DEVICE inline int64_t NumTiles(const CallFacts& call, const HeadRange& heads,
                                         const Sequence& sequence) {
-  return heads.size() * TilesPerHead(call, sequence);
+  return heads.size() * TilesPerHead<tile_rows>(call, sequence);
 }
 
 // Sums over sequences, per KV head, that decide how many tiles a CTA has.
@@ -93,10 +101,11 @@ struct HeadTiles {
   int32_t fewest = INT32_MAX;  // of a row block that has some
   int32_t most = 0;
 
+  template <int tile_rows = kTileRows>
   JPA_HOST_DEVICE void Add(const CallFacts& call, const Sequence& sequence) {
     JPA_KEEP_LOOP
-    for (int32_t i = 0; i < NumRowTiles(call, sequence); ++i) {
-      const int32_t tiles = VisibleTiles(call, sequence, i).size();
+    for (int32_t i = 0; i < NumRowTiles<tile_rows>(call, sequence); ++i) {
+      const int32_t tiles = VisibleTiles<tile_rows>(call, sequence, i).size();
       if (tiles == 0) continue;
       total += tiles;
       fewest = Smaller(fewest, tiles);

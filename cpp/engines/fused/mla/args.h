@@ -18,8 +18,12 @@ struct MlaArgs {
   // others (merge_splits.cuh).
   DecodeArgs decode;
   CUtensorMap k_map;      // TMA loads alone (tensor_map.h)
-  int32_t k_head_step;    // 0: all heads have the same keys
+  int32_t k_head_step;    // 0: all heads have the same keys, and scales of one head
   int32_t box_rows_log2;  // tokens of the map's box
+  // Pages of 8 bits alone: keys come by TMA; and the scale of values, which the kernel itself multiplies with
+  // (the call has none: who merges KV splits knows no heads with the same keys).
+  bool by_tma;
+  const float* v_scale;
 };
 
 }  // namespace jpa::fused

@@ -12,6 +12,7 @@ namespace jpa::fused {
 
 // A lane has two keys of a tile. Pages are looked up a tile ahead, so that their ids are there when they are
 // needed.
+template <int tile_rows>
 class MlaTileWalk {
  public:
   __device__ MlaTileWalk(const CallArgs& call, const CtaRange& range, SequencesAhead& sequences, int32_t seq,
@@ -87,17 +88,17 @@ class MlaTileWalk {
   const int32_t cta_;
   const int32_t num_queues_;
   const int32_t per_cta_;
-  CtaRangeCursor<SequencesAhead> range_;
+  CtaRangeCursor<SequencesAhead, tile_rows> range_;
   int32_t pages_[kKeysPerLane];  // of the next tile's keys
 };
 
-// By one warp: describes all tiles of the CTA.
-template <typename Traits>
-__device__ inline void DescribeTiles(const MlaArgs& args, const CtaRange& range, MlaShared<Traits>& shared) {
+// By one warp: describes all tiles of the CTA, whose shared memory is MlaShared or has what that has.
+template <typename Traits, typename Shared>
+__device__ inline void DescribeTiles(const MlaArgs& args, const CtaRange& range, Shared& shared) {
   constexpr int kRing = Traits::kDescriptors;
   const RangeShared<Traits::kThreads>& start = shared.start.range;
   SequencesAhead sequences(args.decode.call, range.cu_q_lens, start.raw_sequence);
-  MlaTileWalk walk(args.decode.call, range, sequences, start.range_seq, start.range_offset);
+  MlaTileWalk<Traits::kRows> walk(args.decode.call, range, sequences, start.range_seq, start.range_offset);
   uint32_t tile = 0;
 #pragma unroll 1
   for (;; walk.Advance()) {

@@ -11,7 +11,8 @@ MlaKernelInfo MlaInfoOf() {
   using Traits = MlaTraits<q_dtype, loader, key_dim, value_dim>;
   return {.kernel = reinterpret_cast<const void*>(&MlaKernel<Traits>),
           .threads = Traits::kThreads,
-          .shared_bytes = MlaSharedBytes<Traits>()};
+          .shared_bytes = MlaSharedBytes<Traits>(),
+          .tile_rows = Traits::kRows};
 }
 
 template <int key_dim, int value_dim, Loader loader>

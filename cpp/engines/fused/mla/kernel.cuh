@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) MlaKernel(const __grid_co
     // The same in all lanes, which the compiler then knows.
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x - Traits::kConsumerThreads) / 32, 0);
     if (warp == 0) {
-      DescribeTiles(args, range, shared);
+      DescribeTiles<Traits>(args, range, shared);
     } else {
       LoadAll(args, warp - 1, shared);
     }

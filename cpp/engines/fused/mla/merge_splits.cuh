@@ -4,6 +4,8 @@
 //
 // A word in memory counts a row block: in its lower half the splits that are there, in its upper half the
 // CTAs that have merged their share. The last of these makes it 0 again, as it was when the kernel began.
+// Shared memory is MlaShared, or has what of that is named here.
+//
 // CTAs wait for each other, so all of them have to run at the same time: there is one per multiprocessor.
 #pragma once
 
@@ -21,8 +23,8 @@ namespace jpa::fused {
 inline constexpr uint32_t kMergedOne = 0x10000;
 
 // By all consumers, when the CTA's partial result of a row block has been written.
-template <typename Traits, int barrier>
-__device__ inline void SignalSplit(const DecodeArgs& args, const MlaSplit& split, MlaShared<Traits>& shared) {
+template <typename Traits, int barrier, typename Shared>
+__device__ inline void SignalSplit(const DecodeArgs& args, const MlaSplit& split, Shared& shared) {
   device::NamedBarrierSync<barrier, Traits::kConsumerThreads>();
   if (threadIdx.x != 0) return;
   device::AddRelease(args.partial_ready + split.first_cta, 1);
@@ -121,8 +123,8 @@ __device__ inline void StoreMerged(const CallArgs& call, const MlaSplit& split, 
 // By all consumers: the CTA's share of a row block whose splits are all there. A unit is 128 * vectors
 // columns of a row. A warp takes units by itself, or, where the share has fewer than warps, some warps take
 // one.
-template <typename Traits, int barrier, int vectors>
-__device__ inline void MergeUnits(const CallArgs& call, const MlaSplit& split, MlaShared<Traits>& shared) {
+template <typename Traits, int barrier, int vectors, typename Shared>
+__device__ inline void MergeUnits(const CallArgs& call, const MlaSplit& split, Shared& shared) {
   constexpr int kWarps = Traits::kConsumerWarps, kUnits = Traits::kValueDim / (128 * vectors);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(device::LaneId());
   const int units = split.num_rows * kUnits;
@@ -157,8 +159,8 @@ __device__ inline void MergeUnits(const CallArgs& call, const MlaSplit& split, M
 }
 
 // By all consumers: the CTA's share of a row block.
-template <typename Traits, int barrier>
-__device__ inline void MergeShare(const DecodeArgs& args, const MlaSplit& split, MlaShared<Traits>& shared) {
+template <typename Traits, int barrier, typename Shared>
+__device__ inline void MergeShare(const DecodeArgs& args, const MlaSplit& split, Shared& shared) {
   uint32_t* const word = args.partial_ready + split.first_cta;
   if (device::LaneId() == 0) {
     while ((device::LoadAcquire(word) & (kMergedOne - 1)) != static_cast<uint32_t>(split.num_splits)) {
@@ -178,8 +180,8 @@ __device__ inline void MergeShare(const DecodeArgs& args, const MlaSplit& split,
 }
 
 // By all consumers, when the CTA has no more tiles.
-template <typename Traits, int barrier>
-__device__ inline void MergeSplitRowBlocks(const DecodeArgs& args, MlaShared<Traits>& shared) {
+template <typename Traits, int barrier, typename Shared>
+__device__ inline void MergeSplitRowBlocks(const DecodeArgs& args, Shared& shared) {
   device::NamedBarrierSync<barrier, Traits::kConsumerThreads>();
 #pragma unroll 1
   for (int i = 0; i < shared.num_to_merge; ++i) MergeShare<Traits, barrier>(args, shared.to_merge[i], shared);

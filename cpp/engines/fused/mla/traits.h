@@ -41,6 +41,7 @@ struct MlaTraits {
   // columns are neighbours: a column of blocks is what TMA loads, and wgmma waits for, at a time.
   static constexpr int kColumnBlocks = kKeyDim / 64;
   static constexpr int kColumnBytes = kTileKeys * 128;
+  static constexpr int kRows = kTileRows;  // of a row block
   static constexpr int kTileBytes = kColumnBlocks * kColumnBytes;
   static constexpr int kHalfBlocks = kOutWidth / 64;  // of values, per warpgroup
   static constexpr int kValueBlocks = kValueDim / 64;

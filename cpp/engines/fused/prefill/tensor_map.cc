@@ -25,13 +25,17 @@ bool FitsTma(const AttentionProblem& problem) {
   return ByteWidth(problem.kv_dtype) == 2 && problem.page_size % kBlockRows == 0;
 }
 
-bool TensorMapExists(const AttentionProblem& problem, const PagePool& pool) {
+bool StridesFitTma(const AttentionProblem& problem, const PagePool& pool) {
   const int64_t width = ByteWidth(problem.kv_dtype);
   const auto fits = [&](int64_t stride) {
     return stride * width % kAlign == 0 && stride * width < kStrideEnd;
   };
-  return FitsTma(problem) && pool.num_pages > 0 && reinterpret_cast<uintptr_t>(pool.pages) % kAlign == 0 &&
-         fits(pool.strides.page) && fits(pool.strides.token) && fits(pool.strides.head) &&
+  return pool.num_pages > 0 && reinterpret_cast<uintptr_t>(pool.pages) % kAlign == 0 &&
+         fits(pool.strides.page) && fits(pool.strides.token) && fits(pool.strides.head);
+}
+
+bool TensorMapExists(const AttentionProblem& problem, const PagePool& pool) {
+  return FitsTma(problem) && StridesFitTma(problem, pool) &&
          (pool.head_dim % kBlockColumns != 0 || pool.strides.head % kBlockColumns == 0);
 }
 

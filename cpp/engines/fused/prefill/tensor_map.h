@@ -40,6 +40,9 @@ int32_t TmaBoxRows(int64_t page_size, int32_t tile_keys);
 // chunks in shared memory repeats after eight.
 bool FitsTma(const AttentionProblem& problem);
 
+// True if the pool lies in memory as TMA asks for.
+bool StridesFitTma(const AttentionProblem& problem, const PagePool& pool);
+
 // True if TMA can load pages of such sizes from that pool.
 bool TensorMapExists(const AttentionProblem& problem, const PagePool& pool);
 

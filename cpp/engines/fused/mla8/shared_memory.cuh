@@ -1,0 +1,79 @@
+// Shared memory of a CTA of MLA over 8-bit pages.
+#pragma once
+
+#include <cstdint>
+
+#include "device/ptx.cuh"
+#include "device/softmax_state.cuh"
+#include "device/wgmma.cuh"
+#include "engines/fused/mla/shared_memory.cuh"
+#include "engines/fused/mla8/traits.h"
+
+namespace jpa::fused {
+
+// A warpgroup's queries in f16, and when a KV split ends half of its results, for the other warpgroup.
+template <typename Traits>
+union Mla8Exchange {
+  alignas(1024) char queries[Traits::kBlocks * kMla8WarpgroupRows * 128];
+  // Per warp, in the order of its registers.
+  static constexpr int kVectors = Traits::kValueBlocks;
+  float4 results[4][kVectors][32];
+};
+
+// The softmax states of a warpgroup's rows: sums are those of each warp's keys.
+struct Mla8States {
+  float maxima[kMla8WarpgroupRows];
+  float sums[4][kMla8WarpgroupRows];
+
+  __device__ device::SoftmaxState Of(int row) const {
+    return {maxima[row], sums[0][row] + sums[1][row] + (sums[2][row] + sums[3][row])};
+  }
+};
+
+template <typename Traits>
+struct Mla8Shared {
+  // The order of chunks repeats after 512 bytes.
+  alignas(512) char keys[Traits::kStages][Traits::kTileBytes];
+  // Before the first tile all warps have read what they need to start; behind the last one consumers merge.
+  union {
+    struct {
+      RangeShared<Traits::kThreads> range;
+      int32_t row_owners[kFilledRows];
+    } start;
+    Mla8Exchange<Traits> exchange[Traits::kWarpgroups];
+    float4 merged[Traits::kConsumerWarps][Traits::kValueDim / 128][32];
+  };
+  // The probabilities of a warpgroup's tiles in f16, of every other one: warps may still multiply with the
+  // last tile's when the first of them has made the next.
+  alignas(1024) char probabilities[Traits::kWarpgroups][2][kMla8WarpgroupRows * kTileKeys * 2];
+  // The largest scores of each warp's keys, where maxima rise.
+  float largest[Traits::kWarpgroups][4][kMla8WarpgroupRows];
+  // The factors that turn q . k of a row into scores in units of log 2.
+  float factors[Traits::kWarpgroups][kMla8WarpgroupRows];
+  // When a KV split ends: of every other split.
+  Mla8States states[2][Traits::kWarpgroups];
+  MlaTile descriptors[Traits::kDescriptors];
+  MlaSplit to_merge[2];
+  int32_t num_to_merge;
+
+  device::Barrier described[Traits::kDescriptors], descriptor_empty[Traits::kDescriptors];
+  device::Barrier keys_full[Traits::kStages], keys_empty[Traits::kStages];
+};
+
+// Bytes from a tile's start to 16-byte chunk `chunk` of a key's row in the first block. The order of chunks
+// is that of CU_TENSOR_MAP_SWIZZLE_64B: so eight keys' chunks of the same columns lie in different banks.
+__device__ inline uint32_t Mla8Chunk(uint32_t key, uint32_t chunk) {
+  return key * 64 + (chunk ^ key / 2 % 4) * 16;
+}
+
+// How far apart the blocks of queries and probabilities lie, as wgmma takes them.
+inline constexpr device::BlockStrides kMla8Strides = {.columns = kMla8WarpgroupRows * 128,
+                                                      .rows = device::kBlockBytes};
+
+template <typename Traits>
+constexpr int Mla8SharedBytes() {
+  static_assert(sizeof(Mla8Shared<Traits>) <= Traits::kMostSharedBytes);
+  return static_cast<int>(sizeof(Mla8Shared<Traits>));
+}
+
+}  // namespace jpa::fused

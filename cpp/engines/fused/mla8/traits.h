@@ -1,0 +1,54 @@
+// The dtypes and head dims of a kernel of MLA over 8-bit pages, and all sizes that follow: the one place for
+// them, but for those of tiles, which it shares with the decode kernels (decode/work_split.h).
+#pragma once
+
+#include "core/problem.h"
+#include "engines/fused/decode/work_split.h"
+
+namespace jpa::fused {
+
+// Packed rows of a warpgroup: as many as an MMA has, so that none of 16 heads is padding.
+inline constexpr int kMla8WarpgroupRows = 16;
+// Packed rows of a row block.
+inline constexpr int kMla8TileRows = 2 * kMla8WarpgroupRows;
+
+// Values are the first value_dim numbers of keys.
+template <DType q_dtype_, DType kv_dtype_, int key_dim_, int value_dim_>
+struct Mla8Traits {
+  static constexpr DType kQ = q_dtype_;
+  static constexpr DType kKV = kv_dtype_;
+  static_assert(ByteWidth(kKV) == 1 && ByteWidth(kQ) == 2);
+  static constexpr int kKeyDim = key_dim_;
+  static constexpr int kValueDim = value_dim_;
+
+  // The most that registers allow: two warpgroups with the results of 16 rows each.
+  static constexpr int kWarpgroups = 2;
+  static constexpr int kConsumerThreads = 128 * kWarpgroups;
+  static constexpr int kConsumerWarps = kConsumerThreads / 32;
+  static constexpr int kRows = kMla8TileRows;
+  // Warp 0 makes tile descriptors, three load keys.
+  static constexpr int kProducerThreads = 128;
+  static constexpr int kProducerWarps = kProducerThreads / 32;
+  static constexpr int kKeyWarps = kProducerWarps - 1;
+  static constexpr int kThreads = kConsumerThreads + kProducerThreads;
+  // Registers per thread: of a consumer's, results take 64, queries 36, and what is loaded ahead the rest.
+  static constexpr int kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = 56;
+  static_assert(kConsumerThreads * kConsumerRegisters + kProducerThreads * kProducerRegisters <=
+                65536 / kThreads / 8 * 8 * kThreads);
+
+  // A tile in shared memory, in blocks of 64 columns. A row of a block is four chunks of 16 bytes, one for
+  // each warp of a warpgroup.
+  static constexpr int kBlocks = kKeyDim / 64;
+  static constexpr int kValueBlocks = kValueDim / 64;
+  static_assert(kKeyDim % 64 == 0 && kValueDim % 128 == 0 && kValueDim <= kKeyDim);
+  static_assert(kTileKeys == 64, "two loads of 32 keys");
+  static constexpr int kBlockBytes = kTileKeys * 64;
+  static constexpr int kTileBytes = kBlocks * kBlockBytes;
+  static constexpr int kStages = 4;
+  // So many tiles are described ahead: more than there are stages.
+  static constexpr int kDescriptors = 8;
+  static constexpr int kMostSharedBytes = 227 * 1024;
+};
+
+}  // namespace jpa::fused
