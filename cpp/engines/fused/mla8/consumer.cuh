@@ -179,9 +179,18 @@ class Mla8Consumer {
 
   // ---- values
 
-  // Values of a TMA box past the sequence's end may be anything, and 0 * NaN is NaN. As keys they have been
-  // used, and no other warp has the same columns of values.
+  // Values of a TMA box past the sequence's end may be anything, and 0 * NaN is NaN. As keys the warpgroup
+  // has used them, and no other warp of it has the same columns of values. Where both warpgroups have the
+  // tile, the first one does it when both have used the keys.
   __device__ void ZeroTail(char* keys, int end) const {
+    if (by_rows_) device::NamedBarrierSync<kMla8AllBarrier, Traits::kConsumerThreads>();
+    if (!by_rows_ || warpgroup_ == 0) ZeroValues(keys, end);
+    __syncwarp();
+    if (by_rows_) device::NamedBarrierSync<kMla8AllBarrier, Traits::kConsumerThreads>();
+  }
+
+  // Makes zeros of the warp's columns of keys from key `end` of the tile on.
+  __device__ void ZeroValues(char* keys, int end) const {
 #pragma unroll 1
     for (int key = end + static_cast<int>(device::LaneId()); key < kTileKeys; key += 32) {
       char* const chunk = keys + Mla8Chunk(static_cast<uint32_t>(key), static_cast<uint32_t>(warp_));
@@ -190,7 +199,6 @@ class Mla8Consumer {
         *reinterpret_cast<uint4*>(chunk + i * Traits::kBlockBytes) = {0, 0, 0, 0};
     }
     device::FenceSharedForAsync();  // TMA writes there next
-    __syncwarp();
   }
 
   // The warp's chunk of two blocks as first operands: of each word of two columns of two keys one goes to the

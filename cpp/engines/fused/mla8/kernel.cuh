@@ -77,8 +77,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) Mla8Kernel(const __grid_c
   FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads, Traits::kRows>(args.decode, range.cu_q_lens,
                                                                            shared.start.row_owners);
   if (shared.start.range.range_seq < 0) return;
-  // Scores have the same memory.
-  device::NamedBarrierSync<kMla8AllBarrier, Traits::kConsumerThreads>();
   Mla8Consumer<Traits>(args, shared, warp / 4, warp % 4).Attend();
   MergeSplitRowBlocks<Traits, kMla8AllBarrier>(args.decode, shared);
 #endif

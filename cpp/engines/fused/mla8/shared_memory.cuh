@@ -34,15 +34,16 @@ template <typename Traits>
 struct Mla8Shared {
   // The order of chunks repeats after 512 bytes.
   alignas(512) char keys[Traits::kStages][Traits::kTileBytes];
-  // Before the first tile all warps have read what they need to start; behind the last one consumers merge.
+  // Behind the last tile the consumers merge.
   union {
-    struct {
-      RangeShared<Traits::kThreads> range;
-      int32_t row_owners[kFilledRows];
-    } start;
     Mla8Exchange<Traits> exchange[Traits::kWarpgroups];
     float4 merged[Traits::kConsumerWarps][Traits::kValueDim / 128][32];
   };
+  // With memory of its own: consumers may load queries before all warps have read where the range starts.
+  struct {
+    RangeShared<Traits::kThreads> range;
+    int32_t row_owners[kFilledRows];
+  } start;
   // The probabilities of a warpgroup's tiles in f16, of every other one: warps may still multiply with the
   // last tile's when the first of them has made the next.
   alignas(1024) char probabilities[Traits::kWarpgroups][2][kMla8WarpgroupRows * kTileKeys * 2];
