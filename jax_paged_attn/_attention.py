@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_paged_attn import _call, _checks, _modes, _options, _primitive, _reference
+from jax_paged_attn import _call, _checks, _modes, _options, _primitive, _reference, _rows
 
 
 @overload
@@ -292,10 +292,10 @@ def ragged_paged_attention_reference(
 
 
 def _run_reference(
-    *operands: Array, implementation: str | None, batch_invariant: bool, **static: Any
+    *operands: Array, implementation: str | None, batch_invariant: bool, cumulative: bool = False, **static: Any
 ) -> tuple[Array, Array]:
     del implementation, batch_invariant  # the reference functions offer no choice
-    return _checked_reference(*operands, **static)
+    return _checked_reference(*(_rows.with_ranges(operands) if cumulative else operands), **static)
 
 
 _checked_reference = _modes.allowing_rows_without_keys(_reference.attention, "paged_attention_reference")
