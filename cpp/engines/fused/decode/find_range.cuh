@@ -5,6 +5,7 @@
 
 #include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/decode/args.h"
+#include "engines/fused/decode/row_tile_sums.h"
 
 namespace jpa::fused {
 
@@ -76,7 +77,8 @@ __device__ inline void PrefetchTable(const CallArgs& call, int index, int32_t kv
 }
 
 // Tells every thread which range the CTA has; leaves where it starts in shared memory. A thread adds up
-// neighbouring sequences, so that only the one that finds the start walks them again.
+// neighbouring sequences, so that only the one that finds the start walks them again. Where prefill never
+// shares multiprocessors there is none, and sequences may have many row tiles.
 template <int threads, bool may_share_sms = true>
 __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<threads>& shared) {
   const CallArgs& call = args.call;
@@ -90,7 +92,11 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
   for (int i = begin; i < end; ++i) {
     raw = RawSequence(call, i);
     if (i == static_cast<int>(blockIdx.x)) PrefetchTable(call, i, raw.kv_len);
-    mine.Add(call.facts, raw.Clipped(call.facts));
+    if constexpr (may_share_sms) {
+      mine.Add(call.facts, raw.Clipped(call.facts));
+    } else {
+      AddTiles(call.facts, raw.Clipped(call.facts), &mine);
+    }
   }
   const int64_t prefill =
       may_share_sms && args.may_share_sms() ? SumPrefillTiles(call, begin, end, shared) : 0;
@@ -126,7 +132,9 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
     int64_t start = before + total;
 #pragma unroll 1
     for (; i > begin; raw = RawSequence(call, --i)) {
-      start -= NumTiles(call.facts, range.heads, raw.Clipped(call.facts));
+      const Sequence sequence = raw.Clipped(call.facts);
+      start -= may_share_sms ? NumTiles(call.facts, range.heads, sequence)
+                             : heads * SumTilesPerHead(call.facts, sequence);
       if (first >= start) break;
     }
     shared.range_seq = i;

@@ -17,9 +17,11 @@ struct MlaArgs {
   // partial_ready has a word per CTA that counts the row block which begins in the CTA's range and goes on in
   // others (merge_splits.cuh).
   DecodeArgs decode;
-  CUtensorMap k_map;      // TMA loads alone (tensor_map.h)
+  // TMA loads alone (tensor_map.h); v_map only of values with a pool of their own.
+  CUtensorMap k_map;
+  CUtensorMap v_map;
   int32_t k_head_step;    // 0: all heads have the same keys
-  int32_t box_rows_log2;  // tokens of the map's box
+  int32_t box_rows_log2;  // tokens of a box
 };
 
 }  // namespace jpa::fused

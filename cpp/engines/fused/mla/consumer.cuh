@@ -52,7 +52,7 @@ class MlaConsumer {
   static constexpr int kAllBarrier = 1;  // of all consumer threads
   // Each warpgroup's threads have one: the first warpgroup's, and the number behind it.
   static constexpr int kOwnBarrier = 2;
-  static constexpr int kBlocks = kTileKeys / 16;  // of keys, as many as an MMA takes
+  static constexpr int kBlocks = Traits::kKeys / 16;  // of keys, as many as an MMA takes
 
   // ---- tiles
 
@@ -78,7 +78,13 @@ class MlaConsumer {
     ArrivePerWarp(&shared_.descriptor_empty[StageOf<Traits::kDescriptors>(tile)]);
   }
   __device__ void ReleaseKeys(uint32_t tile, KeyPart part) {
-    ArrivePerWarp(&shared_.keys_empty[StageOf<Traits::kStages>(tile)][part]);
+    device::Barrier* const empty = &shared_.keys_empty[StageOf<Traits::kStages>(tile)][part];
+    if constexpr (Traits::kSharers == 1) {
+      ArrivePerWarp(empty);
+    } else {
+      __syncwarp();
+      if (device::LaneId() < Traits::kSharers) device::ArriveInCluster(empty, device::LaneId());
+    }
   }
   // When all scores of a split are there.
   __device__ void ReleaseQueriesIfLast(uint32_t tile) {
@@ -99,7 +105,7 @@ class MlaConsumer {
     if (!Traits::kUsesCpAsync || warpgroup_ == 0) return true;
     const uint32_t next = tile_ + 1;
     AwaitDescriptor(next);
-    device::Barrier* const keys = &shared_.keys_full[StageOf<Traits::kStages>(next)][0];
+    device::Barrier* const keys = &shared_.keys_full[own_stage()][Traits::FullPartOf(Traits::kColumnBlocks - 1)];
     bool there;
     do {
       there = device::PhaseEnded(keys, ParityOf<Traits::kStages>(next));
@@ -149,21 +155,24 @@ class MlaConsumer {
       if (in_flight) ReleaseKeys(tile_, own_values());
       device::WgmmaWait<0>(scores_);
     }
+    // Keys that are no values.
+    if constexpr (!Traits::kValuesInKeys) ReleaseKeys(own_tile, kOtherKeys);
     rises = softmax_.Prepare(args_.decode.call, Tile(own_tile), needs_mask, scores_, factors);
     // So far the other's tile is done, and the memory of its values may be needed.
-    constexpr int kBefore = 20;
+    constexpr int kBefore = Traits::kKeys * 5 / 16;
     softmax_.template Exponentiate<0, kBefore>(scores_);
     device::ComputeBeforeNext(softmax_.sum(0), softmax_.sum(1));
     device::WgmmaWait<0>(out_);
     if (scores_first) ReleaseKeys(tile_, own_values());
-    softmax_.template Exponentiate<kBefore, kTileKeys / 2>(scores_);
+    softmax_.template Exponentiate<kBefore, Traits::kKeys / 2>(scores_);
     if (others) ReleaseDescriptor(tile_);
     tile_ = own_tile;
-    ReleaseKeys(tile_, kOtherKeys);
+    if constexpr (Traits::kValuesInKeys && Traits::kOtherBlocks > 0) ReleaseKeys(tile_, kOtherKeys);
     ReleaseQueriesIfLast(tile_);
     Pack();
     ShareProbabilities(needs_mask);
     if (rises && accumulates_) ScaleOutput(factors);
+    AwaitValues(own_values());
     device::WgmmaFence();
     IssuePVOfOwn();
     device::WgmmaCommit();
@@ -176,6 +185,7 @@ class MlaConsumer {
   __device__ __forceinline__ void AddOthers() {
     AwaitProbabilities();
     ReleaseQueriesIfLast(tile_);
+    AwaitValues(own_values());
     device::WgmmaFence();
     IssuePVOfOther();
     device::WgmmaCommit();
@@ -224,13 +234,15 @@ class MlaConsumer {
   // used.
   __device__ void ZeroTail() {
     const int end = Tile(tile_).kv_len - Tile(tile_).key;
-    if (end >= kTileKeys) return;
+    if (end <= 0 || end >= Traits::kKeys) return;  // no box has tokens on both sides
+    AwaitValues(kLeftValues);
+    AwaitValues(kRightValues);
     constexpr int kChunks = Traits::kValueBlocks * 8;
     char* const values = shared_.keys[StageOf<Traits::kStages>(tile_)];
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x) % 128; i < (kTileKeys - end) * kChunks; i += 128) {
+    for (int i = static_cast<int>(threadIdx.x) % 128; i < (Traits::kKeys - end) * kChunks; i += 128) {
       const int key = end + i / kChunks, chunk = i % kChunks;
-      *reinterpret_cast<uint4*>(values + device::SwizzledChunk(kMlaStrides, key, chunk)) = {0, 0, 0, 0};
+      *reinterpret_cast<uint4*>(values + device::SwizzledChunk(Traits::kStrides, key, chunk)) = {0, 0, 0, 0};
     }
     device::FenceSharedForAsync();
     device::NamedBarrierSync<128>(kOwnBarrier + warpgroup_);
@@ -254,9 +266,9 @@ class MlaConsumer {
 
   // True if the last keys of a tile, as they are asked for, are there.
   __device__ bool KeysAreThere(uint32_t tile) {
-    const int column = Traits::kFullParts == 1 ? 0 : Traits::kValueBlocks - 1;
-    return __any_sync(
-        ~0u, device::PhaseEnded(&shared_.keys_full[own_stage()][column], ParityOf<Traits::kStages>(tile)));
+    constexpr int kLast = (Traits::kValuesInKeys ? Traits::kValueBlocks : Traits::kColumnBlocks) - 1;
+    return __any_sync(~0u, device::PhaseEnded(&shared_.keys_full[own_stage()][Traits::FullPartOf(kLast)],
+                                              ParityOf<Traits::kStages>(tile)));
   }
 
   // Scores of one column of blocks after the other, as they come: first those that have no values, then those
@@ -269,28 +281,32 @@ class MlaConsumer {
       awaits_queries_ = false;
     }
     AwaitScoresIssued(tile);
-    constexpr int kHalf = Traits::kHalfBlocks;
-    const int half = args_.decode.call.batch_invariant ? 0 : warpgroup_;
-    IssueColumns<Traits::kColumnBlocks - Traits::kValueBlocks>(tile, Traits::kValueBlocks, false);
-    IssueColumns<kHalf>(tile, half * kHalf, Traits::kColumnBlocks > Traits::kValueBlocks);
-    IssueColumns<kHalf>(tile, (1 - half) * kHalf, true);
+    if constexpr (Traits::kOtherBlocks > 0)
+      IssueColumns<Traits::kOtherBlocks>(tile, Traits::kValueBlocks, false);
+    if constexpr (Traits::kValuesInKeys) {
+      constexpr int kHalf = Traits::kHalfBlocks;
+      const int half = args_.decode.call.batch_invariant ? 0 : warpgroup_;
+      IssueColumns<kHalf>(tile, half * kHalf, Traits::kOtherBlocks > 0);
+      IssueColumns<kHalf>(tile, (1 - half) * kHalf, true);
+    }
   }
 
   template <int columns>
   __device__ __forceinline__ void IssueColumns(uint32_t tile, int first, bool accumulates) {
-    const int start = first * kMlaStrides.columns;
-    const uint64_t queries =
-        device::MatrixDescriptor(device::SharedAddress(shared_.queries) + start, kMlaStrides);
-    const uint64_t keys =
-        device::MatrixDescriptor(device::SharedAddress(shared_.keys[own_stage()]) + start, kMlaStrides);
+    constexpr device::BlockStrides kKeyStrides = Traits::kStrides;
+    const int query = Traits::kValuesInKeys ? first : first - Traits::kValueBlocks;
+    const uint64_t queries = device::MatrixDescriptor(
+        device::SharedAddress(shared_.queries) + query * kMlaStrides.columns, kMlaStrides);
+    const uint64_t keys = device::MatrixDescriptor(
+        device::SharedAddress(shared_.keys[own_stage()]) + first * kKeyStrides.columns, kKeyStrides);
 #pragma unroll
     for (int i = 0; i < columns; ++i) {
-      if (Traits::kFullParts > 1 || (!accumulates && i == 0)) AwaitKeys(tile, first + i);
+      if (!Traits::kUsesCpAsync || (!accumulates && i == 0)) AwaitKeys(tile, first + i);
       device::WgmmaFence();
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int bytes = i * kMlaStrides.columns + j * 32;
-        device::WgmmaSS<Math>(scores_, device::Advance(queries, bytes), device::Advance(keys, bytes),
+        device::WgmmaSS<Math>(scores_, device::Advance(queries, i * kMlaStrides.columns + j * 32),
+                              device::Advance(keys, i * kKeyStrides.columns + j * 32),
                               accumulates || i > 0 || j > 0);
       }
     }
@@ -298,16 +314,26 @@ class MlaConsumer {
 
   // Until a column of blocks is there.
   __device__ void AwaitKeys(uint32_t tile, int column) {
-    device::WaitForPhase(&shared_.keys_full[own_stage()][Traits::kFullParts == 1 ? 0 : column],
+    device::WaitForPhase(&shared_.keys_full[own_stage()][Traits::FullPartOf(column)],
                          ParityOf<Traits::kStages>(tile));
+    if constexpr (Traits::kUsesCpAsync) device::FenceSharedForAsync();
+  }
+
+  // Until a half of the tile's values is there. Values in keys are, once there are scores.
+  __device__ void AwaitValues(KeyPart half) {
+    if constexpr (Traits::kValuesInKeys) return;
+    device::WaitForPhase(
+        &shared_.keys_full[OwnerOf(tile_)][Traits::FullPartOf(half * Traits::kHalfBlocks)],
+        ParityOf<Traits::kStages>(tile_));
     if constexpr (Traits::kUsesCpAsync) device::FenceSharedForAsync();
   }
 
   // The warpgroup's values of 16 keys.
   __device__ uint64_t Values(int stage, int i) const {
-    const char* const half = shared_.keys[stage] + warpgroup_ * Traits::kHalfBlocks * kMlaStrides.columns;
-    return device::Advance(device::MatrixDescriptor(device::SharedAddress(half), kMlaStrides),
-                           2 * i * kMlaStrides.rows);
+    constexpr device::BlockStrides kStrides = Traits::kStrides;
+    const char* const half = shared_.keys[stage] + warpgroup_ * Traits::kHalfBlocks * kStrides.columns;
+    return device::Advance(device::MatrixDescriptor(device::SharedAddress(half), kStrides),
+                           2 * i * kStrides.rows);
   }
 
   __device__ void IssuePVOfOwn() {
@@ -360,9 +386,9 @@ class MlaConsumer {
   bool accumulates_ = false;  // O has something of the split
   bool awaits_queries_ = false;
   float out_[Traits::kOutWidth / 2];
-  MlaSoftmax::Scores scores_;
+  typename MlaSoftmax<Traits::kKeys>::Scores scores_;
   uint32_t probabilities_[kBlocks][4];
-  MlaSoftmax softmax_;
+  MlaSoftmax<Traits::kKeys> softmax_;
 };
 
 }  // namespace jpa::fused

@@ -15,13 +15,13 @@ namespace jpa::fused {
 class MlaTileWalk {
  public:
   __device__ MlaTileWalk(const CallArgs& call, const CtaRange& range, SequencesAhead& sequences, int32_t seq,
-                         int64_t offset)
+                         const TilePlace& start)
       : call_(call),
         cta_(range.cta),
         num_queues_(range.queues.num_queues),
         per_cta_(static_cast<int32_t>(range.tiles < INT32_MAX ? range.tiles : INT32_MAX)),
-        range_(call.facts, range.heads, static_cast<int32_t>(call.problem.num_seqs), sequences, seq, offset,
-               range.tiles, call.batch_invariant) {}
+        range_(call.facts, range.heads, static_cast<int32_t>(call.problem.num_seqs), sequences, seq,
+               start.offset, range.tiles, call.batch_invariant, start.head, start.row_tile) {}
 
   // True if the range has no more tiles.
   __device__ bool done() const { return range_.done(); }
@@ -42,25 +42,29 @@ class MlaTileWalk {
     }
   }
 
-  // Leaves the tile's descriptor.
-  __device__ void Describe(MlaTile* descriptor) const {
+  // Leaves the descriptor of one of the tile's `parts` parts, which is number `part`.
+  template <int parts>
+  __device__ void Describe(int part, MlaTile* descriptor) const {
+    constexpr int kOfPart = kKeysPerLane / parts;
     uint32_t valid[kKeysPerLane];
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i) {
-      const bool exists = pages_[i] >= 0 && pages_[i] < call_.num_pages;
-      valid[i] = __ballot_sync(~0u, exists);
-      descriptor->pages[device::LaneId() + 32 * i] = exists ? pages_[i] : -1;
+      const int32_t page = i < kOfPart ? pages_[part * kOfPart + i] : -1;
+      const bool exists = page >= 0 && page < call_.num_pages;
+      valid[i] = i < kOfPart ? __ballot_sync(~0u, exists) : ~0u;
+      if (i < kOfPart) descriptor->pages[device::LaneId() + 32 * i] = exists ? page : -1;
     }
     if (device::LaneId() != 0) return;
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i) descriptor->valid[i] = valid[i];
     const auto& at = range_.at();
+    const bool ends_split = part == parts - 1 && range_.EndsSplit();
     descriptor->exists = 1;
-    descriptor->starts_split = range_.StartsSplit();
-    descriptor->ends_split = range_.EndsSplit();
-    descriptor->key = at.tile() * kTileKeys;
+    descriptor->starts_split = part == 0 && range_.StartsSplit();
+    descriptor->ends_split = ends_split;
+    descriptor->key = at.tile() * kTileKeys + part * (kTileKeys / parts);
     DescribeRowBlock(call_.facts, at, descriptor);
-    if (range_.EndsSplit()) DescribeSplit(descriptor);
+    if (ends_split) DescribeSplit(descriptor);
   }
 
  private:
@@ -97,23 +101,27 @@ __device__ inline void DescribeTiles(const MlaArgs& args, const CtaRange& range,
   constexpr int kRing = Traits::kDescriptors;
   const RangeShared<Traits::kThreads>& start = shared.start.range;
   SequencesAhead sequences(args.decode.call, start.raw_sequence);
-  MlaTileWalk walk(args.decode.call, range, sequences, start.range_seq, start.range_offset);
+  const CallFacts& facts = args.decode.call.facts;
+  MlaTileWalk walk(args.decode.call, range, sequences, start.range_seq,
+                   FindTile(facts, start.raw_sequence.Clipped(facts), start.range_offset));
   uint32_t tile = 0;
 #pragma unroll 1
   for (;; walk.Advance()) {
     walk.LookUpPages();
     if (walk.skips()) continue;
-    device::WaitForPhase(&shared.descriptor_empty[StageOf<kRing>(tile)], ParityOf<kRing>(tile) ^ 1);
-    MlaTile* const descriptor = &shared.descriptors[StageOf<kRing>(tile)];
     const bool done = walk.done();
-    if (!done) {
-      walk.Describe(descriptor);
-    } else if (device::LaneId() == 0) {
-      descriptor->exists = 0;
+#pragma unroll
+    for (int part = 0; part < Traits::kParts; ++part, ++tile) {
+      device::WaitForPhase(&shared.descriptor_empty[StageOf<kRing>(tile)], ParityOf<kRing>(tile) ^ 1);
+      MlaTile* const descriptor = &shared.descriptors[StageOf<kRing>(tile)];
+      if (!done) {
+        walk.Describe<Traits::kParts>(part, descriptor);
+      } else if (device::LaneId() == 0) {
+        descriptor->exists = 0;
+      }
+      device::Arrive(&shared.described[StageOf<kRing>(tile)]);
+      if (done) return;
     }
-    device::Arrive(&shared.described[StageOf<kRing>(tile)]);
-    if (done) return;
-    ++tile;
   }
 }
 

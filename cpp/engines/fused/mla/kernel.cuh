@@ -41,7 +41,7 @@ __device__ inline void InitMlaBarriers(MlaShared<Traits>& shared) {
     for (auto& full : shared.keys_full[i])
       device::InitBarrier(&full, Traits::kUsesCpAsync ? 32 * Traits::kKeyWarps : 1);
     for (auto& empty : shared.keys_empty[i])
-      device::InitBarrier(&empty, kWarps / Traits::kConsumerWarpgroups);
+      device::InitBarrier(&empty, Traits::kSharers * kWarps / Traits::kConsumerWarpgroups);
   }
   device::InitBarrier(&shared.probabilities_full, kWarps / Traits::kConsumerWarpgroups);
   device::InitBarrier(&shared.scores_issued, kWarps / Traits::kConsumerWarpgroups);
@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) MlaKernel(const __grid_co
   }
   // Nobody passes the barriers in it before those of the pipeline are there.
   const CtaRange range = FindCtaRange<Traits::kThreads, false>(args.decode, shared.start.range);
+  if constexpr (Traits::kSharers > 1) device::ClusterSync();
 
   if (threadIdx.x >= Traits::kConsumerThreads) {
     device::ShrinkRegisters<Traits::kProducerRegisters>();
@@ -81,6 +82,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) MlaKernel(const __grid_co
   device::NamedBarrierSync<1, Traits::kConsumerThreads>();
   MlaConsumer<Traits>(args, shared, __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0)).Attend();
   MergeSplitRowBlocks<Traits, 1>(args.decode, shared);
+  // The other CTA arrives at barriers of this one's memory until it has no more tiles.
+  if constexpr (Traits::kSharers > 1) device::ClusterSync();
 #endif
 }
 

@@ -1,4 +1,4 @@
-// The MLA kernels: one per dtype, loader and pair of head dims.
+// The MLA kernels: one per dtype, loader, pair of head dims and place of values.
 #pragma once
 
 #include "core/problem.h"
@@ -6,13 +6,26 @@
 
 namespace jpa::fused {
 
+enum class ValuePlace {
+  kInKeys,   // the first numbers of each key
+  kOwnPool,  // v_pages
+};
+
+enum class Sharing {
+  kNone,
+  // Neighbouring CTAs, a cluster of two, have two groups of query heads of the same rows, which use the same
+  // keys and values: each CTA loads half of them for both.
+  kPairs,
+};
+
 struct MlaKernelInfo {
   const void* kernel = nullptr;  // takes MlaArgs; null: there is none
   int threads = 0;
   int shared_bytes = 0;  // of a CTA, of which a multiprocessor has one
 };
 
-template <int key_dim, int value_dim, Loader loader>
+template <int key_dim, int value_dim, ValuePlace place, Loader loader,
+          Sharing sharing = Sharing::kNone>
 MlaKernelInfo MlaKernelOf(DType q_dtype, DType kv_dtype);
 
 }  // namespace jpa::fused

@@ -23,8 +23,9 @@ struct MlaSplit : RowBlock {
 
 // All that producers and consumers need to know of a key tile in flight.
 struct MlaTile : MlaSplit {
+  // The tile has Traits::kKeys keys: half of these, or all.
   int32_t pages[kTileKeys];        // of each key; -1: there is no such key
-  uint32_t valid[kTileKeys / 32];  // a bit per key: whether it exists
+  uint32_t valid[kTileKeys / 32];  // a bit per key: whether it exists; all ones behind the tile's keys
   int32_t exists;                  // 0 behind the last tile
   int32_t starts_split;            // the tile is the first one of a KV split
   int32_t ends_split;              // the tile is the last one of a KV split
@@ -37,7 +38,7 @@ struct MlaTile : MlaSplit {
 };
 
 // The parts of a stage by who needs them last: each warpgroup its half of the values, and whoever makes the
-// scores what no value has.
+// scores the keys, but for values in them.
 enum KeyPart { kLeftValues, kRightValues, kOtherKeys, kNumKeyParts };
 
 template <typename Traits>
@@ -74,8 +75,8 @@ struct MlaShared {
   device::Barrier scores_issued;
 };
 
-// How far apart the blocks of a matrix of 64 rows lie.
-inline constexpr device::BlockStrides kMlaStrides = {.columns = 64 * 128, .rows = device::kBlockBytes};
+// How far apart the blocks of queries and of probabilities lie.
+inline constexpr device::BlockStrides kMlaStrides = {.columns = kTileRows * 128, .rows = device::kBlockBytes};
 
 // A number of tiles that a ring of stages has seen, and where the next one goes. The parity is that of the
 // phase of the stage's barriers.

@@ -3,21 +3,27 @@
 #pragma once
 
 #include "core/problem.h"
+#include "device/wgmma.cuh"
 #include "engines/fused/decode/work_split.h"
+#include "engines/fused/mla/kernels.h"
 #include "engines/fused/prefill/loader.h"
 
 namespace jpa::fused {
 
-// Values are the first value_dim numbers of keys.
-template <DType q_dtype_, Loader loader_, int key_dim_, int value_dim_>
+// Where the values are in the keys they are the first value_dim numbers of each.
+template <DType q_dtype_, Loader loader_, int key_dim_, int value_dim_, ValuePlace value_place_, Sharing sharing_>
 struct MlaTraits {
   static constexpr DType kQ = q_dtype_;  // of pages, too
   static constexpr Loader kLoader = loader_;
   static constexpr bool kUsesCpAsync = kLoader == Loader::kCpAsync;
   static constexpr int kKeyDim = key_dim_;
   static constexpr int kValueDim = value_dim_;
+  static constexpr bool kValuesInKeys = value_place_ == ValuePlace::kInKeys;
+  static constexpr int kSharers = sharing_ == Sharing::kPairs ? 2 : 1;  // CTAs of a cluster
+  static_assert(kSharers == 1 || (!kUsesCpAsync && !kValuesInKeys), "only these loads are shared");
   static_assert(kKeyDim % 64 == 0, "rows are whole blocks of 64 columns");
-  static_assert(kValueDim == 512 && kValueDim <= kKeyDim, "a warpgroup has the results of one wgmma's width");
+  static_assert(kValueDim == 512 && (kValueDim <= kKeyDim || !kValuesInKeys),
+                "a warpgroup has the results of one wgmma's width");
 
   // The results of 64 packed rows fill the registers of two warpgroups: each has half of the columns.
   static constexpr int kConsumerWarpgroups = 2;
@@ -37,21 +43,33 @@ struct MlaTraits {
   static_assert(kConsumerThreads * kConsumerRegisters + kProducerThreads * kProducerRegisters <=
                 65536 / kThreads / 8 * 8 * kThreads);
 
-  // Matrices in shared memory, in blocks of 8 rows and 64 columns (device/wgmma.cuh). Blocks of the same
-  // columns are neighbours: a column of blocks is what TMA loads, and wgmma waits for, at a time.
-  static constexpr int kColumnBlocks = kKeyDim / 64;
-  static constexpr int kColumnBytes = kTileKeys * 128;
-  static constexpr int kTileBytes = kColumnBlocks * kColumnBytes;
-  static constexpr int kHalfBlocks = kOutWidth / 64;  // of values, per warpgroup
-  static constexpr int kValueBlocks = kValueDim / 64;
-  static constexpr int kQueryBytes = kColumnBlocks * kTileRows * 128;
-  static_assert(kTileRows == 64 && kTileKeys == 64, "a warpgroup's wgmma");
-  // Two tiles fill shared memory. Each warpgroup makes the scores of one of them.
+  // Two tiles fill shared memory. Each warpgroup makes the scores of one of them. Where values have a place
+  // of their own, that is half of a work list's tile: then the second warpgroup has all second halves.
   static constexpr int kStages = 2;
-  // A stage's keys come as a column of blocks at a time, or at once.
-  static constexpr int kFullParts = kUsesCpAsync ? 1 : kColumnBlocks;
+  static constexpr int kKeys = kValuesInKeys ? kTileKeys : kTileKeys / 2;
+  static constexpr int kParts = kTileKeys / kKeys;  // of a work list's tile
+  // Matrices in shared memory, in blocks of 8 rows and 64 columns (device/wgmma.cuh). Blocks of the same
+  // columns are neighbours: a column of blocks is what TMA loads, and wgmma waits for, at a time. A stage has
+  // the columns of values first, then those of keys without values in them.
+  static constexpr int kQueryBlocks = kKeyDim / 64;
+  static constexpr int kValueBlocks = kValueDim / 64;
+  static constexpr int kHalfBlocks = kOutWidth / 64;  // of values, per warpgroup
+  static constexpr int kOtherBlocks = kValuesInKeys ? kQueryBlocks - kValueBlocks : kQueryBlocks;
+  static constexpr int kColumnBlocks = kValueBlocks + kOtherBlocks;
+  static constexpr device::BlockStrides kStrides = {.columns = kKeys * 128, .rows = device::kBlockBytes};
+  static constexpr int kTileBytes = kColumnBlocks * kStrides.columns;
+  static constexpr int kQueryBytes = kQueryBlocks * kTileRows * 128;
+  static_assert(kTileRows == 64 && kTileKeys == 64, "a warpgroup's wgmma");
+  // A stage's keys come as a column of blocks at a time, or at once; values with a place of their own by
+  // halves, or at once.
+  static constexpr int kFullParts = !kUsesCpAsync ? kColumnBlocks : kValuesInKeys ? 1 : 2;
+  // The part that a column of keys, or of values alone, comes with.
+  static constexpr int FullPartOf(int column) {
+    if (kUsesCpAsync) return kValuesInKeys || column < kValueBlocks ? 0 : 1;
+    return kValuesInKeys || column >= kValueBlocks ? column : column / kHalfBlocks * kHalfBlocks;
+  }
   // So many tiles are described ahead.
-  static constexpr int kDescriptors = 4;
+  static constexpr int kDescriptors = 4 * kParts;
   static constexpr int kMostSharedBytes = 227 * 1024;
 };
 
