@@ -28,12 +28,14 @@ __device__ inline void ArriveAndExpectBytes(Barrier* barrier, uint32_t bytes) {
 #endif
 }
 
-// Arrives at the barrier that the cluster's CTA `rank` has in the same place.
+// Arrives at the barrier that the cluster's CTA `rank` has in the same place. What the thread wrote before is
+// not made visible to that CTA: a release for the whole cluster would wait for all of the thread's memory
+// accesses.
 __device__ inline void ArriveInCluster(Barrier* barrier, uint32_t rank) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(SharedAddress(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(SharedAddress(barrier)),
       "r"(rank)
       : "memory");
 #endif
@@ -86,6 +88,15 @@ __device__ inline uint64_t EvictFirst() {
   uint64_t policy = 0;
 #if __CUDA_ARCH__ >= 900
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+
+// For what others read again soon.
+__device__ inline uint64_t EvictNormally() {
+  uint64_t policy = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
 #endif
   return policy;
 }

@@ -44,17 +44,21 @@ PrefillKernelInfo PrefillKernelFor(const AttentionProblem& problem) {
   });
 }
 
-template <Loader loader>
+// An MLA kernel for values in that place, wherever the call has them.
+template <ValuePlace place, Loader loader, Sharing sharing = Sharing::kNone>
 MlaKernelInfo MlaKernelFor(const AttentionProblem& problem) {
-  return ForHeadDims(MlaHeadDims(), problem, [&](auto dims) {
-    return MlaKernelOf<dims.kHeadDim, dims.kValueDim, loader>(problem.q_dtype, problem.kv_dtype);
+  using List = std::conditional_t<place == ValuePlace::kInKeys, MlaHeadDims, WideHeadDims>;
+  return ForHeadDims(List(), problem, [&](auto dims) {
+    return MlaKernelOf<dims.kHeadDim, dims.kValueDim, place, loader, sharing>(problem.q_dtype,
+                                                                              problem.kv_dtype);
   });
 }
 
-// True if MLA kernels have the head dims and dtypes: then no other kernel has them. They take them only where
-// the values are in the keys.
+// True if MLA kernels have the head dims and dtypes: then no other kernel has them.
 inline bool IsMla(const AttentionProblem& problem) {
-  return MlaKernelFor<Loader::kCpAsync>(problem).kernel != nullptr;
+  constexpr Loader kAny = Loader::kCpAsync;
+  return MlaKernelFor<ValuePlace::kInKeys, kAny>(problem).kernel != nullptr ||
+         MlaKernelFor<ValuePlace::kOwnPool, kAny>(problem).kernel != nullptr;
 }
 
 }  // namespace jpa::fused

@@ -217,37 +217,80 @@ Status LaunchDecodeAndPrefill(DecodeArgs* args, const Options& options, const De
 
 // ---- MLA --------------------------------------------------------------------------------------------------
 
+// A pool of values has scales of its own; those of keys in which the values are count for both.
+bool HasScales(const AttentionProblem& problem) {
+  return problem.num_k_scales != 0 || problem.num_v_scales != 0;
+}
+
 // Where one key serves more query heads than a row block has rows, they count as several groups, each with a
 // KV head of its own at the same place in memory. CTAs side by side then have different groups of one
 // sequence, and read its keys at the same time, of which memory sees one read. Scales per KV head would no
 // longer be found.
 bool MayCountHeadsApart(const AttentionProblem& problem) {
-  return problem.num_kv_heads == 1 && problem.num_q_heads % kTileRows == 0 && problem.num_k_scales == 0 &&
-         problem.num_v_scales == 0;
+  return problem.num_kv_heads == 1 && problem.num_q_heads % kTileRows == 0 && !HasScales(problem);
 }
 
-void CountHeadsApart(AttentionProblem* problem, AttentionParams* params) {
-  problem->num_kv_heads = problem->num_q_heads / kTileRows;
-  params->k_strides.head = params->v_strides.head = 0;
+void CountHeadsApart(CallArgs* call) {
+  call->facts.num_kv_heads = static_cast<int32_t>(call->problem.num_q_heads / kTileRows);
+  call->facts.group = DivisorOf(kTileRows);
+  call->params.k_strides.head = call->params.v_strides.head = 0;
 }
 
-Status LaunchMla(const DecodeArgs& decode, const Device& device, cudaStream_t stream) {
-  const AttentionProblem& problem = decode.call.problem;
-  const PagePool pool = KeyPool(problem, decode.call.params);
-  MlaArgs args{};
-  args.decode = decode;
-  const bool by_tma = TensorMapExists(problem, pool);
-  if (by_tma) {
-    const int32_t box_rows = TmaBoxRows(problem.page_size, kTileKeys);
-    while (1 << args.box_rows_log2 < box_rows) ++args.box_rows_log2;
-    args.k_head_step = pool.strides.head == 0 ? 0 : 1;
-    if (Status s = MakeMlaTensorMap(problem, pool, box_rows, &args.k_map); !s.ok()) return s;
+// True if the query heads of each KV head count as two groups, which pairs of CTAs have. That pays for
+// prompts: the L2 cache cannot read keys and values for each CTA as fast as they multiply. A batch-invariant
+// call never does it, since it depends on the batch.
+bool MayPair(const CallArgs& call, const Options& options, const MlaDevice& pairs) {
+  const AttentionProblem& problem = call.problem;
+  const int64_t group = problem.num_q_heads / problem.num_kv_heads;
+  return pairs.kernel != nullptr && !options.decode && !options.batch_invariant && !HasScales(problem) &&
+         group % 2 == 0 && 2 * problem.num_kv_heads <= pairs.num_ctas &&
+         problem.num_rows * (group / 2) >= kTileRows * problem.num_seqs;
+}
+
+void CountPairs(CallArgs* call) {
+  call->facts.num_kv_heads *= 2;
+  call->facts.group = DivisorOf(call->facts.group.divisor() / 2);
+}
+
+// Fills in what TMA loads need.
+Status MakeMlaTensorMaps(MlaArgs* args) {
+  const CallArgs& call = args->decode.call;
+  const AttentionProblem& problem = call.problem;
+  const bool in_keys = problem.ValuesInKeys();
+  const int32_t box_rows = TmaBoxRows(problem.page_size, in_keys ? kTileKeys : kTileKeys / 2);
+  while (1 << args->box_rows_log2 < box_rows) ++args->box_rows_log2;
+  args->k_head_step = call.params.k_strides.head == 0 ? 0 : 1;
+  if (Status s = MakeMlaTensorMap(problem, KeyPool(problem, call.params), box_rows, &args->k_map);
+      !s.ok() || in_keys) {
+    return s;
   }
-  const MlaDevice& kernel = by_tma ? device.mla_by_tma : device.mla_by_cp_async;
+  return MakeMlaTensorMap(problem, ValuePool(problem, call.params), box_rows, &args->v_map);
+}
+
+// `decode` are the arguments but for what depends on the number of CTAs and on who has which heads.
+Status LaunchMla(DecodeArgs* decode, const Options& options, const Device& device, cudaStream_t stream) {
+  CallArgs& call = decode->call;
+  const bool by_tma = TensorMapExists(call.problem, KeyPool(call.problem, call.params)) &&
+                      TensorMapExists(call.problem, ValuePool(call.problem, call.params));
+  const bool by_pairs = by_tma && MayPair(call, options, device.mla_by_pairs);
+  const MlaDevice& kernel = by_pairs ? device.mla_by_pairs : by_tma ? device.mla_by_tma : device.mla_by_cp_async;
+  if (by_pairs) {
+    CountPairs(&call);
+  } else if (MayCountHeadsApart(call.problem)) {
+    CountHeadsApart(&call);
+  }
+  decode->num_ctas = kernel.num_ctas;
+  decode->head_queues[kEighths - 1] = MakeHeadQueues(call.facts.num_kv_heads, kernel.num_ctas);
+  MlaArgs args{};
+  args.decode = *decode;
+  if (by_tma) {
+    if (Status s = MakeMlaTensorMaps(&args); !s.ok()) return s;
+  }
   return device::LaunchUntyped(kCaller, "MLA", kernel.kernel,
-                               {.grid = dim3(static_cast<unsigned>(decode.num_ctas)),
+                               {.grid = dim3(static_cast<unsigned>(kernel.num_ctas)),
                                 .threads = kernel.threads,
-                                .shared_bytes = kernel.shared_bytes},
+                                .shared_bytes = kernel.shared_bytes,
+                                .cluster = by_pairs ? 2 : 1},
                                stream, args);
 }
 
@@ -279,14 +322,10 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   if (problem.num_rows == 0 || problem.num_q_heads == 0) return Status::Ok();
 
   const bool is_mla = device.kernel == nullptr;
-  AttentionProblem counted = problem;
-  AttentionParams counted_params = params;
-  if (is_mla && MayCountHeadsApart(problem)) CountHeadsApart(&counted, &counted_params);
-  DecodeArgs args =
-      MakeDecodeArgs(MakeCallArgs(counted, counted_params, options), options, device, workspace);
+  DecodeArgs args = MakeDecodeArgs(MakeCallArgs(problem, params, options), options, device, workspace);
   bool prefills = false;
   const Status launched = is_mla
-                              ? LaunchMla(args, device, stream)
+                              ? LaunchMla(&args, options, device, stream)
                               : LaunchDecodeAndPrefill(&args, options, device, workspace, stream, &prefills);
   if (!launched.ok() || !options.batch_invariant || problem.num_seqs == 0) return launched;
   return LaunchCombine(args, device.overlaps && !prefills ? Overlap::kWithPrevious : Overlap::kNone, stream);

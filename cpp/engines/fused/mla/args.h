@@ -22,6 +22,7 @@ struct MlaArgs {
   CUtensorMap v_map;
   int32_t k_head_step;    // 0: all heads have the same keys
   int32_t box_rows_log2;  // tokens of a box
+  bool reads_again;       // several row blocks have the same keys
 };
 
 }  // namespace jpa::fused

@@ -24,8 +24,7 @@ struct MlaKernelInfo {
   int shared_bytes = 0;  // of a CTA, of which a multiprocessor has one
 };
 
-template <int key_dim, int value_dim, ValuePlace place, Loader loader,
-          Sharing sharing = Sharing::kNone>
+template <int key_dim, int value_dim, ValuePlace place, Loader loader, Sharing sharing>
 MlaKernelInfo MlaKernelOf(DType q_dtype, DType kv_dtype);
 
 }  // namespace jpa::fused

@@ -128,7 +128,7 @@ __device__ inline void LoadPartByTma(const MlaArgs& args, const MlaTile& descrip
   const CUtensorMap* const map = is_keys ? &args.k_map : &args.v_map;
   device::TensorPlace4 place = {(first_column + first_own) * device::kBlockColumns, token,
                                 descriptor.head / kSharers * args.k_head_step, page};
-  const uint64_t policy = device::EvictFirst();
+  const uint64_t policy = args.reads_again ? device::EvictNormally() : device::EvictFirst();
   WaitForRoom(shared, tile, static_cast<KeyPart>(part));
   if (lane < barriers) device::ArriveAndExpectBytes(full + lane, columns / barriers * kColumnBytes);
   __syncwarp();
