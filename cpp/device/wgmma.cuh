@@ -76,6 +76,14 @@ __device__ inline void WgmmaWait(float (&results)[count]) {
 #endif
 }
 
+// The same, where results are read only behind another wait.
+template <int groups>
+__device__ inline void WgmmaWait() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(groups) : "memory");
+#endif
+}
+
 // Takes sums, none below 0, of what must be computed before the wait that follows. Without the branch ptxas
 // puts the wait first, and then nothing runs beside the MMAs.
 __device__ inline void ComputeBeforeNext(float a, float b) {
@@ -94,8 +102,8 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
 #define JPA_ACCUMULATORS_8(d, i)                                                              \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
-#define JPA_ACCUMULATORS_16(d) JPA_ACCUMULATORS_8(d, 0), JPA_ACCUMULATORS_8(d, 8)
-#define JPA_ACCUMULATORS_32(d) JPA_ACCUMULATORS_16(d), JPA_ACCUMULATORS_8(d, 16), JPA_ACCUMULATORS_8(d, 24)
+#define JPA_ACCUMULATORS_32(d) \
+  JPA_ACCUMULATORS_8(d, 0), JPA_ACCUMULATORS_8(d, 8), JPA_ACCUMULATORS_8(d, 16), JPA_ACCUMULATORS_8(d, 24)
 #define JPA_ACCUMULATORS_48(d) JPA_ACCUMULATORS_32(d), JPA_ACCUMULATORS_8(d, 32), JPA_ACCUMULATORS_8(d, 40)
 #define JPA_ACCUMULATORS_64(d) JPA_ACCUMULATORS_48(d), JPA_ACCUMULATORS_8(d, 48), JPA_ACCUMULATORS_8(d, 56)
 
@@ -104,8 +112,9 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
       JPA_ACCUMULATORS_8(d, 88), JPA_ACCUMULATORS_8(d, 96), JPA_ACCUMULATORS_8(d, 104),                    \
       JPA_ACCUMULATORS_8(d, 112), JPA_ACCUMULATORS_8(d, 120)
 
-#define JPA_NAMES_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-#define JPA_NAMES_32 JPA_NAMES_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define JPA_NAMES_32                                                                                       \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
+  "%28,%29,%30,%31"
 #define JPA_NAMES_48 JPA_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define JPA_NAMES_64 JPA_NAMES_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
@@ -155,7 +164,6 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate ? 1 : 0))
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-JPA_DEFINE_WGMMA(32, 16, 16, 17, 18, 19, 20, 21)
 JPA_DEFINE_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
 JPA_DEFINE_WGMMA(96, 48, 48, 49, 50, 51, 52, 53)
 JPA_DEFINE_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
@@ -171,12 +179,10 @@ __device__ inline void WgmmaRS(float (&)[count], const uint32_t (&)[4], uint64_t
 #endif
 
 #undef JPA_ACCUMULATORS_8
-#undef JPA_ACCUMULATORS_16
 #undef JPA_ACCUMULATORS_32
 #undef JPA_ACCUMULATORS_48
 #undef JPA_ACCUMULATORS_64
 #undef JPA_ACCUMULATORS_128
-#undef JPA_NAMES_16
 #undef JPA_NAMES_32
 #undef JPA_NAMES_48
 #undef JPA_NAMES_64

@@ -108,7 +108,8 @@ Status PrepareMla(const MlaKernelInfo& info, int num_sms, int cluster, MlaDevice
         "implementation: 'fused' has MLA kernels for compute capability 9.0 alone; 'cublaslt' runs on "
         "others");
   }
-  if (Status s = AllowSharedMemory(info.kernel, info.shared_bytes, "shared memory of the MLA kernel"); !s.ok())
+  if (Status s = AllowSharedMemory(info.kernel, info.shared_bytes, "shared memory of the MLA kernel");
+      !s.ok())
     return s;
   *mla = {.kernel = info.kernel,
           .num_ctas = std::min(num_sms, kMaxMlaCtas),
@@ -119,7 +120,8 @@ Status PrepareMla(const MlaKernelInfo& info, int num_sms, int cluster, MlaDevice
 
 template <ValuePlace place>
 Status PrepareMlaLoaders(const AttentionProblem& problem, int num_sms, Device* device) {
-  if (Status s = PrepareMla(MlaKernelFor<place, Loader::kTma>(problem), num_sms, 1, &device->mla_by_tma); !s.ok())
+  if (Status s = PrepareMla(MlaKernelFor<place, Loader::kTma>(problem), num_sms, 1, &device->mla_by_tma);
+      !s.ok())
     return s;
   return PrepareMla(MlaKernelFor<place, Loader::kCpAsync>(problem), num_sms, 1, &device->mla_by_cp_async);
 }

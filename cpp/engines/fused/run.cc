@@ -236,20 +236,26 @@ void CountHeadsApart(CallArgs* call) {
   call->params.k_strides.head = call->params.v_strides.head = 0;
 }
 
+// True if most sequences have several row blocks per KV head, as prompts have.
+bool HasManyRows(const CallArgs& call, const Options& options) {
+  return !options.decode &&
+         int64_t{call.facts.num_rows} * call.facts.group.divisor() >= 2 * kTileRows * call.problem.num_seqs;
+}
+
 // True if the query heads of each KV head count as two groups, which pairs of CTAs have. That pays for
 // prompts: the L2 cache cannot read keys and values for each CTA as fast as they multiply. A batch-invariant
 // call never does it, since it depends on the batch.
 bool MayPair(const CallArgs& call, const Options& options, const MlaDevice& pairs) {
-  const AttentionProblem& problem = call.problem;
-  const int64_t group = problem.num_q_heads / problem.num_kv_heads;
-  return pairs.kernel != nullptr && !options.decode && !options.batch_invariant && !HasScales(problem) &&
-         group % 2 == 0 && 2 * problem.num_kv_heads <= pairs.num_ctas &&
-         problem.num_rows * (group / 2) >= kTileRows * problem.num_seqs;
+  return pairs.kernel != nullptr && HasManyRows(call, options) && !options.batch_invariant &&
+         !HasScales(call.problem) && call.facts.group.divisor() % 2 == 0;
 }
 
-void CountPairs(CallArgs* call) {
-  call->facts.num_kv_heads *= 2;
+// Each CTA of a pair has a queue: that of one of the groups, of all KV heads.
+HeadQueues CountPairs(int32_t num_ctas, CallArgs* call) {
+  const int32_t heads = call->facts.num_kv_heads;
+  call->facts.num_kv_heads = 2 * heads;
   call->facts.group = DivisorOf(call->facts.group.divisor() / 2);
+  return {.num_queues = 2, .heads_per_queue = heads, .ctas_per_queue = FastDivisor(num_ctas / 2)};
 }
 
 // Fills in what TMA loads need.
@@ -257,7 +263,7 @@ Status MakeMlaTensorMaps(MlaArgs* args) {
   const CallArgs& call = args->decode.call;
   const AttentionProblem& problem = call.problem;
   const bool in_keys = problem.ValuesInKeys();
-  const int32_t box_rows = TmaBoxRows(problem.page_size, in_keys ? kTileKeys : kTileKeys / 2);
+  const int32_t box_rows = TmaBoxRows(problem.page_size, kTileKeys);
   while (1 << args->box_rows_log2 < box_rows) ++args->box_rows_log2;
   args->k_head_step = call.params.k_strides.head == 0 ? 0 : 1;
   if (Status s = MakeMlaTensorMap(problem, KeyPool(problem, call.params), box_rows, &args->k_map);
@@ -273,16 +279,20 @@ Status LaunchMla(DecodeArgs* decode, const Options& options, const Device& devic
   const bool by_tma = TensorMapExists(call.problem, KeyPool(call.problem, call.params)) &&
                       TensorMapExists(call.problem, ValuePool(call.problem, call.params));
   const bool by_pairs = by_tma && MayPair(call, options, device.mla_by_pairs);
-  const MlaDevice& kernel = by_pairs ? device.mla_by_pairs : by_tma ? device.mla_by_tma : device.mla_by_cp_async;
-  if (by_pairs) {
-    CountPairs(&call);
-  } else if (MayCountHeadsApart(call.problem)) {
-    CountHeadsApart(&call);
-  }
+  const MlaDevice& kernel = by_pairs ? device.mla_by_pairs
+                            : by_tma ? device.mla_by_tma
+                                     : device.mla_by_cp_async;
+  HeadQueues& queues = decode->head_queues[kEighths - 1];
   decode->num_ctas = kernel.num_ctas;
-  decode->head_queues[kEighths - 1] = MakeHeadQueues(call.facts.num_kv_heads, kernel.num_ctas);
+  if (by_pairs) {
+    queues = CountPairs(kernel.num_ctas, &call);
+  } else {
+    if (MayCountHeadsApart(call.problem)) CountHeadsApart(&call);
+    queues = MakeHeadQueues(call.facts.num_kv_heads, kernel.num_ctas);
+  }
   MlaArgs args{};
   args.decode = *decode;
+  args.reads_again = HasManyRows(call, options);
   if (by_tma) {
     if (Status s = MakeMlaTensorMaps(&args); !s.ok()) return s;
   }

@@ -25,6 +25,9 @@ struct RangeShared {
   int64_t warp_prefill[threads / 32];
   int64_t range_offset;  // of the range's first tile, in its sequence
   int32_t range_seq;     // that sequence's index, -1 if the range is empty
+  // Where sequences may have many row tiles, the offset counts from this row block of the sequence.
+  int32_t range_head;  // of the queue's, counted from 0
+  int32_t range_row_tile;
   RawSequence raw_sequence;
 };
 
@@ -140,6 +143,12 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
     shared.range_seq = i;
     shared.range_offset = first - (i > begin ? start : before);
     shared.raw_sequence = raw;
+    if constexpr (!may_share_sms) {
+      const TilePlace place = FindTile(call.facts, raw.Clipped(call.facts), shared.range_offset);
+      shared.range_head = place.head;
+      shared.range_row_tile = place.row_tile;
+      shared.range_offset = place.offset;
+    }
   }
   __syncthreads();
   return range;

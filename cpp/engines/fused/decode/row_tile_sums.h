@@ -13,17 +13,22 @@ namespace jpa::fused {
 // Sequences with fewer row tiles are counted one by one, which takes less time.
 inline constexpr int32_t kManyRowTiles = 5;
 
-// The sum of floor(i / divisor) over all i in [0, end).
+// The sum of floor(i / divisor) over all i in [0, end), for numbers up to 2^37 and divisors up to 2^25.
 JPA_HOST_DEVICE inline int64_t SumOfQuotients(const FastDivisor& divisor, int64_t end) {
   if (end <= 0) return 0;
   const int64_t d = divisor.divisor();
-  const int64_t whole = end <= INT32_MAX ? divisor.Quotient(static_cast<int32_t>(end)) : end / d;
+  // In two steps, of 32 bits each: a division of 64 bits takes a hundred instructions on the device.
+  const int32_t high = static_cast<int32_t>(end / 64), low = static_cast<int32_t>(end % 64);
+  const int32_t of_high = divisor.Quotient(high);
+  const int32_t rest = (high - of_high * divisor.divisor()) * 64 + low;
+  const int64_t whole = int64_t{of_high} * 64 + divisor.Quotient(rest);
   return whole * (whole - 1) / 2 * d + whole * (end - whole * d);
 }
 
-// Rounds down.
+// Rounds down, also below 0.
 JPA_HOST_DEVICE inline int64_t RowTilesIn(int64_t packed_rows) {
-  return packed_rows >= 0 ? packed_rows / kTileRows : -CeilDiv(-packed_rows, kTileRows);
+  static_assert(kTileRows == 1 << 6);
+  return packed_rows >> 6;
 }
 
 // Key tiles, per KV head, of the row tiles before number `row_tile`, which the sequence has.
@@ -31,8 +36,8 @@ JPA_HOST_DEVICE inline int64_t RowTilesIn(int64_t packed_rows) {
 // With G rows packed per token, row tile i ends with token (64 i + 63) / G, and begins with 64 i / G. All
 // divisions round down, so (p + x / G) / 64 = (p G + x) / (64 G) for any p. What must be added up is then
 // (a + i) / G, and 0 where that is less.
-JPA_HOST_DEVICE inline int64_t TilesBefore(const CallFacts& call, const Sequence& sequence,
-                                           int32_t row_tile) {
+JPA_HOST_DEVICE JPA_SELDOM_RUNS inline int64_t TilesBefore(const CallFacts& call, Sequence sequence,
+                                                           int32_t row_tile) {
   static_assert(kTileRows == kTileKeys);
   const int64_t group = call.group.divisor(), position = sequence.position;
   const auto sum_from = [&](int64_t a) {
@@ -50,27 +55,36 @@ JPA_HOST_DEVICE inline int64_t TilesBefore(const CallFacts& call, const Sequence
   return ends - sum_from(RowTilesIn((position - call.sliding_window + 1) * group));
 }
 
-// TilesPerHead of any sequence.
-JPA_HOST_DEVICE inline int64_t SumTilesPerHead(const CallFacts& call, const Sequence& sequence) {
-  const int32_t row_tiles = NumRowTiles(call, sequence);
-  if (row_tiles < kManyRowTiles) return TilesPerHead(call, sequence);
-  return TilesBefore(call, sequence, row_tiles - 1) + VisibleTiles(call, sequence, row_tiles - 1).size();
+// Of a sequence with many row tiles.
+struct RowTileSums {
+  int64_t tiles;  // per KV head
+  int32_t last;   // of the last row tile
+};
+
+JPA_HOST_DEVICE JPA_SELDOM_RUNS inline RowTileSums SumRowTiles(const CallFacts& call, Sequence sequence) {
+  const int32_t row_tile = NumRowTiles(call, sequence) - 1;
+  const int32_t last = VisibleTiles(call, sequence, row_tile).size();
+  return {.tiles = TilesBefore(call, sequence, row_tile) + last, .last = last};
 }
 
-// HeadTiles::Add of any sequence. If it has many row tiles its first and last ones stand for all: then the
-// CTAs' ranges may end elsewhere, but they still cover all tiles.
+// TilesPerHead of any sequence.
+JPA_HOST_DEVICE inline int64_t SumTilesPerHead(const CallFacts& call, const Sequence& sequence) {
+  return NumRowTiles(call, sequence) < kManyRowTiles ? TilesPerHead(call, sequence)
+                                                     : SumRowTiles(call, sequence).tiles;
+}
+
+// HeadTiles::Add of any sequence. If it has many row tiles the least number of tiles is an estimate: CTAs'
+// ranges cover all tiles, whatever it is.
 JPA_HOST_DEVICE inline void AddTiles(const CallFacts& call, const Sequence& sequence, HeadTiles* tiles) {
-  const int32_t row_tiles = NumRowTiles(call, sequence);
-  if (row_tiles < kManyRowTiles) {
+  if (NumRowTiles(call, sequence) < kManyRowTiles) {
     tiles->Add(call, sequence);
     return;
   }
-  const int32_t first = VisibleTiles(call, sequence, 0).size();
-  const int32_t last = VisibleTiles(call, sequence, row_tiles - 1).size();
-  if (last == 0) return;
-  tiles->total += TilesBefore(call, sequence, row_tiles - 1) + last;
-  tiles->fewest = Smaller(tiles->fewest, first > 0 && first < last ? first : last);
-  tiles->most = Larger(tiles->most, Larger(first, last));
+  const RowTileSums sums = SumRowTiles(call, sequence);
+  if (sums.last == 0) return;
+  tiles->total += sums.tiles;
+  tiles->fewest = Smaller(tiles->fewest, call.causal ? 1 : sums.last);
+  tiles->most = Larger(tiles->most, sums.last);
 }
 
 // A row block of a sequence's, and a tile counted from the first one of it.
@@ -80,22 +94,25 @@ struct TilePlace {
   int64_t offset;
 };
 
-// Where tile `offset` of a sequence is, or, where there are few row tiles, a place from which to look for it.
-JPA_HOST_DEVICE inline TilePlace FindTile(const CallFacts& call, const Sequence& sequence, int64_t offset) {
-  const int32_t row_tiles = NumRowTiles(call, sequence);
-  if (row_tiles < kManyRowTiles) return {.head = 0, .row_tile = 0, .offset = offset};
-  const int64_t per_head = SumTilesPerHead(call, sequence);
-  const int64_t head = offset < per_head ? 0 : offset / per_head;
-  offset -= head * per_head;
-  int32_t begin = 0, end = row_tiles;  // the tile is in one of these row tiles
+JPA_HOST_DEVICE JPA_SELDOM_RUNS inline TilePlace FindAmongRowTiles(const CallFacts& call, Sequence sequence,
+                                                                   int64_t offset) {
+  const int64_t per_head = SumRowTiles(call, sequence).tiles;
+  int32_t head = 0;
+  JPA_KEEP_LOOP
+  for (; offset >= per_head; ++head) offset -= per_head;
+  int32_t begin = 0, end = NumRowTiles(call, sequence);  // the tile is in one of these row tiles
   JPA_KEEP_LOOP
   while (end - begin > 1) {
     const int32_t middle = begin + (end - begin) / 2;
     (TilesBefore(call, sequence, middle) <= offset ? begin : end) = middle;
   }
-  return {.head = static_cast<int32_t>(head),
-          .row_tile = begin,
-          .offset = offset - TilesBefore(call, sequence, begin)};
+  return {.head = head, .row_tile = begin, .offset = offset - TilesBefore(call, sequence, begin)};
+}
+
+// Where tile `offset` of a sequence is, or, where there are few row tiles, a place from which to look for it.
+JPA_HOST_DEVICE inline TilePlace FindTile(const CallFacts& call, const Sequence& sequence, int64_t offset) {
+  if (NumRowTiles(call, sequence) < kManyRowTiles) return {.head = 0, .row_tile = 0, .offset = offset};
+  return FindAmongRowTiles(call, sequence, offset);
 }
 
 }  // namespace jpa::fused

@@ -21,6 +21,7 @@
 #include "engines/fused/mla/merge_splits.cuh"
 #include "engines/fused/mla/shared_memory.cuh"
 #include "engines/fused/mla/softmax.cuh"
+#include "engines/fused/mla/stages.cuh"
 
 namespace jpa::fused {
 
@@ -30,7 +31,7 @@ class MlaConsumer {
   // The same code serves both warpgroups: with one copy each, the loop would not stay in the instruction
   // caches.
   __device__ MlaConsumer(const MlaArgs& args, MlaShared<Traits>& shared, int warpgroup)
-      : args_(args), shared_(shared), warpgroup_(warpgroup) {}
+      : args_(args), shared_(shared), warpgroup_(warpgroup), stages_(shared, warpgroup) {}
 
   // Attends to all tiles of the CTA. Products are in flight across its functions: so it must be inlined.
   __device__ __forceinline__ void Attend() {
@@ -52,17 +53,12 @@ class MlaConsumer {
   static constexpr int kAllBarrier = 1;  // of all consumer threads
   // Each warpgroup's threads have one: the first warpgroup's, and the number behind it.
   static constexpr int kOwnBarrier = 2;
-  static constexpr int kBlocks = Traits::kKeys / 16;  // of keys, as many as an MMA takes
+  static constexpr int kBlocks = kTileKeys / 16;  // of keys, as many as an MMA takes
 
   // ---- tiles
 
-  // Each warpgroup has a stage for its tiles.
-  static_assert(Traits::kStages == Traits::kConsumerWarpgroups);
-  __device__ int own_stage() const { return warpgroup_; }
-  __device__ int other_stage() const { return 1 - warpgroup_; }
-  // The half of the values that the warpgroup multiplies.
-  __device__ KeyPart own_values() const { return static_cast<KeyPart>(warpgroup_); }
-  __device__ static int OwnerOf(uint32_t tile) { return StageOf<Traits::kStages>(tile); }
+  static constexpr int kOwners = Traits::kConsumerWarpgroups;
+  __device__ static int OwnerOf(uint32_t tile) { return StageOf<kOwners>(tile); }
   __device__ const MlaTile& Tile(uint32_t tile) const {
     return shared_.descriptors[StageOf<Traits::kDescriptors>(tile)];
   }
@@ -70,21 +66,8 @@ class MlaConsumer {
     device::WaitForPhase(&shared_.described[StageOf<Traits::kDescriptors>(tile)],
                          ParityOf<Traits::kDescriptors>(tile));
   }
-  __device__ static void ArrivePerWarp(device::Barrier* barrier) {
-    __syncwarp();
-    if (device::LaneId() == 0) device::Arrive(barrier);
-  }
   __device__ void ReleaseDescriptor(uint32_t tile) {
     ArrivePerWarp(&shared_.descriptor_empty[StageOf<Traits::kDescriptors>(tile)]);
-  }
-  __device__ void ReleaseKeys(uint32_t tile, KeyPart part) {
-    device::Barrier* const empty = &shared_.keys_empty[StageOf<Traits::kStages>(tile)][part];
-    if constexpr (Traits::kSharers == 1) {
-      ArrivePerWarp(empty);
-    } else {
-      __syncwarp();
-      if (device::LaneId() < Traits::kSharers) device::ArriveInCluster(empty, device::LaneId());
-    }
   }
   // When all scores of a split are there.
   __device__ void ReleaseQueriesIfLast(uint32_t tile) {
@@ -105,10 +88,9 @@ class MlaConsumer {
     if (!Traits::kUsesCpAsync || warpgroup_ == 0) return true;
     const uint32_t next = tile_ + 1;
     AwaitDescriptor(next);
-    device::Barrier* const keys = &shared_.keys_full[own_stage()][Traits::FullPartOf(Traits::kColumnBlocks - 1)];
     bool there;
     do {
-      there = device::PhaseEnded(keys, ParityOf<Traits::kStages>(next));
+      there = stages_.KeysAreThere(next);
     } while (!there && !device::PhaseEnded(&shared_.probabilities_full, ParityOf<1>(tile_)));
     return device::NamedBarrierAll<kOwnBarrier + 1, 128>(there);
   }
@@ -125,7 +107,7 @@ class MlaConsumer {
     if (!own) {
       AddOthers();
       device::WgmmaWait<0>(out_);
-      ReleaseKeys(tile_, own_values());
+      stages_.Release(tile_, stages_.own_values());
       return;
     }
     float factors[2];
@@ -141,10 +123,10 @@ class MlaConsumer {
       bool in_flight = false;
       if (others) {
         AddOthers();
-        in_flight = KeysAreThere(own_tile);
+        in_flight = __any_sync(~0u, stages_.KeysAreThere(own_tile));
         if (!in_flight) {
           device::WgmmaWait<0>(out_);
-          ReleaseKeys(tile_, own_values());
+          stages_.Release(tile_, stages_.own_values());
         }
       }
       IssueQK(own_tile);
@@ -152,40 +134,39 @@ class MlaConsumer {
       SignalScores();
       needs_mask = softmax_.NeedsMask(Tile(own_tile));
       device::WgmmaWait<1>(out_);
-      if (in_flight) ReleaseKeys(tile_, own_values());
+      if (in_flight) stages_.Release(tile_, stages_.own_values());
       device::WgmmaWait<0>(scores_);
     }
-    // Keys that are no values.
-    if constexpr (!Traits::kValuesInKeys) ReleaseKeys(own_tile, kOtherKeys);
+    if constexpr (!Traits::kValuesInKeys) ReleaseLastKeys(own_tile);
     rises = softmax_.Prepare(args_.decode.call, Tile(own_tile), needs_mask, scores_, factors);
     // So far the other's tile is done, and the memory of its values may be needed.
-    constexpr int kBefore = Traits::kKeys * 5 / 16;
+    constexpr int kBefore = 20;
     softmax_.template Exponentiate<0, kBefore>(scores_);
     device::ComputeBeforeNext(softmax_.sum(0), softmax_.sum(1));
     device::WgmmaWait<0>(out_);
-    if (scores_first) ReleaseKeys(tile_, own_values());
-    softmax_.template Exponentiate<kBefore, Traits::kKeys / 2>(scores_);
+    if (scores_first) stages_.Release(tile_, stages_.own_values());
+    softmax_.template Exponentiate<kBefore, kTileKeys / 2>(scores_);
     if (others) ReleaseDescriptor(tile_);
     tile_ = own_tile;
-    if constexpr (Traits::kValuesInKeys && Traits::kOtherBlocks > 0) ReleaseKeys(tile_, kOtherKeys);
+    if constexpr (Traits::kValuesInKeys && Traits::kOtherBlocks > 0) stages_.Release(tile_, kOtherKeys);
     ReleaseQueriesIfLast(tile_);
     Pack();
     ShareProbabilities(needs_mask);
     if (rises && accumulates_) ScaleOutput(factors);
-    AwaitValues(own_values());
+    AwaitValues();
     device::WgmmaFence();
     IssuePVOfOwn();
     device::WgmmaCommit();
     device::WgmmaWait<0>(out_);
     accumulates_ = true;
-    ReleaseKeys(tile_, own_values());
+    stages_.Release(tile_, stages_.own_values());
   }
 
   // Starts to add the other's tile.
   __device__ __forceinline__ void AddOthers() {
     AwaitProbabilities();
     ReleaseQueriesIfLast(tile_);
-    AwaitValues(own_values());
+    AwaitValues();
     device::WgmmaFence();
     IssuePVOfOther();
     device::WgmmaCommit();
@@ -217,7 +198,7 @@ class MlaConsumer {
     for (int i = 0; i < kBlocks; ++i)
       device::Stmatrix(device::SwizzledFrom(place, kMlaStrides, 0, 2 * i), probabilities_[i]);
     softmax_.Leave(shared_.maxima);
-    if (!Traits::kUsesCpAsync && needs_mask) ZeroTail();
+    if (Traits::kValuesInKeys && !Traits::kUsesCpAsync && needs_mask) ZeroTail();
     device::FenceSharedForAsync();
     ArrivePerWarp(&shared_.probabilities_full);
   }
@@ -230,19 +211,26 @@ class MlaConsumer {
     if (softmax_.Follow(shared_.maxima, factors) && accumulates_) ScaleOutput(factors);
   }
 
-  // Values of a TMA box past the sequence's end may be anything, and 0 * NaN is NaN. As keys they have been
-  // used.
+  // Until the warpgroup's half of the tile's values is there. Those in keys are, once there are scores.
+  __device__ void AwaitValues() {
+    if constexpr (Traits::kValuesInKeys) return;
+    stages_.AwaitValues(tile_, stages_.own_values());
+    if constexpr (!Traits::kUsesCpAsync) ZeroTail();
+  }
+
+  // Values of a TMA box past the sequence's end may be anything, and 0 * NaN is NaN. Those in keys have been
+  // used as keys, and the tile's owner overwrites them for both. Else each warpgroup has its half, since it
+  // knows of no other half whether it is there.
   __device__ void ZeroTail() {
     const int end = Tile(tile_).kv_len - Tile(tile_).key;
-    if (end <= 0 || end >= Traits::kKeys) return;  // no box has tokens on both sides
-    AwaitValues(kLeftValues);
-    AwaitValues(kRightValues);
-    constexpr int kChunks = Traits::kValueBlocks * 8;
+    if (end >= kTileKeys) return;
+    constexpr int kChunks = (Traits::kValuesInKeys ? Traits::kValueBlocks : Traits::kHalfBlocks) * 8;
+    const int first = Traits::kValuesInKeys ? 0 : warpgroup_ * kChunks;
     char* const values = shared_.keys[StageOf<Traits::kStages>(tile_)];
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x) % 128; i < (Traits::kKeys - end) * kChunks; i += 128) {
-      const int key = end + i / kChunks, chunk = i % kChunks;
-      *reinterpret_cast<uint4*>(values + device::SwizzledChunk(Traits::kStrides, key, chunk)) = {0, 0, 0, 0};
+    for (int i = static_cast<int>(threadIdx.x) % 128; i < (kTileKeys - end) * kChunks; i += 128) {
+      const int key = end + i / kChunks, chunk = first + i % kChunks;
+      *reinterpret_cast<uint4*>(values + device::SwizzledChunk(kMlaStrides, key, chunk)) = {0, 0, 0, 0};
     }
     device::FenceSharedForAsync();
     device::NamedBarrierSync<128>(kOwnBarrier + warpgroup_);
@@ -261,14 +249,7 @@ class MlaConsumer {
     if (warpgroup_ == 0) ArrivePerWarp(&shared_.scores_issued);
   }
   __device__ void AwaitScoresIssued(uint32_t tile) {
-    if (warpgroup_ == 1) device::WaitForPhase(&shared_.scores_issued, ParityOf<Traits::kStages>(tile));
-  }
-
-  // True if the last keys of a tile, as they are asked for, are there.
-  __device__ bool KeysAreThere(uint32_t tile) {
-    constexpr int kLast = (Traits::kValuesInKeys ? Traits::kValueBlocks : Traits::kColumnBlocks) - 1;
-    return __any_sync(~0u, device::PhaseEnded(&shared_.keys_full[own_stage()][Traits::FullPartOf(kLast)],
-                                              ParityOf<Traits::kStages>(tile)));
+    if (warpgroup_ == 1) device::WaitForPhase(&shared_.scores_issued, ParityOf<kOwners>(tile));
   }
 
   // Scores of one column of blocks after the other, as they come: first those that have no values, then those
@@ -281,65 +262,70 @@ class MlaConsumer {
       awaits_queries_ = false;
     }
     AwaitScoresIssued(tile);
-    if constexpr (Traits::kOtherBlocks > 0)
-      IssueColumns<Traits::kOtherBlocks>(tile, Traits::kValueBlocks, false);
-    if constexpr (Traits::kValuesInKeys) {
+    if constexpr (!Traits::kValuesInKeys) {
+      IssueParts(tile);
+    } else {
       constexpr int kHalf = Traits::kHalfBlocks;
       const int half = args_.decode.call.batch_invariant ? 0 : warpgroup_;
+      IssueColumns<Traits::kOtherBlocks>(tile, Traits::kValueBlocks, false);
       IssueColumns<kHalf>(tile, half * kHalf, Traits::kOtherBlocks > 0);
       IssueColumns<kHalf>(tile, (1 - half) * kHalf, true);
     }
   }
 
+  // Likewise of keys apart from values, part after part. What the MMAs before the latest ones have read is
+  // released.
+  __device__ __forceinline__ void IssueParts(uint32_t tile) {
+#pragma unroll
+    for (int part = 0; part < Traits::kKeyParts; ++part) {
+      IssueColumns<Traits::kPartBlocks>(tile, Traits::kValueBlocks + part * Traits::kPartBlocks, part > 0);
+      if (part == Traits::kKeyParts - 1) return;
+      device::WgmmaCommit();
+      if (part == 0) continue;
+      device::WgmmaWait<1>();
+      stages_.Release(tile, kOtherKeys + part - 1);
+    }
+  }
+
+  // When the scores are there.
+  __device__ void ReleaseLastKeys(uint32_t tile) {
+    stages_.Release(tile, kOtherKeys + Traits::kKeyParts - 2);
+    stages_.Release(tile, kOtherKeys + Traits::kKeyParts - 1);
+  }
+
   template <int columns>
   __device__ __forceinline__ void IssueColumns(uint32_t tile, int first, bool accumulates) {
-    constexpr device::BlockStrides kKeyStrides = Traits::kStrides;
-    const int query = Traits::kValuesInKeys ? first : first - Traits::kValueBlocks;
-    const uint64_t queries = device::MatrixDescriptor(
-        device::SharedAddress(shared_.queries) + query * kMlaStrides.columns, kMlaStrides);
-    const uint64_t keys = device::MatrixDescriptor(
-        device::SharedAddress(shared_.keys[own_stage()]) + first * kKeyStrides.columns, kKeyStrides);
+    const int start = first * kMlaStrides.columns;
+    const int of_queries = start - (Traits::kValuesInKeys ? 0 : Traits::kValueBlocks * kMlaStrides.columns);
+    const uint64_t queries =
+        device::MatrixDescriptor(device::SharedAddress(shared_.queries) + of_queries, kMlaStrides);
+    const uint64_t keys =
+        device::MatrixDescriptor(device::SharedAddress(shared_.keys[stages_.own()]) + start, kMlaStrides);
 #pragma unroll
     for (int i = 0; i < columns; ++i) {
-      if (!Traits::kUsesCpAsync || (!accumulates && i == 0)) AwaitKeys(tile, first + i);
+      if (Traits::kValuesInKeys ? Traits::kFullParts > 1 || (!accumulates && i == 0) : i == 0)
+        stages_.AwaitKeys(tile, first + i);
       device::WgmmaFence();
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        device::WgmmaSS<Math>(scores_, device::Advance(queries, i * kMlaStrides.columns + j * 32),
-                              device::Advance(keys, i * kKeyStrides.columns + j * 32),
+        const int bytes = i * kMlaStrides.columns + j * 32;
+        device::WgmmaSS<Math>(scores_, device::Advance(queries, bytes), device::Advance(keys, bytes),
                               accumulates || i > 0 || j > 0);
       }
     }
   }
 
-  // Until a column of blocks is there.
-  __device__ void AwaitKeys(uint32_t tile, int column) {
-    device::WaitForPhase(&shared_.keys_full[own_stage()][Traits::FullPartOf(column)],
-                         ParityOf<Traits::kStages>(tile));
-    if constexpr (Traits::kUsesCpAsync) device::FenceSharedForAsync();
-  }
-
-  // Until a half of the tile's values is there. Values in keys are, once there are scores.
-  __device__ void AwaitValues(KeyPart half) {
-    if constexpr (Traits::kValuesInKeys) return;
-    device::WaitForPhase(
-        &shared_.keys_full[OwnerOf(tile_)][Traits::FullPartOf(half * Traits::kHalfBlocks)],
-        ParityOf<Traits::kStages>(tile_));
-    if constexpr (Traits::kUsesCpAsync) device::FenceSharedForAsync();
-  }
-
   // The warpgroup's values of 16 keys.
   __device__ uint64_t Values(int stage, int i) const {
-    constexpr device::BlockStrides kStrides = Traits::kStrides;
-    const char* const half = shared_.keys[stage] + warpgroup_ * Traits::kHalfBlocks * kStrides.columns;
-    return device::Advance(device::MatrixDescriptor(device::SharedAddress(half), kStrides),
-                           2 * i * kStrides.rows);
+    const char* const half = shared_.keys[stage] + warpgroup_ * Traits::kHalfBlocks * kMlaStrides.columns;
+    return device::Advance(device::MatrixDescriptor(device::SharedAddress(half), kMlaStrides),
+                           2 * i * kMlaStrides.rows);
   }
 
   __device__ void IssuePVOfOwn() {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i)
-      device::WgmmaRS<Math>(out_, probabilities_[i], Values(own_stage(), i), accumulates_ || i > 0);
+      device::WgmmaRS<Math>(out_, probabilities_[i], Values(stages_.own(), i), accumulates_ || i > 0);
   }
 
   __device__ void IssuePVOfOther() {
@@ -347,7 +333,7 @@ class MlaConsumer {
         device::MatrixDescriptor(device::SharedAddress(shared_.probabilities), kMlaStrides);
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
-      device::WgmmaSSValues<Math>(out_, device::Advance(probabilities, 32 * i), Values(other_stage(), i),
+      device::WgmmaSSValues<Math>(out_, device::Advance(probabilities, 32 * i), Values(stages_.other(), i),
                                   accumulates_ || i > 0);
     }
   }
@@ -380,15 +366,16 @@ class MlaConsumer {
 
   const MlaArgs& args_;
   MlaShared<Traits>& shared_;
-  const int warpgroup_;       // the same in all lanes, which the compiler knows
+  const int warpgroup_;  // the same in all lanes, which the compiler knows
+  const MlaStages<Traits> stages_;
   uint32_t tile_ = 0;         // of the CTA
   uint32_t split_ = 0;        // likewise
   bool accumulates_ = false;  // O has something of the split
   bool awaits_queries_ = false;
   float out_[Traits::kOutWidth / 2];
-  typename MlaSoftmax<Traits::kKeys>::Scores scores_;
+  MlaSoftmax::Scores scores_;
   uint32_t probabilities_[kBlocks][4];
-  MlaSoftmax<Traits::kKeys> softmax_;
+  MlaSoftmax softmax_;
 };
 
 }  // namespace jpa::fused

@@ -15,13 +15,14 @@ namespace jpa::fused {
 class MlaTileWalk {
  public:
   __device__ MlaTileWalk(const CallArgs& call, const CtaRange& range, SequencesAhead& sequences, int32_t seq,
-                         const TilePlace& start)
+                         const TilePlace& place)
       : call_(call),
         cta_(range.cta),
         num_queues_(range.queues.num_queues),
+        first_head_(range.heads.begin),
         per_cta_(static_cast<int32_t>(range.tiles < INT32_MAX ? range.tiles : INT32_MAX)),
         range_(call.facts, range.heads, static_cast<int32_t>(call.problem.num_seqs), sequences, seq,
-               start.offset, range.tiles, call.batch_invariant, start.head, start.row_tile) {}
+               place.offset, range.tiles, call.batch_invariant, place.head, place.row_tile) {}
 
   // True if the range has no more tiles.
   __device__ bool done() const { return range_.done(); }
@@ -42,29 +43,28 @@ class MlaTileWalk {
     }
   }
 
-  // Leaves the descriptor of one of the tile's `parts` parts, which is number `part`.
-  template <int parts>
-  __device__ void Describe(int part, MlaTile* descriptor) const {
-    constexpr int kOfPart = kKeysPerLane / parts;
+  // Leaves the tile's descriptor. Of `sharers` CTAs with the same keys each has a queue, and so a group of
+  // the query heads of each KV head.
+  template <int sharers>
+  __device__ void Describe(MlaTile* descriptor) const {
     uint32_t valid[kKeysPerLane];
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i) {
-      const int32_t page = i < kOfPart ? pages_[part * kOfPart + i] : -1;
-      const bool exists = page >= 0 && page < call_.num_pages;
-      valid[i] = i < kOfPart ? __ballot_sync(~0u, exists) : ~0u;
-      if (i < kOfPart) descriptor->pages[device::LaneId() + 32 * i] = exists ? page : -1;
+      const bool exists = pages_[i] >= 0 && pages_[i] < call_.num_pages;
+      valid[i] = __ballot_sync(~0u, exists);
+      descriptor->pages[device::LaneId() + 32 * i] = exists ? pages_[i] : -1;
     }
     if (device::LaneId() != 0) return;
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i) descriptor->valid[i] = valid[i];
     const auto& at = range_.at();
-    const bool ends_split = part == parts - 1 && range_.EndsSplit();
     descriptor->exists = 1;
-    descriptor->starts_split = part == 0 && range_.StartsSplit();
-    descriptor->ends_split = ends_split;
-    descriptor->key = at.tile() * kTileKeys + part * (kTileKeys / parts);
+    descriptor->starts_split = range_.StartsSplit();
+    descriptor->ends_split = range_.EndsSplit();
+    descriptor->key = at.tile() * kTileKeys;
     DescribeRowBlock(call_.facts, at, descriptor);
-    if (ends_split) DescribeSplit(descriptor);
+    if constexpr (sharers > 1) descriptor->head = sharers * (at.head() - first_head_) + cta_ % sharers;
+    if (range_.EndsSplit()) DescribeSplit(descriptor);
   }
 
  private:
@@ -90,6 +90,7 @@ class MlaTileWalk {
   const CallArgs& call_;
   const int32_t cta_;
   const int32_t num_queues_;
+  const int32_t first_head_;  // of the CTA's queue
   const int32_t per_cta_;
   CtaRangeCursor<SequencesAhead> range_;
   int32_t pages_[kKeysPerLane];  // of the next tile's keys
@@ -101,27 +102,25 @@ __device__ inline void DescribeTiles(const MlaArgs& args, const CtaRange& range,
   constexpr int kRing = Traits::kDescriptors;
   const RangeShared<Traits::kThreads>& start = shared.start.range;
   SequencesAhead sequences(args.decode.call, start.raw_sequence);
-  const CallFacts& facts = args.decode.call.facts;
-  MlaTileWalk walk(args.decode.call, range, sequences, start.range_seq,
-                   FindTile(facts, start.raw_sequence.Clipped(facts), start.range_offset));
+  const TilePlace place = {
+      .head = start.range_head, .row_tile = start.range_row_tile, .offset = start.range_offset};
+  MlaTileWalk walk(args.decode.call, range, sequences, start.range_seq, place);
   uint32_t tile = 0;
 #pragma unroll 1
   for (;; walk.Advance()) {
     walk.LookUpPages();
     if (walk.skips()) continue;
+    device::WaitForPhase(&shared.descriptor_empty[StageOf<kRing>(tile)], ParityOf<kRing>(tile) ^ 1);
+    MlaTile* const descriptor = &shared.descriptors[StageOf<kRing>(tile)];
     const bool done = walk.done();
-#pragma unroll
-    for (int part = 0; part < Traits::kParts; ++part, ++tile) {
-      device::WaitForPhase(&shared.descriptor_empty[StageOf<kRing>(tile)], ParityOf<kRing>(tile) ^ 1);
-      MlaTile* const descriptor = &shared.descriptors[StageOf<kRing>(tile)];
-      if (!done) {
-        walk.Describe<Traits::kParts>(part, descriptor);
-      } else if (device::LaneId() == 0) {
-        descriptor->exists = 0;
-      }
-      device::Arrive(&shared.described[StageOf<kRing>(tile)]);
-      if (done) return;
+    if (!done) {
+      walk.Describe<Traits::kSharers>(descriptor);
+    } else if (device::LaneId() == 0) {
+      descriptor->exists = 0;
     }
+    device::Arrive(&shared.described[StageOf<kRing>(tile)]);
+    if (done) return;
+    ++tile;
   }
 }
 

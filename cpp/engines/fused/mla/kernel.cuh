@@ -38,8 +38,7 @@ __device__ inline void InitMlaBarriers(MlaShared<Traits>& shared) {
   device::InitBarrier(&shared.queries_empty, kWarps);
   for (int i = 0; i < Traits::kStages; ++i) {
     // The lane that asks for a column of blocks by TMA, or each thread that loads by cp.async.
-    for (auto& full : shared.keys_full[i])
-      device::InitBarrier(&full, Traits::kUsesCpAsync ? 32 * Traits::kKeyWarps : 1);
+    for (auto& full : shared.keys_full[i]) device::InitBarrier(&full, Traits::kFullArrivals);
     for (auto& empty : shared.keys_empty[i])
       device::InitBarrier(&empty, Traits::kSharers * kWarps / Traits::kConsumerWarpgroups);
   }

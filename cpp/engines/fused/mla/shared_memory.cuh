@@ -23,9 +23,8 @@ struct MlaSplit : RowBlock {
 
 // All that producers and consumers need to know of a key tile in flight.
 struct MlaTile : MlaSplit {
-  // The tile has Traits::kKeys keys: half of these, or all.
   int32_t pages[kTileKeys];        // of each key; -1: there is no such key
-  uint32_t valid[kTileKeys / 32];  // a bit per key: whether it exists; all ones behind the tile's keys
+  uint32_t valid[kTileKeys / 32];  // a bit per key: whether it exists
   int32_t exists;                  // 0 behind the last tile
   int32_t starts_split;            // the tile is the first one of a KV split
   int32_t ends_split;              // the tile is the last one of a KV split
@@ -36,10 +35,6 @@ struct MlaTile : MlaSplit {
   static_assert(kTileKeys == 64, "two words of 32 keys");
   __device__ bool all_valid() const { return (valid[0] & valid[1]) == ~0u; }
 };
-
-// The parts of a stage by who needs them last: each warpgroup its half of the values, and whoever makes the
-// scores the keys, but for values in them.
-enum KeyPart { kLeftValues, kRightValues, kOtherKeys, kNumKeyParts };
 
 template <typename Traits>
 struct MlaShared {
@@ -69,14 +64,14 @@ struct MlaShared {
   device::Barrier described[Traits::kDescriptors], descriptor_empty[Traits::kDescriptors];
   device::Barrier queries_full, queries_empty;
   device::Barrier keys_full[Traits::kStages][Traits::kFullParts];
-  device::Barrier keys_empty[Traits::kStages][kNumKeyParts];
+  device::Barrier keys_empty[Traits::kStages][Traits::kNumParts];
   device::Barrier probabilities_full;
   // By warpgroup 0, when all MMAs of its tile's scores are on their way.
   device::Barrier scores_issued;
 };
 
-// How far apart the blocks of queries and of probabilities lie.
-inline constexpr device::BlockStrides kMlaStrides = {.columns = kTileRows * 128, .rows = device::kBlockBytes};
+// How far apart the blocks of a matrix of 64 rows lie.
+inline constexpr device::BlockStrides kMlaStrides = {.columns = 64 * 128, .rows = device::kBlockBytes};
 
 // A number of tiles that a ring of stages has seen, and where the next one goes. The parity is that of the
 // phase of the stage's barriers.

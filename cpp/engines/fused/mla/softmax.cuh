@@ -25,10 +25,9 @@ struct MlaLane {
   __device__ static int Column(int block) { return 8 * block + 2 * static_cast<int>(device::LaneId() % 4); }
 };
 
-template <int keys>
 class MlaSoftmax {
  public:
-  using Scores = float[keys / 2];
+  using Scores = float[kTileKeys / 2];
 
   // For a new KV split.
   __device__ void Start(const CallArgs& call, const MlaTile& tile) {
@@ -54,7 +53,7 @@ class MlaSoftmax {
 
   // True if some row of the warp does not see some key of a tile.
   __device__ bool NeedsMask(const MlaTile& tile) const {
-    return !tile.all_valid() || tile.key < all_visible_.begin || tile.key + keys > all_visible_.end;
+    return !tile.all_valid() || tile.key < all_visible_.begin || tile.key + kTileKeys > all_visible_.end;
   }
 
   // Turns the scores of the warpgroup's own tile into exponents of probabilities. True if some maximum of the
@@ -69,7 +68,7 @@ class MlaSoftmax {
       const float factor = scales_ ? 1.0f : factor_, origin = Origin(r);
       largest[r] = -INFINITY;
 #pragma unroll
-      for (int i = 2 * r; i < keys / 2; i += 4) {
+      for (int i = 2 * r; i < kTileKeys / 2; i += 4) {
 #pragma unroll
         for (int j = i; j < i + 2; ++j) {
           scores[j] = fmaf(scores[j], factor, -origin);
@@ -143,7 +142,7 @@ class MlaSoftmax {
       factors[r] = RaiseTo(r, maximum > Limit(r) ? before + maximum : maxima_[r]);
       const float lower = Origin(r) - before;
 #pragma unroll
-      for (int i = 2 * r; i < keys / 2; i += 4) {
+      for (int i = 2 * r; i < kTileKeys / 2; i += 4) {
         scores[i] -= lower;
         scores[i + 1] -= lower;
       }
@@ -174,11 +173,9 @@ class MlaSoftmax {
     const int first = tile.key + MlaLane::Column(0);
     KeyRange visible[2] = {VisibleTo(call, tile, 0), VisibleTo(call, tile, 1)};
     for (KeyRange& range : visible) range = {.begin = range.begin - first, .end = range.end - first};
-    uint32_t valid[keys / 32];
+    const uint32_t valid[2] = {tile.valid[0] >> MlaLane::Column(0), tile.valid[1] >> MlaLane::Column(0)};
 #pragma unroll
-    for (int i = 0; i < keys / 32; ++i) valid[i] = tile.valid[i] >> MlaLane::Column(0);
-#pragma unroll
-    for (int i = 0; i < keys / 2; ++i) {
+    for (int i = 0; i < kTileKeys / 2; ++i) {
       const int key = i / 4 * 8 + i % 2, r = i / 2 % 2;
       const bool seen = visible[r].Contains(key) && (valid[key / 32] >> (key % 32) & 1) != 0;
       if (!seen) scores[i] = -INFINITY;
