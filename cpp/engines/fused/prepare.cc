@@ -94,6 +94,7 @@ Status FindClustersAtOnce(int cluster, MlaDevice* mla) {
     return s;
   }
   mla->num_ctas = std::min(wanted, clusters * cluster);
+  if (mla->num_ctas == 0) mla->kernel = nullptr;
   return Status::Ok();
 }
 

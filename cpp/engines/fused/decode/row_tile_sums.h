@@ -55,7 +55,7 @@ JPA_HOST_DEVICE JPA_SELDOM_RUNS inline int64_t TilesBefore(const CallFacts& call
   return ends - sum_from(RowTilesIn((position - call.sliding_window + 1) * group));
 }
 
-// Of a sequence with many row tiles.
+// Numbers of a sequence that has many row tiles.
 struct RowTileSums {
   int64_t tiles;  // per KV head
   int32_t last;   // of the last row tile

@@ -127,8 +127,7 @@ __device__ inline void LoadOwnPartsByCpAsync(const MlaArgs& args, const MlaTile&
   }
 }
 
-// What a TMA load of a part of a stage takes: columns of blocks, from where in the pool to where in the
-// stage.
+// The columns of blocks of a part of a stage, as TMA loads them.
 template <typename Traits>
 struct PartColumns {
   int begin;  // in the stage
