@@ -217,8 +217,30 @@ GPU_MLA = (
     _mla("64x4k page 1 e4m3", _64X4K, 16, page_size=1, page_dtype="e4m3"),
     _mla("1x32k e4m3", ((1, 32768),), 16, page_dtype="e4m3"),
     _mla("64x4k e4m3", _64X4K, 128, page_dtype="e4m3"),
+    _mla("512 of 32k", ((512, 32768),), 128),
 )
-GPU = GPU_DECODE + GPU_PREFILL + GPU_MLA
+
+
+def _wide(name: str, sequences: tuple[tuple[int, int], ...], **other: Any) -> tuple[Workload, Workload]:
+    """A layer of head dim 512 with 32/4 heads, as Gemma 4 has them: with a pool of values, and with keys as values."""
+    dims: dict[str, Any] = {"num_heads": 32, "num_kv_heads": 4, "head_dim": 512, "page_size": 64, **other}
+    return (
+        Workload(f"{name}, head dim 512", "bf16", sequences, **dims),
+        Workload(f"{name}, head dim 512, one pool", "bf16", sequences, **dims, value_dim=512, values_in_keys=True),
+    )
+
+
+GPU_WIDE = (
+    *_wide("64x4k", _64X4K),
+    *_wide("64x4k page 16", _64X4K, page_size=16),
+    *_wide("64x4k page 1", _64X4K, page_size=1),
+    *_wide("1x1k", ((1, 1024),)),
+    *_wide("1x32k", ((1, 32768),)),
+    *_wide("prefill 1x8k", ((8192, 8192),)),
+    *_wide("prefill 4x2k", ((2048, 2048),) * 4),
+    *_wide("prefill 512 of 32k", ((512, 32768),)),
+)
+GPU = GPU_DECODE + GPU_PREFILL + GPU_MLA + GPU_WIDE
 
 # How many times the cost of another a workload may have: (first, second, goal).
 RELATIONS = (

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.gpu COMMAND` from the repository's root prints tables and writes records to build/bench:
 
-- `all`, `decode`, `prefill`, `mla`, `mixed`, `writes`: gpu.json, and gpu.png of the attention calls.
+- `all`, `decode`, `prefill`, `mla`, `wide`, `mixed`, `writes`: gpu.json, and gpu.png of the attention calls.
 - `sweep`: sweep.json and sweep.png. `host`: host.json. `layers`: layers.json.
 - `plot JSON` draws gpu.png or sweep.png from a record, where matplotlib was missing.
 """
@@ -21,7 +21,7 @@ import jax
 
 from benchmarks import attention, options, peers, plots, report, steps, sweep, writes
 from benchmarks.attention import Ceilings, Result
-from benchmarks.cases import GPU, GPU_DECODE, GPU_MLA, GPU_PREFILL, Workload, random_decode
+from benchmarks.cases import GPU, GPU_DECODE, GPU_MLA, GPU_PREFILL, GPU_WIDE, Workload, random_decode
 
 # The commands that measure attention, with their workloads.
 ATTENTION = {
@@ -29,6 +29,7 @@ ATTENTION = {
     "decode": GPU_DECODE,
     "prefill": tuple(w for w in GPU_PREFILL if w.name.startswith("prefill")),
     "mla": GPU_MLA,
+    "wide": GPU_WIDE,
     "mixed": tuple(w for w in GPU_PREFILL if w.name.startswith("mixed")),
     "random": random_decode(20, seed=0),
 }
@@ -37,6 +38,7 @@ HELP = {
     "decode": "one query token per sequence",
     "prefill": "prompts and chunks of prompts",
     "mla": "decode whose values are in the keys; its peer: python -m benchmarks.flash_mla",
+    "wide": "decode and prompts of head dim 512, with and without a pool of values",
     "mixed": "decode rows and a chunk of a prompt in one call",
     "random": "decode of twenty shapes drawn at random",
     "writes": "new tokens into pages, beside a plain copy",

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterable, Mapping
 
 from jax_paged_attn import _ffi
-from jax_paged_attn._head_dims import FUSED_HEAD_DIMS, FUSED_MLA_HEAD_DIMS
+from jax_paged_attn._head_dims import FUSED_HEAD_DIMS, FUSED_MLA_HEAD_DIMS, FUSED_WIDE_HEAD_DIMS
 from jax_paged_attn._options import Scoring
 from jax_paged_attn._warnings import warn_once
 
@@ -45,6 +45,7 @@ class Engine:
       quantized_dtypes: dtypes of pages that it reads besides that of the queries.
       head_dims: head dims of keys and of values that it takes; None is any.
       mla_head_dims: those that it takes besides where the values are in the keys, on GPUs of compute capability 9.0.
+      wide_head_dims: likewise, where the values have a pool of their own, with pages of q's dtype.
       batch_invariant: whether it can guarantee that a sequence has the same bits alone and in any batch.
       token_scales: whether it reads pages with one scale per token and head. "fused" does not: its products run from
         tensor cores' registers to registers, and a factor per key would cost every call in there.
@@ -56,6 +57,7 @@ class Engine:
     quantized_dtypes: tuple[str, ...] = _QUANTIZED
     head_dims: tuple[tuple[int, int], ...] | None = None
     mla_head_dims: tuple[tuple[int, int], ...] = ()
+    wide_head_dims: tuple[tuple[int, int], ...] = ()
     batch_invariant: bool = False
     token_scales: bool = True
 
@@ -66,20 +68,26 @@ class Engine:
         if call.page_dtype not in (call.q_dtype, *self.quantized_dtypes):
             expected = _either((call.q_dtype, *self.quantized_dtypes))
             return f"expected pages of dtype {expected}, got {call.page_dtype}"
-        dims, taken = (call.head_dim, call.value_dim), self.head_dims_for(call.values_in_keys)
+        dims, taken = (call.head_dim, call.value_dim), self.head_dims_for(call.values_in_keys, call.page_dtype)
         if taken is not None and dims not in taken:
-            return f"expected a head dim of {_either(map(_name, taken))}, got {_name(dims)}"
+            of_pages = (
+                f" for pages of dtype {call.page_dtype}" if not call.values_in_keys and self.wide_head_dims else ""
+            )
+            return f"expected a head dim of {_either(map(_name, taken))}{of_pages}, got {_name(dims)}"
         if call.padded_keys and taken is not None and dims not in self.mla_head_dims:
             return f"expected keys without padding unless of {_either(map(_name, self.mla_head_dims))}, got some"
         if call.token_scales and not self.token_scales:
             return "expected scales of pages to be scalar or per head, got one per token and head"
         return None
 
-    def head_dims_for(self, values_in_keys: bool) -> tuple[tuple[int, int], ...] | None:
-        """The head dims that the engine takes, with values in keys or apart; None is any."""
-        if self.head_dims is None or not values_in_keys:
+    def head_dims_for(self, values_in_keys: bool, page_dtype: str) -> tuple[tuple[int, int], ...] | None:
+        """The head dims that the engine takes of calls whose pages have that dtype; None is any."""
+        if self.head_dims is None or (page_dtype in self.quantized_dtypes and not values_in_keys):
             return self.head_dims
-        return self.head_dims + self.mla_head_dims
+        return self.head_dims + self._by_mla_kernels(values_in_keys)
+
+    def _by_mla_kernels(self, values_in_keys: bool) -> tuple[tuple[int, int], ...]:
+        return self.mla_head_dims if values_in_keys else self.wide_head_dims
 
     def rejects(self, call: Call) -> str | None:
         """Why the engine cannot run the call on any platform, or None."""
@@ -91,17 +99,20 @@ class Engine:
         """Why the engine cannot run on the platform, or cannot run the call on this one's device, or None."""
         if self.platform not in (None, platform):
             return f"runs on {self.platform}, not on {platform}"
-        if call is not None and call.values_in_keys and (call.head_dim, call.value_dim) in self.mla_head_dims:
+        dims = (0, 0) if call is None else (call.head_dim, call.value_dim)
+        if call is not None and dims in self._by_mla_kernels(call.values_in_keys):
             capability = _ffi.compute_capability()
             if capability not in (None, _MLA_CAPABILITY):
-                return f"runs MLA on compute capability {_MLA_CAPABILITY}, not on {capability}"
+                return f"runs a head dim of {_name(dims)} on compute capability {_MLA_CAPABILITY}, not on {capability}"
         return _ffi.missing(self.platform) if self.platform else None
 
     def __str__(self) -> str:
         """The calls that the engine takes, in one line."""
         head_dims = "any head dim" if self.head_dims is None else f"head dims {', '.join(map(_name, self.head_dims))}"
+        if self.wide_head_dims:
+            head_dims += f", in pages as q {', '.join(map(_name, self.wide_head_dims))}"
         if self.mla_head_dims:
-            head_dims += f", MLA with {', '.join(map(_name, self.mla_head_dims))}"
+            head_dims += f", with values in the keys {', '.join(map(_name, self.mla_head_dims))}"
         return "; ".join(
             (
                 f"q {', '.join(self.q_dtypes)}",
@@ -132,6 +143,7 @@ ENGINES = (
         q_dtypes=("bfloat16", "float16"),
         head_dims=FUSED_HEAD_DIMS,
         mla_head_dims=FUSED_MLA_HEAD_DIMS,
+        wide_head_dims=FUSED_WIDE_HEAD_DIMS,
         batch_invariant=True,
         token_scales=False,
     ),

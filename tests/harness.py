@@ -212,7 +212,7 @@ def adapted(case: Case | str, engine: str) -> Case:
             names = ("k_scale",) if adapted.values_in_keys else ("k_scale", "v_scale")
             scales = {name: getattr(adapted, name) or 0.01 for name in names}
             adapted = replace(adapted, **scales)
-    taken_dims = row.head_dims_for(adapted.values_in_keys)
+    taken_dims = row.head_dims_for(adapted.values_in_keys, DTYPES[adapted.page_dtype or adapted.dtype].name)
     if taken_dims is not None and dims not in taken_dims:
         head_dim, value_dim = min(taken_dims, key=lambda taken: abs(taken[0] - dims[0]) + abs(taken[1] - dims[1]))
         adapted = replace(adapted, head_dim=head_dim, value_dim=None if value_dim == head_dim else value_dim)

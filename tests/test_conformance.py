@@ -22,7 +22,7 @@ def test_adapted_cases_are_what_the_engine_takes(row: _engines.Engine) -> None:
     adapted = [harness.adapted(case, row.name) for case in CASES]
     assert {DTYPES[case.dtype].name for case in adapted} == set(row.q_dtypes)
     head_dims = [(case.head_dim, case.value_dim or case.head_dim) for case in adapted]
-    assert row.head_dims is None or set(head_dims) == {*row.head_dims, *row.mla_head_dims}
+    assert row.head_dims is None or set(head_dims) == {*row.head_dims, *row.mla_head_dims, *row.wide_head_dims}
     for case in adapted:
         assert row.token_scales or not any(case.token_scales)
     if row.q_dtypes == _engines.Engine("any", None).q_dtypes and row.head_dims is None:

@@ -145,6 +145,9 @@ CHOICES: list[tuple[dict[str, Any], bool, str]] = [
     ({"page_dtype": jnp.float8_e5m2, "head_dim": 256}, True, "fused"),
     ({"dtype": jnp.float32}, False, "cublaslt"),
     ({"head_dim": 72}, False, "cublaslt"),
+    ({"head_dim": 512}, False, "fused"),
+    ({"head_dim": 512, "dtype": jnp.float16}, True, "fused"),
+    ({"head_dim": 512, **INT8}, False, "cublaslt"),
 ]
 
 
@@ -174,6 +177,21 @@ def test_cuda_runs_fused_on_mla_over_16_bit_and_8_bit_pages(
     attend = functools.partial(jpa.paged_attention, v_pages=None, value_dim=value_dim, k_scale=0.1)
     explanation = jpa.explain(attend, q, pages, block_tables=tables, lengths=lengths, platform="cuda")
     assert explanation.engine == chosen
+
+
+@pytest.mark.parametrize("own_pool", [True, False])
+def test_head_dim_512_needs_hopper(monkeypatch: pytest.MonkeyPatch, own_pool: bool) -> None:
+    monkeypatch.setitem(_ffi._loaded, "cuda", ModuleType("stand-in"))
+    q, k_pages, v_pages, tables, lengths = call_of(head_dim=512)
+    args = (q, k_pages, v_pages if own_pool else None, tables, lengths)
+    value_dim = None if own_pool else 512
+    for capability, chosen in ((None, "fused"), ("9.0", "fused"), ("8.0", "cublaslt"), ("10.0", "cublaslt")):
+        monkeypatch.setattr(_ffi, "compute_capability", lambda found=capability: found)
+        explanation = jpa.explain(jpa.paged_attention, *args, platform="cuda", value_dim=value_dim)
+        assert explanation.engine == chosen
+        if chosen == "cublaslt":
+            reason = f"runs a head dim of 512 on compute capability 9.0, not on {capability}"
+            assert explanation.rejected["fused"] == reason
 
 
 def test_no_engine_that_promises_batch_invariance_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Properties of the MLA kernels that only a GPU can show: KV splits, repeats, graphs, batch invariance."""
+"""Properties of the MLA kernels that only a GPU can show: KV splits, prompts, repeats, graphs, batch invariance."""
 
 from __future__ import annotations
 
@@ -21,81 +21,138 @@ pytestmark = [
     ),
 ]
 
-KEY_DIM, VALUE_DIM = 576, 512
-Inputs = tuple[jax.Array, ...]
+VALUE_DIM = 512
 SCALE = 0.05  # of 8-bit pages
 PAGE_DTYPES = {"bf16": jnp.bfloat16, "e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2, "int8": jnp.int8}
+# Head dims and heads: (keys, whether values have a pool of their own, query heads, KV heads, pages).
+MLA_16, MLA_128 = (576, False, 16, 1, "bf16"), (576, False, 128, 1, "bf16")
+MLA_8_BIT = tuple((576, False, heads, 1, page_dtype) for heads in (16, 128) for page_dtype in ("e4m3", "e5m2", "int8"))
+ONE_POOL, TWO_POOLS = (512, False, 32, 4, "bf16"), (512, True, 32, 4, "bf16")
+ONE_POOL_8_BIT = (512, False, 32, 4, "e4m3")
+Kind = tuple[int, bool, int, int, str]
+Inputs = tuple[Any, ...]
 
 
-def make_inputs(lengths: tuple[int, ...], heads: int, page_size: int, page_dtype: str) -> Inputs:
-    """Operands of `paged_attention` with q in bf16: q, the pool, tables, lengths; pages that no table names are NaN."""
+def kinds(*some: Kind) -> Any:
+    names = [
+        f"{'mla' if k == 576 else 'two_pools' if own else 'one_pool'}_{heads}_{dtype}"
+        for k, own, heads, _, dtype in some
+    ]
+    return pytest.mark.parametrize("kind", some, ids=names)
+
+
+KINDS = kinds(MLA_16, MLA_128, *MLA_8_BIT, ONE_POOL, ONE_POOL_8_BIT, TWO_POOLS)
+
+
+def make_inputs(kind: Kind, lengths: tuple[int, ...], page_size: int, rows: tuple[int, ...] | None = None) -> Inputs:
+    """q in bf16, pools, lengths and tables, of `rows` query rows per sequence; pages that no table names are NaN."""
+    key_dim, own_pool, heads, kv_heads, page_dtype = kind
     batch, width = len(lengths), max(-(-max(lengths) // page_size), 1)
-    q_key, pool_key = jax.random.split(jax.random.key(0))
-    q = jax.random.normal(q_key, (batch, heads, KEY_DIM), jnp.bfloat16)
-    pool = jax.random.normal(pool_key, (2 * batch * width, page_size, 1, KEY_DIM), jnp.bfloat16)
-    ids = np.random.default_rng(0).permutation(len(pool)).astype(np.int32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (sum(rows) if rows else batch, heads, key_dim), jnp.bfloat16)
+    ids = np.random.default_rng(0).permutation(2 * batch * width).astype(np.int32)
     used, unused = ids[: batch * width].reshape(batch, width), ids[batch * width :]
-    pool = (pool if page_dtype == "bf16" else pool / SCALE).astype(PAGE_DTYPES[page_dtype])
-    pool = pool.at[unused].set(127 if page_dtype == "int8" else jnp.nan)
-    return q, pool, jnp.asarray(used), jnp.asarray(lengths, jnp.int32)
+    pools = []
+    for key, dim in zip(keys[1:], (key_dim, VALUE_DIM) if own_pool else (key_dim,), strict=False):
+        pool = jax.random.normal(key, (len(ids), page_size, kv_heads, dim), jnp.bfloat16)
+        pool = (pool if page_dtype == "bf16" else pool / SCALE).astype(PAGE_DTYPES[page_dtype])
+        pools.append(pool.at[unused].set(127 if page_dtype == "int8" else jnp.nan))
+    return q, tuple(pools), jnp.asarray(used), jnp.asarray(lengths, jnp.int32)
 
 
-def options_of(pool: jax.Array) -> dict[str, Any]:
-    k_scale = SCALE if pool.dtype.itemsize == 1 else None
-    return {"value_dim": VALUE_DIM, "k_scale": k_scale, "return_lse": True}
+def attend(function: Any, q: Any, pools: Any, tables: Any, lengths: Any, *starts: Any, **keywords: Any) -> Any:
+    """A call of a public function or its reference; `starts` is `cu_q_lens` of a ragged one."""
+    k_pages, v_pages = pools if len(pools) == 2 else (pools[0], None)
+    options = {"return_lse": True, **({} if len(pools) == 2 else {"value_dim": VALUE_DIM}), **keywords}
+    options["k_scale"] = SCALE if k_pages.dtype.itemsize == 1 else None
+    where = (lengths, tables, *starts) if starts else (tables, lengths)
+    return function(q, k_pages, v_pages, *where, **options)
 
 
 @functools.cache
-def compiled(**keywords: Any) -> Any:
-    def attend(q: jax.Array, pool: jax.Array, tables: jax.Array, lengths: jax.Array) -> Any:
-        options = {"implementation": "fused", **options_of(pool), **keywords}
-        return jpa.paged_attention(q, pool, None, tables, lengths, **options)
+def compiled(function: Any = jpa.paged_attention, **keywords: Any) -> Any:
+    return jax.jit(functools.partial(attend, function, implementation="fused", **keywords))
 
-    return jax.jit(attend)
+
+def assert_close(got: Any, want: Any) -> None:
+    error = np.linalg.norm(np.asarray(got[0] - want[0], np.float32)) / np.linalg.norm(np.asarray(want[0], np.float32))
+    assert error < 1e-2
+    np.testing.assert_allclose(got[1], want[1], atol=1e-3)
 
 
 def bits(results: Any) -> list[bytes]:
     return [np.asarray(x).tobytes() for x in results]
 
 
-@pytest.mark.parametrize("page_dtype", PAGE_DTYPES)
 @pytest.mark.parametrize("page_size", [64, 16, 17])
-@pytest.mark.parametrize("heads", [16, 128])
+@KINDS
 @pytest.mark.parametrize("lengths", [(9000,), (4096,) * 5, (1, 0, 777, 30000, 64, 5000)], ids=["one", "few", "skewed"])
-def test_kv_splits_are_merged_and_repeats_agree(
-    lengths: tuple[int, ...], heads: int, page_size: int, page_dtype: str
+def test_kv_splits_are_merged_and_repeats_agree(lengths: tuple[int, ...], kind: Kind, page_size: int) -> None:
+    inputs = make_inputs(kind, lengths, page_size)
+    got = compiled()(*inputs)
+    assert_close(got, attend(jpa.paged_attention_reference, *inputs))
+    for _ in range(300 if kind[-1] in ("bf16", "e4m3") else 20):
+        assert bits(compiled()(*inputs)) == bits(got)
+
+
+# Rows and lengths of each sequence. Where the mean number of rows is large, two query heads' groups share keys.
+PROMPTS = {
+    "prompt": ((1000, 1000),),
+    "prompts": ((300, 300), (257, 900), (64, 64), (1, 700), (40, 30)),
+    "chunk": ((130, 9000),),
+    "drafts": ((3, 700), (2, 5000), (1, 64), (4, 4)),
+}
+
+
+@pytest.mark.parametrize("page_size", [64, 8, 17])
+@KINDS
+@pytest.mark.parametrize("sequences", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("keywords", [{}, {"causal": False, "sliding_window": 100}], ids=["causal", "window"])
+def test_rows_of_prompts_and_chunks(
+    sequences: tuple[tuple[int, int], ...], kind: Kind, page_size: int, keywords: dict[str, Any]
 ) -> None:
-    inputs = make_inputs(lengths, heads, page_size, page_dtype)
-    q, pool, tables, kv_lens = inputs
-    out, lse = compiled()(*inputs)
-    exact = jpa.paged_attention_reference(q, pool, None, tables, kv_lens, **options_of(pool))
-    error = np.linalg.norm(np.asarray(out - exact[0], np.float32)) / np.linalg.norm(np.asarray(exact[0], np.float32))
-    assert error < 1e-2
-    np.testing.assert_allclose(lse, exact[1], atol=1e-3)
-    for _ in range(300 if page_dtype in ("bf16", "e4m3") else 20):
-        assert bits(compiled()(*inputs)) == bits((out, lse))
+    rows, lengths = (tuple(numbers) for numbers in zip(*sequences, strict=True))
+    inputs = make_inputs(kind, lengths, page_size, rows)
+    starts = jnp.asarray(np.cumsum((0, *rows)), jnp.int32)
+    call = compiled(jpa.ragged_paged_attention, **keywords)
+    got = call(*inputs, starts)
+    assert_close(got, attend(jpa.ragged_paged_attention_reference, *inputs, starts, **keywords))
+    for _ in range(30):
+        assert bits(call(*inputs, starts)) == bits(got)
 
 
-@pytest.mark.parametrize("page_dtype", PAGE_DTYPES)
 @pytest.mark.parametrize("page_size", [64, 17])
-@pytest.mark.parametrize("heads", [16, 128])
-def test_a_sequence_has_the_same_bits_in_any_batch(heads: int, page_size: int, page_dtype: str) -> None:
+@KINDS
+def test_a_sequence_has_the_same_bits_in_any_batch(kind: Kind, page_size: int) -> None:
     lengths = tuple(int(n) for n in np.random.default_rng(1).integers(0, 3000, 40))
-    q, pool, tables, kv_lens = make_inputs(lengths, heads, page_size, page_dtype)
-    attend = compiled(batch_invariant=True)
-    whole = tuple(map(np.asarray, attend(q, pool, tables, kv_lens)))
+    q, pools, tables, kv_lens = make_inputs(kind, lengths, page_size)
+    call = compiled(batch_invariant=True)
+    whole = tuple(map(np.asarray, call(q, pools, tables, kv_lens)))
     for some in ([0], [39, 3, 12], range(0, 40, 2)):
         mine = np.array(list(some))
-        assert bits(attend(q[mine], pool, tables[mine], kv_lens[mine])) == bits(x[mine] for x in whole)
+        assert bits(call(q[mine], pools, tables[mine], kv_lens[mine])) == bits(x[mine] for x in whole)
 
 
-@pytest.mark.parametrize("page_dtype", ["bf16", "e4m3"])
-def test_lengths_grow_between_replays_of_a_graph(page_dtype: str) -> None:
-    q, pool, tables, lengths = make_inputs((1, 500, 63, 64), 128, 64, page_dtype)
+@KINDS
+def test_a_prompt_has_the_same_bits_in_any_batch(kind: Kind) -> None:
+    rows, lengths = (100, 1, 7, 9), (100, 800, 2000, 9)
+    q, pools, tables, kv_lens = make_inputs(kind, lengths, 64, rows)
+    starts = np.cumsum((0, *rows))
+    call = compiled(jpa.ragged_paged_attention, batch_invariant=True)
+    whole = tuple(map(np.asarray, call(q, pools, tables, kv_lens, jnp.asarray(starts, jnp.int32))))
+    for i, count in enumerate(rows):
+        mine = slice(starts[i], starts[i + 1])
+        alone = call(q[mine], pools, tables[i : i + 1], kv_lens[i : i + 1], jnp.asarray([0, count], jnp.int32))
+        assert bits(alone) == bits(x[mine] for x in whole)
+
+
+@kinds(MLA_128, MLA_8_BIT[3], TWO_POOLS)
+def test_lengths_grow_between_replays_of_a_graph(kind: Kind) -> None:
+    q, pools, tables, lengths = make_inputs(kind, (1, 500, 63, 64), 64)
 
     @jax.jit
     def layers(q: jax.Array, lengths: jax.Array) -> jax.Array:
-        outs = [compiled()(q + layer, pool, tables, lengths)[0] for layer in range(8)]
+        outs = [compiled()(q + layer, pools, tables, lengths)[0] for layer in range(8)]
         return jnp.stack(outs)
 
     calls = []
@@ -103,6 +160,17 @@ def test_lengths_grow_between_replays_of_a_graph(page_dtype: str) -> None:
         before = _ffi.compiled("cuda").host_calls()
         got = jax.block_until_ready(layers(q, jnp.minimum(lengths + growth, 512)))
         calls.append(_ffi.compiled("cuda").host_calls() - before)
-        want = [compiled()(q + layer, pool, tables, jnp.minimum(lengths + growth, 512))[0] for layer in range(8)]
+        want = [compiled()(q + layer, pools, tables, jnp.minimum(lengths + growth, 512))[0] for layer in range(8)]
         np.testing.assert_array_equal(got, np.stack(want))
     assert 0 in calls, f"calls of the handler per step: {calls}"
+
+
+def test_the_smaller_of_two_pools_is_repeated() -> None:
+    """As `vmap` over one of the pools leaves them."""
+    q, (k_pages, v_pages), tables, lengths = make_inputs(TWO_POOLS, (700, 64), 64)
+    more = jnp.stack([v_pages, -v_pages])
+    call = jax.vmap(lambda values: compiled()(q, (k_pages, values), tables, lengths))
+    outs, lses = call(more)
+    out, lse = compiled()(q, (k_pages, v_pages), tables, lengths)
+    assert_close((outs[0], lses[0]), (out, lse))
+    assert_close((outs[1], lses[1]), (-out, lse))

@@ -28,6 +28,26 @@ __device__ inline void ArriveAndExpectBytes(Barrier* barrier, uint32_t bytes) {
 #endif
 }
 
+// Arrives at the barrier that the cluster's CTA `rank` has in the same place. What the thread wrote before is
+// not made visible to that CTA: a release for the whole cluster would wait for all of the thread's memory
+// accesses.
+__device__ inline void ArriveInCluster(Barrier* barrier, uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(SharedAddress(barrier)),
+      "r"(rank)
+      : "memory");
+#endif
+}
+
+// Until all threads of the cluster that have not ended are here.
+__device__ inline void ClusterSync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
 // From global to shared memory; the barrier counts the bytes.
 __device__ inline void BulkLoad(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
 #if __CUDA_ARCH__ >= 900
@@ -72,10 +92,30 @@ __device__ inline uint64_t EvictFirst() {
   return policy;
 }
 
-// As above, from a tensor of four dimensions, with a cache policy.
+// For what others read again soon.
+__device__ inline uint64_t EvictNormally() {
+  uint64_t policy = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+
+// As above, from a tensor of four dimensions, with a cache policy. To the same place in the first `ctas` CTAs
+// of the cluster, each of which has a barrier that counts.
+template <int ctas = 1>
 __device__ inline void TmaLoad(void* to, const void* map, const TensorPlace4& place, Barrier* barrier,
                                uint64_t policy) {
 #if __CUDA_ARCH__ >= 900
+  if constexpr (ctas > 1) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+        ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7, %8;" ::"r"(SharedAddress(to)),
+        "l"(map), "r"(place.at[0]), "r"(place.at[1]), "r"(place.at[2]), "r"(place.at[3]),
+        "r"(SharedAddress(barrier)), "h"(static_cast<uint16_t>((1 << ctas) - 1)), "l"(policy)
+        : "memory");
+    return;
+  }
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(SharedAddress(to)),

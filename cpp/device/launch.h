@@ -25,6 +25,7 @@ struct LaunchConfig {
   int threads;           // of a CTA
   int shared_bytes = 0;  // of a CTA, beyond what the kernel declares
   Overlap overlap = Overlap::kNone;
+  int cluster = 1;  // CTAs per cluster
 };
 
 // Launches `kernel`, whose parameters have the types of `args`. Errors read "<caller>: launch of the <name>
@@ -32,15 +33,24 @@ struct LaunchConfig {
 template <typename... Args>
 Status LaunchUntyped(const char* caller, const char* name, const void* kernel, const LaunchConfig& config,
                      cudaStream_t stream, const Args&... args) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (config.overlap == Overlap::kWithPrevious) {
+    cudaLaunchAttribute& attribute = attributes[count++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (config.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[count++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {.x = static_cast<unsigned>(config.cluster), .y = 1, .z = 1};
+  }
   const cudaLaunchConfig_t launch = {.gridDim = config.grid,
                                      .blockDim = dim3(static_cast<unsigned>(config.threads)),
                                      .dynamicSmemBytes = static_cast<size_t>(config.shared_bytes),
                                      .stream = stream,
-                                     .attrs = &attribute,
-                                     .numAttrs = config.overlap == Overlap::kWithPrevious ? 1u : 0u};
+                                     .attrs = attributes,
+                                     .numAttrs = count};
   void* parameters[] = {const_cast<Args*>(&args)...};
   return CudaStatus(cudaLaunchKernelExC(&launch, kernel, parameters), caller,
                     std::string("launch of the ") + name + " kernel");

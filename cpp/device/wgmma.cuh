@@ -76,7 +76,7 @@ __device__ inline void WgmmaWait(float (&results)[count]) {
 #endif
 }
 
-// The same for groups whose results nobody reads yet: registers of their first operands are free again.
+// The same, where results are read only behind another wait: registers of first operands are free again.
 template <int groups>
 __device__ inline void WgmmaWait() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

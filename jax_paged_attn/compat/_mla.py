@@ -17,6 +17,21 @@ _COUNTS = ("chunk_prefill_size", "vmem_limit_bytes", "decode_batch_size", "mixed
 _CACHE_DTYPES = ("float8_e4m3fn", "float8_e5m2")  # beside the dtype of the queries
 
 
+# Theirs, and those of the keywords that are added here.
+_DEFAULTS: dict[str, Any] = {
+    "sm_scale": 1.0,
+    "decode_batch_size": 1,
+    "mixed_q_split": 1,
+    "s_dtype": jnp.bfloat16,
+    "transpose_kv_cache": False,
+    "two_step_flash_attention": True,
+    "p_same_dtype_as_v": True,
+    "debug_mode": False,
+    "heads_first": True,
+    "return_lse": False,
+}
+
+
 class _MlaOptions(_options.EngineChoice, total=False):
     """The keywords of tpu-inference and tokamax, and those that this package adds."""
 
@@ -75,19 +90,7 @@ def mla_ragged_paged_attention(
 ) -> tuple[Array, Array, Array]: ...
 
 
-@_options.keywords(
-    _MlaOptions,
-    sm_scale=1.0,
-    decode_batch_size=1,
-    mixed_q_split=1,
-    s_dtype=jnp.bfloat16,
-    transpose_kv_cache=False,
-    two_step_flash_attention=True,
-    p_same_dtype_as_v=True,
-    debug_mode=False,
-    heads_first=True,
-    return_lse=False,
-)
+@_options.keywords(_MlaOptions, **_DEFAULTS)
 def mla_ragged_paged_attention(
     ql_nope: ArrayLike,
     q_pe: ArrayLike,
@@ -154,14 +157,29 @@ def mla_ragged_paged_attention(
       >>> out.shape, cache_kv[:, :, :, 0].reshape(3, 4).astype(int).tolist()
       ((8, 2, 512), [[0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
     """
+    tokens = (ql_nope, q_pe, new_kv_c, new_k_pe, cache_kv)
+    return _run(tokens, (kv_lens, page_indices, cu_q_lens, distribution), options)
+
+
+def _run(
+    tokens: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike, ArrayLike],
+    sequences: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike],
+    options: Mapping[str, Any],
+) -> tuple[Array, Array] | tuple[Array, Array, Array]:
+    """Writes and attends: `(out, cache)`, or with `return_lse` `(out, cache, lse)`, from a user's arguments.
+
+    Args:
+      tokens: queries, new latents and keys, and the cache.
+      sequences: `kv_lens`, `page_indices`, `cu_q_lens` and `distribution`.
+      options: all keywords.
+    """
     _check_options(options)
     heads_first = _checks.static_bool("heads_first", options["heads_first"])
-    tokens = (ql_nope, q_pe, new_kv_c, new_k_pe, cache_kv)
-    call = _Call.checked(*tokens, (kv_lens, page_indices, cu_q_lens, distribution), heads_first)
+    call = _Call.checked(*tokens, sequences, heads_first)
     return_lse = _checks.static_bool("return_lse", options["return_lse"])
     own = _own_options(options)
     scoring = _options.Scoring.checked(own, call.queries.shape[2])
-    warn_of_eager_update("mla_ragged_paged_attention", call.cache, stacklevel=4)
+    warn_of_eager_update("mla_ragged_paged_attention", call.cache, stacklevel=6)
     cache = _write(call)
     out, lse = _attend(call, cache.reshape(call.pool_shape), scoring, own)
     if str(out.dtype) != call.out_dtype:

@@ -13,11 +13,12 @@ MASKS = {"scale": 0.25, "sliding_window": 20, "soft_cap": 1.5}
 INT8: dict[str, Any] = {"page_dtype": "int8", "k_scale": (0.02, 0.01), "v_scale": 0.03}
 # DeepSeek's, in decode, where one key serves all heads, and in prompts, where every head has its own.
 MLA: dict[str, Any] = {"head_dim": 576, "value_dim": 512, "values_in_keys": True, "num_kv_heads": 1, "dtype": "bf16"}
+WIDE: dict[str, Any] = {"head_dim": 512, "dtype": "bf16"}  # Gemma 4's layers without a window
 PLAIN: dict[str, Any] = {"head_dim": 192, "value_dim": 128, "dtype": "bf16"}
 
 
 def cases() -> list[Case]:
-    return [*_apart(), *_plain_tiles(), *_in_keys(), *_mla()]
+    return [*_apart(), *_plain_tiles(), *_in_keys(), *_mla(), *_wide()]
 
 
 def _apart() -> list[Case]:
@@ -80,7 +81,6 @@ def _in_keys() -> list[Case]:
         DECODE.vary("decode_k_eq_v", "values are keys", dtype="bf16", **same),
         MIXED.vary("mixed_k_eq_v_e4m3", "values are keys, in fp8", page_dtype="e4m3", k_scale=(0.5, 1.5), **same),
         PROMPT.vary("prompt_k_eq_v_512", "the widest head dim of today's models", **{**same, "head_dim": 512}),
-        DECODE.vary("decode_512", "a head dim of 512 with a pool of values", head_dim=512, dtype="bf16"),
     ]
 
 
@@ -111,4 +111,43 @@ def _mla() -> list[Case]:
         MIXED.vary("mla_mixed_e4m3", "chunks over an fp8 MLA cache, two heads", **two_heads),
         PROMPT.vary("mla_prompt", "many rows over an MLA cache", **MLA),
         PROMPT.vary("mla_prompt_e4m3", "many rows over an fp8 MLA cache", page_size=8, **e4m3, **MLA),
+    ]
+
+
+def _wide() -> list[Case]:
+    """A head dim of 512, values in the keys or in a pool of their own."""
+    f16 = {**WIDE, "dtype": "f16"}
+    same = {**WIDE, "values_in_keys": True}
+    masks: dict[str, Any] = {"keywords": {**MASKS, "scale": 0.1}, "sinks": True, "bad_ids": BAD}
+    long: dict[str, Any] = {"kv_lens": (2500, 37, 0, 1100), "max_pages": 40, "page_size": 64}
+    dense = {"keywords": {"causal": False, "sliding_window": 30}}
+    # So many rows that query heads may count as two groups.
+    rows: dict[str, Any] = {
+        "num_heads": 8, "q_lens": (140, 1, 3, 70), "kv_lens": (590, 300, 9, 70), "page_size": 8, "max_pages": 74,
+    }  # fmt: skip
+    bad = {"bad_ids": ((0, 0, -1), (0, 9, INT32_MAX), (1, 2, -19), (3, 8, INT32_MAX))}
+    return [
+        DECODE.vary("decode_512", "a head dim of 512 with a pool of values", **WIDE),
+        DECODE.vary("decode_512_long", "KV splits", num_heads=8, **long, **f16),
+        DECODE.vary("decode_512_masks", "all keywords, pages outside the pool", page_size=8, **masks, **WIDE),
+        DECODE.vary("decode_512_in_keys", "one pool, several heads of keys", num_heads=8, **long, **same),
+        DECODE.vary("decode_512_e4m3", "fp8 pages of this head dim", **E4M3, **WIDE),
+        MIXED.vary("mixed_512", "decode rows and chunks, copied by rows", page_size=17, **masks, **WIDE),
+        MIXED.vary("mixed_512_in_keys", "the same over one pool", page_size=17, **masks, **same),
+        MIXED.vary("mixed_512_interleaved", "keys and values in one pool side by side", layout="interleaved", **WIDE),
+        PROMPT.vary("prompt_512", "three query heads per key", **f16),
+        PROMPT.vary("rows_512", "prompts of several row tiles", **rows, **WIDE),
+        PROMPT.vary(
+            "rows_512_bad_ids",
+            "boxes without a page, two query heads per key",
+            **{**rows, "num_heads": 4},
+            **bad,
+            **f16,
+        ),
+        PROMPT.vary(
+            "rows_512_all", "all keywords", keywords={**MASKS, "sliding_window": 200}, sinks=True, **rows, **WIDE
+        ),
+        PROMPT.vary("rows_512_dense", "no causality, with a window", **rows, **dense, **WIDE),
+        PROMPT.vary("rows_512_mha", "as many heads of keys as of queries", **{**rows, "num_heads": 2}, **WIDE),
+        PROMPT.vary("rows_512_in_keys", "prompts over one pool, with all keywords", **rows, **{**masks, **bad}, **same),
     ]

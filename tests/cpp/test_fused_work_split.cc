@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "engines/fused/decode/cta_range_cursor.h"
+#include "engines/fused/decode/row_tile_sums.h"
 #include "engines/fused/mla8/traits.h"
 
 namespace jpa::test {
@@ -112,15 +113,26 @@ struct Split {
   int32_t before, index;
 };
 
+// How a kernel counts the tiles of a sequence's row tiles: MLA's, which have prompts too, by sums.
+enum class Count { kOneByOne, kBySums };
+
 // Walks the ranges of all CTAs as the kernel does.
 template <int tile_rows = kTileRows>
-std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
+std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_ctas, bool batch_invariant,
+                                               Count count) {
   std::map<RowBlockKey, std::vector<Split>> splits;
   const HeadQueues queues = MakeHeadQueues(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
   for (int64_t cta = 0; cta < num_ctas; ++cta) {
     const HeadRange heads = HeadsOfQueue(batch.facts, queues, static_cast<int32_t>(cta % queues.num_queues));
     HeadTiles of_head;
-    for (int32_t i = 0; i < batch.size(); ++i) of_head.Add<tile_rows>(batch.facts, batch(i));
+    const bool by_sums = count == Count::kBySums;
+    for (int32_t i = 0; i < batch.size(); ++i) {
+      if (by_sums) {
+        AddTiles(batch.facts, batch(i), &of_head);
+      } else {
+        of_head.Add<tile_rows>(batch.facts, batch(i));
+      }
+    }
     const int64_t total = batch.num_tiles<tile_rows>() * heads.size(),
                   per = TilesPerCta(of_head, heads, queues);
     CHECK(of_head.total == batch.num_tiles<tile_rows>(), "%d tiles of %d", static_cast<int>(of_head.total),
@@ -128,14 +140,17 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
     const int64_t first = cta / queues.num_queues * per;
     if (cta / queues.num_queues >= queues.ctas_per_queue.divisor() || first >= total) continue;
     const auto tiles_of = [&](int32_t index) {
-      return NumTiles<tile_rows>(batch.facts, heads, batch(index));
+      return by_sums ? heads.size() * SumTilesPerHead(batch.facts, batch(index))
+                     : NumTiles<tile_rows>(batch.facts, heads, batch(index));
     };
     int64_t offset = first;
     int32_t index = 0;
     for (; offset >= tiles_of(index); ++index) offset -= tiles_of(index);
     const Batch& sequences = batch;
-    CtaRangeCursor<const Batch, tile_rows> range(batch.facts, heads, batch.size(), sequences, index, offset,
-                                                 per, batch_invariant);
+    const TilePlace place = by_sums ? FindTile(batch.facts, batch(index), offset) : TilePlace{0, 0, offset};
+    CtaRangeCursor<const Batch, tile_rows> range(batch.facts, heads, batch.size(), sequences, index,
+                                                 place.offset, per, batch_invariant, place.head,
+                                                 place.row_tile);
     int64_t walked = 0;
     Split split{};
     if (range.skips()) range.Next();
@@ -162,8 +177,8 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
 }
 
 template <int tile_rows = kTileRows>
-void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant) {
-  const auto splits = Walk<tile_rows>(batch, num_ctas, batch_invariant);
+void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant, Count count = Count::kOneByOne) {
+  const auto splits = Walk<tile_rows>(batch, num_ctas, batch_invariant, count);
   int64_t row_blocks = 0, tiles_seen = 0;
   for (int32_t i = 0; i < batch.size(); ++i) {
     const Sequence sequence = batch(i);
@@ -216,9 +231,42 @@ void RangesTakeEachTileOnce() {
     for (const int64_t num_ctas :
          {int64_t{1}, int64_t{2}, int64_t{7}, int64_t{264}, total - 1, total, total + 1}) {
       if (num_ctas < 1) continue;
-      Check<tile_rows>(batch, num_ctas, false);
-      Check<tile_rows>(batch, num_ctas, true);
+      // Other row tiles than those of kTileRows have no sums.
+      for (const Count count : {Count::kOneByOne, Count::kBySums}) {
+        if (count == Count::kBySums && tile_rows != kTileRows) continue;
+        Check<tile_rows>(batch, num_ctas, false, count);
+        Check<tile_rows>(batch, num_ctas, true, count);
+      }
     }
+  }
+}
+
+void SumsAreThoseOfRowTiles() {
+  std::mt19937 random(3);
+  const auto below = [&random](int32_t n) {
+    return static_cast<int32_t>(random() % static_cast<uint32_t>(n));
+  };
+  for (int repeat = 0; repeat < 20000; ++repeat) {
+    const CallFacts facts = {.group = FastDivisor(1 + below(below(3) == 0 ? 200 : 20)),
+                             .num_kv_heads = 1,
+                             .num_rows = 5000,
+                             .capacity = INT32_MAX,
+                             .sliding_window = below(2) == 0 ? 0 : 1 + below(500),
+                             .causal = below(4) != 0};
+    const int32_t longest = below(3) == 0 ? INT32_MAX : below(2) == 0 ? 500 : 50000;
+    const Sequence sequence = MakeSequence(facts, below(longest), below(8) - 3, below(600));
+    int64_t tiles = 0;
+    for (int32_t t = 0; t < NumRowTiles(facts, sequence); ++t) {
+      const int32_t size = VisibleTiles(facts, sequence, t).size();
+      CHECK(TilesBefore(facts, sequence, t) == tiles, "row tile %d", t);
+      for (const int32_t offset : {0, size - 1}) {
+        if (size == 0 || NumRowTiles(facts, sequence) < kManyRowTiles) continue;
+        const TilePlace place = FindTile(facts, sequence, tiles + offset);
+        CHECK(place.head == 0 && place.row_tile == t && place.offset == offset, "row tile %d", t);
+      }
+      tiles += size;
+    }
+    CHECK(SumTilesPerHead(facts, sequence) == tiles, "%d row tiles", NumRowTiles(facts, sequence));
   }
 }
 
@@ -238,7 +286,7 @@ void EqualUnitsStayWhole() {
   for (int32_t i = 0; i < 64; ++i) batch.raw.push_back({i == 40 ? 0 : 4096, i, 1});
   for (const int32_t length : {4096, 4095, 4033}) {
     batch.raw[5].kv_len = length;  // as many tiles
-    for (const auto& [row_block, splits] : Walk(batch, 264, false))
+    for (const auto& [row_block, splits] : Walk(batch, 264, false, Count::kOneByOne))
       CHECK(splits.size() == 1, "%d splits", static_cast<int>(splits.size()));
     Check(batch, 264, false);
   }
@@ -327,6 +375,7 @@ int main() {
   jpa::test::TilesHaveTheKeysThatRowsSee<jpa::fused::kMla8TileRows>();
   jpa::test::RangesTakeEachTileOnce<jpa::fused::kTileRows>();
   jpa::test::RangesTakeEachTileOnce<jpa::fused::kMla8TileRows>();
+  jpa::test::SumsAreThoseOfRowTiles();
   jpa::test::OneUnitOverAllShares();
   jpa::test::EqualUnitsStayWhole();
   jpa::test::NumbersBeyondTheirRange();

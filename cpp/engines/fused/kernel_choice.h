@@ -45,25 +45,32 @@ PrefillKernelInfo PrefillKernelFor(const AttentionProblem& problem) {
   });
 }
 
-// Kernels over 8-bit pages have both loaders.
-template <Loader loader>
+// An MLA kernel for values in that place, wherever the call has them. Those over 8-bit pages have both loaders,
+// and values in the keys.
+template <ValuePlace place, Loader loader, Sharing sharing = Sharing::kNone>
 MlaKernelInfo MlaKernelFor(const AttentionProblem& problem) {
-  return ForHeadDims(MlaHeadDims(), problem, [&](auto dims) {
-    return ByteWidth(problem.kv_dtype) == 1
-               ? Mla8KernelOf<dims.kHeadDim, dims.kValueDim>(problem.q_dtype, problem.kv_dtype)
-               : MlaKernelOf<dims.kHeadDim, dims.kValueDim, loader>(problem.q_dtype, problem.kv_dtype);
+  using List = std::conditional_t<place == ValuePlace::kInKeys, MlaHeadDims, WideHeadDims>;
+  return ForHeadDims(List(), problem, [&](auto dims) {
+    if constexpr (place == ValuePlace::kInKeys) {
+      if (ByteWidth(problem.kv_dtype) == 1)
+        return Mla8KernelOf<dims.kHeadDim, dims.kValueDim>(problem.q_dtype, problem.kv_dtype);
+    }
+    return MlaKernelOf<dims.kHeadDim, dims.kValueDim, place, loader, sharing>(problem.q_dtype,
+                                                                              problem.kv_dtype);
   });
 }
 
-// True if MLA kernels have the head dims and dtypes: then no other kernel has them. They take them only where
-// the values are in the keys.
+// True if MLA kernels have the head dims and dtypes: then no other kernel has them.
 inline bool IsMla(const AttentionProblem& problem) {
-  return MlaKernelFor<Loader::kCpAsync>(problem).kernel != nullptr;
+  constexpr Loader kAny = Loader::kCpAsync;
+  return MlaKernelFor<ValuePlace::kInKeys, kAny>(problem).kernel != nullptr ||
+         MlaKernelFor<ValuePlace::kOwnPool, kAny>(problem).kernel != nullptr;
 }
 
 // Packed rows of the problem's row blocks, in decode or MLA.
 inline int32_t TileRowsOf(const AttentionProblem& problem) {
-  return IsMla(problem) ? MlaKernelFor<Loader::kCpAsync>(problem).tile_rows : kTileRows;
+  const MlaKernelInfo info = MlaKernelFor<ValuePlace::kInKeys, Loader::kCpAsync>(problem);
+  return problem.ValuesInKeys() && info.kernel != nullptr ? info.tile_rows : kTileRows;
 }
 
 }  // namespace jpa::fused

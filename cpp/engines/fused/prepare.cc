@@ -75,7 +75,31 @@ Status PrepareDecode(const AttentionProblem& problem, int num_sms, Device* devic
   return AllowSharedMemory(info.kernel, device->shared_bytes, "shared memory of the decode kernel");
 }
 
-Status PrepareMla(const MlaKernelInfo& info, MlaDevice* mla) {
+// CTAs wait for each other, so a grid has no more of them than the device runs at the same time.
+Status FindClustersAtOnce(int cluster, MlaDevice* mla) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {.x = static_cast<unsigned>(cluster), .y = 1, .z = 1};
+  const int wanted = mla->num_ctas / cluster * cluster;
+  const cudaLaunchConfig_t launch = {.gridDim = dim3(static_cast<unsigned>(wanted)),
+                                     .blockDim = dim3(static_cast<unsigned>(mla->threads)),
+                                     .dynamicSmemBytes = static_cast<size_t>(mla->shared_bytes),
+                                     .stream = nullptr,
+                                     .attrs = &attribute,
+                                     .numAttrs = 1};
+  int clusters = 0;
+  if (Status s = Check(cudaOccupancyMaxActiveClusters(&clusters, mla->kernel, &launch),
+                       "number of clusters of the MLA kernel");
+      !s.ok()) {
+    return s;
+  }
+  mla->num_ctas = std::min(wanted, clusters * cluster);
+  if (mla->num_ctas == 0) mla->kernel = nullptr;
+  return Status::Ok();
+}
+
+// For clusters of so many CTAs.
+Status PrepareMla(const MlaKernelInfo& info, int num_sms, int cluster, MlaDevice* mla) {
   int capability = 0;
   if (Status s = Check(device::CompiledFor(info.kernel, &capability), "no MLA kernel for this device");
       !s.ok())
@@ -85,8 +109,39 @@ Status PrepareMla(const MlaKernelInfo& info, MlaDevice* mla) {
         "implementation: 'fused' has MLA kernels for compute capability 9.0 alone; 'cublaslt' runs on "
         "others");
   }
-  *mla = {.kernel = info.kernel, .threads = info.threads, .shared_bytes = info.shared_bytes};
-  return AllowSharedMemory(info.kernel, info.shared_bytes, "shared memory of the MLA kernel");
+  if (Status s = AllowSharedMemory(info.kernel, info.shared_bytes, "shared memory of the MLA kernel");
+      !s.ok())
+    return s;
+  *mla = {.kernel = info.kernel,
+          .num_ctas = std::min(num_sms, kMaxMlaCtas),
+          .threads = info.threads,
+          .shared_bytes = info.shared_bytes};
+  return cluster == 1 ? Status::Ok() : FindClustersAtOnce(cluster, mla);
+}
+
+template <ValuePlace place>
+Status PrepareMlaLoaders(const AttentionProblem& problem, int num_sms, Device* device) {
+  if (Status s = PrepareMla(MlaKernelFor<place, Loader::kTma>(problem), num_sms, 1, &device->mla_by_tma);
+      !s.ok())
+    return s;
+  return PrepareMla(MlaKernelFor<place, Loader::kCpAsync>(problem), num_sms, 1, &device->mla_by_cp_async);
+}
+
+Status PrepareMlaKernels(const AttentionProblem& problem, int num_sms, Device* device) {
+  device->ctas_per_sm = 1;
+  device->num_sms = std::min(num_sms, kMaxMlaCtas);
+  device->overlaps = true;
+  if (problem.ValuesInKeys()) return PrepareMlaLoaders<ValuePlace::kInKeys>(problem, num_sms, device);
+  if (Status s = PrepareMlaLoaders<ValuePlace::kOwnPool>(problem, num_sms, device); !s.ok()) return s;
+  return PrepareMla(MlaKernelFor<ValuePlace::kOwnPool, Loader::kTma, Sharing::kPairs>(problem), num_sms, 2,
+                    &device->mla_by_pairs);
+}
+
+bool HasMlaKernel(const AttentionProblem& problem) {
+  constexpr Loader kAny = Loader::kCpAsync;
+  const MlaKernelInfo info = problem.ValuesInKeys() ? MlaKernelFor<ValuePlace::kInKeys, kAny>(problem)
+                                                    : MlaKernelFor<ValuePlace::kOwnPool, kAny>(problem);
+  return info.kernel != nullptr;
 }
 
 }  // namespace
@@ -102,13 +157,7 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
     return s;
   }
   if (Status s = MakeFlags(&device->partial_ready); !s.ok()) return s;
-  if (IsMla(problem) && problem.ValuesInKeys()) {
-    device->ctas_per_sm = 1;
-    device->num_sms = std::min(num_sms, kMaxMlaCtas);
-    device->overlaps = true;
-    if (Status s = PrepareMla(MlaKernelFor<Loader::kTma>(problem), &device->mla_by_tma); !s.ok()) return s;
-    return PrepareMla(MlaKernelFor<Loader::kCpAsync>(problem), &device->mla_by_cp_async);
-  }
+  if (HasMlaKernel(problem)) return PrepareMlaKernels(problem, num_sms, device);
   if (problem.num_padding_columns > 0) {
     return Status::InvalidArgument(
         "k_pages: expected keys without padding, which MLA kernels alone pass over");

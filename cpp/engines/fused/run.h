@@ -49,6 +49,7 @@ struct PrefillDevice {
 // An MLA kernel, which runs one CTA per multiprocessor, or none.
 struct MlaDevice {
   const void* kernel = nullptr;
+  int num_ctas = 0;
   int threads = 0;
   int shared_bytes = 0;  // of a CTA
 };
@@ -66,6 +67,7 @@ struct Device {
   PrefillDevice prefill_by_cp_async;                      // for any
   MlaDevice mla_by_tma;
   MlaDevice mla_by_cp_async;
+  MlaDevice mla_by_pairs;  // by TMA, for two groups of query heads with the same keys
 };
 
 // Finds the kernels for the call's dtypes and head dims, and makes them ready on the current device.

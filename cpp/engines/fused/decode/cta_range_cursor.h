@@ -13,18 +13,20 @@ namespace jpa::fused {
 template <typename Sequences, int tile_rows = kTileRows>
 class TileCursor {
  public:
-  // At tile `offset` of a sequence that has more tiles than that.
+  // At tile `offset` of a sequence, counted from the start of one of its row blocks: that of row tile
+  // `row_tile` and the queue's head number `head`. The sequence has more tiles than that.
   JPA_HOST_DEVICE TileCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs,
-                             Sequences& sequences, int32_t index, int64_t offset)
+                             Sequences& sequences, int32_t index, int64_t offset, int32_t head,
+                             int32_t row_tile)
       : call_(call),
         heads_(heads),
         num_seqs_(num_seqs),
         sequences_(sequences),
         index_(index),
         sequence_(sequences(index)),
-        head_(heads.begin),
-        row_tile_(0) {
-    tiles_ = VisibleTiles<tile_rows>(call, sequence_, 0);
+        head_(heads.begin + head),
+        row_tile_(row_tile) {
+    tiles_ = VisibleTiles<tile_rows>(call, sequence_, row_tile);
     tile_ = tiles_.begin;
     for (; offset >= tiles_.size(); tile_ = tiles_.begin) {
       offset -= tiles_.size();
@@ -84,11 +86,12 @@ class TileCursor {
 template <typename Sequences, int tile_rows = kTileRows>
 class CtaRangeCursor {
  public:
-  // From tile `offset` of sequence `index` on, the first one of a range of `per_cta` tiles.
+  // From tile `offset` of sequence `index` on, the first one of a range of `per_cta` tiles. The tile is
+  // counted from the start of the sequence, or of another of its row blocks (TileCursor).
   JPA_HOST_DEVICE CtaRangeCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs,
                                  Sequences& sequences, int32_t index, int64_t offset, int64_t per_cta,
-                                 bool batch_invariant)
-      : cursor_(call, heads, num_seqs, sequences, index, offset),
+                                 bool batch_invariant, int32_t head = 0, int32_t row_tile = 0)
+      : cursor_(call, heads, num_seqs, sequences, index, offset, head, row_tile),
         per_cta_(static_cast<int32_t>(per_cta < INT32_MAX ? per_cta : INT32_MAX)),
         left_(per_cta),
         batch_invariant_(batch_invariant) {

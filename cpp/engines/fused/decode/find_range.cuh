@@ -5,6 +5,7 @@
 
 #include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/decode/args.h"
+#include "engines/fused/decode/row_tile_sums.h"
 
 namespace jpa::fused {
 
@@ -26,6 +27,9 @@ struct RangeShared {
   int64_t warp_prefill[threads / 32];
   int64_t range_offset;  // of the range's first tile, in its sequence
   int32_t range_seq;     // that sequence's index, -1 if the range is empty
+  // Where sequences may have many row tiles, the offset counts from this row block of the sequence.
+  int32_t range_head;  // of the queue's, counted from 0
+  int32_t range_row_tile;
   RawSequence raw_sequence;
 };
 
@@ -80,8 +84,8 @@ __device__ inline void PrefetchTable(const CallArgs& call, int index, int32_t kv
 }
 
 // The sequences that a thread adds up: neighbours, so that only the one that finds the start of the range
-// walks them again.
-template <int tile_rows>
+// walks them again. With `by_sums` they may have many row tiles, as prompts have.
+template <int tile_rows, bool by_sums>
 struct OwnSequences {
   int begin, end;
   HeadTiles tiles = {};
@@ -97,7 +101,11 @@ struct OwnSequences {
       last = RawSequence(call, cu_q_lens, i);
       if (i == static_cast<int>(blockIdx.x)) PrefetchTable(call, i, last.kv_len);
       const Sequence sequence = last.Clipped(call.facts);
-      tiles.Add<tile_rows>(call.facts, sequence);
+      if constexpr (by_sums) {
+        AddTiles(call.facts, sequence, &tiles);
+      } else {
+        tiles.template Add<tile_rows>(call.facts, sequence);
+      }
       fall = fall || last.falls();
       has_prefill = has_prefill || IsPrefill(call.facts, sequence);
     }
@@ -107,7 +115,8 @@ struct OwnSequences {
 // By a whole CTA. The vote tells the compiler that a warp's threads stay together.
 __device__ inline bool AnyThread(bool value) { return __any_sync(~0u, __syncthreads_or(value)) != 0; }
 
-// Tells every thread which range the CTA has; leaves where it starts in shared memory.
+// Tells every thread which range the CTA has; leaves where it starts in shared memory. Where prefill never
+// shares multiprocessors there is none, and sequences may have many row tiles.
 template <int threads, bool may_share_sms = true, int tile_rows = kTileRows>
 __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<threads>& shared) {
   const CallArgs& call = args.call;
@@ -115,7 +124,9 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
   const int each = (num_seqs + threads - 1) / threads;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int begin = min(thread * each, num_seqs);
-  OwnSequences<tile_rows> own = {.begin = begin, .end = min(begin + each, num_seqs)};
+  // Other row tiles than those of kTileRows have no sums.
+  constexpr bool kBySums = !may_share_sms && tile_rows == kTileRows;
+  OwnSequences<tile_rows, kBySums> own = {.begin = begin, .end = min(begin + each, num_seqs)};
   const HeadTiles& mine = own.tiles;
   const int32_t* cu_q_lens = call.params.cu_q_lens;
   int64_t prefill = 0;
@@ -168,12 +179,21 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
     RawSequence raw = own.last;
 #pragma unroll 1
     for (; i > own.begin; raw = RawSequence(call, cu_q_lens, --i)) {
-      start -= NumTiles<tile_rows>(call.facts, range.heads, raw.Clipped(call.facts));
+      const Sequence sequence = raw.Clipped(call.facts);
+      start -= kBySums ? heads * SumTilesPerHead(call.facts, sequence)
+                       : NumTiles<tile_rows>(call.facts, range.heads, sequence);
       if (first >= start) break;
     }
     shared.range_seq = i;
     shared.range_offset = first - (i > own.begin ? start : before);
     shared.raw_sequence = raw;
+    if constexpr (!may_share_sms) {
+      TilePlace place = {.head = 0, .row_tile = 0, .offset = shared.range_offset};
+      if constexpr (kBySums) place = FindTile(call.facts, raw.Clipped(call.facts), place.offset);
+      shared.range_head = place.head;
+      shared.range_row_tile = place.row_tile;
+      shared.range_offset = place.offset;
+    }
   }
   __syncthreads();
   return range;

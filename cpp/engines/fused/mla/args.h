@@ -17,9 +17,12 @@ struct MlaArgs {
   // partial_ready has a word per CTA that counts the row block which begins in the CTA's range and goes on in
   // others (merge_splits.cuh).
   DecodeArgs decode;
-  CUtensorMap k_map;      // TMA loads alone (tensor_map.h)
+  // TMA loads alone (tensor_map.h); v_map only of values with a pool of their own.
+  CUtensorMap k_map;
+  CUtensorMap v_map;
   int32_t k_head_step;    // 0: all heads have the same keys, and scales of one head
-  int32_t box_rows_log2;  // tokens of the map's box
+  int32_t box_rows_log2;  // tokens of a box
+  bool reads_again;       // several row blocks have the same keys
   // Pages of 8 bits alone: keys come by TMA; and the scale of values, which the kernel itself multiplies with
   // (the call has none: who merges KV splits knows no heads with the same keys).
   bool by_tma;

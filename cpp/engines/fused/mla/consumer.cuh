@@ -21,6 +21,7 @@
 #include "engines/fused/mla/merge_splits.cuh"
 #include "engines/fused/mla/shared_memory.cuh"
 #include "engines/fused/mla/softmax.cuh"
+#include "engines/fused/mla/stages.cuh"
 
 namespace jpa::fused {
 
@@ -30,7 +31,7 @@ class MlaConsumer {
   // The same code serves both warpgroups: with one copy each, the loop would not stay in the instruction
   // caches.
   __device__ MlaConsumer(const MlaArgs& args, MlaShared<Traits>& shared, int warpgroup)
-      : args_(args), shared_(shared), warpgroup_(warpgroup) {}
+      : args_(args), shared_(shared), warpgroup_(warpgroup), stages_(shared, warpgroup) {}
 
   // Attends to all tiles of the CTA. Products are in flight across its functions: so it must be inlined.
   __device__ __forceinline__ void Attend() {
@@ -56,13 +57,8 @@ class MlaConsumer {
 
   // ---- tiles
 
-  // Each warpgroup has a stage for its tiles.
-  static_assert(Traits::kStages == Traits::kConsumerWarpgroups);
-  __device__ int own_stage() const { return warpgroup_; }
-  __device__ int other_stage() const { return 1 - warpgroup_; }
-  // The half of the values that the warpgroup multiplies.
-  __device__ KeyPart own_values() const { return static_cast<KeyPart>(warpgroup_); }
-  __device__ static int OwnerOf(uint32_t tile) { return StageOf<Traits::kStages>(tile); }
+  static constexpr int kOwners = Traits::kConsumerWarpgroups;
+  __device__ static int OwnerOf(uint32_t tile) { return StageOf<kOwners>(tile); }
   __device__ const MlaTile& Tile(uint32_t tile) const {
     return shared_.descriptors[StageOf<Traits::kDescriptors>(tile)];
   }
@@ -70,15 +66,8 @@ class MlaConsumer {
     device::WaitForPhase(&shared_.described[StageOf<Traits::kDescriptors>(tile)],
                          ParityOf<Traits::kDescriptors>(tile));
   }
-  __device__ static void ArrivePerWarp(device::Barrier* barrier) {
-    __syncwarp();
-    if (device::LaneId() == 0) device::Arrive(barrier);
-  }
   __device__ void ReleaseDescriptor(uint32_t tile) {
     ArrivePerWarp(&shared_.descriptor_empty[StageOf<Traits::kDescriptors>(tile)]);
-  }
-  __device__ void ReleaseKeys(uint32_t tile, KeyPart part) {
-    ArrivePerWarp(&shared_.keys_empty[StageOf<Traits::kStages>(tile)][part]);
   }
   // When all scores of a split are there.
   __device__ void ReleaseQueriesIfLast(uint32_t tile) {
@@ -99,10 +88,9 @@ class MlaConsumer {
     if (!Traits::kUsesCpAsync || warpgroup_ == 0) return true;
     const uint32_t next = tile_ + 1;
     AwaitDescriptor(next);
-    device::Barrier* const keys = &shared_.keys_full[StageOf<Traits::kStages>(next)][0];
     bool there;
     do {
-      there = device::PhaseEnded(keys, ParityOf<Traits::kStages>(next));
+      there = stages_.KeysAreThere(next);
     } while (!there && !device::PhaseEnded(&shared_.probabilities_full, ParityOf<1>(tile_)));
     return device::NamedBarrierAll<kOwnBarrier + 1, 128>(there);
   }
@@ -119,7 +107,7 @@ class MlaConsumer {
     if (!own) {
       AddOthers();
       device::WgmmaWait<0>(out_);
-      ReleaseKeys(tile_, own_values());
+      stages_.Release(tile_, stages_.own_values());
       return;
     }
     float factors[2];
@@ -135,10 +123,10 @@ class MlaConsumer {
       bool in_flight = false;
       if (others) {
         AddOthers();
-        in_flight = KeysAreThere(own_tile);
+        in_flight = __any_sync(~0u, stages_.KeysAreThere(own_tile));
         if (!in_flight) {
           device::WgmmaWait<0>(out_);
-          ReleaseKeys(tile_, own_values());
+          stages_.Release(tile_, stages_.own_values());
         }
       }
       IssueQK(own_tile);
@@ -146,36 +134,39 @@ class MlaConsumer {
       SignalScores();
       needs_mask = softmax_.NeedsMask(Tile(own_tile));
       device::WgmmaWait<1>(out_);
-      if (in_flight) ReleaseKeys(tile_, own_values());
+      if (in_flight) stages_.Release(tile_, stages_.own_values());
       device::WgmmaWait<0>(scores_);
     }
+    if constexpr (!Traits::kValuesInKeys) ReleaseLastKeys(own_tile);
     rises = softmax_.Prepare(args_.decode.call, Tile(own_tile), needs_mask, scores_, factors);
     // So far the other's tile is done, and the memory of its values may be needed.
     constexpr int kBefore = 20;
     softmax_.template Exponentiate<0, kBefore>(scores_);
     device::ComputeBeforeNext(softmax_.sum(0), softmax_.sum(1));
     device::WgmmaWait<0>(out_);
-    if (scores_first) ReleaseKeys(tile_, own_values());
+    if (scores_first) stages_.Release(tile_, stages_.own_values());
     softmax_.template Exponentiate<kBefore, kTileKeys / 2>(scores_);
     if (others) ReleaseDescriptor(tile_);
     tile_ = own_tile;
-    ReleaseKeys(tile_, kOtherKeys);
+    if constexpr (Traits::kValuesInKeys && Traits::kOtherBlocks > 0) stages_.Release(tile_, kOtherKeys);
     ReleaseQueriesIfLast(tile_);
     Pack();
     ShareProbabilities(needs_mask);
     if (rises && accumulates_) ScaleOutput(factors);
+    AwaitValues();
     device::WgmmaFence();
     IssuePVOfOwn();
     device::WgmmaCommit();
     device::WgmmaWait<0>(out_);
     accumulates_ = true;
-    ReleaseKeys(tile_, own_values());
+    stages_.Release(tile_, stages_.own_values());
   }
 
   // Starts to add the other's tile.
   __device__ __forceinline__ void AddOthers() {
     AwaitProbabilities();
     ReleaseQueriesIfLast(tile_);
+    AwaitValues();
     device::WgmmaFence();
     IssuePVOfOther();
     device::WgmmaCommit();
@@ -207,7 +198,7 @@ class MlaConsumer {
     for (int i = 0; i < kBlocks; ++i)
       device::Stmatrix(device::SwizzledFrom(place, kMlaStrides, 0, 2 * i), probabilities_[i]);
     softmax_.Leave(shared_.maxima);
-    if (!Traits::kUsesCpAsync && needs_mask) ZeroTail();
+    if (Traits::kValuesInKeys && !Traits::kUsesCpAsync && needs_mask) ZeroTail();
     device::FenceSharedForAsync();
     // Who has left maxima arrives: one lane per warp would do, but racecheck does not follow that.
     __syncwarp();
@@ -222,16 +213,25 @@ class MlaConsumer {
     if (softmax_.Follow(shared_.maxima, factors) && accumulates_) ScaleOutput(factors);
   }
 
-  // Values of a TMA box past the sequence's end may be anything, and 0 * NaN is NaN. As keys they have been
-  // used.
+  // Until the warpgroup's half of the tile's values is there. Those in keys are, once there are scores.
+  __device__ void AwaitValues() {
+    if constexpr (Traits::kValuesInKeys) return;
+    stages_.AwaitValues(tile_, stages_.own_values());
+    if constexpr (!Traits::kUsesCpAsync) ZeroTail();
+  }
+
+  // Values of a TMA box past the sequence's end may be anything, and 0 * NaN is NaN. Those in keys have been
+  // used as keys, and the tile's owner overwrites them for both. Else each warpgroup has its half, since it
+  // knows of no other half whether it is there.
   __device__ void ZeroTail() {
     const int end = Tile(tile_).kv_len - Tile(tile_).key;
     if (end >= kTileKeys) return;
-    constexpr int kChunks = Traits::kValueBlocks * 8;
+    constexpr int kChunks = (Traits::kValuesInKeys ? Traits::kValueBlocks : Traits::kHalfBlocks) * 8;
+    const int first = Traits::kValuesInKeys ? 0 : warpgroup_ * kChunks;
     char* const values = shared_.keys[StageOf<Traits::kStages>(tile_)];
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x) % 128; i < (kTileKeys - end) * kChunks; i += 128) {
-      const int key = end + i / kChunks, chunk = i % kChunks;
+      const int key = end + i / kChunks, chunk = first + i % kChunks;
       *reinterpret_cast<uint4*>(values + device::SwizzledChunk(kMlaStrides, key, chunk)) = {0, 0, 0, 0};
     }
     device::FenceSharedForAsync();
@@ -251,14 +251,7 @@ class MlaConsumer {
     if (warpgroup_ == 0) ArrivePerWarp(&shared_.scores_issued);
   }
   __device__ void AwaitScoresIssued(uint32_t tile) {
-    if (warpgroup_ == 1) device::WaitForPhase(&shared_.scores_issued, ParityOf<Traits::kStages>(tile));
-  }
-
-  // True if the last keys of a tile, as they are asked for, are there.
-  __device__ bool KeysAreThere(uint32_t tile) {
-    const int column = Traits::kFullParts == 1 ? 0 : Traits::kValueBlocks - 1;
-    return __any_sync(
-        ~0u, device::PhaseEnded(&shared_.keys_full[own_stage()][column], ParityOf<Traits::kStages>(tile)));
+    if (warpgroup_ == 1) device::WaitForPhase(&shared_.scores_issued, ParityOf<kOwners>(tile));
   }
 
   // Scores of one column of blocks after the other, as they come: first those that have no values, then those
@@ -271,23 +264,49 @@ class MlaConsumer {
       awaits_queries_ = false;
     }
     AwaitScoresIssued(tile);
-    constexpr int kHalf = Traits::kHalfBlocks;
-    const int half = args_.decode.call.batch_invariant ? 0 : warpgroup_;
-    IssueColumns<Traits::kColumnBlocks - Traits::kValueBlocks>(tile, Traits::kValueBlocks, false);
-    IssueColumns<kHalf>(tile, half * kHalf, Traits::kColumnBlocks > Traits::kValueBlocks);
-    IssueColumns<kHalf>(tile, (1 - half) * kHalf, true);
+    if constexpr (!Traits::kValuesInKeys) {
+      IssueParts(tile);
+    } else {
+      constexpr int kHalf = Traits::kHalfBlocks;
+      const int half = args_.decode.call.batch_invariant ? 0 : warpgroup_;
+      IssueColumns<Traits::kOtherBlocks>(tile, Traits::kValueBlocks, false);
+      IssueColumns<kHalf>(tile, half * kHalf, Traits::kOtherBlocks > 0);
+      IssueColumns<kHalf>(tile, (1 - half) * kHalf, true);
+    }
+  }
+
+  // Likewise of keys apart from values, part after part. What the MMAs before the latest ones have read is
+  // released.
+  __device__ __forceinline__ void IssueParts(uint32_t tile) {
+#pragma unroll
+    for (int part = 0; part < Traits::kKeyParts; ++part) {
+      IssueColumns<Traits::kPartBlocks>(tile, Traits::kValueBlocks + part * Traits::kPartBlocks, part > 0);
+      if (part == Traits::kKeyParts - 1) return;
+      device::WgmmaCommit();
+      if (part == 0) continue;
+      device::WgmmaWait<1>();
+      stages_.Release(tile, kOtherKeys + part - 1);
+    }
+  }
+
+  // When the scores are there.
+  __device__ void ReleaseLastKeys(uint32_t tile) {
+    stages_.Release(tile, kOtherKeys + Traits::kKeyParts - 2);
+    stages_.Release(tile, kOtherKeys + Traits::kKeyParts - 1);
   }
 
   template <int columns>
   __device__ __forceinline__ void IssueColumns(uint32_t tile, int first, bool accumulates) {
     const int start = first * kMlaStrides.columns;
+    const int of_queries = start - (Traits::kValuesInKeys ? 0 : Traits::kValueBlocks * kMlaStrides.columns);
     const uint64_t queries =
-        device::MatrixDescriptor(device::SharedAddress(shared_.queries) + start, kMlaStrides);
+        device::MatrixDescriptor(device::SharedAddress(shared_.queries) + of_queries, kMlaStrides);
     const uint64_t keys =
-        device::MatrixDescriptor(device::SharedAddress(shared_.keys[own_stage()]) + start, kMlaStrides);
+        device::MatrixDescriptor(device::SharedAddress(shared_.keys[stages_.own()]) + start, kMlaStrides);
 #pragma unroll
     for (int i = 0; i < columns; ++i) {
-      if (Traits::kFullParts > 1 || (!accumulates && i == 0)) AwaitKeys(tile, first + i);
+      if (Traits::kValuesInKeys ? Traits::kFullParts > 1 || (!accumulates && i == 0) : i == 0)
+        stages_.AwaitKeys(tile, first + i);
       device::WgmmaFence();
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -296,13 +315,6 @@ class MlaConsumer {
                               accumulates || i > 0 || j > 0);
       }
     }
-  }
-
-  // Until a column of blocks is there.
-  __device__ void AwaitKeys(uint32_t tile, int column) {
-    device::WaitForPhase(&shared_.keys_full[own_stage()][Traits::kFullParts == 1 ? 0 : column],
-                         ParityOf<Traits::kStages>(tile));
-    if constexpr (Traits::kUsesCpAsync) device::FenceSharedForAsync();
   }
 
   // The warpgroup's values of 16 keys.
@@ -315,7 +327,7 @@ class MlaConsumer {
   __device__ void IssuePVOfOwn() {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i)
-      device::WgmmaRS<Math>(out_, probabilities_[i], Values(own_stage(), i), accumulates_ || i > 0);
+      device::WgmmaRS<Math>(out_, probabilities_[i], Values(stages_.own(), i), accumulates_ || i > 0);
   }
 
   __device__ void IssuePVOfOther() {
@@ -323,7 +335,7 @@ class MlaConsumer {
         device::MatrixDescriptor(device::SharedAddress(shared_.probabilities), kMlaStrides);
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
-      device::WgmmaSSValues<Math>(out_, device::Advance(probabilities, 32 * i), Values(other_stage(), i),
+      device::WgmmaSSValues<Math>(out_, device::Advance(probabilities, 32 * i), Values(stages_.other(), i),
                                   accumulates_ || i > 0);
     }
   }
@@ -356,7 +368,8 @@ class MlaConsumer {
 
   const MlaArgs& args_;
   MlaShared<Traits>& shared_;
-  const int warpgroup_;       // the same in all lanes, which the compiler knows
+  const int warpgroup_;  // the same in all lanes, which the compiler knows
+  const MlaStages<Traits> stages_;
   uint32_t tile_ = 0;         // of the CTA
   uint32_t split_ = 0;        // likewise
   bool accumulates_ = false;  // O has something of the split

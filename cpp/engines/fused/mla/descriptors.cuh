@@ -16,13 +16,14 @@ template <int tile_rows>
 class MlaTileWalk {
  public:
   __device__ MlaTileWalk(const CallArgs& call, const CtaRange& range, SequencesAhead& sequences, int32_t seq,
-                         int64_t offset)
+                         const TilePlace& place)
       : call_(call),
         cta_(range.cta),
         num_queues_(range.queues.num_queues),
+        first_head_(range.heads.begin),
         per_cta_(static_cast<int32_t>(range.tiles < INT32_MAX ? range.tiles : INT32_MAX)),
-        range_(call.facts, range.heads, static_cast<int32_t>(call.problem.num_seqs), sequences, seq, offset,
-               range.tiles, call.batch_invariant) {}
+        range_(call.facts, range.heads, static_cast<int32_t>(call.problem.num_seqs), sequences, seq,
+               place.offset, range.tiles, call.batch_invariant, place.head, place.row_tile) {}
 
   // True if the range has no more tiles.
   __device__ bool done() const { return range_.done(); }
@@ -43,7 +44,9 @@ class MlaTileWalk {
     }
   }
 
-  // Leaves the tile's descriptor.
+  // Leaves the tile's descriptor. Of `sharers` CTAs with the same keys each has a queue, and so a group of
+  // the query heads of each KV head.
+  template <int sharers>
   __device__ void Describe(MlaTile* descriptor) const {
     uint32_t valid[kKeysPerLane];
 #pragma unroll
@@ -61,6 +64,7 @@ class MlaTileWalk {
     descriptor->ends_split = range_.EndsSplit();
     descriptor->key = at.tile() * kTileKeys;
     DescribeRowBlock(call_.facts, at, descriptor);
+    if constexpr (sharers > 1) descriptor->head = sharers * (at.head() - first_head_) + cta_ % sharers;
     if (range_.EndsSplit()) DescribeSplit(descriptor);
   }
 
@@ -87,6 +91,7 @@ class MlaTileWalk {
   const CallArgs& call_;
   const int32_t cta_;
   const int32_t num_queues_;
+  const int32_t first_head_;  // of the CTA's queue
   const int32_t per_cta_;
   CtaRangeCursor<SequencesAhead, tile_rows> range_;
   int32_t pages_[kKeysPerLane];  // of the next tile's keys
@@ -98,7 +103,9 @@ __device__ inline void DescribeTiles(const MlaArgs& args, const CtaRange& range,
   constexpr int kRing = Traits::kDescriptors;
   const RangeShared<Traits::kThreads>& start = shared.start.range;
   SequencesAhead sequences(args.decode.call, range.cu_q_lens, start.raw_sequence);
-  MlaTileWalk<Traits::kRows> walk(args.decode.call, range, sequences, start.range_seq, start.range_offset);
+  const TilePlace place = {
+      .head = start.range_head, .row_tile = start.range_row_tile, .offset = start.range_offset};
+  MlaTileWalk<Traits::kRows> walk(args.decode.call, range, sequences, start.range_seq, place);
   uint32_t tile = 0;
 #pragma unroll 1
   for (;; walk.Advance()) {
@@ -108,7 +115,7 @@ __device__ inline void DescribeTiles(const MlaArgs& args, const CtaRange& range,
     MlaTile* const descriptor = &shared.descriptors[StageOf<kRing>(tile)];
     const bool done = walk.done();
     if (!done) {
-      walk.Describe(descriptor);
+      walk.template Describe<Traits::kSharers>(descriptor);
     } else if (device::LaneId() == 0) {
       descriptor->exists = 0;
     }

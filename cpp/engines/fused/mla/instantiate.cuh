@@ -1,4 +1,4 @@
-// The kernels of one pair of head dims.
+// The kernels of one pair of head dims and place of values.
 #pragma once
 
 #include "engines/fused/mla/kernel.cuh"
@@ -6,23 +6,23 @@
 
 namespace jpa::fused {
 
-template <DType q_dtype, Loader loader, int key_dim, int value_dim>
+template <DType q_dtype, Loader loader, int key_dim, int value_dim, ValuePlace place, Sharing sharing>
 MlaKernelInfo MlaInfoOf() {
-  using Traits = MlaTraits<q_dtype, loader, key_dim, value_dim>;
+  using Traits = MlaTraits<q_dtype, loader, key_dim, value_dim, place, sharing>;
   return {.kernel = reinterpret_cast<const void*>(&MlaKernel<Traits>),
           .threads = Traits::kThreads,
           .shared_bytes = MlaSharedBytes<Traits>(),
           .tile_rows = Traits::kRows};
 }
 
-template <int key_dim, int value_dim, Loader loader>
+template <int key_dim, int value_dim, ValuePlace place, Loader loader, Sharing sharing>
 MlaKernelInfo MlaKernelOf(DType q_dtype, DType kv_dtype) {
   if (kv_dtype != q_dtype) return {};
   switch (q_dtype) {
     case DType::kBF16:
-      return MlaInfoOf<DType::kBF16, loader, key_dim, value_dim>();
+      return MlaInfoOf<DType::kBF16, loader, key_dim, value_dim, place, sharing>();
     case DType::kF16:
-      return MlaInfoOf<DType::kF16, loader, key_dim, value_dim>();
+      return MlaInfoOf<DType::kF16, loader, key_dim, value_dim, place, sharing>();
     default:
       return {};
   }

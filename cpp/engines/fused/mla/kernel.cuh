@@ -38,10 +38,9 @@ __device__ inline void InitMlaBarriers(MlaShared<Traits>& shared) {
   device::InitBarrier(&shared.queries_empty, kWarps);
   for (int i = 0; i < Traits::kStages; ++i) {
     // The lane that asks for a column of blocks by TMA, or each thread that loads by cp.async.
-    for (auto& full : shared.keys_full[i])
-      device::InitBarrier(&full, Traits::kUsesCpAsync ? 32 * Traits::kKeyWarps : 1);
+    for (auto& full : shared.keys_full[i]) device::InitBarrier(&full, Traits::kFullArrivals);
     for (auto& empty : shared.keys_empty[i])
-      device::InitBarrier(&empty, kWarps / Traits::kConsumerWarpgroups);
+      device::InitBarrier(&empty, Traits::kSharers * kWarps / Traits::kConsumerWarpgroups);
   }
   device::InitBarrier(&shared.probabilities_full,
                       kWarps / Traits::kConsumerWarpgroups * MlaSoftmax::kLanesThatLeave);
@@ -62,6 +61,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) MlaKernel(const __grid_co
   }
   // Nobody passes the barriers in it before those of the pipeline are there.
   const CtaRange range = FindCtaRange<Traits::kThreads, false>(args.decode, shared.start.range);
+  if constexpr (Traits::kSharers > 1) device::ClusterSync();
 
   if (threadIdx.x >= Traits::kConsumerThreads) {
     device::ShrinkRegisters<Traits::kProducerRegisters>();
@@ -83,6 +83,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) MlaKernel(const __grid_co
   device::NamedBarrierSync<1, Traits::kConsumerThreads>();
   MlaConsumer<Traits>(args, shared, __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0)).Attend();
   MergeSplitRowBlocks<Traits, 1>(args.decode, shared);
+  // The other CTA arrives at barriers of this one's memory until it has no more tiles.
+  if constexpr (Traits::kSharers > 1) device::ClusterSync();
 #endif
 }
 

@@ -1,10 +1,22 @@
-// The MLA kernels: one per dtype, loader and pair of head dims.
+// The MLA kernels: one per dtype, loader, pair of head dims and place of values.
 #pragma once
 
 #include "core/problem.h"
 #include "engines/fused/prefill/loader.h"
 
 namespace jpa::fused {
+
+enum class ValuePlace {
+  kInKeys,   // the first numbers of each key
+  kOwnPool,  // v_pages
+};
+
+enum class Sharing {
+  kNone,
+  // Neighbouring CTAs, a cluster of two, have two groups of query heads of the same rows, which use the same
+  // keys and values: each CTA loads half of them for both.
+  kPairs,
+};
 
 struct MlaKernelInfo {
   const void* kernel = nullptr;  // takes MlaArgs; null: there is none
@@ -13,7 +25,7 @@ struct MlaKernelInfo {
   int tile_rows = 0;     // packed rows of a row block
 };
 
-template <int key_dim, int value_dim, Loader loader>
+template <int key_dim, int value_dim, ValuePlace place, Loader loader, Sharing sharing>
 MlaKernelInfo MlaKernelOf(DType q_dtype, DType kv_dtype);
 
 }  // namespace jpa::fused

@@ -36,10 +36,6 @@ struct MlaTile : MlaSplit {
   __device__ bool all_valid() const { return (valid[0] & valid[1]) == ~0u; }
 };
 
-// The parts of a stage by who needs them last: each warpgroup its half of the values, and whoever makes the
-// scores what no value has.
-enum KeyPart { kLeftValues, kRightValues, kOtherKeys, kNumKeyParts };
-
 template <typename Traits>
 struct MlaShared {
   // Behind the last tile the consumers merge.
@@ -68,7 +64,7 @@ struct MlaShared {
   device::Barrier described[Traits::kDescriptors], descriptor_empty[Traits::kDescriptors];
   device::Barrier queries_full, queries_empty;
   device::Barrier keys_full[Traits::kStages][Traits::kFullParts];
-  device::Barrier keys_empty[Traits::kStages][kNumKeyParts];
+  device::Barrier keys_empty[Traits::kStages][Traits::kNumParts];
   device::Barrier probabilities_full;
   // By warpgroup 0, when all MMAs of its tile's scores are on their way.
   device::Barrier scores_issued;

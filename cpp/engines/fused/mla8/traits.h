@@ -26,6 +26,7 @@ struct Mla8Traits {
   static constexpr int kConsumerThreads = 128 * kWarpgroups;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
   static constexpr int kRows = kMla8TileRows;
+  static constexpr int kSharers = 1;  // CTAs of a cluster
   // Warp 0 makes tile descriptors, three load keys.
   static constexpr int kProducerThreads = 128;
   static constexpr int kProducerWarps = kProducerThreads / 32;
