@@ -32,16 +32,25 @@ Kind = tuple[int, bool, int, int]
 Inputs = tuple[Any, ...]
 
 
-def make_inputs(kind: Kind, lengths: tuple[int, ...], page_size: int, rows: tuple[int, ...] | None = None) -> Inputs:
-    """q, pools, lengths and tables in bf16, of `rows` query rows per sequence; pages that no table names are NaN."""
+def make_inputs(
+    kind: Kind, lengths: tuple[int, ...], page_size: int, rows: tuple[int, ...] | None = None, *, may_grow: bool = False
+) -> Inputs:
+    """q, pools, tables and lengths in bf16, of `rows` query rows per sequence.
+
+    Tokens that no sequence has are NaN; with `may_grow` those of pages that no table names.
+    """
     key_dim, own_pool, heads, kv_heads = kind
     batch, width = len(lengths), max(-(-max(lengths) // page_size), 1)
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (sum(rows) if rows else batch, heads, key_dim), jnp.bfloat16)
     ids = np.random.default_rng(0).permutation(2 * batch * width).astype(np.int32)
-    used, unused = ids[: batch * width].reshape(batch, width), ids[batch * width :]
+    used = ids[: batch * width].reshape(batch, width)
+    live = np.zeros((len(ids), page_size, 1, 1), bool)
+    for table, length in zip(used, lengths, strict=True):
+        tokens = np.arange(width * page_size if may_grow else length)
+        live[table[tokens // page_size], tokens % page_size] = True
     pools = [
-        jax.random.normal(key, (len(ids), page_size, kv_heads, dim), jnp.bfloat16).at[unused].set(jnp.nan)
+        jnp.where(live, jax.random.normal(key, (len(ids), page_size, kv_heads, dim), jnp.bfloat16), jnp.nan)
         for key, dim in zip(keys[1:], (key_dim, VALUE_DIM) if own_pool else (key_dim,), strict=False)
     ]
     return q, tuple(pools), jnp.asarray(used), jnp.asarray(lengths, jnp.int32)
@@ -87,6 +96,7 @@ PROMPTS = {
     "prompts": ((300, 300), (257, 900), (64, 64), (1, 700), (40, 30)),
     "chunk": ((130, 9000),),
     "drafts": ((3, 700), (2, 5000), (1, 64), (4, 4)),
+    "many_short": tuple((2, i % 150) for i in range(600)),
 }
 
 
@@ -134,7 +144,7 @@ def test_a_prompt_has_the_same_bits_in_any_batch(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", [MLA_128, TWO_POOLS], ids=["mla_128", "two_pools"])
 def test_lengths_grow_between_replays_of_a_graph(kind: Kind) -> None:
-    q, pools, tables, lengths = make_inputs(kind, (1, 500, 63, 64), 64)
+    q, pools, tables, lengths = make_inputs(kind, (1, 500, 63, 64), 64, may_grow=True)
 
     @jax.jit
     def layers(q: jax.Array, lengths: jax.Array) -> jax.Array:
