@@ -44,19 +44,28 @@ def kinds(*some: Kind) -> Any:
 KINDS = kinds(MLA_16, MLA_128, *MLA_8_BIT, ONE_POOL, ONE_POOL_8_BIT, TWO_POOLS)
 
 
-def make_inputs(kind: Kind, lengths: tuple[int, ...], page_size: int, rows: tuple[int, ...] | None = None) -> Inputs:
-    """q in bf16, pools, lengths and tables, of `rows` query rows per sequence; pages that no table names are NaN."""
+def make_inputs(
+    kind: Kind, lengths: tuple[int, ...], page_size: int, rows: tuple[int, ...] | None = None, *, may_grow: bool = False
+) -> Inputs:
+    """q in bf16, pools, tables and lengths, of `rows` query rows per sequence.
+
+    Tokens that no sequence has are NaN or 127; with `may_grow` those of pages that no table names.
+    """
     key_dim, own_pool, heads, kv_heads, page_dtype = kind
     batch, width = len(lengths), max(-(-max(lengths) // page_size), 1)
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (sum(rows) if rows else batch, heads, key_dim), jnp.bfloat16)
     ids = np.random.default_rng(0).permutation(2 * batch * width).astype(np.int32)
-    used, unused = ids[: batch * width].reshape(batch, width), ids[batch * width :]
+    used = ids[: batch * width].reshape(batch, width)
+    live = np.zeros((len(ids), page_size, 1, 1), bool)
+    for table, length in zip(used, lengths, strict=True):
+        tokens = np.arange(width * page_size if may_grow else length)
+        live[table[tokens // page_size], tokens % page_size] = True
     pools = []
     for key, dim in zip(keys[1:], (key_dim, VALUE_DIM) if own_pool else (key_dim,), strict=False):
         pool = jax.random.normal(key, (len(ids), page_size, kv_heads, dim), jnp.bfloat16)
         pool = (pool if page_dtype == "bf16" else pool / SCALE).astype(PAGE_DTYPES[page_dtype])
-        pools.append(pool.at[unused].set(127 if page_dtype == "int8" else jnp.nan))
+        pools.append(jnp.where(live, pool, jnp.asarray(127 if page_dtype == "int8" else jnp.nan, pool.dtype)))
     return q, tuple(pools), jnp.asarray(used), jnp.asarray(lengths, jnp.int32)
 
 
@@ -101,6 +110,7 @@ PROMPTS = {
     "prompts": ((300, 300), (257, 900), (64, 64), (1, 700), (40, 30)),
     "chunk": ((130, 9000),),
     "drafts": ((3, 700), (2, 5000), (1, 64), (4, 4)),
+    "many_short": tuple((2, i % 150) for i in range(600)),
 }
 
 
@@ -148,7 +158,7 @@ def test_a_prompt_has_the_same_bits_in_any_batch(kind: Kind) -> None:
 
 @kinds(MLA_128, MLA_8_BIT[3], TWO_POOLS)
 def test_lengths_grow_between_replays_of_a_graph(kind: Kind) -> None:
-    q, pools, tables, lengths = make_inputs(kind, (1, 500, 63, 64), 64)
+    q, pools, tables, lengths = make_inputs(kind, (1, 500, 63, 64), 64, may_grow=True)
 
     @jax.jit
     def layers(q: jax.Array, lengths: jax.Array) -> jax.Array:

@@ -171,6 +171,19 @@ inline Status CheckAttributes(const AttentionAttributes& attributes) {
   return Status::Ok();
 }
 
+// Which rows of q each sequence has.
+inline Status ExpectRows(const AttentionTensors& tensors, bool decode, int64_t num_seqs) {
+  if (tensors.Has("cu_q_lens")) {
+    if (Status s = Expect(tensors["cu_q_lens"], {num_seqs + 1}); !s.ok()) return s;
+    if (Status s = ExpectRank(tensors["num_seqs"]); !s.ok()) return s;
+    const bool is_given = tensors["num_seqs"].dim(0) != 0;
+    return Expect(tensors["num_seqs"], {is_given ? 1 : 0});
+  }
+  const int64_t num_ranges = decode ? 0 : num_seqs;
+  if (Status s = Expect(tensors["q_starts"], {num_ranges}); !s.ok()) return s;
+  return Expect(tensors["q_counts"], {num_ranges});
+}
+
 // Dtypes and shapes of all tensors against each other.
 inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Target& target,
                                     const AttentionAttributes& attributes, AttentionProblem* problem) {
@@ -211,16 +224,7 @@ inline Status ParseAttentionProblem(const AttentionTensors& tensors, const Targe
   const int64_t num_seqs = block_tables.dim(0), max_pages = block_tables.dim(1);
   if (Status s = Expect(block_tables, {num_seqs, max_pages}); !s.ok()) return s;
   if (Status s = Expect(tensors["kv_lens"], {num_seqs}); !s.ok()) return s;
-  if (tensors.Has("cu_q_lens")) {
-    if (Status s = Expect(tensors["cu_q_lens"], {num_seqs + 1}); !s.ok()) return s;
-    if (Status s = ExpectRank(tensors["num_seqs"]); !s.ok()) return s;
-    const bool is_given = tensors["num_seqs"].dim(0) != 0;
-    if (Status s = Expect(tensors["num_seqs"], {is_given ? 1 : 0}); !s.ok()) return s;
-  } else {
-    const int64_t num_ranges = attributes.decode ? 0 : num_seqs;
-    if (Status s = Expect(tensors["q_starts"], {num_ranges}); !s.ok()) return s;
-    if (Status s = Expect(tensors["q_counts"], {num_ranges}); !s.ok()) return s;
-  }
+  if (Status s = ExpectRows(tensors, attributes.decode, num_seqs); !s.ok()) return s;
   if (attributes.decode && num_rows != num_seqs) {
     return Mismatch(q, "one row for each of the " + std::to_string(num_seqs) + " sequences");
   }

@@ -45,8 +45,8 @@ PrefillKernelInfo PrefillKernelFor(const AttentionProblem& problem) {
   });
 }
 
-// An MLA kernel for values in that place, wherever the call has them. Those over 8-bit pages have both loaders,
-// and values in the keys.
+// An MLA kernel for values in that place, wherever the call has them. Those over 8-bit pages have both
+// loaders, and values in the keys.
 template <ValuePlace place, Loader loader, Sharing sharing = Sharing::kNone>
 MlaKernelInfo MlaKernelFor(const AttentionProblem& problem) {
   using List = std::conditional_t<place == ValuePlace::kInKeys, MlaHeadDims, WideHeadDims>;

@@ -293,9 +293,9 @@ Status MakeMlaTensorMaps(MlaArgs* args) {
 // `decode` are the arguments but for what depends on the number of CTAs and on who has which heads.
 Status LaunchMla(DecodeArgs* decode, const Options& options, const Device& device, cudaStream_t stream) {
   CallArgs& call = decode->call;
-  const bool by_tma = MlaTensorMapExists(call.problem, KeyPool(call.problem, call.params)) &&
-                      (call.problem.ValuesInKeys() ||
-                       MlaTensorMapExists(call.problem, ValuePool(call.problem, call.params)));
+  const bool by_tma =
+      MlaTensorMapExists(call.problem, KeyPool(call.problem, call.params)) &&
+      (call.problem.ValuesInKeys() || MlaTensorMapExists(call.problem, ValuePool(call.problem, call.params)));
   const bool by_pairs = by_tma && MayPair(call, options, device.mla_by_pairs);
   const MlaDevice& kernel = by_pairs ? device.mla_by_pairs
                             : by_tma ? device.mla_by_tma

@@ -185,15 +185,11 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
       if (first >= start) break;
     }
     shared.range_seq = i;
-    shared.range_offset = first - (i > own.begin ? start : before);
     shared.raw_sequence = raw;
-    if constexpr (!may_share_sms) {
-      TilePlace place = {.head = 0, .row_tile = 0, .offset = shared.range_offset};
-      if constexpr (kBySums) place = FindTile(call.facts, raw.Clipped(call.facts), place.offset);
-      shared.range_head = place.head;
-      shared.range_row_tile = place.row_tile;
-      shared.range_offset = place.offset;
-    }
+    TilePlace tile = {.head = 0, .row_tile = 0, .offset = first - (i > own.begin ? start : before)};
+    if constexpr (kBySums) tile = FindTile(call.facts, raw.Clipped(call.facts), tile.offset);
+    if constexpr (!may_share_sms) shared.range_head = tile.head, shared.range_row_tile = tile.row_tile;
+    shared.range_offset = tile.offset;
   }
   __syncthreads();
   return range;

@@ -1,12 +1,15 @@
-// Attention for few query rows over keys that are values too (multi-head latent attention: DeepSeek-V2,
-// 2024): many query heads share one long key, of which the first columns are the value.
+// Attention with values of 512 numbers, for any number of query rows: over keys that are values too, as in
+// multi-head latent attention (DeepSeek-V2, 2024), where many query heads share one long key, or over keys
+// and values apart.
 //
 // Work is split as decode's (decode/work_split.h): a CTA has a range of key tiles of 64 keys, for 64 packed
-// rows at a time. A tile is loaded once.
+// rows at a time. Keys that are values too are loaded once.
 //
 // descriptors.cuh: one warp walks these tiles, looks up their pages and leaves a descriptor per tile.
 //
 // loads.cuh: other producer warps load keys and queries.
+//
+// stages.cuh: when keys and values are there, and when no longer needed.
 //
 // consumer.cuh: two warpgroups make scores, softmax (softmax.cuh) and sums of values by wgmma. The epilogue
 // (epilogue.cuh) writes results of whole row blocks, and leaves KV splits in scratch memory.
