@@ -487,11 +487,9 @@ def test_a_step_has_prompts_and_chunks_over_a_cache_of_latents() -> None:
         sequences = np.repeat(np.arange(len(parts)), [end - begin for begin, end in parts])
         slots = np.asarray(tables)[sequences, positions // 4] * 4 + positions % 4
         ends = np.cumsum([0, *(end - begin for begin, end in parts)])
-        kv_lens = [end for _, end in parts]
-        return model(
-            tokens[positions],
-            StepMetadata(*map(np.int32, (positions, slots, tables, kv_lens, ends, len(parts)))),
-        )
+        kv_lens = np.array([end for _, end in parts])
+        arrays = (positions, slots, np.asarray(tables), kv_lens, ends, np.array(len(parts)))
+        return model(tokens[positions], StepMetadata(*(array.astype(np.int32) for array in arrays)))
 
     step([(0, 0), (0, 4), (0, 8), (0, 0)])
     got = step([(0, 9), (4, 9), (8, 9), (0, 0)])

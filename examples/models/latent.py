@@ -55,6 +55,7 @@ class LatentAttention(nnx.Module):
         self.frequencies = tuple(rope_frequencies(sizes.rotary_dim, config.rope_theta, scaling).tolist())
         self.rotation_factor = 1.0 if scaling is None else scaling.rotation_factor
         self.scale = config.attention_scale or head_dim**-0.5
+        self.implementation = build.implementation
         self.attention = PagedAttention(
             heads,
             1,
@@ -63,7 +64,7 @@ class LatentAttention(nnx.Module):
             values_in_keys=True,
             scale=self.scale,
             rope_theta=None,
-            implementation=build.implementation,
+            implementation=self.implementation,
         )
 
     def fuse_projections(self) -> None:
@@ -95,11 +96,11 @@ class LatentAttention(nnx.Module):
         """Attention `[T, N, value_dim]` of a step, from the two parts of queries and of what is cached."""
         if step.cu_q_lens is None:
             return self._absorbed(q, k, step)
-        kv_lens, rows = jnp.asarray(step.kv_lens), jnp.diff(jnp.asarray(step.cu_q_lens))
+        kv_lens, cu_q_lens = jnp.asarray(step.kv_lens), jnp.asarray(step.cu_q_lens)
+        whole = kv_lens == jnp.diff(cu_q_lens)
         # Rows of a sequence without keys are zeros: so each row has its result in one of the two.
-        absorbed = self._absorbed(q, k, dataclasses.replace(step, kv_lens=jnp.where(kv_lens == rows, 0, kv_lens)))
-        plain = self._prompts(q, k, dataclasses.replace(step, kv_lens=jnp.where(kv_lens == rows, kv_lens, 0)))
-        return absorbed + plain
+        absorbed = self._absorbed(q, k, dataclasses.replace(step, kv_lens=jnp.where(whole, 0, kv_lens)))
+        return absorbed + self._prompts(q, k, jnp.where(whole, kv_lens, 0), cu_q_lens, step.num_seqs)
 
     def _absorbed(self, q: tuple[Array, Array], k: tuple[Array, Array], step: StepMetadata) -> Array:
         """Attention `[T, N, value_dim]` over the cache, from the two parts of queries and of what is cached."""
@@ -108,21 +109,15 @@ class LatentAttention(nnx.Module):
         queries, keys = jnp.concatenate([absorbed, q[1]], axis=-1), jnp.concatenate(k, axis=-1)
         return jnp.einsum("tnr,nrv->tnv", self.attention(queries, keys, None, step), value_up)
 
-    def _prompts(self, q: tuple[Array, Array], k: tuple[Array, Array], step: StepMetadata) -> Array:
+    def _prompts(
+        self, q: tuple[Array, Array], k: tuple[Array, Array], kv_lens: Array, cu_q_lens: Array, num_seqs: Any
+    ) -> Array:
         """Attention `[T, N, value_dim]` of a step's own tokens: they are pages of one token each."""
         keys, values = self._keys_and_values(q, k)
-        starts = jnp.asarray(step.cu_q_lens)[:-1]
-        return ragged_paged_attention(
-            jnp.concatenate(q, axis=-1),
-            keys[:, None],
-            values[:, None],
-            step.kv_lens,
-            starts[:, None] + jnp.arange(len(keys), dtype=jnp.int32),
-            step.cu_q_lens,
-            step.num_seqs,
-            scale=self.scale,
-            implementation=self.attention.implementation,
-        )
+        tables = cu_q_lens[:-1, None] + jnp.arange(len(keys), dtype=jnp.int32)
+        options: Any = {"scale": self.scale, "implementation": self.implementation}
+        queries, pools = jnp.concatenate(q, axis=-1), (keys[:, None], values[:, None])
+        return ragged_paged_attention(queries, *pools, kv_lens, tables, cu_q_lens, num_seqs, **options)
 
     def _whole(self, q: tuple[Array, Array], k: tuple[Array, Array]) -> Array:
         """Attention `[..., T, N, value_dim]` of whole sequences."""
