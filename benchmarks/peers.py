@@ -84,7 +84,7 @@ def _engine(name: str, workload: Workload) -> Iterator[Variant]:
     def attend(x: Operands) -> Array:
         options: dict[str, Any] = {"implementation": name, "batch_invariant": w.batch_invariant}
         if w.quantized:
-            options |= {"k_scale": x.k_scale, "v_scale": x.v_scale}
+            options |= {"k_scale": x.k_scale, "v_scale": None if w.values_in_keys else x.v_scale}
         v_pages = None if w.values_in_keys else x.v_pages
         if w.values_in_keys:
             options["value_dim"] = w.value_dim

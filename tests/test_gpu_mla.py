@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import jax_paged_attn as jpa
 from jax_paged_attn import _ffi
@@ -41,7 +42,8 @@ def kinds(*some: Kind) -> Any:
     return pytest.mark.parametrize("kind", some, ids=names)
 
 
-KINDS = kinds(MLA_16, MLA_128, *MLA_8_BIT, ONE_POOL, ONE_POOL_8_BIT, TWO_POOLS)
+ALL_KINDS = kinds(MLA_16, MLA_128, *MLA_8_BIT, ONE_POOL, ONE_POOL_8_BIT, TWO_POOLS)
+KINDS = kinds(MLA_16, MLA_128, MLA_8_BIT[0], ONE_POOL, ONE_POOL_8_BIT, TWO_POOLS)
 
 
 def make_inputs(
@@ -89,19 +91,27 @@ def assert_close(got: Any, want: Any) -> None:
     np.testing.assert_allclose(got[1], want[1], atol=1e-3)
 
 
+@jax.jit
+def same_bits(results: Any, others: Any) -> jax.Array:
+    """On the device: there are many repeats, and results of prompts are large."""
+    unsigned = {2: jnp.uint16, 4: jnp.uint32}
+    views = [[lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize]) for x in some] for some in (results, others)]
+    return jnp.stack([(x == y).all() for x, y in zip(*views, strict=True)]).all()
+
+
 def bits(results: Any) -> list[bytes]:
     return [np.asarray(x).tobytes() for x in results]
 
 
 @pytest.mark.parametrize("page_size", [64, 16, 17])
-@KINDS
+@ALL_KINDS
 @pytest.mark.parametrize("lengths", [(9000,), (4096,) * 5, (1, 0, 777, 30000, 64, 5000)], ids=["one", "few", "skewed"])
 def test_kv_splits_are_merged_and_repeats_agree(lengths: tuple[int, ...], kind: Kind, page_size: int) -> None:
     inputs = make_inputs(kind, lengths, page_size)
     got = compiled()(*inputs)
     assert_close(got, attend(jpa.paged_attention_reference, *inputs))
-    for _ in range(300 if kind[-1] in ("bf16", "e4m3") else 20):
-        assert bits(compiled()(*inputs)) == bits(got)
+    for _ in range(300):
+        assert same_bits(compiled()(*inputs), got)
 
 
 # Rows and lengths of each sequence. Where the mean number of rows is large, two query heads' groups share keys.
@@ -114,7 +124,7 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("page_size", [64, 8, 17])
+@pytest.mark.parametrize("page_size", [64, 17])
 @KINDS
 @pytest.mark.parametrize("sequences", PROMPTS.values(), ids=PROMPTS)
 @pytest.mark.parametrize("keywords", [{}, {"causal": False, "sliding_window": 100}], ids=["causal", "window"])
@@ -128,7 +138,7 @@ def test_rows_of_prompts_and_chunks(
     got = call(*inputs, starts)
     assert_close(got, attend(jpa.ragged_paged_attention_reference, *inputs, starts, **keywords))
     for _ in range(30):
-        assert bits(call(*inputs, starts)) == bits(got)
+        assert same_bits(call(*inputs, starts), got)
 
 
 @pytest.mark.parametrize("page_size", [64, 17])
