@@ -30,17 +30,19 @@ class Mla8Consumer {
   __device__ Mla8Consumer(const MlaArgs& args, Mla8Shared<Traits>& shared, int warpgroup, int warp)
       : args_(args), shared_(shared), warpgroup_(warpgroup), warp_(warp) {}
 
-  // Attends to all tiles of the CTA.
+  // Attends to all tiles of the CTA. Votes tell the compiler that a warp's lanes stay together, though what
+  // they read from shared memory decides: else descriptors of wgmma would not stay in uniform registers, and
+  // half as many instructions again would stand between MMAs.
   __device__ void Attend() {
 #pragma unroll 1
     for (uint32_t tile = 0;; ++tile) {
       constexpr int kRing = Traits::kDescriptors;
       device::WaitForPhase(&shared_.described[StageOf<kRing>(tile)], ParityOf<kRing>(tile));
       const MlaTile& descriptor = shared_.descriptors[StageOf<kRing>(tile)];
-      if (!descriptor.exists) return;
-      if (descriptor.starts_split) StartSplit(descriptor);
-      if (by_rows_ || static_cast<int>(tile % 2) == warpgroup_) AddTile(descriptor, tile);
-      if (descriptor.ends_split) Epilogue(descriptor);
+      if (!__any_sync(~0u, descriptor.exists)) return;
+      if (__any_sync(~0u, descriptor.starts_split)) StartSplit(descriptor);
+      if (__any_sync(~0u, by_rows_ || static_cast<int>(tile % 2) == warpgroup_)) AddTile(descriptor, tile);
+      if (__any_sync(~0u, descriptor.ends_split)) Epilogue(descriptor);
       ArriveOf(&shared_.descriptor_empty[StageOf<kRing>(tile)], 1);
     }
   }
@@ -61,7 +63,7 @@ class Mla8Consumer {
   __device__ int first_row() const { return by_rows_ ? warpgroup_ * kMla8WarpgroupRows : 0; }
 
   __device__ void StartSplit(const MlaTile& tile) {
-    by_rows_ = tile.num_rows > kMla8WarpgroupRows;
+    by_rows_ = __any_sync(~0u, tile.num_rows > kMla8WarpgroupRows);
     awaits_queries_ = true;
     softmax_.Start(args_.decode.call, tile, first_row());
 #pragma unroll
@@ -86,14 +88,13 @@ class Mla8Consumer {
     constexpr int kRing = Traits::kStages;
     if (awaits_queries_) LoadQueries(tile);
     turn_ ^= 1;
-    char* const keys = shared_.keys[StageOf<kRing>(number)];
+    const uint32_t keys = device::SharedAddress(shared_.keys[StageOf<kRing>(number)]);
     device::WaitForPhase(&shared_.keys_full[StageOf<kRing>(number)], ParityOf<kRing>(number));
     Mla8Softmax::Scores scores;
-    MultiplyKeys(device::SharedAddress(keys), scores);
+    MultiplyKeys(keys, scores);
     softmax_.Scale(args_.decode.call, tile, scores);
     LeaveProbabilities(scores);
-    if (tile.kv_len - tile.key < kTileKeys) ZeroTail(keys, tile.kv_len - tile.key);
-    AddValues(device::SharedAddress(keys), number);
+    AddValues(keys, number);
   }
 
   // ---- scores
@@ -139,13 +140,15 @@ class Mla8Consumer {
   }
 
   // Turns scores into probabilities for all four warps. They are counted from the maxima of the tiles before,
-  // which seldom have to rise; only then do warps ask each other.
+  // which seldom have to rise; only then do warps ask each other, and start anew.
   __device__ void LeaveProbabilities(const Mla8Softmax::Scores& scores) {
     Mla8Softmax::Scores probabilities;
-    const bool rises = softmax_.Rises(scores);
-    softmax_.Exponentiate(scores, probabilities);
-    Store(probabilities);
-    if (!device::NamedBarrierAll<128>(kOwnBarrier + warpgroup_, !rises)) {
+    bool rises = softmax_.Rises(scores);
+#pragma unroll 1
+    for (;; rises = false) {
+      softmax_.Exponentiate(scores, probabilities);
+      Store(probabilities);
+      if (__any_sync(~0u, device::NamedBarrierAll<128>(kOwnBarrier + warpgroup_, !rises))) break;
       auto& largest = shared_.largest[warpgroup_];
       Mla8Softmax::LeaveLargest(scores, largest[warp_]);
       SyncWarpgroup();
@@ -156,9 +159,6 @@ class Mla8Consumer {
 #pragma unroll
         for (int i = 0; i < 8; ++i) block[i] *= factors[Mla8RowOf(i)];
       }
-      softmax_.Exponentiate(scores, probabilities);
-      Store(probabilities);
-      SyncWarpgroup();
     }
     softmax_.AddToSums(probabilities);
   }
@@ -178,28 +178,6 @@ class Mla8Consumer {
   }
 
   // ---- values
-
-  // Values of a TMA box past the sequence's end may be anything, and 0 * NaN is NaN. As keys the warpgroup
-  // has used them, and no other warp of it has the same columns of values. Where both warpgroups have the
-  // tile, the first one does it when both have used the keys.
-  __device__ void ZeroTail(char* keys, int end) const {
-    if (by_rows_) device::NamedBarrierSync<kMla8AllBarrier, Traits::kConsumerThreads>();
-    if (!by_rows_ || warpgroup_ == 0) ZeroValues(keys, end);
-    __syncwarp();
-    if (by_rows_) device::NamedBarrierSync<kMla8AllBarrier, Traits::kConsumerThreads>();
-  }
-
-  // Makes zeros of the warp's columns of keys from key `end` of the tile on.
-  __device__ void ZeroValues(char* keys, int end) const {
-#pragma unroll 1
-    for (int key = end + static_cast<int>(device::LaneId()); key < kTileKeys; key += 32) {
-      char* const chunk = keys + Mla8Chunk(static_cast<uint32_t>(key), static_cast<uint32_t>(warp_));
-#pragma unroll
-      for (int i = 0; i < Traits::kValueBlocks; ++i)
-        *reinterpret_cast<uint4*>(chunk + i * Traits::kBlockBytes) = {0, 0, 0, 0};
-    }
-    device::FenceSharedForAsync();  // TMA writes there next
-  }
 
   // The warp's chunk of two blocks as first operands: of each word of two columns of two keys one goes to the
   // upper half of a fragment's rows, the other to the lower half.

@@ -32,15 +32,14 @@
 namespace jpa::fused {
 
 template <typename Traits>
-__device__ inline void InitMla8Barriers(bool by_tma, Mla8Shared<Traits>& shared) {
+__device__ inline void InitMla8Barriers(Mla8Shared<Traits>& shared) {
   constexpr int kWarps = Traits::kConsumerWarps;
   for (int i = 0; i < Traits::kDescriptors; ++i) {
     device::InitBarrier(&shared.described[i], 32);
     device::InitBarrier(&shared.descriptor_empty[i], kWarps + Traits::kKeyWarps);
   }
   for (int i = 0; i < Traits::kStages; ++i) {
-    // The lane of each warp that asks for blocks by TMA, or each thread that loads by cp.async.
-    device::InitBarrier(&shared.keys_full[i], by_tma ? Traits::kKeyWarps : 32 * Traits::kKeyWarps);
+    device::InitBarrier(&shared.keys_full[i], 32 * Traits::kKeyWarps);
     device::InitBarrier(&shared.keys_empty[i], kWarps);
   }
   device::FenceBarrierInit();
@@ -54,7 +53,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) Mla8Kernel(const __grid_c
   auto& shared = *reinterpret_cast<Mla8Shared<Traits>*>(memory);
   device::LetNextKernelStart();
   if (threadIdx.x == 0) {
-    InitMla8Barriers(args.by_tma, shared);
+    InitMla8Barriers(shared);
     shared.num_to_merge = 0;
   }
   // Nobody passes the barriers in it before those of the pipeline are there.

@@ -1,4 +1,6 @@
-// Producer warps that load keys, tile after tile: by TMA where 8 divides the page size, else by cp.async.
+// Producer warps that load keys, tile after tile: by TMA where 8 divides the page size and a tile is whole,
+// else by cp.async. TMA would load what lies behind a sequence's end, too, which may be anything; but values
+// have to be zeros there, since 0 * NaN is NaN.
 #pragma once
 
 #include <cuda.h>
@@ -34,7 +36,12 @@ __device__ inline void LoadMla8ByTma(const MlaArgs& args, const MlaTile& descrip
   const uint64_t policy = device::EvictFirst();
   const int blocks = (Traits::kBlocks - 1 - warp) / Traits::kKeyWarps + 1;
   WaitForMla8Room(tile, shared);
-  if (lane == 0) device::ArriveAndExpectBytes(full, static_cast<uint32_t>(blocks * Traits::kBlockBytes));
+  device::FenceSharedForAsync();  // cp.async may have written there
+  if (lane == 0) {
+    device::ArriveAndExpectBytes(full, static_cast<uint32_t>(blocks * Traits::kBlockBytes));
+  } else {
+    device::Arrive(full);  // as after cp.async
+  }
   __syncwarp();
 #pragma unroll 1
   for (int box = 0; box < boxes; ++box) {
@@ -104,7 +111,7 @@ __device__ inline void LoadMla8Keys(const MlaArgs& args, int warp, Mla8Shared<Tr
     device::WaitForPhase(&shared.described[StageOf<kRing>(tile)], ParityOf<kRing>(tile));
     if (!descriptor.exists) return;
     if (warp == 0 && descriptor.starts_split) PrefetchMla8Queries<Traits>(args.decode.call, descriptor);
-    if (args.by_tma) {
+    if (args.by_tma && descriptor.kv_len - descriptor.key >= kTileKeys) {
       LoadMla8ByTma(args, descriptor, tile, warp, shared);
     } else {
       LoadMla8ByCpAsync(args, descriptor, tile, warp, shared);
