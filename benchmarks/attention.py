@@ -110,10 +110,10 @@ class Sample:
         x = operands
         scales: dict[str, Any] = {}
         k_pages, v_pages = x.k_pages, x.v_pages
-        if workload.quantized:
-            scales |= {"k_scale": x.k_scale, "v_scale": None if workload.values_in_keys else x.v_scale}
         if workload.values_in_keys:
             v_pages, scales["value_dim"] = None, workload.value_dim
+        if workload.quantized:
+            scales |= {"k_scale": x.k_scale, "v_scale": None if workload.values_in_keys else x.v_scale}
         else:
             k_pages = k_pages.astype(jnp.float32)
             v_pages = None if v_pages is None else v_pages.astype(jnp.float32)

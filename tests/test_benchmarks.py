@@ -33,7 +33,7 @@ def test_help_shows_the_command(
 
 
 def test_commands_share_all_attention_workloads() -> None:
-    parts = [gpu.ATTENTION[name] for name in ("decode", "prefill", "mla", "mixed")]
+    parts = [gpu.ATTENTION[name] for name in ("decode", "prefill", "mla", "wide", "mixed")]
     assert sorted(w.name for part in parts for w in part) == sorted(w.name for w in GPU)
     assert all(parts)
 
