@@ -50,13 +50,11 @@ def adapted(call: MlaCall, engine: str) -> MlaCall:
         call = dataclasses.replace(call, dtype="bf16")
     if row.head_dims is None:
         return call
-    return dataclasses.replace(
-        call,
-        dtype="bf16" if call.dtype == "e4m3" else call.dtype,
-        cache_dtype=None,
-        latent_dim=512,
-        rotary_dim=64,
+    call = dataclasses.replace(
+        call, dtype="bf16" if call.dtype == "e4m3" else call.dtype, latent_dim=512, rotary_dim=64
     )
+    pack = call.pack or 4 // DTYPES[call.cache_dtype or call.dtype].itemsize
+    return dataclasses.replace(call, page_size=-(-call.page_size // pack) * pack)
 
 
 def error(got: Any, want: Any) -> float:
