@@ -72,16 +72,16 @@ class Layer:
     def absorbed(self, cache_dtype: str) -> jax.Array:
         """`[T, N, 128]` over one pool of latents beside rotated keys, in the dtype of the computation."""
         x = self.cast(cache_dtype)
-        queries = jnp.einsum("tnd,nld->tnl", x.query, x.up_k)
+        queries = product("tnd,nld->tnl", x.query, x.up_k)
         queries = jnp.concatenate([queries, x.rotated_query], axis=-1)
         keys = jnp.concatenate([x.latent, x.rotated_key], axis=-1)[:, None]
         cache = filled(cache_dtype, keys, None, value_dim=LATENT, values_in_keys=True)
-        return jnp.einsum("tnl,nld->tnd", attended(cache, queries, len(keys)), x.up_v)
+        return product("tnl,nld->tnd", attended(cache, queries, len(keys)), x.up_v)
 
     def plain(self, cache_dtype: str) -> jax.Array:
         """`[T, N, 128]` over the keys and values of all heads."""
         x = self.cast(cache_dtype)
-        keys, values = (jnp.einsum("sl,nld->snd", x.latent, up) for up in (x.up_k, x.up_v))
+        keys, values = (product("sl,nld->snd", x.latent, up) for up in (x.up_k, x.up_v))
         rotated = jnp.broadcast_to(x.rotated_key[:, None], (*keys.shape[:2], ROTATED))
         keys = jnp.concatenate([keys, rotated], axis=-1)
         queries = jnp.concatenate([x.query, x.rotated_query], axis=-1)
@@ -91,6 +91,11 @@ class Layer:
         """In the dtype of the computation: float32, or bfloat16 over smaller caches."""
         dtype = jnp.float32 if cache_dtype == "float32" else jnp.bfloat16
         return dataclasses.replace(self, **{k: jnp.asarray(v, dtype) for k, v in vars(self).items()})
+
+
+def product(form: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Sums in float32, as GPUs have them: on CPUs XLA sums some products of bfloat16 in that dtype since JAX 0.12."""
+    return jnp.einsum(form, x.astype(jnp.float32), y.astype(jnp.float32)).astype(x.dtype)
 
 
 def filled(dtype: str, keys: jax.Array, values: jax.Array | None, **options: Any) -> jpa.PagedKVCache:
