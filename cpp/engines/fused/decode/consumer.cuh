@@ -11,6 +11,7 @@
 #include "device/fragment.cuh"
 #include "device/ptx.cuh"
 #include "device/softmax_state.cuh"
+#include "engines/fused/common/visible_keys.cuh"
 #include "engines/fused/decode/args.h"
 #include "engines/fused/decode/merge_rows.cuh"
 #include "engines/fused/decode/partials.cuh"
@@ -64,11 +65,7 @@ class ConsumerWarp {
       factors_[r] = ldexpf(factor, exponent);
       states_[r] = device::SoftmaxState();
     }
-#pragma unroll
-    for (int lanes = 4; lanes < 32; lanes *= 2) {
-      all_visible_.begin = max(all_visible_.begin, __shfl_xor_sync(~0u, all_visible_.begin, lanes));
-      all_visible_.end = min(all_visible_.end, __shfl_xor_sync(~0u, all_visible_.end, lanes));
-    }
+    all_visible_ = SeenByLanes<4, 32>(all_visible_);
 #pragma unroll
     for (auto& block : outputs_) block[0] = block[1] = block[2] = block[3] = 0.0f;
   }

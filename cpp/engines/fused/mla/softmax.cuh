@@ -10,6 +10,7 @@
 #include "device/exp2.cuh"
 #include "device/softmax_state.cuh"
 #include "engines/fused/common/result.cuh"
+#include "engines/fused/common/visible_keys.cuh"
 #include "engines/fused/mla/shared_memory.cuh"
 
 namespace jpa::fused {
@@ -44,11 +45,7 @@ class MlaSoftmax {
       all_visible_.end = min(all_visible_.end, visible.end);
     }
     // The keys that all rows of the warp see: so a warp masks by itself.
-#pragma unroll
-    for (int lanes = 4; lanes < 32; lanes *= 2) {
-      all_visible_.begin = max(all_visible_.begin, __shfl_xor_sync(~0u, all_visible_.begin, lanes));
-      all_visible_.end = min(all_visible_.end, __shfl_xor_sync(~0u, all_visible_.end, lanes));
-    }
+    all_visible_ = SeenByLanes<4, 32>(all_visible_);
   }
 
   // True if some row of the warp does not see some key of a tile.

@@ -8,6 +8,7 @@
 #include "core/visibility.h"
 #include "device/exp2.cuh"
 #include "device/softmax_state.cuh"
+#include "engines/fused/common/visible_keys.cuh"
 #include "engines/fused/mla8/shared_memory.cuh"
 
 namespace jpa::fused {
@@ -37,11 +38,7 @@ class Mla8Softmax {
       all_visible_.begin = max(all_visible_.begin, visible.begin);
       all_visible_.end = min(all_visible_.end, visible.end);
     }
-#pragma unroll
-    for (int lanes = 1; lanes < 4; lanes *= 2) {
-      all_visible_.begin = max(all_visible_.begin, __shfl_xor_sync(~0u, all_visible_.begin, lanes));
-      all_visible_.end = min(all_visible_.end, __shfl_xor_sync(~0u, all_visible_.end, lanes));
-    }
+    all_visible_ = SeenByLanes<1, 4>(all_visible_);
   }
 
   // Takes the factors of q . k (LoadMla8Queries).

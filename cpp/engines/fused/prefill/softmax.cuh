@@ -13,6 +13,7 @@
 #include "device/ptx.cuh"
 #include "device/softmax_state.cuh"
 #include "engines/fused/common/result.cuh"
+#include "engines/fused/common/visible_keys.cuh"
 #include "engines/fused/prefill/args.h"
 #include "engines/fused/prefill/shared_memory.cuh"
 
@@ -54,11 +55,7 @@ class RowSoftmax {
       all_visible_.end = min(all_visible_.end, visible_[r].end);
     }
     // The keys that all rows of the warp see: so a warp masks by itself.
-#pragma unroll
-    for (int lanes = 4; lanes < 32; lanes *= 2) {
-      all_visible_.begin = max(all_visible_.begin, __shfl_xor_sync(~0u, all_visible_.begin, lanes));
-      all_visible_.end = min(all_visible_.end, __shfl_xor_sync(~0u, all_visible_.end, lanes));
-    }
+    all_visible_ = SeenByLanes<4, 32>(all_visible_);
   }
 
   // For 8-bit pages: takes in the powers of two that queries were divided by.
