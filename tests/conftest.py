@@ -1,7 +1,7 @@
 """The fixtures `engine` and `compiled_engine`: the name of each engine, skipped where it cannot run.
 
-The latter leaves the plain JAX of "reference" out. Also says which cases are slow on which engine, and picks the share
-of the parameters that JPA_SHARE asks for.
+The latter leaves the plain JAX of "reference" out, and the mark `engines` those that a test is not about. Also says
+which cases are slow on which engine, and picks the share of the parameters that JPA_SHARE asks for.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ def _engine_params(engines: Sequence[_engines.Engine]) -> list[object]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    chosen = metafunc.definition.get_closest_marker("engines")
+    engines = [engine for engine in _engines.ENGINES if chosen is None or chosen.kwargs["that"](engine)]
     if "engine" in metafunc.fixturenames:
-        metafunc.parametrize("engine", _engine_params(_engines.ENGINES))
+        metafunc.parametrize("engine", _engine_params(engines))
     if "compiled_engine" in metafunc.fixturenames:
-        metafunc.parametrize("compiled_engine", _engine_params([e for e in _engines.ENGINES if e.name != "reference"]))
+        metafunc.parametrize("compiled_engine", _engine_params([e for e in engines if e.name != "reference"]))
 
 
 @pytest.hookimpl(tryfirst=True)  # before marks select tests

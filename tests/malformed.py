@@ -244,7 +244,7 @@ def malformed_attention(engine: str) -> Iterator[Call]:
 
 
 def malformed_cumulative(engine: str) -> Iterator[Call]:
-    """Of the target that takes `cu_q_lens`."""
+    """Calls of the target that takes `cu_q_lens`."""
     call = attention(engine, cumulative=True)
     yield call
     yield from wrong_attributes(call)
@@ -258,7 +258,7 @@ def malformed_cumulative(engine: str) -> Iterator[Call]:
 
 
 def malformed_values(engine: str) -> Iterator[Call]:
-    """Of the target for values of another head dim, or in the keys."""
+    """Calls of the target for values of another head dim, or in the keys."""
     call = attention(engine, layout="values_in_keys")
     yield call
     yield from (wrong for wrong in wrong_attributes(call) if "layout" in wrong.label)

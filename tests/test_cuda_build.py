@@ -191,7 +191,7 @@ def test_a_symbolic_batch_exports_for_cuda(keywords: dict[str, Any]) -> None:
 
 
 def digests() -> list[str]:
-    """Of calls as they are lowered with the module that serves here."""
+    """Digests of calls as they are lowered with the module that serves here."""
     calls = [lowered(name, engine) for name in ("decode", "mixed") for engine in ("fused", "cublaslt")]
     return [hashlib.sha256(call.encode()).hexdigest() for call in calls]
 

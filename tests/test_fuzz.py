@@ -147,11 +147,10 @@ def test_any_call_is_as_the_oracle(engine: str) -> None:
     check()
 
 
+@pytest.mark.engines(that=lambda row: row.batch_invariant)
 @fuzzed(15)
 @given(data=st.data())
 def test_any_batch_invariant_call_has_the_bits_of_each_sequence_alone(engine: str, data: st.DataObject) -> None:
-    if not harness.engine_row(engine).batch_invariant:
-        pytest.skip("gives no such guarantee")
     case = data.draw(cases(engine).filter(lambda case: case.function == "paged_attention"), label="case")
     (q, k_pages, v_pages, tables, lengths), traced = build(case).arguments()
     keywords = {**traced, **case.keywords, "implementation": engine, "batch_invariant": True, "return_lse": True}
@@ -210,11 +209,10 @@ def _arguments(function: str, operands: dict[str, Any]) -> tuple[tuple[Any, ...]
     return tuple(operands[name] for name in ARGUMENTS[function]), traced
 
 
+@pytest.mark.engines(that=lambda row: "float32" in row.q_dtypes)  # it is compared in f32
 @fuzzed(6)
 @given(data=st.data())
 def test_any_gradient_is_that_of_dense_attention(engine: str, data: st.DataObject) -> None:
-    if "float32" not in harness.engine_row(engine).q_dtypes:
-        pytest.skip("compared in f32")
     case = data.draw(cases(engine, dtype="f32", page_dtype=None), label="case")
     attend, operands = harness.differentiable(case, implementation=engine)
     bars = normal_like(jax.eval_shape(attend, *operands), 1)

@@ -360,14 +360,16 @@ BATCHES = [
 ]
 
 
+guarantees = pytest.mark.engines(that=lambda row: row.batch_invariant)
+
+
 def batch_invariant(case: Case, engine: str) -> Case:
-    """The case as the engine takes it, with the guarantee asked for; skips engines that do not give it."""
-    if not harness.engine_row(engine).batch_invariant:
-        pytest.skip("gives no such guarantee")
+    """The case as the engine takes it, with the guarantee asked for."""
     case = harness.adapted(case, engine)
     return dataclasses.replace(case, keywords={**case.keywords, "batch_invariant": True})
 
 
+@guarantees
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_sequence_alone_has_the_bits_it_has_in_a_batch(engine: str, name: str) -> None:
     case = batch_invariant(BY_NAME[name], engine)
@@ -387,6 +389,7 @@ def test_a_sequence_alone_has_the_bits_it_has_in_a_batch(engine: str, name: str)
         assert digest(*alone) == digest(out[rows], lse[rows])
 
 
+@guarantees
 @pytest.mark.parametrize("name", ["decode_all", "batch_of_300", "long_decode", "decode_bf16_e4m3"])
 def test_bits_do_not_depend_on_the_place_in_the_batch(engine: str, name: str) -> None:
     """Nor on the other sequences: the same ones in reverse, then twice with all others gone."""

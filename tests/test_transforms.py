@@ -409,10 +409,9 @@ def test_writes_and_gradients_run_under_x64() -> None:
     assert_gradients_close(got, want, 1e-5)
 
 
+@pytest.mark.engines(that=lambda row: row.batch_invariant)
 def test_batch_invariant_calls_have_the_same_derivatives(engine: str) -> None:
     """And map as others do: derivatives are plain JAX, whatever is asked of the engine."""
-    if not harness.engine_row(engine).batch_invariant:
-        pytest.skip("gives no such guarantee")
     case = harness.adapted("mixed_all", engine)
     (q, k_pages, *rest), traced = build(case).arguments()
 
