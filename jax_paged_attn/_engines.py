@@ -49,6 +49,7 @@ class Engine:
       batch_invariant: whether it can guarantee that a sequence has the same bits alone and in any batch.
       token_scales: whether it reads pages with one scale per token and head. "fused" does not: its products run from
         tensor cores' registers to registers, and a factor per key would cost every call in there.
+      cumulative: whether it takes `cu_q_lens` and `num_seqs`; others are given first rows and row counts.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Engine:
     wide_head_dims: tuple[tuple[int, int], ...] = ()
     batch_invariant: bool = False
     token_scales: bool = True
+    cumulative: bool = False
 
     def unsupported(self, call: Call) -> str | None:
         """Why shapes and dtypes of the call exclude this engine, or None."""
@@ -146,6 +148,7 @@ ENGINES = (
         wide_head_dims=FUSED_WIDE_HEAD_DIMS,
         batch_invariant=True,
         token_scales=False,
+        cumulative=True,
     ),
     Engine("cublaslt", platform="cuda"),
     Engine("reference", platform=None),
@@ -243,3 +246,8 @@ def choose_to_run(call: Call, platform: str, implementation: str | None) -> str:
         reasons = "; ".join(f"{engine.name}: {choice.rejected[engine.name]}" for engine in _CUDA_ENGINES)
         warn_once(reasons, f"paged attention runs on CUDA as plain JAX, which is slow, since no engine can ({reasons})")
     return choice.engine
+
+
+def is_cumulative(name: str) -> bool:
+    """Whether the engine of that name takes `cu_q_lens` and `num_seqs` as they are."""
+    return _BY_NAME[name].cumulative

@@ -369,7 +369,7 @@ def attention_cuda(
     limit = workspace_limit_cuda()
     named = AttentionOperands.of(operands, token_scales)
     padded = _num_padding_columns(named) > 0
-    if engine == "cublaslt":  # which does not pass over padding
+    if padded and engine == "cublaslt":  # which does not pass over padding
         named = named._replace(q=jnp.pad(named.q, ((0, 0), (0, 0), (0, _num_padding_columns(named)))))
     workspace = _CUDA_WORKSPACES[engine](
         named.q,
@@ -475,8 +475,6 @@ def write(*operands: Array, layout: str = "split") -> tuple[Array, ...]:
     return tuple(call(*named, **of_layout))[:num_pools]
 
 
-# The engines that take `cu_q_lens` and `num_seqs`.
-CUMULATIVE = ("fused",)
 # The attention call of each compiled engine.
 ATTENTION: dict[str, Callable[..., tuple[Array, Array]]] = {
     "cpu": attention_cpu,

@@ -324,7 +324,7 @@ def _attention_lowering(platform: str | None) -> Callable[..., Any]:
 
         def impl(*operands: Array, implementation: str | None, cumulative: bool, **static: Any) -> Sequence[Array]:
             del implementation  # `engine` is the one that was chosen
-            if cumulative and engine in _ffi.CUMULATIVE:
+            if cumulative and _engines.is_cumulative(engine):
                 return attend(*operands, **static, cumulative=True)
             return attend(*(_rows.with_ranges(operands) if cumulative else operands), **static)
 
