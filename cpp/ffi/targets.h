@@ -144,7 +144,7 @@ inline constexpr int kPaddingSince = 3;
 inline constexpr int kValueDimSince = 4;
 // Likewise of the write.
 inline constexpr int kWriteValueDimSince = 3;
-// From this version of attention on, which only CUDA has, cu_q_lens say which rows a sequence has.
+// Targets of attention take cu_q_lens in place of row ranges from this version on. Only CUDA has them.
 inline constexpr int kCumulativeSince = 5;
 // From this version of the write on, an interleaved pool may also have its heads in two axes, [P, S, X, Y,
 // H], and k, v and pools of any layout may lack the last axis if it is 1. (XLA would copy what is reshaped

@@ -52,7 +52,7 @@ class GroupedExperts(Experts):
         return GroupedExpertsMlp(self, size, build, activation)
 
     def chosen(self, logits: Array, bias: Array | None) -> tuple[Array, Array]:
-        """Of each token the weights of its experts, and which they are, `[n, per_token]`.
+        """The weights of each token's experts, and which they are, `[n, per_token]`.
 
         Args:
           logits: float32 `[n, E]`.

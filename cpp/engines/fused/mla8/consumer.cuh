@@ -7,7 +7,7 @@
 // exactly, on their way from shared memory to registers, and are an MMA's first operand there. Queries and
 // probabilities, the second one, are in shared memory.
 //
-// Of S^T a warp has 16 keys of each tile; of O^T it has 16 columns of each block of 64.
+// A warp has 16 keys of each tile in S^T, and 16 columns of each block of 64 in O^T.
 #pragma once
 
 #include <cstdint>

@@ -46,7 +46,7 @@ struct Mla8Traits {
   static_assert(kTileKeys == 64, "two loads of 32 keys");
   static constexpr int kBlockBytes = kTileKeys * 64;
   static constexpr int kTileBytes = kBlocks * kBlockBytes;
-  static constexpr int kStages = 4;
+  static constexpr int kStages = 4;  // as many as shared memory holds
   // So many tiles are described ahead: more than there are stages.
   static constexpr int kDescriptors = 8;
   static constexpr int kMostSharedBytes = 227 * 1024;
