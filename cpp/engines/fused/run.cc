@@ -182,8 +182,8 @@ Status MakePrefillArgs(const CallArgs& call, const Options& options, const Prefi
 // ---- decode and prefill -----------------------------------------------------------------------------------
 
 // Where a sequence has no more query rows than that on average, a call is taken for one of decode rows and
-// drafts. Then no kernel goes in front of decode to plan prefill, and decode's last CTA does. If there are
-// prompts after all, they start a little later.
+// drafts, which seldom have more. Then no kernel goes in front of decode to plan prefill, and decode's last
+// CTA does. If there are prompts after all, they start a little later.
 constexpr int64_t kRowsOfDecode = 8;
 
 // Says whether it launched prefill, too.
