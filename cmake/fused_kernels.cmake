@@ -36,7 +36,7 @@ configure_file(cpp/engines/fused/head_dims.h.in ${JPA_GENERATED}/engines/fused/h
 configure_file(cmake/head_dims.py.in ${CMAKE_CURRENT_SOURCE_DIR}/jax_paged_attn/_head_dims.py @ONLY)
 
 set(JPA_FUSED_INSTANTIATIONS)
-# Adds a kernel's sources for the head dims that follow; decode's and mla8's kernels have one loader, or both.
+# Adds a kernel's sources for the head dims that follow.
 function(jpa_instantiate kernel)
   foreach(entry IN LISTS ARGN)
     jpa_parse_head_dims(${entry})
@@ -47,7 +47,15 @@ function(jpa_instantiate kernel)
   set(JPA_FUSED_INSTANTIATIONS ${JPA_FUSED_INSTANTIATIONS} PARENT_SCOPE)
 endfunction()
 jpa_instantiate(decode ${JPA_FUSED_DECODE_HEAD_DIMS})
-jpa_instantiate(mla8 ${JPA_FUSED_MLA_HEAD_DIMS})
+# JPA_ROWS is the name of a number of packed rows.
+foreach(entry IN LISTS JPA_FUSED_MLA_HEAD_DIMS)
+  jpa_parse_head_dims(${entry})
+  foreach(JPA_ROWS kMla8FewRows kMla8ManyRows)
+    set(instantiation ${JPA_GENERATED}/engines/fused/mla8/head_dim_${JPA_DIMS}_${JPA_ROWS}.cu)
+    configure_file(cpp/engines/fused/mla8/instantiation.cu.in ${instantiation} @ONLY)
+    list(APPEND JPA_FUSED_INSTANTIATIONS ${instantiation})
+  endforeach()
+endforeach()
 # JPA_LOADER, JPA_VALUE_PLACE and JPA_SHARING are values of the enums of those names.
 foreach(entry IN LISTS JPA_FUSED_PREFILL_HEAD_DIMS)
   jpa_parse_head_dims(${entry})

@@ -98,23 +98,28 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
 //
 // WgmmaSS: a and the transpose of b in shared memory, as Q K^T has them. WgmmaSSValues: a and b in shared
 // memory, as P V has them. WgmmaRS: a in registers, as mma.sync's m16n8k16 has it; b in shared memory.
+// WgmmaRSTransposed: the same, with the transpose of b.
 
-#define JPA_ACCUMULATORS_8(d, i)                                                              \
+#define JPA_EIGHT_ACCUMULATORS(d, i)                                                          \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
+#define JPA_ACCUMULATORS_8(d) JPA_EIGHT_ACCUMULATORS(d, 0)
+#define JPA_ACCUMULATORS_16(d) JPA_ACCUMULATORS_8(d), JPA_EIGHT_ACCUMULATORS(d, 8)
 #define JPA_ACCUMULATORS_32(d) \
-  JPA_ACCUMULATORS_8(d, 0), JPA_ACCUMULATORS_8(d, 8), JPA_ACCUMULATORS_8(d, 16), JPA_ACCUMULATORS_8(d, 24)
-#define JPA_ACCUMULATORS_48(d) JPA_ACCUMULATORS_32(d), JPA_ACCUMULATORS_8(d, 32), JPA_ACCUMULATORS_8(d, 40)
-#define JPA_ACCUMULATORS_64(d) JPA_ACCUMULATORS_48(d), JPA_ACCUMULATORS_8(d, 48), JPA_ACCUMULATORS_8(d, 56)
+  JPA_ACCUMULATORS_16(d), JPA_EIGHT_ACCUMULATORS(d, 16), JPA_EIGHT_ACCUMULATORS(d, 24)
+#define JPA_ACCUMULATORS_48(d) \
+  JPA_ACCUMULATORS_32(d), JPA_EIGHT_ACCUMULATORS(d, 32), JPA_EIGHT_ACCUMULATORS(d, 40)
+#define JPA_ACCUMULATORS_64(d) \
+  JPA_ACCUMULATORS_48(d), JPA_EIGHT_ACCUMULATORS(d, 48), JPA_EIGHT_ACCUMULATORS(d, 56)
 
-#define JPA_ACCUMULATORS_128(d)                                                                            \
-  JPA_ACCUMULATORS_64(d), JPA_ACCUMULATORS_8(d, 64), JPA_ACCUMULATORS_8(d, 72), JPA_ACCUMULATORS_8(d, 80), \
-      JPA_ACCUMULATORS_8(d, 88), JPA_ACCUMULATORS_8(d, 96), JPA_ACCUMULATORS_8(d, 104),                    \
-      JPA_ACCUMULATORS_8(d, 112), JPA_ACCUMULATORS_8(d, 120)
+#define JPA_ACCUMULATORS_128(d)                                                                    \
+  JPA_ACCUMULATORS_64(d), JPA_EIGHT_ACCUMULATORS(d, 64), JPA_EIGHT_ACCUMULATORS(d, 72),            \
+      JPA_EIGHT_ACCUMULATORS(d, 80), JPA_EIGHT_ACCUMULATORS(d, 88), JPA_EIGHT_ACCUMULATORS(d, 96), \
+      JPA_EIGHT_ACCUMULATORS(d, 104), JPA_EIGHT_ACCUMULATORS(d, 112), JPA_EIGHT_ACCUMULATORS(d, 120)
 
-#define JPA_NAMES_32                                                                                       \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
-  "%28,%29,%30,%31"
+#define JPA_NAMES_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define JPA_NAMES_16 JPA_NAMES_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define JPA_NAMES_32 JPA_NAMES_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define JPA_NAMES_48 JPA_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define JPA_NAMES_64 JPA_NAMES_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
@@ -140,8 +145,14 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
   }                                                                                                        \
   template <typename T>                                                                                    \
   __device__ inline void WgmmaRS(float (&d)[count], const uint32_t (&a)[4], uint64_t b, bool accumulate) { \
-    JPA_IF_BF16(T, JPA_WGMMA_RS(n, count, "bf16", a0, a1, a2, a3, a4, a5),                                 \
-                JPA_WGMMA_RS(n, count, "f16", a0, a1, a2, a3, a4, a5))                                     \
+    JPA_IF_BF16(T, JPA_WGMMA_RS(n, count, "bf16", a0, a1, a2, a3, a4, a5, 1),                              \
+                JPA_WGMMA_RS(n, count, "f16", a0, a1, a2, a3, a4, a5, 1))                                  \
+  }                                                                                                        \
+  template <typename T>                                                                                    \
+  __device__ inline void WgmmaRSTransposed(float (&d)[count], const uint32_t (&a)[4], uint64_t b,          \
+                                           bool accumulate) {                                              \
+    JPA_IF_BF16(T, JPA_WGMMA_RS(n, count, "bf16", a0, a1, a2, a3, a4, a5, 0),                              \
+                JPA_WGMMA_RS(n, count, "f16", a0, a1, a2, a3, a4, a5, 0))                                  \
   }
 #define JPA_IF_BF16(T, bf16, f16)                   \
   if constexpr (std::is_same_v<T, __nv_bfloat16>) { \
@@ -156,14 +167,16 @@ __device__ inline void ComputeBeforeNext(float a, float b) {
                                                                ", p, 1, 1, 0, " #b_as_is ";\n}"      \
                : JPA_ACCUMULATORS_##count(d)                                                         \
                : "l"(a), "l"(b), "r"(accumulate ? 1 : 0))
-#define JPA_WGMMA_RS(n, count, type, a0, a1, a2, a3, a4, a5)                                             \
+#define JPA_WGMMA_RS(n, count, type, a0, a1, a2, a3, a4, a5, b_as_is)                                    \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n     \
                "k16.f32." type "." type " {" JPA_NAMES_##count "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 \
-                                                               "}, %" #a4 ", p, 1, 1, 1;\n}"             \
+                                                               "}, %" #a4 ", p, 1, 1, " #b_as_is ";\n}"  \
                : JPA_ACCUMULATORS_##count(d)                                                             \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate ? 1 : 0))
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+JPA_DEFINE_WGMMA(16, 8, 8, 9, 10, 11, 12, 13)
+JPA_DEFINE_WGMMA(32, 16, 16, 17, 18, 19, 20, 21)
 JPA_DEFINE_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
 JPA_DEFINE_WGMMA(96, 48, 48, 49, 50, 51, 52, 53)
 JPA_DEFINE_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
@@ -176,13 +189,19 @@ template <typename T, int count>
 __device__ inline void WgmmaSSValues(float (&)[count], uint64_t, uint64_t, bool) {}
 template <typename T, int count>
 __device__ inline void WgmmaRS(float (&)[count], const uint32_t (&)[4], uint64_t, bool) {}
+template <typename T, int count>
+__device__ inline void WgmmaRSTransposed(float (&)[count], const uint32_t (&)[4], uint64_t, bool) {}
 #endif
 
+#undef JPA_EIGHT_ACCUMULATORS
 #undef JPA_ACCUMULATORS_8
+#undef JPA_ACCUMULATORS_16
 #undef JPA_ACCUMULATORS_32
 #undef JPA_ACCUMULATORS_48
 #undef JPA_ACCUMULATORS_64
 #undef JPA_ACCUMULATORS_128
+#undef JPA_NAMES_8
+#undef JPA_NAMES_16
 #undef JPA_NAMES_32
 #undef JPA_NAMES_48
 #undef JPA_NAMES_64
@@ -191,17 +210,5 @@ __device__ inline void WgmmaRS(float (&)[count], const uint32_t (&)[4], uint64_t
 #undef JPA_IF_BF16
 #undef JPA_WGMMA_SS
 #undef JPA_WGMMA_RS
-
-// For d of 16 columns, in f16: a in registers; the transpose of b in shared memory.
-__device__ inline void WgmmaRSColumns16(float (&d)[8], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
-      "{%8, %9, %10, %11}, %12, p, 1, 1, 0;\n}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate ? 1 : 0));
-#endif
-}
 
 }  // namespace jpa::device

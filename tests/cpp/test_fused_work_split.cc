@@ -10,7 +10,7 @@
 #include "check.h"
 #include "engines/fused/decode/cta_range_cursor.h"
 #include "engines/fused/decode/row_tile_sums.h"
-#include "engines/fused/mla8/traits.h"
+#include "engines/fused/mla8/kernels.h"
 
 namespace jpa::test {
 namespace {

@@ -45,6 +45,15 @@ PrefillKernelInfo PrefillKernelFor(const AttentionProblem& problem) {
   });
 }
 
+// Over 8-bit pages.
+template <int key_dim, int value_dim>
+MlaKernelInfo Mla8KernelFor(const AttentionProblem& problem) {
+  const bool has_few = problem.num_q_heads <= kMla8FewRows * problem.num_kv_heads;
+  const auto kernel = has_few ? Mla8KernelOf<key_dim, value_dim, kMla8FewRows>
+                              : Mla8KernelOf<key_dim, value_dim, kMla8ManyRows>;
+  return kernel(problem.q_dtype, problem.kv_dtype);
+}
+
 // An MLA kernel for values in that place, wherever the call has them. Those over 8-bit pages have both
 // loaders, and values in the keys.
 template <ValuePlace place, Loader loader, Sharing sharing = Sharing::kNone>
@@ -52,8 +61,7 @@ MlaKernelInfo MlaKernelFor(const AttentionProblem& problem) {
   using List = std::conditional_t<place == ValuePlace::kInKeys, MlaHeadDims, WideHeadDims>;
   return ForHeadDims(List(), problem, [&](auto dims) {
     if constexpr (place == ValuePlace::kInKeys) {
-      if (ByteWidth(problem.kv_dtype) == 1)
-        return Mla8KernelOf<dims.kHeadDim, dims.kValueDim>(problem.q_dtype, problem.kv_dtype);
+      if (ByteWidth(problem.kv_dtype) == 1) return Mla8KernelFor<dims.kHeadDim, dims.kValueDim>(problem);
     }
     return MlaKernelOf<dims.kHeadDim, dims.kValueDim, place, loader, sharing>(problem.q_dtype,
                                                                               problem.kv_dtype);

@@ -8,7 +8,7 @@
 #include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/decode/combine.h"
 #include "engines/fused/decode/partials.cuh"
-#include "engines/fused/mla8/traits.h"
+#include "engines/fused/mla8/kernels.h"
 
 namespace jpa::fused {
 namespace {

@@ -15,10 +15,11 @@ namespace jpa::fused {
 
 inline constexpr int kMla8AllBarrier = 1;  // of all consumer threads
 
-// A warp's 16 columns of each block of 64, of 16 packed rows, as wgmma leaves them: sums 4 j + i and 4 j + 2
+// A warp's 16 columns of each block of 64, of a warpgroup's packed rows, as wgmma leaves them: sums 4 j + i
+// and 4 j + 2
 // + i are two neighbouring columns of the lane's row 2 j + i (Mla8LaneRow).
 template <typename Traits>
-using Mla8Output = float[Traits::kValueBlocks][8];
+using Mla8Output = float[Traits::kValueBlocks][2 * Traits::kLaneRows];
 
 // The scale of a KV head's keys or values, in the array that it has one in.
 __device__ inline float Mla8ScaleOf(const MlaArgs& args, const float* scales,
@@ -28,11 +29,12 @@ __device__ inline float Mla8ScaleOf(const MlaArgs& args, const float* scales,
 }
 
 // The rows and columns that a warp writes.
+template <typename Traits>
 struct Mla8Rows {
-  int first;                   // of the 16, in the row block
+  int first;                   // of the warpgroup's, in the row block
   int first_block, end_block;  // of columns
   int warp;                    // of the warpgroup, which is its chunk of the blocks
-  device::SoftmaxState states[kMla8LaneRows];
+  device::SoftmaxState states[Traits::kLaneRows];
 
   // The first of two neighbouring columns that the lane has of a block.
   __device__ int Column(int block) const {
@@ -41,16 +43,17 @@ struct Mla8Rows {
   // True in the lane that writes what there is one of per row.
   __device__ bool IsFirst() const { return Column(first_block) == 0; }
 
-  __device__ void TakeStates(const Mla8States& of_rows) {
+  __device__ void TakeStates(const Mla8States<Traits>& of_rows) {
 #pragma unroll
-    for (int i = 0; i < kMla8LaneRows; ++i) states[i] = of_rows.Of(Mla8LaneRow(i));
+    for (int i = 0; i < Traits::kLaneRows; ++i) states[i] = of_rows.Of(Mla8LaneRow(i));
   }
   // Takes the sum of two warpgroups' states, and sets the factors of both warpgroups' sums of values. Which
   // state comes first is all the same to the sum: products are rounded before they are added.
-  __device__ void MergeStates(const Mla8States& own, const Mla8States& others,
-                              float (&own_factors)[kMla8LaneRows], float (&other_factors)[kMla8LaneRows]) {
+  __device__ void MergeStates(const Mla8States<Traits>& own, const Mla8States<Traits>& others,
+                              float (&own_factors)[Traits::kLaneRows],
+                              float (&other_factors)[Traits::kLaneRows]) {
 #pragma unroll
-    for (int i = 0; i < kMla8LaneRows; ++i) {
+    for (int i = 0; i < Traits::kLaneRows; ++i) {
       const device::SoftmaxState a = own.Of(Mla8LaneRow(i)), b = others.Of(Mla8LaneRow(i));
       device::SoftmaxState& merged = states[i];
       merged.maximum = fmaxf(a.maximum, b.maximum);
@@ -60,24 +63,24 @@ struct Mla8Rows {
     }
   }
 
-  // Calls use(block, columns) for each of the blocks, of the lane's row i.
-  template <int blocks, typename Use>
-  __device__ void ForColumns(const float (&out)[blocks][8], int i, const Use& use) const {
+  // Calls use(block, columns) for each of the blocks, of the lane's row i. The first one's sums are out[0].
+  template <typename Use>
+  __device__ void ForColumns(const Mla8Output<Traits>& out, int i, const Use& use) const {
     const int sum = i / 2 * 4 + i % 2;
 #pragma unroll
-    for (int block = 0; block < blocks; ++block) {
-      if (block >= first_block && block < end_block) use(block, float2{out[block][sum], out[block][sum + 2]});
+    for (int j = 0; j < Traits::kValueBlocks; ++j) {
+      if (first_block + j < end_block) use(first_block + j, float2{out[j][sum], out[j][sum + 2]});
     }
   }
 };
 
 template <typename Traits>
-__device__ inline void WriteMla8Results(const MlaArgs& args, const MlaTile& tile, Mla8Rows& rows,
+__device__ inline void WriteMla8Results(const MlaArgs& args, const MlaTile& tile, Mla8Rows<Traits>& rows,
                                         const Mla8Output<Traits>& out) {
   const CallArgs& call = args.decode.call;
   const float v_scale = Mla8ScaleOf(args, args.v_scale, call.seqs_per_v_scale, tile);
 #pragma unroll
-  for (int i = 0; i < kMla8LaneRows; ++i) {
+  for (int i = 0; i < Traits::kLaneRows; ++i) {
     const int row = rows.first + Mla8LaneRow(i);
     if (row >= tile.num_rows) continue;
     const QueryHead where = QueryHeadOf(call, tile, row);
@@ -95,13 +98,13 @@ __device__ inline void WriteMla8Results(const MlaArgs& args, const MlaTile& tile
 }
 
 template <typename Traits>
-__device__ inline void WriteMla8Partial(const MlaArgs& args, const MlaTile& tile, const Mla8Rows& rows,
-                                        const Mla8Output<Traits>& out) {
+__device__ inline void WriteMla8Partial(const MlaArgs& args, const MlaTile& tile,
+                                        const Mla8Rows<Traits>& rows, const Mla8Output<Traits>& out) {
   const CallArgs& call = args.decode.call;
   const Partials& partials = call.partials;
   const float v_scale = Mla8ScaleOf(args, args.v_scale, call.seqs_per_v_scale, tile);
 #pragma unroll
-  for (int i = 0; i < kMla8LaneRows; ++i) {
+  for (int i = 0; i < Traits::kLaneRows; ++i) {
     const int row = rows.first + Mla8LaneRow(i);
     if (row >= tile.num_rows) continue;
     int64_t index = int64_t{tile.partial} * partials.rows_each + row;

@@ -4,8 +4,8 @@
 // and columns of values. The second operand, and so the columns of results, are packed rows: 16 heads are
 // no padding, which they would be as rows, since wgmma takes 64.
 //
-// Work is split as decode's (decode/work_split.h): a CTA has a range of key tiles of 64 keys, for 32 packed
-// rows at a time. A tile is loaded once.
+// Work is split as decode's (decode/work_split.h): a CTA has a range of key tiles of 64 keys, for 32 or 64
+// packed rows at a time. A tile is loaded once.
 //
 // mla/descriptors.cuh: one warp walks these tiles, looks up their pages and leaves a descriptor per tile.
 //

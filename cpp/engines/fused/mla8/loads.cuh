@@ -91,14 +91,13 @@ __device__ inline void LoadMla8ByCpAsync(const MlaArgs& args, const MlaTile& des
 // others for keys, and memory has a long queue of those.
 template <typename Traits>
 __device__ inline void PrefetchMla8Queries(const CallArgs& call, const MlaTile& tile) {
-  static_assert(Traits::kRows <= 32);
-  const int row = static_cast<int>(device::LaneId());
-  if (row >= tile.num_rows) return;
-  const QueryHead where = QueryHeadOf(call, tile, row);
   constexpr uint32_t kBytes = 2 * Traits::kKeyDim;
-  device::PrefetchToL2(
-      static_cast<const char*>(call.params.q) + (where.row * call.problem.num_q_heads + where.head) * kBytes,
-      kBytes);
+#pragma unroll 1
+  for (int row = static_cast<int>(device::LaneId()); row < tile.num_rows; row += 32) {
+    const QueryHead where = QueryHeadOf(call, tile, row);
+    const int64_t head = where.row * call.problem.num_q_heads + where.head;
+    device::PrefetchToL2(static_cast<const char*>(call.params.q) + head * kBytes, kBytes);
+  }
 }
 
 // By the producer warps that load; `warp` counts them from 0.

@@ -47,14 +47,17 @@ struct Mla8QueryColumns {
   }
 };
 
-// By a warpgroup: loads its rows, from row `first` of the row block on. Eight lanes have a row. Leaves each
-// row's factor: `factor` times what the row was divided by.
+inline constexpr int kMla8QueriesAtOnce = 16;
+
+// By a warpgroup: loads 16 rows from row `first` of the row block on, as rows from `to` on of its own. Eight
+// lanes have a row. Leaves each row's factor: `factor` times what the row was divided by.
 template <typename Traits>
-__device__ inline void LoadMla8Queries(const CallArgs& call, const MlaTile& tile, int first, float factor,
-                                       char* queries, float* factors) {
+__device__ inline void LoadMla8Queries(const CallArgs& call, const MlaTile& tile, int first, int to,
+                                       float factor, char* queries, float* factors) {
   using T = device::TypeOf<Traits::kQ>;
-  constexpr int kLanes = 8, kSteps = Traits::kKeyDim / 16, kEach = (kSteps + kLanes - 1) / kLanes;
-  const int thread = static_cast<int>(threadIdx.x) % 128, row = thread / kLanes, lane = thread % kLanes;
+  constexpr int kLanes = 128 / kMla8QueriesAtOnce, kSteps = Traits::kKeyDim / 16,
+                kEach = (kSteps + kLanes - 1) / kLanes;
+  const int thread = device::ThreadIdAnew() % 128, row = thread / kLanes, lane = thread % kLanes;
   const bool exists = first + row < tile.num_rows;
   const QueryHead where = QueryHeadOf(call, tile, exists ? first + row : 0);
   const auto* const from =
@@ -83,10 +86,11 @@ __device__ inline void LoadMla8Queries(const CallArgs& call, const MlaTile& tile
     columns[i].Scaled(scale, chunks);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      *reinterpret_cast<uint4*>(queries + device::SwizzledChunk(kMla8Strides, row, 2 * step + j)) = chunks[j];
+      *reinterpret_cast<uint4*>(
+          queries + device::SwizzledChunk(kMla8Strides<Traits>, to + row, 2 * step + j)) = chunks[j];
     }
   }
-  if (lane == 0) factors[row] = ldexpf(factor, scale.exponent());
+  if (lane == 0) factors[to + row] = ldexpf(factor, scale.exponent());
   device::FenceSharedForAsync();
 }
 

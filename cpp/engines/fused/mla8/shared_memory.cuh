@@ -14,16 +14,17 @@ namespace jpa::fused {
 // A warpgroup's queries in f16, and when a KV split ends half of its results, for the other warpgroup.
 template <typename Traits>
 union Mla8Exchange {
-  alignas(1024) char queries[Traits::kBlocks * kMla8WarpgroupRows * 128];
+  alignas(1024) char queries[Traits::kBlocks * Traits::kMmaRows * 128];
   // Per warp, in the order of its registers.
-  static constexpr int kVectors = Traits::kValueBlocks;
+  static constexpr int kVectors = Traits::kValueBlocks * Traits::kMmaRows / 16;
   float4 results[4][kVectors][32];
 };
 
 // The softmax states of a warpgroup's rows: sums are those of each warp's keys.
+template <typename Traits>
 struct Mla8States {
-  float maxima[kMla8WarpgroupRows];
-  float sums[4][kMla8WarpgroupRows];
+  float maxima[Traits::kMmaRows];
+  float sums[4][Traits::kMmaRows];
 
   __device__ device::SoftmaxState Of(int row) const {
     return {maxima[row], sums[0][row] + sums[1][row] + (sums[2][row] + sums[3][row])};
@@ -46,13 +47,15 @@ struct Mla8Shared {
   } start;
   // The probabilities of a warpgroup's tiles in f16, of every other one: warps may still multiply with the
   // last tile's when the first of them has made the next.
-  alignas(1024) char probabilities[Traits::kWarpgroups][2][kMla8WarpgroupRows * kTileKeys * 2];
+  alignas(1024) char probabilities[Traits::kWarpgroups][2][Traits::kMmaRows * kTileKeys * 2];
   // The largest scores of each warp's keys, where maxima rise.
-  float largest[Traits::kWarpgroups][4][kMla8WarpgroupRows];
+  float largest[Traits::kWarpgroups][4][Traits::kMmaRows];
   // The factors that turn q . k of a row into scores in units of log 2.
-  float factors[Traits::kWarpgroups][kMla8WarpgroupRows];
-  // When a KV split ends: of every other split.
-  Mla8States states[2][Traits::kWarpgroups];
+  float factors[Traits::kWarpgroups][Traits::kMmaRows];
+  // The keys that all rows of a warpgroup see.
+  KeyRange seen_by_all[Traits::kWarpgroups];
+  // When a KV split ends.
+  Mla8States<Traits> states[Traits::kWarpgroups];
   MlaTile descriptors[Traits::kDescriptors];
   MlaSplit to_merge[2];
   int32_t num_to_merge;
@@ -68,7 +71,8 @@ __device__ inline uint32_t Mla8Chunk(uint32_t key, uint32_t chunk) {
 }
 
 // How far apart the blocks of queries and probabilities lie, as wgmma takes them.
-inline constexpr device::BlockStrides kMla8Strides = {.columns = kMla8WarpgroupRows * 128,
+template <typename Traits>
+inline constexpr device::BlockStrides kMla8Strides = {.columns = Traits::kMmaRows * 128,
                                                       .rows = device::kBlockBytes};
 
 template <typename Traits>

@@ -4,16 +4,13 @@
 
 #include "core/problem.h"
 #include "engines/fused/decode/work_split.h"
+#include "engines/fused/mla8/kernels.h"
 
 namespace jpa::fused {
 
-// Packed rows of a warpgroup: as many as an MMA has, so that none of 16 heads is padding.
-inline constexpr int kMla8WarpgroupRows = 16;
-// Packed rows of a row block.
-inline constexpr int kMla8TileRows = 2 * kMla8WarpgroupRows;
-
-// Values are the first value_dim numbers of keys.
-template <DType q_dtype_, DType kv_dtype_, int key_dim_, int value_dim_>
+// Values are the first value_dim numbers of keys. A warpgroup has mma_rows packed rows, the columns of its
+// MMAs.
+template <DType q_dtype_, DType kv_dtype_, int key_dim_, int value_dim_, int mma_rows_>
 struct Mla8Traits {
   static constexpr DType kQ = q_dtype_;
   static constexpr DType kKV = kv_dtype_;
@@ -21,18 +18,22 @@ struct Mla8Traits {
   static constexpr int kKeyDim = key_dim_;
   static constexpr int kValueDim = value_dim_;
 
-  // The most that registers allow: two warpgroups with the results of 16 rows each.
+  // The most that registers allow: two warpgroups with the results of 32 rows each.
   static constexpr int kWarpgroups = 2;
   static constexpr int kConsumerThreads = 128 * kWarpgroups;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
-  static constexpr int kRows = kMla8TileRows;
+  static constexpr int kMmaRows = mma_rows_;
+  static constexpr int kLaneRows = kMmaRows / 4;
+  static constexpr int kRows = kWarpgroups * kMmaRows;
+  static_assert(kRows == (kMmaRows == kMla8FewRows ? kMla8TileRows : kTileRows));
   static constexpr int kSharers = 1;  // CTAs of a cluster
   // Warp 0 makes tile descriptors, three load keys.
   static constexpr int kProducerThreads = 128;
   static constexpr int kProducerWarps = kProducerThreads / 32;
   static constexpr int kKeyWarps = kProducerWarps - 1;
   static constexpr int kThreads = kConsumerThreads + kProducerThreads;
-  // Registers per thread: of a consumer's, results take 64, queries 36, and what is loaded ahead the rest.
+  // Registers per thread: of a consumer's, results take 64 with 16 rows and 128 with 32, first operands of
+  // MMAs 64 and 32.
   static constexpr int kConsumerRegisters = 224;
   static constexpr int kProducerRegisters = 56;
   static_assert(kConsumerThreads * kConsumerRegisters + kProducerThreads * kProducerRegisters <=
@@ -46,7 +47,13 @@ struct Mla8Traits {
   static_assert(kTileKeys == 64, "two loads of 32 keys");
   static constexpr int kBlockBytes = kTileKeys * 64;
   static constexpr int kTileBytes = kBlocks * kBlockBytes;
-  static constexpr int kStages = 4;  // as many as shared memory holds
+  static constexpr int kStages = kMmaRows == kMla8FewRows ? 4 : 3;  // as many as shared memory holds
+  // Values of so many blocks are converted at a time: as many as registers allow.
+  static constexpr int kBlocksAtOnce = kMmaRows == kMla8FewRows ? 2 : 1;
+  // Keys of so many blocks are loaded before others are converted.
+  static constexpr int kBlocksAhead = kMmaRows == kMla8FewRows ? 1 : 0;
+  // Sums that scores are made of: so that MMAs wait less for each other.
+  static constexpr int kScoreSums = kMmaRows == kMla8FewRows ? 2 : 1;
   // So many tiles are described ahead: more than there are stages.
   static constexpr int kDescriptors = 8;
   static constexpr int kMostSharedBytes = 227 * 1024;
