@@ -229,27 +229,35 @@ def measure_attention(
     return result
 
 
+_COLUMNS = {"us of a call": -34, "ours": 8, "graph": 8, "peer": 8, "ratio": 6, "floor": 8, "error": 8}
+TITLES = " ".join(f"{name:{'<' if width < 0 else '>'}{abs(width)}}" for name, width in _COLUMNS.items())
+TITLES += "  ours / fastest peer"
+
+
+def line(result: Result) -> str:
+    """Ours, the fastest peer, and how many times longer that takes; empty where none of ours ran."""
+    ours, peer = result.best(ours=True), result.best(ours=False)
+    if ours is None:
+        return ""
+    in_graph = "" if ours.in_graph is None else f"{ours.in_graph:.1f}"
+    theirs = f"{peer.microseconds:8.1f} {peer.microseconds / ours.microseconds:6.2f}" if peer else f"{'-':>8} {'-':>6}"
+    error = "" if ours.error is None else f"{ours.error:.1e}"
+    names = f"{ours.contender} / {peer.contender} {peer.variant}".rstrip() if peer else ours.contender
+    numbers = f"{ours.microseconds:8.1f} {in_graph:>8} {theirs} {result.floor:8.1f} {error:>8}"
+    return f"{result.workload.name:34} {numbers}  {names}"
+
+
+def relations(results: list[Result]) -> list[str]:
+    """How many times the cost of another workload each has, of those that have a goal."""
+    best = {result.workload.name: result.best(ours=True) for result in results}
+    times = {name: ours.microseconds for name, ours in best.items() if ours is not None}
+    return [
+        f"{first} / {second}: {times[first] / times[second]:.3f}, goal <= {goal:.3f}"
+        for first, second, goal in RELATIONS
+        if first in times and second in times
+    ]
+
+
 def table(results: list[Result]) -> str:
-    """One line per workload: ours, the fastest peer, and how many times longer that takes; then the relations."""
-    titles = f"{'us of a call':34} {'ours':>8} {'graph':>8} {'peer':>8} {'ratio':>6} {'floor':>8} {'error':>8}"
-    lines = [f"{titles}  ours / fastest peer"]
-    times: dict[str, float] = {}
-    for result in results:
-        ours, peer = result.best(ours=True), result.best(ours=False)
-        if ours is None:
-            continue
-        times[result.workload.name] = ours.microseconds
-        in_graph = "" if ours.in_graph is None else f"{ours.in_graph:.1f}"
-        theirs = (
-            f"{peer.microseconds:8.1f} {peer.microseconds / ours.microseconds:6.2f}" if peer else f"{'-':>8} {'-':>6}"
-        )
-        error = "" if ours.error is None else f"{ours.error:.1e}"
-        names = f"{ours.contender} / {peer.contender} {peer.variant}".rstrip() if peer else ours.contender
-        lines.append(
-            f"{result.workload.name:34} {ours.microseconds:8.1f} {in_graph:>8} {theirs} {result.floor:8.1f} {error:>8}"
-            f"  {names}"
-        )
-    for first, second, goal in RELATIONS:
-        if first in times and second in times:
-            lines.append(f"{first} / {second}: {times[first] / times[second]:.3f}, goal <= {goal:.3f}")
-    return "\n".join(lines)
+    """A line per workload, then the relations."""
+    return "\n".join([TITLES, *filter(None, map(line, results)), *relations(results)])

@@ -88,14 +88,15 @@ def contenders_of(args: argparse.Namespace, present: Sequence[peers.Peer]) -> li
 def measure_all(
     workloads: Sequence[Workload], contenders: Sequence[peers.Peer], ceilings: Ceilings, calls: int, short: bool
 ) -> list[Result]:
-    """All contenders in each workload; a table of all, and one per workload unless the run is short."""
+    """All contenders in each workload: a short run prints a line for each, when it is there; another one a table."""
     results = []
     few: dict[str, Any] = {"graphs": "ours", "most_variants": SHORT_VARIANTS} if short else {}
+    if short:
+        print(f"\n{attention.TITLES}", flush=True)
     for workload in workloads:
         results.append(attention.measure_attention(workload, contenders, ceilings, calls, **few))
-        if not short:
-            print(f"\n{results[-1]}", flush=True)
-    print(f"\n{attention.table(results)}")
+        print(attention.line(results[-1]) if short else f"\n{results[-1]}", flush=True)
+    print("\n".join(attention.relations(results)) if short else f"\n{attention.table(results)}")
     return results
 
 
