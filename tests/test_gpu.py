@@ -387,10 +387,12 @@ def mixed_inputs(
     return q, k_pages, v_pages, jnp.asarray(lengths, jnp.int32), jnp.asarray(tables), jnp.asarray(cu_q_lens)
 
 
-# A few long chunks, which take several KV splits; many prompts beside decoded rows; rows that fill no tile.
+# A few long chunks, which take several KV splits; many prompts beside decoded rows, which are too many per sequence for
+# prefill to decode them, and which are not; rows that fill no tile.
 PREFILLS = {
     "chunks": ((100, 40), (9000, 5003)),
     "mixed": ((1, 700, 1, 16, 0, 129, 64, 65, 1), (3000, 700, 17, 900, 5, 4000, 64, 65, 0)),
+    "beside": ((1, 700, 1, 2, 0, 129, 1), (800, 700, 17, 700, 5, 4000, 64)),
     "prompts": ((257,) * 6, (257, 300, 1000, 257, 2049, 258)),
 }
 

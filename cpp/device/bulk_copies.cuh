@@ -78,6 +78,19 @@ __device__ inline void TmaLoad(void* to, const void* map, const TensorPlace& pla
 #endif
 }
 
+// The same, with a cache policy.
+__device__ inline void TmaLoad(void* to, const void* map, const TensorPlace& place, Barrier* barrier,
+                               uint64_t policy) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(SharedAddress(to)),
+      "l"(map), "r"(place.at[0]), "r"(place.at[1]), "r"(place.at[2]), "r"(place.at[3]), "r"(place.at[4]),
+      "r"(SharedAddress(barrier)), "l"(policy)
+      : "memory");
+#endif
+}
+
 // A place in a tensor of four dimensions, the one with neighbours in memory first.
 struct TensorPlace4 {
   int32_t at[4];

@@ -270,6 +270,15 @@ __device__ inline void StmatrixTransposed(uint32_t row, const uint32_t (&from)[4
 #endif
 }
 
+// Two matrices, likewise.
+__device__ inline void StmatrixTransposed(uint32_t row, const uint32_t (&from)[2]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(from[0]),
+               "r"(from[1])
+               : "memory");
+#endif
+}
+
 // d += a b, with a [16, 16] and b [16, 8] of the last argument's type and d [16, 8] f32.
 __device__ inline void MmaM16N8K16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
   asm volatile(

@@ -211,4 +211,23 @@ __device__ inline void WgmmaRSTransposed(float (&)[count], const uint32_t (&)[4]
 #undef JPA_WGMMA_SS
 #undef JPA_WGMMA_RS
 
+// For d of 8 columns: a, or with `transposes` its transpose, and the transpose of b in shared memory.
+template <typename T, bool transposes>
+__device__ inline void WgmmaSSColumns8(float (&d)[4], uint64_t a, uint64_t b, bool accumulate) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define JPA_WGMMA_SS_8(type)                                                                              \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\nwgmma.mma_async.sync.aligned.m64n8k16.f32." type \
+               "." type " {%0, %1, %2, %3}, %4, %5, p, 1, 1, %7, 0;\n}"                                   \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                           \
+               : "l"(a), "l"(b), "r"(accumulate ? 1 : 0), "n"(transposes ? 1 : 0))
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    JPA_WGMMA_SS_8("bf16");
+  } else {
+    static_assert(std::is_same_v<T, __half>);
+    JPA_WGMMA_SS_8("f16");
+  }
+#undef JPA_WGMMA_SS_8
+#endif
+}
+
 }  // namespace jpa::device

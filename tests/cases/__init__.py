@@ -9,13 +9,14 @@
 - `long`: enough keys for KV splits.
 - `tiles`: shapes that matter to engines which work by key tiles and row tiles.
 - `layouts`: the pools of JAX's own kernels.
+- `beside`: decode rows and a chunk on one multiprocessor.
 - `value_dims`: values of another head dim than keys, or in the keys.
 
 A new shape costs a compilation, which takes longer than the computation. So cases that differ in values only share
 their shapes and keywords.
 """
 
-from cases import dtypes, edges, keywords, layouts, long, shapes, tiles, value_dims
+from cases import beside, dtypes, edges, keywords, layouts, long, shapes, tiles, value_dims
 from cases.bases import DECODE, MIXED, PROMPT
 from cases.case import Array, Case
 from cases.inputs import DTYPES, INT32_MAX, INT32_MIN, LSE_BOUND, OUT_BOUND, Inputs, build, poison, random_values
@@ -40,7 +41,7 @@ __all__ = [
     "random_values",
 ]
 
-_MODULES = (edges, keywords, dtypes, shapes, long, tiles, layouts, value_dims)
+_MODULES = (edges, keywords, dtypes, shapes, long, tiles, beside, layouts, value_dims)
 FAMILIES: dict[str, tuple[Case, ...]] = {
     module.__name__.rpartition(".")[2]: tuple(module.cases()) for module in _MODULES
 }

@@ -324,6 +324,47 @@ void DecodeLeavesMultiprocessorsToPrefill() {
   }
 }
 
+void PrefillDecodesWhereThatIsFaster() {
+  constexpr int32_t kHeads = 8, kSms = 132;
+  struct Measured {
+    CallTiles tiles;
+    bool is_faster;
+    const char* batch;
+  };
+  // On an H200, 32/8 heads of 128, pages of 16.
+  const Measured all[] = {{{4032, 64, 14336}, true, "63 x 4k and 2k of 8k: 441 us, apart 543"},
+                          {{1008, 16, 896}, true, "63 x 1k and 512 of 2k: 105, apart 122"},
+                          {{4032, 64, 1920}, true, "63 x 4k and 512 of 4k: 308, apart 327"},
+                          {{4064, 32, 512}, false, "127 x 2k and 1k: 304, apart 279"},
+                          {{4096, 128, 8192}, true, "32 x 8k and 4k: 381, apart 441"},
+                          {{128, 16, 32768}, false, "8 x 1k and 8k: 928, apart 912"},
+                          {{192, 64, 14336}, true, "3 x 4k and 2k of 8k: 394, apart 439"},
+                          {{512, 512, 14336}, false, "1 x 32k and 2k of 8k: 589, apart 450"},
+                          {{2176, 128, 14336}, true, "17 x 8k and 2k of 8k: 408, apart 503"},
+                          {{2176, 128, 3584}, false, "17 x 8k and 1k of 4k: 301, apart 236"},
+                          {{1008, 16, 120}, true, "63 x 1k and 128 of 1k: 99, apart 113"}};
+  for (const auto& [tiles, is_faster, batch] : all)
+    CHECK(PrefillDecodes(tiles, kHeads, kSms) == is_faster, "%s", batch);
+  CHECK(!PrefillDecodes({0, 0, 14336}, kHeads, kSms), "nothing to decode");
+  // Numbers as large as can be do not overflow.
+  const int64_t most = int64_t{1} << 38;
+  CHECK(!PrefillDecodes({most, 1 << 25, 1}, kHeads, kSms), "the longest");
+  // A longer row block among the same work never speaks for it, nor does more prefill against it.
+  for (int64_t decode = 1; decode < 100000; decode = decode * 3 / 2 + 1) {
+    for (int64_t prefill = 1; prefill < 100 * decode; prefill = prefill * 2 + 1) {
+      bool before = true;
+      for (int32_t longest = 1; longest <= decode; longest *= 2) {
+        const bool decodes = PrefillDecodes({decode, longest, prefill}, kHeads, kSms);
+        if (decodes)
+          CHECK(PrefillDecodes({decode, longest, prefill + prefill / 4}, kHeads, kSms), "more prefill");
+        const int64_t round = int64_t{longest} * kSms;
+        if (round >= decode * kHeads) CHECK(before || !decodes, "longer: %d", longest);
+        if (round >= decode * kHeads) before = decodes;
+      }
+    }
+  }
+}
+
 void RowsAreThoseUpToTheLargestNumberSoFar() {
   std::mt19937 random(11);
   const auto below = [&random](int32_t n) {
@@ -380,6 +421,7 @@ int main() {
   jpa::test::EqualUnitsStayWhole();
   jpa::test::NumbersBeyondTheirRange();
   jpa::test::DecodeLeavesMultiprocessorsToPrefill();
+  jpa::test::PrefillDecodesWhereThatIsFaster();
   jpa::test::RowsAreThoseUpToTheLargestNumberSoFar();
   return jpa::test::failures == 0 ? 0 : 1;
 }

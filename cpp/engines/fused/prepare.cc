@@ -50,7 +50,8 @@ Status PreparePrefill(const PrefillKernelInfo& info, int num_sms, PrefillDevice*
               .shared_bytes = info.shared_bytes,
               .tile_rows = info.shape.rows,
               .tile_keys = info.shape.keys,
-              .cache_slices = info.cache_slices};
+              .cache_slices = info.cache_slices,
+              .may_decode = info.may_decode};
   return AllowSharedMemory(info.kernel, info.shared_bytes, "shared memory of the prefill kernel");
 }
 

@@ -136,10 +136,34 @@ PrefillChoice ChoosePrefill(const AttentionProblem& problem, const AttentionPara
   return {.prefill = finds_pages ? &device.prefill_by_cp_async : nullptr, .loader = Loader::kCpAsync};
 }
 
+// True if the prefill kernel may decode, too. Row blocks are not split there, as batch-invariant calls ask.
+bool MayDecodeBeside(const CallArgs& call, const PrefillDevice& prefill) {
+  return prefill.may_decode && !call.batch_invariant && call.facts.group.divisor() <= kMostRowsBeside;
+}
+
+// Fills in what TMA loads of row blocks that prefill decodes need.
+Status MakeDecodeTensorMaps(PrefillArgs* args) {
+  const AttentionProblem& problem = args->call.problem;
+  const AttentionParams& params = args->call.params;
+  const int32_t box_rows = TmaBoxRows(problem.page_size, kTileKeys);
+  while (1 << args->decode_box_rows_log2 < box_rows) ++args->decode_box_rows_log2;
+  if (Status s = MakeTensorMap(problem, KeyPool(problem, params), box_rows, &args->decode_k_map,
+                               &args->k_blocks_per_head);
+      !s.ok()) {
+    return s;
+  }
+  return MakeTensorMap(problem, ValuePool(problem, params), box_rows, &args->decode_v_map,
+                       &args->v_blocks_per_head);
+}
+
 // Fills in what TMA loads need.
 Status MakeTensorMaps(const PrefillDevice& prefill, PrefillArgs* args) {
   const AttentionProblem& problem = args->call.problem;
   const AttentionParams& params = args->call.params;
+  if (MayDecodeBeside(args->call, prefill)) {
+    args->may_decode = true;
+    if (Status s = MakeDecodeTensorMaps(args); !s.ok()) return s;
+  }
   const int32_t box_rows = TmaBoxRows(problem.page_size, prefill.tile_keys);
   while (1 << args->box_rows_log2 < box_rows) ++args->box_rows_log2;
   if (Status s =

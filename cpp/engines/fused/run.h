@@ -44,6 +44,7 @@ struct PrefillDevice {
   int tile_rows = 0;
   int tile_keys = 0;
   int cache_slices = 0;
+  bool may_decode = false;  // it can decode beside its work tiles
 };
 
 // An MLA kernel, which runs one CTA per multiprocessor, or none.

@@ -18,6 +18,7 @@ struct CtaRange {
   int64_t tiles;
   const int32_t* cu_q_lens;  // in order
   bool has_prefill;          // some sequences are prefill's
+  bool prefill_decodes;      // prefill has the others, too
 };
 
 // Notes that the threads of a CTA leave each other to find its range.
@@ -33,17 +34,36 @@ struct RangeShared {
   RawSequence raw_sequence;
 };
 
+// The part of a call that is prefill's.
+struct PrefillWork {
+  int64_t tiles = 0;  // where the two share multiprocessors
+  bool exists = false;
+  bool may_have_all = true;  // no other sequence has more packed rows than prefill can decode
+};
+
+// PrefillDecodes as a function of its own: most calls do without its code.
+__device__ __noinline__ inline bool PrefillDecodesApart(const DecodeArgs& args, const CallTiles& tiles) {
+  return PrefillDecodes(tiles, args.call.facts.num_kv_heads, args.num_sms[kEighths - 1]);
+}
+
 // All that follows from the CTA's place.
-template <bool may_share_sms>
-__device__ inline CtaRange RangeOfCta(const DecodeArgs& args, int64_t decode_tiles, int64_t prefill_tiles) {
+template <bool may_share_sms, bool prefill_may_decode>
+__device__ inline CtaRange RangeOfCta(const DecodeArgs& args, const HeadTiles& decode,
+                                      const PrefillWork& prefill) {
+  bool prefill_decodes = false;
+  if constexpr (prefill_may_decode) {
+    prefill_decodes =
+        prefill.exists && args.prefill.may_decode && prefill.may_have_all &&
+        PrefillDecodesApart(args, {.decode = decode.total, .longest = decode.most, .prefill = prefill.tiles});
+  }
   int32_t cta = static_cast<int32_t>(blockIdx.x), eighths = kEighths;
   if (may_share_sms && args.may_share_sms()) {
     // CTAs come round by round, one on each multiprocessor. So where decode has fewer multiprocessors, each
     // of these has as many CTAs as before.
-    eighths = EighthsForDecode(decode_tiles, prefill_tiles, args.costs);
+    eighths = EighthsForDecode(decode.total, prefill.tiles, args.costs);
     const int32_t all_sms = args.num_sms[kEighths - 1], sms = args.num_sms[eighths - 1];
     const int32_t round = cta / all_sms, sm = cta - round * all_sms;
-    cta = sm < sms ? round * sms + sm : INT32_MAX;
+    cta = sm < sms && !prefill_decodes ? round * sms + sm : INT32_MAX;
   }
   const HeadQueues& queues = args.head_queues[eighths - 1];
   return {.cta = cta,
@@ -51,25 +71,32 @@ __device__ inline CtaRange RangeOfCta(const DecodeArgs& args, int64_t decode_til
           .heads = HeadsOfQueue(args.call.facts, queues, cta % queues.num_queues),
           .tiles = 0,
           .cu_q_lens = nullptr,
-          .has_prefill = false};
+          .has_prefill = prefill.exists,
+          .prefill_decodes = prefill_decodes};
 }
 
-// The tiles that all sequences have for prefill; a thread adds up those of sequences [begin, end).
+// The part of all sequences that is prefill's, where the two share multiprocessors; a thread adds up
+// sequences [begin, end).
 template <int threads>
-__device__ inline int64_t SumPrefillTiles(const CallArgs& call, const int32_t* cu_q_lens, int begin, int end,
-                                          RangeShared<threads>& shared) {
+__device__ inline PrefillWork SumPrefill(const CallArgs& call, const int32_t* cu_q_lens, int begin, int end,
+                                         RangeShared<threads>& shared) {
   int64_t tiles = 0;
+  bool is_wide = false;
 #pragma unroll 1
-  for (int i = begin; i < end; ++i)
-    tiles += PrefillTiles(call.facts, RawSequence(call, cu_q_lens, i).Clipped(call.facts));
+  for (int i = begin; i < end; ++i) {
+    const Sequence sequence = RawSequence(call, cu_q_lens, i).Clipped(call.facts);
+    tiles += PrefillTiles(call.facts, sequence);
+    is_wide = is_wide || (!IsPrefill(call.facts, sequence) &&
+                          sequence.num_rows * call.facts.group.divisor() > kMostRowsBeside);
+  }
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) tiles += __shfl_xor_sync(~0u, tiles, lanes);
   if (threadIdx.x % 32 == 0) shared.warp_prefill[threadIdx.x / 32] = tiles;
-  __syncthreads();
+  is_wide = __syncthreads_or(is_wide) != 0;
   tiles = 0;
 #pragma unroll
   for (const int64_t of_warp : shared.warp_prefill) tiles += of_warp;
-  return tiles;
+  return {.tiles = tiles, .exists = true, .may_have_all = !is_wide};
 }
 
 // Starts to bring a sequence's page ids into the L2 cache, where some CTA looks for them once it knows its
@@ -117,7 +144,7 @@ __device__ inline bool AnyThread(bool value) { return __any_sync(~0u, __syncthre
 
 // Tells every thread which range the CTA has; leaves where it starts in shared memory. Where prefill never
 // shares multiprocessors there is none, and sequences may have many row tiles.
-template <int threads, bool may_share_sms = true, int tile_rows = kTileRows>
+template <int threads, bool may_share_sms = true, int tile_rows = kTileRows, bool prefill_may_decode = false>
 __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<threads>& shared) {
   const CallArgs& call = args.call;
   const int num_seqs = static_cast<int>(call.problem.num_seqs);
@@ -129,8 +156,7 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
   OwnSequences<tile_rows, kBySums> own = {.begin = begin, .end = min(begin + each, num_seqs)};
   const HeadTiles& mine = own.tiles;
   const int32_t* cu_q_lens = call.params.cu_q_lens;
-  int64_t prefill = 0;
-  bool has_prefill = false;
+  PrefillWork prefill;
 #pragma unroll 1
   for (;;) {
     own.Read(call, cu_q_lens);
@@ -138,8 +164,8 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
     // Ragged calls of decode rows alone, in order, are to be as fast as decode calls.
     if (!AnyThread(own.fall || own.has_prefill)) break;
     if (!AnyThread(own.fall)) {
-      has_prefill = true;
-      if constexpr (may_share_sms) prefill = SumPrefillTiles(call, cu_q_lens, own.begin, own.end, shared);
+      prefill.exists = true;
+      if constexpr (may_share_sms) prefill = SumPrefill(call, cu_q_lens, own.begin, own.end, shared);
       break;
     }
     cu_q_lens = OrderedRows(call);
@@ -163,9 +189,8 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
   }
   before -= mine.total;
 
-  CtaRange range = RangeOfCta<may_share_sms>(args, all.total, prefill);
+  CtaRange range = RangeOfCta<may_share_sms, prefill_may_decode>(args, all, prefill);
   range.cu_q_lens = cu_q_lens;
-  range.has_prefill = has_prefill;
   range.tiles = TilesPerCta(all, range.heads, range.queues);
   // From here on in tiles of all heads of the queue.
   const int64_t heads = range.heads.size(), place = range.cta / range.queues.num_queues;

@@ -109,6 +109,15 @@ __device__ inline void Consume(const DecodeArgs& args, DecodeShared<Traits>& sha
   }
 }
 
+// By the extra CTA behind a kernel that plans prefill, which may start when its plan is there.
+__device__ inline void CompletePlan(const DecodeArgs& args, const CtaRange& range) {
+  if (threadIdx.x != 0) return;
+  device::WaitForPreviousKernel();
+  if (range.prefill_decodes) args.prefill.plan->decodes = 1;
+  __threadfence();  // prefill does not wait for this kernel
+  device::LetNextKernelStart();
+}
+
 // By the last CTA, before it lets prefill start. Where all sequences are decode's, prefill is told so.
 template <typename Traits>
 __device__ inline void PlanPrefill(const DecodeArgs& args, const CtaRange& range, char* stages) {
@@ -122,6 +131,7 @@ __device__ inline void PlanPrefill(const DecodeArgs& args, const CtaRange& range
   // A consumer: it has nothing to do yet.
   if (threadIdx.x == 0) {
     if (!range.has_prefill) args.prefill.plan->num_work_tiles = 0;
+    if (Traits::kMayBeBeside && range.prefill_decodes) args.prefill.plan->decodes = 1;
     __threadfence();  // prefill does not wait for this kernel
     device::LetNextKernelStart();
   }
@@ -135,18 +145,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   char* const stages = device::KeptShared(shared_memory);
   auto& shared = *reinterpret_cast<Shared*>(stages + Shared::kStages * Traits::kStageBytes);
 
-  if (blockIdx.x == static_cast<unsigned>(args.num_ctas)) {
-    // Behind a kernel that plans prefill there is one more CTA: prefill may start when its plan is there.
-    if (threadIdx.x == 0) {
-      device::WaitForPreviousKernel();
-      device::LetNextKernelStart();
-    }
-    return;
-  }
-  // Prefill is for that compute capability alone.
+  // Prefill is for that compute capability alone. Behind a kernel that plans it there is one more CTA, which
+  // lets it start. Without that CTA, and with the last one in its place, a call took 3 us more alone.
+  const bool is_extra = kCapability == 90 && blockIdx.x == static_cast<unsigned>(args.num_ctas);
   const bool plans =
       kCapability == 90 && args.plans_prefill && blockIdx.x == static_cast<unsigned>(args.num_ctas) - 1;
-  if (!plans) device::LetNextKernelStart();
+  if (!plans && !is_extra) device::LetNextKernelStart();
   if (threadIdx.x < Shared::kStages) {
     // Every lane arrives for itself: one per warp would do, but racecheck does not follow that.
     device::InitBarrier(&shared.described[threadIdx.x], 32);
@@ -154,8 +158,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     device::InitBarrier(&shared.empty[threadIdx.x], Traits::kConsumerThreads);
   }
   if (threadIdx.x == 0) shared.row_block.num_splits = 0;
-  const CtaRange range = FindCtaRange(args, shared);
+  constexpr bool kMayBeBeside = kCapability == 90 && Traits::kMayBeBeside;
+  const CtaRange range = FindCtaRange<Traits::kThreads, true, kTileRows, kMayBeBeside>(args, shared);
   if constexpr (kCapability == 90) {
+    if (is_extra) return CompletePlan(args, range);
     if (plans) PlanPrefill<Traits>(args, range, stages);
   }
 

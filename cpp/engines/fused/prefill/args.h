@@ -31,6 +31,10 @@ struct PrefillArgs : PlanArgs {
   int32_t k_blocks_per_head;
   int32_t v_blocks_per_head;
   int32_t box_rows_log2;  // of the tokens that one box brings
+  // For row blocks that are decoded.
+  CUtensorMap decode_k_map;
+  CUtensorMap decode_v_map;
+  int32_t decode_box_rows_log2;
 };
 
 }  // namespace jpa::fused

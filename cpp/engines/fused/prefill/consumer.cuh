@@ -32,11 +32,12 @@ class ConsumerWarpgroup {
   using Scores = typename RowSoftmax<Traits>::Scores;
   using Stage = PipelineState<Traits::kStages>;
 
-  __device__ ConsumerWarpgroup(const PrefillArgs& args, Shared& shared)
+  __device__ ConsumerWarpgroup(const PrefillArgs& args, Shared& shared, bool decodes)
       : args_(args),
         shared_(shared),
         // The same in all lanes, which the compiler then knows.
-        warpgroup_(__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0)) {
+        warpgroup_(__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0)),
+        queries_(decodes) {
     // Warpgroup 0 issues MMAs first: as if the last one had just done so.
     if (warpgroup_ == Traits::kConsumerWarpgroups - 1) PassPingPong();
   }
@@ -166,7 +167,7 @@ class ConsumerWarpgroup {
   __device__ void IssueQK(Scores& scores) {
     const uint32_t rows = warpgroup_ * (64 / device::kBlockRows) * kOfQueries.rows;
     const uint64_t queries =
-        device::MatrixDescriptor(device::SharedAddress(shared_.queries[queries_.index()]) + rows, kOfQueries);
+        device::MatrixDescriptor(device::SharedAddress(shared_.Queries(queries_.index())) + rows, kOfQueries);
     const uint64_t keys =
         device::MatrixDescriptor(device::SharedAddress(shared_.keys[keys_.index()]), kOfKeys);
 #pragma unroll
@@ -229,7 +230,7 @@ class ConsumerWarpgroup {
   const PrefillArgs& args_;
   Shared& shared_;
   const int warpgroup_;
-  PipelineState<Traits::kQueryStages> queries_;
+  QueryState<Traits> queries_;
   Stage keys_;
   OutputRows<Traits> out_;
   uint32_t probabilities_[kBlocks][4];

@@ -15,7 +15,8 @@ PrefillKernelInfo PrefillInfoOf() {
           .shared_bytes = PrefillSharedBytes<Traits>(),
           .shape = {.rows = Traits::kRows, .keys = Traits::kKeys},
           .cached_tile_bytes = Traits::kCachedTileBytes,
-          .cache_slices = Traits::kUsesCpAsync ? 2 * Traits::kLoadWarps : 0};
+          .cache_slices = Traits::kUsesCpAsync ? 2 * Traits::kLoadWarps : 0,
+          .may_decode = Traits::kMayDecode};
 }
 
 template <DType q_dtype, Loader loader, int head_dim, int value_dim>

@@ -18,6 +18,8 @@
 #include "engines/fused/prefill/args.h"
 #include "engines/fused/prefill/consumer.cuh"
 #include "engines/fused/prefill/cp_async_loads.cuh"
+#include "engines/fused/prefill/decode_loads.cuh"
+#include "engines/fused/prefill/decode_rows.cuh"
 #include "engines/fused/prefill/shared_memory.cuh"
 #include "engines/fused/prefill/tma_loads.cuh"
 #include "engines/fused/prefill/work_tiles.cuh"
@@ -26,13 +28,17 @@ namespace jpa::fused {
 
 // The producers' part; `thread` counts their threads from 0.
 template <typename Traits>
-__device__ inline void Produce(const PrefillArgs& args, PrefillShared<Traits>& shared, int thread) {
+__device__ inline void Produce(const PrefillArgs& args, PrefillShared<Traits>& shared, int thread,
+                               bool decodes) {
   constexpr int kTileThreads = 2 * 32 * Traits::kLoadWarps;
   // Registers are given to whole warpgroups.
   if constexpr (!Traits::kTwoProducerWarpgroups) device::ShrinkRegisters<Traits::kTileRegisters>();
+  if constexpr (Traits::kMayDecode) {
+    if (decodes && thread >= Traits::kProducerThreads - 32) return LoadDecodeTiles<Traits>(args, shared);
+  }
   if (thread >= kTileThreads) {
     if constexpr (Traits::kTwoProducerWarpgroups) device::ShrinkRegisters<Traits::kQueryRegisters>();
-    ScheduleAndLoadQueries<Traits>(args, shared, thread - kTileThreads);
+    ScheduleAndLoadQueries<Traits>(args, shared, thread - kTileThreads, decodes);
     return;
   }
   if constexpr (Traits::kTwoProducerWarpgroups) device::ShrinkRegisters<Traits::kTileRegisters>();
@@ -69,6 +75,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (blockIdx.x == gridDim.x - 1) device::WaitForPreviousKernel();
     return;
   }
+  const bool decodes = Traits::kMayDecode && __ldcg(&args.plan->decodes) != 0;
   using Shared = PrefillShared<Traits>;
   extern __shared__ __align__(1024) char memory[];  // blocks are swizzled by addresses modulo 1024
   auto& shared = *reinterpret_cast<Shared*>(memory);
@@ -78,13 +85,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x == 0) {
     shared.num_sequences = __ldcg(&args.plan->num_sequences);
     shared.num_work_tiles = num_work_tiles;
+    const int query_threads = 32 * QueryWarps<Traits>(decodes);
     for (int i = 0; i < Shared::kWorkTiles; ++i) {
       device::InitBarrier(&shared.work_tile_full[i], 1);
-      device::InitBarrier(&shared.work_tile_empty[i], Traits::kThreads);
+      device::InitBarrier(&shared.work_tile_empty[i],
+                          Traits::kConsumerThreads + 2 * 32 * Traits::kLoadWarps + query_threads);
     }
     device::InitBarrier(&shared.work_tile_ending, 1);
     for (int i = 0; i < Traits::kQueryStages; ++i) {
-      device::InitBarrier(&shared.queries_full[i], 32 * Traits::kQueryWarps);
+      device::InitBarrier(&shared.queries_full[i], query_threads);
       device::InitBarrier(&shared.queries_empty[i], Traits::kConsumerThreads);
     }
     // TMA loads have one arrival, by the lane that asks for them; cp.async loads have one per thread.
@@ -95,15 +104,28 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       device::InitBarrier(&shared.values_full[i], kFullArrivals);
       device::InitBarrier(&shared.values_empty[i], kConsumerWarps);
     }
+    if constexpr (Traits::kMayDecode) {
+      for (int i = 0; i < kDecodeStages; ++i) {
+        device::InitBarrier(&shared.decode.full[i], 1);
+        device::InitBarrier(&shared.decode.empty[i], Traits::kDecodeThreads);
+      }
+    }
     device::FenceBarrierInit();
   }
   __syncthreads();
 
-  if (threadIdx.x >= Traits::kConsumerThreads) {
-    Produce<Traits>(args, shared, static_cast<int>(threadIdx.x) - Traits::kConsumerThreads);
+  const int thread = static_cast<int>(threadIdx.x);
+  constexpr int kDecoders = Traits::kConsumerThreads + Traits::kProducerThreads;
+  if (Traits::kMayDecode && thread >= kDecoders) {
+    if constexpr (Traits::kMayDecode) {
+      device::ShrinkRegisters<Traits::kDecodeRegisters>();
+      if (decodes) DecodeWarpgroup<Traits>(args, shared, thread - kDecoders).Run();
+    }
+  } else if (thread >= Traits::kConsumerThreads) {
+    Produce<Traits>(args, shared, thread - Traits::kConsumerThreads, decodes);
   } else {
     device::GrowRegisters<Traits::kConsumerRegisters>();
-    ConsumerWarpgroup<Traits> rows(args, shared);
+    ConsumerWarpgroup<Traits> rows(args, shared, decodes);
     for (PipelineState<Shared::kWorkTiles> state;; state.Next()) {
       device::WaitForPhase(&shared.work_tile_full[state.index()], state.parity());
       const WorkTile& work_tile = shared.work_tiles[state.index()];

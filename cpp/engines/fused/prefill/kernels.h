@@ -18,6 +18,7 @@ struct PrefillKernelInfo {
   // The size of a cached key tile, if the kernel uses the tile cache.
   int cached_tile_bytes = 0;
   int cache_slices = 0;
+  bool may_decode = false;  // it can decode beside its work tiles
 };
 
 // The kernels of a head dim of keys, one of values and a loader. Each has a file of its own, which

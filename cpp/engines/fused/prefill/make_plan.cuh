@@ -6,6 +6,7 @@
 #include "core/problem.h"
 #include "device/ptx.cuh"
 #include "engines/fused/common/read_sequences.cuh"
+#include "engines/fused/decode/work_split.h"
 #include "engines/fused/prefill/plan_args.h"
 
 namespace jpa::fused {
@@ -14,7 +15,7 @@ inline constexpr int kClasses = 64;
 inline constexpr int kCandidates = kMaxPrefillSplits;
 
 // Sequences are sorted by classes of their longest row tile, longest first; a class spans a factor of
-// 2^(1/3).
+// 2^(1/3). Behind prefill's classes are as many of decode's.
 __device__ inline int ClassOf(int32_t tiles) {
   return kClasses - 1 - min(kClasses - 1, static_cast<int>(3.0f * log2f(static_cast<float>(tiles + 1))));
 }
@@ -26,8 +27,9 @@ struct PlanShared {
   static_assert(kWarps <= 32, "a lane each");
 
   Sequence sequences[threads];  // of the first planned ones
-  int32_t class_counts[kClasses];
-  int32_t class_next[kClasses];
+  int32_t class_counts[2 * kClasses];
+  int32_t class_next[2 * kClasses];
+  int32_t num_prefill;  // sequences
   int32_t longest;
   int64_t tiles[kCandidates];  // as estimated, if the longest row tile has one split more than the index
   int32_t warp_work_tiles[kWarps], warp_partials[kWarps], warp_cached[kWarps];
@@ -77,8 +79,20 @@ __device__ inline int32_t SumBefore(int32_t value, int32_t (&of_warps)[warps], i
   return before;
 }
 
-// Plans the sequences that are not decoded, by classes; returns how many they are. Sequences of one class
-// come in any order, which changes no result.
+// The class of a sequence, and the key tiles of its longest row tile; -1 if it is not planned. Those of
+// decode are, for prefill that decodes, too.
+__device__ inline int ClassOf(const CallFacts& facts, const PlanArgs& args, const Sequence& sequence,
+                              int32_t* tiles) {
+  if (IsPrefill(facts, sequence)) {
+    *tiles = LongestRowTile(facts, args.shape, sequence);
+    return ClassOf(*tiles);
+  }
+  *tiles = args.may_decode ? VisibleTiles(facts, sequence, 0).size() : 0;
+  return *tiles > 0 ? kClasses + ClassOf(*tiles) : -1;
+}
+
+// Plans sequences by classes; returns how many. Sequences of one class come in any order, which changes no
+// result.
 template <int threads>
 __device__ inline int32_t Sort(const CallArgs& call, const PlanArgs& args,
                                const SequencesToPlan<threads>& sequences, PlanShared<threads>& shared) {
@@ -87,21 +101,25 @@ __device__ inline int32_t Sort(const CallArgs& call, const PlanArgs& args,
   const int num_seqs = static_cast<int>(call.problem.num_seqs);
   for (int seq = thread; seq < num_seqs; seq += threads) {
     const Sequence sequence = sequences(seq);
-    if (!IsPrefill(facts, sequence)) continue;
-    const int32_t tiles = LongestRowTile(facts, args.shape, sequence);
-    atomicAdd(&shared.class_counts[ClassOf(tiles)], 1);
-    atomicMax(&shared.longest, tiles);
+    int32_t tiles;
+    const int of = ClassOf(facts, args, sequence, &tiles);
+    if (of >= 0) atomicAdd(&shared.class_counts[of], 1);
+    if (of >= 0 && of < kClasses) atomicMax(&shared.longest, tiles);
   }
   __syncthreads();
   int32_t num_planned;
-  const int32_t planned_before =
-      SumBefore(thread < kClasses ? shared.class_counts[thread] : 0, shared.warp_work_tiles, &num_planned);
-  if (thread < kClasses) shared.class_next[thread] = planned_before;
+  static_assert(threads > kClasses * 2);
+  const int32_t planned_before = SumBefore(thread < 2 * kClasses ? shared.class_counts[thread] : 0,
+                                           shared.warp_work_tiles, &num_planned);
+  if (thread < 2 * kClasses) shared.class_next[thread] = planned_before;
+  if (thread == kClasses) shared.num_prefill = planned_before;
   __syncthreads();
   for (int seq = thread; seq < num_seqs; seq += threads) {
     const Sequence sequence = sequences(seq);
-    if (!IsPrefill(facts, sequence)) continue;
-    const int index = atomicAdd(&shared.class_next[ClassOf(LongestRowTile(facts, args.shape, sequence))], 1);
+    int32_t tiles;
+    const int of = ClassOf(facts, args, sequence, &tiles);
+    if (of < 0) continue;
+    const int index = atomicAdd(&shared.class_next[of], 1);
     args.planned[index].seq = seq;
     if (index < threads) shared.sequences[index] = sequence;
   }
@@ -118,7 +136,7 @@ __device__ inline void ChooseSplits(const CallArgs& call, const PlanArgs& args,
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int32_t longest = max(shared.longest, 1);
   for (int candidate = warp; candidate < kCandidates; candidate += threads / 32) {
-    const int32_t most = static_cast<int32_t>(CeilDiv(longest, candidate + 1));
+    const int32_t most = CeilDiv<int32_t>(longest, candidate + 1);
     int32_t work_tiles = 0, partials = 0;
     for (int i = lane; i < num_planned; i += 32) {
       const Sequence sequence = sequences.Planned(i);
@@ -141,7 +159,7 @@ __device__ inline void ChooseSplits(const CallArgs& call, const PlanArgs& args,
     for (int i = 1; i < kCandidates && !call.batch_invariant; ++i) {
       if (shared.tiles[i] < shared.tiles[best]) best = i;
     }
-    shared.split_tiles = static_cast<int32_t>(CeilDiv(longest, best + 1));
+    shared.split_tiles = CeilDiv<int32_t>(longest, best + 1);
   }
   __syncthreads();
 }
@@ -163,8 +181,10 @@ __device__ inline void Number(const CallArgs& call, const PlanArgs& args,
       splits = SplitsOf(LongestRowTile(facts, args.shape, sequence), shared.split_tiles);
       work_tiles = RowTilesPerHead(facts, args.shape, sequence) * facts.num_kv_heads * splits;
       partials = splits > 1 ? work_tiles : 0;
-      sharing =
-          TileSharingOf(facts, args.shape, sequence, splits, args.num_ctas, args.bytes_per_token, converts);
+      // Kernels without a tile cache take no notice.
+      if (args.tile_cache.slices > 0)
+        sharing =
+            TileSharingOf(facts, args.shape, sequence, splits, args.num_ctas, args.bytes_per_token, converts);
       cached = NumCachedTiles(facts, args.shape, sequence, sharing, args.tile_cache.count);
     }
     int32_t all_work_tiles, all_partials, all_cached;
@@ -195,11 +215,11 @@ __device__ inline void MakePlan(const CallArgs& call, const PlanArgs& args, cons
                                 PlanShared<threads>& shared) {
   const int thread = static_cast<int>(threadIdx.x);
   const SequencesToPlan<threads> sequences(call, args, cu_q_lens, shared);
-  if (thread < kClasses) shared.class_counts[thread] = 0;
+  if (thread < 2 * kClasses) shared.class_counts[thread] = 0;
   if (thread == 0) shared.longest = shared.first_work_tile = shared.first_partial = shared.cache_index = 0;
   for (int i = thread; i < kMaxPartials; i += threads) args.arrivals[i] = 0;
   __syncthreads();
-  const int32_t num_planned = Sort(call, args, sequences, shared);
+  const int32_t all = Sort(call, args, sequences, shared), num_planned = shared.num_prefill;
   ChooseSplits(call, args, sequences, num_planned, shared);
   Number(call, args, sequences, num_planned, shared);
   for (int i = thread; i < shared.cache_index * args.tile_cache.slices; i += threads)
@@ -208,6 +228,9 @@ __device__ inline void MakePlan(const CallArgs& call, const PlanArgs& args, cons
     *args.plan = {.num_sequences = num_planned,
                   .num_work_tiles = shared.first_work_tile,
                   .next_work_tile = 0,
+                  .decodes = 0,
+                  .num_decoded = all - num_planned,
+                  .next_row_block = 0,
                   .cu_q_lens = cu_q_lens};
   }
 }

@@ -22,6 +22,7 @@ struct PlanArgs {
   uint32_t* arrivals;  // [kMaxPartials], by the first partial result of a row block: its splits that are done
   TileShape shape;
   int32_t num_ctas;
+  bool may_decode;          // CTAs can decode beside their work tiles, see PrefillDecodes
   int32_t bytes_per_token;  // of a head's keys and values as MMAs take them
   TileCache tile_cache;     // for cp.async loads
 };

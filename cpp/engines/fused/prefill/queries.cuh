@@ -21,8 +21,9 @@ __device__ inline uint32_t QueryNumber(const PrefillArgs& args, const WorkTile& 
 template <typename Traits>
 class QueryRows {
  public:
-  __device__ QueryRows(const PrefillArgs& args, const WorkTile& work_tile, int warp, char* queries)
-      : args_(args), work_tile_(work_tile), warp_(warp), queries_(queries) {}
+  // By so many warps; this is number `warp`.
+  __device__ QueryRows(const PrefillArgs& args, const WorkTile& work_tile, int warp, int warps, char* queries)
+      : args_(args), work_tile_(work_tile), warp_(warp), warps_(warps), queries_(queries) {}
 
   // Copies rows to their places.
   __device__ void Load() const {
@@ -61,7 +62,7 @@ class QueryRows {
   template <typename Use>
   __device__ void ForEach32(const Use& use) const {
 #pragma unroll 1
-    for (int first = 32 * warp_; first < Traits::kRows; first += 32 * Traits::kQueryWarps) use(first);
+    for (int first = 32 * warp_; first < Traits::kRows; first += 32 * warps_) use(first);
   }
   // The place of the lane's first chunk among 32 rows.
   __device__ static uint32_t LanePlace(int first) {
@@ -115,7 +116,7 @@ class QueryRows {
 
   const PrefillArgs& args_;
   const WorkTile& work_tile_;
-  const int warp_;
+  const int warp_, warps_;
   char* const queries_;
 };
 

@@ -29,7 +29,7 @@ struct TileSharing {
   int16_t orders;  // that neighbouring row tiles have
 };
 
-// A sequence that is not decoded.
+// A sequence that is not decoded. Of one that is, only `seq` is set.
 struct PlannedSequence {
   int32_t seq;
   int32_t first_work_tile;
@@ -44,6 +44,9 @@ struct PrefillPlan {
   int32_t num_sequences;
   int32_t num_work_tiles;
   int32_t next_work_tile;    // that no CTA has taken
+  int32_t decodes;           // prefill has decode's row blocks, too: a CTA of decode says so
+  int32_t num_decoded;       // sequences for that, longest first; they are planned behind the others
+  int32_t next_row_block;    // of those, that no CTA has taken
   const int32_t* cu_q_lens;  // in order, see RowRangeOf
 };
 
@@ -61,7 +64,12 @@ inline constexpr int kSplitCost = 3;
 
 JPA_HOST_DEVICE inline int32_t RowTilesPerHead(const CallFacts& call, const TileShape& shape,
                                                const Sequence& sequence) {
-  return static_cast<int32_t>(CeilDiv(int64_t{sequence.num_rows} * call.group.divisor(), shape.rows));
+  // Below 2^31, as all rows of q times heads are. A division of 64 bits takes many times as long on the
+  // device.
+  const uint32_t rows =
+      static_cast<uint32_t>(sequence.num_rows) * static_cast<uint32_t>(call.group.divisor());
+  const uint32_t each = static_cast<uint32_t>(shape.rows);
+  return static_cast<int32_t>((rows + each - 1) / each);
 }
 
 JPA_HOST_DEVICE inline TileRange TilesOfRowTile(const CallFacts& call, const TileShape& shape,
@@ -77,14 +85,14 @@ JPA_HOST_DEVICE inline int32_t LongestRowTile(const CallFacts& call, const TileS
 
 // Splits of a sequence's row blocks if no split is to have more than `most` tiles.
 JPA_HOST_DEVICE inline int32_t SplitsOf(int32_t longest, int32_t most) {
-  return Larger(1, static_cast<int32_t>(CeilDiv(longest, most)));
+  return Larger(1, CeilDiv<int32_t>(longest, most));
 }
 
 // Tiles of split `split` of `splits`; some splits of short row blocks are empty.
 JPA_HOST_DEVICE inline TileRange TilesOfSplit(const TileRange& row_block, int32_t split, int32_t splits) {
-  const int64_t size = row_block.size();
-  return {.begin = row_block.begin + static_cast<int32_t>(size * split / splits),
-          .end = row_block.begin + static_cast<int32_t>(size * (split + 1) / splits)};
+  const int32_t size = row_block.size();  // times kMaxPrefillSplits it is below 2^31
+  return {.begin = row_block.begin + size * split / splits,
+          .end = row_block.begin + size * (split + 1) / splits};
 }
 
 // A work tile's place in its sequence, whose first one is number 0.
@@ -112,9 +120,11 @@ JPA_HOST_DEVICE inline WorkTilePlace PlaceOf(int32_t number, int32_t row_tiles, 
 JPA_HOST_DEVICE inline int32_t HeadsPerSection(int32_t num_heads, int32_t kv_len, int32_t bytes_per_token) {
   constexpr int64_t kCacheBytes = int64_t{32} << 20;
   const int64_t each = int64_t{Larger(kv_len, 1)} * bytes_per_token;
-  const int64_t fit = kCacheBytes / each < 1 ? 1 : kCacheBytes / each;
+  // A division of 32 bits, again.
+  const int32_t fit = each > kCacheBytes ? 1 : static_cast<int32_t>(kCacheBytes) / static_cast<int32_t>(each);
   if (fit >= num_heads) return num_heads;
-  return static_cast<int32_t>(CeilDiv(num_heads, CeilDiv(num_heads, fit)));
+  const int32_t sections = (num_heads + fit - 1) / fit;
+  return (num_heads + sections - 1) / sections;
 }
 
 // Which key tile a work tile takes at which step. Steps are counted down as its tiles are. Its own tiles, one
@@ -197,9 +207,10 @@ JPA_HOST_DEVICE inline int32_t NumCachedTiles(const CallFacts& call, const TileS
 }
 
 // How long all CTAs take, in key tiles, if row blocks have `splits`, and there are `work_tiles` then.
-JPA_HOST_DEVICE inline int64_t EstimatedTiles(int64_t work_tiles, int32_t longest, int32_t splits,
+JPA_HOST_DEVICE inline int64_t EstimatedTiles(int32_t work_tiles, int32_t longest, int32_t splits,
                                               int32_t num_ctas) {
-  return CeilDiv(work_tiles, num_ctas) * (CeilDiv(longest, splits) + (splits > 1 ? kSplitCost : 0));
+  return int64_t{CeilDiv<int32_t>(work_tiles, num_ctas)} *
+         (CeilDiv<int32_t>(longest, splits) + (splits > 1 ? kSplitCost : 0));
 }
 
 }  // namespace jpa::fused

@@ -2,11 +2,14 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+#include <variant>
 
 #include "device/ptx.cuh"
 #include "device/wgmma.cuh"
 #include "engines/fused/common/result.cuh"
 #include "engines/fused/common/row_block.cuh"
+#include "engines/fused/decode/work_split.h"
 #include "engines/fused/prefill/schedule.h"
 #include "engines/fused/prefill/traits.h"
 
@@ -63,11 +66,47 @@ struct LoadedTile {
 
 constexpr int AtLeast16(int bytes) { return bytes > 16 ? bytes : 16; }
 
+// A key tile of a row block that is decoded: decode_rows.cuh.
+struct DecodeTile : RowBlock {
+  int32_t exists;    // 0 behind the last one
+  int32_t key;       // the first one
+  int32_t starts;    // the row block's first tile
+  int32_t ends;      // its last one
+  uint32_t missing;  // a bit per box of TMA loads: it has no page
+};
+
+inline constexpr int kDecodeKeys = 64;  // of such a tile, as many as wgmma has rows
+inline constexpr int kDecodeStages = 2;
+
+// The small things that decode needs.
+struct DecodeNotes {
+  DecodeTile tiles[kDecodeStages];
+  float of_warps[4][kMostRowsBeside];  // maxima, or sums, of each row
+  device::Barrier full[kDecodeStages], empty[kDecodeStages];
+};
+
+// The large ones.
+template <typename Traits>
+struct DecodeMatrices {
+  static constexpr int kKeyTileBytes = MatrixBytes(kDecodeKeys, Traits::kHeadDim);
+  static constexpr int kValueTileBytes = MatrixBytes(kDecodeKeys, Traits::kValueDim);
+
+  alignas(1024) char keys[kDecodeStages][kKeyTileBytes];
+  alignas(1024) char values[kDecodeStages][kValueTileBytes];
+  alignas(1024) char queries[MatrixBytes(kMostRowsBeside, Traits::kHeadDim)];
+};
+
 template <typename Traits>
 struct PrefillShared {
   static constexpr int kWorkTiles = 4;  // short ones take less time than it takes to find the next
 
-  alignas(1024) char queries[Traits::kQueryStages][Traits::kQueryBytes];
+  // Where the CTA decodes, queries have one stage, and decode's matrices the room behind it.
+  static constexpr int kBytesBehindFirst = Traits::kMayDecode
+                                               ? static_cast<int>(sizeof(DecodeMatrices<Traits>))
+                                               : (Traits::kQueryStages - 1) * Traits::kQueryBytes;
+  static_assert(kBytesBehindFirst >= (Traits::kQueryStages - 1) * Traits::kQueryBytes);
+
+  alignas(1024) char queries[Traits::kQueryBytes + kBytesBehindFirst];
   alignas(1024) char keys[Traits::kStages][Traits::kKeyTileBytes];
   alignas(1024) char values[Traits::kStages][Traits::kValueTileBytes];
   alignas(16) char raw_keys[AtLeast16(Traits::kRawKeyBytes)];
@@ -83,6 +122,12 @@ struct PrefillShared {
   device::Barrier queries_full[Traits::kQueryStages], queries_empty[Traits::kQueryStages];
   device::Barrier keys_full[Traits::kStages], keys_empty[Traits::kStages];
   device::Barrier values_full[Traits::kStages], values_empty[Traits::kStages];
+  std::conditional_t<Traits::kMayDecode, DecodeNotes, std::monostate> decode;
+
+  __device__ char* Queries(int stage) { return queries + stage * Traits::kQueryBytes; }
+  __device__ DecodeMatrices<Traits>& decode_matrices() {
+    return *reinterpret_cast<DecodeMatrices<Traits>*>(queries + Traits::kQueryBytes);
+  }
 
   template <bool of_keys>
   __device__ auto& Stages() {
@@ -128,6 +173,23 @@ class PipelineState {
  private:
   static_assert((size & (size - 1)) == 0, "divisions are by powers of two");
   unsigned count_ = 0;
+};
+
+// A place among the stages of queries: one or two, and one where the CTA decodes.
+template <typename Traits>
+class QueryState {
+ public:
+  __device__ explicit QueryState(bool decodes, unsigned count = 0)
+      : count_(count), two_(Traits::kQueryStages == 2 && !(Traits::kMayDecode && decodes) ? 1 : 0) {}
+
+  __device__ int index() const { return static_cast<int>(count_ & two_); }
+  __device__ uint32_t parity() const { return count_ >> two_ & 1; }
+  __device__ void Next() { ++count_; }
+
+ private:
+  static_assert(Traits::kQueryStages <= 2);
+  unsigned count_;
+  unsigned two_;  // 1: two stages
 };
 
 // By every thread that has read a work tile. Lanes go on together: the compiler then needs fewer registers.

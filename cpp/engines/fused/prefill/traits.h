@@ -25,6 +25,9 @@ struct PrefillTraits {
   static constexpr bool kSameDims = kHeadDim == kValueDim;
   static_assert(kValueDim <= kHeadDim, "key tiles leave registers for no wider results");
 
+  // A warpgroup besides may decode while the others prefill (decode_rows.cuh).
+  static constexpr bool kMayDecode = !kUsesCpAsync && kHeadDim == 128 && kValueDim == 128;
+
   // A consumer warpgroup has 64 packed rows: scores and results of that many fill its registers. Ping-pong
   // barriers let one's softmax run beside the others' MMAs. With a head dim of 64 MMAs are so short that it
   // takes those of two warpgroups to fill the time of a softmax; cp.async loads leave no registers for a
@@ -57,21 +60,26 @@ struct PrefillTraits {
   static constexpr int kLoadWarps = kTwoProducerWarpgroups ? 2 : 1;  // of keys, and of values
   static constexpr int kQueryWarps = kTwoProducerWarpgroups ? 4 : 2;
   static constexpr int kConsumerThreads = 128 * kConsumerWarpgroups;
-  static constexpr int kThreads = kConsumerThreads + 32 * (2 * kLoadWarps + kQueryWarps);
+  // Where the CTA decodes, the last warp that loads queries loads decode's keys and values.
+  static constexpr int kProducerThreads = 32 * (2 * kLoadWarps + kQueryWarps);
+  static constexpr int kDecodeThreads = kMayDecode ? 128 : 0;
+  static constexpr int kThreads = kConsumerThreads + kProducerThreads + kDecodeThreads;
   static_assert(kThreads % 128 == 0, "registers are shared out by warpgroups");
   // Registers per thread: 64 K are shared out unevenly, and nothing may spill. Producers that turn 8-bit rows
   // into f16 need more.
   static constexpr int kConsumerRegisters = kConsumerWarpgroups == 3 ? 160
                                             : kTwoProducerWarpgroups ? (kIs8Bit ? 200 : 208)
                                             : kUsesCpAsync           ? 224
+                                            : kMayDecode             ? 208
                                                                      : 232;
   static constexpr int kTileRegisters = kIs8Bit                    ? (kTwoProducerWarpgroups ? 64 : 56)
                                         : kUsesCpAsync             ? 56
                                         : kConsumerWarpgroups == 3 ? 32
                                                                    : 40;
   static constexpr int kQueryRegisters = kTwoProducerWarpgroups ? (kIs8Bit ? 48 : 40) : kTileRegisters;
+  static constexpr int kDecodeRegisters = 56;
   // A CTA starts with the same number of registers for each thread, a multiple of 8.
-  static_assert(kConsumerThreads * kConsumerRegisters +
+  static_assert(kConsumerThreads * kConsumerRegisters + kDecodeThreads * kDecodeRegisters +
                     128 * (kTwoProducerWarpgroups ? kTileRegisters + kQueryRegisters : kTileRegisters) <=
                 65536 / kThreads / 8 * 8 * kThreads);
 

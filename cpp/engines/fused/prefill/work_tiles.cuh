@@ -62,10 +62,15 @@ __device__ inline void MakeWorkTile(const PrefillArgs& args, const PrefillShared
   }
 }
 
+template <typename Traits>
+__device__ inline int QueryWarps(bool decodes) {
+  return Traits::kMayDecode && decodes ? Traits::kQueryWarps - 1 : Traits::kQueryWarps;
+}
+
 // By the scheduler warp, which is the first one, and the other warps that load queries.
 template <typename Traits>
 __device__ inline void ScheduleAndLoadQueries(const PrefillArgs& args, PrefillShared<Traits>& shared,
-                                              int thread) {
+                                              int thread, bool decodes) {
   const int lane = thread % 32;
   const bool schedules = thread < 32;
   PipelineState<PrefillShared<Traits>::kWorkTiles> state;
@@ -81,9 +86,10 @@ __device__ inline void ScheduleAndLoadQueries(const PrefillArgs& args, PrefillSh
     device::WaitForPhase(&shared.work_tile_full[state.index()], state.parity());
     const WorkTile& work_tile = shared.work_tiles[state.index()];
     if (!work_tile.exists) return;
-    const PipelineState<Traits::kQueryStages> tile(state);
+    const QueryState<Traits> tile(decodes, state.count());
     device::WaitForPhase(&shared.queries_empty[tile.index()], tile.parity() ^ 1);
-    const QueryRows<Traits> rows(args, work_tile, thread / 32, shared.queries[tile.index()]);
+    const QueryRows<Traits> rows(args, work_tile, thread / 32, QueryWarps<Traits>(decodes),
+                                 shared.Queries(tile.index()));
     rows.Load();
     if constexpr (Traits::kIs8Bit) rows.ConvertToF16(shared.exponents[tile.index()]);
     device::FenceSharedForAsync();
