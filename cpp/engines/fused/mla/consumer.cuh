@@ -3,8 +3,8 @@
 // in registers, the other one gets it through shared memory.
 //
 // So one warpgroup's softmax runs beside the other's MMAs, though registers hold but one O. The order is that
-// of FlashMLA's "seesaw" (DeepSeek, 2025), but that maxima seldom rise (softmax.cuh), and that the second
-// warpgroup makes its scores before it adds the first one's tile:
+// of FlashMLA's "seesaw" (DeepSeek, 2025), but that maxima seldom rise (decode/warpgroup_softmax.cuh), and
+// that the second warpgroup makes its scores before it adds the first one's tile:
 //
 //   warpgroup 0:  S(0)  softmax(0)  O += P(0) V(0)              O += P(1) V(1)  S(2)  softmax(2) ...
 //   warpgroup 1:        S(1)        O += P(0) V(0)  softmax(1)  O += P(1) V(1)        S(3) ...
@@ -17,10 +17,10 @@
 #include "device/fragment.cuh"
 #include "device/ptx.cuh"
 #include "device/wgmma.cuh"
-#include "engines/fused/mla/epilogue.cuh"
+#include "engines/fused/decode/warpgroup_results.cuh"
+#include "engines/fused/decode/warpgroup_softmax.cuh"
 #include "engines/fused/mla/merge_splits.cuh"
 #include "engines/fused/mla/shared_memory.cuh"
-#include "engines/fused/mla/softmax.cuh"
 #include "engines/fused/mla/stages.cuh"
 
 namespace jpa::fused {
@@ -202,7 +202,7 @@ class MlaConsumer {
     device::FenceSharedForAsync();
     // Who has left maxima arrives: one lane per warp would do, but racecheck does not follow that.
     __syncwarp();
-    if (MlaSoftmax::Leaves()) device::Arrive(&shared_.probabilities_full);
+    if (WarpgroupSoftmax::Leaves()) device::Arrive(&shared_.probabilities_full);
   }
 
   // Takes what the other warpgroup has left.
@@ -348,21 +348,21 @@ class MlaConsumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float sum = softmax_.SumOverLanes(r);
-      if (device::LaneId() % 4 == 0) sums[warpgroup_][MlaLane::Row(r)] = sum;
+      if (device::LaneId() % 4 == 0) sums[warpgroup_][WarpgroupLane::Row(r)] = sum;
     }
     device::NamedBarrierSync<kAllBarrier, Traits::kConsumerThreads>();
     device::SoftmaxState states[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      states[r] = {softmax_.maximum(r), sums[0][MlaLane::Row(r)] + sums[1][MlaLane::Row(r)]};
+      states[r] = {softmax_.maximum(r), sums[0][WarpgroupLane::Row(r)] + sums[1][WarpgroupLane::Row(r)]};
     }
     ++split_;
     const int first_column = warpgroup_ * Traits::kOutWidth;
     if (tile.is_whole) {
-      WriteMlaResults<Traits>(args_.decode.call, tile, first_column, out_, states);
+      WriteWarpgroupResults<Traits>(args_.decode.call, tile, first_column, out_, states);
       return;
     }
-    WriteMlaPartial<Traits>(args_.decode, tile, first_column, out_, states);
+    WriteWarpgroupPartial<Traits>(args_.decode, tile, first_column, out_, states);
     if (!args_.decode.call.batch_invariant) SignalSplit<Traits, kAllBarrier>(args_.decode, tile, shared_);
   }
 
@@ -375,9 +375,9 @@ class MlaConsumer {
   bool accumulates_ = false;  // O has something of the split
   bool awaits_queries_ = false;
   float out_[Traits::kOutWidth / 2];
-  MlaSoftmax::Scores scores_;
+  WarpgroupSoftmax::Scores scores_;
   uint32_t probabilities_[kBlocks][4];
-  MlaSoftmax softmax_;
+  WarpgroupSoftmax softmax_;
 };
 
 }  // namespace jpa::fused

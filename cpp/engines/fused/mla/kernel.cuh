@@ -11,8 +11,9 @@
 //
 // stages.cuh: when keys and values are there, and when no longer needed.
 //
-// consumer.cuh: two warpgroups make scores, softmax (softmax.cuh) and sums of values by wgmma. The epilogue
-// (epilogue.cuh) writes results of whole row blocks, and leaves KV splits in scratch memory.
+// consumer.cuh: two warpgroups make scores, softmax (decode/warpgroup_softmax.cuh) and sums of values by
+// wgmma. The epilogue (decode/warpgroup_results.cuh) writes results of whole row blocks, and leaves KV splits
+// in scratch memory.
 //
 // merge_splits.cuh: all CTAs that have a split of a row block merge it together.
 #pragma once
@@ -46,7 +47,7 @@ __device__ inline void InitMlaBarriers(MlaShared<Traits>& shared) {
       device::InitBarrier(&empty, Traits::kSharers * kWarps / Traits::kConsumerWarpgroups);
   }
   device::InitBarrier(&shared.probabilities_full,
-                      kWarps / Traits::kConsumerWarpgroups * MlaSoftmax::kLanesThatLeave);
+                      kWarps / Traits::kConsumerWarpgroups * WarpgroupSoftmax::kLanesThatLeave);
   device::InitBarrier(&shared.scores_issued, kWarps / Traits::kConsumerWarpgroups);
   device::FenceBarrierInit();
 }

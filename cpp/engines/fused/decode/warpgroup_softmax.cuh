@@ -1,6 +1,6 @@
-// The online softmax of a warpgroup's tiles, in registers. Tiles take turns between two warpgroups, but they
-// make one chain: each counts its scores from what the tile before has left as the rows' maxima, whoever had
-// it. Such a maximum may be a little too small (device::SoftmaxState), so it seldom changes.
+// The online softmax of a warpgroup's tiles, in registers. MLA's tiles take turns between two warpgroups, but
+// they make one chain: each counts its scores from what the tile before has left as the rows' maxima, whoever
+// had it. Such a maximum may be a little too small (device::SoftmaxState), so it seldom changes.
 #pragma once
 
 #include <cmath>
@@ -10,14 +10,15 @@
 #include "device/exp2.cuh"
 #include "device/softmax_state.cuh"
 #include "engines/fused/common/result.cuh"
+#include "engines/fused/common/row_block.cuh"
 #include "engines/fused/common/visible_keys.cuh"
-#include "engines/fused/mla/shared_memory.cuh"
+#include "engines/fused/decode/work_split.h"
 
 namespace jpa::fused {
 
 // A lane's elements of scores and results (wgmma's layout of accumulators): two packed rows, and of each
 // block of eight columns two neighbours.
-struct MlaLane {
+struct WarpgroupLane {
   // The lane's packed row r (0 or 1), counted from the row block's first.
   __device__ static int Row(int r) {
     return static_cast<int>(threadIdx.x) / 32 % 4 * 16 + static_cast<int>(device::LaneId()) / 4 + 8 * r;
@@ -26,12 +27,13 @@ struct MlaLane {
   __device__ static int Column(int block) { return 8 * block + 2 * static_cast<int>(device::LaneId() % 4); }
 };
 
-class MlaSoftmax {
+class WarpgroupSoftmax {
  public:
   using Scores = float[kTileKeys / 2];
 
   // For a new KV split.
-  __device__ void Start(const CallArgs& call, const MlaTile& tile) {
+  template <typename Tile>
+  __device__ void Start(const CallArgs& call, const Tile& tile) {
     factor_ = call.score_factor * ScaleOf(call.params.k_scale, call.seqs_per_k_scale, call.facts.num_kv_heads,
                                           tile.seq, tile.head);
     scales_ = call.params.soft_cap > 0.0f || !(factor_ > 0.0f);
@@ -49,13 +51,15 @@ class MlaSoftmax {
   }
 
   // True if some row of the warp does not see some key of a tile.
-  __device__ bool NeedsMask(const MlaTile& tile) const {
+  template <typename Tile>
+  __device__ bool NeedsMask(const Tile& tile) const {
     return !tile.all_valid() || tile.key < all_visible_.begin || tile.key + kTileKeys > all_visible_.end;
   }
 
   // Turns the scores of the warpgroup's own tile into exponents of probabilities. True if some maximum of the
   // warp rises: then `factors` are those of what was summed before.
-  __device__ bool Prepare(const CallArgs& call, const MlaTile& tile, bool needs_mask, Scores& scores,
+  template <typename Tile>
+  __device__ bool Prepare(const CallArgs& call, const Tile& tile, bool needs_mask, Scores& scores,
                           float (&factors)[2]) {
     if (scales_) Scale(call.params.soft_cap * kLog2E, scores);
     if (needs_mask) Mask(call, tile, scores);
@@ -91,7 +95,7 @@ class MlaSoftmax {
   // Takes the maxima that the other warpgroup's tile has left. True if some maximum of the warp rises, as
   // above.
   __device__ bool Follow(const float* maxima, float (&factors)[2]) {
-    const float latest[2] = {maxima[MlaLane::Row(0)], maxima[MlaLane::Row(1)]};
+    const float latest[2] = {maxima[WarpgroupLane::Row(0)], maxima[WarpgroupLane::Row(1)]};
     if (!__any_sync(~0u, latest[0] != maxima_[0] || latest[1] != maxima_[1])) return false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) factors[r] = RaiseTo(r, latest[r]);
@@ -105,8 +109,8 @@ class MlaSoftmax {
   // Leaves the maxima for the next tile.
   __device__ void Leave(float* maxima) const {
     if (!Leaves()) return;
-    maxima[MlaLane::Row(0)] = maxima_[0];
-    maxima[MlaLane::Row(1)] = maxima_[1];
+    maxima[WarpgroupLane::Row(0)] = maxima_[0];
+    maxima[WarpgroupLane::Row(1)] = maxima_[1];
   }
 
   // The sum of the warpgroup's tiles, the same in all lanes of the row.
@@ -161,20 +165,22 @@ class MlaSoftmax {
 
   // The keys that the lane's row r sees. It is asked seldom, and registers are few. Rows past the last one
   // have queries of 0, and may see what they like.
-  __device__ static KeyRange VisibleTo(const CallArgs& call, const MlaTile& tile, int r) {
-    const int row = MlaLane::Row(r);
+  __device__ static KeyRange VisibleTo(const CallArgs& call, const RowBlock& tile, int r) {
+    const int row = WarpgroupLane::Row(r);
     if (row >= tile.num_rows) return {.begin = 0, .end = tile.kv_len};
     return KeysSeenBy(tile.position + call.facts.group.Quotient(tile.first + row),
                       VisibilityOf(call.facts, tile.kv_len));
   }
 
   // Scores of keys that a row does not see become -inf.
-  __device__ static void Mask(const CallArgs& call, const MlaTile& tile, Scores& scores) {
+  template <typename Tile>
+  __device__ static void Mask(const CallArgs& call, const Tile& tile, Scores& scores) {
     // Keys are counted from the lane's first one, so that they are numbers known when this is compiled.
-    const int first = tile.key + MlaLane::Column(0);
+    const int first = tile.key + WarpgroupLane::Column(0);
     KeyRange visible[2] = {VisibleTo(call, tile, 0), VisibleTo(call, tile, 1)};
     for (KeyRange& range : visible) range = {.begin = range.begin - first, .end = range.end - first};
-    const uint32_t valid[2] = {tile.valid[0] >> MlaLane::Column(0), tile.valid[1] >> MlaLane::Column(0)};
+    const uint32_t valid[2] = {tile.valid[0] >> WarpgroupLane::Column(0),
+                               tile.valid[1] >> WarpgroupLane::Column(0)};
 #pragma unroll
     for (int i = 0; i < kTileKeys / 2; ++i) {
       const int key = i / 4 * 8 + i % 2, r = i / 2 % 2;

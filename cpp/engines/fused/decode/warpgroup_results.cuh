@@ -1,4 +1,4 @@
-// The end of a KV split: results of a whole row block, or the split's state in scratch memory.
+// The end of a warpgroup's KV split: results of a whole row block, or the split's state in scratch memory.
 #pragma once
 
 #include <cstdint>
@@ -7,24 +7,25 @@
 #include "device/fragment.cuh"
 #include "device/ptx.cuh"
 #include "engines/fused/common/result.cuh"
+#include "engines/fused/common/row_block.cuh"
 #include "engines/fused/decode/partials.cuh"
-#include "engines/fused/mla/shared_memory.cuh"
-#include "engines/fused/mla/softmax.cuh"
+#include "engines/fused/decode/warpgroup_softmax.cuh"
 
 namespace jpa::fused {
 
-// Half of the columns of 64 packed rows' sums of values, from column `first` on.
+// The warpgroup's columns of 64 packed rows' sums of values, from column `first` on.
 template <typename Traits>
-using MlaOutput = float[Traits::kOutWidth / 2];
+using WarpgroupOutput = float[Traits::kOutWidth / 2];
 
 template <typename Traits>
-__device__ inline void WriteMlaResults(const CallArgs& call, const MlaTile& tile, int first_column,
-                                       const MlaOutput<Traits>& out, device::SoftmaxState (&states)[2]) {
+__device__ inline void WriteWarpgroupResults(const CallArgs& call, const RowBlock& tile, int first_column,
+                                             const WarpgroupOutput<Traits>& out,
+                                             device::SoftmaxState (&states)[2]) {
   using T = device::TypeOf<Traits::kQ>;
   const int lane = static_cast<int>(device::LaneId() % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = MlaLane::Row(r);
+    const int row = WarpgroupLane::Row(r);
     const bool exists = row < tile.num_rows;
     const QueryHead where = QueryHeadOf(call, tile, exists ? row : 0);
     const float factor = FactorOfResult(call, where.seq, where.kv_head, where.head, &states[r]);
@@ -50,14 +51,14 @@ __device__ inline void WriteMlaResults(const CallArgs& call, const MlaTile& tile
   }
 }
 
-template <typename Traits>
-__device__ inline void WriteMlaPartial(const DecodeArgs& args, const MlaTile& tile, int first_column,
-                                       const MlaOutput<Traits>& out,
-                                       const device::SoftmaxState (&states)[2]) {
+template <typename Traits, typename Split>
+__device__ inline void WriteWarpgroupPartial(const DecodeArgs& args, const Split& tile, int first_column,
+                                             const WarpgroupOutput<Traits>& out,
+                                             const device::SoftmaxState (&states)[2]) {
   const Partials& partials = args.call.partials;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = MlaLane::Row(r);
+    const int row = WarpgroupLane::Row(r);
     if (row >= tile.num_rows) continue;
     int64_t index = int64_t{tile.partial} * partials.rows_each + row;
     if (args.call.batch_invariant) {
@@ -70,8 +71,8 @@ __device__ inline void WriteMlaPartial(const DecodeArgs& args, const MlaTile& ti
     float* const to = partials.out + index * Traits::kValueDim + first_column;
 #pragma unroll
     for (int block = 0; block < Traits::kOutWidth / 8; ++block) {
-      *reinterpret_cast<float2*>(to + MlaLane::Column(block)) = {out[4 * block + 2 * r],
-                                                                 out[4 * block + 2 * r + 1]};
+      *reinterpret_cast<float2*>(to + WarpgroupLane::Column(block)) = {out[4 * block + 2 * r],
+                                                                       out[4 * block + 2 * r + 1]};
     }
   }
 }
