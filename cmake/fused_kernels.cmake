@@ -1,5 +1,5 @@
-# Makes everything that follows from JPA_FUSED_DECODE_HEAD_DIMS, JPA_FUSED_PREFILL_HEAD_DIMS, JPA_FUSED_MLA_HEAD_DIMS and
-# JPA_FUSED_WIDE_HEAD_DIMS:
+# Makes everything that follows from JPA_FUSED_DECODE_HEAD_DIMS, JPA_FUSED_WARPGROUP_HEAD_DIMS, JPA_FUSED_PREFILL_HEAD_DIMS,
+# JPA_FUSED_MLA_HEAD_DIMS and JPA_FUSED_WIDE_HEAD_DIMS:
 #
 # - JPA_FUSED_INSTANTIATIONS: one source file per kernel, so that they compile side by side
 # - engines/fused/head_dims.h in JPA_GENERATED, from which cpp/engines/fused chooses a kernel
@@ -17,7 +17,7 @@ macro(jpa_parse_head_dims entry)
   string(REPLACE : _ JPA_DIMS ${entry})
 endmacro()
 
-foreach(kernel IN ITEMS DECODE PREFILL MLA WIDE)
+foreach(kernel IN ITEMS DECODE WARPGROUP PREFILL MLA WIDE)
   set(pairs_cpp)
   set(pairs_py)
   foreach(entry IN LISTS JPA_FUSED_${kernel}_HEAD_DIMS)
@@ -36,17 +36,18 @@ configure_file(cpp/engines/fused/head_dims.h.in ${JPA_GENERATED}/engines/fused/h
 configure_file(cmake/head_dims.py.in ${CMAKE_CURRENT_SOURCE_DIR}/jax_paged_attn/_head_dims.py @ONLY)
 
 set(JPA_FUSED_INSTANTIATIONS)
-# Adds a kernel's sources for the head dims that follow.
-function(jpa_instantiate kernel)
+# Adds a kernel's sources for the head dims that follow. `name` is that of the files: decode has two kernels.
+function(jpa_instantiate kernel name)
   foreach(entry IN LISTS ARGN)
     jpa_parse_head_dims(${entry})
-    set(instantiation ${JPA_GENERATED}/engines/fused/${kernel}/head_dim_${JPA_DIMS}.cu)
-    configure_file(cpp/engines/fused/${kernel}/instantiation.cu.in ${instantiation} @ONLY)
+    set(instantiation ${JPA_GENERATED}/engines/fused/${kernel}/${name}_head_dim_${JPA_DIMS}.cu)
+    configure_file(cpp/engines/fused/${kernel}/${name}.cu.in ${instantiation} @ONLY)
     list(APPEND JPA_FUSED_INSTANTIATIONS ${instantiation})
   endforeach()
   set(JPA_FUSED_INSTANTIATIONS ${JPA_FUSED_INSTANTIATIONS} PARENT_SCOPE)
 endfunction()
-jpa_instantiate(decode ${JPA_FUSED_DECODE_HEAD_DIMS})
+jpa_instantiate(decode instantiation ${JPA_FUSED_DECODE_HEAD_DIMS})
+jpa_instantiate(decode warpgroup_instantiation ${JPA_FUSED_WARPGROUP_HEAD_DIMS})
 # JPA_ROWS is the name of a number of packed rows.
 foreach(entry IN LISTS JPA_FUSED_MLA_HEAD_DIMS)
   jpa_parse_head_dims(${entry})

@@ -38,6 +38,13 @@ inline DecodeKernelInfo DecodeKernelFor(const AttentionProblem& problem) {
   });
 }
 
+// The decode kernel for many packed rows per row block.
+inline DecodeKernelInfo WarpgroupKernelFor(const AttentionProblem& problem) {
+  return ForHeadDims(WarpgroupHeadDims(), problem, [&](auto dims) {
+    return WarpgroupKernelOf<dims.kHeadDim, dims.kValueDim>(problem.q_dtype, problem.kv_dtype);
+  });
+}
+
 template <Loader loader>
 PrefillKernelInfo PrefillKernelFor(const AttentionProblem& problem) {
   return ForHeadDims(PrefillHeadDims(), problem, [&](auto dims) {

@@ -55,6 +55,14 @@ Status PreparePrefill(const PrefillKernelInfo& info, int num_sms, PrefillDevice*
   return AllowSharedMemory(info.kernel, info.shared_bytes, "shared memory of the prefill kernel");
 }
 
+Status PrepareKernel(const DecodeKernelInfo& info, int capability, DecodeDevice* decode) {
+  *decode = {.kernel = info.kernel,
+             .threads = info.threads,
+             .shared_bytes = info.shared_bytes(capability),
+             .ctas_per_sm = info.ctas_per_sm(capability)};
+  return AllowSharedMemory(info.kernel, decode->shared_bytes, "shared memory of the decode kernel");
+}
+
 Status PrepareDecode(const AttentionProblem& problem, int num_sms, Device* device) {
   const DecodeKernelInfo info = DecodeKernelFor(problem);
   if (info.kernel == nullptr) {
@@ -67,13 +75,20 @@ Status PrepareDecode(const AttentionProblem& problem, int num_sms, Device* devic
   int capability = 0;
   if (Status s = Check(device::CompiledFor(info.kernel, &capability), "no kernel for this device"); !s.ok())
     return s;
-  device->kernel = info.kernel;
-  device->threads = info.threads;
-  device->ctas_per_sm = info.ctas_per_sm(capability);
-  device->num_sms = std::min(num_sms, kMaxCtas / device->ctas_per_sm);
-  device->shared_bytes = info.shared_bytes(capability);
+  device->num_sms = std::min(num_sms, kMaxCtas / info.ctas_per_sm(capability));
   device->overlaps = capability >= 90;
-  return AllowSharedMemory(info.kernel, device->shared_bytes, "shared memory of the decode kernel");
+  return PrepareKernel(info, capability, &device->decode);
+}
+
+// Makes decode's second kernel ready, if there is one for this device.
+Status PrepareWarpgroup(const AttentionProblem& problem, Device* device) {
+  const DecodeKernelInfo info = WarpgroupKernelFor(problem);
+  if (info.kernel == nullptr) return Status::Ok();
+  int capability = 0;
+  if (Status s = Check(device::CompiledFor(info.kernel, &capability), "no kernel for this device"); !s.ok())
+    return s;
+  if (capability != kPrefillCapability) return Status::Ok();
+  return PrepareKernel(info, capability, &device->decode_by_warpgroup);
 }
 
 // CTAs wait for each other, so a grid has no more of them than the device runs at the same time.
@@ -129,7 +144,6 @@ Status PrepareMlaLoaders(const AttentionProblem& problem, int num_sms, Device* d
 }
 
 Status PrepareMlaKernels(const AttentionProblem& problem, int num_sms, Device* device) {
-  device->ctas_per_sm = 1;
   device->num_sms = std::min(num_sms, kMaxMlaCtas);
   device->overlaps = true;
   if (problem.ValuesInKeys()) return PrepareMlaLoaders<ValuePlace::kInKeys>(problem, num_sms, device);
@@ -164,6 +178,7 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
         "k_pages: expected keys without padding, which MLA kernels alone pass over");
   }
   if (Status s = PrepareDecode(problem, num_sms, device); !s.ok()) return s;
+  if (Status s = PrepareWarpgroup(problem, device); !s.ok()) return s;
   if (Status s = PreparePrefill(PrefillKernelFor<Loader::kTma>(problem), num_sms, &device->prefill_by_tma);
       !s.ok()) {
     return s;

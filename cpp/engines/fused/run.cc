@@ -70,7 +70,29 @@ CallArgs MakeCallArgs(const AttentionProblem& problem, const AttentionParams& pa
           .batch_invariant = options.batch_invariant};
 }
 
-DecodeArgs MakeDecodeArgs(const CallArgs& call, const Options& options, const Device& device,
+// Where a sequence has no more query rows than that on average, a call is taken for one of decode rows and
+// drafts, which seldom have more. Then no kernel goes in front of decode to plan prefill, and decode's last
+// CTA does. If there are prompts after all, they start a little later.
+constexpr int64_t kRowsOfDecode = 8;
+
+// Groups from which on warpgroups decode. Up to 8 packed rows the other kernel merges KV splits row by row,
+// in less time; beyond, its warps read all keys from shared memory once for every 16 rows.
+constexpr int64_t kLargeGroup = 9;
+// Likewise packed rows of drafts of smaller groups. With fewer the other kernel takes up to 1 % less.
+constexpr int64_t kManyPackedRows = 32;
+
+// A batch-invariant call does not look at how many rows sequences have, which depends on the batch.
+const DecodeDevice& ChooseDecode(const CallArgs& call, const Options& options, const Device& device) {
+  if (device.decode_by_warpgroup.kernel == nullptr) return device.decode;
+  const int64_t group = call.facts.group.divisor();
+  const int64_t rows = call.facts.num_rows, num_seqs = std::max<int64_t>(call.problem.num_seqs, 1);
+  const bool drafts = !options.batch_invariant && rows <= kRowsOfDecode * num_seqs;
+  const bool many = group >= kLargeGroup || (drafts && rows / num_seqs * group >= kManyPackedRows);
+  return many ? device.decode_by_warpgroup : device.decode;
+}
+
+// `ctas_per_sm` are decode's or MLA's.
+DecodeArgs MakeDecodeArgs(const CallArgs& call, const Options& options, const Device& device, int ctas_per_sm,
                           const Workspace& workspace) {
   const AttentionProblem& problem = call.problem;
   const PageStrides &k = call.params.k_strides, &v = call.params.v_strides;
@@ -81,12 +103,12 @@ DecodeArgs MakeDecodeArgs(const CallArgs& call, const Options& options, const De
                         .rows_each = static_cast<int32_t>(workspace.layout.rows_per_partial)};
   args.call.ordered_rows = reinterpret_cast<int32_t*>(workspace.start + workspace.layout.ordered_rows);
   args.partial_ready = device.partial_ready.get();
-  args.num_ctas = device.num_sms * device.ctas_per_sm;
+  args.num_ctas = device.num_sms * ctas_per_sm;
   for (int eighths = 1; eighths <= kEighths; ++eighths) {
     const int sms = std::max(device.num_sms * eighths / kEighths, 1);
     args.num_sms[eighths - 1] = sms;
     args.head_queues[eighths - 1] =
-        MakeHeadQueues(static_cast<int32_t>(problem.num_kv_heads), sms * device.ctas_per_sm);
+        MakeHeadQueues(static_cast<int32_t>(problem.num_kv_heads), sms * ctas_per_sm);
   }
   args.costs = CostsOfTiles(problem);
   args.same_offsets = k.page == v.page && k.token == v.token && k.head == v.head &&
@@ -205,14 +227,10 @@ Status MakePrefillArgs(const CallArgs& call, const Options& options, const Prefi
 
 // ---- decode and prefill -----------------------------------------------------------------------------------
 
-// Where a sequence has no more query rows than that on average, a call is taken for one of decode rows and
-// drafts, which seldom have more. Then no kernel goes in front of decode to plan prefill, and decode's last
-// CTA does. If there are prompts after all, they start a little later.
-constexpr int64_t kRowsOfDecode = 8;
-
 // Says whether it launched prefill, too.
 Status LaunchDecodeAndPrefill(DecodeArgs* args, const Options& options, const Device& device,
-                              const Workspace& workspace, cudaStream_t stream, bool* prefills) {
+                              const DecodeDevice& decode, const Workspace& workspace, cudaStream_t stream,
+                              bool* prefills) {
   const AttentionProblem& problem = args->call.problem;
   // No sequence has more rows than q: where these are few, none is prefill's.
   const int32_t decode_rows = std::max(kTileRows / args->call.facts.group.divisor(), 1);
@@ -236,10 +254,10 @@ Status LaunchDecodeAndPrefill(DecodeArgs* args, const Options& options, const De
   }
   const bool is_scheduled = *prefills && !args->plans_prefill;
   const auto grid = [](int ctas) { return dim3(static_cast<unsigned>(ctas)); };
-  if (Status s = device::LaunchUntyped(kCaller, "decode", device.kernel,
+  if (Status s = device::LaunchUntyped(kCaller, "decode", decode.kernel,
                                        {.grid = grid(args->num_ctas + (is_scheduled ? 1 : 0)),
-                                        .threads = device.threads,
-                                        .shared_bytes = device.shared_bytes,
+                                        .threads = decode.threads,
+                                        .shared_bytes = decode.shared_bytes,
                                         .overlap = is_scheduled ? Overlap::kWithPrevious : Overlap::kNone},
                                        stream, *args);
       !s.ok() || !*prefills) {
@@ -377,12 +395,14 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   if (Status s = Check(problem, workspace.layout.bytes, workspace_bytes); !s.ok()) return s;
   if (problem.num_rows == 0 || problem.num_q_heads == 0) return Status::Ok();
 
-  const bool is_mla = device.kernel == nullptr;
-  DecodeArgs args = MakeDecodeArgs(MakeCallArgs(problem, params, options), options, device, workspace);
+  const CallArgs call = MakeCallArgs(problem, params, options);
+  const DecodeDevice& decode = ChooseDecode(call, options, device);
+  const bool is_mla = decode.kernel == nullptr;
+  DecodeArgs args = MakeDecodeArgs(call, options, device, decode.ctas_per_sm, workspace);
   bool prefills = false;
-  const Status launched = is_mla
-                              ? LaunchMla(&args, options, device, stream)
-                              : LaunchDecodeAndPrefill(&args, options, device, workspace, stream, &prefills);
+  const Status launched =
+      is_mla ? LaunchMla(&args, options, device, stream)
+             : LaunchDecodeAndPrefill(&args, options, device, decode, workspace, stream, &prefills);
   if (!launched.ok() || !options.batch_invariant || problem.num_seqs == 0) return launched;
   return LaunchCombine(args, TileRowsOf(problem),
                        device.overlaps && !prefills ? Overlap::kWithPrevious : Overlap::kNone, stream);

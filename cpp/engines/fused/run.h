@@ -35,6 +35,14 @@ struct FreeOnDevice {
   void operator()(uint32_t* memory) const;
 };
 
+// A decode kernel, or none.
+struct DecodeDevice {
+  const void* kernel = nullptr;
+  int threads = 0;
+  int shared_bytes = 0;  // of a CTA
+  int ctas_per_sm = 1;   // that run at the same time
+};
+
 // A prefill kernel, which runs one CTA per multiprocessor, or none.
 struct PrefillDevice {
   const void* kernel = nullptr;
@@ -57,13 +65,11 @@ struct MlaDevice {
 
 // All that the calls of one call site need on a device. They must follow each other, as those of a stream do.
 struct Device {
-  int num_sms;                   // multiprocessors
-  int ctas_per_sm;               // of decode or MLA, that run at the same time
-  int threads;                   // of a CTA of decode
-  int shared_bytes;              // likewise
-  bool overlaps;                 // a kernel of a stream may start before the one in front has ended
-  const void* kernel = nullptr;  // of decode; null: MLA's kernels take its place
+  int num_sms;    // multiprocessors
+  bool overlaps;  // a kernel of a stream may start before the one in front has ended
   std::unique_ptr<uint32_t, FreeOnDevice> partial_ready;  // on the device: zeros, but while a call runs
+  DecodeDevice decode;                                    // no kernel: MLA's take its place
+  DecodeDevice decode_by_warpgroup;                       // for many packed rows per row block
   PrefillDevice prefill_by_tma;                           // for pages that TMA can load
   PrefillDevice prefill_by_cp_async;                      // for any
   MlaDevice mla_by_tma;

@@ -32,7 +32,7 @@ class ConsumerWarp {
   static constexpr int kSteps = kTileKeys / kKeys;                 // of a tile
 
   // Loads the queries, and forgets the state of the row block before.
-  __device__ void Start(const DecodeArgs& args, const TileDescriptor& descriptor) {
+  __device__ void Start(const DecodeArgs& args, const TileDescriptor& descriptor, const SplitRowBlock&) {
     // As many groups of 16 rows as there are rows for, then as many slices of the keys as leave no warp idle.
     const int row_groups = descriptor.num_rows > 32 ? 4 : descriptor.num_rows > 16 ? 2 : 1;
     const int warp = static_cast<int>(threadIdx.x / 32);

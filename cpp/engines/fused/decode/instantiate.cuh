@@ -6,9 +6,8 @@
 
 namespace jpa::fused {
 
-template <DType q_dtype, DType kv_dtype, int head_dim, int value_dim>
+template <typename Traits>
 DecodeKernelInfo InfoOf() {
-  using Traits = DecodeTraits<q_dtype, kv_dtype, head_dim, value_dim>;
   return {.kernel = reinterpret_cast<const void*>(&DecodeKernel<Traits>),
           .threads = Traits::kThreads,
           .ctas_per_sm = &Traits::CtasPerSm,
@@ -19,13 +18,14 @@ template <DType q_dtype, int head_dim, int value_dim>
 DecodeKernelInfo OfPages(DType kv_dtype) {
   switch (kv_dtype) {
     case DType::kE4M3FN:
-      return InfoOf<q_dtype, DType::kE4M3FN, head_dim, value_dim>();
+      return InfoOf<DecodeTraits<q_dtype, DType::kE4M3FN, head_dim, value_dim>>();
     case DType::kE5M2:
-      return InfoOf<q_dtype, DType::kE5M2, head_dim, value_dim>();
+      return InfoOf<DecodeTraits<q_dtype, DType::kE5M2, head_dim, value_dim>>();
     case DType::kS8:
-      return InfoOf<q_dtype, DType::kS8, head_dim, value_dim>();
+      return InfoOf<DecodeTraits<q_dtype, DType::kS8, head_dim, value_dim>>();
     default:
-      return kv_dtype == q_dtype ? InfoOf<q_dtype, q_dtype, head_dim, value_dim>() : DecodeKernelInfo{};
+      return kv_dtype == q_dtype ? InfoOf<DecodeTraits<q_dtype, q_dtype, head_dim, value_dim>>()
+                                 : DecodeKernelInfo{};
   }
 }
 

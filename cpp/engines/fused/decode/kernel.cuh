@@ -6,7 +6,8 @@
 // producer.cuh: one warp walks these tiles (cta_range_cursor.h), looks up their pages and leaves a descriptor
 // per tile. Three others load keys and values into stages, as many tiles ahead as there are stages.
 //
-// consumer.cuh: four more warps compute S = Q K^T, the online softmax and O += P V.
+// consumer.cuh: four more warps compute S = Q K^T, the online softmax and O += P V. On Hopper GPUs there is a
+// second kernel, for more packed rows: warpgroup_consumer.cuh has its consumers.
 //
 // partials.cuh: whole row blocks are written out. KV splits go to scratch memory, and the CTA that has the
 // last split of a row block merges them when it has done all else.
@@ -15,6 +16,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "device/ptx.cuh"
 #include "engines/fused/common/read_sequences.cuh"
@@ -26,6 +28,7 @@
 #include "engines/fused/decode/rows_without_keys.cuh"
 #include "engines/fused/decode/shared_memory.cuh"
 #include "engines/fused/decode/traits.h"
+#include "engines/fused/decode/warpgroup_consumer.cuh"
 #include "engines/fused/prefill/make_plan.cuh"
 
 namespace jpa::fused {
@@ -80,16 +83,19 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
 }
 
 template <typename Traits>
+using ConsumerOf = std::conditional_t<Traits::kByWarpgroup, ConsumerWarpgroup<Traits>, ConsumerWarp<Traits>>;
+
+template <typename Traits>
 __device__ inline void Consume(const DecodeArgs& args, DecodeShared<Traits>& shared, char* stages) {
   StageCursor<DecodeShared<Traits>::kStages> stage;
-  ConsumerWarp<Traits> rows;
+  ConsumerOf<Traits> rows;
 #pragma unroll 1
   for (bool starts_split = true;; stage.Next()) {
     const TileDescriptor& descriptor = shared.descriptors[stage.index];
     if (starts_split) {
       device::WaitForPhase(&shared.described[stage.index], stage.parity);
       if (!descriptor.exists) break;
-      rows.Start(args, descriptor);  // while the tile arrives
+      rows.Start(args, descriptor, shared.row_block);  // while the tile arrives
     }
     const int step = rows.NextStep();
     char* const tile = stages + stage.index * Traits::kStageBytes;
@@ -104,8 +110,12 @@ __device__ inline void Consume(const DecodeArgs& args, DecodeShared<Traits>& sha
     device::Arrive(&shared.empty[stage.index]);  // a consumer frees a stage here
   }
   if (shared.row_block.num_splits > 0) {
-    device::NamedBarrierSync<1, Traits::kConsumerThreads>();  // its own partial result is in memory
-    MergeSplitRowBlock<Traits>(args, shared.row_block, shared, stages);
+    if constexpr (Traits::kByWarpgroup) {
+      rows.MergeSplits(args, shared.row_block);
+    } else {
+      device::NamedBarrierSync<1, Traits::kConsumerThreads>();  // its own partial result is in memory
+      MergeSplitRowBlock<Traits>(args, shared.row_block, shared, stages);
+    }
   }
 }
 
@@ -140,8 +150,10 @@ __device__ inline void PlanPrefill(const DecodeArgs& args, const CtaRange& range
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapability))
     DecodeKernel(const __grid_constant__ DecodeArgs args) {
+  // Products of a warpgroup are for sm_90a alone: elsewhere nothing launches their kernel, and it is empty.
+  if constexpr (Traits::kByWarpgroup && kCapability != 90) return;
   using Shared = DecodeShared<Traits>;
-  extern __shared__ __align__(128) char shared_memory[];
+  extern __shared__ __align__(1024) char shared_memory[];  // as wgmma wants its operands
   char* const stages = device::KeptShared(shared_memory);
   auto& shared = *reinterpret_cast<Shared*>(stages + Shared::kStages * Traits::kStageBytes);
 
@@ -165,12 +177,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     if (plans) PlanPrefill<Traits>(args, range, stages);
   }
 
-  constexpr bool kSharesSm = Traits::CtasPerSm(kCapability) > 1;
+  constexpr bool kMovesRegisters = Traits::MovesRegisters(kCapability);
   if (threadIdx.x >= Traits::kConsumerThreads) {
-    if constexpr (kSharesSm) device::ShrinkRegisters<Traits::kProducerRegisters>();
+    if constexpr (kMovesRegisters) device::ShrinkRegisters<Traits::kProducerRegisters>();
     if (shared.range_seq >= 0) Produce(args, range, shared, stages);
   } else {
-    if constexpr (kSharesSm) device::GrowRegisters<Traits::kConsumerRegisters>();
+    if constexpr (kMovesRegisters) device::GrowRegisters<Traits::kConsumerRegisters>();
     FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args, range.cu_q_lens, shared.row_owners);
     if (shared.range_seq >= 0) Consume(args, shared, stages);
   }

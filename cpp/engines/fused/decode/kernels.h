@@ -1,4 +1,4 @@
-// The decode kernels: one per dtype of q, dtype of pages and pair of DecodeHeadDims.
+// The decode kernels: one per dtype of q, dtype of pages and pair of DecodeHeadDims or WarpgroupHeadDims.
 #pragma once
 
 #include "core/problem.h"
@@ -17,5 +17,10 @@ struct DecodeKernelInfo {
 // side by side.
 template <int head_dim, int value_dim>
 DecodeKernelInfo DecodeKernelOf(DType q_dtype, DType kv_dtype);
+
+// Those whose consumer warps are a warpgroup, for many packed rows per row block: for compute capability 9.0
+// alone, and for pages of q's dtype.
+template <int head_dim, int value_dim>
+DecodeKernelInfo WarpgroupKernelOf(DType q_dtype, DType kv_dtype);
 
 }  // namespace jpa::fused

@@ -64,7 +64,7 @@ class DescriptorMaker {
     if (lane == 0) {
 #pragma unroll
       for (int i = 0; i < kKeysPerLane; ++i) descriptor->valid[i] = valid[i];
-      Describe(descriptor, row_block);
+      Describe<Traits::kByWarpgroup>(descriptor, row_block);
     }
   }
 
@@ -126,6 +126,8 @@ class DescriptorMaker {
     }
   }
 
+  // If `merges_early`, CTAs with a split in the middle of a row block merge, too (merge_tree.h).
+  template <bool merges_early>
   __device__ void Describe(TileDescriptor* descriptor, SplitRowBlock* row_block) const {
     const auto& at = range_.at();
     descriptor->exists = 1;
@@ -137,7 +139,7 @@ class DescriptorMaker {
     descriptor->continues = !call_.batch_invariant && !range_.HasRowBlockEnd();
     descriptor->partial =
         call_.batch_invariant ? range_.SplitIndex() : 2 * cta_ + (range_.HasRowBlockStart() ? 1 : 0);
-    if (!call_.batch_invariant && range_.HasRowBlockEnd() && !range_.HasRowBlockStart()) {
+    if (!call_.batch_invariant && (merges_early || range_.HasRowBlockEnd()) && !range_.HasRowBlockStart()) {
       static_cast<RowBlock&>(*row_block) = *descriptor;
       row_block->num_splits = range_.SplitsBefore();
       row_block->first_cta = cta_ - row_block->num_splits * num_queues_;

@@ -32,6 +32,7 @@ struct DecodeTraits {
   // The dtype of both MMAs is the pages' own. 8-bit pages are exact in f16, and not all of them in bf16.
   static constexpr DType kMath = kIs8Bit ? DType::kF16 : kv_dtype_;
 
+  static constexpr bool kByWarpgroup = false;  // see warpgroup_traits.h
   static constexpr int kConsumerThreads = 32 * kConsumerWarps;
   // A warp that makes tile descriptors, and loaders. One loader could not issue loads as fast as memory
   // answers them: it took 2.4 us per tile on an H100, of which two CTAs need one in 2.8 us. Descriptors take
@@ -70,6 +71,8 @@ struct DecodeTraits {
   static constexpr int CtasPerSm(int capability) {
     return capability == 90 && kHeadDim <= 128 && StagesThatFit(capability, 2) >= 3 ? 2 : 1;
   }
+  // True if consumers get registers from producers.
+  static constexpr bool MovesRegisters(int capability) { return CtasPerSm(capability) > 1; }
   // As many stages as keep 72 KB per multiprocessor in flight, and one more where no other CTA fills the gap
   // while MMAs hold one. More would only lengthen memory's queues: on an H100 three stages of 35 KB were 0.3
   // to 0.8 % slower than two. Of 8-bit tiles, which arrive in half the time, two are held at once, each by
