@@ -30,6 +30,8 @@ ENGINES = [engine.name for engine in _engines.ENGINES if engine.platform == "cud
 VIEWS = (jnp.uint16, jnp.uint32)
 # Pages used in place, and pages that are gathered.
 PAGE_SIZES = [64, 16]
+# Query heads of two key/value heads: groups that decode takes by its usual kernel, and by that for large groups.
+HEADS = [8, 80]
 GIB = 1 << 30
 
 
@@ -77,9 +79,10 @@ def fill_free_memory(pattern: int) -> None:
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("cuda_engine", ENGINES)
-def test_whatever_scratch_memory_holds_the_bits_are_the_same(cuda_engine: str, page_size: int) -> None:
-    args = decode_inputs(4, 1000, page_size)
+def test_whatever_scratch_memory_holds_the_bits_are_the_same(cuda_engine: str, heads: int, page_size: int) -> None:
+    args = decode_inputs(4, 1000, page_size, heads=heads)
     expected = compiled(cuda_engine)(*args)
     assert_right(expected, args)
     for pattern in (0x7FC00000, 0xFFFFFFFF, 0x7F800000):
@@ -134,10 +137,11 @@ def bandwidth_hog() -> Iterator[Callable[[], int]]:
     assert not errors
 
 
+@pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("cuda_engine", ENGINES)
-def test_repeats_beside_a_bandwidth_hog(cuda_engine: str) -> None:
+def test_repeats_beside_a_bandwidth_hog(cuda_engine: str, heads: int) -> None:
     """A skewed batch, so that KV splits of the long sequence are done by many blocks, in any order."""
-    q, k_pages, v_pages, tables, _ = decode_inputs(16, 6000, 16)
+    q, k_pages, v_pages, tables, _ = decode_inputs(16, 6000, 16, heads=heads)
     lengths = jnp.asarray([6000, *range(3, 903, 60)], jnp.int32)
     args = (q, k_pages, v_pages, tables, lengths)
     expected = compiled(cuda_engine)(*args)
@@ -593,12 +597,16 @@ INVARIANT = [engine.name for engine in _engines.ENGINES if engine.platform == "c
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 128])
-@pytest.mark.parametrize("page_dtype", [jnp.bfloat16, jnp.float8_e5m2, jnp.int8])
+@pytest.mark.parametrize(
+    ("heads", "page_dtype"), [(8, jnp.bfloat16), (80, jnp.bfloat16), (8, jnp.float8_e5m2), (8, jnp.int8)]
+)
 @pytest.mark.parametrize("cuda_engine", INVARIANT)
-def test_a_sequence_has_the_same_bits_in_any_batch(cuda_engine: str, page_dtype: Any, page_size: int) -> None:
+def test_a_sequence_has_the_same_bits_in_any_batch(
+    cuda_engine: str, heads: int, page_dtype: Any, page_size: int
+) -> None:
     """Alone, among others, at another place, and beside others that are gone or longer."""
     batch = 150
-    q, k_pages, v_pages, tables, _ = decode_inputs(batch, 2048, page_size, page_dtype=page_dtype)
+    q, k_pages, v_pages, tables, _ = decode_inputs(batch, 2048, page_size, heads=heads, page_dtype=page_dtype)
     lengths = jnp.asarray(np.random.default_rng(0).integers(0, 2049, batch).astype(np.int32)).at[:3].set([2048, 1, 0])
     scales = {"k_scale": jnp.float32(1.0), "v_scale": jnp.float32(1.0)}
     attend = compiled(cuda_engine, batch_invariant=True)
