@@ -37,6 +37,16 @@ struct Batch {
     for (int32_t i = 0; i < size(); ++i) tiles += TilesPerHead<tile_rows>(facts, (*this)(i));
     return tiles;
   }
+  // Likewise, of those that have tiles.
+  template <int tile_rows>
+  int32_t num_row_blocks() const {
+    int32_t row_blocks = 0;
+    for (int32_t i = 0; i < size(); ++i) {
+      for (int32_t t = 0; t < NumRowTiles<tile_rows>(facts, (*this)(i)); ++t)
+        row_blocks += VisibleTiles<tile_rows>(facts, (*this)(i), t).size() > 0 ? 1 : 0;
+    }
+    return row_blocks;
+  }
 };
 
 Batch RandomBatch(std::mt19937& random) {
@@ -109,8 +119,8 @@ using RowBlockKey = std::tuple<int32_t, int32_t, int32_t>;  // sequence, head, r
 struct Split {
   int64_t cta;
   int32_t begin, end;  // tiles
-  bool has_start, has_end;
-  int32_t before, index;
+  bool has_start = false, has_end = false;
+  int32_t before = 0, index = 0;
 };
 
 // How a kernel counts the tiles of a sequence's row tiles: MLA's, which have prompts too, by sums.
@@ -119,45 +129,53 @@ enum class Count { kOneByOne, kBySums };
 // Walks the ranges of all CTAs as the kernel does.
 template <int tile_rows = kTileRows>
 std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_ctas, bool batch_invariant,
-                                               Count count) {
+                                               Count count, int32_t end_tiles = 0) {
   std::map<RowBlockKey, std::vector<Split>> splits;
   const HeadQueues queues = MakeHeadQueues(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
   for (int64_t cta = 0; cta < num_ctas; ++cta) {
     const HeadRange heads = HeadsOfQueue(batch.facts, queues, static_cast<int32_t>(cta % queues.num_queues));
-    HeadTiles of_head;
+    HeadTiles of_head, without_ends;
     const bool by_sums = count == Count::kBySums;
     for (int32_t i = 0; i < batch.size(); ++i) {
       if (by_sums) {
-        AddTiles(batch.facts, batch(i), &of_head);
+        AddTiles<true>(batch.facts, batch(i), &of_head);
+        AddTiles(batch.facts, batch(i), &without_ends);
       } else {
-        of_head.Add<tile_rows>(batch.facts, batch(i));
+        of_head.Add<tile_rows, true>(batch.facts, batch(i));
+        without_ends.Add<tile_rows>(batch.facts, batch(i));
       }
     }
-    const int64_t total = batch.num_tiles<tile_rows>() * heads.size(),
-                  per = TilesPerCta(of_head, heads, queues);
-    CHECK(of_head.total == batch.num_tiles<tile_rows>(), "%d tiles of %d", static_cast<int>(of_head.total),
-          static_cast<int>(batch.num_tiles<tile_rows>()));
+    const int64_t both = of_head.total;
+    of_head.total = TilesOf(both);
+    CHECK(of_head.total == without_ends.total && of_head.total == batch.num_tiles<tile_rows>() &&
+              TilesWithEnds(both, 1) == of_head.total + batch.num_row_blocks<tile_rows>(),
+          "%d tiles", static_cast<int>(of_head.total));
+    const int32_t end = batch_invariant ? 0 : EndOfRowBlocks(end_tiles, of_head, heads, queues);
+    of_head.total = TilesWithEnds(both, end);
+    const int64_t total = of_head.total * heads.size(), per = TilesPerCta(of_head, heads, queues);
     const int64_t first = cta / queues.num_queues * per;
     if (cta / queues.num_queues >= queues.ctas_per_queue.divisor() || first >= total) continue;
     const auto tiles_of = [&](int32_t index) {
-      return by_sums ? heads.size() * SumTilesPerHead(batch.facts, batch(index))
-                     : NumTiles<tile_rows>(batch.facts, heads, batch(index));
+      const int64_t tiles = by_sums ? heads.size() * SumTilesPerHead(batch.facts, batch(index))
+                                    : NumTiles<tile_rows>(batch.facts, heads, batch(index));
+      return tiles + int64_t{heads.size()} * end * RowBlocksPerHead<tile_rows>(batch.facts, batch(index));
     };
     int64_t offset = first;
     int32_t index = 0;
     for (; offset >= tiles_of(index); ++index) offset -= tiles_of(index);
     const Batch& sequences = batch;
-    const TilePlace place = by_sums ? FindTile(batch.facts, batch(index), offset) : TilePlace{0, 0, offset};
-    CtaRangeCursor<const Batch, tile_rows> range(batch.facts, heads, batch.size(), sequences, index,
-                                                 place.offset, per, batch_invariant, place.head,
-                                                 place.row_tile);
-    int64_t walked = 0;
+    const TilePlace place =
+        by_sums ? FindTile(batch.facts, batch(index), offset, end) : TilePlace{0, 0, offset};
+    CtaRangeCursor<const Batch, tile_rows, true> range(batch.facts, heads, batch.size(), sequences, index,
+                                                       place.offset, per, batch_invariant, place.head,
+                                                       place.row_tile, end);
+    int64_t walked = 0, ends = 0, partials = 0;
     Split split{};
     if (range.skips()) range.Next();
     CHECK(!range.skips(), "CTA %d skips a second tile", static_cast<int>(cta));
     for (; !range.done(); range.Next(), ++walked) {
       const auto& at = range.at();
-      if (range.StartsSplit()) split = {cta, at.tile(), at.tile(), false, false, 0, 0};
+      if (range.StartsSplit()) split = {.cta = cta, .begin = at.tile(), .end = at.tile()};
       CHECK(at.tile() == split.end, "tile %d after %d", at.tile(), split.end);
       ++split.end;
       if (range.EndsSplit()) {
@@ -165,20 +183,27 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
         split.has_end = range.HasRowBlockEnd();
         split.before = range.SplitsBefore();
         split.index = range.SplitIndex();
+        ends += split.has_end ? 1 : 0;
+        partials += split.has_start && split.has_end ? 0 : 1;
         splits[{at.index(), at.head(), at.row_tile()}].push_back(split);
       }
     }
-    if (!batch_invariant) {
-      CHECK(walked == std::min(per, total - first), "CTA %d: %d tiles of %d", static_cast<int>(cta),
-            static_cast<int>(walked), static_cast<int>(per));
-    }
+    if (batch_invariant) continue;
+    // The last end may lie in the next range, and an end of the range before in this one.
+    const int64_t size = std::min(per, total - first), most = walked + end * ends;
+    CHECK(walked <= size && most >= size - end && most <= size + end, "CTA %d: %d tiles and %d ends of %d",
+          static_cast<int>(cta), static_cast<int>(walked), static_cast<int>(ends), static_cast<int>(per));
+    CHECK(end > 0 || walked == size, "CTA %d: %d tiles of %d", static_cast<int>(cta),
+          static_cast<int>(walked), static_cast<int>(per));
+    CHECK(partials <= 2, "CTA %d has %d partial results", static_cast<int>(cta), static_cast<int>(partials));
   }
   return splits;
 }
 
 template <int tile_rows = kTileRows>
-void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant, Count count = Count::kOneByOne) {
-  const auto splits = Walk<tile_rows>(batch, num_ctas, batch_invariant, count);
+void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant, Count count = Count::kOneByOne,
+           int32_t end_tiles = 0) {
+  const auto splits = Walk<tile_rows>(batch, num_ctas, batch_invariant, count, end_tiles);
   int64_t row_blocks = 0, tiles_seen = 0;
   for (int32_t i = 0; i < batch.size(); ++i) {
     const Sequence sequence = batch(i);
@@ -234,7 +259,7 @@ void RangesTakeEachTileOnce() {
       // Other row tiles than those of kTileRows have no sums.
       for (const Count count : {Count::kOneByOne, Count::kBySums}) {
         if (count == Count::kBySums && tile_rows != kTileRows) continue;
-        Check<tile_rows>(batch, num_ctas, false, count);
+        Check<tile_rows>(batch, num_ctas, false, count, repeat % 2 * 3);
         Check<tile_rows>(batch, num_ctas, true, count);
       }
     }
@@ -255,16 +280,20 @@ void SumsAreThoseOfRowTiles() {
                              .causal = below(4) != 0};
     const int32_t longest = below(3) == 0 ? INT32_MAX : below(2) == 0 ? 500 : 50000;
     const Sequence sequence = MakeSequence(facts, below(longest), below(8) - 3, below(600));
-    int64_t tiles = 0;
+    int64_t tiles = 0, row_blocks = 0;
     for (int32_t t = 0; t < NumRowTiles(facts, sequence); ++t) {
       const int32_t size = VisibleTiles(facts, sequence, t).size();
       CHECK(TilesBefore(facts, sequence, t) == tiles, "row tile %d", t);
-      for (const int32_t offset : {0, size - 1}) {
-        if (size == 0 || NumRowTiles(facts, sequence) < kManyRowTiles) continue;
-        const TilePlace place = FindTile(facts, sequence, tiles + offset);
-        CHECK(place.head == 0 && place.row_tile == t && place.offset == offset, "row tile %d", t);
+      CHECK(RowBlocksBefore(facts, sequence, t) == row_blocks, "row tile %d", t);
+      for (const int32_t end : {0, 3}) {
+        for (const int32_t offset : {0, size - 1, size + end - 1}) {
+          if (size == 0 || NumRowTiles(facts, sequence) < kManyRowTiles) continue;
+          const TilePlace place = FindTile(facts, sequence, tiles + end * row_blocks + offset, end);
+          CHECK(place.head == 0 && place.row_tile == t && place.offset == offset, "row tile %d", t);
+        }
       }
       tiles += size;
+      row_blocks += size > 0 ? 1 : 0;
     }
     CHECK(SumTilesPerHead(facts, sequence) == tiles, "%d row tiles", NumRowTiles(facts, sequence));
   }
@@ -294,6 +323,55 @@ void EqualUnitsStayWhole() {
   Check(batch, 264, false);
 }
 
+// Most tiles, and most tiles with ends, of a CTA's whole and partial row blocks.
+struct Most {
+  int64_t tiles = 0, with_ends = 0;
+};
+
+Most MostOfCtas(const Batch& batch, int64_t num_ctas, int32_t end_tiles) {
+  std::map<int64_t, Most> ctas;
+  for (const auto& [row_block, splits] : Walk(batch, num_ctas, false, Count::kOneByOne, end_tiles)) {
+    for (const Split& split : splits) {
+      Most& cta = ctas[split.cta];
+      cta.tiles += split.end - split.begin;
+      cta.with_ends += split.end - split.begin + (split.has_end ? end_tiles : 0);
+    }
+  }
+  Most most;
+  for (const auto& [number, cta] : ctas)
+    most = {std::max(most.tiles, cta.tiles), std::max(most.with_ends, cta.with_ends)};
+  return most;
+}
+
+// Short sequences beside a long one: a CTA with ends of row blocks has fewer tiles.
+void EndsCountAsTiles() {
+  Batch batch;
+  batch.facts = {FastDivisor(16), 1, 64, 1 << 20, 0, true};
+  for (int32_t i = 0; i < 63; ++i) batch.raw.push_back({512 + i * 8, i, 1});
+  batch.raw.push_back({1 << 16, 63, 1});
+  for (const int32_t end_tiles : {1, 2, 3}) {
+    Check(batch, 132, false, Count::kOneByOne, end_tiles);
+    const Most without = MostOfCtas(batch, 132, 0), with = MostOfCtas(batch, 132, end_tiles);
+    const int64_t units = batch.num_tiles<kTileRows>() + 64 * end_tiles;
+    CHECK(with.with_ends <= CeilDiv(units, 132) + end_tiles, "%d tiles with ends",
+          static_cast<int>(with.with_ends));
+    CHECK(with.tiles <= CeilDiv(units, 132) && without.tiles <= with.tiles, "%d tiles",
+          static_cast<int>(with.tiles));
+  }
+  // Alike, or less than a tile per CTA: as without ends.
+  for (const int32_t length : {1024, 100}) {
+    batch.raw.assign(64, {length, 0, 1});
+    for (int32_t i = 0; i < 64; ++i) batch.raw[static_cast<size_t>(i)].q_start = i;
+    if (length == 100) batch.raw[7].kv_len = 50;
+    CHECK(MostOfCtas(batch, 132, 2).tiles == MostOfCtas(batch, 132, 0).tiles, "length %d", length);
+  }
+  constexpr int64_t kMostTiles = kOneRowBlock - 1, kMostRowBlocks = (1 << 23) - 1;
+  const int64_t both = kMostRowBlocks * kOneRowBlock + kMostTiles;
+  CHECK(TilesOf(both) == kMostTiles && TilesWithEnds(both, 0) == kMostTiles &&
+            TilesWithEnds(both, 3) == kMostTiles + 3 * kMostRowBlocks,
+        "the most tiles and row blocks");
+}
+
 void NumbersBeyondTheirRange() {
   Batch batch;
   batch.facts = {FastDivisor(3), 2, 5, 640, 1 << 30, true};
@@ -304,6 +382,7 @@ void NumbersBeyondTheirRange() {
   CHECK(batch(0).num_rows == 0 && batch(2).num_rows == 0 && batch(3).num_rows == 0, "rows outside q");
   Check(batch, 264, false);
   Check(batch, 264, true);
+  Check(batch, 264, false, Count::kBySums, 2);
 }
 
 void DecodeLeavesMultiprocessorsToPrefill() {
@@ -419,6 +498,7 @@ int main() {
   jpa::test::SumsAreThoseOfRowTiles();
   jpa::test::OneUnitOverAllShares();
   jpa::test::EqualUnitsStayWhole();
+  jpa::test::EndsCountAsTiles();
   jpa::test::NumbersBeyondTheirRange();
   jpa::test::DecodeLeavesMultiprocessorsToPrefill();
   jpa::test::PrefillDecodesWhereThatIsFaster();

@@ -9,15 +9,16 @@
 namespace jpa::fused {
 
 // Stands at a tile of a head queue, and steps to the next. `Sequences` is a callable from an index to the
-// sequence.
-template <typename Sequences, int tile_rows = kTileRows>
+// sequence. If it has ends, the end of each row block may count for some tiles (EndOfRowBlocks).
+template <typename Sequences, int tile_rows = kTileRows, bool has_ends = false>
 class TileCursor {
  public:
   // At tile `offset` of a sequence, counted from the start of one of its row blocks: that of row tile
-  // `row_tile` and the queue's head number `head`. The sequence has more tiles than that.
+  // `row_tile` and the queue's head number `head`. The sequence has more tiles than that. If that is within
+  // the end of a row block, behind that one's last tile.
   JPA_HOST_DEVICE TileCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs,
                              Sequences& sequences, int32_t index, int64_t offset, int32_t head,
-                             int32_t row_tile)
+                             int32_t row_tile, int32_t end)
       : call_(call),
         heads_(heads),
         num_seqs_(num_seqs),
@@ -25,11 +26,12 @@ class TileCursor {
         index_(index),
         sequence_(sequences(index)),
         head_(heads.begin + head),
-        row_tile_(row_tile) {
+        row_tile_(row_tile),
+        end_(end) {
     tiles_ = VisibleTiles<tile_rows>(call, sequence_, row_tile);
     tile_ = tiles_.begin;
-    for (; offset >= tiles_.size(); tile_ = tiles_.begin) {
-      offset -= tiles_.size();
+    for (; offset >= TilesWithEnd(); tile_ = tiles_.begin) {
+      offset -= TilesWithEnd();
       NextRowBlock();
     }
     tile_ += static_cast<int32_t>(offset);
@@ -55,6 +57,11 @@ class TileCursor {
   JPA_HOST_DEVICE int32_t tile() const { return tile_; }
 
  private:
+  JPA_HOST_DEVICE int32_t TilesWithEnd() const {
+    if constexpr (!has_ends) return tiles_.size();
+    return tiles_.size() > 0 ? tiles_.size() + end_ : 0;
+  }
+
   // False behind the last one.
   JPA_HOST_DEVICE bool NextRowBlock() {
     if (++row_tile_ >= NumRowTiles<tile_rows>(call_, sequence_)) {
@@ -77,24 +84,29 @@ class TileCursor {
   Sequence sequence_;
   int32_t head_;
   int32_t row_tile_;
+  const int32_t end_;
   TileRange tiles_;
   int32_t tile_;
 };
 
 // The tiles of one CTA, one after the other, and the KV splits that they make: from where the CTA starts a
 // row block, or TilesPerSplit cuts it, to where the next split or the CTA's range ends.
-template <typename Sequences, int tile_rows = kTileRows>
+template <typename Sequences, int tile_rows = kTileRows, bool has_ends = false>
 class CtaRangeCursor {
  public:
   // From tile `offset` of sequence `index` on, the first one of a range of `per_cta` tiles. The tile is
-  // counted from the start of the sequence, or of another of its row blocks (TileCursor).
+  // counted from the start of the sequence, or of another of its row blocks (TileCursor). The end of a row
+  // block counts for `end` tiles.
   JPA_HOST_DEVICE CtaRangeCursor(const CallFacts& call, const HeadRange& heads, int32_t num_seqs,
                                  Sequences& sequences, int32_t index, int64_t offset, int64_t per_cta,
-                                 bool batch_invariant, int32_t head = 0, int32_t row_tile = 0)
-      : cursor_(call, heads, num_seqs, sequences, index, offset, head, row_tile),
+                                 bool batch_invariant, int32_t head = 0, int32_t row_tile = 0,
+                                 int32_t end = 0)
+      : cursor_(call, heads, num_seqs, sequences, index, offset, head, row_tile, end),
+        end_(end),
         per_cta_(static_cast<int32_t>(per_cta < INT32_MAX ? per_cta : INT32_MAX)),
         left_(per_cta),
         batch_invariant_(batch_invariant) {
+    if constexpr (has_ends) SkipEnd();
     if (!batch_invariant) {
       StartSplit(cursor_.tile(), 0);
       return;
@@ -109,13 +121,14 @@ class CtaRangeCursor {
     cursor_.SkipTo(split_end_ - 1);
   }
 
-  // True if the tile is another CTA's: the first one of the range is behind it.
+  // True if the tile is another CTA's: the first one of the range, if it has some, is behind it.
   JPA_HOST_DEVICE bool skips() const { return skips_; }
 
   JPA_HOST_DEVICE void Next() {
     skips_ = false;
     const bool split_ends = EndsSplit(), row_block_ends = HasRowBlockEnd();
     --left_;
+    if (has_ends && row_block_ends) left_ -= end_;
     if ((left_ <= 0 && (split_ends || !batch_invariant_)) || !cursor_.Next()) {
       done_ = true;
     } else if (split_ends) {
@@ -124,7 +137,7 @@ class CtaRangeCursor {
   }
 
   JPA_HOST_DEVICE bool done() const { return done_; }
-  JPA_HOST_DEVICE const TileCursor<Sequences, tile_rows>& at() const { return cursor_; }
+  JPA_HOST_DEVICE const TileCursor<Sequences, tile_rows, has_ends>& at() const { return cursor_; }
 
   // True at the first and at the last tile of a split.
   JPA_HOST_DEVICE bool StartsSplit() const { return cursor_.tile() == split_begin_; }
@@ -145,6 +158,16 @@ class CtaRangeCursor {
   JPA_HOST_DEVICE int32_t SplitIndex() const { return split_; }
 
  private:
+  // If the range starts within the end of a row block: to the tile before, from where on Next counts all of
+  // that end.
+  JPA_HOST_DEVICE void SkipEnd() {
+    const int32_t last = cursor_.tiles().end - 1;
+    if (cursor_.tile() <= last) return;
+    skips_ = true;
+    left_ += cursor_.tile() - last;
+    cursor_.SkipTo(last);
+  }
+
   JPA_HOST_DEVICE void StartSplit(int32_t tile, int32_t split) {
     split_ = split;
     split_begin_ = tile;
@@ -156,7 +179,8 @@ class CtaRangeCursor {
     }
   }
 
-  TileCursor<Sequences, tile_rows> cursor_;
+  TileCursor<Sequences, tile_rows, has_ends> cursor_;
+  const int32_t end_;
   int32_t per_cta_;
   int64_t left_;  // tiles of the range from this one on
   bool batch_invariant_;
@@ -165,9 +189,9 @@ class CtaRangeCursor {
 };
 
 // Fills in a row block (common/row_block.cuh): the one of the cursor's tile.
-template <typename Sequences, int tile_rows, typename RowBlock>
+template <typename Sequences, int tile_rows, bool has_ends, typename RowBlock>
 JPA_HOST_DEVICE inline void DescribeRowBlock(const CallFacts& call,
-                                             const TileCursor<Sequences, tile_rows>& at,
+                                             const TileCursor<Sequences, tile_rows, has_ends>& at,
                                              RowBlock* row_block) {
   row_block->seq = at.index();
   row_block->head = at.head();

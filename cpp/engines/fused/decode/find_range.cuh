@@ -15,7 +15,8 @@ struct CtaRange {
   int32_t cta;  // beyond the last one of the queues: it has no tiles
   HeadQueues queues;
   HeadRange heads;
-  int64_t tiles;
+  int64_t tiles;             // with ends of row blocks
+  int32_t end;               // EndOfRowBlocks
   const int32_t* cu_q_lens;  // in order
   bool has_prefill;          // some sequences are prefill's
   bool prefill_decodes;      // prefill has the others, too
@@ -70,6 +71,7 @@ __device__ inline CtaRange RangeOfCta(const DecodeArgs& args, const HeadTiles& d
           .queues = queues,
           .heads = HeadsOfQueue(args.call.facts, queues, cta % queues.num_queues),
           .tiles = 0,
+          .end = 0,
           .cu_q_lens = nullptr,
           .has_prefill = prefill.exists,
           .prefill_decodes = prefill_decodes};
@@ -112,7 +114,7 @@ __device__ inline void PrefetchTable(const CallArgs& call, int index, int32_t kv
 
 // The sequences that a thread adds up: neighbours, so that only the one that finds the start of the range
 // walks them again. With `by_sums` they may have many row tiles, as prompts have.
-template <int tile_rows, bool by_sums>
+template <int tile_rows, bool by_sums, bool has_ends>
 struct OwnSequences {
   int begin, end;
   HeadTiles tiles = {};
@@ -129,9 +131,9 @@ struct OwnSequences {
       if (i == static_cast<int>(blockIdx.x)) PrefetchTable(call, i, last.kv_len);
       const Sequence sequence = last.Clipped(call.facts);
       if constexpr (by_sums) {
-        AddTiles(call.facts, sequence, &tiles);
+        AddTiles<has_ends>(call.facts, sequence, &tiles);
       } else {
-        tiles.template Add<tile_rows>(call.facts, sequence);
+        tiles.template Add<tile_rows, has_ends>(call.facts, sequence);
       }
       fall = fall || last.falls();
       has_prefill = has_prefill || IsPrefill(call.facts, sequence);
@@ -142,34 +144,43 @@ struct OwnSequences {
 // By a whole CTA. The vote tells the compiler that a warp's threads stay together.
 __device__ inline bool AnyThread(bool value) { return __any_sync(~0u, __syncthreads_or(value)) != 0; }
 
+// Every thread of a CTA reads its own sequences. Notes what is prefill's.
+template <bool may_share_sms, int threads, typename Own>
+__device__ inline void ReadInOrder(const DecodeArgs& args, Own& own, const int32_t** cu_q_lens,
+                                   PrefillWork* prefill, RangeShared<threads>& shared) {
+  const CallArgs& call = args.call;
+#pragma unroll 1
+  for (;;) {
+    own.Read(call, *cu_q_lens);
+    if (*cu_q_lens == nullptr && !args.may_share_sms()) return;
+    // Ragged calls of decode rows alone, in order, are to be as fast as decode calls.
+    if (!AnyThread(own.fall || own.has_prefill)) return;
+    if (!AnyThread(own.fall)) {
+      prefill->exists = true;
+      if constexpr (may_share_sms) *prefill = SumPrefill(call, *cu_q_lens, own.begin, own.end, shared);
+      return;
+    }
+    *cu_q_lens = OrderedRows(call);
+  }
+}
+
 // Tells every thread which range the CTA has; leaves where it starts in shared memory. Where prefill never
-// shares multiprocessors there is none, and sequences may have many row tiles.
-template <int threads, bool may_share_sms = true, int tile_rows = kTileRows, bool prefill_may_decode = false>
+// shares multiprocessors there is none, and sequences may have many row tiles. The end of a row block takes
+// as long as `end_tiles` tiles.
+template <int threads, bool may_share_sms = true, int tile_rows = kTileRows, bool prefill_may_decode = false,
+          int end_tiles = 0>
 __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<threads>& shared) {
   const CallArgs& call = args.call;
   const int num_seqs = static_cast<int>(call.problem.num_seqs);
-  const int each = (num_seqs + threads - 1) / threads;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int begin = min(thread * each, num_seqs);
-  // Other row tiles than those of kTileRows have no sums.
-  constexpr bool kBySums = !may_share_sms && tile_rows == kTileRows;
-  OwnSequences<tile_rows, kBySums> own = {.begin = begin, .end = min(begin + each, num_seqs)};
+  const int each = (num_seqs + threads - 1) / threads, begin = min(thread * each, num_seqs);
+  constexpr bool kHasEnds = end_tiles > 0;
+  constexpr bool kBySums = !may_share_sms && tile_rows == kTileRows;  // other row tiles have no sums
+  OwnSequences<tile_rows, kBySums, kHasEnds> own = {.begin = begin, .end = min(begin + each, num_seqs)};
   const HeadTiles& mine = own.tiles;
   const int32_t* cu_q_lens = call.params.cu_q_lens;
   PrefillWork prefill;
-#pragma unroll 1
-  for (;;) {
-    own.Read(call, cu_q_lens);
-    if (cu_q_lens == nullptr && !args.may_share_sms()) break;
-    // Ragged calls of decode rows alone, in order, are to be as fast as decode calls.
-    if (!AnyThread(own.fall || own.has_prefill)) break;
-    if (!AnyThread(own.fall)) {
-      prefill.exists = true;
-      if constexpr (may_share_sms) prefill = SumPrefill(call, cu_q_lens, own.begin, own.end, shared);
-      break;
-    }
-    cu_q_lens = OrderedRows(call);
-  }
+  ReadInOrder<may_share_sms>(args, own, &cu_q_lens, &prefill, shared);
   int64_t before = mine.total;
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
@@ -191,12 +202,20 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
 
   CtaRange range = RangeOfCta<may_share_sms, prefill_may_decode>(args, all, prefill);
   range.cu_q_lens = cu_q_lens;
+  int64_t own_tiles = mine.total;
+  if constexpr (kHasEnds) {
+    HeadTiles without = all;
+    without.total = TilesOf(all.total);
+    // Batch-invariant splits do not end where ranges do.
+    if (!call.batch_invariant) range.end = EndOfRowBlocks(end_tiles, without, range.heads, range.queues);
+    for (int64_t* both : {&all.total, &before, &own_tiles}) *both = TilesWithEnds(*both, range.end);
+  }
   range.tiles = TilesPerCta(all, range.heads, range.queues);
   // From here on in tiles of all heads of the queue.
   const int64_t heads = range.heads.size(), place = range.cta / range.queues.num_queues;
   const int64_t first = place * range.tiles;
   before *= heads;
-  const int64_t total = mine.total * heads;
+  const int64_t total = own_tiles * heads;
   if (place < range.queues.ctas_per_queue.divisor() && first >= before && first < before + total) {
     // Backwards, from the sequence that is still at hand: where a thread has one, nothing is read again.
     int i = own.end - 1;
@@ -207,12 +226,14 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
       const Sequence sequence = raw.Clipped(call.facts);
       start -= kBySums ? heads * SumTilesPerHead(call.facts, sequence)
                        : NumTiles<tile_rows>(call.facts, range.heads, sequence);
+      if (kHasEnds && range.end > 0)
+        start -= heads * range.end * RowBlocksPerHead<tile_rows>(call.facts, sequence);
       if (first >= start) break;
     }
     shared.range_seq = i;
     shared.raw_sequence = raw;
     TilePlace tile = {.head = 0, .row_tile = 0, .offset = first - (i > own.begin ? start : before)};
-    if constexpr (kBySums) tile = FindTile(call.facts, raw.Clipped(call.facts), tile.offset);
+    if constexpr (kBySums) tile = FindTile(call.facts, raw.Clipped(call.facts), tile.offset, range.end);
     if constexpr (!may_share_sms) shared.range_head = tile.head, shared.range_row_tile = tile.row_tile;
     shared.range_offset = tile.offset;
   }

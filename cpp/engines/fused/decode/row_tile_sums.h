@@ -55,6 +55,13 @@ JPA_HOST_DEVICE JPA_SELDOM_RUNS inline int64_t TilesBefore(const CallFacts& call
   return ends - sum_from(RowTilesIn((position - call.sliding_window + 1) * group));
 }
 
+// Row tiles, of those before number `row_tile`, that see some key.
+JPA_HOST_DEVICE inline int64_t RowBlocksBefore(const CallFacts& call, const Sequence& sequence,
+                                               int32_t row_tile) {
+  const int64_t unseen = NumRowTiles(call, sequence) - RowBlocksPerHead(call, sequence);
+  return row_tile > unseen ? row_tile - unseen : 0;
+}
+
 // Numbers of a sequence that has many row tiles.
 struct RowTileSums {
   int64_t tiles;  // per KV head
@@ -75,14 +82,16 @@ JPA_HOST_DEVICE inline int64_t SumTilesPerHead(const CallFacts& call, const Sequ
 
 // HeadTiles::Add of any sequence. If it has many row tiles the least number of tiles is an estimate: CTAs'
 // ranges cover all tiles, whatever it is.
+template <bool has_ends = false>
 JPA_HOST_DEVICE inline void AddTiles(const CallFacts& call, const Sequence& sequence, HeadTiles* tiles) {
   if (NumRowTiles(call, sequence) < kManyRowTiles) {
-    tiles->Add(call, sequence);
+    tiles->Add<kTileRows, has_ends>(call, sequence);
     return;
   }
   const RowTileSums sums = SumRowTiles(call, sequence);
   if (sums.last == 0) return;
   tiles->total += sums.tiles;
+  if constexpr (has_ends) tiles->total += RowBlocksPerHead(call, sequence) * kOneRowBlock;
   tiles->fewest = Smaller(tiles->fewest, call.causal ? 1 : sums.last);
   tiles->most = Larger(tiles->most, sums.last);
 }
@@ -95,24 +104,30 @@ struct TilePlace {
 };
 
 JPA_HOST_DEVICE JPA_SELDOM_RUNS inline TilePlace FindAmongRowTiles(const CallFacts& call, Sequence sequence,
-                                                                   int64_t offset) {
-  const int64_t per_head = SumRowTiles(call, sequence).tiles;
+                                                                   int64_t offset, int32_t end) {
+  const auto before = [&](int32_t row_tile) {
+    return TilesBefore(call, sequence, row_tile) + end * RowBlocksBefore(call, sequence, row_tile);
+  };
+  const int64_t per_head =
+      SumRowTiles(call, sequence).tiles + int64_t{end} * RowBlocksPerHead(call, sequence);
   int32_t head = 0;
   JPA_KEEP_LOOP
   for (; offset >= per_head; ++head) offset -= per_head;
-  int32_t begin = 0, end = NumRowTiles(call, sequence);  // the tile is in one of these row tiles
+  int32_t first = 0, last = NumRowTiles(call, sequence);  // the tile is in one of these row tiles
   JPA_KEEP_LOOP
-  while (end - begin > 1) {
-    const int32_t middle = begin + (end - begin) / 2;
-    (TilesBefore(call, sequence, middle) <= offset ? begin : end) = middle;
+  while (last - first > 1) {
+    const int32_t middle = first + (last - first) / 2;
+    (before(middle) <= offset ? first : last) = middle;
   }
-  return {.head = head, .row_tile = begin, .offset = offset - TilesBefore(call, sequence, begin)};
+  return {.head = head, .row_tile = first, .offset = offset - before(first)};
 }
 
 // Where tile `offset` of a sequence is, or, where there are few row tiles, a place from which to look for it.
-JPA_HOST_DEVICE inline TilePlace FindTile(const CallFacts& call, const Sequence& sequence, int64_t offset) {
+// The end of each row block counts for `end` tiles.
+JPA_HOST_DEVICE inline TilePlace FindTile(const CallFacts& call, const Sequence& sequence, int64_t offset,
+                                          int32_t end) {
   if (NumRowTiles(call, sequence) < kManyRowTiles) return {.head = 0, .row_tile = 0, .offset = offset};
-  return FindAmongRowTiles(call, sequence, offset);
+  return FindAmongRowTiles(call, sequence, offset, end);
 }
 
 }  // namespace jpa::fused

@@ -10,6 +10,9 @@
 // 1) * per_cta) of that row, whatever lies in it. So a CTA has at most two row blocks that other CTAs have a
 // KV split of (stream-K: Osama et al., PPoPP 2023).
 //
+// Where the end of a row block takes a CTA as long as some tiles, it stands in that row as so many tiles of
+// nothing (EndOfRowBlocks).
+//
 // For results that do not depend on the rest of the batch, a row block may only be cut where a function of
 // the block alone says so (TilesPerSplit), and a CTA takes the KV splits that start in its range.
 #pragma once
@@ -59,6 +62,16 @@ JPA_HOST_DEVICE inline int64_t TilesPerHead(const CallFacts& call, const Sequenc
   return tiles;
 }
 
+// Row tiles that see some key.
+template <int tile_rows = kTileRows>
+JPA_HOST_DEVICE JPA_SELDOM_RUNS inline int32_t RowBlocksPerHead(const CallFacts& call, Sequence sequence) {
+  const int32_t row_tiles = NumRowTiles<tile_rows>(call, sequence);
+  if (sequence.position >= 0) return row_tiles;
+  // Rows at negative positions see none: so many row tiles are nothing but such rows.
+  if (-int64_t{sequence.position} >= sequence.num_rows) return 0;
+  return row_tiles - static_cast<int32_t>(-int64_t{sequence.position} * call.group.divisor() / tile_rows);
+}
+
 // ---- head queues ------------------------------------------------------------------------------------------
 
 // CTA c is number c / num_queues of queue c % num_queues. CTAs beyond the last whole round have no work.
@@ -96,19 +109,30 @@ JPA_HOST_DEVICE inline int64_t NumTiles(const CallFacts& call, const HeadRange& 
   return heads.size() * TilesPerHead<tile_rows>(call, sequence);
 }
 
+// Where row blocks are counted with tiles, one number has both, so that it takes one sum over threads: so
+// much stands for a row block. More tiles take hours, and more row blocks than what is left no memory holds.
+inline constexpr int kTileBits = 40;
+inline constexpr int64_t kOneRowBlock = int64_t{1} << kTileBits;
+JPA_HOST_DEVICE inline int64_t TilesOf(int64_t both) { return both & (kOneRowBlock - 1); }
+// The tiles, if the end of each row block counts for `end`.
+JPA_HOST_DEVICE inline int64_t TilesWithEnds(int64_t both, int32_t end) {
+  return TilesOf(both) + int64_t{static_cast<int32_t>(both >> kTileBits)} * end;
+}
+
 // Sums over sequences, per KV head, that decide how many tiles a CTA has.
 struct HeadTiles {
   int64_t total = 0;
   int32_t fewest = INT32_MAX;  // of a row block that has some
   int32_t most = 0;
 
-  template <int tile_rows = kTileRows>
+  // If ends of row blocks count, `total` has them too (kOneRowBlock).
+  template <int tile_rows = kTileRows, bool has_ends = false>
   JPA_HOST_DEVICE void Add(const CallFacts& call, const Sequence& sequence) {
     JPA_KEEP_LOOP
     for (int32_t i = 0; i < NumRowTiles<tile_rows>(call, sequence); ++i) {
       const int32_t tiles = VisibleTiles<tile_rows>(call, sequence, i).size();
       if (tiles == 0) continue;
-      total += tiles;
+      total += has_ends ? tiles + kOneRowBlock : tiles;
       fewest = Smaller(fewest, tiles);
       most = Larger(most, tiles);
     }
@@ -137,6 +161,15 @@ JPA_HOST_DEVICE inline int64_t TilesPerCta(const HeadTiles& of_head, const HeadR
       static_cast<int64_t>((static_cast<uint32_t>(per_cta) + static_cast<uint32_t>(of_head.most) - 1) /
                            static_cast<uint32_t>(of_head.most) * static_cast<uint32_t>(of_head.most));
   return whole - per_cta <= per_cta / 16 ? whole : per_cta;
+}
+
+// How many tiles the end of a row block counts for in a kernel where it takes as long as `tiles`. If all row
+// blocks are alike it does not count: ranges then often begin and end where row blocks do, and none has more
+// ends than another. Nor does it where a CTA has but one tile. `of_head` has tiles without ends.
+JPA_HOST_DEVICE inline int32_t EndOfRowBlocks(int32_t tiles, const HeadTiles& of_head, const HeadRange& heads,
+                                              const HeadQueues& queues) {
+  const bool alike = of_head.fewest == of_head.most;
+  return alike || of_head.total * heads.size() <= queues.ctas_per_queue.divisor() ? 0 : tiles;
 }
 
 // ---- beside prefill ---------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ class MlaTileWalk {
         first_head_(range.heads.begin),
         per_cta_(static_cast<int32_t>(range.tiles < INT32_MAX ? range.tiles : INT32_MAX)),
         range_(call.facts, range.heads, static_cast<int32_t>(call.problem.num_seqs), sequences, seq,
-               place.offset, range.tiles, call.batch_invariant, place.head, place.row_tile) {}
+               place.offset, range.tiles, call.batch_invariant, place.head, place.row_tile, range.end) {}
 
   // True if the range has no more tiles.
   __device__ bool done() const { return range_.done(); }
@@ -93,7 +93,7 @@ class MlaTileWalk {
   const int32_t num_queues_;
   const int32_t first_head_;  // of the CTA's queue
   const int32_t per_cta_;
-  CtaRangeCursor<SequencesAhead, tile_rows> range_;
+  CtaRangeCursor<SequencesAhead, tile_rows, true> range_;
   int32_t pages_[kKeysPerLane];  // of the next tile's keys
 };
 

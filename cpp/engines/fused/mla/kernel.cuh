@@ -59,12 +59,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) MlaKernel(const __grid_co
   extern __shared__ __align__(1024) char memory[];  // blocks are swizzled by addresses modulo 1024
   auto& shared = *reinterpret_cast<MlaShared<Traits>*>(memory);
   device::LetNextKernelStart();
-  if (threadIdx.x == 0) {
+  // By a warp that mostly has no sequence to read.
+  if (threadIdx.x == Traits::kThreads - 32) {
     InitMlaBarriers(shared);
     shared.num_to_merge = 0;
   }
   // Nobody passes the barriers in it before those of the pipeline are there.
-  const CtaRange range = FindCtaRange<Traits::kThreads, false>(args.decode, shared.start.range);
+  const CtaRange range = FindCtaRange<Traits::kThreads, false, Traits::kRows, false, Traits::kEndTiles>(
+      args.decode, shared.start.range);
   if constexpr (Traits::kSharers > 1) device::ClusterSync();
 
   if (threadIdx.x >= Traits::kConsumerThreads) {

@@ -57,6 +57,9 @@ struct MlaTraits {
   static constexpr int kColumnBlocks = kValueBlocks + kOtherBlocks;
   static constexpr int kColumnBytes = kTileKeys * 128;
   static constexpr int kRows = kTileRows;  // of a row block
+  // The end of a row block takes as long as so many tiles: new queries, results and merging. Measured with
+  // sequences of different lengths, docs/decisions/2026-11-30-mla-ends.md.
+  static constexpr int kEndTiles = 3;
   static constexpr int kTileBytes = kColumnBlocks * kColumnBytes;
   static constexpr int kQueryBytes = kQueryBlocks * kTileRows * 128;
   static_assert(kTileRows == 64 && kTileKeys == 64, "a warpgroup's wgmma");

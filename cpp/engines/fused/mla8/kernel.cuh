@@ -52,13 +52,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) Mla8Kernel(const __grid_c
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<Mla8Shared<Traits>*>(memory);
   device::LetNextKernelStart();
-  if (threadIdx.x == 0) {
+  // By a warp that mostly has no sequence to read.
+  if (threadIdx.x == Traits::kThreads - 32) {
     InitMla8Barriers(shared);
     shared.num_to_merge = 0;
   }
   // Nobody passes the barriers in it before those of the pipeline are there.
-  const CtaRange range =
-      FindCtaRange<Traits::kThreads, false, Traits::kRows>(args.decode, shared.start.range);
+  const CtaRange range = FindCtaRange<Traits::kThreads, false, Traits::kRows, false, Traits::kEndTiles>(
+      args.decode, shared.start.range);
 
   // The same in all lanes, which the compiler then knows.
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);

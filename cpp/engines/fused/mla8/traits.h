@@ -26,7 +26,8 @@ struct Mla8Traits {
   static constexpr int kLaneRows = kMmaRows / 4;
   static constexpr int kRows = kWarpgroups * kMmaRows;
   static_assert(kRows == (kMmaRows == kMla8FewRows ? kMla8TileRows : kTileRows));
-  static constexpr int kSharers = 1;  // CTAs of a cluster
+  static constexpr int kEndTiles = 4;  // as in mla/traits.h; tiles take less time
+  static constexpr int kSharers = 1;   // CTAs of a cluster
   // Warp 0 makes tile descriptors, three load keys.
   static constexpr int kProducerThreads = 128;
   static constexpr int kProducerWarps = kProducerThreads / 32;
