@@ -251,7 +251,8 @@ class ConsumerWarpgroup {
 #pragma unroll
     for (int i = 0; i < Traits::kHeadDim / 16; ++i) {
       device::WgmmaRSTransposed<Math>(scores_, queries_.fragments[i],
-                                device::Advance(descriptor, i / 4 * kStrides.columns + i % 4 * 32), i > 0);
+                                      device::Advance(descriptor, i / 4 * kStrides.columns + i % 4 * 32),
+                                      i > 0);
     }
   }
 
