@@ -7,7 +7,7 @@
 namespace jpa::fused {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512;
 
 __global__ void __launch_bounds__(kThreads) ScheduleKernel(const __grid_constant__ PrefillArgs args) {
   __shared__ PlanShared<kThreads> shared;
