@@ -71,6 +71,7 @@ function(jpa_add_cuda_module version)
 
   set(fused jpa_fused${suffix})
   add_library(${fused} STATIC
+    cpp/engines/fused/decode_choice.cc
     cpp/engines/fused/launch_mla.cc
     cpp/engines/fused/prepare.cc
     cpp/engines/fused/run.cc

@@ -35,6 +35,8 @@ def _decode() -> list[Case]:
         decode.vary("long_decode_bf16", "merging KV splits of bf16", dtype="bf16"),
         decode.vary("long_decode_int8", "scales in KV splits", **int8),
         decode.vary("long_decode_e4m3", "a cap in KV splits, over fp8 without scales", **e4m3),
+        decode.vary("long_decode_group_7", "merging KV splits of an odd number of rows", num_heads=7, dtype="bf16"),
+        decode.vary("long_decode_group_12", "more rows than are merged at once", num_heads=12, dtype="bf16"),
         decode.vary("long_decode_group_24", "merging KV splits of a large group", num_heads=24),
     ]
 

@@ -194,7 +194,11 @@ def _batches() -> list[Case]:
     ragged = {"q_lens": rows, "kv_lens": lengths[:100], "max_pages": 13, "function": "ragged_paged_attention"}
     window: dict[str, Any] = {"keywords": {"sliding_window": 1000}, "bad_ids": tuple((0, i, -1) for i in range(250))}
     long = {"kv_lens": (5000, 1100, 1000, 37), "max_pages": 320}
+    # With two key/value heads about as many row blocks as an H100 or H200 has multiprocessors.
+    few: dict[str, Any] = {"q_lens": (1,) * 64, "max_pages": 20}
     return [
+        TILED.vary("batch_of_64_alike", "a block for each row block, if they are alike", kv_lens=(300,) * 64, **few),
+        TILED.vary("batch_of_64", "as many of unequal lengths", kv_lens=lengths[:64], **few),
         TILED.vary("batch_of_300", "more sequences than multiprocessors, of unequal lengths", **decode),
         TILED.vary(
             "batch_of_100", "decode rows, drafts and no rows among many sequences", dtype="f16", **ragged, **E4M3

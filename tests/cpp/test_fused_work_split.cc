@@ -59,10 +59,12 @@ Batch RandomBatch(std::mt19937& random) {
                  below(4) == 0 ? 100 : 3000, window,       below(4) != 0};
   const int32_t num_seqs = 1 + below(6), longest = below(2) == 0 ? 90 : 3100,
                 most_rows = below(2) == 0 ? 2 : 60;
+  const bool alike = below(4) == 0;
+  const int32_t length = below(longest);
   int32_t row = below(5) == 0 ? -3 : 0;
   for (int32_t i = 0; i < num_seqs; ++i) {
-    const int32_t count = below(6) == 0 ? 0 : 1 + below(most_rows);
-    batch.raw.push_back({below(5) == 0 ? below(3) - 1 : below(longest), row, count});
+    const int32_t count = alike ? 1 : below(6) == 0 ? 0 : 1 + below(most_rows);
+    batch.raw.push_back({alike ? length : below(5) == 0 ? below(3) - 1 : below(longest), row, count});
     row += count;
   }
   batch.facts.num_rows = std::max(row - (below(5) == 0 ? 4 : 0), 0);
@@ -129,7 +131,7 @@ enum class Count { kOneByOne, kBySums };
 // Walks the ranges of all CTAs as the kernel does.
 template <int tile_rows = kTileRows>
 std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_ctas, bool batch_invariant,
-                                               Count count, int32_t end_tiles = 0) {
+                                               Count count, int32_t end_tiles = 0, int32_t enough_ctas = 0) {
   std::map<RowBlockKey, std::vector<Split>> splits;
   const HeadQueues queues = MakeHeadQueues(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
   for (int64_t cta = 0; cta < num_ctas; ++cta) {
@@ -152,7 +154,8 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
           "%d tiles", static_cast<int>(of_head.total));
     const int32_t end = batch_invariant ? 0 : EndOfRowBlocks(end_tiles, of_head, heads, queues);
     of_head.total = TilesWithEnds(both, end);
-    const int64_t total = of_head.total * heads.size(), per = TilesPerCta(of_head, heads, queues);
+    const int64_t total = of_head.total * heads.size(),
+                  per = TilesPerCta(of_head, heads, queues, enough_ctas);
     const int64_t first = cta / queues.num_queues * per;
     if (cta / queues.num_queues >= queues.ctas_per_queue.divisor() || first >= total) continue;
     const auto tiles_of = [&](int32_t index) {
@@ -202,8 +205,8 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
 
 template <int tile_rows = kTileRows>
 void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant, Count count = Count::kOneByOne,
-           int32_t end_tiles = 0) {
-  const auto splits = Walk<tile_rows>(batch, num_ctas, batch_invariant, count, end_tiles);
+           int32_t end_tiles = 0, int32_t enough_ctas = 0) {
+  const auto splits = Walk<tile_rows>(batch, num_ctas, batch_invariant, count, end_tiles, enough_ctas);
   int64_t row_blocks = 0, tiles_seen = 0;
   for (int32_t i = 0; i < batch.size(); ++i) {
     const Sequence sequence = batch(i);
@@ -261,6 +264,10 @@ void RangesTakeEachTileOnce() {
         if (count == Count::kBySums && tile_rows != kTileRows) continue;
         Check<tile_rows>(batch, num_ctas, false, count, repeat % 2 * 3);
         Check<tile_rows>(batch, num_ctas, true, count);
+        if (count != Count::kOneByOne) continue;
+        const auto all = static_cast<int32_t>(num_ctas);
+        for (const int32_t enough : {1, EnoughCtas(std::max(all / 2, 2)), all})
+          Check<tile_rows>(batch, num_ctas, false, count, 0, enough);
       }
     }
   }
@@ -370,6 +377,31 @@ void EndsCountAsTiles() {
   CHECK(TilesOf(both) == kMostTiles && TilesWithEnds(both, 0) == kMostTiles &&
             TilesWithEnds(both, 3) == kMostTiles + 3 * kMostRowBlocks,
         "the most tiles and row blocks");
+}
+
+// Where the row blocks of a batch are alike, short, and enough to keep memory busy, each has a CTA of its
+// own.
+void ShortEqualUnitsStayWhole() {
+  const auto most_splits = [](int32_t num_seqs, int32_t tiles, int32_t enough_ctas) {
+    Batch batch;
+    batch.facts = {FastDivisor(8), 2, num_seqs, 1 << 20, 0, true};
+    for (int32_t i = 0; i < num_seqs; ++i) batch.raw.push_back({tiles * kTileKeys, i, 1});
+    Check(batch, 264, false, Count::kOneByOne, 0, enough_ctas);
+    size_t most = 0;
+    for (const auto& [row_block, splits] : Walk(batch, 264, false, Count::kOneByOne, 0, enough_ctas))
+      most = std::max(most, splits.size());
+    return static_cast<int>(most);
+  };
+  for (const int32_t num_seqs : {53, 64, 68, 96, 131}) {
+    for (const int32_t tiles : {1, 5, 16, kMostTilesOfFewCtas}) {
+      const int splits = most_splits(num_seqs, tiles, EnoughCtas(132));
+      CHECK(splits == 1, "%d splits of %d tiles, %d sequences", splits, tiles, num_seqs);
+    }
+  }
+  CHECK(most_splits(68, 16, 0) > 1, "not if there must be as many CTAs as there can be");
+  CHECK(most_splits(40, 16, EnoughCtas(132)) > 1, "80 CTAs on 132 multiprocessors");
+  CHECK(most_splits(72, 16, EnoughSmallCtas(132)) > 1, "144 CTAs with two stages each");
+  CHECK(most_splits(68, kMostTilesOfFewCtas + 1, EnoughCtas(132)) > 1, "long row blocks");
 }
 
 void NumbersBeyondTheirRange() {
@@ -499,6 +531,7 @@ int main() {
   jpa::test::OneUnitOverAllShares();
   jpa::test::EqualUnitsStayWhole();
   jpa::test::EndsCountAsTiles();
+  jpa::test::ShortEqualUnitsStayWhole();
   jpa::test::NumbersBeyondTheirRange();
   jpa::test::DecodeLeavesMultiprocessorsToPrefill();
   jpa::test::PrefillDecodesWhereThatIsFaster();

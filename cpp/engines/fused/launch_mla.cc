@@ -11,8 +11,6 @@
 namespace jpa::fused {
 namespace {
 
-bool Is8Bit(const AttentionProblem& problem) { return ByteWidth(problem.kv_dtype) == 1; }
-
 // A pool of values has scales of its own; those of keys in which the values are count for both.
 bool HasScales(const AttentionProblem& problem) {
   return problem.num_k_scales != 0 || problem.num_v_scales != 0;

@@ -56,11 +56,16 @@ Status PreparePrefill(const PrefillKernelInfo& info, int num_sms, PrefillDevice*
 }
 
 Status PrepareKernel(const DecodeKernelInfo& info, int capability, DecodeDevice* decode) {
+  const auto ring_of = [&](int num_stages) {
+    return StageRing{.num_stages = num_stages, .shared_bytes = info.shared_bytes(capability, num_stages)};
+  };
   *decode = {.kernel = info.kernel,
              .threads = info.threads,
-             .shared_bytes = info.shared_bytes(capability),
-             .ctas_per_sm = info.ctas_per_sm(capability)};
-  return AllowSharedMemory(info.kernel, decode->shared_bytes, "shared memory of the decode kernel");
+             .ctas_per_sm = info.ctas_per_sm(capability),
+             .stages = ring_of(info.num_stages(capability)),
+             .stages_of_few = ring_of(info.num_stages_of_few(capability))};
+  return AllowSharedMemory(info.kernel, decode->stages_of_few.shared_bytes,
+                           "shared memory of the decode kernel");
 }
 
 Status PrepareDecode(const AttentionProblem& problem, int num_sms, Device* device) {

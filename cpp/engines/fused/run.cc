@@ -9,6 +9,7 @@
 #include "device/launch.h"
 #include "engines/fused/decode/args.h"
 #include "engines/fused/decode/combine.h"
+#include "engines/fused/decode_choice.h"
 #include "engines/fused/kernel_choice.h"
 #include "engines/fused/launch_mla.h"
 #include "engines/fused/prefill/args.h"
@@ -66,27 +67,6 @@ CallArgs MakeCallArgs(const AttentionProblem& problem, const AttentionParams& pa
           .score_factor = params.scale * kLog2E * (params.soft_cap > 0 ? 2.0f / params.soft_cap : 1.0f),
           .num_pages = static_cast<int32_t>(std::max(problem.num_k_pages, problem.num_v_pages)),
           .batch_invariant = options.batch_invariant};
-}
-
-// Where a sequence has no more query rows than that on average, a call is taken for one of decode rows and
-// drafts, which seldom have more. Then no kernel goes in front of decode to plan prefill, and decode's last
-// CTA does. If there are prompts after all, they start a little later.
-constexpr int64_t kRowsOfDecode = 8;
-
-// Groups from which on warpgroups decode. Up to 8 packed rows the other kernel merges KV splits row by row,
-// in less time; beyond, its warps read all keys from shared memory once for every 16 rows.
-constexpr int64_t kLargeGroup = 9;
-// Likewise packed rows of drafts of smaller groups. With fewer the other kernel takes up to 1 % less.
-constexpr int64_t kManyPackedRows = 32;
-
-// A batch-invariant call does not look at how many rows sequences have, which depends on the batch.
-const DecodeDevice& ChooseDecode(const CallArgs& call, const Options& options, const Device& device) {
-  if (device.decode_by_warpgroup.kernel == nullptr) return device.decode;
-  const int64_t group = call.facts.group.divisor();
-  const int64_t rows = call.facts.num_rows, num_seqs = std::max<int64_t>(call.problem.num_seqs, 1);
-  const bool drafts = !options.batch_invariant && rows <= kRowsOfDecode * num_seqs;
-  const bool many = group >= kLargeGroup || (drafts && rows / num_seqs * group >= kManyPackedRows);
-  return many ? device.decode_by_warpgroup : device.decode;
 }
 
 // `ctas_per_sm` are decode's or MLA's.
@@ -251,11 +231,12 @@ Status LaunchDecodeAndPrefill(DecodeArgs* args, const Options& options, const De
     }
   }
   const bool is_scheduled = *prefills && !args->plans_prefill;
+  const StageRing stages = ChooseStages(device, decode, *prefills, args);
   const auto grid = [](int ctas) { return dim3(static_cast<unsigned>(ctas)); };
   if (Status s = device::LaunchUntyped(kCaller, "decode", decode.kernel,
                                        {.grid = grid(args->num_ctas + (is_scheduled ? 1 : 0)),
                                         .threads = decode.threads,
-                                        .shared_bytes = decode.shared_bytes,
+                                        .shared_bytes = stages.shared_bytes,
                                         .overlap = is_scheduled ? Overlap::kWithPrevious : Overlap::kNone},
                                        stream, *args);
       !s.ok() || !*prefills) {

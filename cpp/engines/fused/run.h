@@ -35,12 +35,19 @@ struct FreeOnDevice {
   void operator()(uint32_t* memory) const;
 };
 
+// Stages of a decode CTA.
+struct StageRing {
+  int num_stages = 0;
+  int shared_bytes = 0;  // of a CTA
+};
+
 // A decode kernel, or none.
 struct DecodeDevice {
   const void* kernel = nullptr;
   int threads = 0;
-  int shared_bytes = 0;  // of a CTA
-  int ctas_per_sm = 1;   // that run at the same time
+  int ctas_per_sm = 1;  // that run at the same time
+  StageRing stages;
+  StageRing stages_of_few;  // where few CTAs are likely to have tiles
 };
 
 // A prefill kernel, which runs one CTA per multiprocessor, or none.

@@ -1,6 +1,8 @@
 // The arguments that all kernels of the engine have in common.
 #pragma once
 
+#include <vector_types.h>
+
 #include <cstdint>
 
 #include "core/fast_division.h"

@@ -29,6 +29,8 @@ struct DecodeArgs {
   // Batch-invariant: rows of partial results are numbered kMaxSplitRows * sequence + row in it, not by row of
   // q.
   bool split_rows_by_sequence;
+  uint8_t num_stages;   // that there is shared memory for
+  int32_t enough_ctas;  // TilesPerCta
 
   // True where prefill runs beside decode, if some sequences are for each.
   JPA_HOST_DEVICE bool may_share_sms() const { return call.facts.decode_rows != INT32_MAX; }

@@ -15,11 +15,14 @@ struct CtaRange {
   int32_t cta;  // beyond the last one of the queues: it has no tiles
   HeadQueues queues;
   HeadRange heads;
+  int32_t place;             // in its queue
   int64_t tiles;             // with ends of row blocks
   int32_t end;               // EndOfRowBlocks
+  bool is_of_few;            // it has short row blocks, whole: there may be few such CTAs
   const int32_t* cu_q_lens;  // in order
   bool has_prefill;          // some sequences are prefill's
   bool prefill_decodes;      // prefill has the others, too
+  bool fills_rows;           // there may be rows without a tile
 };
 
 // Notes that the threads of a CTA leave each other to find its range.
@@ -47,34 +50,52 @@ __device__ __noinline__ inline bool PrefillDecodesApart(const DecodeArgs& args, 
   return PrefillDecodes(tiles, args.call.facts.num_kv_heads, args.num_sms[kEighths - 1]);
 }
 
-// All that follows from the CTA's place.
-template <bool may_share_sms, bool prefill_may_decode>
-__device__ inline CtaRange RangeOfCta(const DecodeArgs& args, const HeadTiles& decode,
-                                      const PrefillWork& prefill) {
+// The quotient of numbers up to 2^19, rounded down, in less time than a division takes: half a divisor is
+// more than the error of a float's reciprocal.
+__device__ inline int32_t SmallQuotient(int32_t number, int32_t divisor) {
+  return static_cast<int32_t>(__fdividef(static_cast<float>(number) + 0.5f, static_cast<float>(divisor)));
+}
+inline constexpr int32_t kNoCta = 1 << 19;  // beyond the last one
+
+// All that follows from a CTA's number among those on so many eighths of the multiprocessors.
+template <bool is_fast>
+__device__ inline CtaRange RangeOfCta(const DecodeArgs& args, int32_t cta, int32_t eighths) {
+  const HeadQueues& queues = args.head_queues[eighths - 1];
+  const int32_t place = is_fast ? SmallQuotient(cta, queues.num_queues) : cta / queues.num_queues;
+  const int32_t queue = is_fast ? cta - place * queues.num_queues : cta % queues.num_queues;
+  return {.cta = cta,
+          .queues = queues,
+          .heads = HeadsOfQueue(args.call.facts, queues, queue),
+          .place = place,
+          .tiles = 0,
+          .end = 0,
+          .is_of_few = false,
+          .cu_q_lens = nullptr,
+          .has_prefill = false,
+          .prefill_decodes = false,
+          .fills_rows = true};
+}
+
+// Likewise where prefill may run beside decode.
+template <bool prefill_may_decode>
+__device__ inline CtaRange RangeBesidePrefill(const DecodeArgs& args, const HeadTiles& decode,
+                                              const PrefillWork& prefill) {
   bool prefill_decodes = false;
   if constexpr (prefill_may_decode) {
     prefill_decodes =
         prefill.exists && args.prefill.may_decode && prefill.may_have_all &&
         PrefillDecodesApart(args, {.decode = decode.total, .longest = decode.most, .prefill = prefill.tiles});
   }
-  int32_t cta = static_cast<int32_t>(blockIdx.x), eighths = kEighths;
-  if (may_share_sms && args.may_share_sms()) {
-    // CTAs come round by round, one on each multiprocessor. So where decode has fewer multiprocessors, each
-    // of these has as many CTAs as before.
-    eighths = EighthsForDecode(decode.total, prefill.tiles, args.costs);
-    const int32_t all_sms = args.num_sms[kEighths - 1], sms = args.num_sms[eighths - 1];
-    const int32_t round = cta / all_sms, sm = cta - round * all_sms;
-    cta = sm < sms && !prefill_decodes ? round * sms + sm : INT32_MAX;
-  }
-  const HeadQueues& queues = args.head_queues[eighths - 1];
-  return {.cta = cta,
-          .queues = queues,
-          .heads = HeadsOfQueue(args.call.facts, queues, cta % queues.num_queues),
-          .tiles = 0,
-          .end = 0,
-          .cu_q_lens = nullptr,
-          .has_prefill = prefill.exists,
-          .prefill_decodes = prefill_decodes};
+  // CTAs come round by round, one on each multiprocessor. So where decode has fewer multiprocessors, each of
+  // these has as many CTAs as before.
+  const int32_t eighths = EighthsForDecode(decode.total, prefill.tiles, args.costs);
+  const int32_t all_sms = args.num_sms[kEighths - 1], sms = args.num_sms[eighths - 1];
+  const int32_t round = static_cast<int32_t>(blockIdx.x) / all_sms;
+  const int32_t sm = static_cast<int32_t>(blockIdx.x) - round * all_sms;
+  const int32_t cta = sm < sms && !prefill_decodes ? round * sms + sm : kNoCta;
+  CtaRange range = RangeOfCta<true>(args, cta, eighths);
+  range.prefill_decodes = prefill_decodes;
+  return range;
 }
 
 // The part of all sequences that is prefill's, where the two share multiprocessors; a thread adds up
@@ -121,6 +142,7 @@ struct OwnSequences {
   RawSequence last = {};
   bool fall = false;         // their cu_q_lens: they are read anew when these are in order
   bool has_prefill = false;  // some are prefill's
+  bool lacks_keys = false;   // some have none
 
   __device__ void Read(const CallArgs& call, const int32_t* cu_q_lens) {
     tiles = {};
@@ -136,6 +158,7 @@ struct OwnSequences {
         tiles.template Add<tile_rows, has_ends>(call.facts, sequence);
       }
       fall = fall || last.falls();
+      lacks_keys = lacks_keys || sequence.kv_len == 0;
       has_prefill = has_prefill || IsPrefill(call.facts, sequence);
     }
   }
@@ -161,6 +184,40 @@ __device__ inline void ReadInOrder(const DecodeArgs& args, Own& own, const int32
       return;
     }
     *cu_q_lens = OrderedRows(call);
+  }
+}
+
+// By the thread whose sequences have the first tile of the CTA's range, if there is one: leaves in shared
+// memory where that is. Sequences before the thread's own ones have `before` tiles per head, with ends of row
+// blocks.
+template <bool may_share_sms, int threads, int tile_rows, bool by_sums, bool has_ends>
+__device__ inline void LeaveStart(const CallArgs& call, const OwnSequences<tile_rows, by_sums, has_ends>& own,
+                                  const CtaRange& range, int64_t before, RangeShared<threads>& shared) {
+  // In tiles of all heads of the queue.
+  const int64_t heads = range.heads.size(), place = range.place;
+  const int64_t first = place * range.tiles;
+  before *= heads;
+  const int64_t total = (has_ends ? TilesWithEnds(own.tiles.total, range.end) : own.tiles.total) * heads;
+  if (place < range.queues.ctas_per_queue.divisor() && first >= before && first < before + total) {
+    // Backwards, from the sequence that is still at hand: where a thread has one, nothing is read again.
+    int i = own.end - 1;
+    int64_t start = before + total;
+    RawSequence raw = own.last;
+#pragma unroll 1
+    for (; i > own.begin; raw = RawSequence(call, range.cu_q_lens, --i)) {
+      const Sequence sequence = raw.Clipped(call.facts);
+      start -= by_sums ? heads * SumTilesPerHead(call.facts, sequence)
+                       : NumTiles<tile_rows>(call.facts, range.heads, sequence);
+      if (has_ends && range.end > 0)
+        start -= heads * range.end * RowBlocksPerHead<tile_rows>(call.facts, sequence);
+      if (first >= start) break;
+    }
+    shared.range_seq = i;
+    shared.raw_sequence = raw;
+    TilePlace tile = {.head = 0, .row_tile = 0, .offset = first - (i > own.begin ? start : before)};
+    if constexpr (by_sums) tile = FindTile(call.facts, raw.Clipped(call.facts), tile.offset, range.end);
+    if constexpr (!may_share_sms) shared.range_head = tile.head, shared.range_row_tile = tile.row_tile;
+    shared.range_offset = tile.offset;
   }
 }
 
@@ -190,7 +247,13 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
   const int32_t fewest = __reduce_min_sync(~0u, mine.fewest), most = __reduce_max_sync(~0u, mine.most);
   if (lane == 31) shared.warp_tiles[warp] = {.total = before, .fewest = fewest, .most = most};
   if (thread == 0) shared.range_seq = -1;
-  __syncthreads();
+  bool fills_rows = true;
+  if constexpr (may_share_sms) {
+    fills_rows = AnyThread(own.lacks_keys || cu_q_lens != nullptr || call.params.q_starts != nullptr ||
+                           call.facts.num_rows > num_seqs);
+  } else {
+    __syncthreads();
+  }
   HeadTiles all;
 #pragma unroll
   for (int w = 0; w < threads / 32; ++w) {
@@ -200,43 +263,23 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
   }
   before -= mine.total;
 
-  CtaRange range = RangeOfCta<may_share_sms, prefill_may_decode>(args, all, prefill);
+  CtaRange range = may_share_sms && args.may_share_sms()
+                       ? RangeBesidePrefill<prefill_may_decode>(args, all, prefill)
+                       : RangeOfCta<may_share_sms>(args, static_cast<int32_t>(blockIdx.x), kEighths);
+  range.fills_rows = fills_rows;
   range.cu_q_lens = cu_q_lens;
-  int64_t own_tiles = mine.total;
+  range.has_prefill = prefill.exists;
   if constexpr (kHasEnds) {
     HeadTiles without = all;
     without.total = TilesOf(all.total);
     // Batch-invariant splits do not end where ranges do.
     if (!call.batch_invariant) range.end = EndOfRowBlocks(end_tiles, without, range.heads, range.queues);
-    for (int64_t* both : {&all.total, &before, &own_tiles}) *both = TilesWithEnds(*both, range.end);
+    for (int64_t* both : {&all.total, &before}) *both = TilesWithEnds(*both, range.end);
   }
-  range.tiles = TilesPerCta(all, range.heads, range.queues);
-  // From here on in tiles of all heads of the queue.
-  const int64_t heads = range.heads.size(), place = range.cta / range.queues.num_queues;
-  const int64_t first = place * range.tiles;
-  before *= heads;
-  const int64_t total = own_tiles * heads;
-  if (place < range.queues.ctas_per_queue.divisor() && first >= before && first < before + total) {
-    // Backwards, from the sequence that is still at hand: where a thread has one, nothing is read again.
-    int i = own.end - 1;
-    int64_t start = before + total;
-    RawSequence raw = own.last;
-#pragma unroll 1
-    for (; i > own.begin; raw = RawSequence(call, cu_q_lens, --i)) {
-      const Sequence sequence = raw.Clipped(call.facts);
-      start -= kBySums ? heads * SumTilesPerHead(call.facts, sequence)
-                       : NumTiles<tile_rows>(call.facts, range.heads, sequence);
-      if (kHasEnds && range.end > 0)
-        start -= heads * range.end * RowBlocksPerHead<tile_rows>(call.facts, sequence);
-      if (first >= start) break;
-    }
-    shared.range_seq = i;
-    shared.raw_sequence = raw;
-    TilePlace tile = {.head = 0, .row_tile = 0, .offset = first - (i > own.begin ? start : before)};
-    if constexpr (kBySums) tile = FindTile(call.facts, raw.Clipped(call.facts), tile.offset, range.end);
-    if constexpr (!may_share_sms) shared.range_head = tile.head, shared.range_row_tile = tile.row_tile;
-    shared.range_offset = tile.offset;
-  }
+  range.tiles = TilesPerCta(all, range.heads, range.queues, may_share_sms ? args.enough_ctas : 0);
+  if constexpr (may_share_sms)
+    range.is_of_few = range.tiles >= all.most && range.tiles <= kMostTilesOfFewCtas;
+  LeaveStart<may_share_sms>(call, own, range, before, shared);
   __syncthreads();
   return range;
 }

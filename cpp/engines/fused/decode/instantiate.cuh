@@ -11,6 +11,8 @@ DecodeKernelInfo InfoOf() {
   return {.kernel = reinterpret_cast<const void*>(&DecodeKernel<Traits>),
           .threads = Traits::kThreads,
           .ctas_per_sm = &Traits::CtasPerSm,
+          .num_stages = &Traits::Stages,
+          .num_stages_of_few = &Traits::StagesOfFew,
           .shared_bytes = &SharedBytes<Traits>};
 }
 

@@ -34,26 +34,33 @@
 namespace jpa::fused {
 
 // A place in the ring of stages. Its parity is that of the phase of its barriers.
-template <int stages>
 struct StageCursor {
   int index = 0;
   uint32_t parity = 0;
 
-  __device__ void Next() {
-    if (++index == stages) {
+  __device__ void Next(int num_stages) {
+    if (++index == num_stages) {
       index = 0;
       parity ^= 1;
     }
   }
 };
 
+// Stages that a CTA uses.
+template <typename Traits>
+__device__ inline int NumStages(const DecodeArgs& args, const CtaRange& range) {
+  constexpr int kStages = Traits::Stages(kCapability);
+  return kStages < Traits::StagesOfFew(kCapability) && range.is_of_few ? args.num_stages : kStages;
+}
+
 template <typename Traits>
 __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, DecodeShared<Traits>& shared,
                                char* stages) {
-  StageCursor<DecodeShared<Traits>::kStages> stage;
+  const int num_stages = NumStages<Traits>(args, range);
+  StageCursor stage;
   if (threadIdx.x >= Traits::kThreads - Traits::kLoaderThreads) {
 #pragma unroll 1
-    for (;; stage.Next()) {
+    for (;; stage.Next(num_stages)) {
       const TileDescriptor& descriptor = shared.descriptors[stage.index];
       device::WaitForPhase(&shared.described[stage.index], stage.parity);
       if (!descriptor.exists) return;
@@ -78,7 +85,7 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
     if (done) return;
     // With 8-bit pages consumers have little time to wait.
     if constexpr (Traits::kIs8Bit) descriptors.template PrefetchQueries<Traits>();
-    stage.Next();
+    stage.Next(num_stages);
   }
 }
 
@@ -86,11 +93,13 @@ template <typename Traits>
 using ConsumerOf = std::conditional_t<Traits::kByWarpgroup, ConsumerWarpgroup<Traits>, ConsumerWarp<Traits>>;
 
 template <typename Traits>
-__device__ inline void Consume(const DecodeArgs& args, DecodeShared<Traits>& shared, char* stages) {
-  StageCursor<DecodeShared<Traits>::kStages> stage;
+__device__ inline void Consume(const DecodeArgs& args, const CtaRange& range, DecodeShared<Traits>& shared,
+                               char* stages) {
+  const int num_stages = NumStages<Traits>(args, range);
+  StageCursor stage;
   ConsumerOf<Traits> rows;
 #pragma unroll 1
-  for (bool starts_split = true;; stage.Next()) {
+  for (bool starts_split = true;; stage.Next(num_stages)) {
     const TileDescriptor& descriptor = shared.descriptors[stage.index];
     if (starts_split) {
       device::WaitForPhase(&shared.described[stage.index], stage.parity);
@@ -154,8 +163,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   if constexpr (Traits::kByWarpgroup && kCapability != 90) return;
   using Shared = DecodeShared<Traits>;
   extern __shared__ __align__(1024) char shared_memory[];  // as wgmma wants its operands
-  char* const stages = device::KeptShared(shared_memory);
-  auto& shared = *reinterpret_cast<Shared*>(stages + Shared::kStages * Traits::kStageBytes);
+  char* const stages = device::KeptShared(shared_memory + kBytesBeforeStages<Traits>);
+  auto& shared = *reinterpret_cast<Shared*>(stages - kBytesBeforeStages<Traits>);
 
   // Prefill is for that compute capability alone. Behind a kernel that plans it there is one more CTA, which
   // lets it start. Without that CTA, and with the last one in its place, a call took 3 us more alone.
@@ -163,7 +172,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   const bool plans =
       kCapability == 90 && args.plans_prefill && blockIdx.x == static_cast<unsigned>(args.num_ctas) - 1;
   if (!plans && !is_extra) device::LetNextKernelStart();
-  if (threadIdx.x < Shared::kStages) {
+  if (threadIdx.x < Shared::kMostStages) {
     // Every lane arrives for itself: one per warp would do, but racecheck does not follow that.
     device::InitBarrier(&shared.described[threadIdx.x], 32);
     device::InitBarrier(&shared.full[threadIdx.x], Traits::kLoaderThreads);
@@ -183,8 +192,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     if (shared.range_seq >= 0) Produce(args, range, shared, stages);
   } else {
     if constexpr (kMovesRegisters) device::GrowRegisters<Traits::kConsumerRegisters>();
-    FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args, range.cu_q_lens, shared.row_owners);
-    if (shared.range_seq >= 0) Consume(args, shared, stages);
+    if (range.fills_rows)
+      FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args, range.cu_q_lens, shared.row_owners);
+    if (shared.range_seq >= 0) Consume(args, range, shared, stages);
   }
 }
 

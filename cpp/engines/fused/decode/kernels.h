@@ -8,9 +8,11 @@ namespace jpa::fused {
 struct DecodeKernelInfo {
   const void* kernel = nullptr;  // takes DecodeArgs; null: there is none
   int threads = 0;
-  // Both by the compute capability that the kernel was compiled for, 90 for 9.0.
+  // By the compute capability that the kernel was compiled for, 90 for 9.0.
   int (*ctas_per_sm)(int capability) = nullptr;
-  int (*shared_bytes)(int capability) = nullptr;
+  int (*num_stages)(int capability) = nullptr;
+  int (*num_stages_of_few)(int capability) = nullptr;  // see DecodeTraits::StagesOfFew
+  int (*shared_bytes)(int capability, int num_stages) = nullptr;
 };
 
 // Each in a file of its own, which cmake/fused_kernels.cmake makes from instantiation.cu.in: they compile

@@ -5,9 +5,9 @@
 #include <cstdint>
 
 #include "device/ptx.cuh"
-#include "engines/fused/common/merge_splits.cuh"
 #include "engines/fused/common/row_block.cuh"
 #include "engines/fused/decode/args.h"
+#include "engines/fused/decode/merge_by_half_warps.cuh"
 #include "engines/fused/decode/merge_rows.cuh"
 #include "engines/fused/decode/shared_memory.cuh"
 
@@ -61,13 +61,11 @@ __device__ inline void LoadPartials(const DecodeArgs& args, const SplitRowBlock&
   device::WaitForCpAsync();
 }
 
-// Splits whose columns a warp has in flight where row blocks are merged row by row. As many as a warp has
-// lanes would take 4 KB more of code, which every call fetches. Row blocks with more splits are merged so,
-// too: few of their rows would fit into shared memory.
-inline constexpr int kSplitsAtOnce = 16;
-// Packed rows up to which row by row is faster: two rounds of four warps. On an H200 8 rows of 8 splits took
-// 1 us more by way of shared memory.
-inline constexpr int kMostRowsOneByOne = 2 * kConsumerWarps;
+// Row blocks with more splits are merged row by row: few of their rows would fit into shared memory.
+inline constexpr int kMostSplitsInShared = 16;
+// Packed rows up to which row by row is faster: half a warp has each. On an H200 8 rows of 8 splits took 1 us
+// more by way of shared memory.
+inline constexpr int kMostRowsByHalfWarps = 2 * kConsumerWarps;
 
 // By the consumers, when nothing else needs the stages.
 template <typename Traits>
@@ -75,7 +73,7 @@ __device__ inline void MergeSplitRowBlock(const DecodeArgs& args, const SplitRow
                                           DecodeShared<Traits>& shared, char* stages) {
   constexpr int kThreads = Traits::kConsumerThreads;
   // Partial rows that the stages have room for.
-  constexpr int kCapacity = DecodeShared<Traits>::kStages * Traits::kStageBytes /
+  constexpr int kCapacity = Traits::Stages(kCapability) * Traits::kStageBytes /
                             (4 * Traits::kValueDim + static_cast<int>(sizeof(device::SoftmaxState)));
   const int thread = static_cast<int>(threadIdx.x), num_splits = row_block.num_splits + 1;
   // A warp waits for partial results by itself, so that their columns are asked for as soon as the last of
@@ -83,20 +81,11 @@ __device__ inline void MergeSplitRowBlock(const DecodeArgs& args, const SplitRow
   for (int i = thread % 32; i < row_block.num_splits; i += 32)
     AwaitPartial(args.partial_ready + row_block.first_cta + i * row_block.cta_step);
   __syncwarp();
-  if (row_block.num_rows <= kMostRowsOneByOne || num_splits > kSplitsAtOnce) {
-#pragma unroll 1
-    for (int row = thread / 32; row < row_block.num_rows; row += kConsumerWarps) {
-      const int64_t rows_each = args.call.partials.rows_each;
-      const PartialIndices indices = {
-          .first = (2 * row_block.first_cta + 1) * rows_each + row,
-          .second = 2 * (row_block.first_cta + row_block.cta_step) * rows_each + row,
-          .step = 2 * row_block.cta_step * args.call.partials.rows_each};
-      WriteMergedSplits<Traits::kQ, kSplitsAtOnce>(args.call, num_splits, indices,
-                                                   [&] { return QueryHeadOf(args.call, row_block, row); });
-    }
+  if (row_block.num_rows <= kMostRowsByHalfWarps || num_splits > kMostSplitsInShared) {
+    MergeByHalfWarps<Traits>(args, row_block);
   } else {
     auto* const columns = reinterpret_cast<float*>(stages);
-    static_assert(kCapacity >= kSplitsAtOnce);
+    static_assert(kCapacity >= kMostSplitsInShared);
     const int rows_at_once = kCapacity / num_splits;
 #pragma unroll 1
     for (int first_row = 0; first_row < row_block.num_rows; first_row += rows_at_once) {

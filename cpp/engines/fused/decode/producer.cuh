@@ -43,6 +43,7 @@ class DescriptorMaker {
   template <typename Traits>
   __device__ void Make(TileDescriptor* descriptor, SplitRowBlock* row_block) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
+    if (lane == 0) Describe<Traits::kByWarpgroup>(descriptor, row_block);  // while page ids arrive
     uint32_t valid[kKeysPerLane];
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i) valid[i] = __ballot_sync(~0u, IsPage(pages_[i]));
@@ -64,7 +65,6 @@ class DescriptorMaker {
     if (lane == 0) {
 #pragma unroll
       for (int i = 0; i < kKeysPerLane; ++i) descriptor->valid[i] = valid[i];
-      Describe<Traits::kByWarpgroup>(descriptor, row_block);
     }
   }
 

@@ -52,25 +52,29 @@ struct MergedRow {
 
 template <typename Traits>
 struct DecodeShared : RangeShared<Traits::kThreads> {
-  static constexpr int kStages = Traits::Stages(kCapability);
+  static constexpr int kMostStages = Traits::StagesOfFew(kCapability);
 
-  TileDescriptor descriptors[kStages];  // of each stage's tile
-  device::Barrier described[kStages];   // the descriptor is there
-  device::Barrier full[kStages];        // and so are its keys and values
-  device::Barrier empty[kStages];       // no consumer needs them any more
+  TileDescriptor descriptors[kMostStages];  // of each stage's tile
+  device::Barrier described[kMostStages];   // the descriptor is there
+  device::Barrier full[kMostStages];        // and so are its keys and values
+  device::Barrier empty[kMostStages];       // no consumer needs them any more
   SplitRowBlock row_block;
   MergedRow merged[kTileRows];
   int32_t row_owners[kFilledRows];
 };
 
-// Shared memory of a CTA: the stages, and behind them DecodeShared.
+// Shared memory of a CTA: DecodeShared, and behind it the stages.
 template <typename Traits>
-int SharedBytes(int capability) {
-  static_assert(sizeof(DecodeShared<Traits>) <=
-                    DecodeShared<Traits>::kStages * Traits::kDescriptorBytes + Traits::kMiscBytes,
+inline constexpr int kBytesBeforeStages =
+    (sizeof(DecodeShared<Traits>) + Traits::kStageAlign - 1) / Traits::kStageAlign * Traits::kStageAlign;
+
+template <typename Traits>
+int SharedBytes(int capability, int num_stages) {
+  static_assert(kBytesBeforeStages<Traits> <=
+                    DecodeShared<Traits>::kMostStages * Traits::kDescriptorBytes + Traits::kMiscBytes,
                 "traits.h has to know");
-  const int stages = Traits::Stages(capability);
-  return stages * (Traits::kStageBytes + Traits::kDescriptorBytes) + Traits::kMiscBytes;
+  return num_stages * Traits::kStageBytes + Traits::StagesOfFew(capability) * Traits::kDescriptorBytes +
+         Traits::kMiscBytes;
 }
 
 }  // namespace jpa::fused

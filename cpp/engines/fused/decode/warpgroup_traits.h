@@ -44,6 +44,7 @@ struct WarpgroupTraits : DecodeTraits<dtype, dtype, head_dim, value_dim> {
   // A warpgroup leaves its state in a stage: of each thread half a row of f32, and 16 bytes.
   static constexpr int kExchangeBytes = kConsumerWarpgroups == 1 ? 0 : 128 * (2 * kOutWidth + 16);
   // Blocks lie at multiples of 1024 bytes.
+  static constexpr int kStageAlign = 1024;
   static constexpr int kStageBytes =
       ((Base::kTileBytes > kExchangeBytes ? Base::kTileBytes : kExchangeBytes) + 1023) / 1024 * 1024;
   // On an H200 128 KB per multiprocessor, four stages of 32 KB, were 3 to 4 % faster than three stages, and 1
@@ -51,6 +52,7 @@ struct WarpgroupTraits : DecodeTraits<dtype, dtype, head_dim, value_dim> {
   static constexpr int Stages(int capability) {
     return 128 * 1024 / Base::kTileBytes / CtasPerSm(capability);
   }
+  static constexpr int StagesOfFew(int capability) { return Stages(capability); }
 };
 
 }  // namespace jpa::fused

@@ -1,0 +1,56 @@
+#include "engines/fused/decode_choice.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/integer_math.h"
+#include "engines/fused/decode/work_split.h"
+
+namespace jpa::fused {
+namespace {
+
+// Groups from which on warpgroups decode. Up to 8 packed rows the other kernel merges KV splits row by row,
+// in less time; beyond, its warps read all keys from shared memory once for every 16 rows.
+constexpr int64_t kLargeGroup = 9;
+// Likewise packed rows of drafts of smaller groups. With fewer the other kernel takes up to 1 % less.
+constexpr int64_t kManyPackedRows = 32;
+
+}  // namespace
+
+// A batch-invariant call does not look at how many rows sequences have, which depends on the batch.
+const DecodeDevice& ChooseDecode(const CallArgs& call, const Options& options, const Device& device) {
+  if (device.decode_by_warpgroup.kernel == nullptr) return device.decode;
+  const int64_t group = call.facts.group.divisor();
+  const int64_t rows = call.facts.num_rows, num_seqs = std::max<int64_t>(call.problem.num_seqs, 1);
+  const bool drafts = !options.batch_invariant && rows <= kRowsOfDecode * num_seqs;
+  const bool many = group >= kLargeGroup || (drafts && rows / num_seqs * group >= kManyPackedRows);
+  return many ? device.decode_by_warpgroup : device.decode;
+}
+
+StageRing ChooseStages(const Device& device, const DecodeDevice& decode, bool prefills, DecodeArgs* args) {
+  const AttentionProblem& problem = args->call.problem;
+  const auto choose = [&](const StageRing& stages, int32_t enough_ctas) {
+    args->num_stages = static_cast<uint8_t>(stages.num_stages);
+    args->enough_ctas = enough_ctas;
+    return stages;
+  };
+  const int64_t rows = problem.num_seqs == 0 ? 0 : problem.num_rows / problem.num_seqs;
+  const int64_t tile_bytes = kTileKeys * (problem.head_dim + problem.value_dim) * ByteWidth(problem.kv_dtype);
+  // Where products take longer than loads, all CTAs have to help: with 8-bit pages, and with more packed rows
+  // than one MMA has.
+  const bool loads_bind =
+      !Is8Bit(problem) && tile_bytes >= kLargeTileBytes && rows * args->call.facts.group.divisor() <= 16;
+  // Warpgroups have half as many CTAs anyway, or tiles that are not large.
+  const bool by_warpgroup = &decode == &device.decode_by_warpgroup;
+  if (prefills || args->call.batch_invariant || by_warpgroup || !loads_bind) return choose(decode.stages, 0);
+  const int32_t enough = EnoughCtas(device.num_sms), enough_small = EnoughSmallCtas(device.num_sms);
+  if (decode.ctas_per_sm == 1) return choose(decode.stages, enough);
+  // The CTAs of whole row blocks, were all sequences alike. Other calls would be 0.2 us slower with as much
+  // shared memory.
+  const int64_t row_blocks = problem.num_seqs * problem.num_kv_heads;
+  const int64_t ctas = CeilDiv(row_blocks, std::max<int64_t>(CeilDiv(row_blocks, args->num_ctas), 1));
+  return ctas >= enough && ctas <= enough_small ? choose(decode.stages_of_few, enough)
+                                                : choose(decode.stages, enough_small);
+}
+
+}  // namespace jpa::fused

@@ -1,0 +1,25 @@
+// Which decode kernel a call gets, and with how much shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "core/problem.h"
+#include "engines/fused/decode/args.h"
+#include "engines/fused/run.h"
+
+namespace jpa::fused {
+
+// Where a sequence has no more query rows than that on average, a call is taken for one of decode rows and
+// drafts, which seldom have more. Then no kernel goes in front of decode to plan prefill, and decode's last
+// CTA does. If there are prompts after all, they start a little later.
+inline constexpr int64_t kRowsOfDecode = 8;
+
+inline bool Is8Bit(const AttentionProblem& problem) { return ByteWidth(problem.kv_dtype) == 1; }
+
+// No kernel if MLA's take decode's place.
+const DecodeDevice& ChooseDecode(const CallArgs& call, const Options& options, const Device& device);
+
+// Sets how many CTAs are enough (TilesPerCta), and returns their stages.
+StageRing ChooseStages(const Device& device, const DecodeDevice& decode, bool prefills, DecodeArgs* args);
+
+}  // namespace jpa::fused
