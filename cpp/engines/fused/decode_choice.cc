@@ -39,7 +39,7 @@ StageRing ChooseStages(const Device& device, const DecodeDevice& decode, bool pr
   // Where products take longer than loads, all CTAs have to help: with 8-bit pages, and with more packed rows
   // than one MMA has.
   const bool loads_bind =
-      !Is8Bit(problem) && tile_bytes >= kLargeTileBytes && rows * args->call.facts.group.divisor() <= 16;
+      ByteWidth(problem.kv_dtype) > 1 && tile_bytes >= kLargeTileBytes && rows * args->call.facts.group.divisor() <= 16;
   // Warpgroups have half as many CTAs anyway, or tiles that are not large.
   const bool by_warpgroup = &decode == &device.decode_by_warpgroup;
   if (prefills || args->call.batch_invariant || by_warpgroup || !loads_bind) return choose(decode.stages, 0);

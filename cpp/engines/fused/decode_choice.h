@@ -14,8 +14,6 @@ namespace jpa::fused {
 // CTA does. If there are prompts after all, they start a little later.
 inline constexpr int64_t kRowsOfDecode = 8;
 
-inline bool Is8Bit(const AttentionProblem& problem) { return ByteWidth(problem.kv_dtype) == 1; }
-
 // No kernel if MLA's take decode's place.
 const DecodeDevice& ChooseDecode(const CallArgs& call, const Options& options, const Device& device);
 

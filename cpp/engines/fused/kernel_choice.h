@@ -52,6 +52,8 @@ PrefillKernelInfo PrefillKernelFor(const AttentionProblem& problem) {
   });
 }
 
+inline bool Is8Bit(const AttentionProblem& problem) { return ByteWidth(problem.kv_dtype) == 1; }
+
 // Over 8-bit pages.
 template <int key_dim, int value_dim>
 MlaKernelInfo Mla8KernelFor(const AttentionProblem& problem) {
@@ -68,7 +70,7 @@ MlaKernelInfo MlaKernelFor(const AttentionProblem& problem) {
   using List = std::conditional_t<place == ValuePlace::kInKeys, MlaHeadDims, WideHeadDims>;
   return ForHeadDims(List(), problem, [&](auto dims) {
     if constexpr (place == ValuePlace::kInKeys) {
-      if (ByteWidth(problem.kv_dtype) == 1) return Mla8KernelFor<dims.kHeadDim, dims.kValueDim>(problem);
+      if (Is8Bit(problem)) return Mla8KernelFor<dims.kHeadDim, dims.kValueDim>(problem);
     }
     return MlaKernelOf<dims.kHeadDim, dims.kValueDim, place, loader, sharing>(problem.q_dtype,
                                                                               problem.kv_dtype);

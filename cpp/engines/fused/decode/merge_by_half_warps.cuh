@@ -14,9 +14,9 @@
 
 namespace jpa::fused {
 
-// Splits whose columns half a warp has in flight. Twice as many would take 4 KB more of code, which every
-// call fetches.
-inline constexpr int kSplitsInFlight = 8;
+// Splits whose columns half a warp has in flight. A long sequence with eight key/value heads has 33, which
+// then take two rounds. Twice as many would take 4 KB more of code, which every call fetches.
+inline constexpr int kSplitsInFlight = 9;
 inline constexpr int kHalfWarp = 16;
 // Columns that half a warp merges at a time: a lane has four, and four that are half as many further.
 inline constexpr int kColumnsAtOnce = 2 * 4 * kHalfWarp;

@@ -62,7 +62,7 @@ class QueryRows {
   template <typename Use>
   __device__ void ForEach32(const Use& use) const {
 #pragma unroll 1
-    for (int first = 32 * warp_; first < Traits::kRows; first += 32 * warps_) use(first);
+    for (int first = 32 * warp_; first < Traits::kRows; first += 32 * warps()) use(first);
   }
   // The place of the lane's first chunk among 32 rows.
   __device__ static uint32_t LanePlace(int first) {
@@ -113,6 +113,8 @@ class QueryRows {
   __device__ uint4* Chunk(uint32_t place, int i, int j) const {
     return reinterpret_cast<uint4*>(queries_ + device::SwizzledFrom(place, kStrides, i, j * Groups::kGroup));
   }
+
+  __device__ int warps() const { return Traits::kMayDecode ? warps_ : Traits::kQueryWarps; }
 
   const PrefillArgs& args_;
   const WorkTile& work_tile_;
