@@ -38,8 +38,8 @@ StageRing ChooseStages(const Device& device, const DecodeDevice& decode, bool pr
   const int64_t tile_bytes = kTileKeys * (problem.head_dim + problem.value_dim) * ByteWidth(problem.kv_dtype);
   // Where products take longer than loads, all CTAs have to help: with 8-bit pages, and with more packed rows
   // than one MMA has.
-  const bool loads_bind =
-      ByteWidth(problem.kv_dtype) > 1 && tile_bytes >= kLargeTileBytes && rows * args->call.facts.group.divisor() <= 16;
+  const bool loads_bind = ByteWidth(problem.kv_dtype) > 1 && tile_bytes >= kLargeTileBytes &&
+                          rows * args->call.facts.group.divisor() <= 16;
   // Warpgroups have half as many CTAs anyway, or tiles that are not large.
   const bool by_warpgroup = &decode == &device.decode_by_warpgroup;
   if (prefills || args->call.batch_invariant || by_warpgroup || !loads_bind) return choose(decode.stages, 0);

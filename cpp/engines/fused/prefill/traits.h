@@ -68,7 +68,7 @@ struct PrefillTraits {
   // Registers per thread: 64 K are shared out unevenly, and nothing may spill. Producers that turn 8-bit rows
   // into f16 need more.
   static constexpr int kConsumerRegisters = kConsumerWarpgroups == 3 ? 160
-                                            : kTwoProducerWarpgroups ? (kIs8Bit ? 200 : 208)
+                                            : kTwoProducerWarpgroups ? (kIs8Bit ? 192 : 208)
                                             : kUsesCpAsync           ? 224
                                             : kMayDecode             ? 208
                                                                      : 232;
@@ -76,7 +76,7 @@ struct PrefillTraits {
                                         : kUsesCpAsync             ? 56
                                         : kConsumerWarpgroups == 3 ? 32
                                                                    : 40;
-  static constexpr int kQueryRegisters = kTwoProducerWarpgroups ? (kIs8Bit ? 48 : 40) : kTileRegisters;
+  static constexpr int kQueryRegisters = kTwoProducerWarpgroups ? (kIs8Bit ? 64 : 40) : kTileRegisters;
   static constexpr int kDecodeRegisters = 56;
   // A CTA starts with the same number of registers for each thread, a multiple of 8.
   static_assert(kConsumerThreads * kConsumerRegisters + kDecodeThreads * kDecodeRegisters +
