@@ -57,10 +57,14 @@ def make_inputs(
     batch, width = len(lengths), max(-(-max(lengths) // page_size), 1)
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (sum(rows) if rows else batch, heads, key_dim), jnp.bfloat16)
-    ids = np.random.default_rng(0).permutation(2 * batch * width).astype(np.int32)
-    used = ids[: batch * width].reshape(batch, width)
+    counts = [width if may_grow else -(-length // page_size) for length in lengths]
+    ids = np.random.default_rng(0).permutation(2 * max(sum(counts), 1)).astype(np.int32)
+    # The rest of a table names pages that no sequence has.
+    used = np.resize(ids[len(ids) // 2 :], (batch, width))
     live = np.zeros((len(ids), page_size, 1, 1), bool)
-    for table, length in zip(used, lengths, strict=True):
+    firsts = np.cumsum([0, *counts])
+    for table, first, count, length in zip(used, firsts, counts, lengths, strict=False):
+        table[:count] = ids[first : first + count]
         tokens = np.arange(width * page_size if may_grow else length)
         live[table[tokens // page_size], tokens % page_size] = True
     pools = []
