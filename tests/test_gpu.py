@@ -439,7 +439,7 @@ def test_fused_prefill(name: str, head_dim: int, page_size: int, page_dtype: str
 @pytest.mark.parametrize("page_size", [16, 20])
 @pytest.mark.parametrize("name", PREFILLS)
 def test_dead_sequences_change_no_bit(name: str, page_size: int, batch_invariant: bool) -> None:
-    """With many of them, decode plans prefill, and no kernel in front of it (kRowsOfDecode in run.cc)."""
+    """With many of them, decode plans prefill, and no kernel in front of it (kRowsOfDecode in decode_choice.h)."""
     rows, kv_lens = PREFILLS[name]
     q, k_pages, v_pages, lengths, tables, cu_q_lens = mixed_inputs(rows, kv_lens, page_size, 128)
     attend = jax.jit(

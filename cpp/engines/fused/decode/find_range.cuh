@@ -86,8 +86,8 @@ __device__ inline CtaRange RangeBesidePrefill(const DecodeArgs& args, const Head
         prefill.exists && args.prefill.may_decode && prefill.may_have_all &&
         PrefillDecodesApart(args, {.decode = decode.total, .longest = decode.most, .prefill = prefill.tiles});
   }
-  // CTAs come round by round, one on each multiprocessor. So where decode has fewer multiprocessors, each of
-  // these has as many CTAs as before.
+  // CTAs come round by round, one on each multiprocessor, though in the second round in another order. So
+  // where decode has fewer multiprocessors, most of these have as many CTAs as before, and some others one.
   const int32_t eighths = EighthsForDecode(decode.total, prefill.tiles, args.costs);
   const int32_t all_sms = args.num_sms[kEighths - 1], sms = args.num_sms[eighths - 1];
   const int32_t round = static_cast<int32_t>(blockIdx.x) / all_sms;
