@@ -290,9 +290,8 @@ def test_nested_vmap_is_a_loop(engine: str, outer: tuple[str, ...], inner: tuple
             np.testing.assert_array_less(abs(difference), bound * (1 + abs(np.asarray(theirs, np.float64))))
 
 
+@pytest.mark.engines(that=lambda row: row.name != "reference")  # that one gathers keys
 def test_vmap_with_an_unmapped_pool_copies_no_pool(engine: str) -> None:
-    if engine == "reference":
-        pytest.skip("the reference gathers keys")
     spec, dtype = jax.ShapeDtypeStruct, DTYPES[harness.adapted(Case("large", (1,), (1,)), engine).dtype]
     pool = spec((1024, 16, 8, 64), dtype)  # 16 MiB or more
     args = (spec((6, 2, 16, 64), dtype), pool, pool, spec((6, 2, 4), jnp.int32), spec((6, 2), jnp.int32))
@@ -337,9 +336,8 @@ def test_same_call_gives_the_same_bits(engine: str, name: str) -> None:
     assert digest(*harness.run(case, implementation=engine)) == digest(*harness.run(case, implementation=engine))
 
 
+@pytest.mark.engines(that=lambda row: row.name == "cpu")  # the others run on no threads of the host
 def test_number_of_threads_changes_no_bit(engine: str) -> None:
-    if engine != "cpu":
-        pytest.skip("runs on no threads of the host")
     # The size of XLA's thread pool, whatever the number of cores.
     results = [python(DIGESTS, engine, *SAME_BITS, NPROC=threads) for threads in ("1", "2", "7")]
     assert len(results[0]) == len(SAME_BITS)
