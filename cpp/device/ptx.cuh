@@ -14,14 +14,6 @@ __device__ inline uint32_t SharedAddress(const void* pointer) {
 
 __device__ inline uint32_t LaneId() { return threadIdx.x % 32; }
 
-// threadIdx.x, read where it is asked for. What follows from it is not worked out ahead, outside of loops,
-// and kept in registers: for what seldom runs beside code that needs them all.
-__device__ inline int ThreadIdAnew() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
 // True in one lane of the warp, all of which come here. Unlike a comparison of lanes it tells the compiler
 // so.
 __device__ inline bool ElectLane() {

@@ -57,7 +57,8 @@ __device__ inline void LoadMla8Queries(const CallArgs& call, const MlaTile& tile
   using T = device::TypeOf<Traits::kQ>;
   constexpr int kLanes = 128 / kMla8QueriesAtOnce, kSteps = Traits::kKeyDim / 16,
                 kEach = (kSteps + kLanes - 1) / kLanes;
-  const int thread = device::ThreadIdAnew() % 128, row = thread / kLanes, lane = thread % kLanes;
+  const int thread = static_cast<int>(device::Opaque(threadIdx.x)) % 128, row = thread / kLanes,
+            lane = thread % kLanes;
   const bool exists = first + row < tile.num_rows;
   const QueryHead where = QueryHeadOf(call, tile, exists ? first + row : 0);
   const auto* const from =

@@ -136,7 +136,8 @@ class Mla8Softmax {
   }
 
   __device__ static void Mask(const CallArgs& call, const MlaTile& tile, int first, Scores& scores) {
-    const int thread = device::ThreadIdAnew(), key = thread % 128 / 32 * 16 + thread % 32 / 4;
+    const int thread = static_cast<int>(device::Opaque(threadIdx.x)),
+              key = thread % 128 / 32 * 16 + thread % 32 / 4;
     const bool valid[2] = {(tile.valid[key / 32] >> (key % 32) & 1) != 0,
                            (tile.valid[key / 32] >> (key % 32 + 8) & 1) != 0};
 #pragma unroll
