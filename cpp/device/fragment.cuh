@@ -33,6 +33,15 @@ __device__ inline uint32_t PackPair(float low, float high) {
   return bits;
 }
 
+// Columns [16 block, 16 block + 16) of an MMA's result, which is laid out as the first operand of the next
+// one.
+template <typename T, int count>
+__device__ inline void PackOperand(const float (&result)[count], int block, uint32_t (&operand)[4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    operand[j] = PackPair<T>(result[8 * block + 2 * j], result[8 * block + 2 * j + 1]);
+}
+
 // Bytes `low` and `high` of a word of 8-bit values, as f16.
 template <DType dtype, int low, int high>
 __device__ inline uint32_t PairOfBytes(uint32_t word) {

@@ -90,7 +90,7 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
 }
 
 template <typename Traits>
-using ConsumerOf = std::conditional_t<Traits::kByWarpgroup, ConsumerWarpgroup<Traits>, ConsumerWarp<Traits>>;
+using ConsumerOf = std::conditional_t<Traits::kByWarpgroup, WarpgroupConsumer<Traits>, ConsumerWarp<Traits>>;
 
 template <typename Traits>
 __device__ inline void Consume(const DecodeArgs& args, const CtaRange& range, DecodeShared<Traits>& shared,

@@ -19,12 +19,12 @@
 namespace jpa::fused {
 
 template <typename Traits>
-class ConsumerWarpgroup {
+class WarpgroupConsumer {
  public:
   static constexpr int kSteps = 1;  // of a tile
 
   // The warpgroup is the same in all lanes, which the compiler then knows.
-  __device__ ConsumerWarpgroup() : warpgroup_(__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0)) {}
+  __device__ WarpgroupConsumer() : warpgroup_(__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0)) {}
 
   // Loads the queries, and forgets the state of the row block before.
   __device__ void Start(const DecodeArgs& args, const TileDescriptor& descriptor,
@@ -265,14 +265,9 @@ class ConsumerWarpgroup {
     }
   }
 
-  // The result of one MMA is laid out as the first operand of the next one.
   __device__ void Pack() {
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        probabilities_[i][j] = device::PackPair<Math>(scores_[8 * i + 2 * j], scores_[8 * i + 2 * j + 1]);
-    }
+    for (int i = 0; i < kBlocks; ++i) device::PackOperand<Math>(scores_, i, probabilities_[i]);
   }
 
   const int warpgroup_;

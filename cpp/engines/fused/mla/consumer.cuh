@@ -175,14 +175,9 @@ class MlaConsumer {
 
   // ---- probabilities
 
-  // The result of one MMA is laid out as the first operand of the next one.
   __device__ void Pack() {
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        probabilities_[i][j] = device::PackPair<Math>(scores_[8 * i + 2 * j], scores_[8 * i + 2 * j + 1]);
-    }
+    for (int i = 0; i < kBlocks; ++i) device::PackOperand<Math>(scores_, i, probabilities_[i]);
   }
 
   // Leaves the probabilities, the maxima that they count from, and values without what lies past the

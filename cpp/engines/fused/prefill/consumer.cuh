@@ -198,16 +198,11 @@ class ConsumerWarpgroup {
     for (auto& block : out_.blocks) device::WgmmaWait<0>(block);
   }
 
-  // Packs probabilities. The result of one MMA is laid out as the first operand of the next one.
+  // Packs probabilities.
   template <int begin, int end>
   __device__ void Pack(const Scores& scores) {
 #pragma unroll
-    for (int i = begin; i < end; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        probabilities_[i][j] = device::PackPair<Math>(scores[8 * i + 2 * j], scores[8 * i + 2 * j + 1]);
-      }
-    }
+    for (int i = begin; i < end; ++i) device::PackOperand<Math>(scores, i, probabilities_[i]);
   }
 
   // Values of a TMA box past the sequence's end may be anything, and 0 * NaN is NaN.
