@@ -33,7 +33,7 @@ struct WarpgroupTraits : DecodeTraits<dtype, dtype, head_dim, value_dim> {
   static constexpr int kThreads = kConsumerThreads + Base::kProducerThreads;
   static constexpr int CtasPerSm(int /*capability*/) { return kSharesSm ? 2 : 1; }
   static constexpr bool MovesRegisters(int /*capability*/) { return true; }
-  // Of 216, results take 64, queries 32, scores 32 and probabilities 16.
+  // Results take 64 of them, queries 32, scores 32 and probabilities 16.
   static constexpr int kConsumerRegisters = kSharesSm ? Base::kConsumerRegisters : 216;
   static constexpr int kProducerRegisters = Base::kProducerRegisters;
   static_assert(kConsumerThreads * kConsumerRegisters + Base::kProducerThreads * kProducerRegisters <=
