@@ -37,7 +37,7 @@ struct MlaArgs {
 // chooses.
 struct MlaRowsArgs {
   MlaArgs ways[2];
-  int32_t rows;
+  int32_t rows;  // 1: the first way
 };
 
 }  // namespace jpa::fused

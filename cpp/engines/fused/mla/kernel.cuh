@@ -113,7 +113,7 @@ __device__ inline bool DividesAllRows(int32_t rows, const CallArgs& call) {
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     MlaKernelOfRows(const __grid_constant__ MlaRowsArgs args) {
-  const bool divides = DividesAllRows<Traits::kThreads>(args.rows, args.ways[0].decode.call);
+  const bool divides = args.rows > 1 && DividesAllRows<Traits::kThreads>(args.rows, args.ways[0].decode.call);
   RunMlaCta<Traits>(args.ways[divides ? 1 : 0]);
 }
 
