@@ -133,6 +133,9 @@ PROMPTS = {
     "prompts": ((300, 300), (257, 900), (64, 64), (1, 700), (40, 30)),
     "chunk": ((130, 9000),),
     "drafts": ((3, 700), (2, 5000), (1, 64), (4, 4)),
+    # Numbers that 2 or 4 divide: then query rows with the same keys are in CTAs side by side.
+    "even_drafts": ((2, 700), (4, 5000), (2, 64), (2, 1)),
+    "drafts_of_4": ((4, 9000), (4, 700), (4, 3), (4, 130)),
     "many_short": tuple((2, i % 150) for i in range(600)),
 }
 

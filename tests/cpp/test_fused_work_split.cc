@@ -316,6 +316,29 @@ void OneUnitOverAllShares() {
   }
 }
 
+// The same heads in smaller groups: as many row blocks, and as full, where the factor divides numbers of
+// rows.
+void SmallerGroupsKeepRowTilesFull() {
+  std::mt19937 random(11);
+  for (int i = 0; i < 60; ++i) {
+    const auto below = [&random](uint32_t n) { return static_cast<int32_t>(random() % n); };
+    const int32_t rows = 2 << below(2), heads = 1 + below(3);
+    Batch batch;
+    batch.facts = {FastDivisor(kTileRows), heads, 1 << 20, 1 << 20, 0, below(2) == 0};
+    for (int32_t b = below(5); b >= 0; --b) batch.raw.push_back({below(3000), 100 * b, rows * below(4)});
+    Batch smaller = batch;
+    smaller.facts = InSmallerGroups(batch.facts, rows);
+    CHECK(smaller.facts.num_kv_heads == heads * rows, "%d heads", smaller.facts.num_kv_heads);
+    for (int32_t b = 0; b < batch.size(); ++b) {
+      const int32_t tiles = NumRowTiles(smaller.facts, smaller(b)), most = NumRowTiles(batch.facts, batch(b));
+      CHECK(tiles * rows == most, "%d row tiles for %d rows each, %d for one", tiles, rows, most);
+      for (int32_t t = 0; t < tiles; ++t)
+        CHECK(RowsOfTile(smaller.facts, smaller(b), t) == kTileRows, "row tile %d is not full", t);
+    }
+    Check(smaller, 132, false);
+  }
+}
+
 void EqualUnitsStayWhole() {
   Batch batch;
   batch.facts = {FastDivisor(4), 8, 64, 1 << 20, 0, true};
@@ -529,6 +552,7 @@ int main() {
   jpa::test::RangesTakeEachTileOnce<jpa::fused::kMla8TileRows>();
   jpa::test::SumsAreThoseOfRowTiles();
   jpa::test::OneUnitOverAllShares();
+  jpa::test::SmallerGroupsKeepRowTilesFull();
   jpa::test::EqualUnitsStayWhole();
   jpa::test::EndsCountAsTiles();
   jpa::test::ShortEqualUnitsStayWhole();

@@ -151,7 +151,13 @@ Status PrepareMlaLoaders(const AttentionProblem& problem, int num_sms, Device* d
 Status PrepareMlaKernels(const AttentionProblem& problem, int num_sms, Device* device) {
   device->num_sms = std::min(num_sms, kMaxMlaCtas);
   device->overlaps = true;
-  if (problem.ValuesInKeys()) return PrepareMlaLoaders<ValuePlace::kInKeys>(problem, num_sms, device);
+  if (problem.ValuesInKeys()) {
+    if (Status s = PrepareMlaLoaders<ValuePlace::kInKeys>(problem, num_sms, device);
+        !s.ok() || Is8Bit(problem))
+      return s;
+    return PrepareMla(MlaKernelFor<ValuePlace::kInKeys, Loader::kTma, Sharing::kRows>(problem), num_sms, 1,
+                      &device->mla_by_rows);
+  }
   if (Status s = PrepareMlaLoaders<ValuePlace::kOwnPool>(problem, num_sms, device); !s.ok()) return s;
   return PrepareMla(MlaKernelFor<ValuePlace::kOwnPool, Loader::kTma, Sharing::kPairs>(problem), num_sms, 2,
                     &device->mla_by_pairs);

@@ -82,6 +82,7 @@ struct Device {
   MlaDevice mla_by_tma;
   MlaDevice mla_by_cp_async;
   MlaDevice mla_by_pairs;  // by TMA, for two groups of query heads with the same keys
+  MlaDevice mla_by_rows;   // by TMA, for heads of one key (Sharing::kRows)
 };
 
 // Finds the kernels for the call's dtypes and head dims, and makes them ready on the current device.

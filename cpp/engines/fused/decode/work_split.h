@@ -72,6 +72,15 @@ JPA_HOST_DEVICE JPA_SELDOM_RUNS inline int32_t RowBlocksPerHead(const CallFacts&
   return row_tiles - static_cast<int32_t>(-int64_t{sequence.position} * call.group.divisor() / tile_rows);
 }
 
+// The same query heads in groups smaller by a factor that divides them. Where it divides a sequence's number
+// of query rows, too, no row tile that was full becomes less so: a row tile has as many times more query
+// rows.
+inline CallFacts InSmallerGroups(CallFacts call, int32_t by) {
+  call.group = FastDivisor(call.group.divisor() / by);
+  call.num_kv_heads *= by;
+  return call;
+}
+
 // ---- head queues ------------------------------------------------------------------------------------------
 
 // CTA c is number c / num_queues of queue c % num_queues. CTAs beyond the last whole round have no work.

@@ -29,4 +29,15 @@ struct MlaArgs {
   const float* v_scale;
 };
 
+// For sequences with a few query rows each, two ways to count the query heads of one key. In the first, a
+// sequence has a row tile per query row and group of heads, and a CTA has those of one group, one after the
+// other: it reads all keys for each. In the second, groups are smaller by a factor of `rows`, and a row tile
+// has so many query rows (InSmallerGroups). Then CTAs side by side have all of them, and memory is read once.
+// It takes numbers of query rows that `rows` divides, or row tiles would be half empty: so the kernel
+// chooses.
+struct MlaRowsArgs {
+  MlaArgs ways[2];
+  int32_t rows;  // 1: the first way
+};
+
 }  // namespace jpa::fused

@@ -9,7 +9,13 @@ namespace jpa::fused {
 template <DType q_dtype, Loader loader, int key_dim, int value_dim, ValuePlace place, Sharing sharing>
 MlaKernelInfo MlaInfoOf() {
   using Traits = MlaTraits<q_dtype, loader, key_dim, value_dim, place, sharing>;
-  return {.kernel = reinterpret_cast<const void*>(&MlaKernel<Traits>),
+  const void* kernel;
+  if constexpr (sharing == Sharing::kRows) {
+    kernel = reinterpret_cast<const void*>(&MlaKernelOfRows<Traits>);
+  } else {
+    kernel = reinterpret_cast<const void*>(&MlaKernel<Traits>);
+  }
+  return {.kernel = kernel,
           .threads = Traits::kThreads,
           .shared_bytes = MlaSharedBytes<Traits>(),
           .tile_rows = Traits::kRows};

@@ -53,7 +53,7 @@ __device__ inline void InitMlaBarriers(MlaShared<Traits>& shared) {
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1) MlaKernel(const __grid_constant__ MlaArgs args) {
+__device__ __forceinline__ void RunMlaCta(const MlaArgs& args) {
 // For sm_90a alone: elsewhere nothing launches it, and it is empty.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char memory[];  // blocks are swizzled by addresses modulo 1024
@@ -92,6 +92,29 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) MlaKernel(const __grid_co
   // The other CTA arrives at barriers of this one's memory until it has no more tiles.
   if constexpr (Traits::kSharers > 1) device::ClusterSync();
 #endif
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) MlaKernel(const __grid_constant__ MlaArgs args) {
+  RunMlaCta<Traits>(args);
+}
+
+// By a whole CTA: true if `rows` divides the number of query rows of every sequence.
+template <int threads>
+__device__ inline bool DividesAllRows(int32_t rows, const CallArgs& call) {
+  bool all = true;
+  for (int i = static_cast<int>(threadIdx.x); i < call.problem.num_seqs; i += threads) {
+    const RawSequence sequence(call, call.params.cu_q_lens, i);
+    all = all && !sequence.falls() && sequence.Clipped(call.facts).num_rows % rows == 0;
+  }
+  return AnyThread(!all) == 0;
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    MlaKernelOfRows(const __grid_constant__ MlaRowsArgs args) {
+  const bool divides = args.rows > 1 && DividesAllRows<Traits::kThreads>(args.rows, args.ways[0].decode.call);
+  RunMlaCta<Traits>(args.ways[divides ? 1 : 0]);
 }
 
 }  // namespace jpa::fused
