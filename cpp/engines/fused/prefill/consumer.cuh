@@ -46,6 +46,7 @@ class ConsumerWarpgroup {
   __device__ void Attend(const WorkTile& work_tile) {
     softmax_.Start(args_, work_tile);
     device::WaitForPhase(&shared_.queries_full[queries_.index()], queries_.parity());
+    if constexpr (Traits::kKeptQueryBlocks > 0) KeepQueries();
     if constexpr (Traits::kIs8Bit) softmax_.ApplyQueryExponents(shared_.exponents[queries_.index()]);
     int32_t left = work_tile.tiles.size();
     if (left == 0) {
@@ -164,6 +165,18 @@ class ConsumerWarpgroup {
 
   // ---- MMAs
 
+  // Takes the first blocks of 16 columns of the queries to registers.
+  __device__ void KeepQueries() {
+    const int lane = static_cast<int>(device::LaneId());
+    const int row = static_cast<int>(threadIdx.x) / 32 * 16 + lane % 16;
+    const uint32_t place = device::SharedAddress(shared_.Queries(queries_.index())) +
+                           device::SwizzledChunk(kOfQueries, row, lane / 16);
+#pragma unroll
+    for (int i = 0; i < Traits::kKeptQueryBlocks; ++i) {
+      device::Ldmatrix(device::SwizzledFrom(place, kOfQueries, 0, 2 * i), kept_queries_[i]);
+    }
+  }
+
   __device__ void IssueQK(Scores& scores) {
     const uint32_t rows = warpgroup_ * (64 / device::kBlockRows) * kOfQueries.rows;
     const uint64_t queries =
@@ -173,8 +186,15 @@ class ConsumerWarpgroup {
 #pragma unroll
     for (int i = 0; i < Traits::kHeadDim / 16; ++i) {
       const int block = i / 4, bytes = i % 4 * 32;
-      device::WgmmaSS<Math>(scores, device::Advance(queries, block * kOfQueries.columns + bytes),
-                            device::Advance(keys, block * kOfKeys.columns + bytes), i > 0);
+      const uint64_t of_keys = device::Advance(keys, block * kOfKeys.columns + bytes);
+      if constexpr (Traits::kKeptQueryBlocks > 0) {
+        if (i < Traits::kKeptQueryBlocks) {
+          device::WgmmaRSTransposed<Math>(scores, kept_queries_[i], of_keys, i > 0);
+          continue;
+        }
+      }
+      device::WgmmaSS<Math>(scores, device::Advance(queries, block * kOfQueries.columns + bytes), of_keys,
+                            i > 0);
     }
   }
 
@@ -229,6 +249,7 @@ class ConsumerWarpgroup {
   Stage keys_;
   OutputRows<Traits> out_;
   uint32_t probabilities_[kBlocks][4];
+  uint32_t kept_queries_[Traits::kKeptQueryBlocks > 0 ? Traits::kKeptQueryBlocks : 1][4];
   RowSoftmax<Traits> softmax_;
 };
 

@@ -78,6 +78,10 @@ struct PrefillTraits {
                                                                    : 40;
   static constexpr int kQueryRegisters = kTwoProducerWarpgroups ? (kIs8Bit ? 64 : 40) : kTileRegisters;
   static constexpr int kDecodeRegisters = 56;
+  // Q K^T takes its queries from shared memory, but for so many blocks of 16 columns, which consumers keep in
+  // registers: the tensor cores wait less for shared memory, where loads and decode want their part, too.
+  // More blocks would spill.
+  static constexpr int kKeptQueryBlocks = kMayDecode ? 4 : 0;
   // A CTA starts with the same number of registers for each thread, a multiple of 8.
   static_assert(kConsumerThreads * kConsumerRegisters + kDecodeThreads * kDecodeRegisters +
                     128 * (kTwoProducerWarpgroups ? kTileRegisters + kQueryRegisters : kTileRegisters) <=
