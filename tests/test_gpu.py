@@ -91,6 +91,19 @@ def test_whatever_scratch_memory_holds_the_bits_are_the_same(cuda_engine: str, h
             assert bits(compiled(cuda_engine)(*args)) == bits(expected)
 
 
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("cuda_engine", ENGINES)
+def test_values_that_are_no_numbers_reach_results_of_their_sequence_alone(cuda_engine: str, heads: int) -> None:
+    """Whatever their bits are: `fused` tells by those of a NaN that a partial result is not there yet."""
+    q, k_pages, v_pages, tables, lengths = decode_inputs(2, 1000, 16, heads=heads)
+    expected = compiled(cuda_engine)(q, k_pages, v_pages, tables, lengths)
+    for pattern in (0xFFFF, 0x7FFF, 0x7FC0):
+        nan = jax.lax.bitcast_convert_type(jnp.uint16(pattern), jnp.bfloat16)
+        results = compiled(cuda_engine)(q, k_pages, v_pages.at[tables[1, 3]].set(nan), tables, lengths)
+        assert bits([x[0] for x in results]) == bits([x[0] for x in expected])
+        assert np.isnan(np.asarray(results[0][1], np.float32)).all()
+
+
 @contextmanager
 def bandwidth_hog() -> Iterator[Callable[[], int]]:
     """Copies within the device on a stream of its own while the context lasts; yields how often it has copied.

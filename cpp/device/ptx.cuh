@@ -68,6 +68,33 @@ __device__ inline void StoreRelease(uint32_t* word, uint32_t value) {
 __device__ inline void AddRelease(uint32_t* word, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
+// Several words at once, each of which is loaded or stored for itself.
+__device__ inline uint2 LoadRelaxed(const uint2* words) {
+  uint2 values;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(values.x), "=r"(values.y)
+               : "l"(words)
+               : "memory");
+  return values;
+}
+// If the condition holds: otherwise the values stay.
+__device__ inline void LoadRelaxedIf(bool holds, const uint4* words, uint4* values) {
+  asm volatile(
+      "{\n.reg .pred holds;\nsetp.ne.u32 holds, %5, 0;\n"
+      "@holds ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(values->x), "+r"(values->y), "+r"(values->z), "+r"(values->w)
+      : "l"(words), "r"(holds ? 1 : 0)
+      : "memory");
+}
+__device__ inline void StoreRelaxed(uint4* words, const uint4& values) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(words), "r"(values.x),
+               "r"(values.y), "r"(values.z), "r"(values.w)
+               : "memory");
+}
+__device__ inline void StoreRelaxed(uint2* words, const uint2& values) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(words), "r"(values.x), "r"(values.y)
+               : "memory");
+}
 // After a relaxed load: as if it had acquired.
 __device__ inline void FenceAcquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 

@@ -122,6 +122,7 @@ struct Split {
   int64_t cta;
   int32_t begin, end;  // tiles
   bool has_start = false, has_end = false;
+  bool goes_on = false;  // as told at its first tile
   int32_t before = 0, index = 0;
 };
 
@@ -178,7 +179,9 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
     CHECK(!range.skips(), "CTA %d skips a second tile", static_cast<int>(cta));
     for (; !range.done(); range.Next(), ++walked) {
       const auto& at = range.at();
-      if (range.StartsSplit()) split = {.cta = cta, .begin = at.tile(), .end = at.tile()};
+      if (range.StartsSplit()) {
+        split = {.cta = cta, .begin = at.tile(), .end = at.tile(), .goes_on = range.RowBlockGoesOn()};
+      }
       CHECK(at.tile() == split.end, "tile %d after %d", at.tile(), split.end);
       ++split.end;
       if (range.EndsSplit()) {
@@ -223,6 +226,7 @@ void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant, Count cou
           CHECK(split.begin == next, "split from %d, expected %d", split.begin, next);
           CHECK(split.has_start == (next == tiles.begin) && split.has_end == (split.end == tiles.end),
                 "flags of split %d", index);
+          CHECK(split.goes_on != split.has_end, "split %d is told too late where it ends", index);
           if (batch_invariant) {
             CHECK(split.index == index, "split %d calls itself %d", index, split.index);
             const int32_t size = std::min(TilesPerSplit(sequence, tiles), tiles.end - split.begin);

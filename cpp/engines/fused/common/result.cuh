@@ -7,6 +7,7 @@
 #include "device/packed.cuh"
 #include "device/softmax_state.cuh"
 #include "engines/fused/common/call_args.h"
+#include "engines/fused/common/row_block.cuh"
 
 namespace jpa::fused {
 
@@ -30,6 +31,26 @@ __device__ inline float FactorOfResult(const CallArgs& call, int32_t seq, int32_
   const float factor = AddSinkOf(call, seq, head, state);
   return factor * state->Normaliser() *
          ScaleOf(call.params.v_scale, call.seqs_per_v_scale, call.facts.num_kv_heads, seq, kv_head);
+}
+
+// The numbers that a row's result takes beside its state, for those who load them ahead.
+struct ResultScales {
+  float sink;  // -inf: there is none
+  float v_scale;
+};
+
+__device__ inline ResultScales ScalesOfResult(const CallArgs& call, const QueryHead& where) {
+  const AttentionParams& params = call.params;
+  const int64_t sink = call.seqs_per_sink.Quotient(where.seq) * call.problem.num_q_heads + where.head;
+  return {.sink = params.sinks == nullptr ? -INFINITY : params.sinks[sink],
+          .v_scale = ScaleOf(params.v_scale, call.seqs_per_v_scale, call.facts.num_kv_heads, where.seq,
+                             where.kv_head)};
+}
+
+// FactorOfResult with them.
+__device__ inline float FactorOfResult(const ResultScales& scales, device::SoftmaxState* state) {
+  const float factor = state->AddSink(scales.sink);
+  return factor * state->Normaliser() * scales.v_scale;
 }
 
 // Stores four columns of a result, from element `to` of out on.

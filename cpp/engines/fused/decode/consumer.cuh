@@ -66,6 +66,12 @@ class ConsumerWarp {
       states_[r] = device::SoftmaxState();
     }
     all_visible_ = SeenByLanes<4, 32>(all_visible_);
+    // By one warp, which waits until all is cleared.
+    if (warp == kConsumerWarps - 1 && descriptor.continues && IsHandedOver(descriptor)) {
+      ClearPartial<kValueDim>(args.call.partials, descriptor.partial, descriptor.num_rows);
+      __syncwarp();
+      if (device::LaneId() == 0) SignalPartial(args.partial_ready + descriptor.partial / 2);
+    }
 #pragma unroll
     for (auto& block : outputs_) block[0] = block[1] = block[2] = block[3] = 0.0f;
   }
@@ -113,11 +119,13 @@ class ConsumerWarp {
     // The first eight rows of each warp, then the others, if there are any. One copy of the code for both: it
     // runs too seldom to be in the instruction cache.
     const int passes = descriptor.num_rows > 8 ? 2 : 1;
+    const bool hands_over = IsHandedOver(descriptor) && !descriptor.is_whole && !args.call.batch_invariant;
 #pragma unroll 1
     for (int r = 0; r < passes; ++r) {
       device::NamedBarrierSync<1, Traits::kConsumerThreads>();
       Put(r, &exchange);
       device::NamedBarrierSync<1, Traits::kConsumerThreads>();
+      if (hands_over) return LeaveSplit(args.call.partials, descriptor, exchange);
       MergeRows<Traits>(args, parts, merged, descriptor.is_whole,
                         [&](int exchanged, const device::SoftmaxState& state, MergedRow* row) {
                           Finish(args, descriptor, exchanged / 8 * 16 + r * 8 + exchanged % 8, state, row);
@@ -159,6 +167,34 @@ class ConsumerWarp {
     }
   }
 
+  // Leaves a partial result of up to eight rows in scratch memory.
+  __device__ static void LeaveSplit(const Partials& partials, const TileDescriptor& descriptor,
+                                    const Exchange& exchange) {
+    constexpr int kVectors = kValueDim / 4;
+    const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll 1
+    for (int i = thread; i < descriptor.num_rows * kVectors; i += Traits::kConsumerThreads) {
+      const int row = i / kVectors, column = i % kVectors * 4;
+      device::SoftmaxState state;
+#pragma unroll
+      for (int part = 0; part < kConsumerWarps; ++part)
+        state.maximum = fmaxf(state.maximum, exchange.states[part * 8 + row].maximum);
+      float4 sum = {0, 0, 0, 0};
+#pragma unroll
+      for (int part = 0; part < kConsumerWarps; ++part) {
+        const device::SoftmaxState& of_part = exchange.states[part * 8 + row];
+        const float weight = device::Exp2(of_part.maximum - state.origin());
+        const float4 values = *reinterpret_cast<const float4*>(&exchange.values[part * 8 + row][column]);
+        state.sum += of_part.sum * weight;
+        sum = {sum.x + values.x * weight, sum.y + values.y * weight, sum.z + values.z * weight,
+               sum.w + values.w * weight};
+      }
+      const int64_t index = int64_t{descriptor.partial} * partials.rows_each + row;
+      StorePartial(partials.out + index * kValueDim + column, sum);
+      if (column == 0) StorePartial(&partials.stats[index], state);
+    }
+  }
+
   // Says where a packed row's columns go, and stores what there is one of per row.
   __device__ static void Finish(const DecodeArgs& args, const TileDescriptor& descriptor, int row,
                                 const device::SoftmaxState& state, MergedRow* merged) {
@@ -172,7 +208,7 @@ class ConsumerWarp {
             ? PartialOfRow(args, descriptor.seq, descriptor.row, token, where.head) + descriptor.partial
             : int64_t{descriptor.partial} * args.call.partials.rows_each + row;
     merged->to = index * kValueDim;
-    args.call.partials.stats[index] = {state.maximum, state.sum};
+    StorePartial(&args.call.partials.stats[index], state);
   }
 
   __device__ int Row(int r) const { return first_row_ + r * 8 + static_cast<int>(threadIdx.x % 32) / 4; }

@@ -148,6 +148,9 @@ class CtaRangeCursor {
   JPA_HOST_DEVICE bool HasRowBlockStart() const { return split_begin_ == cursor_.tiles().begin; }
   JPA_HOST_DEVICE bool HasRowBlockEnd() const { return cursor_.tile() == cursor_.tiles().end - 1; }
 
+  // True if the row block goes on behind the split. Valid at all tiles of the split.
+  JPA_HOST_DEVICE bool RowBlockGoesOn() const { return split_end_ != cursor_.tiles().end; }
+
   // How many CTAs before this one have a split of the row block.
   JPA_HOST_DEVICE int32_t SplitsBefore() const {
     const uint32_t before = static_cast<uint32_t>(split_begin_ - cursor_.tiles().begin);

@@ -10,7 +10,7 @@
 // second kernel, for more packed rows: warpgroup_consumer.cuh has its consumers.
 //
 // partials.cuh: whole row blocks are written out. KV splits go to scratch memory, and the CTA that has the
-// last split of a row block merges them when it has done all else.
+// last split of a row block merges them when it has done all else. hand_over.cuh: how small ones get there.
 //
 // rows_without_keys.cuh: results of rows that have no tile, while the first tiles arrive.
 #pragma once
@@ -82,10 +82,14 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
       descriptors.template Make<Traits>(descriptor, &shared.row_block);
     }
     device::Arrive(&shared.described[stage.index]);
-    if (done) return;
+    if (done) break;
     // With 8-bit pages consumers have little time to wait.
     if constexpr (Traits::kIs8Bit) descriptors.template PrefetchQueries<Traits>();
     stage.Next(num_stages);
+  }
+  if constexpr (!Traits::kByWarpgroup) {
+    __syncwarp();  // one lane has written the row block
+    if (shared.row_block.num_splits > 0) TakeFlags<Traits>(args.partial_ready, shared.row_block);
   }
 }
 
@@ -122,7 +126,8 @@ __device__ inline void Consume(const DecodeArgs& args, const CtaRange& range, De
     if constexpr (Traits::kByWarpgroup) {
       rows.MergeSplits(args, shared.row_block);
     } else {
-      device::NamedBarrierSync<1, Traits::kConsumerThreads>();  // its own partial result is in memory
+      // The CTA's own partial result is in memory, and a producer has the flags of the others.
+      device::NamedBarrierSync<Traits::kConsumerThreads + 32>(kFlagsBarrier);
       MergeSplitRowBlock<Traits>(args, shared.row_block, shared, stages);
     }
   }

@@ -10,13 +10,14 @@
 #include "engines/fused/common/result.cuh"
 #include "engines/fused/common/row_block.cuh"
 #include "engines/fused/decode/args.h"
+#include "engines/fused/decode/hand_over.cuh"
 #include "engines/fused/decode/shared_memory.cuh"
 
 namespace jpa::fused {
 
-// Splits whose columns half a warp has in flight. A long sequence with eight key/value heads has 33, which
-// then take two rounds. Twice as many would take 4 KB more of code, which every call fetches.
-inline constexpr int kSplitsInFlight = 9;
+// Splits whose columns half a warp has in flight: as many as registers allow. 32 splits of four rows, as 4k
+// tokens have with eight key/value heads, then leave little to a second round.
+inline constexpr int kSplitsInFlight = 14;
 inline constexpr int kHalfWarp = 16;
 // Columns that half a warp merges at a time: a lane has four, and four that are half as many further.
 inline constexpr int kColumnsAtOnce = 2 * 4 * kHalfWarp;
@@ -32,6 +33,11 @@ struct SplitsOfRow {
   // Partial results are evenly spaced from the second split on. The first split's is that of the row block
   // which began in its CTA's range, and so a place further (DecodeArgs).
   __device__ int Index(int split) const { return index + split * stride + (split == 0 ? rows_each : 0); }
+  // Both halves leave out what the first one has no split for, of those in flight from number `round` on.
+  // That is asked at a few numbers alone: for others the last split is loaded again, with a weight of 0.
+  __device__ bool EndAt(int round, int j) const {
+    return (j == 2 || j == 4 || j == 8) && round + j * step >= count;
+  }
 };
 
 // The result of half a warp.
@@ -39,59 +45,75 @@ struct HalfWarpSums {
   device::SoftmaxState state;
   float columns[8] = {};
 
-  __device__ void Add(const float4 (&values)[2], float weight) {
+  __device__ void Add(const uint4 (&values)[2], float weight) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      columns[4 * i] += values[i].x * weight;
-      columns[4 * i + 1] += values[i].y * weight;
-      columns[4 * i + 2] += values[i].z * weight;
-      columns[4 * i + 3] += values[i].w * weight;
+      columns[4 * i] += __uint_as_float(values[i].x) * weight;
+      columns[4 * i + 1] += __uint_as_float(values[i].y) * weight;
+      columns[4 * i + 2] += __uint_as_float(values[i].z) * weight;
+      columns[4 * i + 3] += __uint_as_float(values[i].w) * weight;
     }
   }
 
-  // Adds what the other half of the warp has merged.
+  // Adds what the other half of the warp has merged, with the same maximum.
   __device__ void AddOtherHalf() {
-    const device::SoftmaxState other = {.maximum = __shfl_xor_sync(~0u, state.maximum, kHalfWarp),
-                                        .sum = __shfl_xor_sync(~0u, state.sum, kHalfWarp)};
-    float factor, factor_of_other;
-    state.Merge(other, &factor, &factor_of_other);
+    state.sum += __shfl_xor_sync(~0u, state.sum, kHalfWarp);
 #pragma unroll
-    for (float& column : columns) {
-      column *= factor;
-      column += __shfl_xor_sync(~0u, column, kHalfWarp);
-    }
+    for (float& column : columns) column += __shfl_xor_sync(~0u, column, kHalfWarp);
   }
 };
+
+// By a warp: loads the columns of splits `round`, round + step, and so on, until all are there: from `column`
+// on, and from `further` columns behind these. Returns the stats of the lane's own split.
+template <int value_dim>
+__device__ inline float2 LoadSplits(const Partials& partials, const SplitsOfRow& splits, int round,
+                                    int column, int further, uint4 (&values)[kSplitsInFlight][2]) {
+  const int lane = static_cast<int>(threadIdx.x % kHalfWarp);
+  const int own = round + splits.first + lane * splits.step;
+  const bool has_own = lane < kSplitsInFlight && own < splits.count;
+  const float2* const own_stats = partials.stats + splits.Index(has_own ? own : splits.count - 1);
+  const int begin = round + splits.first, left = splits.count - 1 - begin;
+  const float* const columns = partials.out + (splits.index + begin * splits.stride) * value_dim + column;
+#pragma unroll
+  for (auto& of_split : values) of_split[0] = of_split[1] = {kNotThere, 0, 0, 0};
+  uint2 stats;
+  uint32_t largest;
+  do {
+    const float* const next = device::Opaque(columns);  // or all addresses would stay in registers
+    stats = LoadPartial(own_stats);
+    largest = LargestWord(stats);
+#pragma unroll
+    for (int j = 0; j < kSplitsInFlight; ++j) {
+      if (splits.EndAt(round, j)) break;
+      const float* from = next + min(j * splits.step, left) * splits.stride * value_dim;
+      if (j == 0 && begin == 0) from += splits.rows_each * value_dim;
+      LoadIfNotThere(from, &values[j][0]);
+      LoadIfNotThere(from + further, &values[j][1]);
+    }
+#pragma unroll
+    for (int j = 0; j < kSplitsInFlight; ++j) {
+      if (splits.EndAt(round, j)) break;
+      largest = max(largest, max(LargestWord(values[j][0]), LargestWord(values[j][1])));
+    }
+  } while (__any_sync(~0u, largest == kNotThere));
+  return has_own ? float2{__uint_as_float(stats.x), __uint_as_float(stats.y)} : float2{-INFINITY, 0.0f};
+}
 
 // By a warp: each half merges its splits' columns from `column` on, and from `further` columns behind these.
 template <int value_dim>
 __device__ inline HalfWarpSums MergeSplitsOfRow(const Partials& partials, const SplitsOfRow& splits,
                                                 int column, int further) {
   HalfWarpSums sums;
-  const int lane = static_cast<int>(threadIdx.x % kHalfWarp);
 #pragma unroll 1
-  for (int i = 0; i < splits.count; i += kSplitsInFlight * splits.step) {
-    // Both halves leave out what the first one has no split for. That is asked at 2 and at 4 alone; for
-    // others the last split is loaded again, with a weight of 0.
-    const auto ends_at = [&](int j) { return (j == 2 || j == 4) && i + j * splits.step >= splits.count; };
-    const int own = i + splits.first + lane * splits.step;
-    float2 stats = {-INFINITY, 0.0f};
-    if (lane < kSplitsInFlight && own < splits.count) stats = __ldcg(partials.stats + splits.Index(own));
-    const int begin = i + splits.first, left = splits.count - 1 - begin;
-    const float* const next = partials.out + (splits.index + begin * splits.stride) * value_dim + column;
-    float4 values[kSplitsInFlight][2];
-#pragma unroll
-    for (int j = 0; j < kSplitsInFlight; ++j) {
-      if (ends_at(j)) break;
-      const float* from = next + min(j * splits.step, left) * splits.stride * value_dim;
-      if (j == 0 && begin == 0) from += splits.rows_each * value_dim;
-      values[j][0] = __ldcg(reinterpret_cast<const float4*>(from));
-      values[j][1] = __ldcg(reinterpret_cast<const float4*>(from + further));
-    }
+  for (int round = 0; round < splits.count; round += kSplitsInFlight * splits.step) {
+    uint4 values[kSplitsInFlight][2];
+    const float2 stats = LoadSplits<value_dim>(partials, splits, round, column, further, values);
     float maximum = stats.x;
 #pragma unroll
     for (int lanes = kHalfWarp / 2; lanes > 0; lanes /= 2)
       maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, lanes));
+    const float of_other_half = __shfl_xor_sync(~0u, maximum, kHalfWarp);
+    if (splits.step == 2) maximum = fmaxf(maximum, of_other_half);
     const float factor = sums.state.Raise(maximum);
     const float weight = device::Exp2(stats.x - sums.state.origin());
     float sum = stats.y * weight;
@@ -102,7 +124,7 @@ __device__ inline HalfWarpSums MergeSplitsOfRow(const Partials& partials, const 
     for (float& x : sums.columns) x *= factor;
 #pragma unroll
     for (int j = 0; j < kSplitsInFlight; ++j) {
-      if (ends_at(j)) break;
+      if (splits.EndAt(round, j)) break;
       sums.Add(values[j], __shfl_sync(~0u, weight, j, kHalfWarp));
     }
   }
@@ -128,6 +150,10 @@ __device__ inline void MergeByHalfWarps(const DecodeArgs& args, const SplitRowBl
         .count = row_block.num_splits + 1,
         .first = row_per_half ? 0 : half,
         .step = row_per_half ? 1 : 2};
+    // All that does not depend on partial results, before these are waited for.
+    const QueryHead where = QueryHeadOf(call, row_block, exists ? row : first_row + warp);
+    const ResultScales scales = ScalesOfResult(call, where);
+    const int result = static_cast<int>(where.row * call.problem.num_q_heads + where.head);
 #pragma unroll 1
     for (int start = 0; start < Traits::kValueDim; start += kColumnsAtOnce) {
       const int column = start + lane * 4, last = Traits::kValueDim - 4;
@@ -136,15 +162,14 @@ __device__ inline void MergeByHalfWarps(const DecodeArgs& args, const SplitRowBl
           MergeSplitsOfRow<Traits::kValueDim>(call.partials, splits, min(column, last), further);
       if (!row_per_half) sums.AddOtherHalf();
       if (!exists) continue;
-      const QueryHead where = QueryHeadOf(call, row_block, row);
-      const float factor = FactorOfResult(call, where.seq, where.kv_head, where.head, &sums.state);
+      const float factor = FactorOfResult(scales, &sums.state);
       const float* const x = sums.columns;
+      const int64_t to = int64_t{result} * Traits::kValueDim + column;
       if (column <= last && (row_per_half || half == 0))
-        WriteResult<Traits::kQ>(call, where.row, where.head, column, {x[0], x[1], x[2], x[3]}, factor,
-                                sums.state);
+        StoreResult<Traits::kQ>(call, to, {x[0], x[1], x[2], x[3]}, factor);
       if (further > 0 && (row_per_half || half == 1))
-        WriteResult<Traits::kQ>(call, where.row, where.head, column + further, {x[4], x[5], x[6], x[7]},
-                                factor, sums.state);
+        StoreResult<Traits::kQ>(call, to + further, {x[4], x[5], x[6], x[7]}, factor);
+      if (column == 0 && (row_per_half || half == 0)) call.params.lse[result] = sums.state.LogSumExp();
     }
   }
 }

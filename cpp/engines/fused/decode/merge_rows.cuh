@@ -13,6 +13,7 @@
 #include "device/softmax_state.cuh"
 #include "engines/fused/common/result.cuh"
 #include "engines/fused/decode/args.h"
+#include "engines/fused/decode/hand_over.cuh"
 #include "engines/fused/decode/shared_memory.cuh"
 
 namespace jpa::fused {
@@ -66,7 +67,7 @@ __device__ inline void MergeRows(const DecodeArgs& args, const RowParts& parts, 
     if (to_results) {
       StoreResult<Traits::kQ>(args.call, where.to + column, sum, where.factor);
     } else {
-      *reinterpret_cast<float4*>(args.call.partials.out + where.to + column) = sum;
+      StorePartial(args.call.partials.out + where.to + column, sum);
     }
   }
 }

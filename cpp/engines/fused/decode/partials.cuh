@@ -23,15 +23,32 @@ __device__ inline int64_t PartialOfRow(const DecodeArgs& args, int32_t seq, int3
 }
 
 // CTA c sets partial_ready[c] when its partial result of a row block that continues in the next CTA is in
-// scratch memory. The CTA with the row block's last split waits for all others and takes the flags back: so
-// all are 0 when the kernel ends, as they were when it began. It only waits for CTAs of lower index. Devices
-// start these first, so no CTA keeps the one it waits for from running; CUDA does not promise it, but
-// stream-K kernels rely on it.
+// scratch memory; or, if that one is handed over, when its place is cleared (hand_over.cuh). The CTA with the
+// row block's last split waits for all others and takes the flags back: so all are 0 when the kernel ends, as
+// they were when it began. It only waits for CTAs of lower index. Devices start these first, so no CTA keeps
+// the one it waits for from running; CUDA does not promise it, but stream-K kernels rely on it.
 __device__ inline void SignalPartial(uint32_t* ready) { device::StoreRelease(ready, 1); }
 
 __device__ inline void AwaitPartial(const uint32_t* ready) {
   while (device::LoadAcquire(ready) == 0) {
   }
+}
+
+// The consumers' barrier with the warp that takes the flags.
+inline constexpr int kFlagsBarrier = 2;
+
+// By a producer warp behind its last tile, since consumers have no time to spare: waits for the flags of a
+// row block's other CTAs, tells the consumers, and takes the flags back.
+template <typename Traits>
+__device__ inline void TakeFlags(uint32_t* partial_ready, const SplitRowBlock& row_block) {
+  const int lane = static_cast<int>(device::LaneId());
+  uint32_t* const ready = partial_ready + row_block.first_cta;
+#pragma unroll 1
+  for (int i = lane; i < row_block.num_splits; i += 32) AwaitPartial(ready + i * row_block.cta_step);
+  __syncwarp();
+  device::NamedBarrierArrive<Traits::kConsumerThreads + 32>(kFlagsBarrier);
+#pragma unroll 1
+  for (int i = lane; i < row_block.num_splits; i += 32) ready[i * row_block.cta_step] = 0;
 }
 
 // Brings all partial results of some rows of a row block into shared memory. They are all asked for at once.
@@ -63,9 +80,6 @@ __device__ inline void LoadPartials(const DecodeArgs& args, const SplitRowBlock&
 
 // Row blocks with more splits are merged row by row: few of their rows would fit into shared memory.
 inline constexpr int kMostSplitsInShared = 16;
-// Packed rows up to which row by row is faster: half a warp has each. On an H200 8 rows of 8 splits took 1 us
-// more by way of shared memory.
-inline constexpr int kMostRowsByHalfWarps = 2 * kConsumerWarps;
 
 // By the consumers, when nothing else needs the stages.
 template <typename Traits>
@@ -75,13 +89,8 @@ __device__ inline void MergeSplitRowBlock(const DecodeArgs& args, const SplitRow
   // Partial rows that the stages have room for.
   constexpr int kCapacity = Traits::Stages(kCapability) * Traits::kStageBytes /
                             (4 * Traits::kValueDim + static_cast<int>(sizeof(device::SoftmaxState)));
-  const int thread = static_cast<int>(threadIdx.x), num_splits = row_block.num_splits + 1;
-  // A warp waits for partial results by itself, so that their columns are asked for as soon as the last of
-  // them is there.
-  for (int i = thread % 32; i < row_block.num_splits; i += 32)
-    AwaitPartial(args.partial_ready + row_block.first_cta + i * row_block.cta_step);
-  __syncwarp();
-  if (row_block.num_rows <= kMostRowsByHalfWarps || num_splits > kMostSplitsInShared) {
+  const int num_splits = row_block.num_splits + 1;
+  if (IsHandedOver(row_block) || num_splits > kMostSplitsInShared) {
     MergeByHalfWarps<Traits>(args, row_block);
   } else {
     auto* const columns = reinterpret_cast<float*>(stages);
@@ -106,9 +115,6 @@ __device__ inline void MergeSplitRowBlock(const DecodeArgs& args, const SplitRow
       device::NamedBarrierSync<1, kThreads>();
     }
   }
-  device::NamedBarrierSync<1, kThreads>();  // no warp waits any more
-  for (int i = thread; i < row_block.num_splits; i += kThreads)
-    args.partial_ready[row_block.first_cta + i * row_block.cta_step] = 0;
 }
 
 }  // namespace jpa::fused

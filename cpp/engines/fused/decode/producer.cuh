@@ -134,11 +134,12 @@ class DescriptorMaker {
     descriptor->ends_split = range_.EndsSplit();
     descriptor->key = at.tile() * kTileKeys;
     DescribeRowBlock(call_.facts, at, descriptor);
-    if (!range_.EndsSplit()) return;
-    descriptor->is_whole = range_.HasRowBlockStart() && range_.HasRowBlockEnd();
-    descriptor->continues = !call_.batch_invariant && !range_.HasRowBlockEnd();
+    if (!range_.EndsSplit() && (merges_early || !range_.StartsSplit())) return;
+    descriptor->continues = !call_.batch_invariant && range_.RowBlockGoesOn();
     descriptor->partial =
         call_.batch_invariant ? range_.SplitIndex() : 2 * cta_ + (range_.HasRowBlockStart() ? 1 : 0);
+    if (!range_.EndsSplit()) return;
+    descriptor->is_whole = range_.HasRowBlockStart() && range_.HasRowBlockEnd();
     if (!call_.batch_invariant && (merges_early || range_.HasRowBlockEnd()) && !range_.HasRowBlockStart()) {
       static_cast<RowBlock&>(*row_block) = *descriptor;
       row_block->num_splits = range_.SplitsBefore();

@@ -28,9 +28,10 @@ struct TileDescriptor : RowBlock {
   int32_t exists;                  // 0 behind the last tile
   int32_t ends_split;              // the tile is the last one of a KV split
   int32_t is_whole;                // that split is all of the row block
-  int32_t continues;               // the next CTA of the queue goes on with the row block
-  int32_t partial;                 // index of the split's partial result; batch-invariant: of the split
-  int32_t key;                     // the first one
+  // At the first tile of a split and at the last one:
+  int32_t continues;  // the next CTA of the queue goes on with the row block
+  int32_t partial;    // index of the split's partial result; batch-invariant: of the split
+  int32_t key;        // the first one of the tile
 
   static_assert(kTileKeys == 64, "two words of 32 keys");
   __device__ bool all_valid() const { return (valid[0] & valid[1]) == ~0u; }
