@@ -43,7 +43,7 @@ class DescriptorMaker {
   template <typename Traits>
   __device__ void Make(TileDescriptor* descriptor, SplitRowBlock* row_block) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    if (lane == 0) Describe<Traits::kByWarpgroup>(descriptor, row_block);  // while page ids arrive
+    if (lane == 0) Describe<Traits>(descriptor, row_block);  // while page ids arrive
     uint32_t valid[kKeysPerLane];
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i) valid[i] = __ballot_sync(~0u, IsPage(pages_[i]));
@@ -126,8 +126,7 @@ class DescriptorMaker {
     }
   }
 
-  // If `merges_early`, CTAs with a split in the middle of a row block merge, too (merge_tree.h).
-  template <bool merges_early>
+  template <typename Traits>
   __device__ void Describe(TileDescriptor* descriptor, SplitRowBlock* row_block) const {
     const auto& at = range_.at();
     descriptor->exists = 1;
@@ -136,15 +135,29 @@ class DescriptorMaker {
     DescribeRowBlock(call_.facts, at, descriptor);
     if (!range_.EndsSplit()) return;
     descriptor->is_whole = range_.HasRowBlockStart() && range_.HasRowBlockEnd();
-    descriptor->continues = !call_.batch_invariant && !range_.HasRowBlockEnd();
-    descriptor->partial =
-        call_.batch_invariant ? range_.SplitIndex() : 2 * cta_ + (range_.HasRowBlockStart() ? 1 : 0);
-    if (!call_.batch_invariant && (merges_early || range_.HasRowBlockEnd()) && !range_.HasRowBlockStart()) {
+    if (call_.batch_invariant) return DescribeInvariant<Traits>(descriptor);
+    descriptor->continues = !range_.HasRowBlockEnd();
+    descriptor->partial = 2 * cta_ + (range_.HasRowBlockStart() ? 1 : 0);
+    // Warpgroups merge in CTAs with a split in the middle of a row block, too (merge_tree.h).
+    if ((Traits::kByWarpgroup || range_.HasRowBlockEnd()) && !range_.HasRowBlockStart()) {
       static_cast<RowBlock&>(*row_block) = *descriptor;
       row_block->num_splits = range_.SplitsBefore();
       row_block->first_cta = cta_ - row_block->num_splits * num_queues_;
       row_block->cta_step = num_queues_;
     }
+  }
+
+  template <typename Traits>
+  __device__ void DescribeInvariant(TileDescriptor* descriptor) const {
+    descriptor->continues = 0;
+    descriptor->partial = range_.SplitIndex();
+    if constexpr (!Traits::FoldsSplits(kCapability)) return;
+    descriptor->goes_on = range_.GoesOn();
+    descriptor->folds = range_.HasFirstSplit();
+    descriptor->splits_of_cta = range_.SplitsOfCta();
+    descriptor->splits_of_first = range_.SplitsOfFirst();
+    descriptor->num_splits = NumSplits(range_.at().sequence(), range_.at().tiles());
+    descriptor->first_cta = cta_ - range_.CtasBefore() * num_queues_;
   }
 
   const DecodeArgs& args_;

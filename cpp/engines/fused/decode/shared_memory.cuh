@@ -31,6 +31,13 @@ struct TileDescriptor : RowBlock {
   int32_t continues;               // the next CTA of the queue goes on with the row block
   int32_t partial;                 // index of the split's partial result; batch-invariant: of the split
   int32_t key;                     // the first one
+  int32_t goes_on;  // the CTA's next split is of the same row block, as in batch-invariant calls
+  // Batch-invariant (fold_splits.cuh), the first one; the others where it does not go on:
+  int32_t folds;            // the CTA has the row block's first split, too
+  int32_t splits_of_cta;    // how many of the row block's splits the CTA has
+  int32_t splits_of_first;  // how many the CTA has that has the first one
+  int32_t num_splits;       // of the row block
+  int32_t first_cta;        // the one in whose range the row block begins
 
   static_assert(kTileKeys == 64, "two words of 32 keys");
   __device__ bool all_valid() const { return (valid[0] & valid[1]) == ~0u; }
@@ -50,6 +57,22 @@ struct MergedRow {
   int64_t to;    // where the first column goes, in elements; negative: nowhere
 };
 
+// The factors of a row's sums of values when a split is added to what is folded (fold_splits.cuh).
+struct FoldFactors {
+  float folded;
+  float split;
+};
+
+// The sums and states of a row block's rows, of all splits that are folded so far.
+template <int value_dim>
+struct FoldedRows {
+  float4 columns[kMostFoldedRows][value_dim / 4];
+  device::SoftmaxState states[kMostFoldedRows];
+  FoldFactors factors[kMostFoldedRows];  // of the latest split
+};
+template <>
+struct FoldedRows<0> {};
+
 template <typename Traits>
 struct DecodeShared : RangeShared<Traits::kThreads> {
   static constexpr int kMostStages = Traits::StagesOfFew(kCapability);
@@ -60,6 +83,8 @@ struct DecodeShared : RangeShared<Traits::kThreads> {
   device::Barrier empty[kMostStages];       // no consumer needs them any more
   SplitRowBlock row_block;
   MergedRow merged[kTileRows];
+  bool is_last;  // of a row block's CTAs (fold_splits.cuh)
+  FoldedRows<Traits::FoldsSplits(kCapability) ? Traits::kValueDim : 0> folded;
   int32_t row_owners[kFilledRows];
 };
 
@@ -70,11 +95,15 @@ inline constexpr int kBytesBeforeStages =
 
 template <typename Traits>
 int SharedBytes(int capability, int num_stages) {
-  static_assert(kBytesBeforeStages<Traits> <=
-                    DecodeShared<Traits>::kMostStages * Traits::kDescriptorBytes + Traits::kMiscBytes,
+  static_assert(kBytesBeforeStages<Traits> <= DecodeShared<Traits>::kMostStages * Traits::kDescriptorBytes +
+                                                  Traits::kMiscBytes + Traits::FoldBytes(kCapability),
                 "traits.h has to know");
+  static_assert(Traits::StagesOfFew(90) * (Traits::kStageBytes + Traits::kDescriptorBytes) +
+                        Traits::kMiscBytes + Traits::FoldBytes(90) + kReservedPerCta <=
+                    SharedMemoryPerSm(90) / Traits::CtasPerSm(90),
+                "traits.h has to know how many CTAs fit");
   return num_stages * Traits::kStageBytes + Traits::StagesOfFew(capability) * Traits::kDescriptorBytes +
-         Traits::kMiscBytes;
+         Traits::kMiscBytes + Traits::FoldBytes(capability);
 }
 
 }  // namespace jpa::fused
