@@ -124,8 +124,16 @@ __device__ inline void Consume(const DecodeArgs& args, const CtaRange& range, De
         needs_rows = !descriptor.goes_on;
         if (needs_rows) FoldIfLast<Traits>(args, descriptor, shared);
       }
+      if constexpr (Traits::MergesShares(kCapability)) {
+        if (descriptor.has_shares) SignalSplit<Traits, 1>(args, descriptor, shared);
+      }
     }
     device::Arrive(&shared.empty[stage.index]);  // a consumer frees a stage here
+  }
+  if constexpr (Traits::MergesShares(kCapability)) {
+    using Exchange = MergeExchange<Traits>;
+    static_assert(sizeof(Exchange) <= Traits::kStageBytes);
+    MergeSplitRowBlocks<Traits, 1>(args, shared, *reinterpret_cast<Exchange*>(stages));
   }
   if (shared.row_block.num_splits > 0) {
     if constexpr (Traits::kByWarpgroup) {
@@ -189,7 +197,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     device::InitBarrier(&shared.full[threadIdx.x], Traits::kLoaderThreads);
     device::InitBarrier(&shared.empty[threadIdx.x], Traits::kConsumerThreads);
   }
-  if (threadIdx.x == 0) shared.row_block.num_splits = 0;
+  if (threadIdx.x == 0) shared.row_block.num_splits = shared.num_to_merge = 0;
   constexpr bool kMayBeBeside = kCapability == 90 && Traits::kMayBeBeside;
   const CtaRange range = FindCtaRange<Traits::kThreads, true, kTileRows, kMayBeBeside>(args, shared);
   if constexpr (kCapability == 90) {

@@ -23,6 +23,7 @@ class DescriptorMaker {
         call_(args.call),
         cta_(range.cta),
         num_queues_(range.queues.num_queues),
+        per_cta_(static_cast<int32_t>(min(range.tiles, int64_t{INT32_MAX}))),
         range_(call_.facts, range.heads, static_cast<int32_t>(call_.problem.num_seqs), sequences, seq, offset,
                range.tiles, call_.batch_invariant) {
     LookUpPages();
@@ -138,6 +139,9 @@ class DescriptorMaker {
     if (call_.batch_invariant) return DescribeInvariant<Traits>(descriptor);
     descriptor->continues = !range_.HasRowBlockEnd();
     descriptor->partial = 2 * cta_ + (range_.HasRowBlockStart() ? 1 : 0);
+    if constexpr (Traits::MergesShares(kCapability)) {
+      if (DescribeShare(descriptor)) return;
+    }
     // Warpgroups merge in CTAs with a split in the middle of a row block, too (merge_tree.h).
     if ((Traits::kByWarpgroup || range_.HasRowBlockEnd()) && !range_.HasRowBlockStart()) {
       static_cast<RowBlock&>(*row_block) = *descriptor;
@@ -147,9 +151,23 @@ class DescriptorMaker {
     }
   }
 
+  // False if the last CTA of the row block merges all of it.
+  __device__ bool DescribeShare(TileDescriptor* descriptor) const {
+    descriptor->has_shares = 0;
+    if (descriptor->is_whole) return false;
+    const int32_t left = range_.at().tiles().end - 1 - range_.at().tile();
+    descriptor->split = range_.SplitsBefore();
+    descriptor->num_splits = descriptor->split + 1 + (left + per_cta_ - 1) / per_cta_;
+    descriptor->first_cta = cta_ - descriptor->split * num_queues_;
+    descriptor->cta_step = num_queues_;
+    descriptor->has_shares = HasShares(*descriptor);
+    if (descriptor->has_shares) descriptor->continues = 0;
+    return descriptor->has_shares;
+  }
+
   template <typename Traits>
   __device__ void DescribeInvariant(TileDescriptor* descriptor) const {
-    descriptor->continues = 0;
+    descriptor->continues = descriptor->has_shares = 0;
     descriptor->partial = range_.SplitIndex();
     if constexpr (!Traits::FoldsSplits(kCapability)) return;
     descriptor->goes_on = range_.GoesOn();
@@ -164,6 +182,7 @@ class DescriptorMaker {
   const CallArgs& call_;
   const int32_t cta_;
   const int32_t num_queues_;
+  const int32_t per_cta_;
   CtaRangeCursor<SequencesAhead> range_;
   uint32_t pages_[kKeysPerLane];   // of the next tile's keys; a negative id is a large number here
   uint32_t tokens_[kKeysPerLane];  // within these pages

@@ -9,6 +9,7 @@
 #include "engines/fused/common/row_block.cuh"
 #include "engines/fused/decode/args.h"
 #include "engines/fused/decode/find_range.cuh"
+#include "engines/fused/decode/merge_shares.cuh"
 #include "engines/fused/decode/rows_without_keys.cuh"
 #include "engines/fused/decode/traits.h"
 
@@ -21,7 +22,7 @@ inline constexpr int kCapability = 90;  // The host's pass compiles no kernel, b
 #endif
 
 // All that producers and consumers need to know of a key tile in flight.
-struct TileDescriptor : RowBlock {
+struct TileDescriptor : SharedSplit {
   int64_t k_offsets[kTileKeys];    // bytes into the pool, of each key's row; -1: there is no such key
   int64_t v_offsets[kTileKeys];    // likewise; unset where all keys are there and the offsets are the same
   uint32_t valid[kTileKeys / 32];  // a bit per key: whether it exists
@@ -31,13 +32,12 @@ struct TileDescriptor : RowBlock {
   int32_t continues;               // the next CTA of the queue goes on with the row block
   int32_t partial;                 // index of the split's partial result; batch-invariant: of the split
   int32_t key;                     // the first one
-  int32_t goes_on;  // the CTA's next split is of the same row block, as in batch-invariant calls
+  int32_t goes_on;     // the CTA's next split is of the same row block, as in batch-invariant calls
+  int32_t has_shares;  // CTAs merge a share each of the row block
   // Batch-invariant (fold_splits.cuh), the first one; the others where it does not go on:
   int32_t folds;            // the CTA has the row block's first split, too
   int32_t splits_of_cta;    // how many of the row block's splits the CTA has
   int32_t splits_of_first;  // how many the CTA has that has the first one
-  int32_t num_splits;       // of the row block
-  int32_t first_cta;        // the one in whose range the row block begins
 
   static_assert(kTileKeys == 64, "two words of 32 keys");
   __device__ bool all_valid() const { return (valid[0] & valid[1]) == ~0u; }
@@ -82,6 +82,8 @@ struct DecodeShared : RangeShared<Traits::kThreads> {
   device::Barrier full[kMostStages];        // and so are its keys and values
   device::Barrier empty[kMostStages];       // no consumer needs them any more
   SplitRowBlock row_block;
+  SharedSplit to_merge[2];  // those with a share of this CTA's, if CTAs merge shares
+  int32_t num_to_merge;
   MergedRow merged[kTileRows];
   bool is_last;  // of a row block's CTAs (fold_splits.cuh)
   FoldedRows<Traits::FoldsSplits(kCapability) ? Traits::kValueDim : 0> folded;

@@ -4,6 +4,7 @@
 
 #include "core/problem.h"
 #include "device/swizzled_rows.h"
+#include "engines/fused/decode/args.h"
 #include "engines/fused/decode/work_split.h"
 
 namespace jpa::fused {
@@ -75,12 +76,19 @@ struct DecodeTraits {
   static constexpr int CtasPerSm(int capability) {
     return capability == 90 && kHeadDim <= 128 && StagesThatFit(capability, 2) >= 3 ? 2 : 1;
   }
+  static constexpr int kMostCtas = kMaxCtas;
   // True if the kernel folds KV splits of row blocks of few rows. While one CTA does that, another of the
   // multiprocessor has loads in flight. In a kernel for all calls the code for it made others 0.2 us slower.
   static constexpr bool FoldsSplits(int capability) { return folds_ && CtasPerSm(capability) > 1; }
   // Shared memory for that: of each row columns, a state and two factors.
   static constexpr int FoldBytes(int capability) {
     return FoldsSplits(capability) ? kMostFoldedRows * (4 * kValueDim + 16) : 0;
+  }
+  // True if every CTA with a KV split of a row block may merge a share of its results (merge_shares.cuh). So
+  // CTAs wait for each other: all of them have to run at the same time, as one per multiprocessor does.
+  // Consumers of 8-bit pages lack the registers for it.
+  static constexpr bool MergesShares(int capability) {
+    return capability == 90 && CtasPerSm(capability) == 1 && !kIs8Bit;
   }
   // True if consumers get registers from producers.
   static constexpr bool MovesRegisters(int capability) { return CtasPerSm(capability) > 1; }

@@ -34,6 +34,7 @@ struct WarpgroupTraits : DecodeTraits<dtype, dtype, head_dim, value_dim> {
   static constexpr int CtasPerSm(int /*capability*/) { return kSharesSm ? 2 : 1; }
   static constexpr bool FoldsSplits(int /*capability*/) { return false; }
   static constexpr int FoldBytes(int /*capability*/) { return 0; }
+  static constexpr bool MergesShares(int /*capability*/) { return false; }
   static constexpr bool MovesRegisters(int /*capability*/) { return true; }
   // Results take 64 of them, queries 32, scores 32 and probabilities 16.
   static constexpr int kConsumerRegisters = kSharesSm ? Base::kConsumerRegisters : 216;
