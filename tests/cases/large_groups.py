@@ -33,6 +33,24 @@ def cases() -> list[Case]:
         decode.vary("large_group_scale", "a scale below 0 turns scores around", keywords={"scale": -0.05}),
         decode.vary("large_group_rising", "maxima rise all the time", rising=3.0),
         *_drafts(decode),
+        *_wide(decode),
+    ]
+
+
+def _wide(decode: Case) -> list[Case]:
+    wide = decode.vary(
+        "large_group_wide",
+        "many KV splits of 15 packed rows of the widest heads, beside a short sequence and one without keys",
+        num_heads=15,
+        head_dim=256,
+    )
+    rows: dict[str, Any] = {"q_lens": (8, 4, 3), "kv_lens": (3000, 37, 2), "num_heads": 8, "num_kv_heads": 2}
+    drafts = wide.vary("large_group_wide_drafts", "drafts of wide heads in f16", **rows, dtype="f16")
+    return [
+        wide,
+        wide.vary("large_group_wide_192", "the same of half as many columns and some", head_dim=192, sinks=True),
+        wide.vary("large_group_wide_gone", "ids outside the pool between others", bad_ids=GONE),
+        drafts.vary(drafts.name, drafts.why, function="ragged_paged_attention"),
     ]
 
 

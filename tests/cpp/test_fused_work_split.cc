@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <random>
+#include <set>
 #include <tuple>
 #include <vector>
 
@@ -122,8 +123,13 @@ struct Split {
   int64_t cta;
   int32_t begin, end;  // tiles
   bool has_start = false, has_end = false;
-  bool goes_on = false;  // as told at its first tile
+  bool continues = false;  // as told at its first tile
   int32_t before = 0, index = 0;
+  // Batch-invariant: see TileDescriptor.
+  bool goes_on = false;
+  bool has_first = false;
+  int32_t of_cta = 0, of_first = 0;
+  int64_t first_cta = 0;
 };
 
 // How a kernel counts the tiles of a sequence's row tiles: MLA's, which have prompts too, by sums.
@@ -180,7 +186,7 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
     for (; !range.done(); range.Next(), ++walked) {
       const auto& at = range.at();
       if (range.StartsSplit()) {
-        split = {.cta = cta, .begin = at.tile(), .end = at.tile(), .goes_on = range.RowBlockGoesOn()};
+        split = {.cta = cta, .begin = at.tile(), .end = at.tile(), .continues = range.RowBlockGoesOn()};
       }
       CHECK(at.tile() == split.end, "tile %d after %d", at.tile(), split.end);
       ++split.end;
@@ -189,6 +195,11 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
         split.has_end = range.HasRowBlockEnd();
         split.before = range.SplitsBefore();
         split.index = range.SplitIndex();
+        split.goes_on = range.GoesOn();
+        split.has_first = range.HasFirstSplit();
+        split.of_cta = range.SplitsOfCta();
+        split.of_first = range.SplitsOfFirst();
+        split.first_cta = cta - int64_t{range.CtasBefore()} * queues.num_queues;
         ends += split.has_end ? 1 : 0;
         partials += split.has_start && split.has_end ? 0 : 1;
         splits[{at.index(), at.head(), at.row_tile()}].push_back(split);
@@ -206,10 +217,40 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
   return splits;
 }
 
+// Batch-invariant: the CTAs of a row block count its splits in one word, which no other row block has.
+void CountsMeetInOneWord(const std::map<RowBlockKey, std::vector<Split>>& row_blocks) {
+  std::set<int64_t> words;
+  for (const auto& [row_block, splits] : row_blocks) {
+    const int64_t word = splits[0].first_cta;
+    int32_t own = 0, counted = 0;
+    for (size_t i = 0; i < splits.size(); ++i) {
+      const Split& split = splits[i];
+      const bool has_next = i + 1 < splits.size() && splits[i + 1].cta == split.cta;
+      CHECK(split.goes_on == has_next, "split %d goes on: %d", split.index, split.goes_on);
+      CHECK(split.first_cta == word, "words %d and %d", static_cast<int>(split.first_cta),
+            static_cast<int>(word));
+      CHECK(split.of_cta == ++own, "%d splits of the CTA, it says %d", own, split.of_cta);
+      if (split.goes_on) continue;
+      const auto is_first = [&](const Split& other) { return other.cta == splits[0].cta; };
+      const auto of_first = static_cast<int32_t>(std::count_if(splits.begin(), splits.end(), is_first));
+      CHECK(split.has_first == is_first(split) && split.of_first == of_first,
+            "%d splits of the first CTA, %d by another", of_first, split.of_first);
+      counted += split.of_cta;
+      own = 0;
+    }
+    CHECK(counted == static_cast<int32_t>(splits.size()), "%d splits counted", counted);
+    CHECK(word >= 0 && word <= splits[0].cta, "word %d of CTA %d", static_cast<int>(word),
+          static_cast<int>(splits[0].cta));
+    if (splits.front().cta != splits.back().cta)
+      CHECK(words.insert(word).second, "word %d counts two row blocks", static_cast<int>(word));
+  }
+}
+
 template <int tile_rows = kTileRows>
 void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant, Count count = Count::kOneByOne,
            int32_t end_tiles = 0, int32_t enough_ctas = 0) {
   const auto splits = Walk<tile_rows>(batch, num_ctas, batch_invariant, count, end_tiles, enough_ctas);
+  if (batch_invariant) CountsMeetInOneWord(splits);
   int64_t row_blocks = 0, tiles_seen = 0;
   for (int32_t i = 0; i < batch.size(); ++i) {
     const Sequence sequence = batch(i);
@@ -226,7 +267,7 @@ void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant, Count cou
           CHECK(split.begin == next, "split from %d, expected %d", split.begin, next);
           CHECK(split.has_start == (next == tiles.begin) && split.has_end == (split.end == tiles.end),
                 "flags of split %d", index);
-          CHECK(split.goes_on != split.has_end, "split %d is told too late where it ends", index);
+          CHECK(split.continues != split.has_end, "split %d is told too late where it ends", index);
           if (batch_invariant) {
             CHECK(split.index == index, "split %d calls itself %d", index, split.index);
             const int32_t size = std::min(TilesPerSplit(sequence, tiles), tiles.end - split.begin);

@@ -19,8 +19,10 @@ constexpr int64_t kManyPackedRows = 32;
 
 // A batch-invariant call does not look at how many rows sequences have, which depends on the batch.
 const DecodeDevice& ChooseDecode(const CallArgs& call, const Options& options, const Device& device) {
-  if (device.decode_by_warpgroup.kernel == nullptr) return device.decode;
   const int64_t group = call.facts.group.divisor();
+  if (options.batch_invariant && group <= kMostFoldedRows && device.decode_folding.kernel != nullptr)
+    return device.decode_folding;
+  if (device.decode_by_warpgroup.kernel == nullptr) return device.decode;
   const int64_t rows = call.facts.num_rows, num_seqs = std::max<int64_t>(call.problem.num_seqs, 1);
   const bool drafts = !options.batch_invariant && rows <= kRowsOfDecode * num_seqs;
   const bool many = group >= kLargeGroup || (drafts && rows / num_seqs * group >= kManyPackedRows);
@@ -42,6 +44,8 @@ StageRing ChooseStages(const Device& device, const DecodeDevice& decode, bool pr
                           rows * args->call.facts.group.divisor() <= 16;
   // Warpgroups have half as many CTAs anyway, or tiles that are not large.
   const bool by_warpgroup = &decode == &device.decode_by_warpgroup;
+  // One stage more, so that loads go on while the end of a KV split takes a stage.
+  if (!prefills && &decode == &device.decode_folding) return choose(decode.stages_of_few, 0);
   if (prefills || args->call.batch_invariant || by_warpgroup || !loads_bind) return choose(decode.stages, 0);
   const int32_t enough = EnoughCtas(device.num_sms), enough_small = EnoughSmallCtas(device.num_sms);
   if (decode.ctas_per_sm == 1) return choose(decode.stages, enough);

@@ -38,6 +38,13 @@ inline DecodeKernelInfo DecodeKernelFor(const AttentionProblem& problem) {
   });
 }
 
+// The decode kernel that folds KV splits.
+inline DecodeKernelInfo FoldingKernelFor(const AttentionProblem& problem) {
+  return ForHeadDims(DecodeHeadDims(), problem, [&](auto dims) {
+    return FoldingKernelOf<dims.kHeadDim, dims.kValueDim>(problem.q_dtype, problem.kv_dtype);
+  });
+}
+
 // The decode kernel for many packed rows per row block.
 inline DecodeKernelInfo WarpgroupKernelFor(const AttentionProblem& problem) {
   return ForHeadDims(WarpgroupHeadDims(), problem, [&](auto dims) {

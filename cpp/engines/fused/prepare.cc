@@ -85,6 +85,16 @@ Status PrepareDecode(const AttentionProblem& problem, int num_sms, Device* devic
   return PrepareKernel(info, capability, &device->decode);
 }
 
+// Makes the decode kernel ready that folds KV splits, if there is one for this device.
+Status PrepareFolding(const AttentionProblem& problem, Device* device) {
+  const DecodeKernelInfo info = FoldingKernelFor(problem);
+  if (info.kernel == nullptr || device->decode.ctas_per_sm == 1) return Status::Ok();
+  int capability = 0;
+  if (Status s = Check(device::CompiledFor(info.kernel, &capability), "no kernel for this device"); !s.ok())
+    return s;
+  return PrepareKernel(info, capability, &device->decode_folding);
+}
+
 // Makes decode's second kernel ready, if there is one for this device.
 Status PrepareWarpgroup(const AttentionProblem& problem, Device* device) {
   const DecodeKernelInfo info = WarpgroupKernelFor(problem);
@@ -189,6 +199,7 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
         "k_pages: expected keys without padding, which MLA kernels alone pass over");
   }
   if (Status s = PrepareDecode(problem, num_sms, device); !s.ok()) return s;
+  if (Status s = PrepareFolding(problem, device); !s.ok()) return s;
   if (Status s = PrepareWarpgroup(problem, device); !s.ok()) return s;
   if (Status s = PreparePrefill(PrefillKernelFor<Loader::kTma>(problem), num_sms, &device->prefill_by_tma);
       !s.ok()) {

@@ -265,6 +265,12 @@ Status Check(const AttentionProblem& problem, int64_t needed_bytes, int64_t work
   return Status::Ok();
 }
 
+// True if decode may leave KV splits that it does not merge.
+bool LeavesSplits(const DecodeArgs& args, const Options& options) {
+  const bool has_few_rows = options.decode && args.call.facts.group.divisor() <= kMostFoldedRows;
+  return options.batch_invariant && args.call.problem.num_seqs > 0 && !(args.folds_splits && has_few_rows);
+}
+
 }  // namespace
 
 Status RunAttention(const AttentionProblem& problem, const AttentionParams& params, const Options& options,
@@ -281,11 +287,12 @@ Status RunAttention(const AttentionProblem& problem, const AttentionParams& para
   const DecodeDevice& decode = ChooseDecode(call, options, device);
   const bool is_mla = decode.kernel == nullptr;
   DecodeArgs args = MakeDecodeArgs(call, options, device, decode.ctas_per_sm, workspace);
+  args.folds_splits = &decode == &device.decode_folding;
   bool prefills = false;
   const Status launched =
       is_mla ? LaunchMla(&args, options, device, stream)
              : LaunchDecodeAndPrefill(&args, options, device, decode, workspace, stream, &prefills);
-  if (!launched.ok() || !options.batch_invariant || problem.num_seqs == 0) return launched;
+  if (!launched.ok() || !LeavesSplits(args, options)) return launched;
   return LaunchCombine(args, TileRowsOf(problem),
                        device.overlaps && !prefills ? Overlap::kWithPrevious : Overlap::kNone, stream);
 }

@@ -16,7 +16,7 @@ struct DecodeArgs {
   // Its partial results are [2 * kMaxCtas]: number 2c has the row block that began before the range of CTA c,
   // 2c + 1 the one that began in it. Batch-invariant they are rows [T, N, kMaxSplits].
   CallArgs call;
-  uint32_t* partial_ready;  // [kMaxCtas], not batch-invariant: see SignalPartial in partials.cuh
+  uint32_t* partial_ready;  // [kMaxCtas]: see SignalPartial in partials.cuh; batch-invariant: fold_splits.cuh
   // Indexed by the eighths of the multiprocessors that decode takes, less one: how many multiprocessors these
   // are, and the head queues of their CTAs. If no prefill runs beside it, decode takes the last.
   int32_t num_sms[kEighths];
@@ -29,6 +29,7 @@ struct DecodeArgs {
   // Batch-invariant: rows of partial results are numbered kMaxSplitRows * sequence + row in it, not by row of
   // q.
   bool split_rows_by_sequence;
+  bool folds_splits;    // batch-invariant: see FoldsSplits in fold_splits.cuh
   uint8_t num_stages;   // that there is shared memory for
   int32_t enough_ctas;  // TilesPerCta
 

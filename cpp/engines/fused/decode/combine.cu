@@ -1,5 +1,5 @@
-// Batch-invariant calls: merges the KV splits of row blocks. A warp has a query head, for each query row of a
-// sequence.
+// Batch-invariant calls: merges the KV splits of row blocks that decode does not fold. A warp has a query
+// head, for each query row of a sequence.
 #include <algorithm>
 #include <cstdint>
 
@@ -7,6 +7,7 @@
 #include "engines/fused/common/merge_splits.cuh"
 #include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/decode/combine.h"
+#include "engines/fused/decode/fold_splits.cuh"
 #include "engines/fused/decode/partials.cuh"
 #include "engines/fused/mla8/kernels.h"
 
@@ -43,7 +44,9 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
       const int32_t packed = token * group + head - kv_head * group;
       const int32_t splits =
           NumSplits(sequence, VisibleTiles<tile_rows>(call.facts, sequence, packed / tile_rows));
-      if (splits <= 1) continue;
+      // Those of few rows are folded (fold_splits.cuh).
+      if (splits <= 1 || FoldsSplits(args, RowsOfTile<tile_rows>(call.facts, sequence, packed / tile_rows)))
+        continue;
       const int64_t first = PartialOfRow(args, index, sequence.row, token, head);
       const auto where_of = [&] {
         return QueryHead{

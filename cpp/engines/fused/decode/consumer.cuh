@@ -13,6 +13,7 @@
 #include "device/softmax_state.cuh"
 #include "engines/fused/common/visible_keys.cuh"
 #include "engines/fused/decode/args.h"
+#include "engines/fused/decode/fold_splits.cuh"
 #include "engines/fused/decode/merge_rows.cuh"
 #include "engines/fused/decode/partials.cuh"
 #include "engines/fused/decode/shared_memory.cuh"
@@ -39,7 +40,6 @@ class ConsumerWarp {
     first_row_ = warp % row_groups * 16;
     num_key_slices_ = kConsumerWarps / row_groups;
     key_slice_ = warp / row_groups;
-    turn_ = 0;
     keys_row_ = device::Opaque(device::LaneRowOfKeys<Traits::kKV, typename Traits::KeyRows>());
     values_row_ = device::Opaque(device::LaneRowOfValues<Traits::kKV, typename Traits::ValueRows>());
     all_visible_ = {.begin = 0, .end = INT32_MAX};
@@ -63,7 +63,6 @@ class ConsumerWarp {
       }
       const int exponent = queries_.LoadRow(r, query);
       factors_[r] = ldexpf(factor, exponent);
-      states_[r] = device::SoftmaxState();
     }
     all_visible_ = SeenByLanes<4, 32>(all_visible_);
     // By one warp, which waits until all is cleared.
@@ -72,6 +71,13 @@ class ConsumerWarp {
       __syncwarp();
       if (device::LaneId() == 0) SignalPartial(args.partial_ready + descriptor.partial / 2);
     }
+    StartAgain();
+  }
+
+  // At another split of the same row block.
+  __device__ void StartAgain() {
+    turn_ = 0;
+    states_[0] = states_[1] = device::SoftmaxState();
 #pragma unroll
     for (auto& block : outputs_) block[0] = block[1] = block[2] = block[3] = 0.0f;
   }
@@ -108,8 +114,8 @@ class ConsumerWarp {
 
   // Ends a KV split: the warps bring their states together in the stage, which is no longer used. They become
   // results of a whole row block, or a partial result in scratch memory. All consumer warps come here.
-  __device__ void Epilogue(const DecodeArgs& args, const TileDescriptor& descriptor, MergedRow* merged,
-                           char* stage) {
+  __device__ void Epilogue(const DecodeArgs& args, const TileDescriptor& descriptor,
+                           DecodeShared<Traits>& shared, char* stage) {
     auto& exchange = *reinterpret_cast<Exchange*>(stage);
     const RowParts parts = {.states = exchange.states,
                             .columns = exchange.values[0],
@@ -119,16 +125,24 @@ class ConsumerWarp {
     // The first eight rows of each warp, then the others, if there are any. One copy of the code for both: it
     // runs too seldom to be in the instruction cache.
     const int passes = descriptor.num_rows > 8 ? 2 : 1;
-    const bool hands_over = IsHandedOver(descriptor) && !descriptor.is_whole && !args.call.batch_invariant;
+    bool hands_over = IsHandedOver(descriptor) && !descriptor.is_whole && !args.call.batch_invariant;
+    if constexpr (Traits::MergesShares(kCapability)) hands_over = hands_over && !descriptor.has_shares;
 #pragma unroll 1
     for (int r = 0; r < passes; ++r) {
       device::NamedBarrierSync<1, Traits::kConsumerThreads>();
       Put(r, &exchange);
       device::NamedBarrierSync<1, Traits::kConsumerThreads>();
       if (hands_over) return LeaveSplit(args.call.partials, descriptor, exchange);
-      MergeRows<Traits>(args, parts, merged, descriptor.is_whole,
+      if constexpr (Traits::FoldsSplits(kCapability)) {
+        if (FoldsSplits(args, descriptor.num_rows) && descriptor.folds) {
+          FoldSplit<Traits>(args, descriptor, parts, shared);
+          continue;
+        }
+      }
+      MergeRows<Traits>(args, parts, shared.merged, descriptor.is_whole,
                         [&](int exchanged, const device::SoftmaxState& state, MergedRow* row) {
-                          Finish(args, descriptor, exchanged / 8 * 16 + r * 8 + exchanged % 8, state, row);
+                          const int of_block = exchanged / 8 * 16 + r * 8 + exchanged % 8;
+                          FinishSplit<Traits>(args, descriptor, of_block, descriptor.partial, state, row);
                         });
     }
     if (descriptor.continues) {
@@ -193,22 +207,6 @@ class ConsumerWarp {
       StorePartial(partials.out + index * kValueDim + column, sum);
       if (column == 0) StorePartial(&partials.stats[index], state);
     }
-  }
-
-  // Says where a packed row's columns go, and stores what there is one of per row.
-  __device__ static void Finish(const DecodeArgs& args, const TileDescriptor& descriptor, int row,
-                                const device::SoftmaxState& state, MergedRow* merged) {
-    merged->to = -1;
-    if (row >= descriptor.num_rows) return;
-    const QueryHead where = QueryHeadOf(args.call, descriptor, row);
-    if (descriptor.is_whole) return FinishResult(args, where, state, merged);
-    const int32_t token = static_cast<int32_t>(where.row) - descriptor.row;
-    const int64_t index =
-        args.call.batch_invariant
-            ? PartialOfRow(args, descriptor.seq, descriptor.row, token, where.head) + descriptor.partial
-            : int64_t{descriptor.partial} * args.call.partials.rows_each + row;
-    merged->to = index * kValueDim;
-    StorePartial(&args.call.partials.stats[index], state);
   }
 
   __device__ int Row(int r) const { return first_row_ + r * 8 + static_cast<int>(threadIdx.x % 32) / 4; }

@@ -112,7 +112,9 @@ class CtaRangeCursor {
       return;
     }
     const int32_t tiles_per_split = TilesPerSplit(cursor_.sequence(), cursor_.tiles());
-    const int32_t split = (cursor_.tile() - cursor_.tiles().begin) / tiles_per_split;
+    tiles_before_ = cursor_.tile() - cursor_.tiles().begin;
+    const int32_t split = tiles_before_ / tiles_per_split;
+    first_split_ = split + (tiles_before_ > split * tiles_per_split ? 1 : 0);
     StartSplit(cursor_.tiles().begin + split * tiles_per_split, split);
     if (cursor_.tile() == split_begin_) return;
     // A split that starts before the range belongs to the CTA that has its start: to its last tile.
@@ -132,6 +134,7 @@ class CtaRangeCursor {
     if ((left_ <= 0 && (split_ends || !batch_invariant_)) || !cursor_.Next()) {
       done_ = true;
     } else if (split_ends) {
+      if (row_block_ends) tiles_before_ = first_split_ = 0;
       StartSplit(cursor_.tile(), row_block_ends ? 0 : split_ + 1);
     }
   }
@@ -148,8 +151,9 @@ class CtaRangeCursor {
   JPA_HOST_DEVICE bool HasRowBlockStart() const { return split_begin_ == cursor_.tiles().begin; }
   JPA_HOST_DEVICE bool HasRowBlockEnd() const { return cursor_.tile() == cursor_.tiles().end - 1; }
 
-  // True if the row block goes on behind the split. Valid at all tiles of the split.
-  JPA_HOST_DEVICE bool RowBlockGoesOn() const { return split_end_ != cursor_.tiles().end; }
+  // Tiles of the row block behind the split, and whether there are any. Valid at all tiles of the split.
+  JPA_HOST_DEVICE int32_t TilesBehind() const { return cursor_.tiles().end - split_end_; }
+  JPA_HOST_DEVICE bool RowBlockGoesOn() const { return TilesBehind() != 0; }
 
   // How many CTAs before this one have a split of the row block.
   JPA_HOST_DEVICE int32_t SplitsBefore() const {
@@ -157,8 +161,25 @@ class CtaRangeCursor {
     return static_cast<int32_t>((before + static_cast<uint32_t>(per_cta_) - 1) /
                                 static_cast<uint32_t>(per_cta_));
   }
-  // The split's number in its row block, in batch-invariant calls.
+
+  // In batch-invariant calls: the split's number in its row block.
   JPA_HOST_DEVICE int32_t SplitIndex() const { return split_; }
+  // Likewise, at the last tile of a split: whether the CTA's next split is of the same row block.
+  JPA_HOST_DEVICE bool GoesOn() const { return left_ > 1 && !HasRowBlockEnd(); }
+  // Likewise: how many of the row block's splits the CTA has, up to this one.
+  JPA_HOST_DEVICE int32_t SplitsOfCta() const { return split_ - first_split_ + 1; }
+  // Likewise: whether the CTA has the row block's first split; and how many the CTA has that has it.
+  JPA_HOST_DEVICE bool HasFirstSplit() const { return first_split_ == 0; }
+  JPA_HOST_DEVICE int32_t SplitsOfFirst() const {
+    if (HasFirstSplit()) return SplitsOfCta();
+    const int32_t tiles = tiles_before_ - (CtasBefore() - 1) * per_cta_;
+    return static_cast<int32_t>(CeilDiv(tiles, TilesPerSplit(cursor_.sequence(), cursor_.tiles())));
+  }
+  // Likewise: how many CTAs before this one the row block begins.
+  JPA_HOST_DEVICE int32_t CtasBefore() const {
+    const auto per_cta = static_cast<uint32_t>(per_cta_);
+    return static_cast<int32_t>((static_cast<uint32_t>(tiles_before_) + per_cta - 1) / per_cta);
+  }
 
  private:
   // If the range starts within the end of a row block: to the tile before, from where on Next counts all of
@@ -189,6 +210,8 @@ class CtaRangeCursor {
   bool batch_invariant_;
   bool done_ = false, skips_ = false;
   int32_t split_, split_begin_, split_end_;
+  // In batch-invariant calls, of the row block: its tiles before the range, and the first split of the CTA's.
+  int32_t tiles_before_ = 0, first_split_ = 0;
 };
 
 // Fills in a row block (common/row_block.cuh): the one of the cursor's tile.

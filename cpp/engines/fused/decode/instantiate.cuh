@@ -32,6 +32,19 @@ DecodeKernelInfo OfPages(DType kv_dtype) {
 }
 
 template <int head_dim, int value_dim>
+DecodeKernelInfo FoldingKernelOf(DType q_dtype, DType kv_dtype) {
+  constexpr bool kFolds =
+      DecodeTraits<DType::kBF16, DType::kBF16, head_dim, value_dim, true>::FoldsSplits(90);
+  if constexpr (kFolds) {
+    if (kv_dtype == q_dtype && q_dtype == DType::kBF16)
+      return InfoOf<DecodeTraits<DType::kBF16, DType::kBF16, head_dim, value_dim, true>>();
+    if (kv_dtype == q_dtype && q_dtype == DType::kF16)
+      return InfoOf<DecodeTraits<DType::kF16, DType::kF16, head_dim, value_dim, true>>();
+  }
+  return {};
+}
+
+template <int head_dim, int value_dim>
 DecodeKernelInfo DecodeKernelOf(DType q_dtype, DType kv_dtype) {
   switch (q_dtype) {
     case DType::kBF16:

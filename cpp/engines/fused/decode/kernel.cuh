@@ -23,6 +23,7 @@
 #include "engines/fused/decode/args.h"
 #include "engines/fused/decode/consumer.cuh"
 #include "engines/fused/decode/find_range.cuh"
+#include "engines/fused/decode/fold_splits.cuh"
 #include "engines/fused/decode/partials.cuh"
 #include "engines/fused/decode/producer.cuh"
 #include "engines/fused/decode/rows_without_keys.cuh"
@@ -50,7 +51,8 @@ struct StageCursor {
 template <typename Traits>
 __device__ inline int NumStages(const DecodeArgs& args, const CtaRange& range) {
   constexpr int kStages = Traits::Stages(kCapability);
-  return kStages < Traits::StagesOfFew(kCapability) && range.is_of_few ? args.num_stages : kStages;
+  const bool may_differ = range.is_of_few || Traits::FoldsSplits(kCapability);
+  return kStages < Traits::StagesOfFew(kCapability) && may_differ ? args.num_stages : kStages;
 }
 
 template <typename Traits>
@@ -103,9 +105,9 @@ __device__ inline void Consume(const DecodeArgs& args, const CtaRange& range, De
   StageCursor stage;
   ConsumerOf<Traits> rows;
 #pragma unroll 1
-  for (bool starts_split = true;; stage.Next(num_stages)) {
+  for (bool needs_rows = true;; stage.Next(num_stages)) {
     const TileDescriptor& descriptor = shared.descriptors[stage.index];
-    if (starts_split) {
+    if (needs_rows) {
       device::WaitForPhase(&shared.described[stage.index], stage.parity);
       if (!descriptor.exists) break;
       rows.Start(args, descriptor, shared.row_block);  // while the tile arrives
@@ -118,9 +120,24 @@ __device__ inline void Consume(const DecodeArgs& args, const CtaRange& range, De
     } else {
       device::WaitForPhase(&shared.described[stage.index], stage.parity);
     }
-    starts_split = descriptor.ends_split;
-    if (starts_split) rows.Epilogue(args, descriptor, shared.merged, tile);
+    needs_rows = descriptor.ends_split;
+    if (needs_rows) {
+      rows.Epilogue(args, descriptor, shared, tile);
+      if constexpr (Traits::FoldsSplits(kCapability)) {
+        rows.StartAgain();
+        needs_rows = !descriptor.goes_on;
+        if (needs_rows) FoldIfLast<Traits>(args, descriptor, shared);
+      }
+      if constexpr (Traits::MergesShares(kCapability)) {
+        if (descriptor.has_shares) SignalSplit<Traits, 1>(args, descriptor, shared);
+      }
+    }
     device::Arrive(&shared.empty[stage.index]);  // a consumer frees a stage here
+  }
+  if constexpr (Traits::MergesShares(kCapability)) {
+    using Exchange = MergeExchange<Traits>;
+    static_assert(sizeof(Exchange) <= Traits::kStageBytes);
+    MergeSplitRowBlocks<Traits, 1>(args, shared, *reinterpret_cast<Exchange*>(stages));
   }
   if (shared.row_block.num_splits > 0) {
     if constexpr (Traits::kByWarpgroup) {
@@ -166,6 +183,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     DecodeKernel(const __grid_constant__ DecodeArgs args) {
   // Products of a warpgroup are for sm_90a alone: elsewhere nothing launches their kernel, and it is empty.
   if constexpr (Traits::kByWarpgroup && kCapability != 90) return;
+  // Nor the one that folds, where there are not two CTAs per multiprocessor.
+  if constexpr (Traits::kFolds && !Traits::FoldsSplits(kCapability)) return;
   using Shared = DecodeShared<Traits>;
   extern __shared__ __align__(1024) char shared_memory[];  // as wgmma wants its operands
   char* const stages = device::KeptShared(shared_memory + kBytesBeforeStages<Traits>);
@@ -183,7 +202,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     device::InitBarrier(&shared.full[threadIdx.x], Traits::kLoaderThreads);
     device::InitBarrier(&shared.empty[threadIdx.x], Traits::kConsumerThreads);
   }
-  if (threadIdx.x == 0) shared.row_block.num_splits = 0;
+  if (threadIdx.x == 0) shared.row_block.num_splits = shared.num_to_merge = 0;
   constexpr bool kMayBeBeside = kCapability == 90 && Traits::kMayBeBeside;
   const CtaRange range = FindCtaRange<Traits::kThreads, true, kTileRows, kMayBeBeside>(args, shared);
   if constexpr (kCapability == 90) {

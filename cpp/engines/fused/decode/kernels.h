@@ -20,6 +20,11 @@ struct DecodeKernelInfo {
 template <int head_dim, int value_dim>
 DecodeKernelInfo DecodeKernelOf(DType q_dtype, DType kv_dtype);
 
+// Those that fold KV splits, for batch-invariant calls (fold_splits.cuh): for pages of q's dtype, where two
+// CTAs share a multiprocessor.
+template <int head_dim, int value_dim>
+DecodeKernelInfo FoldingKernelOf(DType q_dtype, DType kv_dtype);
+
 // Those whose consumer warps are a warpgroup, for many packed rows per row block: for compute capability 9.0
 // alone, and for pages of q's dtype.
 template <int head_dim, int value_dim>

@@ -29,10 +29,11 @@ struct RowParts {
 };
 
 // By the consumers: merges all parts of each row. `finish(row, state, &merged_row)` says where a row goes; it
-// is asked by one thread per row, which also stores what there is one of per row.
-template <typename Traits, typename Finish>
-__device__ inline void MergeRows(const DecodeArgs& args, const RowParts& parts, MergedRow* merged,
-                                 bool to_results, const Finish& finish) {
+// is asked by one thread per row, which also stores what there is one of per row. `store(row, column, sum,
+// merged_row)` stores four columns: always the same thread those of a row and column.
+template <typename Traits, typename Finish, typename Store>
+__device__ inline void MergeRows(const RowParts& parts, MergedRow* merged, const Finish& finish,
+                                 const Store& store) {
   constexpr int kVectors = Traits::kValueDim / 4;
   const int thread = static_cast<int>(threadIdx.x), rows = parts.rows;
   if (thread < rows) {
@@ -64,12 +65,28 @@ __device__ inline void MergeRows(const DecodeArgs& args, const RowParts& parts, 
       sum = {sum.x + values.x * weight, sum.y + values.y * weight, sum.z + values.z * weight,
              sum.w + values.w * weight};
     }
-    if (to_results) {
-      StoreResult<Traits::kQ>(args.call, where.to + column, sum, where.factor);
-    } else {
-      StorePartial(args.call.partials.out + where.to + column, sum);
-    }
+    store(row, column, sum, where);
   }
+}
+
+// Stores four columns of a row: of its result, or of its partial result.
+template <typename Traits>
+__device__ inline void StoreMerged(const DecodeArgs& args, bool to_results, const MergedRow& row, int column,
+                                   const float4& sum) {
+  if (to_results) {
+    StoreResult<Traits::kQ>(args.call, row.to + column, sum, row.factor);
+  } else {
+    StorePartial(args.call.partials.out + row.to + column, sum);
+  }
+}
+
+// Likewise, to results or partial results.
+template <typename Traits, typename Finish>
+__device__ inline void MergeRows(const DecodeArgs& args, const RowParts& parts, MergedRow* merged,
+                                 bool to_results, const Finish& finish) {
+  MergeRows<Traits>(parts, merged, finish, [&](int, int column, const float4& sum, const MergedRow& row) {
+    StoreMerged<Traits>(args, to_results, row, column, sum);
+  });
 }
 
 // Where the result of a packed row goes, and its factor; stores the row's lse.

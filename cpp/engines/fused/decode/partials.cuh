@@ -22,6 +22,23 @@ __device__ inline int64_t PartialOfRow(const DecodeArgs& args, int32_t seq, int3
   return (place * args.call.problem.num_q_heads + head) * kMaxSplits;
 }
 
+// At the end of a KV split: says where a packed row's columns go, and stores what there is one of per row.
+// Batch-invariant, `split` says which of the row block's partial results it is.
+template <typename Traits>
+__device__ inline void FinishSplit(const DecodeArgs& args, const TileDescriptor& descriptor, int row,
+                                   int32_t split, const device::SoftmaxState& state, MergedRow* merged) {
+  merged->to = -1;
+  if (row >= descriptor.num_rows) return;
+  const QueryHead where = QueryHeadOf(args.call, descriptor, row);
+  if (descriptor.is_whole) return FinishResult(args, where, state, merged);
+  const int32_t token = static_cast<int32_t>(where.row) - descriptor.row;
+  const int64_t index = args.call.batch_invariant
+                            ? PartialOfRow(args, descriptor.seq, descriptor.row, token, where.head) + split
+                            : int64_t{descriptor.partial} * args.call.partials.rows_each + row;
+  merged->to = index * Traits::kValueDim;
+  StorePartial(&args.call.partials.stats[index], state);
+}
+
 // CTA c sets partial_ready[c] when its partial result of a row block that continues in the next CTA is in
 // scratch memory; or, if that one is handed over, when its place is cleared (hand_over.cuh). The CTA with the
 // row block's last split waits for all others and takes the flags back: so all are 0 when the kernel ends, as

@@ -23,6 +23,7 @@ class DescriptorMaker {
         call_(args.call),
         cta_(range.cta),
         num_queues_(range.queues.num_queues),
+        per_cta_(static_cast<int32_t>(min(range.tiles, int64_t{INT32_MAX}))),
         range_(call_.facts, range.heads, static_cast<int32_t>(call_.problem.num_seqs), sequences, seq, offset,
                range.tiles, call_.batch_invariant) {
     LookUpPages();
@@ -43,7 +44,7 @@ class DescriptorMaker {
   template <typename Traits>
   __device__ void Make(TileDescriptor* descriptor, SplitRowBlock* row_block) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    if (lane == 0) Describe<Traits::kByWarpgroup>(descriptor, row_block);  // while page ids arrive
+    if (lane == 0) Describe<Traits>(descriptor, row_block);  // while page ids arrive
     uint32_t valid[kKeysPerLane];
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i) valid[i] = __ballot_sync(~0u, IsPage(pages_[i]));
@@ -126,21 +127,27 @@ class DescriptorMaker {
     }
   }
 
-  // If `merges_early`, CTAs with a split in the middle of a row block merge, too (merge_tree.h).
-  template <bool merges_early>
+  template <typename Traits>
   __device__ void Describe(TileDescriptor* descriptor, SplitRowBlock* row_block) const {
     const auto& at = range_.at();
     descriptor->exists = 1;
     descriptor->ends_split = range_.EndsSplit();
     descriptor->key = at.tile() * kTileKeys;
     DescribeRowBlock(call_.facts, at, descriptor);
-    if (!range_.EndsSplit() && (merges_early || !range_.StartsSplit())) return;
+    const bool ends = range_.EndsSplit();
+    if (!ends && (Traits::kByWarpgroup || !range_.StartsSplit())) return;
+    if (ends) descriptor->is_whole = range_.HasRowBlockStart() && range_.HasRowBlockEnd();
     descriptor->continues = !call_.batch_invariant && range_.RowBlockGoesOn();
-    descriptor->partial =
-        call_.batch_invariant ? range_.SplitIndex() : 2 * cta_ + (range_.HasRowBlockStart() ? 1 : 0);
-    if (!range_.EndsSplit()) return;
-    descriptor->is_whole = range_.HasRowBlockStart() && range_.HasRowBlockEnd();
-    if (!call_.batch_invariant && (merges_early || range_.HasRowBlockEnd()) && !range_.HasRowBlockStart()) {
+    if (call_.batch_invariant) {
+      if (ends) DescribeInvariant<Traits>(descriptor);
+      return;
+    }
+    descriptor->partial = 2 * cta_ + (range_.HasRowBlockStart() ? 1 : 0);
+    if constexpr (Traits::MergesShares(kCapability)) {
+      if (DescribeShare(descriptor)) return;
+    }
+    // Warpgroups merge in CTAs with a split in the middle of a row block, too (merge_tree.h).
+    if (ends && (Traits::kByWarpgroup || range_.HasRowBlockEnd()) && !range_.HasRowBlockStart()) {
       static_cast<RowBlock&>(*row_block) = *descriptor;
       row_block->num_splits = range_.SplitsBefore();
       row_block->first_cta = cta_ - row_block->num_splits * num_queues_;
@@ -148,10 +155,38 @@ class DescriptorMaker {
     }
   }
 
+  // False if the last CTA of the row block merges all of it.
+  __device__ bool DescribeShare(TileDescriptor* descriptor) const {
+    descriptor->has_shares = 0;
+    if (range_.HasRowBlockStart() && !range_.RowBlockGoesOn()) return false;
+    const int32_t left = range_.TilesBehind();
+    descriptor->split = range_.SplitsBefore();
+    descriptor->num_splits = descriptor->split + 1 + (left + per_cta_ - 1) / per_cta_;
+    descriptor->first_cta = cta_ - descriptor->split * num_queues_;
+    descriptor->cta_step = num_queues_;
+    descriptor->has_shares = HasShares(*descriptor);
+    if (descriptor->has_shares) descriptor->continues = 0;
+    return descriptor->has_shares;
+  }
+
+  template <typename Traits>
+  __device__ void DescribeInvariant(TileDescriptor* descriptor) const {
+    descriptor->has_shares = 0;
+    descriptor->partial = range_.SplitIndex();
+    if constexpr (!Traits::FoldsSplits(kCapability)) return;
+    descriptor->goes_on = range_.GoesOn();
+    descriptor->folds = range_.HasFirstSplit();
+    descriptor->splits_of_cta = range_.SplitsOfCta();
+    descriptor->splits_of_first = range_.SplitsOfFirst();
+    descriptor->num_splits = NumSplits(range_.at().sequence(), range_.at().tiles());
+    descriptor->first_cta = cta_ - range_.CtasBefore() * num_queues_;
+  }
+
   const DecodeArgs& args_;
   const CallArgs& call_;
   const int32_t cta_;
   const int32_t num_queues_;
+  const int32_t per_cta_;
   CtaRangeCursor<SequencesAhead> range_;
   uint32_t pages_[kKeysPerLane];   // of the next tile's keys; a negative id is a large number here
   uint32_t tokens_[kKeysPerLane];  // within these pages

@@ -9,6 +9,7 @@
 #include "engines/fused/common/row_block.cuh"
 #include "engines/fused/decode/args.h"
 #include "engines/fused/decode/find_range.cuh"
+#include "engines/fused/decode/merge_shares.cuh"
 #include "engines/fused/decode/rows_without_keys.cuh"
 #include "engines/fused/decode/traits.h"
 
@@ -21,17 +22,24 @@ inline constexpr int kCapability = 90;  // The host's pass compiles no kernel, b
 #endif
 
 // All that producers and consumers need to know of a key tile in flight.
-struct TileDescriptor : RowBlock {
+struct TileDescriptor : SharedSplit {
   int64_t k_offsets[kTileKeys];    // bytes into the pool, of each key's row; -1: there is no such key
   int64_t v_offsets[kTileKeys];    // likewise; unset where all keys are there and the offsets are the same
   uint32_t valid[kTileKeys / 32];  // a bit per key: whether it exists
   int32_t exists;                  // 0 behind the last tile
   int32_t ends_split;              // the tile is the last one of a KV split
   int32_t is_whole;                // that split is all of the row block
+  int32_t key;                     // the first one of the tile
   // At the first tile of a split and at the last one:
-  int32_t continues;  // the next CTA of the queue goes on with the row block
-  int32_t partial;    // index of the split's partial result; batch-invariant: of the split
-  int32_t key;        // the first one of the tile
+  int32_t continues;   // the next CTA of the queue goes on with the row block
+  int32_t partial;     // index of the split's partial result; batch-invariant: of the split
+  int32_t has_shares;  // CTAs merge a share each of the row block
+  // Batch-invariant (fold_splits.cuh), at the last tile of a split:
+  int32_t goes_on;  // the CTA's next split is of the same row block
+  // Where it does not go on:
+  int32_t folds;            // the CTA has the row block's first split, too
+  int32_t splits_of_cta;    // how many of the row block's splits the CTA has
+  int32_t splits_of_first;  // how many the CTA has that has the first one
 
   static_assert(kTileKeys == 64, "two words of 32 keys");
   __device__ bool all_valid() const { return (valid[0] & valid[1]) == ~0u; }
@@ -51,6 +59,22 @@ struct MergedRow {
   int64_t to;    // where the first column goes, in elements; negative: nowhere
 };
 
+// The factors of a row's sums of values when a split is added to what is folded (fold_splits.cuh).
+struct FoldFactors {
+  float folded;
+  float split;
+};
+
+// The sums and states of a row block's rows, of all splits that are folded so far.
+template <int value_dim>
+struct FoldedRows {
+  float4 columns[kMostFoldedRows][value_dim / 4];
+  device::SoftmaxState states[kMostFoldedRows];
+  FoldFactors factors[kMostFoldedRows];  // of the latest split
+};
+template <>
+struct FoldedRows<0> {};
+
 template <typename Traits>
 struct DecodeShared : RangeShared<Traits::kThreads> {
   static constexpr int kMostStages = Traits::StagesOfFew(kCapability);
@@ -60,7 +84,11 @@ struct DecodeShared : RangeShared<Traits::kThreads> {
   device::Barrier full[kMostStages];        // and so are its keys and values
   device::Barrier empty[kMostStages];       // no consumer needs them any more
   SplitRowBlock row_block;
+  SharedSplit to_merge[2];  // those with a share of this CTA's, if CTAs merge shares
+  int32_t num_to_merge;
   MergedRow merged[kTileRows];
+  bool is_last;  // of a row block's CTAs (fold_splits.cuh)
+  FoldedRows<Traits::FoldsSplits(kCapability) ? Traits::kValueDim : 0> folded;
   int32_t row_owners[kFilledRows];
 };
 
@@ -71,11 +99,15 @@ inline constexpr int kBytesBeforeStages =
 
 template <typename Traits>
 int SharedBytes(int capability, int num_stages) {
-  static_assert(kBytesBeforeStages<Traits> <=
-                    DecodeShared<Traits>::kMostStages * Traits::kDescriptorBytes + Traits::kMiscBytes,
+  static_assert(kBytesBeforeStages<Traits> <= DecodeShared<Traits>::kMostStages * Traits::kDescriptorBytes +
+                                                  Traits::kMiscBytes + Traits::FoldBytes(kCapability),
                 "traits.h has to know");
+  static_assert(Traits::StagesOfFew(90) * (Traits::kStageBytes + Traits::kDescriptorBytes) +
+                        Traits::kMiscBytes + Traits::FoldBytes(90) + kReservedPerCta <=
+                    SharedMemoryPerSm(90) / Traits::CtasPerSm(90),
+                "traits.h has to know how many CTAs fit");
   return num_stages * Traits::kStageBytes + Traits::StagesOfFew(capability) * Traits::kDescriptorBytes +
-         Traits::kMiscBytes;
+         Traits::kMiscBytes + Traits::FoldBytes(capability);
 }
 
 }  // namespace jpa::fused

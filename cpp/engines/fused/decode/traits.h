@@ -4,6 +4,7 @@
 
 #include "core/problem.h"
 #include "device/swizzled_rows.h"
+#include "engines/fused/decode/args.h"
 #include "engines/fused/decode/work_split.h"
 
 namespace jpa::fused {
@@ -19,7 +20,8 @@ constexpr int kReservedPerCta = 1024;  // of shared memory, by the driver
 // Consumer warps share a key tile by rows and by keys: each has 16 of a row block's 64 packed rows.
 constexpr int kConsumerWarps = kTileRows / 16;
 
-template <DType q_dtype_, DType kv_dtype_, int head_dim_, int value_dim_>
+// With `folds_` the kernel is for batch-invariant calls alone (fold_splits.cuh).
+template <DType q_dtype_, DType kv_dtype_, int head_dim_, int value_dim_, bool folds_ = false>
 struct DecodeTraits {
   static constexpr DType kQ = q_dtype_;
   static constexpr DType kKV = kv_dtype_;
@@ -33,6 +35,7 @@ struct DecodeTraits {
   static constexpr DType kMath = kIs8Bit ? DType::kF16 : kv_dtype_;
 
   static constexpr bool kByWarpgroup = false;  // see warpgroup_traits.h
+  static constexpr bool kFolds = folds_;
   static constexpr int kConsumerThreads = 32 * kConsumerWarps;
   // A warp that makes tile descriptors, and loaders. One loader could not issue loads as fast as memory
   // answers them: it took 2.4 us per tile on an H100, of which two CTAs need one in 2.8 us. Descriptors take
@@ -72,6 +75,20 @@ struct DecodeTraits {
   // unevenly, which sm_90a can; up to head dim 128 they are then enough.
   static constexpr int CtasPerSm(int capability) {
     return capability == 90 && kHeadDim <= 128 && StagesThatFit(capability, 2) >= 3 ? 2 : 1;
+  }
+  static constexpr int kMostCtas = kMaxCtas;
+  // True if the kernel folds KV splits of row blocks of few rows. While one CTA does that, another of the
+  // multiprocessor has loads in flight. In a kernel for all calls the code for it made others 0.2 us slower.
+  static constexpr bool FoldsSplits(int capability) { return folds_ && CtasPerSm(capability) > 1; }
+  // Shared memory for that: of each row columns, a state and two factors.
+  static constexpr int FoldBytes(int capability) {
+    return FoldsSplits(capability) ? kMostFoldedRows * (4 * kValueDim + 16) : 0;
+  }
+  // True if every CTA with a KV split of a row block may merge a share of its results (merge_shares.cuh). So
+  // CTAs wait for each other: all of them have to run at the same time, as one per multiprocessor does.
+  // Consumers of 8-bit pages lack the registers for it.
+  static constexpr bool MergesShares(int capability) {
+    return capability == 90 && CtasPerSm(capability) == 1 && !kIs8Bit;
   }
   // True if consumers get registers from producers.
   static constexpr bool MovesRegisters(int capability) { return CtasPerSm(capability) > 1; }

@@ -83,7 +83,7 @@ class WarpgroupConsumer {
   // Ends a KV split. Whoever has its last tile leaves the state in that stage, and the other warpgroup adds
   // it to its own. That becomes results of a whole row block, or a partial result in scratch memory. Splits
   // behind a row block's first one stay in registers for the time being: they may be the CTA's last.
-  __device__ void Epilogue(const DecodeArgs& args, const TileDescriptor& descriptor, MergedRow*,
+  __device__ void Epilogue(const DecodeArgs& args, const TileDescriptor& descriptor, DecodeShared<Traits>&,
                            char* stage) {
     device::SoftmaxState states[2] = {StateOf(0), StateOf(1)};
     if constexpr (Traits::kConsumerWarpgroups > 1) {

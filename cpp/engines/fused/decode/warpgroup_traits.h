@@ -32,6 +32,9 @@ struct WarpgroupTraits : DecodeTraits<dtype, dtype, head_dim, value_dim> {
   static constexpr int kConsumerThreads = 128 * kConsumerWarpgroups;
   static constexpr int kThreads = kConsumerThreads + Base::kProducerThreads;
   static constexpr int CtasPerSm(int /*capability*/) { return kSharesSm ? 2 : 1; }
+  static constexpr bool FoldsSplits(int /*capability*/) { return false; }
+  static constexpr int FoldBytes(int /*capability*/) { return 0; }
+  static constexpr bool MergesShares(int /*capability*/) { return false; }
   static constexpr bool MovesRegisters(int /*capability*/) { return true; }
   // Results take 64 of them, queries 32, scores 32 and probabilities 16.
   static constexpr int kConsumerRegisters = kSharesSm ? Base::kConsumerRegisters : 216;

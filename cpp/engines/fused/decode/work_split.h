@@ -269,6 +269,10 @@ inline constexpr int kMinSplitTiles = 16;
 inline constexpr int kSplitsIfShort = 4;
 inline constexpr int kMinTilesIfShort = 4;
 
+// Packed rows of a row block whose KV splits decode folds, if its kernel does so at all (fold_splits.cuh): as
+// many as a consumer warp has side by side.
+inline constexpr int kMostFoldedRows = 8;
+
 // Tiles of each KV split of a row block but the last one.
 JPA_HOST_DEVICE inline int32_t TilesPerSplit(const Sequence& sequence, const TileRange& tiles) {
   if (sequence.num_rows > kMaxSplitRows) return tiles.size() > 0 ? tiles.size() : 1;

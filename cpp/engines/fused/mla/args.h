@@ -15,7 +15,7 @@ inline constexpr int kMaxMlaCtas = 192;
 struct MlaArgs {
   // Decode's, with these differences: partial results are [2 * kMaxMlaCtas] of the value head dim, and
   // partial_ready has a word per CTA that counts the row block which begins in the CTA's range and goes on in
-  // others (merge_splits.cuh).
+  // others (decode/merge_shares.cuh).
   DecodeArgs decode;
   // TMA loads alone (tensor_map.h); v_map only of values with a pool of their own.
   CUtensorMap k_map;

@@ -17,9 +17,9 @@
 #include "device/fragment.cuh"
 #include "device/ptx.cuh"
 #include "device/wgmma.cuh"
+#include "engines/fused/decode/merge_shares.cuh"
 #include "engines/fused/decode/warpgroup_results.cuh"
 #include "engines/fused/decode/warpgroup_softmax.cuh"
-#include "engines/fused/mla/merge_splits.cuh"
 #include "engines/fused/mla/shared_memory.cuh"
 #include "engines/fused/mla/stages.cuh"
 

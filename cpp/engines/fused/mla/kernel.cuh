@@ -15,7 +15,7 @@
 // wgmma. The epilogue (decode/warpgroup_results.cuh) writes results of whole row blocks, and leaves KV splits
 // in scratch memory.
 //
-// merge_splits.cuh: all CTAs that have a split of a row block merge it together.
+// decode/merge_shares.cuh: all CTAs that have a split of a row block merge it together.
 #pragma once
 
 #include <cstdint>
@@ -88,7 +88,7 @@ __device__ __forceinline__ void RunMlaCta(const MlaArgs& args) {
   // Probabilities have the same memory.
   device::NamedBarrierSync<1, Traits::kConsumerThreads>();
   MlaConsumer<Traits>(args, shared, __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0)).Attend();
-  MergeSplitRowBlocks<Traits, 1>(args.decode, shared);
+  MergeSplitRowBlocks<Traits, 1>(args.decode, shared, shared.merged);
   // The other CTA arrives at barriers of this one's memory until it has no more tiles.
   if constexpr (Traits::kSharers > 1) device::ClusterSync();
 #endif

@@ -7,22 +7,15 @@
 #include "device/wgmma.cuh"
 #include "engines/fused/common/row_block.cuh"
 #include "engines/fused/decode/find_range.cuh"
+#include "engines/fused/decode/merge_shares.cuh"
 #include "engines/fused/decode/rows_without_keys.cuh"
 #include "engines/fused/mla/args.h"
 #include "engines/fused/mla/traits.h"
 
 namespace jpa::fused {
 
-// A row block's KV splits that several CTAs have, as one of them knows it.
-struct MlaSplit : RowBlock {
-  int32_t num_splits;
-  int32_t split;      // the CTA's own
-  int32_t first_cta;  // The CTAs with the splits are first_cta, first_cta + cta_step, ...
-  int32_t cta_step;
-};
-
 // All that producers and consumers need to know of a key tile in flight.
-struct MlaTile : MlaSplit {
+struct MlaTile : SharedSplit {
   int32_t pages[kTileKeys];        // of each key; -1: there is no such key
   uint32_t valid[kTileKeys / 32];  // a bit per key: whether it exists
   int32_t exists;                  // 0 behind the last tile
@@ -41,7 +34,7 @@ struct MlaShared {
   // Behind the last tile the consumers merge.
   union {
     alignas(1024) char queries[Traits::kQueryBytes];
-    float4 merged[Traits::kConsumerWarps][Traits::kValueDim / 128][32];
+    MergeExchange<Traits> merged;
   };
   alignas(1024) char keys[Traits::kStages][Traits::kTileBytes];
   // Probabilities of one tile, for the other warpgroup. Before the first tile all warps have read what they
@@ -58,7 +51,7 @@ struct MlaShared {
   // Sums of each warpgroup's tiles, when a split ends: of every other split.
   float sums[2][Traits::kConsumerWarpgroups][kTileRows];
   MlaTile descriptors[Traits::kDescriptors];
-  MlaSplit to_merge[2];
+  SharedSplit to_merge[2];
   int32_t num_to_merge;
 
   device::Barrier described[Traits::kDescriptors], descriptor_empty[Traits::kDescriptors];

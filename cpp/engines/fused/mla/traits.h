@@ -4,6 +4,7 @@
 
 #include "core/problem.h"
 #include "engines/fused/decode/work_split.h"
+#include "engines/fused/mla/args.h"
 #include "engines/fused/mla/kernels.h"
 #include "engines/fused/prefill/loader.h"
 
@@ -33,6 +34,7 @@ struct MlaTraits {
   static constexpr int kOutWidth = kValueDim / kConsumerWarpgroups;
   static constexpr int kConsumerThreads = 128 * kConsumerWarpgroups;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
+  static constexpr int kMostCtas = kMaxMlaCtas;
   // Warp 0 makes tile descriptors, three load keys. Each of these has a part of every tile (KeyPart), but
   // that all three load keys with values in them by cp.async. With TMA the last two load queries, else all
   // three.

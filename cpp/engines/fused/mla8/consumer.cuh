@@ -16,7 +16,7 @@
 #include "device/fragment.cuh"
 #include "device/ptx.cuh"
 #include "device/wgmma.cuh"
-#include "engines/fused/mla/merge_splits.cuh"
+#include "engines/fused/decode/merge_shares.cuh"
 #include "engines/fused/mla8/epilogue.cuh"
 #include "engines/fused/mla8/queries.cuh"
 #include "engines/fused/mla8/shared_memory.cuh"

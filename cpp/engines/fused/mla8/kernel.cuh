@@ -15,7 +15,7 @@
 // values. The epilogue
 // (epilogue.cuh) writes results of whole row blocks, and leaves KV splits in scratch memory.
 //
-// mla/merge_splits.cuh: all CTAs that have a split of a row block merge it together.
+// decode/merge_shares.cuh: all CTAs that have a split of a row block merge it together.
 #pragma once
 
 #include <cstdint>
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) Mla8Kernel(const __grid_c
                                                                            shared.start.row_owners);
   if (shared.start.range.range_seq < 0) return;
   Mla8Consumer<Traits>(args, shared, warp / 4, warp % 4).Attend();
-  MergeSplitRowBlocks<Traits, kMla8AllBarrier>(args.decode, shared);
+  MergeSplitRowBlocks<Traits, kMla8AllBarrier>(args.decode, shared, shared.merged);
 #endif
 }
 

@@ -38,7 +38,7 @@ struct Mla8Shared {
   // Behind the last tile the consumers merge.
   union {
     Mla8Exchange<Traits> exchange[Traits::kWarpgroups];
-    float4 merged[Traits::kConsumerWarps][Traits::kValueDim / 128][32];
+    MergeExchange<Traits> merged;
   };
   // With memory of its own: consumers may load queries before all warps have read where the range starts.
   struct {
@@ -57,7 +57,7 @@ struct Mla8Shared {
   // When a KV split ends.
   Mla8States<Traits> states[Traits::kWarpgroups];
   MlaTile descriptors[Traits::kDescriptors];
-  MlaSplit to_merge[2];
+  SharedSplit to_merge[2];
   int32_t num_to_merge;
 
   device::Barrier described[Traits::kDescriptors], descriptor_empty[Traits::kDescriptors];

@@ -4,6 +4,7 @@
 
 #include "core/problem.h"
 #include "engines/fused/decode/work_split.h"
+#include "engines/fused/mla/args.h"
 #include "engines/fused/mla8/kernels.h"
 
 namespace jpa::fused {
@@ -22,6 +23,7 @@ struct Mla8Traits {
   static constexpr int kWarpgroups = 2;
   static constexpr int kConsumerThreads = 128 * kWarpgroups;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
+  static constexpr int kMostCtas = kMaxMlaCtas;
   static constexpr int kMmaRows = mma_rows_;
   static constexpr int kLaneRows = kMmaRows / 4;
   static constexpr int kRows = kWarpgroups * kMmaRows;
