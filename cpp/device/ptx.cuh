@@ -69,13 +69,10 @@ __device__ inline void AddRelease(uint32_t* word, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
 // Several words at once, each of which is loaded or stored for itself.
-__device__ inline uint2 LoadRelaxed(const uint2* words) {
-  uint2 values;
-  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
-               : "=r"(values.x), "=r"(values.y)
-               : "l"(words)
-               : "memory");
-  return values;
+__device__ inline uint2 LoadRelaxed(const uint2* from) {
+  uint2 x;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(from) : "memory");
+  return x;
 }
 // If the condition holds: otherwise the values stay.
 __device__ inline void LoadRelaxedIf(bool holds, const uint4* words, uint4* values) {
@@ -86,14 +83,13 @@ __device__ inline void LoadRelaxedIf(bool holds, const uint4* words, uint4* valu
       : "l"(words), "r"(holds ? 1 : 0)
       : "memory");
 }
-__device__ inline void StoreRelaxed(uint4* words, const uint4& values) {
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(words), "r"(values.x),
-               "r"(values.y), "r"(values.z), "r"(values.w)
+__device__ inline void StoreRelaxed(uint4* to, const uint4& x) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z),
+               "r"(x.w)
                : "memory");
 }
-__device__ inline void StoreRelaxed(uint2* words, const uint2& values) {
-  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(words), "r"(values.x), "r"(values.y)
-               : "memory");
+__device__ inline void StoreRelaxed(uint2* to, const uint2& x) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(x.x), "r"(x.y) : "memory");
 }
 // Returns what was there before.
 __device__ inline uint32_t AddAcquireRelease(uint32_t* word, uint32_t value) {
