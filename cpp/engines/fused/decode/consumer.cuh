@@ -65,11 +65,13 @@ class ConsumerWarp {
       factors_[r] = ldexpf(factor, exponent);
     }
     all_visible_ = SeenByLanes<4, 32>(all_visible_);
-    // By one warp, which waits until all is cleared.
-    if (warp == kConsumerWarps - 1 && descriptor.continues && IsHandedOver(descriptor)) {
-      ClearPartial<kValueDim>(args.call.partials, descriptor.partial, descriptor.num_rows);
-      __syncwarp();
-      if (device::LaneId() == 0) SignalPartial(args.partial_ready + descriptor.partial / 2);
+    if constexpr (!Traits::FoldsSplits(kCapability)) {
+      // By one warp, which waits until all is cleared.
+      if (warp == kConsumerWarps - 1 && descriptor.continues && IsHandedOver(descriptor)) {
+        ClearPartial<kValueDim>(args.call.partials, descriptor.partial, descriptor.num_rows);
+        __syncwarp();
+        if (device::LaneId() == 0) SignalPartial(args.partial_ready + descriptor.partial / 2);
+      }
     }
     StartAgain();
   }
@@ -132,12 +134,12 @@ class ConsumerWarp {
       device::NamedBarrierSync<1, Traits::kConsumerThreads>();
       Put(r, &exchange);
       device::NamedBarrierSync<1, Traits::kConsumerThreads>();
-      if (hands_over) return LeaveSplit(args.call.partials, descriptor, exchange);
       if constexpr (Traits::FoldsSplits(kCapability)) {
         if (FoldsSplits(args, descriptor.num_rows) && descriptor.folds) {
-          FoldSplit<Traits>(args, descriptor, parts, shared);
-          continue;
+          return FoldSplit<Traits>(args, descriptor, parts, shared);
         }
+      } else if (hands_over) {
+        return LeaveSplit(args.call.partials, descriptor, exchange);
       }
       MergeRows<Traits>(args, parts, shared.merged, descriptor.is_whole,
                         [&](int exchanged, const device::SoftmaxState& state, MergedRow* row) {

@@ -151,16 +151,12 @@ class CtaRangeCursor {
   JPA_HOST_DEVICE bool HasRowBlockStart() const { return split_begin_ == cursor_.tiles().begin; }
   JPA_HOST_DEVICE bool HasRowBlockEnd() const { return cursor_.tile() == cursor_.tiles().end - 1; }
 
-  // Tiles of the row block behind the split, and whether there are any. Valid at all tiles of the split.
-  JPA_HOST_DEVICE int32_t TilesBehind() const { return cursor_.tiles().end - split_end_; }
-  JPA_HOST_DEVICE bool RowBlockGoesOn() const { return TilesBehind() != 0; }
+  // True if the row block goes on behind the split. Valid at all tiles of the split.
+  JPA_HOST_DEVICE bool RowBlockGoesOn() const { return split_end_ != cursor_.tiles().end; }
 
-  // How many CTAs before this one have a split of the row block.
-  JPA_HOST_DEVICE int32_t SplitsBefore() const {
-    const uint32_t before = static_cast<uint32_t>(split_begin_ - cursor_.tiles().begin);
-    return static_cast<int32_t>((before + static_cast<uint32_t>(per_cta_) - 1) /
-                                static_cast<uint32_t>(per_cta_));
-  }
+  // How many CTAs before this one have a split of the row block, and how many behind it.
+  JPA_HOST_DEVICE int32_t SplitsBefore() const { return CtasOf(split_begin_ - cursor_.tiles().begin); }
+  JPA_HOST_DEVICE int32_t SplitsBehind() const { return CtasOf(cursor_.tiles().end - split_end_); }
 
   // In batch-invariant calls: the split's number in its row block.
   JPA_HOST_DEVICE int32_t SplitIndex() const { return split_; }
@@ -182,6 +178,12 @@ class CtaRangeCursor {
   }
 
  private:
+  // CTAs that have so many tiles between them, each but one with a whole range.
+  JPA_HOST_DEVICE int32_t CtasOf(int32_t tiles) const {
+    const auto per_cta = static_cast<uint32_t>(per_cta_);
+    return static_cast<int32_t>((static_cast<uint32_t>(tiles) + per_cta - 1) / per_cta);
+  }
+
   // If the range starts within the end of a row block: to the tile before, from where on Next counts all of
   // that end.
   JPA_HOST_DEVICE void SkipEnd() {

@@ -117,7 +117,7 @@ __device__ inline bool IsLastOfRowBlock(const DecodeArgs& args, const TileDescri
 }
 
 // Partial results whose columns a lane has in flight at the same time, beside the first one.
-inline constexpr int kFoldedAtOnce = 6;
+inline constexpr int kFoldedAtOnce = 4;
 
 // By one warp: folds a row's partial results, four columns per lane.
 template <int value_dim>
@@ -176,7 +176,7 @@ __device__ inline void FoldIfLast(const DecodeArgs& args, const TileDescriptor& 
   if (!FoldsSplits(args, descriptor.num_rows) || HasAllSplits(descriptor)) return;
   if (!IsLastOfRowBlock(args, descriptor, shared)) return;
 #pragma unroll 1
-  for (int row = static_cast<int>(threadIdx.x) / 32; row < descriptor.num_rows;
+  for (int row = static_cast<int>(threadIdx.x / 32); row < descriptor.num_rows;
        row += Traits::kConsumerThreads / 32)
     WriteFoldedRow<Traits>(args, descriptor, row);
 }

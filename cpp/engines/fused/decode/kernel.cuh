@@ -89,7 +89,7 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
     if constexpr (Traits::kIs8Bit) descriptors.template PrefetchQueries<Traits>();
     stage.Next(num_stages);
   }
-  if constexpr (!Traits::kByWarpgroup) {
+  if constexpr (!Traits::kByWarpgroup && !Traits::FoldsSplits(kCapability)) {
     __syncwarp();  // one lane has written the row block
     if (shared.row_block.num_splits > 0) TakeFlags<Traits>(args.partial_ready, shared.row_block);
   }
@@ -139,6 +139,7 @@ __device__ inline void Consume(const DecodeArgs& args, const CtaRange& range, De
     static_assert(sizeof(Exchange) <= Traits::kStageBytes);
     MergeSplitRowBlocks<Traits, 1>(args, shared, *reinterpret_cast<Exchange*>(stages));
   }
+  if constexpr (Traits::FoldsSplits(kCapability)) return;  // batch-invariant: no CTA has a row block to merge
   if (shared.row_block.num_splits > 0) {
     if constexpr (Traits::kByWarpgroup) {
       rows.MergeSplits(args, shared.row_block);
@@ -179,6 +180,11 @@ __device__ inline void PlanPrefill(const DecodeArgs& args, const CtaRange& range
 }
 
 template <typename Traits>
+__device__ inline DecodeShared<Traits>& SharedBefore(char* stages) {
+  return *reinterpret_cast<DecodeShared<Traits>*>(stages - kBytesBeforeStages<Traits>);
+}
+
+template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapability))
     DecodeKernel(const __grid_constant__ DecodeArgs args) {
   // Products of a warpgroup are for sm_90a alone: elsewhere nothing launches their kernel, and it is empty.
@@ -188,7 +194,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   using Shared = DecodeShared<Traits>;
   extern __shared__ __align__(1024) char shared_memory[];  // as wgmma wants its operands
   char* const stages = device::KeptShared(shared_memory + kBytesBeforeStages<Traits>);
-  auto& shared = *reinterpret_cast<Shared*>(stages - kBytesBeforeStages<Traits>);
+  Shared& shared = SharedBefore<Traits>(stages);
 
   // Prefill is for that compute capability alone. Behind a kernel that plans it there is one more CTA, which
   // lets it start. Without that CTA, and with the last one in its place, a call took 3 us more alone.
@@ -213,7 +219,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   constexpr bool kMovesRegisters = Traits::MovesRegisters(kCapability);
   if (threadIdx.x >= Traits::kConsumerThreads) {
     if constexpr (kMovesRegisters) device::ShrinkRegisters<Traits::kProducerRegisters>();
-    if (shared.range_seq >= 0) Produce(args, range, shared, stages);
+    // The kernel that folds has no register to spare: there the address is made anew.
+    Shared& own =
+        Traits::FoldsSplits(kCapability) ? SharedBefore<Traits>(device::KeptShared(stages)) : shared;
+    if (own.range_seq >= 0) Produce(args, range, own, stages);
   } else {
     if constexpr (kMovesRegisters) device::GrowRegisters<Traits::kConsumerRegisters>();
     if (range.fills_rows)

@@ -23,7 +23,6 @@ class DescriptorMaker {
         call_(args.call),
         cta_(range.cta),
         num_queues_(range.queues.num_queues),
-        per_cta_(static_cast<int32_t>(min(range.tiles, int64_t{INT32_MAX}))),
         range_(call_.facts, range.heads, static_cast<int32_t>(call_.problem.num_seqs), sequences, seq, offset,
                range.tiles, call_.batch_invariant) {
     LookUpPages();
@@ -135,13 +134,15 @@ class DescriptorMaker {
     descriptor->key = at.tile() * kTileKeys;
     DescribeRowBlock(call_.facts, at, descriptor);
     const bool ends = range_.EndsSplit();
-    if (!ends && (Traits::kByWarpgroup || !range_.StartsSplit())) return;
+    constexpr bool kAtEndsAlone = Traits::kByWarpgroup || Traits::FoldsSplits(kCapability);
+    if (!ends && (kAtEndsAlone || !range_.StartsSplit())) return;
     if (ends) descriptor->is_whole = range_.HasRowBlockStart() && range_.HasRowBlockEnd();
-    descriptor->continues = !call_.batch_invariant && range_.RowBlockGoesOn();
-    if (call_.batch_invariant) {
+    if (call_.batch_invariant || Traits::FoldsSplits(kCapability)) {
+      descriptor->continues = 0;
       if (ends) DescribeInvariant<Traits>(descriptor);
       return;
     }
+    descriptor->continues = range_.RowBlockGoesOn();
     descriptor->partial = 2 * cta_ + (range_.HasRowBlockStart() ? 1 : 0);
     if constexpr (Traits::MergesShares(kCapability)) {
       if (DescribeShare(descriptor)) return;
@@ -159,9 +160,8 @@ class DescriptorMaker {
   __device__ bool DescribeShare(TileDescriptor* descriptor) const {
     descriptor->has_shares = 0;
     if (range_.HasRowBlockStart() && !range_.RowBlockGoesOn()) return false;
-    const int32_t left = range_.TilesBehind();
     descriptor->split = range_.SplitsBefore();
-    descriptor->num_splits = descriptor->split + 1 + (left + per_cta_ - 1) / per_cta_;
+    descriptor->num_splits = descriptor->split + 1 + range_.SplitsBehind();
     descriptor->first_cta = cta_ - descriptor->split * num_queues_;
     descriptor->cta_step = num_queues_;
     descriptor->has_shares = HasShares(*descriptor);
@@ -186,7 +186,6 @@ class DescriptorMaker {
   const CallArgs& call_;
   const int32_t cta_;
   const int32_t num_queues_;
-  const int32_t per_cta_;
   CtaRangeCursor<SequencesAhead> range_;
   uint32_t pages_[kKeysPerLane];   // of the next tile's keys; a negative id is a large number here
   uint32_t tokens_[kKeysPerLane];  // within these pages

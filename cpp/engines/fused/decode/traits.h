@@ -28,7 +28,8 @@ struct DecodeTraits {
   static constexpr int kHeadDim = head_dim_;    // of queries and keys
   static constexpr int kValueDim = value_dim_;  // of values and results
   // There is a prefill kernel that can decode in this kernel's place.
-  static constexpr bool kMayBeBeside = kHeadDim == 128 && kValueDim == 128 && ByteWidth(kv_dtype_) == 2;
+  static constexpr bool kMayBeBeside =
+      !folds_ && kHeadDim == 128 && kValueDim == 128 && ByteWidth(kv_dtype_) == 2;
   static constexpr bool kSameDims = kHeadDim == kValueDim;
   static constexpr bool kIs8Bit = ByteWidth(kv_dtype_) == 1;
   // The dtype of both MMAs is the pages' own. 8-bit pages are exact in f16, and not all of them in bf16.
