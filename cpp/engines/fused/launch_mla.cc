@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "device/launch.h"
+#include "engines/fused/decode_choice.h"
 #include "engines/fused/kernel_choice.h"
 #include "engines/fused/mla/args.h"
 #include "engines/fused/mla/tensor_map.h"
@@ -36,8 +37,7 @@ void CountHeadsApart(CallArgs* call) {
 // True if sequences have so few query rows, on average, that these may be drafts. Their row blocks are few,
 // and come one long after the other in a CTA: the L2 cache would not keep keys until they are read again.
 bool MayBeDrafts(const CallArgs& call, const Options& options) {
-  constexpr int64_t kMostDraftRows = 8;
-  return !options.decode && call.facts.num_rows <= kMostDraftRows * call.problem.num_seqs;
+  return !options.decode && call.facts.num_rows <= kRowsOfDecode * call.problem.num_seqs;
 }
 
 // True if most sequences have several row blocks per KV head, as prompts have.

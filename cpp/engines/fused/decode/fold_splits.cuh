@@ -116,7 +116,8 @@ __device__ inline bool IsLastOfRowBlock(const DecodeArgs& args, const TileDescri
   return shared.is_last;
 }
 
-// Partial results whose columns a lane has in flight at the same time, beside the first one.
+// Partial results whose columns a lane has in flight at the same time, beside the first one. With six of them
+// registers spill: the warp's own results and queries lie there, too.
 inline constexpr int kFoldedAtOnce = 4;
 
 // By one warp: folds a row's partial results, four columns per lane.

@@ -179,6 +179,7 @@ __device__ inline void PlanPrefill(const DecodeArgs& args, const CtaRange& range
   }
 }
 
+// A CTA's shared memory in front of its stages.
 template <typename Traits>
 __device__ inline DecodeShared<Traits>& SharedBefore(char* stages) {
   return *reinterpret_cast<DecodeShared<Traits>*>(stages - kBytesBeforeStages<Traits>);

@@ -27,7 +27,7 @@ struct DecodeTraits {
   static constexpr DType kKV = kv_dtype_;
   static constexpr int kHeadDim = head_dim_;    // of queries and keys
   static constexpr int kValueDim = value_dim_;  // of values and results
-  // There is a prefill kernel that can decode in this kernel's place.
+  // There is a prefill kernel that can decode in this kernel's place, if the call is not batch-invariant.
   static constexpr bool kMayBeBeside =
       !folds_ && kHeadDim == 128 && kValueDim == 128 && ByteWidth(kv_dtype_) == 2;
   static constexpr bool kSameDims = kHeadDim == kValueDim;
