@@ -104,6 +104,20 @@ def test_values_that_are_no_numbers_reach_results_of_their_sequence_alone(cuda_e
         assert np.isnan(np.asarray(results[0][1], np.float32)).all()
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "page_dtype"), [(7, 1, jnp.bfloat16), (2, 2, jnp.bfloat16), (12, 1, jnp.int8)]
+)
+def test_many_splits_are_merged_in_groups(heads: int, kv_heads: int, page_dtype: Any) -> None:
+    """One long sequence and few key/value heads: many KV splits, which `fused` merges in two steps."""
+    args = decode_inputs(1, 16_000, 16, heads=heads, kv_heads=kv_heads, page_dtype=page_dtype)
+    expected = compiled("fused")(*args)
+    assert_right(expected, args)
+    for pattern in (0, 0x7FC00000, 0xFFFFFFFF):
+        fill_free_memory(pattern)
+        for _ in range(8):
+            assert bits(compiled("fused")(*args)) == bits(expected)
+
+
 @contextmanager
 def bandwidth_hog() -> Iterator[Callable[[], int]]:
     """Copies within the device on a stream of its own while the context lasts; yields how often it has copied.

@@ -22,6 +22,7 @@ def _decode() -> list[Case]:
     )
     int8: dict[str, Any] = {"dtype": "bf16", "page_dtype": "int8", "k_scale": 0.02, "v_scale": 0.02}
     e4m3: dict[str, Any] = {"dtype": "f16", "page_dtype": "e4m3", "keywords": {"soft_cap": 3.0}}
+    gone: dict[str, Any] = {"kv_lens": (5000, 5119), "bad_ids": PASSED, "sinks": True}
     wide: dict[str, Any] = {"keywords": {"sliding_window": 3000}, "bad_ids": PASSED[:100]}
     return [
         decode,
@@ -36,6 +37,12 @@ def _decode() -> list[Case]:
         decode.vary("long_decode_int8", "scales in KV splits", **int8),
         decode.vary("long_decode_e4m3", "a cap in KV splits, over fp8 without scales", **e4m3),
         decode.vary("long_decode_group_7", "merging KV splits of an odd number of rows", num_heads=7, dtype="bf16"),
+        decode.vary(
+            "long_decode_group_7_empty_parts", "likewise, many of them empty", num_heads=7, dtype="bf16", **gone
+        ),
+        decode.vary(
+            "long_decode_group_12_int8", "many KV splits of more rows than are handed over", num_heads=12, **int8
+        ),
         decode.vary("long_decode_group_12", "more rows than are merged at once", num_heads=12, dtype="bf16"),
         decode.vary("long_decode_group_24", "merging KV splits of a large group", num_heads=24),
     ]

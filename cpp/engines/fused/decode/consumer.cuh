@@ -68,7 +68,8 @@ class ConsumerWarp {
     if constexpr (!Traits::FoldsSplits(kCapability)) {
       // By one warp, which waits until all is cleared.
       if (warp == kConsumerWarps - 1 && descriptor.continues && IsHandedOver(descriptor)) {
-        ClearPartial<kValueDim>(args.call.partials, descriptor.partial, descriptor.num_rows);
+        const int32_t left = Traits::MergesInGroups(kCapability) ? descriptor.left : descriptor.partial;
+        ClearPartial<kValueDim>(args.call.partials, left, descriptor.num_rows);
         __syncwarp();
         if (device::LaneId() == 0) SignalPartial(args.partial_ready + descriptor.partial / 2);
       }
@@ -147,7 +148,10 @@ class ConsumerWarp {
                           FinishSplit<Traits>(args, descriptor, of_block, descriptor.partial, state, row);
                         });
     }
-    if (descriptor.continues) {
+    bool leaves_own = descriptor.continues != 0;
+    if constexpr (Traits::MergesInGroups(kCapability))
+      leaves_own = leaves_own && descriptor.left == descriptor.partial;
+    if (leaves_own) {
       device::NamedBarrierSync<1, Traits::kConsumerThreads>();
       if (threadIdx.x == 0) SignalPartial(args.partial_ready + descriptor.partial / 2);  // its own
     }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/host_device.h"
+#include "engines/fused/decode/merge_groups.h"
 #include "engines/fused/decode/work_split.h"
 
 namespace jpa::fused {
@@ -157,6 +158,11 @@ class CtaRangeCursor {
   // How many CTAs before this one have a split of the row block, and how many behind it.
   JPA_HOST_DEVICE int32_t SplitsBefore() const { return CtasOf(split_begin_ - cursor_.tiles().begin); }
   JPA_HOST_DEVICE int32_t SplitsBehind() const { return CtasOf(cursor_.tiles().end - split_end_); }
+
+  // True if the row block's splits are merged in groups, which all its CTAs know.
+  JPA_HOST_DEVICE bool MergesInGroups(int32_t rows) const {
+    return fused::MergesInGroups(cursor_.tiles().size(), per_cta_, rows);
+  }
 
   // In batch-invariant calls: the split's number in its row block.
   JPA_HOST_DEVICE int32_t SplitIndex() const { return split_; }

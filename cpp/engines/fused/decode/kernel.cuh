@@ -81,7 +81,7 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
     if (done) {
       if (device::LaneId() == 0) descriptor->exists = 0;
     } else {
-      descriptors.template Make<Traits>(descriptor, &shared.row_block);
+      descriptors.template Make<Traits>(descriptor, &shared.row_block, &shared.group);
     }
     device::Arrive(&shared.described[stage.index]);
     if (done) break;
@@ -91,7 +91,12 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
   }
   if constexpr (!Traits::kByWarpgroup && !Traits::FoldsSplits(kCapability)) {
     __syncwarp();  // one lane has written the row block
-    if (shared.row_block.num_splits > 0) TakeFlags<Traits>(args.partial_ready, shared.row_block);
+    if (shared.row_block.num_splits > 0)
+      TakeFlags<Traits, kFlagsBarrier>(args.partial_ready, shared.row_block);
+    if constexpr (Traits::MergesInGroups(kCapability)) {
+      if (shared.group.others.num_splits > 0)
+        TakeFlags<Traits, kGroupFlagsBarrier>(args.partial_ready, shared.group.others);
+    }
   }
 }
 
@@ -146,7 +151,7 @@ __device__ inline void Consume(const DecodeArgs& args, const CtaRange& range, De
     } else {
       // The CTA's own partial result is in memory, and a producer has the flags of the others.
       device::NamedBarrierSync<Traits::kConsumerThreads + 32>(kFlagsBarrier);
-      MergeSplitRowBlock<Traits>(args, shared.row_block, shared, stages);
+      MergeSplitRowBlock<Traits>(args, range.cta, shared, stages);
     }
   }
 }
@@ -209,7 +214,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     device::InitBarrier(&shared.full[threadIdx.x], Traits::kLoaderThreads);
     device::InitBarrier(&shared.empty[threadIdx.x], Traits::kConsumerThreads);
   }
-  if (threadIdx.x == 0) shared.row_block.num_splits = shared.num_to_merge = 0;
+  if (threadIdx.x == 0) {
+    shared.row_block.num_splits = shared.num_to_merge = 0;
+    if constexpr (Traits::MergesInGroups(kCapability)) {
+      shared.group.partial = -1;
+      shared.group.others.num_splits = 0;
+    }
+  }
   constexpr bool kMayBeBeside = kCapability == 90 && Traits::kMayBeBeside;
   const CtaRange range = FindCtaRange<Traits::kThreads, true, kTileRows, kMayBeBeside>(args, shared);
   if constexpr (kCapability == 90) {

@@ -22,17 +22,26 @@ inline constexpr int kHalfWarp = 16;
 // Columns that half a warp merges at a time: a lane has four, and four that are half as many further.
 inline constexpr int kColumnsAtOnce = 2 * 4 * kHalfWarp;
 
+// Partial results that become one, or results: numbers `first`, first + step, and so on. But the first one
+// may be that of the row block which began in its CTA's range, and so has the number behind (DecodeArgs).
+struct SplitsToMerge {
+  int32_t first;
+  int32_t step;
+  int32_t count;
+  bool first_began;
+  int32_t to;  // the number of the partial result that they become; negative: results
+};
+
 // The splits of a packed row that half a warp has: `first`, first + step, and so on, in the order of keys.
 struct SplitsOfRow {
-  int index;   // among rows of Partials, of the place before the first split's
-  int stride;  // from one split's to the next one's
-  int rows_each;
-  int count;  // of all splits
+  int index;        // among rows of Partials, of the first split's, or of the place before
+  int stride;       // from one split's to the next one's
+  int first_began;  // from `index` to the first split's
+  int count;        // of all splits
   int first, step;
 
-  // Partial results are evenly spaced from the second split on. The first split's is that of the row block
-  // which began in its CTA's range, and so a place further (DecodeArgs).
-  __device__ int Index(int split) const { return index + split * stride + (split == 0 ? rows_each : 0); }
+  // Partial results are evenly spaced from the second split on.
+  __device__ int Index(int split) const { return index + split * stride + (split == 0 ? first_began : 0); }
   // Both halves leave out what the first one has no split for, of those in flight from number `round` on.
   // That is asked at a few numbers alone: for others the last split is loaded again, with a weight of 0.
   __device__ bool EndAt(int round, int j) const {
@@ -86,7 +95,7 @@ __device__ inline float2 LoadSplits(const Partials& partials, const SplitsOfRow&
     for (int j = 0; j < kSplitsInFlight; ++j) {
       if (splits.EndAt(round, j)) break;
       const float* from = next + min(j * splits.step, left) * splits.stride * value_dim;
-      if (j == 0 && begin == 0) from += splits.rows_each * value_dim;
+      if (j == 0 && begin == 0) from += splits.first_began * value_dim;
       LoadIfNotThere(from, &values[j][0]);
       LoadIfNotThere(from + further, &values[j][1]);
     }
@@ -131,10 +140,11 @@ __device__ inline HalfWarpSums MergeSplitsOfRow(const Partials& partials, const 
   return sums;
 }
 
-// By the consumers: merges a row block's splits. Each half of a warp has a row; or, where no more than one
-// per warp is left, every second split of the warp's row.
+// By the consumers: merges partial results of a row block. Each half of a warp has a row; or, where no more
+// than one per warp is left, every second split of the warp's row. The same warps always have the same rows.
 template <typename Traits>
-__device__ inline void MergeByHalfWarps(const DecodeArgs& args, const SplitRowBlock& row_block) {
+__device__ inline void MergeByHalfWarps(const DecodeArgs& args, const RowBlock& row_block,
+                                        const SplitsToMerge& parts) {
   const CallArgs& call = args.call;
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % kHalfWarp);
   const int half = static_cast<int>(threadIdx.x % 32) / kHalfWarp, rows_each = call.partials.rows_each;
@@ -143,13 +153,12 @@ __device__ inline void MergeByHalfWarps(const DecodeArgs& args, const SplitRowBl
     const bool row_per_half = row_block.num_rows - first_row > kConsumerWarps;
     const int row = first_row + warp + (row_per_half ? half * kConsumerWarps : 0);
     const bool exists = row < row_block.num_rows;
-    const SplitsOfRow splits = {
-        .index = 2 * row_block.first_cta * rows_each + (exists ? row : first_row + warp),
-        .stride = 2 * row_block.cta_step * rows_each,
-        .rows_each = rows_each,
-        .count = row_block.num_splits + 1,
-        .first = row_per_half ? 0 : half,
-        .step = row_per_half ? 1 : 2};
+    const SplitsOfRow splits = {.index = parts.first * rows_each + (exists ? row : first_row + warp),
+                                .stride = parts.step * rows_each,
+                                .first_began = parts.first_began ? rows_each : 0,
+                                .count = parts.count,
+                                .first = row_per_half ? 0 : half,
+                                .step = row_per_half ? 1 : 2};
     // All that does not depend on partial results, before these are waited for.
     const QueryHead where = QueryHeadOf(call, row_block, exists ? row : first_row + warp);
     const ResultScales scales = ScalesOfResult(call, where);
@@ -162,8 +171,21 @@ __device__ inline void MergeByHalfWarps(const DecodeArgs& args, const SplitRowBl
           MergeSplitsOfRow<Traits::kValueDim>(call.partials, splits, min(column, last), further);
       if (!row_per_half) sums.AddOtherHalf();
       if (!exists) continue;
-      const float factor = FactorOfResult(scales, &sums.state);
       const float* const x = sums.columns;
+      if constexpr (Traits::MergesInGroups(kCapability)) {
+        if (parts.to >= 0) {
+          static_assert(Traits::kValueDim <= kColumnsAtOnce);
+          const int64_t index = int64_t{parts.to} * rows_each + row;
+          float* const to = call.partials.out + index * Traits::kValueDim + column;
+          if (column <= last && (row_per_half || half == 0)) StorePartial(to, {x[0], x[1], x[2], x[3]});
+          if (further > 0 && (row_per_half || half == 1))
+            StorePartial(to + further, {x[4], x[5], x[6], x[7]});
+          if (column == 0 && (row_per_half || half == 0))
+            StorePartial(&call.partials.stats[index], sums.state);
+          continue;
+        }
+      }
+      const float factor = FactorOfResult(scales, &sums.state);
       const int64_t to = int64_t{result} * Traits::kValueDim + column;
       if (column <= last && (row_per_half || half == 0))
         StoreResult<Traits::kQ>(call, to, {x[0], x[1], x[2], x[3]}, factor);

@@ -51,21 +51,23 @@ __device__ inline void AwaitPartial(const uint32_t* ready) {
   }
 }
 
-// The consumers' barrier with the warp that takes the flags.
+// The consumers' barriers with the warp that takes the flags: those of a row block's splits, or of a group's;
+// and those of other groups.
 inline constexpr int kFlagsBarrier = 2;
+inline constexpr int kGroupFlagsBarrier = 3;
 
-// By a producer warp behind its last tile, since consumers have no time to spare: waits for the flags of a
-// row block's other CTAs, tells the consumers, and takes the flags back.
-template <typename Traits>
-__device__ inline void TakeFlags(uint32_t* partial_ready, const SplitRowBlock& row_block) {
+// By a producer warp behind its last tile, since consumers have no time to spare: waits for the flags of
+// other CTAs, tells the consumers, and takes the flags back.
+template <typename Traits, int barrier>
+__device__ inline void TakeFlags(uint32_t* partial_ready, const OtherCtas& ctas) {
   const int lane = static_cast<int>(device::LaneId());
-  uint32_t* const ready = partial_ready + row_block.first_cta;
+  uint32_t* const ready = partial_ready + ctas.first_cta;
 #pragma unroll 1
-  for (int i = lane; i < row_block.num_splits; i += 32) AwaitPartial(ready + i * row_block.cta_step);
+  for (int i = lane; i < ctas.num_splits; i += 32) AwaitPartial(ready + i * ctas.cta_step);
   __syncwarp();
-  device::NamedBarrierArrive<Traits::kConsumerThreads + 32>(kFlagsBarrier);
+  device::NamedBarrierArrive<Traits::kConsumerThreads + 32>(barrier);
 #pragma unroll 1
-  for (int i = lane; i < row_block.num_splits; i += 32) ready[i * row_block.cta_step] = 0;
+  for (int i = lane; i < ctas.num_splits; i += 32) ready[i * ctas.cta_step] = 0;
 }
 
 // Brings all partial results of some rows of a row block into shared memory. They are all asked for at once.
@@ -98,17 +100,55 @@ __device__ inline void LoadPartials(const DecodeArgs& args, const SplitRowBlock&
 // Row blocks with more splits are merged row by row: few of their rows would fit into shared memory.
 inline constexpr int kMostSplitsInShared = 16;
 
+// By the consumers: merges a row block's splits row by row, or a group of them, and all groups if it is the
+// last one.
+template <typename Traits>
+__device__ inline void MergeInSteps(const DecodeArgs& args, int32_t cta, const DecodeShared<Traits>& shared) {
+  const SplitRowBlock& row_block = shared.row_block;
+  SplitsToMerge splits = {.first = 2 * row_block.first_cta,
+                          .step = 2 * row_block.cta_step,
+                          .count = row_block.num_splits + 1,
+                          .first_began = true,
+                          .to = -1};
+  if constexpr (!Traits::MergesInGroups(kCapability)) {
+    MergeByHalfWarps<Traits>(args, row_block, splits);
+  } else {
+    const auto& group = shared.group;
+    if (group.partial >= 0) splits.to = group.partial, splits.first_began = group.has_first != 0;
+    // One copy of the code for both steps.
+#pragma unroll 1
+    for (;;) {
+      MergeByHalfWarps<Traits>(args, row_block, splits);
+      if (splits.to < 0) return;
+      const OtherCtas& others = group.others;
+      if (others.num_splits == 0) break;
+      device::NamedBarrierSync<Traits::kConsumerThreads + 32>(kGroupFlagsBarrier);
+      splits = {.first = splits.to - 2 * others.num_splits * others.cta_step,
+                .step = 2 * others.cta_step,
+                .count = others.num_splits + 1,
+                .first_began = false,
+                .to = -1};
+    }
+    if (IsHandedOver(row_block)) return;
+    device::NamedBarrierSync<1, Traits::kConsumerThreads>();
+    if (threadIdx.x == 0) SignalPartial(args.partial_ready + cta);
+  }
+}
+
 // By the consumers, when nothing else needs the stages.
 template <typename Traits>
-__device__ inline void MergeSplitRowBlock(const DecodeArgs& args, const SplitRowBlock& row_block,
-                                          DecodeShared<Traits>& shared, char* stages) {
+__device__ inline void MergeSplitRowBlock(const DecodeArgs& args, int32_t cta, DecodeShared<Traits>& shared,
+                                          char* stages) {
+  const SplitRowBlock& row_block = shared.row_block;
   constexpr int kThreads = Traits::kConsumerThreads;
   // Partial rows that the stages have room for.
   constexpr int kCapacity = Traits::Stages(kCapability) * Traits::kStageBytes /
                             (4 * Traits::kValueDim + static_cast<int>(sizeof(device::SoftmaxState)));
   const int num_splits = row_block.num_splits + 1;
-  if (IsHandedOver(row_block) || num_splits > kMostSplitsInShared) {
-    MergeByHalfWarps<Traits>(args, row_block);
+  bool in_groups = false;
+  if constexpr (Traits::MergesInGroups(kCapability)) in_groups = shared.group.partial >= 0;
+  if (in_groups || IsHandedOver(row_block) || num_splits > kMostSplitsInShared) {
+    MergeInSteps<Traits>(args, cta, shared);
   } else {
     auto* const columns = reinterpret_cast<float*>(stages);
     static_assert(kCapacity >= kMostSplitsInShared);

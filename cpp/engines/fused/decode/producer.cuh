@@ -40,10 +40,10 @@ class DescriptorMaker {
   }
 
   // Leaves the tile's descriptor.
-  template <typename Traits>
-  __device__ void Make(TileDescriptor* descriptor, SplitRowBlock* row_block) const {
+  template <typename Traits, typename Group>
+  __device__ void Make(TileDescriptor* descriptor, SplitRowBlock* row_block, Group* group) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    if (lane == 0) Describe<Traits>(descriptor, row_block);  // while page ids arrive
+    if (lane == 0) Describe<Traits>(descriptor, row_block, group);  // while page ids arrive
     uint32_t valid[kKeysPerLane];
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i) valid[i] = __ballot_sync(~0u, IsPage(pages_[i]));
@@ -126,8 +126,8 @@ class DescriptorMaker {
     }
   }
 
-  template <typename Traits>
-  __device__ void Describe(TileDescriptor* descriptor, SplitRowBlock* row_block) const {
+  template <typename Traits, typename Group>
+  __device__ void Describe(TileDescriptor* descriptor, SplitRowBlock* row_block, Group* group) const {
     const auto& at = range_.at();
     descriptor->exists = 1;
     descriptor->ends_split = range_.EndsSplit();
@@ -147,6 +147,10 @@ class DescriptorMaker {
     if constexpr (Traits::MergesShares(kCapability)) {
       if (DescribeShare(descriptor)) return;
     }
+    if constexpr (Traits::MergesInGroups(kCapability)) {
+      descriptor->left = descriptor->partial;
+      if (range_.MergesInGroups(descriptor->num_rows)) return DescribeGroup(descriptor, row_block, group);
+    }
     // Warpgroups merge in CTAs with a split in the middle of a row block, too (merge_tree.h).
     if (ends && (Traits::kByWarpgroup || range_.HasRowBlockEnd()) && !range_.HasRowBlockStart()) {
       static_cast<RowBlock&>(*row_block) = *descriptor;
@@ -154,6 +158,27 @@ class DescriptorMaker {
       row_block->first_cta = cta_ - row_block->num_splits * num_queues_;
       row_block->cta_step = num_queues_;
     }
+  }
+
+  // At the first tile of a split and at the last one, where splits are merged in groups.
+  __device__ void DescribeGroup(TileDescriptor* descriptor, SplitRowBlock* row_block,
+                                SplitGroup<true>* group) const {
+    const int32_t own = range_.SplitsBefore();
+    const MergeGroups groups(own + 1 + range_.SplitsBehind());
+    if (!groups.EndAt(own)) return;
+    // The split in front is neither the row block's first one nor its last. So its CTA has no row block that
+    // begins in its range, and has room for the partial result of one.
+    group->partial = 2 * (cta_ - num_queues_) + 1;
+    if (descriptor->continues) descriptor->left = group->partial;
+    if (!range_.EndsSplit()) return;
+    const int32_t others = own - groups.Begin(own);
+    group->has_first = others == own;
+    static_cast<RowBlock&>(*row_block) = *descriptor;
+    static_cast<OtherCtas&>(*row_block) = {
+        .num_splits = others, .first_cta = cta_ - others * num_queues_, .cta_step = num_queues_};
+    if (descriptor->continues) return;
+    const int32_t step = groups.size() * num_queues_, before = groups.GroupsBefore(own);
+    group->others = {.num_splits = before, .first_cta = cta_ - before * step, .cta_step = step};
   }
 
   // False if the last CTA of the row block merges all of it.

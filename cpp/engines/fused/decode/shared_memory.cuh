@@ -40,18 +40,35 @@ struct TileDescriptor : SharedSplit {
   int32_t folds;            // the CTA has the row block's first split, too
   int32_t splits_of_cta;    // how many of the row block's splits the CTA has
   int32_t splits_of_first;  // how many the CTA has that has the first one
+  // Where splits may be merged in groups, at the first tile of a split and at the last one: index of the
+  // partial result that the CTA leaves for another one to merge.
+  int32_t left;
 
   static_assert(kTileKeys == 64, "two words of 32 keys");
   __device__ bool all_valid() const { return (valid[0] & valid[1]) == ~0u; }
 };
 
-// A row block whose last KV split is this CTA's, but not its first one: the CTA merges it.
-struct SplitRowBlock : RowBlock {
-  int32_t num_splits;  // of other CTAs; 0: there is no such row block
-  // The CTAs with these splits are first_cta, first_cta + cta_step, ...
+// CTAs whose partial results another CTA merges.
+struct OtherCtas {
+  int32_t num_splits;  // of theirs; 0: there are none
+  // These CTAs are first_cta, first_cta + cta_step, ...
   int32_t first_cta;
   int32_t cta_step;
 };
+
+// A row block whose last KV split is this CTA's, but not its first one: the CTA merges it.
+// Or its split is the last one of a group, which it merges.
+struct SplitRowBlock : RowBlock, OtherCtas {};
+
+// A group of a row block's splits (merge_groups.h) that the CTA merges, if there may be one.
+template <bool may_exist>
+struct SplitGroup {
+  int32_t partial;    // number of the partial result that it becomes; negative: there is no group
+  int32_t has_first;  // it has the row block's first split
+  OtherCtas others;   // with the other groups, if it is the last one
+};
+template <>
+struct SplitGroup<false> {};
 
 // A packed row whose states were merged (merge_rows.cuh).
 struct MergedRow {
@@ -90,6 +107,7 @@ struct DecodeShared : RangeShared<Traits::kThreads> {
   bool is_last;  // of a row block's CTAs (fold_splits.cuh)
   FoldedRows<Traits::FoldsSplits(kCapability) ? Traits::kValueDim : 0> folded;
   int32_t row_owners[kFilledRows];
+  SplitGroup<Traits::MergesInGroups(kCapability)> group;
 };
 
 // Shared memory of a CTA: DecodeShared, and behind it the stages.

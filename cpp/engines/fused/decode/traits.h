@@ -91,6 +91,10 @@ struct DecodeTraits {
   static constexpr bool MergesShares(int capability) {
     return capability == 90 && CtasPerSm(capability) == 1 && !kIs8Bit;
   }
+  // True if many KV splits of a row block are merged in groups (merge_groups.h).
+  static constexpr bool MergesInGroups(int capability) {
+    return !folds_ && !MergesShares(capability) && kValueDim <= 128;
+  }
   // True if consumers get registers from producers.
   static constexpr bool MovesRegisters(int capability) { return CtasPerSm(capability) > 1; }
   // As many stages as keep 72 KB per multiprocessor in flight, and one more where no other CTA fills the gap

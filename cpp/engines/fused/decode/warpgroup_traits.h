@@ -35,6 +35,7 @@ struct WarpgroupTraits : DecodeTraits<dtype, dtype, head_dim, value_dim> {
   static constexpr bool FoldsSplits(int /*capability*/) { return false; }
   static constexpr int FoldBytes(int /*capability*/) { return 0; }
   static constexpr bool MergesShares(int /*capability*/) { return false; }
+  static constexpr bool MergesInGroups(int /*capability*/) { return false; }  // but by a tree
   static constexpr bool MovesRegisters(int /*capability*/) { return true; }
   // Results take 64 of them, queries 32, scores 32 and probabilities 16.
   static constexpr int kConsumerRegisters = kSharesSm ? Base::kConsumerRegisters : 216;
