@@ -105,7 +105,7 @@ def test_values_that_are_no_numbers_reach_results_of_their_sequence_alone(cuda_e
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "page_dtype"), [(7, 1, jnp.bfloat16), (2, 2, jnp.bfloat16), (12, 1, jnp.int8)]
+    ("heads", "kv_heads", "page_dtype"), [(7, 1, jnp.bfloat16), (2, 2, jnp.bfloat16), (12, 1, jnp.float8_e4m3fn)]
 )
 def test_many_splits_are_merged_in_groups(heads: int, kv_heads: int, page_dtype: Any) -> None:
     """One long sequence and few key/value heads: many KV splits, which `fused` merges in two steps."""
