@@ -23,7 +23,7 @@ class Random {
   std::mt19937 random_;
 };
 
-void ItemsTakeEachTileOnce() {
+void WorkTilesTakeEachTileOnce() {
   Random random(1);
   for (int repeat = 0; repeat < 2000; ++repeat) {
     const int32_t num_heads = 1 + random.Below(9), row_tiles = 1 + random.Below(40);
@@ -54,7 +54,7 @@ void ItemsTakeEachTileOnce() {
   }
 }
 
-void PartsMakeUpUnits() {
+void SplitsMakeUpRowBlocks() {
   Random random(2);
   for (int repeat = 0; repeat < 2000; ++repeat) {
     const int32_t begin = random.Below(100), size = random.Below(300),
@@ -154,7 +154,7 @@ void OrdersTakeEachTileOnce() {
   }
 }
 
-void ImagesAreOfTilesTakenOften() {
+void CachedTilesAreTakenOften() {
   CallFacts facts{};
   facts.group = FastDivisor(4);
   facts.num_rows = 1 << 20;
@@ -202,7 +202,7 @@ void ImagesAreOfTilesTakenOften() {
         tile_cache(1 << 20, 8, 1000));
 }
 
-void FewUnitsAreCut() {
+void FewRowBlocksAreCut() {
   // 64 row blocks of 256 tiles for 132 CTAs: two splits fill one wave.
   CHECK(EstimatedTiles(128, 256, 2, 132) < EstimatedTiles(64, 256, 1, 132), "cut in two");
   CHECK(EstimatedTiles(128, 256, 2, 132) < EstimatedTiles(192, 256, 3, 132), "cut in three");
@@ -214,12 +214,12 @@ void FewUnitsAreCut() {
 }  // namespace jpa::test
 
 int main() {
-  jpa::test::ItemsTakeEachTileOnce();
-  jpa::test::PartsMakeUpUnits();
+  jpa::test::WorkTilesTakeEachTileOnce();
+  jpa::test::SplitsMakeUpRowBlocks();
   jpa::test::TilesHaveTheKeysThatRowsSee();
   jpa::test::SectionsHaveAllHeads();
   jpa::test::OrdersTakeEachTileOnce();
-  jpa::test::ImagesAreOfTilesTakenOften();
-  jpa::test::FewUnitsAreCut();
+  jpa::test::CachedTilesAreTakenOften();
+  jpa::test::FewRowBlocksAreCut();
   return jpa::test::failures == 0 ? 0 : 1;
 }

@@ -351,7 +351,7 @@ void SumsAreThoseOfRowTiles() {
   }
 }
 
-void OneUnitOverAllShares() {
+void OneRowBlockOverAllCtas() {
   Batch batch;
   batch.facts = {FastDivisor(4), 1, 1, 1 << 20, 0, true};
   for (const int32_t tiles : {0, 1, 263, 264, 265, 2048, 1 << 14}) {
@@ -384,7 +384,7 @@ void SmallerGroupsKeepRowTilesFull() {
   }
 }
 
-void EqualUnitsStayWhole() {
+void EqualRowBlocksStayWhole() {
   Batch batch;
   batch.facts = {FastDivisor(4), 8, 64, 1 << 20, 0, true};
   for (int32_t i = 0; i < 64; ++i) batch.raw.push_back({i == 40 ? 0 : 4096, i, 1});
@@ -427,10 +427,10 @@ void EndsCountAsTiles() {
   for (const int32_t end_tiles : {1, 2, 3}) {
     Check(batch, 132, false, Count::kOneByOne, end_tiles);
     const Most without = MostOfCtas(batch, 132, 0), with = MostOfCtas(batch, 132, end_tiles);
-    const int64_t units = batch.num_tiles<kTileRows>() + 64 * end_tiles;
-    CHECK(with.with_ends <= CeilDiv(units, 132) + end_tiles, "%d tiles with ends",
+    const int64_t all = batch.num_tiles<kTileRows>() + 64 * end_tiles;
+    CHECK(with.with_ends <= CeilDiv(all, 132) + end_tiles, "%d tiles with ends",
           static_cast<int>(with.with_ends));
-    CHECK(with.tiles <= CeilDiv(units, 132) && without.tiles <= with.tiles, "%d tiles",
+    CHECK(with.tiles <= CeilDiv(all, 132) && without.tiles <= with.tiles, "%d tiles",
           static_cast<int>(with.tiles));
   }
   // Alike, or less than a tile per CTA: as without ends.
@@ -449,7 +449,7 @@ void EndsCountAsTiles() {
 
 // Where the row blocks of a batch are alike, short, and enough to keep memory busy, each has a CTA of its
 // own.
-void ShortEqualUnitsStayWhole() {
+void ShortEqualRowBlocksStayWhole() {
   const auto most_splits = [](int32_t num_seqs, int32_t tiles, int32_t enough_ctas) {
     Batch batch;
     batch.facts = {FastDivisor(8), 2, num_seqs, 1 << 20, 0, true};
@@ -596,11 +596,11 @@ int main() {
   jpa::test::RangesTakeEachTileOnce<jpa::fused::kTileRows>();
   jpa::test::RangesTakeEachTileOnce<jpa::fused::kMla8TileRows>();
   jpa::test::SumsAreThoseOfRowTiles();
-  jpa::test::OneUnitOverAllShares();
+  jpa::test::OneRowBlockOverAllCtas();
   jpa::test::SmallerGroupsKeepRowTilesFull();
-  jpa::test::EqualUnitsStayWhole();
+  jpa::test::EqualRowBlocksStayWhole();
   jpa::test::EndsCountAsTiles();
-  jpa::test::ShortEqualUnitsStayWhole();
+  jpa::test::ShortEqualRowBlocksStayWhole();
   jpa::test::NumbersBeyondTheirRange();
   jpa::test::DecodeLeavesMultiprocessorsToPrefill();
   jpa::test::PrefillDecodesWhereThatIsFaster();

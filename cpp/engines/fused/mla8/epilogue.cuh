@@ -16,8 +16,7 @@ namespace jpa::fused {
 inline constexpr int kMla8AllBarrier = 1;  // of all consumer threads
 
 // A warp's 16 columns of each block of 64, of a warpgroup's packed rows, as wgmma leaves them: sums 4 j + i
-// and 4 j + 2
-// + i are two neighbouring columns of the lane's row 2 j + i (Mla8LaneRow).
+// and 4 j + 2 + i are two neighbouring columns of the lane's row 2 j + i (Mla8LaneRow).
 template <typename Traits>
 using Mla8Output = float[Traits::kValueBlocks][2 * Traits::kLaneRows];
 

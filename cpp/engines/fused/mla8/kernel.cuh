@@ -12,8 +12,8 @@
 // loads.cuh: other producer warps load keys.
 //
 // consumer.cuh: two warpgroups load queries (queries.cuh), make scores, softmax (softmax.cuh) and sums of
-// values. The epilogue
-// (epilogue.cuh) writes results of whole row blocks, and leaves KV splits in scratch memory.
+// values. The epilogue (epilogue.cuh) writes results of whole row blocks, and leaves KV splits in scratch
+// memory.
 //
 // decode/merge_shares.cuh: all CTAs that have a split of a row block merge it together.
 #pragma once

@@ -13,8 +13,7 @@
 
 namespace jpa::fused {
 
-// Row block `number` of those of decode: neighbours are the heads of a sequence, so that CTAs read what are
-// neighbours in memory at about the same time.
+// The row block of a sequence that decode would have, with one of its KV heads.
 __device__ inline RowBlock DecodeRowBlock(const CallFacts& facts, const Sequence& sequence, int32_t seq,
                                           int32_t head) {
   return {.seq = seq,
@@ -117,6 +116,8 @@ __device__ inline void LoadDecodeTiles(const PrefillArgs& args, PrefillShared<Tr
     if (device::LaneId() == 0) number = atomicAdd(&args.plan->next_row_block, 1);
     number = __shfl_sync(~0u, number, 0);
     if (number >= num_row_blocks) break;
+    // Neighbours are the heads of a sequence, so that CTAs read what are neighbours in memory at about the
+    // same time.
     const int32_t place = number / facts.num_kv_heads, head = number - place * facts.num_kv_heads;
     const int32_t seq = args.planned[shared.num_sequences + place].seq;
     const Sequence sequence = RawSequence(args.call, args.plan->cu_q_lens, seq).Clipped(facts);

@@ -11,6 +11,8 @@
 // consumer.cuh: scores, softmax (softmax.cuh) and sums of values. The epilogue (epilogue.cuh) writes results
 // of whole row blocks. KV splits leave their states in scratch memory, and the last one of a row block merges
 // them.
+//
+// decode_loads.cuh, decode_rows.cuh: where the plan says so, one more warpgroup decodes beside the others.
 #pragma once
 
 #include "device/bulk_copies.cuh"

@@ -181,8 +181,8 @@ JPA_HOST_DEVICE inline TileSharing TileSharingOf(const CallFacts& call, const Ti
   if (call.sliding_window > 0 && rows_of_window < int64_t{kMinRowTilesForCache} * shape.rows) return kNone;
   const int32_t heads = HeadsPerSection(call.num_kv_heads, sequence.kv_len, bytes_per_token);
   const int32_t tiles = LongestRowTile(call, shape, sequence) / splits, row_blocks = row_tiles * heads;
-  // Measured (docs/engines/fused-prefill.md): circles are better for eight rounds, periods for four and
-  // fewer. In 32 tiles the first period would weigh too much, in 64 it does not.
+  // Measured (docs/decisions/2026-11-28-prefill-tile-cache.md, -periods.md): circles are better for eight
+  // rounds, periods for four and fewer. In 32 tiles the first period would weigh too much, in 64 it does not.
   const bool takes_rounds = row_blocks >= 4 * num_ctas, is_short = tiles < 64;
   constexpr int32_t kTilesInCache = 64;  // that the work tiles of all heads ask for at once
   if (splits == 1 && (takes_rounds || (is_short && (converts || 2 * row_blocks >= num_ctas))))
