@@ -26,7 +26,6 @@ __device__ inline RowBlock DecodeRowBlock(const CallFacts& facts, const Sequence
 }
 
 // The page of the box that a lane has of a tile, or an id that is none.
-template <typename Traits>
 __device__ inline int32_t PageOfDecodeBox(const PrefillArgs& args, const RowBlock& row_block, int32_t tile,
                                           int32_t* token) {
   const int32_t offset = static_cast<int32_t>(device::LaneId()) << args.decode_box_rows_log2;
@@ -48,10 +47,10 @@ class DecodeLoader {
         policy_(device::EvictFirst()) {}
 
   __device__ void LoadRowBlock(const RowBlock& row_block, const TileRange& tiles) {
-    int32_t next_token, next = PageOfDecodeBox<Traits>(args_, row_block, tiles.begin, &next_token);
+    int32_t next_token, next = PageOfDecodeBox(args_, row_block, tiles.begin, &next_token);
     for (int32_t tile = tiles.begin; tile < tiles.end; ++tile) {
       const int32_t id = next, token = next_token;
-      if (tile + 1 < tiles.end) next = PageOfDecodeBox<Traits>(args_, row_block, tile + 1, &next_token);
+      if (tile + 1 < tiles.end) next = PageOfDecodeBox(args_, row_block, tile + 1, &next_token);
       const bool exists = id >= 0 && id < args_.call.num_pages;
       const uint32_t missing = __ballot_sync(
           ~0u, static_cast<int>(device::LaneId()) << args_.decode_box_rows_log2 < kDecodeKeys && !exists);
