@@ -67,7 +67,7 @@ def kernels_of(module: str) -> dict[str, set[str]]:
     for line in cuobjdump("--dump-elf-symbols", module).splitlines():
         if line.startswith("arch = "):
             architecture = line.removeprefix("arch = ").strip()
-        elif "STO_ENTRY" in line:
+        elif re.search(r"\b(STO_)?ENTRY\b", line):  # ENTRY in cuobjdump 13.5, STO_ENTRY in 13.2
             kernels.setdefault(architecture, set()).add(line.split()[-1])
     return kernels
 
