@@ -387,7 +387,7 @@ class PagedKVCache:
           options: the other keywords are those of `paged_attention`, without `k_scale` and `v_scale`.
 
         Returns:
-          As `paged_attention`: `[B, N, H]`, or with `return_lse` a tuple of that and lse `[B, N]` float32.
+          As `paged_attention`: `[B, N, Hv]`, or with `return_lse` a tuple of that and lse `[B, N]` float32.
 
         Raises:
           ValueError: a layer outside [0, L), or as `paged_attention`.
@@ -447,7 +447,7 @@ class PagedKVCache:
           options: the other keywords are those of `ragged_paged_attention`, without `k_scale` and `v_scale`.
 
         Returns:
-          As `ragged_paged_attention`: `[T, N, H]`, or with `return_lse` a tuple of that and lse `[T, N]` float32.
+          As `ragged_paged_attention`: `[T, N, Hv]`, or with `return_lse` a tuple of that and lse `[T, N]` float32.
 
         Raises:
           ValueError, TypeError: as `attend` and `ragged_paged_attention`.
@@ -469,7 +469,7 @@ class PagedKVCache:
           options: the other keywords are those of `paged_attention`, without `k_scale` and `v_scale`.
 
         Returns:
-          As `q`.
+          `[T, N, Hv]` in q's dtype.
 
         Raises:
           ValueError, TypeError: as `attend` and `attend_ragged`.
