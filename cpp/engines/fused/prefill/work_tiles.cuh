@@ -86,14 +86,14 @@ __device__ inline void ScheduleAndLoadQueries(const PrefillArgs& args, PrefillSh
     device::WaitForPhase(&shared.work_tile_full[state.index()], state.parity());
     const WorkTile& work_tile = shared.work_tiles[state.index()];
     if (!work_tile.exists) return;
-    const QueryState<Traits> tile(decodes, state.count());
-    device::WaitForPhase(&shared.queries_empty[tile.index()], tile.parity() ^ 1);
+    const QueryState<Traits> stage(decodes, state.count());
+    device::WaitForPhase(&shared.queries_empty[stage.index()], stage.parity() ^ 1);
     const QueryRows<Traits> rows(args, work_tile, thread / 32, QueryWarps<Traits>(decodes),
-                                 shared.Queries(tile.index()));
+                                 shared.Queries(stage.index()));
     rows.Load();
-    if constexpr (Traits::kIs8Bit) rows.ConvertToF16(shared.exponents[tile.index()]);
+    if constexpr (Traits::kIs8Bit) rows.ConvertToF16(shared.exponents[stage.index()]);
     device::FenceSharedForAsync();
-    device::Arrive(&shared.queries_full[tile.index()]);
+    device::Arrive(&shared.queries_full[stage.index()]);
     ReleaseWorkTile(shared, state);
     if (schedules) device::WaitForPhase(&shared.work_tile_ending, PipelineState<1>(state).parity());
   }
