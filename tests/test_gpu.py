@@ -392,6 +392,12 @@ def test_fused_launches(page_dtype: Any, batch_invariant: bool) -> None:
         assert seen == {expected + batch_invariant}, num_rows
         everything = count_launches(ragged, rows, k_pages, v_pages, lengths, tables, cuts[0], kernels_of=".")
         assert everything == expected + batch_invariant, num_rows
+    # As many rows as sequences, as in a step of decode rows: decode alone has them, whichever sequence they are of.
+    # Batch-invariant, sequences with many rows are prefill's whatever else there is.
+    q, k_pages, v_pages, tables, lengths = decode_inputs(40, 512, 16, page_dtype=page_dtype)
+    cuts = [jnp.minimum(jnp.arange(41, dtype=jnp.int32) * each, 40) for each in (1, 8, 40)]
+    seen = {count(ragged, q, k_pages, v_pages, lengths, tables, cu_q_lens) for cu_q_lens in cuts}
+    assert seen == {3 if batch_invariant else 1}
 
 
 def scales_of(page_dtype: Any) -> dict[str, jax.Array]:

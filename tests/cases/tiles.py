@@ -194,6 +194,10 @@ def _batches() -> list[Case]:
     ragged = {"q_lens": rows, "kv_lens": lengths[:100], "max_pages": 13, "function": "ragged_paged_attention"}
     window: dict[str, Any] = {"keywords": {"sliding_window": 1000}, "bad_ids": tuple((0, i, -1) for i in range(250))}
     long = {"kv_lens": (5000, 1100, 1000, 37), "max_pages": 320}
+    # No more rows than sequences, as in steps of decode rows, but one sequence has most of them: from 17 on more than
+    # decode has where prefill is launched, too.
+    slots = {"q_lens": (0, 35, *(i % 3 // 2 for i in range(58))), "kv_lens": lengths[100:160], "rows": 57}
+    prompt: dict[str, Any] = {**slots, "num_heads": 8, "max_pages": 13, "function": "ragged_paged_attention"}
     # With two key/value heads about as many row blocks as an H100 or H200 has multiprocessors.
     few: dict[str, Any] = {"q_lens": (1,) * 64, "max_pages": 20}
     return [
@@ -203,6 +207,8 @@ def _batches() -> list[Case]:
         TILED.vary(
             "batch_of_100", "decode rows, drafts and no rows among many sequences", dtype="f16", **ragged, **E4M3
         ),
+        TILED.vary("slots_with_prompt", "a prompt among slots of which few are taken, with slack", **prompt),
+        TILED.vary("slots_with_prompt_int8", "likewise over int8", **prompt, **INT8),
         TILED.vary("wide_table", "a table far wider than any sequence", max_pages=1024),
         TILED.vary("long_window_bf16", "a window over several key tiles, behind pages that are gone", **long, **window),
     ]

@@ -14,6 +14,10 @@ namespace jpa::fused {
 // CTA does. If there are prompts after all, they start a little later.
 inline constexpr int64_t kRowsOfDecode = 8;
 
+// True if decode has the rows of all sequences, also of those that would be prefill's: in a call as small as
+// a step of decode rows. Then prefill is not launched.
+bool DecodeHasAll(const CallArgs& call, const Options& options);
+
 // No kernel if MLA's take decode's place.
 const DecodeDevice& ChooseDecode(const CallArgs& call, const Options& options, const Device& device);
 

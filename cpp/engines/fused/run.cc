@@ -213,7 +213,7 @@ Status LaunchDecodeAndPrefill(DecodeArgs* args, const Options& options, const De
   // No sequence has more rows than q: where these are few, none is prefill's.
   const int32_t decode_rows = std::max(kTileRows / args->call.facts.group.divisor(), 1);
   PrefillChoice choice{};
-  if (!options.decode && problem.num_seqs > 0 && problem.num_rows > decode_rows)
+  if (problem.num_rows > decode_rows && !DecodeHasAll(args->call, options))
     choice = ChoosePrefill(problem, args->call.params, device);
   *prefills = choice.prefill != nullptr;
   PrefillArgs prefill_args{};
