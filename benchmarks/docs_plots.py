@@ -6,12 +6,13 @@ fastest peer, with device, command and commit. Each becomes an SVG of the same n
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks import options
 
 RECORDS = Path(__file__).parent / "records"
 PLOTS = Path(__file__).parents[1] / "docs" / "plots"
@@ -58,7 +59,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options.parser("docs_plots", __doc__)
     parser.add_argument("--out", type=Path, default=PLOTS, help="where the plots go (default: docs/plots)")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)

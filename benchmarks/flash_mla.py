@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import options
 from benchmarks.attention import ROTATE_BYTES
 from benchmarks.cases import GPU_MLA, Workload
 
@@ -84,6 +85,9 @@ def measure(torch: Any, w: Workload) -> tuple[float, float]:
 
 
 def main() -> None:
+    parser = options.parser("flash_mla", __doc__)
+    options.add_only(parser)
+    workloads = options.chosen(parser, GPU_MLA, parser.parse_args().only)
     import torch  # pyright: ignore[reportMissingImports]
 
     (library,) = (
@@ -91,7 +95,7 @@ def main() -> None:
     )
     torch.ops.load_library(str(library.locate()))
     print(f"FlashMLA (sgl-flash-mla) on {torch.cuda.get_device_name()}\n{'us of a call':34} {'single':>8} {'graph':>8}")
-    for w in GPU_MLA:
+    for w in workloads:
         if w.page_size == PAGE_SIZE and w.page_dtype is None:
             single, in_graph = measure(torch, w)
             flops = w.flops() / single / 1e6

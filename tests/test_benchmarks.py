@@ -21,7 +21,10 @@ def contenders(*command_line: str) -> list[str]:
     return [peer.name for peer in gpu.contenders_of(gpu.make_parser().parse_args(command_line), PRESENT)]
 
 
-@pytest.mark.parametrize("module", ["cpu", "gpu", "host", "ladder", "ports", "profile", "serve", "server", "sharded"])
+MODULES = ["cpu", "docs_plots", "flash_mla", "gpu", "host", "ladder", "ports", "profile", "serve", "server", "sharded"]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_help_shows_the_command(
     module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

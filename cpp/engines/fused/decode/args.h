@@ -14,7 +14,8 @@ inline constexpr int kMaxCtas = 384;
 
 struct DecodeArgs {
   // Its partial results are [2 * kMaxCtas]: number 2c has the row block that began before the range of CTA c,
-  // 2c + 1 the one that began in it. Batch-invariant they are rows [T, N, kMaxSplits].
+  // 2c + 1 the one that began in it, or the result of a group of splits (DescribeGroup in producer.cuh).
+  // Batch-invariant they are rows [T, N, kMaxSplits].
   CallArgs call;
   uint32_t* partial_ready;  // [kMaxCtas]: see SignalPartial in partials.cuh; batch-invariant: fold_splits.cuh
   // Indexed by the eighths of the multiprocessors that decode takes, less one: how many multiprocessors these

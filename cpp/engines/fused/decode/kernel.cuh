@@ -12,6 +12,11 @@
 // partials.cuh: whole row blocks are written out. KV splits go to scratch memory, and the CTA that has the
 // last split of a row block merges them when it has done all else. hand_over.cuh: how small ones get there.
 //
+// Ways to merge: merge_rows.cuh in shared memory, merge_by_half_warps.cuh where there are few rows or many
+// splits (merge_groups.h: these in two steps), merge_shares.cuh in all CTAs that have a split, merge_tree.h
+// from CTA to CTA for warpgroups. Batch-invariant calls fold splits (fold_splits.cuh), or leave them to
+// combine.cu.
+//
 // rows_without_keys.cuh: results of rows that have no tile, while the first tiles arrive.
 #pragma once
 

@@ -40,10 +40,11 @@ __device__ inline void FinishSplit(const DecodeArgs& args, const TileDescriptor&
 }
 
 // CTA c sets partial_ready[c] when its partial result of a row block that continues in the next CTA is in
-// scratch memory; or, if that one is handed over, when its place is cleared (hand_over.cuh). The CTA with the
-// row block's last split waits for all others and takes the flags back: so all are 0 when the kernel ends, as
-// they were when it began. It only waits for CTAs of lower index. Devices start these first, so no CTA keeps
-// the one it waits for from running; CUDA does not promise it, but stream-K kernels rely on it.
+// scratch memory; or, if that one is handed over, when its place is cleared (hand_over.cuh). The CTA with
+// the last split of the row block, or of a group of its splits, waits for the others and takes the flags
+// back: so all are 0 when the kernel ends, as they were when it began. It only waits for CTAs of lower
+// index. Devices start these first, so no CTA keeps the one it waits for from running; CUDA does not promise
+// it, but stream-K kernels rely on it.
 __device__ inline void SignalPartial(uint32_t* ready) { device::StoreRelease(ready, 1); }
 
 __device__ inline void AwaitPartial(const uint32_t* ready) {

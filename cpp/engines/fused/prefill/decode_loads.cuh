@@ -61,7 +61,6 @@ class DecodeLoader {
         static_cast<RowBlock&>(described) = row_block;
         described.exists = 1;
         described.key = tile * kDecodeKeys;
-        described.starts = tile == tiles.begin;
         described.ends = tile + 1 == tiles.end;
         described.missing = missing;
         device::ArriveAndExpectBytes(&ring_.full[index], Matrices::kKeyTileBytes + Matrices::kValueTileBytes);

@@ -70,7 +70,6 @@ constexpr int AtLeast16(int bytes) { return bytes > 16 ? bytes : 16; }
 struct DecodeTile : RowBlock {
   int32_t exists;    // 0 behind the last one
   int32_t key;       // the first one
-  int32_t starts;    // the row block's first tile
   int32_t ends;      // its last one
   uint32_t missing;  // a bit per box of TMA loads: it has no page
 };
