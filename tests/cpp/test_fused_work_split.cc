@@ -138,7 +138,8 @@ enum class Count { kOneByOne, kBySums };
 // Walks the ranges of all CTAs as the kernel does.
 template <int tile_rows = kTileRows>
 std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_ctas, bool batch_invariant,
-                                               Count count, int32_t end_tiles = 0, int32_t enough_ctas = 0) {
+                                               Count count, int32_t end_tiles = 0,
+                                               const CtasNeeded& needed = {}) {
   std::map<RowBlockKey, std::vector<Split>> splits;
   const HeadQueues queues = MakeHeadQueues(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
   for (int64_t cta = 0; cta < num_ctas; ++cta) {
@@ -161,8 +162,7 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
           "%d tiles", static_cast<int>(of_head.total));
     const int32_t end = batch_invariant ? 0 : EndOfRowBlocks(end_tiles, of_head, heads, queues);
     of_head.total = TilesWithEnds(both, end);
-    const int64_t total = of_head.total * heads.size(),
-                  per = TilesPerCta(of_head, heads, queues, enough_ctas);
+    const int64_t total = of_head.total * heads.size(), per = TilesPerCta(of_head, heads, queues, needed);
     const int64_t first = cta / queues.num_queues * per;
     if (cta / queues.num_queues >= queues.ctas_per_queue.divisor() || first >= total) continue;
     const auto tiles_of = [&](int32_t index) {
@@ -248,8 +248,8 @@ void CountsMeetInOneWord(const std::map<RowBlockKey, std::vector<Split>>& row_bl
 
 template <int tile_rows = kTileRows>
 void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant, Count count = Count::kOneByOne,
-           int32_t end_tiles = 0, int32_t enough_ctas = 0) {
-  const auto splits = Walk<tile_rows>(batch, num_ctas, batch_invariant, count, end_tiles, enough_ctas);
+           int32_t end_tiles = 0, const CtasNeeded& needed = {}) {
+  const auto splits = Walk<tile_rows>(batch, num_ctas, batch_invariant, count, end_tiles, needed);
   if (batch_invariant) CountsMeetInOneWord(splits);
   int64_t row_blocks = 0, tiles_seen = 0;
   for (int32_t i = 0; i < batch.size(); ++i) {
@@ -312,7 +312,8 @@ void RangesTakeEachTileOnce() {
         if (count != Count::kOneByOne) continue;
         const auto all = static_cast<int32_t>(num_ctas);
         for (const int32_t enough : {1, EnoughCtas(std::max(all / 2, 2)), all})
-          Check<tile_rows>(batch, num_ctas, false, count, 0, enough);
+          Check<tile_rows>(batch, num_ctas, false, count, 0,
+                           {.for_row_blocks = enough, .for_few_splits = enough});
       }
     }
   }
@@ -447,18 +448,23 @@ void EndsCountAsTiles() {
         "the most tiles and row blocks");
 }
 
+// The most splits of a row block, where sequences are alike and have so many tiles each, of 264 CTAs.
+int MostSplits(int32_t num_seqs, int32_t num_kv_heads, int32_t tiles, const CtasNeeded& needed) {
+  Batch batch;
+  batch.facts = {FastDivisor(8), num_kv_heads, num_seqs, 1 << 20, 0, true};
+  for (int32_t i = 0; i < num_seqs; ++i) batch.raw.push_back({tiles * kTileKeys, i, 1});
+  Check(batch, 264, false, Count::kOneByOne, 0, needed);
+  size_t most = 0;
+  for (const auto& [row_block, splits] : Walk(batch, 264, false, Count::kOneByOne, 0, needed))
+    most = std::max(most, splits.size());
+  return static_cast<int>(most);
+}
+
 // Where the row blocks of a batch are alike, short, and enough to keep memory busy, each has a CTA of its
 // own.
 void ShortEqualRowBlocksStayWhole() {
   const auto most_splits = [](int32_t num_seqs, int32_t tiles, int32_t enough_ctas) {
-    Batch batch;
-    batch.facts = {FastDivisor(8), 2, num_seqs, 1 << 20, 0, true};
-    for (int32_t i = 0; i < num_seqs; ++i) batch.raw.push_back({tiles * kTileKeys, i, 1});
-    Check(batch, 264, false, Count::kOneByOne, 0, enough_ctas);
-    size_t most = 0;
-    for (const auto& [row_block, splits] : Walk(batch, 264, false, Count::kOneByOne, 0, enough_ctas))
-      most = std::max(most, splits.size());
-    return static_cast<int>(most);
+    return MostSplits(num_seqs, 2, tiles, {.for_row_blocks = enough_ctas});
   };
   for (const int32_t num_seqs : {53, 64, 68, 96, 131}) {
     for (const int32_t tiles : {1, 5, 16, kMostTilesOfFewCtas}) {
@@ -470,6 +476,26 @@ void ShortEqualRowBlocksStayWhole() {
   CHECK(most_splits(40, 16, EnoughCtas(132)) > 1, "80 CTAs on 132 multiprocessors");
   CHECK(most_splits(72, 16, EnoughSmallCtas(132)) > 1, "144 CTAs with two stages each");
   CHECK(most_splits(68, kMostTilesOfFewCtas + 1, EnoughCtas(132)) > 1, "long row blocks");
+}
+
+// Where one sequence, or a few, would be cut into more splits than are merged at once, they have fewer; as
+// long as enough CTAs have tiles.
+void EqualRowBlocksHaveFewSplits() {
+  const CtasNeeded needed = {.for_row_blocks = EnoughSmallCtas(132),
+                             .for_few_splits = EnoughCtasOfFewSplits(132)};
+  for (const int32_t tiles : {32, 33, 64, 66, 128, 256, 440, kMostTilesOfFewCtas * kMostSplitsOfFewCtas}) {
+    CHECK(MostSplits(1, 8, tiles, {}) > kMostSplitsOfFewCtas, "%d tiles over all CTAs", tiles);
+    const int splits = MostSplits(1, 8, tiles, needed);
+    CHECK(splits <= kMostSplitsOfFewCtas && splits * 8 >= EnoughCtasOfFewSplits(132), "%d splits of %d tiles",
+          splits, tiles);
+  }
+  CHECK(MostSplits(1, 6, 128, needed) == 26, "six heads: 156 of 264 CTAs");
+  CHECK(MostSplits(1, 8, 28, needed) == 28, "as many as are merged at once");
+  CHECK(MostSplits(1, 4, 128, needed) == 64, "four heads: 28 splits of each are no more than 112 CTAs");
+  CHECK(MostSplits(1, 8, 29, needed) == 29,
+        "15 splits of each are 120 CTAs, but the last ones have one tile");
+  CHECK(MostSplits(1, 8, 17 * kMostSplitsOfFewCtas, needed) == 32, "long row blocks");
+  CHECK(MostSplits(2, 8, 32, needed) == MostSplits(2, 8, 32, {}), "two sequences have few splits anyway");
 }
 
 void NumbersBeyondTheirRange() {
@@ -601,6 +627,7 @@ int main() {
   jpa::test::EqualRowBlocksStayWhole();
   jpa::test::EndsCountAsTiles();
   jpa::test::ShortEqualRowBlocksStayWhole();
+  jpa::test::EqualRowBlocksHaveFewSplits();
   jpa::test::NumbersBeyondTheirRange();
   jpa::test::DecodeLeavesMultiprocessorsToPrefill();
   jpa::test::PrefillDecodesWhereThatIsFaster();

@@ -51,9 +51,9 @@ const DecodeDevice& ChooseDecode(const CallArgs& call, const Options& options, c
 
 StageRing ChooseStages(const Device& device, const DecodeDevice& decode, bool prefills, DecodeArgs* args) {
   const AttentionProblem& problem = args->call.problem;
-  const auto choose = [&](const StageRing& stages, int32_t enough_ctas) {
+  const auto choose = [&](const StageRing& stages, const CtasNeeded& needed) {
     args->num_stages = static_cast<uint8_t>(stages.num_stages);
-    args->enough_ctas = enough_ctas;
+    args->ctas_needed = needed;
     return stages;
   };
   const int64_t rows = problem.num_seqs == 0 ? 0 : problem.num_rows / problem.num_seqs;
@@ -65,16 +65,18 @@ StageRing ChooseStages(const Device& device, const DecodeDevice& decode, bool pr
   // Warpgroups have half as many CTAs anyway, or tiles that are not large.
   const bool by_warpgroup = &decode == &device.decode_by_warpgroup;
   // One stage more, so that loads go on while the end of a KV split takes a stage.
-  if (!prefills && &decode == &device.decode_folding) return choose(decode.stages_of_few, 0);
-  if (prefills || args->call.batch_invariant || by_warpgroup || !loads_bind) return choose(decode.stages, 0);
+  if (!prefills && &decode == &device.decode_folding) return choose(decode.stages_of_few, {});
+  if (prefills || args->call.batch_invariant || by_warpgroup || !loads_bind) return choose(decode.stages, {});
   const int32_t enough = EnoughCtas(device.num_sms), enough_small = EnoughSmallCtas(device.num_sms);
-  if (decode.ctas_per_sm == 1) return choose(decode.stages, enough);
+  // All CTAs may merge there, each a share of the rows.
+  if (decode.ctas_per_sm == 1) return choose(decode.stages, {.for_row_blocks = enough});
   // The CTAs of whole row blocks, were all sequences alike. Other calls would be 0.2 us slower with as much
   // shared memory.
   const int64_t row_blocks = problem.num_seqs * problem.num_kv_heads;
   const int64_t ctas = CeilDiv(row_blocks, std::max<int64_t>(CeilDiv(row_blocks, args->num_ctas), 1));
-  return ctas >= enough && ctas <= enough_small ? choose(decode.stages_of_few, enough)
-                                                : choose(decode.stages, enough_small);
+  if (ctas >= enough && ctas <= enough_small) return choose(decode.stages_of_few, {.for_row_blocks = enough});
+  return choose(decode.stages,
+                {.for_row_blocks = enough_small, .for_few_splits = EnoughCtasOfFewSplits(device.num_sms)});
 }
 
 }  // namespace jpa::fused

@@ -21,7 +21,7 @@ bool DecodeHasAll(const CallArgs& call, const Options& options);
 // No kernel if MLA's take decode's place.
 const DecodeDevice& ChooseDecode(const CallArgs& call, const Options& options, const Device& device);
 
-// Sets how many CTAs are enough (TilesPerCta), and returns their stages.
+// Sets how many CTAs are needed (TilesPerCta), and returns their stages.
 StageRing ChooseStages(const Device& device, const DecodeDevice& decode, bool prefills, DecodeArgs* args);
 
 }  // namespace jpa::fused

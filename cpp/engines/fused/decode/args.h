@@ -30,9 +30,9 @@ struct DecodeArgs {
   // Batch-invariant: rows of partial results are numbered kMaxSplitRows * sequence + row in it, not by row of
   // q.
   bool split_rows_by_sequence;
-  bool folds_splits;    // batch-invariant: see FoldsSplits in fold_splits.cuh
-  uint8_t num_stages;   // that there is shared memory for
-  int32_t enough_ctas;  // TilesPerCta
+  bool folds_splits;       // batch-invariant: see FoldsSplits in fold_splits.cuh
+  uint8_t num_stages;      // that there is shared memory for
+  CtasNeeded ctas_needed;  // where fewer than there are may have tiles
 
   // True where prefill runs beside decode, if some sequences are for each.
   JPA_HOST_DEVICE bool may_share_sms() const { return call.facts.decode_rows != INT32_MAX; }

@@ -276,7 +276,7 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
     if (!call.batch_invariant) range.end = EndOfRowBlocks(end_tiles, without, range.heads, range.queues);
     for (int64_t* both : {&all.total, &before}) *both = TilesWithEnds(*both, range.end);
   }
-  range.tiles = TilesPerCta(all, range.heads, range.queues, may_share_sms ? args.enough_ctas : 0);
+  range.tiles = TilesPerCta(all, range.heads, range.queues, may_share_sms ? args.ctas_needed : CtasNeeded{});
   if constexpr (may_share_sms)
     range.is_of_few = range.tiles >= all.most && range.tiles <= kMostTilesOfFewCtas;
   LeaveStart<may_share_sms>(call, own, range, before, shared);

@@ -165,12 +165,31 @@ inline constexpr int kLargeTileBytes = 32 * 1024;
 JPA_HOST_DEVICE inline int32_t EnoughCtas(int32_t num_sms) { return num_sms * 4 / 5; }
 JPA_HOST_DEVICE inline int32_t EnoughSmallCtas(int32_t num_sms) { return num_sms + num_sms / 8; }
 
-// Tiles of each CTA of a queue; the last CTAs may have fewer or none. In all queues `enough_ctas` CTAs keep
-// memory busy; 0: as many as there can be should have tiles.
+// Nor do row blocks have more KV splits than this, if that leaves enough CTAs: of up to four packed rows they
+// are merged in one round (merge_by_half_warps.cuh), and a second one takes longer than a tile. On an H200
+// one sequence of 2k tokens took 10.2 us in 32 splits, and 9.3 in 16; with 64/8 heads 11.6 and 10.1.
+inline constexpr int kMostSplitsOfFewCtas = 28;
+JPA_HOST_DEVICE inline int32_t EnoughCtasOfFewSplits(int32_t num_sms) { return num_sms * 9 / 10; }
+
+// How many CTAs, in all queues, keep memory busy if they have whole row blocks, or if these have few splits.
+// 0: as many as there can be should have tiles.
+struct CtasNeeded {
+  int32_t for_row_blocks = 0;
+  int32_t for_few_splits = 0;
+};
+
+// Tiles of each CTA of a queue; the last CTAs may have fewer or none.
 JPA_HOST_DEVICE inline int64_t TilesPerCta(const HeadTiles& of_head, const HeadRange& heads,
-                                           const HeadQueues& queues, int32_t enough_ctas = 0) {
+                                           const HeadQueues& queues, const CtasNeeded& needed = {}) {
   const int32_t ctas = queues.ctas_per_queue.divisor();
   const int64_t total = of_head.total * heads.size();
+  if (needed.for_few_splits > 0 && of_head.fewest == of_head.most) {
+    const auto few = static_cast<int32_t>((static_cast<uint32_t>(of_head.most) + kMostSplitsOfFewCtas - 1) /
+                                          kMostSplitsOfFewCtas);
+    // More tiles than each CTA would have.
+    const bool are_more = few <= kMostTilesOfFewCtas && (few - 1) * ctas >= total;
+    if (are_more && few * needed.for_few_splits <= total * queues.num_queues) return few;
+  }
   if (total <= ctas) return 1;
   // A division of 64 bits takes many times as long on the device.
   const bool small = total < INT32_MAX - ctas;
@@ -181,10 +200,10 @@ JPA_HOST_DEVICE inline int64_t TilesPerCta(const HeadTiles& of_head, const HeadR
   if (!small || of_head.fewest != of_head.most) return per_cta;
   const auto per = static_cast<uint32_t>(per_cta), most = static_cast<uint32_t>(of_head.most);
   // A division takes a while.
-  const bool is_shorter = enough_ctas > 0 && per <= most;
+  const bool is_shorter = needed.for_row_blocks > 0 && per <= most;
   const auto whole = static_cast<int64_t>(is_shorter ? most : (per + most - 1) / most * most);
-  const bool enough =
-      enough_ctas > 0 && whole <= kMostTilesOfFewCtas && whole * enough_ctas <= total * queues.num_queues;
+  const bool enough = needed.for_row_blocks > 0 && whole <= kMostTilesOfFewCtas &&
+                      whole * needed.for_row_blocks <= total * queues.num_queues;
   return enough || whole - per_cta <= per_cta / 16 ? whole : per_cta;
 }
 
