@@ -118,6 +118,22 @@ def test_many_splits_are_merged_in_groups(heads: int, kv_heads: int, page_dtype:
             assert bits(compiled("fused")(*args)) == bits(expected)
 
 
+@pytest.mark.parametrize("heads", [8, 14, 16])
+def test_folded_splits_have_the_same_bits_after_any_call(heads: int) -> None:
+    """Batch-invariant: scratch memory still has what CTAs left for each other in a call of other operands."""
+    q, k_pages, v_pages, tables, _ = decode_inputs(9, 8192, 16, heads=heads)
+    lengths = jnp.asarray([8192, 1, 64, 65, 129, 1025, 2049, 4097, 0], jnp.int32)
+    args, others = (q, k_pages, v_pages, tables, lengths), (-q[::-1], v_pages, k_pages, tables, lengths[::-1])
+    attend = compiled("fused", batch_invariant=True)
+    expected = attend(*args)
+    assert_right(expected, args)
+    for pattern in (0, 0x7FC00000, 0xFFFFFFFF):
+        fill_free_memory(pattern)
+        for _ in range(30):
+            attend(*others)
+            assert bits(attend(*args)) == bits(expected)
+
+
 @contextmanager
 def bandwidth_hog() -> Iterator[Callable[[], int]]:
     """Copies within the device on a stream of its own while the context lasts; yields how often it has copied.

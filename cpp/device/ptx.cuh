@@ -91,15 +91,6 @@ __device__ inline void StoreRelaxed(uint4* to, const uint4& x) {
 __device__ inline void StoreRelaxed(uint2* to, const uint2& x) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(x.x), "r"(x.y) : "memory");
 }
-// Returns what was there before.
-__device__ inline uint32_t AddAcquireRelease(uint32_t* word, uint32_t value) {
-  uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(word), "r"(value)
-               : "memory");
-  return before;
-}
 // After a relaxed load: as if it had acquired.
 __device__ inline void FenceAcquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 

@@ -125,21 +125,40 @@ struct Split {
   bool has_start = false, has_end = false;
   bool continues = false;  // as told at its first tile
   int32_t before = 0, index = 0;
-  // Batch-invariant: see TileDescriptor.
-  bool goes_on = false;
-  bool has_first = false;
-  int32_t of_cta = 0, of_first = 0;
+  // Batch-invariant: see TileDescriptor, SplitsToFold.
+  bool goes_on = false, has_first = false, folds = false;
+  int32_t of_cta = 0, of_first = 0, of_row_block = 0;
+  int32_t ahead = 0;  // as told at its first tile
   int64_t first_cta = 0;
+  int32_t tiles = 0, offset = 0, per_cta = 0;
 };
+
+// KV splits end where ranges of CTAs do, or where a function of the row block says; or also of its rows, if
+// the kernel folds those of few rows.
+enum class Cuts { kByRanges, kInvariant, kFolded };
 
 // How a kernel counts the tiles of a sequence's row tiles: MLA's, which have prompts too, by sums.
 enum class Count { kOneByOne, kBySums };
 
+template <typename Range>
+void NoteInvariant(const Range& range, const HeadQueues& queues, Split* split) {
+  split->index = range.SplitIndex();
+  split->goes_on = range.GoesOn();
+  split->has_first = range.HasFirstSplit();
+  split->folds = range.IsFolded();
+  split->of_cta = range.SplitsOfCta();
+  split->of_first = range.SplitsOfFirst();
+  split->of_row_block = range.SplitsOfRowBlock();
+  split->first_cta = split->cta - int64_t{range.CtasBefore()} * queues.num_queues;
+  split->tiles = range.TilesOfSplit();
+  split->offset = range.OffsetOfFirst();
+  split->per_cta = range.TilesPerCta();
+}
+
 // Walks the ranges of all CTAs as the kernel does.
-template <int tile_rows = kTileRows>
+template <int tile_rows, bool folds>
 std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_ctas, bool batch_invariant,
-                                               Count count, int32_t end_tiles = 0,
-                                               const CtasNeeded& needed = {}) {
+                                               Count count, int32_t end_tiles, const CtasNeeded& needed) {
   std::map<RowBlockKey, std::vector<Split>> splits;
   const HeadQueues queues = MakeHeadQueues(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
   for (int64_t cta = 0; cta < num_ctas; ++cta) {
@@ -176,9 +195,9 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
     const Batch& sequences = batch;
     const TilePlace place =
         by_sums ? FindTile(batch.facts, batch(index), offset, end) : TilePlace{0, 0, offset};
-    CtaRangeCursor<const Batch, tile_rows, true> range(batch.facts, heads, batch.size(), sequences, index,
-                                                       place.offset, per, batch_invariant, place.head,
-                                                       place.row_tile, end);
+    CtaRangeCursor<const Batch, tile_rows, true, folds> range(batch.facts, heads, batch.size(), sequences,
+                                                              index, place.offset, per, batch_invariant,
+                                                              place.head, place.row_tile, end);
     int64_t walked = 0, ends = 0, partials = 0;
     Split split{};
     if (range.skips()) range.Next();
@@ -187,6 +206,7 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
       const auto& at = range.at();
       if (range.StartsSplit()) {
         split = {.cta = cta, .begin = at.tile(), .end = at.tile(), .continues = range.RowBlockGoesOn()};
+        if (batch_invariant) split.ahead = range.SplitsAheadOfOthers();
       }
       CHECK(at.tile() == split.end, "tile %d after %d", at.tile(), split.end);
       ++split.end;
@@ -194,12 +214,7 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
         split.has_start = range.HasRowBlockStart();
         split.has_end = range.HasRowBlockEnd();
         split.before = range.SplitsBefore();
-        split.index = range.SplitIndex();
-        split.goes_on = range.GoesOn();
-        split.has_first = range.HasFirstSplit();
-        split.of_cta = range.SplitsOfCta();
-        split.of_first = range.SplitsOfFirst();
-        split.first_cta = cta - int64_t{range.CtasBefore()} * queues.num_queues;
+        if (batch_invariant) NoteInvariant(range, queues, &split);
         ends += split.has_end ? 1 : 0;
         partials += split.has_start && split.has_end ? 0 : 1;
         splits[{at.index(), at.head(), at.row_tile()}].push_back(split);
@@ -217,46 +232,67 @@ std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_c
   return splits;
 }
 
-// Batch-invariant: the CTAs of a row block count its splits in one word, which no other row block has.
-void CountsMeetInOneWord(const std::map<RowBlockKey, std::vector<Split>>& row_blocks) {
-  std::set<int64_t> words;
+template <int tile_rows = kTileRows>
+std::map<RowBlockKey, std::vector<Split>> Walk(const Batch& batch, int64_t num_ctas, Cuts cuts, Count count,
+                                               int32_t end_tiles = 0, const CtasNeeded& needed = {}) {
+  const bool batch_invariant = cuts != Cuts::kByRanges;
+  return cuts == Cuts::kFolded
+             ? Walk<tile_rows, true>(batch, num_ctas, batch_invariant, count, end_tiles, needed)
+             : Walk<tile_rows, false>(batch, num_ctas, batch_invariant, count, end_tiles, needed);
+}
+
+// Batch-invariant: a CTA knows how many splits of a row block it has, and the one with the last split knows
+// which CTAs have the others. Each of these leaves partial results of one row block alone, and so has one
+// flag.
+void EachFlagHasOneReader(const std::map<RowBlockKey, std::vector<Split>>& row_blocks, int32_t num_queues) {
+  std::set<int64_t> flags;
   for (const auto& [row_block, splits] : row_blocks) {
-    const int64_t word = splits[0].first_cta;
-    int32_t own = 0, counted = 0;
+    const Split& last = splits.back();
+    int32_t own = 0;
     for (size_t i = 0; i < splits.size(); ++i) {
       const Split& split = splits[i];
       const bool has_next = i + 1 < splits.size() && splits[i + 1].cta == split.cta;
       CHECK(split.goes_on == has_next, "split %d goes on: %d", split.index, split.goes_on);
-      CHECK(split.first_cta == word, "words %d and %d", static_cast<int>(split.first_cta),
-            static_cast<int>(word));
       CHECK(split.of_cta == ++own, "%d splits of the CTA, it says %d", own, split.of_cta);
-      if (split.goes_on) continue;
-      const auto is_first = [&](const Split& other) { return other.cta == splits[0].cta; };
-      const auto of_first = static_cast<int32_t>(std::count_if(splits.begin(), splits.end(), is_first));
-      CHECK(split.has_first == is_first(split) && split.of_first == of_first,
-            "%d splits of the first CTA, %d by another", of_first, split.of_first);
-      counted += split.of_cta;
-      own = 0;
+      const auto is_of = [](int64_t cta) { return [=](const Split& other) { return other.cta == cta; }; };
+      const auto count = [&](const auto& of) {
+        return static_cast<int32_t>(std::count_if(splits.begin(), splits.end(), of));
+      };
+      const bool leaves = split.cta != last.cta;
+      const int32_t ahead = leaves ? count(is_of(split.cta)) - own + 1 : 0;
+      CHECK(split.ahead == ahead, "%d splits ahead, it says %d", ahead, split.ahead);
+      CHECK(split.has_first == (split.cta == splits[0].cta), "split %d has the first", split.index);
+      CHECK(split.of_row_block == static_cast<int32_t>(splits.size()), "%d splits", split.of_row_block);
+      if (leaves && own == 1)
+        CHECK(flags.insert(split.cta).second, "CTA %d leaves two row blocks", static_cast<int>(split.cta));
+      if (!split.goes_on) own = 0;
+      const int32_t begin = last.offset + split.index * last.tiles;
+      const int64_t cta = last.first_cta + int64_t{begin / last.per_cta} * num_queues;
+      CHECK(cta == split.cta, "split %d of CTA %d, not %d", split.index, static_cast<int>(split.cta),
+            static_cast<int>(cta));
+      CHECK(split.cta <= last.cta, "CTA %d waits for a later one", static_cast<int>(last.cta));
     }
-    CHECK(counted == static_cast<int32_t>(splits.size()), "%d splits counted", counted);
-    CHECK(word >= 0 && word <= splits[0].cta, "word %d of CTA %d", static_cast<int>(word),
-          static_cast<int>(splits[0].cta));
-    if (splits.front().cta != splits.back().cta)
-      CHECK(words.insert(word).second, "word %d counts two row blocks", static_cast<int>(word));
+    const auto is_of_first = [&](const Split& other) { return other.cta == splits[0].cta; };
+    CHECK(last.of_first == std::count_if(splits.begin(), splits.end(), is_of_first), "%d splits of the first",
+          last.of_first);
   }
 }
 
 template <int tile_rows = kTileRows>
-void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant, Count count = Count::kOneByOne,
+void Check(const Batch& batch, int64_t num_ctas, Cuts cuts, Count count = Count::kOneByOne,
            int32_t end_tiles = 0, const CtasNeeded& needed = {}) {
-  const auto splits = Walk<tile_rows>(batch, num_ctas, batch_invariant, count, end_tiles, needed);
-  if (batch_invariant) CountsMeetInOneWord(splits);
+  const bool batch_invariant = cuts != Cuts::kByRanges;
+  const auto splits = Walk<tile_rows>(batch, num_ctas, cuts, count, end_tiles, needed);
+  const HeadQueues queues = MakeHeadQueues(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
+  if (batch_invariant) EachFlagHasOneReader(splits, queues.num_queues);
   int64_t row_blocks = 0, tiles_seen = 0;
   for (int32_t i = 0; i < batch.size(); ++i) {
     const Sequence sequence = batch(i);
     for (int32_t t = 0; t < NumRowTiles<tile_rows>(batch.facts, sequence); ++t) {
       const TileRange tiles = VisibleTiles<tile_rows>(batch.facts, sequence, t);
       if (tiles.size() == 0) continue;
+      const bool folds =
+          cuts == Cuts::kFolded && RowsOfTile<tile_rows>(batch.facts, sequence, t) <= kMostFoldedRows;
       for (int32_t head = 0; head < batch.facts.num_kv_heads; ++head) {
         ++row_blocks;
         const auto found = splits.find({i, head, t});
@@ -270,11 +306,9 @@ void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant, Count cou
           CHECK(split.continues != split.has_end, "split %d is told too late where it ends", index);
           if (batch_invariant) {
             CHECK(split.index == index, "split %d calls itself %d", index, split.index);
-            const int32_t size = std::min(TilesPerSplit(sequence, tiles), tiles.end - split.begin);
+            const int32_t size = std::min(TilesPerSplit(sequence, tiles, folds), tiles.end - split.begin);
             CHECK(split.end - split.begin == size, "%d tiles of %d", split.end - split.begin, size);
           } else {
-            const HeadQueues queues =
-                MakeHeadQueues(batch.facts.num_kv_heads, static_cast<int32_t>(num_ctas));
             CHECK(split.cta == found->second[0].cta + index * queues.num_queues,
                   "splits of a row block are in neighbouring CTAs");
             CHECK(split.before == index, "%d splits before", split.before);
@@ -285,7 +319,7 @@ void Check(const Batch& batch, int64_t num_ctas, bool batch_invariant, Count cou
         }
         CHECK(next == tiles.end, "ends at %d of %d", next, tiles.end);
         if (batch_invariant)
-          CHECK(index == NumSplits(sequence, tiles) && index <= kMaxSplits, "%d splits", index);
+          CHECK(index == NumSplits(sequence, tiles, folds) && index <= kMaxSplits, "%d splits", index);
       }
     }
   }
@@ -307,14 +341,34 @@ void RangesTakeEachTileOnce() {
       // Other row tiles than those of kTileRows have no sums.
       for (const Count count : {Count::kOneByOne, Count::kBySums}) {
         if (count == Count::kBySums && tile_rows != kTileRows) continue;
-        Check<tile_rows>(batch, num_ctas, false, count, repeat % 2 * 3);
-        Check<tile_rows>(batch, num_ctas, true, count);
+        Check<tile_rows>(batch, num_ctas, Cuts::kByRanges, count, repeat % 2 * 3);
+        for (const Cuts cuts : {Cuts::kInvariant, Cuts::kFolded})
+          Check<tile_rows>(batch, num_ctas, cuts, count);
         if (count != Count::kOneByOne) continue;
         const auto all = static_cast<int32_t>(num_ctas);
         for (const int32_t enough : {1, EnoughCtas(std::max(all / 2, 2)), all})
-          Check<tile_rows>(batch, num_ctas, false, count, 0,
+          Check<tile_rows>(batch, num_ctas, Cuts::kByRanges, count, 0,
                            {.for_row_blocks = enough, .for_few_splits = enough});
       }
+    }
+  }
+}
+
+// Row blocks of any length, folded or not.
+void SplitsFollowFromTheLength() {
+  for (int32_t n = 0; n < 5000; ++n) {
+    const Sequence one = {.row = 0, .num_rows = 1, .position = 0, .kv_len = 0};
+    const Sequence many = {.row = 0, .num_rows = kMaxSplitRows + 1, .position = 0, .kv_len = 0};
+    const TileRange tiles = {.begin = n % 7, .end = n % 7 + n};
+    const int32_t size = TilesPerSplit(one, tiles, true), splits = NumSplits(one, tiles, true);
+    CHECK(size >= kMinFoldedTiles && splits <= kMaxFoldedSplits, "%d tiles: %d splits of %d", n, splits,
+          size);
+    CHECK(size == kMinFoldedTiles || (size - 1) * kMaxFoldedSplits < n, "%d tiles: splits of %d", n, size);
+    CHECK(splits >= NumSplits(one, tiles, false), "%d tiles: folded they have %d splits", n, splits);
+    for (const bool folds : {false, true}) {
+      const int32_t count = NumSplits(one, tiles, folds), each = TilesPerSplit(one, tiles, folds);
+      CHECK(count * each >= n && (count - 1) * each < std::max(n, 1), "%d tiles: %d splits", n, count);
+      CHECK(NumSplits(many, tiles, folds) == std::min(n, 1), "%d tiles of many rows are split", n);
     }
   }
 }
@@ -357,8 +411,8 @@ void OneRowBlockOverAllCtas() {
   batch.facts = {FastDivisor(4), 1, 1, 1 << 20, 0, true};
   for (const int32_t tiles : {0, 1, 263, 264, 265, 2048, 1 << 14}) {
     batch.raw = {{tiles * kTileKeys, 0, 1}};
-    Check(batch, 264, false);
-    Check(batch, 264, true);
+    Check(batch, 264, Cuts::kByRanges);
+    for (const Cuts cuts : {Cuts::kInvariant, Cuts::kFolded}) Check(batch, 264, cuts);
   }
 }
 
@@ -381,7 +435,7 @@ void SmallerGroupsKeepRowTilesFull() {
       for (int32_t t = 0; t < tiles; ++t)
         CHECK(RowsOfTile(smaller.facts, smaller(b), t) == kTileRows, "row tile %d is not full", t);
     }
-    Check(smaller, 132, false);
+    Check(smaller, 132, Cuts::kByRanges);
   }
 }
 
@@ -391,12 +445,12 @@ void EqualRowBlocksStayWhole() {
   for (int32_t i = 0; i < 64; ++i) batch.raw.push_back({i == 40 ? 0 : 4096, i, 1});
   for (const int32_t length : {4096, 4095, 4033}) {
     batch.raw[5].kv_len = length;  // as many tiles
-    for (const auto& [row_block, splits] : Walk(batch, 264, false, Count::kOneByOne))
+    for (const auto& [row_block, splits] : Walk(batch, 264, Cuts::kByRanges, Count::kOneByOne))
       CHECK(splits.size() == 1, "%d splits", static_cast<int>(splits.size()));
-    Check(batch, 264, false);
+    Check(batch, 264, Cuts::kByRanges);
   }
   batch.raw[5].kv_len = 1000;
-  Check(batch, 264, false);
+  Check(batch, 264, Cuts::kByRanges);
 }
 
 // Most tiles, and most tiles with ends, of a CTA's whole and partial row blocks.
@@ -406,7 +460,8 @@ struct Most {
 
 Most MostOfCtas(const Batch& batch, int64_t num_ctas, int32_t end_tiles) {
   std::map<int64_t, Most> ctas;
-  for (const auto& [row_block, splits] : Walk(batch, num_ctas, false, Count::kOneByOne, end_tiles)) {
+  for (const auto& [row_block, splits] :
+       Walk(batch, num_ctas, Cuts::kByRanges, Count::kOneByOne, end_tiles)) {
     for (const Split& split : splits) {
       Most& cta = ctas[split.cta];
       cta.tiles += split.end - split.begin;
@@ -426,7 +481,7 @@ void EndsCountAsTiles() {
   for (int32_t i = 0; i < 63; ++i) batch.raw.push_back({512 + i * 8, i, 1});
   batch.raw.push_back({1 << 16, 63, 1});
   for (const int32_t end_tiles : {1, 2, 3}) {
-    Check(batch, 132, false, Count::kOneByOne, end_tiles);
+    Check(batch, 132, Cuts::kByRanges, Count::kOneByOne, end_tiles);
     const Most without = MostOfCtas(batch, 132, 0), with = MostOfCtas(batch, 132, end_tiles);
     const int64_t all = batch.num_tiles<kTileRows>() + 64 * end_tiles;
     CHECK(with.with_ends <= CeilDiv(all, 132) + end_tiles, "%d tiles with ends",
@@ -453,9 +508,9 @@ int MostSplits(int32_t num_seqs, int32_t num_kv_heads, int32_t tiles, const Ctas
   Batch batch;
   batch.facts = {FastDivisor(8), num_kv_heads, num_seqs, 1 << 20, 0, true};
   for (int32_t i = 0; i < num_seqs; ++i) batch.raw.push_back({tiles * kTileKeys, i, 1});
-  Check(batch, 264, false, Count::kOneByOne, 0, needed);
+  Check(batch, 264, Cuts::kByRanges, Count::kOneByOne, 0, needed);
   size_t most = 0;
-  for (const auto& [row_block, splits] : Walk(batch, 264, false, Count::kOneByOne, 0, needed))
+  for (const auto& [row_block, splits] : Walk(batch, 264, Cuts::kByRanges, Count::kOneByOne, 0, needed))
     most = std::max(most, splits.size());
   return static_cast<int>(most);
 }
@@ -506,9 +561,9 @@ void NumbersBeyondTheirRange() {
   CHECK(all.row == 0 && all.num_rows == 5 && all.kv_len == 640, "row %d, %d rows, %d keys", all.row,
         all.num_rows, all.kv_len);
   CHECK(batch(0).num_rows == 0 && batch(2).num_rows == 0 && batch(3).num_rows == 0, "rows outside q");
-  Check(batch, 264, false);
-  Check(batch, 264, true);
-  Check(batch, 264, false, Count::kBySums, 2);
+  Check(batch, 264, Cuts::kByRanges);
+  for (const Cuts cuts : {Cuts::kInvariant, Cuts::kFolded}) Check(batch, 264, cuts);
+  Check(batch, 264, Cuts::kByRanges, Count::kBySums, 2);
 }
 
 void DecodeLeavesMultiprocessorsToPrefill() {
@@ -621,6 +676,7 @@ int main() {
   jpa::test::TilesHaveTheKeysThatRowsSee<jpa::fused::kMla8TileRows>();
   jpa::test::RangesTakeEachTileOnce<jpa::fused::kTileRows>();
   jpa::test::RangesTakeEachTileOnce<jpa::fused::kMla8TileRows>();
+  jpa::test::SplitsFollowFromTheLength();
   jpa::test::SumsAreThoseOfRowTiles();
   jpa::test::OneRowBlockOverAllCtas();
   jpa::test::SmallerGroupsKeepRowTilesFull();

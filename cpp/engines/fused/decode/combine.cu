@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
     for (int32_t token = 0; token < sequence.num_rows; ++token) {
       const int32_t packed = token * group + head - kv_head * group;
       const int32_t splits =
-          NumSplits(sequence, VisibleTiles<tile_rows>(call.facts, sequence, packed / tile_rows));
+          NumSplits(sequence, VisibleTiles<tile_rows>(call.facts, sequence, packed / tile_rows), false);
       // Those of few rows are folded (fold_splits.cuh).
       if (splits <= 1 || FoldsSplits(args, RowsOfTile<tile_rows>(call.facts, sequence, packed / tile_rows)))
         continue;

@@ -136,9 +136,7 @@ class ConsumerWarp {
       Put(r, &exchange);
       device::NamedBarrierSync<1, Traits::kConsumerThreads>();
       if constexpr (Traits::FoldsSplits(kCapability)) {
-        if (FoldsSplits(args, descriptor.num_rows) && descriptor.folds) {
-          return FoldSplit<Traits>(args, descriptor, parts, shared);
-        }
+        if (FoldsSplits(args, descriptor.num_rows)) return FoldSplit<Traits>(args, descriptor, parts, shared);
       } else if (hands_over) {
         return LeaveSplit(args.call.partials, descriptor, exchange);
       }

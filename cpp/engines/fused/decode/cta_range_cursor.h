@@ -54,6 +54,7 @@ class TileCursor {
   JPA_HOST_DEVICE const Sequence& sequence() const { return sequence_; }
   JPA_HOST_DEVICE int32_t head() const { return head_; }
   JPA_HOST_DEVICE int32_t row_tile() const { return row_tile_; }
+  JPA_HOST_DEVICE int32_t num_rows() const { return RowsOfTile<tile_rows>(call_, sequence_, row_tile_); }
   JPA_HOST_DEVICE const TileRange& tiles() const { return tiles_; }  // of the row block
   JPA_HOST_DEVICE int32_t tile() const { return tile_; }
 
@@ -91,8 +92,9 @@ class TileCursor {
 };
 
 // The tiles of one CTA, one after the other, and the KV splits that they make: from where the CTA starts a
-// row block, or TilesPerSplit cuts it, to where the next split or the CTA's range ends.
-template <typename Sequences, int tile_rows = kTileRows, bool has_ends = false>
+// row block, or TilesPerSplit cuts it, to where the next split or the CTA's range ends. With `folds` those of
+// row blocks of few rows are folded.
+template <typename Sequences, int tile_rows = kTileRows, bool has_ends = false, bool folds = false>
 class CtaRangeCursor {
  public:
   // From tile `offset` of sequence `index` on, the first one of a range of `per_cta` tiles. The tile is
@@ -112,7 +114,7 @@ class CtaRangeCursor {
       StartSplit(cursor_.tile(), 0);
       return;
     }
-    const int32_t tiles_per_split = TilesPerSplit(cursor_.sequence(), cursor_.tiles());
+    const int32_t tiles_per_split = TilesOfSplit();
     tiles_before_ = cursor_.tile() - cursor_.tiles().begin;
     const int32_t split = tiles_before_ / tiles_per_split;
     first_split_ = split + (tiles_before_ > split * tiles_per_split ? 1 : 0);
@@ -166,16 +168,36 @@ class CtaRangeCursor {
 
   // In batch-invariant calls: the split's number in its row block.
   JPA_HOST_DEVICE int32_t SplitIndex() const { return split_; }
+  // Likewise: how many splits the row block has.
+  JPA_HOST_DEVICE int32_t SplitsOfRowBlock() const {
+    return NumSplits(cursor_.sequence(), cursor_.tiles(), IsFolded());
+  }
   // Likewise, at the last tile of a split: whether the CTA's next split is of the same row block.
   JPA_HOST_DEVICE bool GoesOn() const { return left_ > 1 && !HasRowBlockEnd(); }
+  // Likewise: tiles of each split of the row block but the last one; and where its first split begins in the
+  // range of its CTA.
+  JPA_HOST_DEVICE int32_t TilesOfSplit() const {
+    return TilesPerSplit(cursor_.sequence(), cursor_.tiles(), IsFolded());
+  }
+  JPA_HOST_DEVICE int32_t OffsetOfFirst() const { return CtasBefore() * per_cta_ - tiles_before_; }
+  JPA_HOST_DEVICE int32_t TilesPerCta() const { return per_cta_; }
+  // Likewise: true if they are folded.
+  JPA_HOST_DEVICE bool IsFolded() const { return folds && cursor_.num_rows() <= kMostFoldedRows; }
+  // Likewise, at the first tile of a split: how many of the row block's splits the CTA has from this one on,
+  // if it does not have the last one; else 0.
+  JPA_HOST_DEVICE int32_t SplitsAheadOfOthers() const {
+    const int32_t behind = cursor_.tiles().end - cursor_.tile(), tiles = TilesOfSplit();
+    if (left_ >= behind) return 0;
+    const int32_t splits = CeilDiv<int32_t>(static_cast<int32_t>(left_), tiles);
+    return splits * tiles < behind ? splits : 0;
+  }
   // Likewise: how many of the row block's splits the CTA has, up to this one.
   JPA_HOST_DEVICE int32_t SplitsOfCta() const { return split_ - first_split_ + 1; }
   // Likewise: whether the CTA has the row block's first split; and how many the CTA has that has it.
   JPA_HOST_DEVICE bool HasFirstSplit() const { return first_split_ == 0; }
   JPA_HOST_DEVICE int32_t SplitsOfFirst() const {
     if (HasFirstSplit()) return SplitsOfCta();
-    const int32_t tiles = tiles_before_ - (CtasBefore() - 1) * per_cta_;
-    return static_cast<int32_t>(CeilDiv(tiles, TilesPerSplit(cursor_.sequence(), cursor_.tiles())));
+    return CeilDiv<int32_t>(per_cta_ - OffsetOfFirst(), TilesOfSplit());
   }
   // Likewise: how many CTAs before this one the row block begins.
   JPA_HOST_DEVICE int32_t CtasBefore() const {
@@ -205,7 +227,7 @@ class CtaRangeCursor {
     split_begin_ = tile;
     split_end_ = cursor_.tiles().end;
     if (batch_invariant_) {
-      split_end_ = Smaller(split_end_, tile + TilesPerSplit(cursor_.sequence(), cursor_.tiles()));
+      split_end_ = Smaller(split_end_, tile + TilesOfSplit());
     } else if (left_ < split_end_ - tile) {
       split_end_ = tile + static_cast<int32_t>(left_);
     }

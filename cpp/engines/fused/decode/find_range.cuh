@@ -18,6 +18,7 @@ struct CtaRange {
   int32_t place;             // in its queue
   int64_t tiles;             // with ends of row blocks
   int32_t end;               // EndOfRowBlocks
+  int32_t longest;           // tiles of the longest row block
   bool is_of_few;            // it has short row blocks, whole: there may be few such CTAs
   const int32_t* cu_q_lens;  // in order
   bool has_prefill;          // some sequences are prefill's
@@ -69,6 +70,7 @@ __device__ inline CtaRange RangeOfCta(const DecodeArgs& args, int32_t cta, int32
           .place = place,
           .tiles = 0,
           .end = 0,
+          .longest = 0,
           .is_of_few = false,
           .cu_q_lens = nullptr,
           .has_prefill = false,
@@ -267,6 +269,7 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
                        ? RangeBesidePrefill<prefill_may_decode>(args, all, prefill)
                        : RangeOfCta<may_share_sms>(args, static_cast<int32_t>(blockIdx.x), kEighths);
   range.fills_rows = fills_rows;
+  range.longest = all.most;
   range.cu_q_lens = cu_q_lens;
   range.has_prefill = prefill.exists;
   if constexpr (kHasEnds) {

@@ -53,16 +53,21 @@ __device__ inline void LoadIfNotThere(const float* from, uint4* words) {
   device::LoadRelaxedIf(LargestWord(*words) == kNotThere, reinterpret_cast<const uint4*>(from), words);
 }
 
-// By one warp: partial result number `partial` of `rows` packed rows is not there.
+// By one warp: so many partial results of a packed row each are not there, from index `first` on.
 template <int value_dim>
-__device__ inline void ClearPartial(const Partials& partials, int32_t partial, int rows) {
+__device__ inline void ClearPartials(const Partials& partials, int64_t first, int count) {
   const int lane = static_cast<int>(device::LaneId());
-  const int64_t first = int64_t{partial} * partials.rows_each;
   auto* const columns = reinterpret_cast<uint4*>(partials.out + first * value_dim);
 #pragma unroll 4
-  for (int i = lane; i < rows * (value_dim / 4); i += 32)
+  for (int i = lane; i < count * (value_dim / 4); i += 32)
     columns[i] = {kNotThere, kNotThere, kNotThere, kNotThere};
-  if (lane < rows) reinterpret_cast<uint2*>(partials.stats)[first + lane] = {kNotThere, kNotThere};
+  if (lane < count) reinterpret_cast<uint2*>(partials.stats)[first + lane] = {kNotThere, kNotThere};
+}
+
+// Likewise partial result number `partial` of `rows` packed rows.
+template <int value_dim>
+__device__ inline void ClearPartial(const Partials& partials, int32_t partial, int rows) {
+  ClearPartials<value_dim>(partials, int64_t{partial} * partials.rows_each, rows);
 }
 
 }  // namespace jpa::fused

@@ -21,6 +21,11 @@ __device__ inline int64_t PartialOfRow(const DecodeArgs& args, int32_t seq, int3
       args.split_rows_by_sequence ? int64_t{seq} * kMaxSplitRows + token : int64_t{row} + token;
   return (place * args.call.problem.num_q_heads + head) * kMaxSplits;
 }
+__device__ inline int64_t PartialOfRow(const DecodeArgs& args, const RowBlock& row_block,
+                                       const QueryHead& where) {
+  return PartialOfRow(args, row_block.seq, row_block.row, static_cast<int32_t>(where.row) - row_block.row,
+                      where.head);
+}
 
 // At the end of a KV split: says where a packed row's columns go, and stores what there is one of per row.
 // Batch-invariant, `split` says which of the row block's partial results it is.

@@ -14,7 +14,8 @@
 namespace jpa::fused {
 
 // By one warp; a lane has two keys of a tile. Pages are looked up a tile ahead, so that their ids are there
-// when they are needed.
+// when they are needed. With `folds` the kernel folds KV splits.
+template <bool folds>
 class DescriptorMaker {
  public:
   __device__ DescriptorMaker(const DecodeArgs& args, const CtaRange& range, SequencesAhead& sequences,
@@ -66,6 +67,22 @@ class DescriptorMaker {
 #pragma unroll
       for (int i = 0; i < kKeysPerLane; ++i) descriptor->valid[i] = valid[i];
     }
+  }
+
+  // Behind the tile's descriptor, which others wait for: if the CTA has a folded row block's last split, but
+  // not its first one, leaves what it takes to merge them.
+  __device__ void DescribeFolded(SplitRowBlock* row_block, SplitsToFold* splits) const {
+    if (device::LaneId() != 0 || !range_.EndsSplit() || !range_.HasRowBlockEnd()) return;
+    if (range_.HasFirstSplit() || !range_.IsFolded()) return;
+    DescribeRowBlock(call_.facts, range_.at(), row_block);
+    static_cast<OtherCtas&>(*row_block) = {.num_splits = range_.SplitsOfRowBlock(),
+                                           .first_cta = cta_ - range_.CtasBefore() * num_queues_,
+                                           .cta_step = num_queues_};
+    *splits = {.of_first = range_.SplitsOfFirst(),
+               .of_others = range_.SplitIndex() + 1 - range_.SplitsOfCta(),
+               .tiles = range_.TilesOfSplit(),
+               .offset = range_.OffsetOfFirst(),
+               .per_cta = range_.TilesPerCta()};
   }
 
   // At the first tile of a KV split: starts to bring the row block's queries, of 32 query rows at most, into
@@ -134,12 +151,14 @@ class DescriptorMaker {
     descriptor->key = at.tile() * kTileKeys;
     DescribeRowBlock(call_.facts, at, descriptor);
     const bool ends = range_.EndsSplit();
-    constexpr bool kAtEndsAlone = Traits::kByWarpgroup || Traits::FoldsSplits(kCapability);
-    if (!ends && (kAtEndsAlone || !range_.StartsSplit())) return;
+    if (!ends && (Traits::kByWarpgroup || !range_.StartsSplit())) return;
     if (ends) descriptor->is_whole = range_.HasRowBlockStart() && range_.HasRowBlockEnd();
-    if (call_.batch_invariant || Traits::FoldsSplits(kCapability)) {
+    if constexpr (folds) return DescribeFolded(descriptor);
+    if (call_.batch_invariant) {
       descriptor->continues = 0;
-      if (ends) DescribeInvariant<Traits>(descriptor);
+      if (!ends) return;
+      descriptor->has_shares = 0;
+      descriptor->partial = range_.SplitIndex();
       return;
     }
     descriptor->continues = range_.RowBlockGoesOn();
@@ -194,24 +213,24 @@ class DescriptorMaker {
     return descriptor->has_shares;
   }
 
-  template <typename Traits>
-  __device__ void DescribeInvariant(TileDescriptor* descriptor) const {
-    descriptor->has_shares = 0;
+  // At the first tile of a split and at the last one, where splits are folded.
+  __device__ void DescribeFolded(TileDescriptor* descriptor) const {
+    descriptor->continues = 0;
     descriptor->partial = range_.SplitIndex();
-    if constexpr (!Traits::FoldsSplits(kCapability)) return;
+    if (range_.StartsSplit() && range_.SplitsOfCta() == 1) {
+      const int32_t left = range_.IsFolded() ? range_.SplitsAheadOfOthers() : 0;
+      descriptor->num_left = range_.HasFirstSplit() ? min(left, 1) : left;
+    }
     descriptor->goes_on = range_.GoesOn();
     descriptor->folds = range_.HasFirstSplit();
-    descriptor->splits_of_cta = range_.SplitsOfCta();
-    descriptor->splits_of_first = range_.SplitsOfFirst();
-    descriptor->num_splits = NumSplits(range_.at().sequence(), range_.at().tiles());
-    descriptor->first_cta = cta_ - range_.CtasBefore() * num_queues_;
+    descriptor->has_all = range_.HasFirstSplit() && range_.HasRowBlockEnd();
   }
 
   const DecodeArgs& args_;
   const CallArgs& call_;
   const int32_t cta_;
   const int32_t num_queues_;
-  CtaRangeCursor<SequencesAhead> range_;
+  CtaRangeCursor<SequencesAhead, kTileRows, false, folds> range_;
   uint32_t pages_[kKeysPerLane];   // of the next tile's keys; a negative id is a large number here
   uint32_t tokens_[kKeysPerLane];  // within these pages
 };

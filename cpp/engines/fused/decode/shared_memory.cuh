@@ -36,10 +36,11 @@ struct TileDescriptor : SharedSplit {
   int32_t has_shares;  // CTAs merge a share each of the row block
   // Batch-invariant (fold_splits.cuh), at the last tile of a split:
   int32_t goes_on;  // the CTA's next split is of the same row block
-  // Where it does not go on:
-  int32_t folds;            // the CTA has the row block's first split, too
-  int32_t splits_of_cta;    // how many of the row block's splits the CTA has
-  int32_t splits_of_first;  // how many the CTA has that has the first one
+  int32_t folds;    // the CTA has the row block's first split, too
+  int32_t has_all;  // and those between, and this is the last one
+  // Likewise, at the first tile of the CTA's first split of a row block: how many partial results it leaves
+  // for another CTA.
+  int32_t num_left;
   // Where splits may be merged in groups, at the first tile of a split and at the last one: index of the
   // partial result that the CTA leaves for another one to merge.
   int32_t left;
@@ -76,18 +77,22 @@ struct MergedRow {
   int64_t to;    // where the first column goes, in elements; negative: nowhere
 };
 
-// The factors of a row's sums of values when a split is added to what is folded (fold_splits.cuh).
-struct FoldFactors {
-  float folded;
-  float split;
+// The KV splits of a row block that the CTA merges, since it has the last one, but not the first one
+// (fold_splits.cuh): all of SplitRowBlock's. Some of its CTAs may have none.
+struct SplitsToFold {
+  int32_t of_first;   // how many the CTA has that has the first one
+  int32_t of_others;  // how many there are before the CTA's own
+  int32_t tiles;      // of each but the last one
+  int32_t offset;     // where the first one begins in the range of its CTA, in tiles
+  int32_t per_cta;    // tiles of a range
 };
 
 // The sums and states of a row block's rows, of all splits that are folded so far.
 template <int value_dim>
 struct FoldedRows {
   float4 columns[kMostFoldedRows][value_dim / 4];
-  device::SoftmaxState states[kMostFoldedRows];
-  FoldFactors factors[kMostFoldedRows];  // of the latest split
+  device::SoftmaxState states[2][kMostFoldedRows];  // up to splits of even numbers, and of odd ones
+  SplitsToFold splits;
 };
 template <>
 struct FoldedRows<0> {};
@@ -104,7 +109,6 @@ struct DecodeShared : RangeShared<Traits::kThreads> {
   SharedSplit to_merge[2];  // those with a share of this CTA's, if CTAs merge shares
   int32_t num_to_merge;
   MergedRow merged[kTileRows];
-  bool is_last;  // of a row block's CTAs (fold_splits.cuh)
   FoldedRows<Traits::FoldsSplits(kCapability) ? Traits::kValueDim : 0> folded;
   int32_t row_owners[kFilledRows];
   SplitGroup<Traits::MergesInGroups(kCapability)> group;
