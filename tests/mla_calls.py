@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from rpa_calls import DTYPES, GARBAGE, Array, aligned
+from rpa_calls import DTYPES, GARBAGE, Array, aligned, rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def build(call: MlaCall) -> dict[str, Array]:
     num_pages, max_pages = sum(pages_of) + 3, max([*pages_of, 0]) + 1
 
     def numbers(dtype: Any, *shape: int) -> Array:
-        return rng.standard_normal(shape).astype(dtype)
+        return rounded(rng.standard_normal(shape), dtype)
 
     order, tables = list(rng.permutation(num_pages)), np.zeros((num_seqs, max_pages), np.int32)
     if call.poisoned:
