@@ -42,13 +42,14 @@ def decode_inputs(
     *,
     heads: int = 8,
     kv_heads: int = 2,
+    head_dim: int = 64,
     page_dtype: Any = jnp.bfloat16,
     seed: int = 0,
 ) -> tuple[jax.Array, ...]:
-    """Operands of `paged_attention` in bf16, head dim 64, every sequence as long."""
+    """Operands of `paged_attention` in bf16, every sequence as long."""
     max_pages = -(-length // page_size)
     keys = jax.random.split(jax.random.key(seed), 3)
-    shapes = [(batch, heads, 64), *[(batch * max_pages, page_size, kv_heads, 64)] * 2]
+    shapes = [(batch, heads, head_dim), *[(batch * max_pages, page_size, kv_heads, head_dim)] * 2]
     q, k_pages, v_pages = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
     k_pages, v_pages = k_pages.astype(page_dtype), v_pages.astype(page_dtype)
     tables = np.random.default_rng(seed).permutation(batch * max_pages).astype(np.int32).reshape(batch, max_pages)
@@ -132,6 +133,30 @@ def test_folded_splits_have_the_same_bits_after_any_call(heads: int) -> None:
         for _ in range(30):
             attend(*others)
             assert bits(attend(*args)) == bits(expected)
+
+
+# Sequences of 16 key/value heads: on 132 multiprocessors from 33 on `fused` takes the kernel for many row blocks.
+@pytest.mark.parametrize("batch", [32, 34, 100])
+@pytest.mark.parametrize(("heads", "page_dtype"), [(16, jnp.bfloat16), (64, jnp.bfloat16), (128, jnp.float8_e4m3fn)])
+@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 16), (96, 16), (128, 32)])
+def test_many_row_blocks_repeat(batch: int, heads: int, page_dtype: Any, head_dim: int, page_size: int) -> None:
+    """Whichever warp is done last, and in a graph of many calls, of which each starts while others still merge."""
+    args = decode_inputs(
+        batch, 200, page_size, heads=heads, kv_heads=16, head_dim=head_dim, page_dtype=page_dtype, seed=batch
+    )
+    lengths = np.random.default_rng(batch).integers(0, 201, batch)
+    lengths[:4] = [0, 1, 64, 65]
+    args = (*args[:-1], jnp.asarray(lengths, jnp.int32))
+    expected = compiled("fused")(*args)
+    assert_right(expected, args)
+    for _ in range(50):
+        assert bits(compiled("fused")(*args)) == bits(expected)
+    q, *others = args
+    call = functools.partial(jpa.paged_attention, implementation="fused", return_lse=True)
+    graph = jax.jit(lambda queries: [call(each, *others) for each in queries])
+    for _ in range(5):
+        results = graph([q, jnp.copy(q), -q, jnp.copy(q)])
+        assert [bits(results[i]) for i in (0, 1, 3)] == [bits(expected)] * 3
 
 
 @contextmanager

@@ -170,6 +170,12 @@ template <DType q_dtype, bool is_8bit, int head_dim>
 struct QueryFragments {
   uint32_t fragments[head_dim / 16][4];
 
+  // Row r of no lane has a query.
+  __device__ void ClearRow(int r) {
+#pragma unroll
+    for (auto& fragment : fragments) fragment[r] = fragment[2 + r] = 0;
+  }
+
   // Row r (0 or 1) of the lane, zeros without a query. Returns the exponent of the power of two that it was
   // divided by. All lanes of a row come here.
   __device__ int LoadRow(int r, const uint16_t* query) {

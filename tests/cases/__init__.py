@@ -8,6 +8,7 @@
 - `shapes`: groups, head dims and page sizes.
 - `long`: enough keys for KV splits.
 - `large_groups`: many packed rows of few query rows.
+- `many_row_blocks`: many sequences of few keys.
 - `tiles`: shapes that matter to engines which work by key tiles and row tiles.
 - `layouts`: the pools of JAX's own kernels.
 - `beside`: decode rows and a chunk on one multiprocessor.
@@ -17,7 +18,19 @@ A new shape costs a compilation, which takes longer than the computation. So cas
 their shapes and keywords.
 """
 
-from cases import beside, dtypes, edges, keywords, large_groups, layouts, long, shapes, tiles, value_dims
+from cases import (
+    beside,
+    dtypes,
+    edges,
+    keywords,
+    large_groups,
+    layouts,
+    long,
+    many_row_blocks,
+    shapes,
+    tiles,
+    value_dims,
+)
 from cases.bases import DECODE, MIXED, PROMPT
 from cases.case import Array, Case
 from cases.inputs import DTYPES, INT32_MAX, INT32_MIN, LSE_BOUND, OUT_BOUND, Inputs, build, poison, random_values
@@ -42,7 +55,7 @@ __all__ = [
     "random_values",
 ]
 
-_MODULES = (edges, keywords, dtypes, shapes, long, large_groups, tiles, beside, layouts, value_dims)
+_MODULES = (edges, keywords, dtypes, shapes, long, large_groups, many_row_blocks, tiles, beside, layouts, value_dims)
 FAMILIES: dict[str, tuple[Case, ...]] = {
     module.__name__.rpartition(".")[2]: tuple(module.cases()) for module in _MODULES
 }

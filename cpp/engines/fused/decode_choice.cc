@@ -15,12 +15,34 @@ constexpr int64_t kLargeGroup = 9;
 // Likewise packed rows of drafts of smaller groups. With fewer the other kernel takes up to 1 % less.
 constexpr int64_t kManyPackedRows = 32;
 
+// Packed rows of a row block up to which it ends in place: kMostRowsInPlace of decode's traits. More would
+// only take the code of the ends that they have in the plain kernel.
+constexpr int64_t kMostRowsInPlace = 16;
+constexpr int64_t kMostRowsInPlaceOf8Bit = 8;
+// Row blocks per CTA from which on that kernel is taken. With fewer most row blocks are split, or memory
+// hides their ends: on an H200 64 x 512 with two per CTA took as long, 40 x 24 with 2.4 took a fifth less,
+// and calls with one or none 0.3 us more.
+constexpr int64_t kManyRowBlocks = 2;
+// The head dim from which on large groups have it, too, in place of warpgroups: 128 x 512 with 128/8 heads of
+// 128 took 76 us so, and 80 by warpgroups; with heads of 64 44 and 43.
+constexpr int64_t kHeadDimOfGroupsInPlace = 128;
+
 // Query rows of a step that decode has alone, and its products of two numbers.
 // Prefill's code replaces decode's in the instruction caches, even where prefill finds no work: on an H200 a
 // step of 64 sequences of 1k tokens then took 73.2 us, and 69.7 without. Should all rows be one sequence's
 // after all, which only the device knows, decode takes hardly longer for so few products than prefill.
 constexpr int64_t kRowsOfSmallStep = 64;
 constexpr int64_t kProductsOfSmallStep = int64_t{1} << 31;
+
+// True if whole row blocks of few rows are most of the work, were all sequences alike.
+bool HasManyRowBlocks(const CallArgs& call, const Device& device) {
+  const AttentionProblem& problem = call.problem;
+  const int64_t num_seqs = std::max<int64_t>(problem.num_seqs, 1);
+  const int64_t rows = CeilDiv(problem.num_rows, num_seqs) * call.facts.group.divisor();
+  const int64_t num_ctas = int64_t{device.num_sms} * device.decode.ctas_per_sm;
+  return rows <= (ByteWidth(problem.kv_dtype) == 1 ? kMostRowsInPlaceOf8Bit : kMostRowsInPlace) &&
+         problem.num_seqs * problem.num_kv_heads >= kManyRowBlocks * num_ctas;
+}
 
 }  // namespace
 
@@ -42,11 +64,15 @@ const DecodeDevice& ChooseDecode(const CallArgs& call, const Options& options, c
   const int64_t group = call.facts.group.divisor();
   if (options.batch_invariant && group <= kMostFoldedRows && device.decode_folding.kernel != nullptr)
     return device.decode_folding;
-  if (device.decode_by_warpgroup.kernel == nullptr) return device.decode;
+  const bool in_place =
+      device.decode_in_place.kernel != nullptr && !options.batch_invariant && HasManyRowBlocks(call, device);
+  const DecodeDevice& by_warps = in_place ? device.decode_in_place : device.decode;
+  if (device.decode_by_warpgroup.kernel == nullptr) return by_warps;
+  if (in_place && call.problem.head_dim >= kHeadDimOfGroupsInPlace) return by_warps;
   const int64_t rows = call.facts.num_rows, num_seqs = std::max<int64_t>(call.problem.num_seqs, 1);
   const bool drafts = !options.batch_invariant && rows <= kRowsOfDecode * num_seqs;
   const bool many = group >= kLargeGroup || (drafts && rows / num_seqs * group >= kManyPackedRows);
-  return many ? device.decode_by_warpgroup : device.decode;
+  return many ? device.decode_by_warpgroup : by_warps;
 }
 
 StageRing ChooseStages(const Device& device, const DecodeDevice& decode, bool prefills, DecodeArgs* args) {

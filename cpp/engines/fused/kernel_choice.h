@@ -45,6 +45,13 @@ inline DecodeKernelInfo FoldingKernelFor(const AttentionProblem& problem) {
   });
 }
 
+// The decode kernel for many row blocks of few packed rows.
+inline DecodeKernelInfo InPlaceKernelFor(const AttentionProblem& problem) {
+  return ForHeadDims(DecodeHeadDims(), problem, [&](auto dims) {
+    return InPlaceKernelOf<dims.kHeadDim, dims.kValueDim>(problem.q_dtype, problem.kv_dtype);
+  });
+}
+
 // The decode kernel for many packed rows per row block.
 inline DecodeKernelInfo WarpgroupKernelFor(const AttentionProblem& problem) {
   return ForHeadDims(WarpgroupHeadDims(), problem, [&](auto dims) {

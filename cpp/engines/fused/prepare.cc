@@ -85,14 +85,13 @@ Status PrepareDecode(const AttentionProblem& problem, int num_sms, Device* devic
   return PrepareKernel(info, capability, &device->decode);
 }
 
-// Makes the decode kernel ready that folds KV splits, if there is one for this device.
-Status PrepareFolding(const AttentionProblem& problem, Device* device) {
-  const DecodeKernelInfo info = FoldingKernelFor(problem);
-  if (info.kernel == nullptr || device->decode.ctas_per_sm == 1) return Status::Ok();
+// Makes a decode kernel ready that takes two CTAs per multiprocessor, if there is one for this device.
+Status PreparePaired(const DecodeKernelInfo& info, const Device& device, DecodeDevice* decode) {
+  if (info.kernel == nullptr || device.decode.ctas_per_sm == 1) return Status::Ok();
   int capability = 0;
   if (Status s = Check(device::CompiledFor(info.kernel, &capability), "no kernel for this device"); !s.ok())
     return s;
-  return PrepareKernel(info, capability, &device->decode_folding);
+  return PrepareKernel(info, capability, decode);
 }
 
 // Makes decode's second kernel ready, if there is one for this device.
@@ -199,7 +198,10 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
         "k_pages: expected keys without padding, which MLA kernels alone pass over");
   }
   if (Status s = PrepareDecode(problem, num_sms, device); !s.ok()) return s;
-  if (Status s = PrepareFolding(problem, device); !s.ok()) return s;
+  if (Status s = PreparePaired(FoldingKernelFor(problem), *device, &device->decode_folding); !s.ok())
+    return s;
+  if (Status s = PreparePaired(InPlaceKernelFor(problem), *device, &device->decode_in_place); !s.ok())
+    return s;
   if (Status s = PrepareWarpgroup(problem, device); !s.ok()) return s;
   if (Status s = PreparePrefill(PrefillKernelFor<Loader::kTma>(problem), num_sms, &device->prefill_by_tma);
       !s.ok()) {

@@ -13,6 +13,7 @@
 #include "device/softmax_state.cuh"
 #include "engines/fused/common/visible_keys.cuh"
 #include "engines/fused/decode/args.h"
+#include "engines/fused/decode/end_in_place.cuh"
 #include "engines/fused/decode/fold_splits.cuh"
 #include "engines/fused/decode/merge_rows.cuh"
 #include "engines/fused/decode/partials.cuh"
@@ -51,6 +52,11 @@ class ConsumerWarp {
     for (int r = 0; r < 2; ++r) {
       const int row = Row(r);
       visible_[r] = {.begin = 0, .end = 0};
+      if (Traits::EndsInPlace(kCapability) && r == 1 && !__any_sync(~0u, row < descriptor.num_rows)) {
+        queries_.ClearRow(r);
+        factors_[r] = 0.0f;
+        break;
+      }
       const uint16_t* query = nullptr;
       if (row < descriptor.num_rows) {
         const QueryHead where = QueryHeadOf(call, descriptor, row);
@@ -115,6 +121,38 @@ class ConsumerWarp {
     }
   }
 
+  // Leaves the warp's sums of a row block whose last tile is in that stage. The warp then only has to arrive
+  // there (end_in_place.cuh).
+  __device__ void LeaveInPlace(const TileDescriptor& descriptor, char* stage, int index,
+                               PlacesOutside<Traits>& outside) const {
+    const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(device::LaneId());
+    // There are as many key slices as warps. NextStep has been at the tile behind.
+    const int step = kSteps < kConsumerWarps ? (warp - turn_ + kSteps) & (kConsumerWarps - 1) : warp;
+    const Place place = Places<Traits>::At(stage, outside, step);
+    if constexpr (Places<Traits>::kBeside > 0) {
+      // All warps wait, so that none is more than a phase behind.
+      const uint32_t before = outside.parity[warp];
+      device::WaitForPhase(&outside.merged, before);
+      __syncwarp();
+      if (lane == 0) {
+        outside.parity[warp] = before ^ 1;
+        if (warp == 0) outside.first_place = step;
+      }
+    } else {
+      __syncwarp();
+    }
+    const int passes = descriptor.num_rows > 8 ? 2 : 1;
+#pragma unroll 1
+    for (int r = 0; r < passes; ++r) {
+      const int row = r * 8 + lane / 4;
+      const device::SoftmaxState state = RowState(r);
+      if (lane % 4 == 0) outside.states[index][step][row] = state;
+#pragma unroll
+      for (int i = 0; i < kOutputs; i += 2)
+        StoreNeighbours(i, r, [&](int column) { return Places<Traits>::Columns(stage, place, row, column); });
+    }
+  }
+
   // Ends a KV split: the warps bring their states together in the stage, which is no longer used. They become
   // results of a whole row block, or a partial result in scratch memory. All consumer warps come here.
   __device__ void Epilogue(const DecodeArgs& args, const TileDescriptor& descriptor,
@@ -167,21 +205,32 @@ class ConsumerWarp {
   static_assert(sizeof(Exchange) <= Traits::kExchangeBytes, "traits.h has to know");
 
   __device__ void Put(int r, Exchange* exchange) {
-    device::SoftmaxState state = r == 0 ? states_[0] : states_[1];
-    state.sum += __shfl_xor_sync(~0u, state.sum, 1);
-    state.sum += __shfl_xor_sync(~0u, state.sum, 2);
+    const device::SoftmaxState state = RowState(r);
     const int row = static_cast<int>(threadIdx.x) / 4;  // warps are in the order of key slices, then rows
     if (threadIdx.x % 4 == 0) exchange->states[row] = state;
 #pragma unroll
-    for (int i = 0; i < kOutputs; i += 2) {
-      const float4 columns = Neighbours(i, r);
-      float* to = &exchange->values[row][Layout::Column(i)];
-      if constexpr (Layout::kNeighbours == 4) {
-        *reinterpret_cast<float4*>(to) = columns;
-      } else {
-        *reinterpret_cast<float2*>(to) = {columns.x, columns.y};
-        *reinterpret_cast<float2*>(to + 8) = {columns.z, columns.w};
-      }
+    for (int i = 0; i < kOutputs; i += 2)
+      StoreNeighbours(i, r, [&](int column) { return &exchange->values[row][column]; });
+  }
+
+  // The state of the lane's row r, of all lanes' keys.
+  __device__ device::SoftmaxState RowState(int r) const {
+    device::SoftmaxState state = r == 0 ? states_[0] : states_[1];
+    state.sum += __shfl_xor_sync(~0u, state.sum, 1);
+    state.sum += __shfl_xor_sync(~0u, state.sum, 2);
+    return state;
+  }
+
+  // Stores the lane's columns of output blocks i and i + 1 where `at(column)` says.
+  template <typename At>
+  __device__ void StoreNeighbours(int i, int r, const At& at) const {
+    const float4 columns = Neighbours(i, r);
+    const int column = Layout::Column(i);
+    if constexpr (Layout::kNeighbours == 4) {
+      *reinterpret_cast<float4*>(at(column)) = columns;
+    } else {
+      *reinterpret_cast<float2*>(at(column)) = {columns.x, columns.y};
+      *reinterpret_cast<float2*>(at(column + 8)) = {columns.z, columns.w};
     }
   }
 

@@ -34,12 +34,31 @@ DecodeKernelInfo OfPages(DType kv_dtype) {
 template <int head_dim, int value_dim>
 DecodeKernelInfo FoldingKernelOf(DType q_dtype, DType kv_dtype) {
   constexpr bool kFolds =
-      DecodeTraits<DType::kBF16, DType::kBF16, head_dim, value_dim, true>::FoldsSplits(90);
+      DecodeTraits<DType::kBF16, DType::kBF16, head_dim, value_dim, DecodeKind::kFolds>::FoldsSplits(90);
   if constexpr (kFolds) {
     if (kv_dtype == q_dtype && q_dtype == DType::kBF16)
-      return InfoOf<DecodeTraits<DType::kBF16, DType::kBF16, head_dim, value_dim, true>>();
+      return InfoOf<DecodeTraits<DType::kBF16, DType::kBF16, head_dim, value_dim, DecodeKind::kFolds>>();
     if (kv_dtype == q_dtype && q_dtype == DType::kF16)
-      return InfoOf<DecodeTraits<DType::kF16, DType::kF16, head_dim, value_dim, true>>();
+      return InfoOf<DecodeTraits<DType::kF16, DType::kF16, head_dim, value_dim, DecodeKind::kFolds>>();
+  }
+  return {};
+}
+
+// Each is 160 KB of code. So those are there for which it was measured to pay.
+template <int head_dim, int value_dim>
+DecodeKernelInfo InPlaceKernelOf(DType q_dtype, DType kv_dtype) {
+  constexpr DecodeKind kKind = DecodeKind::kEndsInPlace;
+  if constexpr (head_dim == value_dim && (head_dim == 64 || head_dim == 96 || head_dim == 128)) {
+    if (q_dtype == DType::kBF16 && kv_dtype == DType::kBF16)
+      return InfoOf<DecodeTraits<DType::kBF16, DType::kBF16, head_dim, value_dim, kKind>>();
+    if (q_dtype == DType::kF16 && kv_dtype == DType::kF16)
+      return InfoOf<DecodeTraits<DType::kF16, DType::kF16, head_dim, value_dim, kKind>>();
+  }
+  if constexpr (head_dim == value_dim && head_dim == 128) {
+    if (q_dtype == DType::kBF16 && kv_dtype == DType::kE4M3FN)
+      return InfoOf<DecodeTraits<DType::kBF16, DType::kE4M3FN, head_dim, value_dim, kKind>>();
+    if (q_dtype == DType::kBF16 && kv_dtype == DType::kS8)
+      return InfoOf<DecodeTraits<DType::kBF16, DType::kS8, head_dim, value_dim, kKind>>();
   }
   return {};
 }

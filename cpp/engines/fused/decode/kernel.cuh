@@ -11,6 +11,7 @@
 //
 // partials.cuh: whole row blocks are written out. KV splits go to scratch memory, and the CTA that has the
 // last split of a row block merges them when it has done all else. hand_over.cuh: how small ones get there.
+// end_in_place.cuh: a kernel of its own for many row blocks, whose loaders write whole ones out.
 //
 // Ways to merge: merge_rows.cuh in shared memory, merge_by_half_warps.cuh where there are few rows or many
 // splits (merge_groups.h: these in two steps), merge_shares.cuh in all CTAs that have a split, merge_tree.h
@@ -70,21 +71,40 @@ __device__ inline int NumStages(const DecodeArgs& args, const CtaRange& range) {
   return kStages < Traits::StagesOfFew(kCapability) && may_differ ? args.num_stages : kStages;
 }
 
+// By the loaders.
+template <typename Traits>
+__device__ inline void Load(const DecodeArgs& args, int num_stages, DecodeShared<Traits>& shared,
+                            char* stages) {
+  constexpr bool kEndsInPlace = Traits::EndsInPlace(kCapability);
+  StageCursor stage;
+  [[maybe_unused]] EndsOfStages<Traits> ends;
+#pragma unroll 1
+  for (;; stage.Next(num_stages)) {
+    if constexpr (kEndsInPlace) ends.Finish(args, shared, stages, stage.index);
+    const TileDescriptor& descriptor = shared.descriptors[stage.index];
+    device::WaitForPhase(&shared.described[stage.index], stage.parity);
+    if (!descriptor.exists) break;
+    LoadTile<Traits>(args, descriptor, device::SharedAddress(stages + stage.index * Traits::kStageBytes));
+    device::ArriveAfterCpAsync(&shared.full[stage.index]);
+    if constexpr (kEndsInPlace) ends.Note(descriptor, stage.index);
+  }
+  if constexpr (kEndsInPlace) {
+#pragma unroll 1
+    for (int i = 1; i < num_stages; ++i) {
+      stage.Next(num_stages);
+      ends.Finish(args, shared, stages, stage.index);
+    }
+    if (shared.row_block.num_splits > 0)
+      device::NamedBarrierArrive<kFlagsThreads<Traits, kFlagsBarrier>>(kFlagsBarrier);
+  }
+}
+
 template <typename Traits>
 __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, DecodeShared<Traits>& shared,
                                char* stages) {
   const int num_stages = NumStages<Traits>(args, range);
   StageCursor stage;
-  if (threadIdx.x >= Traits::kThreads - Traits::kLoaderThreads) {
-#pragma unroll 1
-    for (;; stage.Next(num_stages)) {
-      const TileDescriptor& descriptor = shared.descriptors[stage.index];
-      device::WaitForPhase(&shared.described[stage.index], stage.parity);
-      if (!descriptor.exists) return;
-      LoadTile<Traits>(args, descriptor, device::SharedAddress(stages + stage.index * Traits::kStageBytes));
-      device::ArriveAfterCpAsync(&shared.full[stage.index]);
-    }
-  }
+  if (threadIdx.x >= Traits::kThreads - Traits::kLoaderThreads) return Load(args, num_stages, shared, stages);
   SequencesAhead sequences(args.call, range.cu_q_lens, shared.raw_sequence);
   DescriptorMaker<Traits::FoldsSplits(kCapability)> descriptors(args, range, sequences, shared.range_seq,
                                                                 shared.range_offset);
@@ -150,6 +170,13 @@ __device__ inline void Consume(const DecodeArgs& args, const CtaRange& range, De
     }
     needs_rows = descriptor.ends_split;
     if (needs_rows) {
+      if constexpr (Traits::EndsInPlace(kCapability)) {
+        if (EndsInPlace<Traits>(descriptor)) {
+          rows.LeaveInPlace(descriptor, tile, stage.index, shared.in_place);
+          device::Arrive(&shared.in_place.left[stage.index]);
+          continue;  // Loaders free the stage.
+        }
+      }
       rows.Epilogue(args, descriptor, shared, tile);
       if constexpr (Traits::FoldsSplits(kCapability)) {
         rows.StartAgain();
@@ -174,8 +201,12 @@ __device__ inline void Consume(const DecodeArgs& args, const CtaRange& range, De
       rows.MergeSplits(args, shared.row_block);
     } else {
       // The CTA's own partial result is in memory, and a producer has the flags of the others.
-      device::NamedBarrierSync<Traits::kConsumerThreads + 32>(kFlagsBarrier);
-      MergeSplitRowBlock<Traits>(args, range.cta, shared, stages);
+      device::NamedBarrierSync<kFlagsThreads<Traits, kFlagsBarrier>>(kFlagsBarrier);
+      const SplitRowBlock& last = shared.row_block;
+      // That kernel has no register to spare.
+      const int32_t cta =
+          Traits::EndsInPlace(kCapability) ? last.first_cta + last.num_splits * last.cta_step : range.cta;
+      MergeSplitRowBlock<Traits>(args, cta, shared, stages);
     }
   }
 }
@@ -219,8 +250,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     DecodeKernel(const __grid_constant__ DecodeArgs args) {
   // Products of a warpgroup are for sm_90a alone: elsewhere nothing launches their kernel, and it is empty.
   if constexpr (Traits::kByWarpgroup && kCapability != 90) return;
-  // Nor the one that folds, where there are not two CTAs per multiprocessor.
-  if constexpr (Traits::kFolds && !Traits::FoldsSplits(kCapability)) return;
+  // Nor those of a kind, where there are not two CTAs per multiprocessor.
+  if constexpr (Traits::kKind == DecodeKind::kFolds && !Traits::FoldsSplits(kCapability)) return;
+  if constexpr (Traits::kKind == DecodeKind::kEndsInPlace && !Traits::EndsInPlace(kCapability)) return;
   using Shared = DecodeShared<Traits>;
   extern __shared__ __align__(1024) char shared_memory[];  // as wgmma wants its operands
   char* const stages = device::KeptShared(shared_memory + kBytesBeforeStages<Traits>);
@@ -237,9 +269,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     device::InitBarrier(&shared.described[threadIdx.x], 32);
     device::InitBarrier(&shared.full[threadIdx.x], Traits::kLoaderThreads);
     device::InitBarrier(&shared.empty[threadIdx.x], Traits::kConsumerThreads);
+    if constexpr (Traits::EndsInPlace(kCapability))
+      device::InitBarrier(&shared.in_place.left[threadIdx.x], Traits::kConsumerThreads);
   }
   if (threadIdx.x == 0) {
     shared.row_block.num_splits = shared.num_to_merge = 0;
+    if constexpr (Traits::EndsInPlace(kCapability) && Traits::kIs8Bit) {
+      device::InitBarrier(&shared.in_place.merged, Traits::kLoaderThreads);
+      for (uint32_t& parity : shared.in_place.parity) parity = 1;
+    }
     if constexpr (Traits::MergesInGroups(kCapability)) {
       shared.group.partial = -1;
       shared.group.others.num_splits = 0;

@@ -25,6 +25,11 @@ DecodeKernelInfo DecodeKernelOf(DType q_dtype, DType kv_dtype);
 template <int head_dim, int value_dim>
 DecodeKernelInfo FoldingKernelOf(DType q_dtype, DType kv_dtype);
 
+// Those whose loaders write whole row blocks out (end_in_place.cuh), for calls that have many of them: for
+// likely dtypes and head dims, where two CTAs share a multiprocessor.
+template <int head_dim, int value_dim>
+DecodeKernelInfo InPlaceKernelOf(DType q_dtype, DType kv_dtype);
+
 // Those whose consumer warps are a warpgroup, for many packed rows per row block: for compute capability 9.0
 // alone, and for pages of q's dtype.
 template <int head_dim, int value_dim>

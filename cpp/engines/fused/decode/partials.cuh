@@ -62,6 +62,13 @@ __device__ inline void AwaitPartial(const uint32_t* ready) {
 inline constexpr int kFlagsBarrier = 2;
 inline constexpr int kGroupFlagsBarrier = 3;
 
+// Threads that meet there. Where row blocks end in place loaders come to the first one, too, when they are
+// done with the stages: it is there that splits may be merged.
+template <typename Traits, int barrier>
+inline constexpr int kFlagsThreads =
+    Traits::kConsumerThreads + 32 +
+    (barrier == kFlagsBarrier && Traits::EndsInPlace(kCapability) ? Traits::kLoaderThreads : 0);
+
 // By a producer warp behind its last tile, since consumers have no time to spare: waits for the flags of
 // other CTAs, tells the consumers, and takes the flags back.
 template <typename Traits, int barrier>
@@ -71,7 +78,7 @@ __device__ inline void TakeFlags(uint32_t* partial_ready, const OtherCtas& ctas)
 #pragma unroll 1
   for (int i = lane; i < ctas.num_splits; i += 32) AwaitPartial(ready + i * ctas.cta_step);
   __syncwarp();
-  device::NamedBarrierArrive<Traits::kConsumerThreads + 32>(barrier);
+  device::NamedBarrierArrive<kFlagsThreads<Traits, barrier>>(barrier);
 #pragma unroll 1
   for (int i = lane; i < ctas.num_splits; i += 32) ready[i * ctas.cta_step] = 0;
 }

@@ -97,6 +97,24 @@ struct FoldedRows {
 template <>
 struct FoldedRows<0> {};
 
+// Shared memory beside the stages for row blocks that end in place (end_in_place.cuh).
+template <typename Traits, bool exists = Traits::EndsInPlace(kCapability), bool has_columns = Traits::kIs8Bit>
+struct PlacesOutside {};
+template <typename Traits>
+struct PlacesOutside<Traits, true, false> {
+  static constexpr int kMostStages = Traits::StagesOfFew(kCapability);
+
+  device::Barrier left[kMostStages];  // all consumer warps have left what they have
+  device::SoftmaxState states[kMostStages][kConsumerWarps][Traits::kMostRowsInPlace];
+};
+template <typename Traits>
+struct PlacesOutside<Traits, true, true> : PlacesOutside<Traits, true, false> {
+  device::Barrier merged;           // `columns` are free again
+  int32_t first_place;              // number of the place of the first key slice's warp
+  uint32_t parity[kConsumerWarps];  // of the phase of `merged` that each warp waits for next
+  alignas(16) char columns[2][Traits::kKeyTileBytes / 2];  // each as much as a warp has of a tile's keys
+};
+
 template <typename Traits>
 struct DecodeShared : RangeShared<Traits::kThreads> {
   static constexpr int kMostStages = Traits::StagesOfFew(kCapability);
@@ -112,6 +130,7 @@ struct DecodeShared : RangeShared<Traits::kThreads> {
   FoldedRows<Traits::FoldsSplits(kCapability) ? Traits::kValueDim : 0> folded;
   int32_t row_owners[kFilledRows];
   SplitGroup<Traits::MergesInGroups(kCapability)> group;
+  [[no_unique_address]] PlacesOutside<Traits> in_place;
 };
 
 // Shared memory of a CTA: DecodeShared, and behind it the stages.
@@ -122,14 +141,16 @@ inline constexpr int kBytesBeforeStages =
 template <typename Traits>
 int SharedBytes(int capability, int num_stages) {
   static_assert(kBytesBeforeStages<Traits> <= DecodeShared<Traits>::kMostStages * Traits::kDescriptorBytes +
-                                                  Traits::kMiscBytes + Traits::FoldBytes(kCapability),
+                                                  Traits::kMiscBytes + Traits::FoldBytes(kCapability) +
+                                                  Traits::PlaceBytes(kCapability),
                 "traits.h has to know");
   static_assert(Traits::StagesOfFew(90) * (Traits::kStageBytes + Traits::kDescriptorBytes) +
-                        Traits::kMiscBytes + Traits::FoldBytes(90) + kReservedPerCta <=
+                        Traits::kMiscBytes + Traits::FoldBytes(90) + Traits::PlaceBytes(90) +
+                        kReservedPerCta <=
                     SharedMemoryPerSm(90) / Traits::CtasPerSm(90),
                 "traits.h has to know how many CTAs fit");
   return num_stages * Traits::kStageBytes + Traits::StagesOfFew(capability) * Traits::kDescriptorBytes +
-         Traits::kMiscBytes + Traits::FoldBytes(capability);
+         Traits::kMiscBytes + Traits::FoldBytes(capability) + Traits::PlaceBytes(capability);
 }
 
 }  // namespace jpa::fused

@@ -20,8 +20,15 @@ constexpr int kReservedPerCta = 1024;  // of shared memory, by the driver
 // Consumer warps share a key tile by rows and by keys: each has 16 of a row block's 64 packed rows.
 constexpr int kConsumerWarps = kTileRows / 16;
 
-// With `folds_` the kernel is for batch-invariant calls alone (fold_splits.cuh).
-template <DType q_dtype_, DType kv_dtype_, int head_dim_, int value_dim_, bool folds_ = false>
+// Decode kernels of the same dtypes and head dims. They differ in how KV splits and row blocks end.
+enum class DecodeKind : uint8_t {
+  kPlain,
+  kFolds,        // for batch-invariant calls alone (fold_splits.cuh)
+  kEndsInPlace,  // for calls of many row blocks (end_in_place.cuh)
+};
+
+template <DType q_dtype_, DType kv_dtype_, int head_dim_, int value_dim_,
+          DecodeKind kind_ = DecodeKind::kPlain>
 struct DecodeTraits {
   static constexpr DType kQ = q_dtype_;
   static constexpr DType kKV = kv_dtype_;
@@ -29,14 +36,14 @@ struct DecodeTraits {
   static constexpr int kValueDim = value_dim_;  // of values and results
   // There is a prefill kernel that can decode in this kernel's place, if the call is not batch-invariant.
   static constexpr bool kMayBeBeside =
-      !folds_ && kHeadDim == 128 && kValueDim == 128 && ByteWidth(kv_dtype_) == 2;
+      kind_ != DecodeKind::kFolds && kHeadDim == 128 && kValueDim == 128 && ByteWidth(kv_dtype_) == 2;
   static constexpr bool kSameDims = kHeadDim == kValueDim;
   static constexpr bool kIs8Bit = ByteWidth(kv_dtype_) == 1;
   // The dtype of both MMAs is the pages' own. 8-bit pages are exact in f16, and not all of them in bf16.
   static constexpr DType kMath = kIs8Bit ? DType::kF16 : kv_dtype_;
 
   static constexpr bool kByWarpgroup = false;  // see warpgroup_traits.h
-  static constexpr bool kFolds = folds_;
+  static constexpr DecodeKind kKind = kind_;
   static constexpr int kConsumerThreads = 32 * kConsumerWarps;
   // A warp that makes tile descriptors, and loaders. One loader could not issue loads as fast as memory
   // answers them: it took 2.4 us per tile on an H100, of which two CTAs need one in 2.8 us. Descriptors take
@@ -80,7 +87,9 @@ struct DecodeTraits {
   static constexpr int kMostCtas = kMaxCtas;
   // True if the kernel folds KV splits of row blocks of few rows. While one CTA does that, another of the
   // multiprocessor has loads in flight. In a kernel for all calls the code for it made others 0.2 us slower.
-  static constexpr bool FoldsSplits(int capability) { return folds_ && CtasPerSm(capability) > 1; }
+  static constexpr bool FoldsSplits(int capability) {
+    return kKind == DecodeKind::kFolds && CtasPerSm(capability) > 1;
+  }
   // Shared memory for that: of each row columns, a state and two factors.
   static constexpr int FoldBytes(int capability) {
     return FoldsSplits(capability) ? kMostFoldedRows * (4 * kValueDim + 16) : 0;
@@ -93,7 +102,7 @@ struct DecodeTraits {
   }
   // True if many KV splits of a row block are merged in groups (merge_groups.h).
   static constexpr bool MergesInGroups(int capability) {
-    return !folds_ && !MergesShares(capability) && kValueDim <= 128;
+    return kKind != DecodeKind::kFolds && !MergesShares(capability) && kValueDim <= 128;
   }
   // True if consumers get registers from producers.
   static constexpr bool MovesRegisters(int capability) { return CtasPerSm(capability) > 1; }
@@ -112,6 +121,20 @@ struct DecodeTraits {
   static constexpr int StagesOfFew(int capability) {
     const bool may_be_few = CtasPerSm(capability) > 1 && kTileBytes >= kLargeTileBytes;
     return Stages(capability) + (may_be_few ? 1 : 0);
+  }
+
+  // True if whole row blocks of few rows end in place (end_in_place.cuh), where loaders have the time for it.
+  static constexpr bool EndsInPlace(int capability) {
+    return kKind == DecodeKind::kEndsInPlace && CtasPerSm(capability) > 1;
+  }
+  // Rows whose sums fit into the keys and values that a warp has of a tile. Of 8-bit pages half as many,
+  // since two of the four warps need a place that is in no stage.
+  static constexpr int kMostRowsInPlace = kIs8Bit ? 8 : 16;
+  // Shared memory for that beside the stages: a barrier and states per stage, and those two places.
+  static constexpr int PlaceBytes(int capability) {
+    if (!EndsInPlace(capability)) return 0;
+    return StagesOfFew(capability) * (8 + 8 * kConsumerWarps * kMostRowsInPlace) +
+           (kIs8Bit ? 64 + kKeyTileBytes : 0);
   }
 
   static_assert(kHeadDim % 16 == 0 && kValueDim % 16 == 0, "an MMA takes 16 elements at a time");
