@@ -30,8 +30,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
     from matplotlib.patches import Patch  # pyright: ignore[reportMissingImports]
 
     # Text stays text, and the same record gives the same bytes.
-    pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": 9})
-    pyplot.rcParams.update({f"figure.constrained_layout.{pad}": 0.1 for pad in ("w_pad", "h_pad")})
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": 9}
+    settings |= {f"figure.constrained_layout.{pad}": 0.1 for pad in ("w_pad", "h_pad")}
+    pyplot.rcParams.update(settings)
     rows, engine = record["rows"], record["engine"]
     figure, axes = pyplot.subplots(figsize=(5.4, 1.3 + 0.27 * len(rows)), layout="constrained")
     places = np.arange(len(rows))
