@@ -45,14 +45,14 @@ def cases() -> list[Case]:
         decode.vary("many_row_blocks_wide", "longer ones of head dim 128, some of them split", **wide),
         decode.vary("many_row_blocks_wide_16", "and many packed rows", **wide, **group[16]),
         decode.vary("many_row_blocks_e4m3", "over 8-bit pages, of tiles in odd and even numbers", **wide, **_E4M3),
-        decode.vary("many_row_blocks_int8", "integers, of eight packed rows", **wide, **group[8], **INT8_PAGES),
+        decode.vary("many_row_blocks_int8", "integers, of eight packed rows", **wide, **group[8], **_INT8),
         decode.vary("many_row_blocks_e4m3_masks", "masks and sinks", **wide, **_E4M3, sinks=True, keywords=masks),
         *_drafts(decode),
     ]
 
 
 _E4M3: dict[str, Any] = {**E4M3, "k_scale": 0.7, "v_scale": 1.9}
-INT8_PAGES: dict[str, Any] = {**INT8, "v_scale": 0.03}
+_INT8: dict[str, Any] = {**INT8, "v_scale": 0.03}
 
 
 def _drafts(decode: Case) -> list[Case]:

@@ -15,13 +15,9 @@ constexpr int64_t kLargeGroup = 9;
 // Likewise packed rows of drafts of smaller groups. With fewer the other kernel takes up to 1 % less.
 constexpr int64_t kManyPackedRows = 32;
 
-// Packed rows of a row block up to which it ends in place: kMostRowsInPlace of decode's traits. More would
-// only take the code of the ends that they have in the plain kernel.
-constexpr int64_t kMostRowsInPlace = 16;
-constexpr int64_t kMostRowsInPlaceOf8Bit = 8;
-// Row blocks per CTA from which on that kernel is taken. With fewer most row blocks are split, or memory
-// hides their ends: on an H200 64 x 512 with two per CTA took as long, 40 x 24 with 2.4 took a fifth less,
-// and calls with one or none 0.3 us more.
+// Row blocks per CTA from which on the kernel is taken in which they end in place. With fewer most row blocks
+// are split, or memory hides their ends: on an H200 64 x 512 with two per CTA took as long, 40 x 24 with 2.4
+// took a fifth less, and calls with one or none 0.3 us more.
 constexpr int64_t kManyRowBlocks = 2;
 // The head dim from which on large groups have it, too, in place of warpgroups: 128 x 512 with 128/8 heads of
 // 128 took 76 us so, and 80 by warpgroups; with heads of 64 44 and 43.
@@ -34,13 +30,13 @@ constexpr int64_t kHeadDimOfGroupsInPlace = 128;
 constexpr int64_t kRowsOfSmallStep = 64;
 constexpr int64_t kProductsOfSmallStep = int64_t{1} << 31;
 
-// True if whole row blocks of few rows are most of the work, were all sequences alike.
+// True if row blocks that can end in place are most of the work, were all sequences alike.
 bool HasManyRowBlocks(const CallArgs& call, const Device& device) {
   const AttentionProblem& problem = call.problem;
   const int64_t num_seqs = std::max<int64_t>(problem.num_seqs, 1);
   const int64_t rows = CeilDiv(problem.num_rows, num_seqs) * call.facts.group.divisor();
   const int64_t num_ctas = int64_t{device.num_sms} * device.decode.ctas_per_sm;
-  return rows <= (ByteWidth(problem.kv_dtype) == 1 ? kMostRowsInPlaceOf8Bit : kMostRowsInPlace) &&
+  return rows <= MostRowsInPlace(ByteWidth(problem.kv_dtype) == 1) &&
          problem.num_seqs * problem.num_kv_heads >= kManyRowBlocks * num_ctas;
 }
 

@@ -52,7 +52,7 @@ struct Places {
                 kRowsEach * kRowBytes <= kKeyBytes / (kBeside > 0 ? 2 : 1));
   static_assert(kBeside == 0 || (kKeyBytes == kValueBytes && 2 * kKeyBytes == Traits::kKeyTileBytes));
 
-  // Place i is that of the warp which has the i-th of the last tile's steps, or would have it.
+  // The place of the warp that has step `number` of the last tile, or would have it.
   __device__ static Place At(const char* stage, const PlacesOutside<Traits>& outside, int number) {
     if constexpr (kBeside > 0) {
       if (number >= kInStage) {

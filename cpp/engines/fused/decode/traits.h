@@ -127,9 +127,7 @@ struct DecodeTraits {
   static constexpr bool EndsInPlace(int capability) {
     return kKind == DecodeKind::kEndsInPlace && CtasPerSm(capability) > 1;
   }
-  // Rows whose sums fit into the keys and values that a warp has of a tile. Of 8-bit pages half as many,
-  // since two of the four warps need a place that is in no stage.
-  static constexpr int kMostRowsInPlace = kIs8Bit ? 8 : 16;
+  static constexpr int kMostRowsInPlace = MostRowsInPlace(kIs8Bit);
   // Shared memory for that beside the stages: a barrier and states per stage, and those two places.
   static constexpr int PlaceBytes(int capability) {
     if (!EndsInPlace(capability)) return 0;

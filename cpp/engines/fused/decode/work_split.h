@@ -313,4 +313,11 @@ JPA_HOST_DEVICE inline int32_t NumSplits(const Sequence& sequence, const TileRan
   return static_cast<int32_t>(CeilDiv(tiles.size(), TilesPerSplit(sequence, tiles, folds)));
 }
 
+// ---- row blocks that end in place -------------------------------------------------------------------------
+
+// Packed rows of a row block up to which it ends in place (end_in_place.cuh): as many as have room for their
+// sums in the keys and values that a warp has of a tile. Of 8-bit pages half as many, since two of the four
+// warps need a place that is in no stage.
+JPA_HOST_DEVICE constexpr int MostRowsInPlace(bool is_8bit) { return is_8bit ? 8 : 16; }
+
 }  // namespace jpa::fused
