@@ -135,6 +135,26 @@ def test_folded_splits_have_the_same_bits_after_any_call(heads: int) -> None:
             assert bits(attend(*args)) == bits(expected)
 
 
+# A lane of the kernel for few sequences reads one length, up to four, and with more there is another kernel.
+@pytest.mark.parametrize("page_dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("batch", [1, 32, 33, 65, 128, 129])
+@pytest.mark.parametrize("window", [None, 100])
+def test_few_sequences(batch: int, window: int | None, page_dtype: Any) -> None:
+    """Of lengths of all kinds, as many have tiles as there are multiprocessors, or more, or fewer."""
+    rng = np.random.default_rng(batch)
+    args = decode_inputs(batch, 700, 16, head_dim=128, page_dtype=page_dtype, seed=batch)
+    attend, expect = (compiled(engine, sliding_window=window) for engine in ("fused", "reference"))
+    for most in (0, 64, 700):
+        lengths = rng.integers(0, most + 1, batch)
+        lengths[: batch // 8] = rng.choice([-1, 0, 1, 64, 65, 700, 701], batch // 8)
+        for kv_lens in (lengths, np.full(batch, most)):
+            some = (*args[:-1], jnp.asarray(kv_lens, jnp.int32))
+            got = attend(*some)
+            for mine, theirs in zip(got, expect(*some), strict=True):
+                np.testing.assert_allclose(np.asarray(mine, np.float32), np.asarray(theirs, np.float32), atol=2e-2)
+            assert all(bits(attend(*some)) == bits(got) for _ in range(5))
+
+
 # Sequences of 16 key/value heads: on 132 multiprocessors from 33 on `fused` takes the kernel for many row blocks.
 @pytest.mark.parametrize("batch", [32, 34, 100])
 @pytest.mark.parametrize(("heads", "page_dtype"), [(16, jnp.bfloat16), (64, jnp.bfloat16), (128, jnp.float8_e4m3fn)])

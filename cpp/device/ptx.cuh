@@ -236,6 +236,11 @@ __device__ inline void PrefetchToL2(const void* from, uint32_t bytes) {
 #endif
 }
 
+// Starts to bring the 128 bytes around `from` into the L2 cache.
+__device__ inline void TouchInL2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
+}
+
 // ---- matrices ---------------------------------------------------------------------------------------------
 
 // 8 x 8 matrices of 16-bit elements, four or two; eight lanes each, from lane 0 on, give the addresses of

@@ -40,6 +40,30 @@ bool HasManyRowBlocks(const CallArgs& call, const Device& device) {
          problem.num_seqs * problem.num_kv_heads >= kManyRowBlocks * num_ctas;
 }
 
+// True if the kernel for few sequences can have the call: one query row per sequence, of one row tile. A head
+// queue then has one head, and so few tiles that 32 bits have their sum.
+bool HasFewSequences(const CallArgs& call, const Device& device) {
+  const AttentionProblem& problem = call.problem;
+  const AttentionParams& params = call.params;
+  return problem.num_seqs <= kMostSequencesOfFew && problem.num_rows == problem.num_seqs &&
+         params.cu_q_lens == nullptr && params.q_starts == nullptr &&
+         call.facts.group.divisor() <= kTileRows && problem.num_kv_heads <= device.num_sms &&
+         problem.num_seqs * CeilDiv(call.facts.capacity, kTileKeys) < INT32_MAX / 2;
+}
+
+// True if few sequences are so short, whatever their lengths turn out to be, that one CTA per multiprocessor
+// takes no longer: a second one would only cut row blocks into more KV splits, and delay each other's loads.
+// On an H200 4 x 512 with 64/8 heads took 9.0 us so, and 10.0 with both. 64 x 256 with 32/8 heads, where row
+// blocks are more than multiprocessors, took 27.2 and 23.4, 64 x 4k 258 and 250.
+bool HasShortSequences(const DecodeArgs& args, const Device& device) {
+  const AttentionProblem& problem = args.call.problem;
+  const int64_t capacity = args.call.facts.capacity, window = args.call.facts.sliding_window;
+  const int64_t keys = window > 0 ? std::min(capacity, window + kTileKeys - 1) : capacity;
+  const int64_t sms_per_queue = device.num_sms / args.head_queues[kEighths - 1].num_queues;
+  return problem.num_seqs <= sms_per_queue &&
+         problem.num_seqs * CeilDiv(keys, kTileKeys) <= kMostTilesOfFewCtas * sms_per_queue;
+}
+
 }  // namespace
 
 // One sequence may have as many rows as there are sequences, but seldom does. Batch-invariant, the rest of
@@ -62,7 +86,11 @@ const DecodeDevice& ChooseDecode(const CallArgs& call, const Options& options, c
     return device.decode_folding;
   const bool in_place =
       device.decode_in_place.kernel != nullptr && !options.batch_invariant && HasManyRowBlocks(call, device);
-  const DecodeDevice& by_warps = in_place ? device.decode_in_place : device.decode;
+  const bool of_few =
+      device.decode_of_few.kernel != nullptr && !options.batch_invariant && HasFewSequences(call, device);
+  const DecodeDevice& by_warps = in_place ? device.decode_in_place
+                                 : of_few ? device.decode_of_few
+                                          : device.decode;
   if (device.decode_by_warpgroup.kernel == nullptr) return by_warps;
   if (in_place && call.problem.head_dim >= kHeadDimOfGroupsInPlace) return by_warps;
   const int64_t rows = call.facts.num_rows, num_seqs = std::max<int64_t>(call.problem.num_seqs, 1);
@@ -92,9 +120,16 @@ StageRing ChooseStages(const Device& device, const DecodeDevice& decode, bool pr
   const int32_t enough = EnoughCtas(device.num_sms), enough_small = EnoughSmallCtas(device.num_sms);
   // All CTAs may merge there, each a share of the rows.
   if (decode.ctas_per_sm == 1) return choose(decode.stages, {.for_row_blocks = enough});
+  const int64_t row_blocks = problem.num_seqs * problem.num_kv_heads;
+  if (&decode == &device.decode_of_few && HasShortSequences(*args, device)) {
+    HeadQueues& queues = args->head_queues[kEighths - 1];
+    queues.ctas_per_queue = FastDivisor(device.num_sms / queues.num_queues);
+    args->one_cta_per_sm = true;
+    return choose(decode.stages_of_few,
+                  {.for_row_blocks = enough, .for_few_splits = EnoughCtasOfFewSplits(device.num_sms)});
+  }
   // The CTAs of whole row blocks, were all sequences alike. Other calls would be 0.2 us slower with as much
   // shared memory.
-  const int64_t row_blocks = problem.num_seqs * problem.num_kv_heads;
   const int64_t ctas = CeilDiv(row_blocks, std::max<int64_t>(CeilDiv(row_blocks, args->num_ctas), 1));
   if (ctas >= enough && ctas <= enough_small) return choose(decode.stages_of_few, {.for_row_blocks = enough});
   return choose(decode.stages,

@@ -52,6 +52,13 @@ inline DecodeKernelInfo InPlaceKernelFor(const AttentionProblem& problem) {
   });
 }
 
+// The decode kernel for few sequences.
+inline DecodeKernelInfo KernelForFewFor(const AttentionProblem& problem) {
+  return ForHeadDims(DecodeHeadDims(), problem, [&](auto dims) {
+    return KernelForFewOf<dims.kHeadDim, dims.kValueDim>(problem.q_dtype, problem.kv_dtype);
+  });
+}
+
 // The decode kernel for many packed rows per row block.
 inline DecodeKernelInfo WarpgroupKernelFor(const AttentionProblem& problem) {
   return ForHeadDims(WarpgroupHeadDims(), problem, [&](auto dims) {

@@ -202,6 +202,7 @@ Status Prepare(const AttentionProblem& problem, Device* device) {
     return s;
   if (Status s = PreparePaired(InPlaceKernelFor(problem), *device, &device->decode_in_place); !s.ok())
     return s;
+  if (Status s = PreparePaired(KernelForFewFor(problem), *device, &device->decode_of_few); !s.ok()) return s;
   if (Status s = PrepareWarpgroup(problem, device); !s.ok()) return s;
   if (Status s = PreparePrefill(PrefillKernelFor<Loader::kTma>(problem), num_sms, &device->prefill_by_tma);
       !s.ok()) {

@@ -78,6 +78,7 @@ struct Device {
   DecodeDevice decode;                                    // no kernel: MLA's take its place
   DecodeDevice decode_folding;                            // for batch-invariant calls of small groups
   DecodeDevice decode_in_place;                           // for many row blocks of few packed rows
+  DecodeDevice decode_of_few;                             // for few sequences
   DecodeDevice decode_by_warpgroup;                       // for many packed rows per row block
   PrefillDevice prefill_by_tma;                           // for pages that TMA can load
   PrefillDevice prefill_by_cp_async;                      // for any

@@ -76,6 +76,9 @@ class SequencesAhead {
   __device__ SequencesAhead(const CallArgs& call, const int32_t* cu_q_lens, const RawSequence& first)
       : call_(call), cu_q_lens_(cu_q_lens), next_(first) {}
 
+  // The facts for a walk along their key tiles.
+  __device__ static const CallFacts& Facts(const CallFacts& call) { return call; }
+
   __device__ Sequence operator()(int32_t index) {
     const Sequence sequence = next_.Clipped(call_.facts);
     if (index + 1 < call_.problem.num_seqs) next_ = RawSequence(call_, cu_q_lens_, index + 1);

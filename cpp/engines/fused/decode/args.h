@@ -33,6 +33,7 @@ struct DecodeArgs {
   bool folds_splits;       // batch-invariant: see FoldsSplits in fold_splits.cuh
   uint8_t num_stages;      // that there is shared memory for
   CtasNeeded ctas_needed;  // where fewer than there are may have tiles
+  bool one_cta_per_sm;     // has tiles, with a multiprocessor's stages for itself: few and short sequences
 
   // True where prefill runs beside decode, if some sequences are for each.
   JPA_HOST_DEVICE bool may_share_sms() const { return call.facts.decode_rows != INT32_MAX; }

@@ -16,6 +16,7 @@
 #include "engines/fused/decode/end_in_place.cuh"
 #include "engines/fused/decode/fold_splits.cuh"
 #include "engines/fused/decode/merge_rows.cuh"
+#include "engines/fused/decode/merge_slices.cuh"
 #include "engines/fused/decode/partials.cuh"
 #include "engines/fused/decode/shared_memory.cuh"
 
@@ -36,11 +37,11 @@ class ConsumerWarp {
   // Loads the queries, and forgets the state of the row block before.
   __device__ void Start(const DecodeArgs& args, const TileDescriptor& descriptor, const SplitRowBlock&) {
     // As many groups of 16 rows as there are rows for, then as many slices of the keys as leave no warp idle.
-    const int row_groups = descriptor.num_rows > 32 ? 4 : descriptor.num_rows > 16 ? 2 : 1;
+    const int log2_row_groups = descriptor.num_rows > 32 ? 2 : descriptor.num_rows > 16 ? 1 : 0;
     const int warp = static_cast<int>(threadIdx.x / 32);
-    first_row_ = warp % row_groups * 16;
-    num_key_slices_ = kConsumerWarps / row_groups;
-    key_slice_ = warp / row_groups;
+    first_row_ = (warp & ((1 << log2_row_groups) - 1)) * 16;
+    num_key_slices_ = kConsumerWarps >> log2_row_groups;
+    key_slice_ = warp >> log2_row_groups;
     keys_row_ = device::Opaque(device::LaneRowOfKeys<Traits::kKV, typename Traits::KeyRows>());
     values_row_ = device::Opaque(device::LaneRowOfValues<Traits::kKV, typename Traits::ValueRows>());
     all_visible_ = {.begin = 0, .end = INT32_MAX};
@@ -176,7 +177,13 @@ class ConsumerWarp {
       if constexpr (Traits::FoldsSplits(kCapability)) {
         if (FoldsSplits(args, descriptor.num_rows)) return FoldSplit<Traits>(args, descriptor, parts, shared);
       } else if (hands_over) {
-        return LeaveSplit(args.call.partials, descriptor, exchange);
+        return LeaveSplit<Traits>(args.call.partials, descriptor, exchange);
+      }
+      if constexpr (Traits::kKind == DecodeKind::kOfFew) {
+        if (descriptor.is_whole && num_key_slices_ == kConsumerWarps) {
+          WriteRows<Traits>(args.call, descriptor, exchange, r * 8);
+          continue;
+        }
       }
       MergeRows<Traits>(args, parts, shared.merged, descriptor.is_whole,
                         [&](int exchanged, const device::SoftmaxState& state, MergedRow* row) {
@@ -196,13 +203,7 @@ class ConsumerWarp {
  private:
   using Layout = device::FragmentLayout<Traits::kIs8Bit>;
 
-  // Eight rows of each warp: first those of the first key slice, then those of the second one, and so on.
-  struct Exchange {
-    // With 16-bit pages half a warp stores four rows at a time; the padding puts them in different banks.
-    float values[kConsumerWarps * 8][kValueDim + 8];
-    device::SoftmaxState states[kConsumerWarps * 8];
-  };
-  static_assert(sizeof(Exchange) <= Traits::kExchangeBytes, "traits.h has to know");
+  using Exchange = SliceExchange<Traits>;
 
   __device__ void Put(int r, Exchange* exchange) {
     const device::SoftmaxState state = RowState(r);
@@ -231,34 +232,6 @@ class ConsumerWarp {
     } else {
       *reinterpret_cast<float2*>(at(column)) = {columns.x, columns.y};
       *reinterpret_cast<float2*>(at(column + 8)) = {columns.z, columns.w};
-    }
-  }
-
-  // Leaves a partial result of up to eight rows in scratch memory.
-  __device__ static void LeaveSplit(const Partials& partials, const TileDescriptor& descriptor,
-                                    const Exchange& exchange) {
-    constexpr int kVectors = kValueDim / 4;
-    const int thread = static_cast<int>(threadIdx.x);
-#pragma unroll 1
-    for (int i = thread; i < descriptor.num_rows * kVectors; i += Traits::kConsumerThreads) {
-      const int row = i / kVectors, column = i % kVectors * 4;
-      device::SoftmaxState state;
-#pragma unroll
-      for (int part = 0; part < kConsumerWarps; ++part)
-        state.maximum = fmaxf(state.maximum, exchange.states[part * 8 + row].maximum);
-      float4 sum = {0, 0, 0, 0};
-#pragma unroll
-      for (int part = 0; part < kConsumerWarps; ++part) {
-        const device::SoftmaxState& of_part = exchange.states[part * 8 + row];
-        const float weight = device::Exp2(of_part.maximum - state.origin());
-        const float4 values = *reinterpret_cast<const float4*>(&exchange.values[part * 8 + row][column]);
-        state.sum += of_part.sum * weight;
-        sum = {sum.x + values.x * weight, sum.y + values.y * weight, sum.z + values.z * weight,
-               sum.w + values.w * weight};
-      }
-      const int64_t index = int64_t{descriptor.partial} * partials.rows_each + row;
-      StorePartial(partials.out + index * kValueDim + column, sum);
-      if (column == 0) StorePartial(&partials.stats[index], state);
     }
   }
 

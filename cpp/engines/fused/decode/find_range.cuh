@@ -24,6 +24,17 @@ struct CtaRange {
   bool has_prefill;          // some sequences are prefill's
   bool prefill_decodes;      // prefill has the others, too
   bool fills_rows;           // there may be rows without a tile
+  bool has_tiles;
+};
+
+// Where a CTA's range starts.
+struct RangeStart {
+  RawSequence sequence;
+  int32_t index;   // of that sequence
+  int64_t offset;  // of the first tile, in the sequence
+  // Where sequences may have many row tiles, the offset counts from this row block of the sequence.
+  int32_t head;  // of the queue's, counted from 0
+  int32_t row_tile;
 };
 
 // Notes that the threads of a CTA leave each other to find its range.
@@ -31,12 +42,7 @@ template <int threads>
 struct RangeShared {
   HeadTiles warp_tiles[threads / 32];
   int64_t warp_prefill[threads / 32];
-  int64_t range_offset;  // of the range's first tile, in its sequence
-  int32_t range_seq;     // that sequence's index, -1 if the range is empty
-  // Where sequences may have many row tiles, the offset counts from this row block of the sequence.
-  int32_t range_head;  // of the queue's, counted from 0
-  int32_t range_row_tile;
-  RawSequence raw_sequence;
+  RangeStart start;  // if the range has tiles
 };
 
 // The part of a call that is prefill's.
@@ -75,7 +81,20 @@ __device__ inline CtaRange RangeOfCta(const DecodeArgs& args, int32_t cta, int32
           .cu_q_lens = nullptr,
           .has_prefill = false,
           .prefill_decodes = false,
-          .fills_rows = true};
+          .fills_rows = true,
+          .has_tiles = false};
+}
+
+// The range's tiles, of all that there are: `all`, with ends of row blocks.
+template <bool may_share_sms, bool is_small = false>
+__device__ inline void CountTiles(const DecodeArgs& args, const HeadTiles& all, CtaRange* range) {
+  range->longest = all.most;
+  range->tiles = TilesPerCta<is_small>(all, range->heads, range->queues,
+                                       may_share_sms ? args.ctas_needed : CtasNeeded{});
+  if constexpr (may_share_sms)
+    range->is_of_few = range->tiles >= all.most && range->tiles <= kMostTilesOfFewCtas;
+  range->has_tiles = range->place < range->queues.ctas_per_queue.divisor() &&
+                     range->place * range->tiles < all.total * range->heads.size();
 }
 
 // Likewise where prefill may run beside decode.
@@ -124,15 +143,20 @@ __device__ inline PrefillWork SumPrefill(const CallArgs& call, const int32_t* cu
   return {.tiles = tiles, .exists = true, .may_have_all = !is_wide};
 }
 
-// Starts to bring a sequence's page ids into the L2 cache, where some CTA looks for them once it knows its
-// range.
-__device__ inline void PrefetchTable(const CallArgs& call, int index, int32_t kv_len) {
+// Starts to bring a sequence's first page ids into the L2 cache, where some CTA looks for them once it knows
+// its range.
+__device__ inline void PrefetchPageIds(const CallArgs& call, int index, int32_t count) {
   const int32_t* table = call.params.block_tables + index * call.problem.max_pages;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(table) / 16 * 16;
-  const int32_t tokens = min(max(kv_len, 0), call.facts.capacity);
-  const uintptr_t bytes = reinterpret_cast<uintptr_t>(table + call.page_size.Quotient(tokens)) - begin;
+  const uintptr_t bytes = reinterpret_cast<uintptr_t>(table + count) - begin;
   if (bytes >= 16)
     device::PrefetchToL2(reinterpret_cast<const void*>(begin), static_cast<uint32_t>(bytes / 16 * 16));
+}
+
+// Likewise those of all its pages.
+__device__ inline void PrefetchTable(const CallArgs& call, int index, int32_t kv_len) {
+  const int32_t tokens = min(max(kv_len, 0), call.facts.capacity);
+  PrefetchPageIds(call, index, call.page_size.Quotient(tokens));
 }
 
 // The sequences that a thread adds up: neighbours, so that only the one that finds the start of the range
@@ -189,38 +213,33 @@ __device__ inline void ReadInOrder(const DecodeArgs& args, Own& own, const int32
   }
 }
 
-// By the thread whose sequences have the first tile of the CTA's range, if there is one: leaves in shared
-// memory where that is. Sequences before the thread's own ones have `before` tiles per head, with ends of row
-// blocks.
-template <bool may_share_sms, int threads, int tile_rows, bool by_sums, bool has_ends>
-__device__ inline void LeaveStart(const CallArgs& call, const OwnSequences<tile_rows, by_sums, has_ends>& own,
-                                  const CtaRange& range, int64_t before, RangeShared<threads>& shared) {
+// True for the thread whose sequences have the first tile of the CTA's range: then says where that is.
+// Sequences before the thread's own ones have `before` tiles per head, with ends of row blocks.
+template <int tile_rows, bool by_sums, bool has_ends>
+__device__ inline bool FindStart(const CallArgs& call, const OwnSequences<tile_rows, by_sums, has_ends>& own,
+                                 const CtaRange& range, int64_t before, RangeStart* found) {
   // In tiles of all heads of the queue.
-  const int64_t heads = range.heads.size(), place = range.place;
-  const int64_t first = place * range.tiles;
+  const int64_t heads = range.heads.size(), first = range.place * range.tiles;
   before *= heads;
   const int64_t total = (has_ends ? TilesWithEnds(own.tiles.total, range.end) : own.tiles.total) * heads;
-  if (place < range.queues.ctas_per_queue.divisor() && first >= before && first < before + total) {
-    // Backwards, from the sequence that is still at hand: where a thread has one, nothing is read again.
-    int i = own.end - 1;
-    int64_t start = before + total;
-    RawSequence raw = own.last;
+  if (!range.has_tiles || first < before || first >= before + total) return false;
+  // Backwards, from the sequence that is still at hand: where a thread has one, nothing is read again.
+  int i = own.end - 1;
+  int64_t start = before + total;
+  RawSequence raw = own.last;
 #pragma unroll 1
-    for (; i > own.begin; raw = RawSequence(call, range.cu_q_lens, --i)) {
-      const Sequence sequence = raw.Clipped(call.facts);
-      start -= by_sums ? heads * SumTilesPerHead(call.facts, sequence)
-                       : NumTiles<tile_rows>(call.facts, range.heads, sequence);
-      if (has_ends && range.end > 0)
-        start -= heads * range.end * RowBlocksPerHead<tile_rows>(call.facts, sequence);
-      if (first >= start) break;
-    }
-    shared.range_seq = i;
-    shared.raw_sequence = raw;
-    TilePlace tile = {.head = 0, .row_tile = 0, .offset = first - (i > own.begin ? start : before)};
-    if constexpr (by_sums) tile = FindTile(call.facts, raw.Clipped(call.facts), tile.offset, range.end);
-    if constexpr (!may_share_sms) shared.range_head = tile.head, shared.range_row_tile = tile.row_tile;
-    shared.range_offset = tile.offset;
+  for (; i > own.begin; raw = RawSequence(call, range.cu_q_lens, --i)) {
+    const Sequence sequence = raw.Clipped(call.facts);
+    start -= by_sums ? heads * SumTilesPerHead(call.facts, sequence)
+                     : NumTiles<tile_rows>(call.facts, range.heads, sequence);
+    if (has_ends && range.end > 0)
+      start -= heads * range.end * RowBlocksPerHead<tile_rows>(call.facts, sequence);
+    if (first >= start) break;
   }
+  TilePlace tile = {.head = 0, .row_tile = 0, .offset = first - (i > own.begin ? start : before)};
+  if constexpr (by_sums) tile = FindTile(call.facts, raw.Clipped(call.facts), tile.offset, range.end);
+  *found = {.sequence = raw, .index = i, .offset = tile.offset, .head = tile.head, .row_tile = tile.row_tile};
+  return true;
 }
 
 // Tells every thread which range the CTA has; leaves where it starts in shared memory. Where prefill never
@@ -248,7 +267,6 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
   }
   const int32_t fewest = __reduce_min_sync(~0u, mine.fewest), most = __reduce_max_sync(~0u, mine.most);
   if (lane == 31) shared.warp_tiles[warp] = {.total = before, .fewest = fewest, .most = most};
-  if (thread == 0) shared.range_seq = -1;
   bool fills_rows = true;
   if constexpr (may_share_sms) {
     fills_rows = AnyThread(own.lacks_keys || cu_q_lens != nullptr || call.params.q_starts != nullptr ||
@@ -269,7 +287,6 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
                        ? RangeBesidePrefill<prefill_may_decode>(args, all, prefill)
                        : RangeOfCta<may_share_sms>(args, static_cast<int32_t>(blockIdx.x), kEighths);
   range.fills_rows = fills_rows;
-  range.longest = all.most;
   range.cu_q_lens = cu_q_lens;
   range.has_prefill = prefill.exists;
   if constexpr (kHasEnds) {
@@ -279,10 +296,9 @@ __device__ inline CtaRange FindCtaRange(const DecodeArgs& args, RangeShared<thre
     if (!call.batch_invariant) range.end = EndOfRowBlocks(end_tiles, without, range.heads, range.queues);
     for (int64_t* both : {&all.total, &before}) *both = TilesWithEnds(*both, range.end);
   }
-  range.tiles = TilesPerCta(all, range.heads, range.queues, may_share_sms ? args.ctas_needed : CtasNeeded{});
-  if constexpr (may_share_sms)
-    range.is_of_few = range.tiles >= all.most && range.tiles <= kMostTilesOfFewCtas;
-  LeaveStart<may_share_sms>(call, own, range, before, shared);
+  CountTiles<may_share_sms>(args, all, &range);
+  RangeStart start;
+  if (FindStart(call, own, range, before, &start)) shared.start = start;
   __syncthreads();
   return range;
 }

@@ -44,23 +44,32 @@ DecodeKernelInfo FoldingKernelOf(DType q_dtype, DType kv_dtype) {
   return {};
 }
 
-// Each is 160 KB of code. So those are there for which it was measured to pay.
-template <int head_dim, int value_dim>
-DecodeKernelInfo InPlaceKernelOf(DType q_dtype, DType kv_dtype) {
-  constexpr DecodeKind kKind = DecodeKind::kEndsInPlace;
+// Each is 100 to 160 KB of code. So those are there for which it was measured to pay.
+template <int head_dim, int value_dim, DecodeKind kind>
+DecodeKernelInfo LikelyKernelOf(DType q_dtype, DType kv_dtype) {
   if constexpr (head_dim == value_dim && (head_dim == 64 || head_dim == 96 || head_dim == 128)) {
     if (q_dtype == DType::kBF16 && kv_dtype == DType::kBF16)
-      return InfoOf<DecodeTraits<DType::kBF16, DType::kBF16, head_dim, value_dim, kKind>>();
+      return InfoOf<DecodeTraits<DType::kBF16, DType::kBF16, head_dim, value_dim, kind>>();
     if (q_dtype == DType::kF16 && kv_dtype == DType::kF16)
-      return InfoOf<DecodeTraits<DType::kF16, DType::kF16, head_dim, value_dim, kKind>>();
+      return InfoOf<DecodeTraits<DType::kF16, DType::kF16, head_dim, value_dim, kind>>();
   }
   if constexpr (head_dim == value_dim && head_dim == 128) {
     if (q_dtype == DType::kBF16 && kv_dtype == DType::kE4M3FN)
-      return InfoOf<DecodeTraits<DType::kBF16, DType::kE4M3FN, head_dim, value_dim, kKind>>();
+      return InfoOf<DecodeTraits<DType::kBF16, DType::kE4M3FN, head_dim, value_dim, kind>>();
     if (q_dtype == DType::kBF16 && kv_dtype == DType::kS8)
-      return InfoOf<DecodeTraits<DType::kBF16, DType::kS8, head_dim, value_dim, kKind>>();
+      return InfoOf<DecodeTraits<DType::kBF16, DType::kS8, head_dim, value_dim, kind>>();
   }
   return {};
+}
+
+template <int head_dim, int value_dim>
+DecodeKernelInfo InPlaceKernelOf(DType q_dtype, DType kv_dtype) {
+  return LikelyKernelOf<head_dim, value_dim, DecodeKind::kEndsInPlace>(q_dtype, kv_dtype);
+}
+
+template <int head_dim, int value_dim>
+DecodeKernelInfo KernelForFewOf(DType q_dtype, DType kv_dtype) {
+  return LikelyKernelOf<head_dim, value_dim, DecodeKind::kOfFew>(q_dtype, kv_dtype);
 }
 
 template <int head_dim, int value_dim>

@@ -2,6 +2,7 @@
 // pipeline of loads, with just enough arithmetic beside it.
 //
 // find_range.cuh: every CTA works out from the lengths alone which key tiles it has (work_split.h).
+// few_sequences.cuh: a kernel of its own for few sequences, in which that takes less time.
 //
 // producer.cuh: one warp walks these tiles (cta_range_cursor.h), looks up their pages and leaves a descriptor
 // per tile. Three others load keys and values into stages, as many tiles ahead as there are stages.
@@ -13,10 +14,10 @@
 // last split of a row block merges them when it has done all else. hand_over.cuh: how small ones get there.
 // end_in_place.cuh: a kernel of its own for many row blocks, whose loaders write whole ones out.
 //
-// Ways to merge: merge_rows.cuh in shared memory, merge_by_half_warps.cuh where there are few rows or many
-// splits (merge_groups.h: these in two steps), merge_shares.cuh in all CTAs that have a split, merge_tree.h
-// from CTA to CTA for warpgroups. Batch-invariant calls fold splits (fold_splits.cuh), or leave them to
-// combine.cu.
+// Ways to merge: merge_slices.cuh and merge_rows.cuh in shared memory, merge_by_half_warps.cuh where there
+// are few rows or many splits (merge_groups.h: these in two steps), merge_shares.cuh in all CTAs that have a
+// split, merge_tree.h from CTA to CTA for warpgroups. Batch-invariant calls fold splits (fold_splits.cuh), or
+// leave them to combine.cu.
 //
 // rows_without_keys.cuh: results of rows that have no tile, while the first tiles arrive.
 #pragma once
@@ -28,6 +29,7 @@
 #include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/decode/args.h"
 #include "engines/fused/decode/consumer.cuh"
+#include "engines/fused/decode/few_sequences.cuh"
 #include "engines/fused/decode/find_range.cuh"
 #include "engines/fused/decode/fold_splits.cuh"
 #include "engines/fused/decode/partials.cuh"
@@ -100,14 +102,15 @@ __device__ inline void Load(const DecodeArgs& args, int num_stages, DecodeShared
 }
 
 template <typename Traits>
-__device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, DecodeShared<Traits>& shared,
-                               char* stages) {
+__device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, const RangeStart& start,
+                               DecodeShared<Traits>& shared, char* stages) {
   const int num_stages = NumStages<Traits>(args, range);
   StageCursor stage;
   if (threadIdx.x >= Traits::kThreads - Traits::kLoaderThreads) return Load(args, num_stages, shared, stages);
-  SequencesAhead sequences(args.call, range.cu_q_lens, shared.raw_sequence);
-  DescriptorMaker<Traits::FoldsSplits(kCapability)> descriptors(args, range, sequences, shared.range_seq,
-                                                                shared.range_offset);
+  using Sequences = typename DescriptorMaker<Traits>::Sequences;
+  Sequences sequences(args.call, range.cu_q_lens, start.sequence);
+  const CallFacts& facts = Sequences::Facts(args.call.facts);
+  DescriptorMaker<Traits> descriptors(args, facts, range, sequences, start);
 #pragma unroll 1
   for (;; descriptors.Advance()) {
     if (descriptors.skips()) continue;
@@ -117,14 +120,14 @@ __device__ inline void Produce(const DecodeArgs& args, const CtaRange& range, De
     if (done) {
       if (device::LaneId() == 0) descriptor->exists = 0;
     } else {
-      descriptors.template Make<Traits>(descriptor, &shared.row_block, &shared.group);
+      descriptors.Make(descriptor, &shared.row_block, &shared.group);
     }
     device::Arrive(&shared.described[stage.index]);
     if (done) break;
     if constexpr (Traits::FoldsSplits(kCapability))
       descriptors.DescribeFolded(&shared.row_block, &shared.folded.splits);
     // With 8-bit pages consumers have little time to wait.
-    if constexpr (Traits::kIs8Bit) descriptors.template PrefetchQueries<Traits>();
+    if constexpr (Traits::kIs8Bit) descriptors.PrefetchQueries();
     stage.Next(num_stages);
   }
   if constexpr (Traits::FoldsSplits(kCapability)) {
@@ -245,6 +248,29 @@ __device__ inline DecodeShared<Traits>& SharedBefore(char* stages) {
   return *reinterpret_cast<DecodeShared<Traits>*>(stages - kBytesBeforeStages<Traits>);
 }
 
+// By one thread, before all others look at it. Several would take turns to make barriers, with a fence in
+// each.
+template <typename Traits>
+__device__ inline void PrepareShared(DecodeShared<Traits>& shared) {
+  for (int i = 0; i < DecodeShared<Traits>::kMostStages; ++i) {
+    // Every lane arrives for itself: one per warp would do, but racecheck does not follow that.
+    device::InitBarrier(&shared.described[i], 32);
+    device::InitBarrier(&shared.full[i], Traits::kLoaderThreads);
+    device::InitBarrier(&shared.empty[i], Traits::kConsumerThreads);
+    if constexpr (Traits::EndsInPlace(kCapability))
+      device::InitBarrier(&shared.in_place.left[i], Traits::kConsumerThreads);
+  }
+  shared.row_block.num_splits = shared.num_to_merge = 0;
+  if constexpr (Traits::EndsInPlace(kCapability) && Traits::kIs8Bit) {
+    device::InitBarrier(&shared.in_place.merged, Traits::kLoaderThreads);
+    for (uint32_t& parity : shared.in_place.parity) parity = 1;
+  }
+  if constexpr (Traits::MergesInGroups(kCapability)) {
+    shared.group.partial = -1;
+    shared.group.others.num_splits = 0;
+  }
+}
+
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapability))
     DecodeKernel(const __grid_constant__ DecodeArgs args) {
@@ -253,6 +279,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
   // Nor those of a kind, where there are not two CTAs per multiprocessor.
   if constexpr (Traits::kKind == DecodeKind::kFolds && !Traits::FoldsSplits(kCapability)) return;
   if constexpr (Traits::kKind == DecodeKind::kEndsInPlace && !Traits::EndsInPlace(kCapability)) return;
+  if constexpr (Traits::kKind == DecodeKind::kOfFew && Traits::CtasPerSm(kCapability) == 1) return;
   using Shared = DecodeShared<Traits>;
   extern __shared__ __align__(1024) char shared_memory[];  // as wgmma wants its operands
   char* const stages = device::KeptShared(shared_memory + kBytesBeforeStages<Traits>);
@@ -260,32 +287,27 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
 
   // Prefill is for that compute capability alone. Behind a kernel that plans it there is one more CTA, which
   // lets it start. Without that CTA, and with the last one in its place, a call took 3 us more alone.
-  const bool is_extra = kCapability == 90 && blockIdx.x == static_cast<unsigned>(args.num_ctas);
-  const bool plans =
-      kCapability == 90 && args.plans_prefill && blockIdx.x == static_cast<unsigned>(args.num_ctas) - 1;
+  constexpr bool kOfFew = Traits::kKind == DecodeKind::kOfFew;
+  const bool is_extra = kCapability == 90 && !kOfFew && blockIdx.x == static_cast<unsigned>(args.num_ctas);
+  const bool plans = kCapability == 90 && !kOfFew && args.plans_prefill &&
+                     blockIdx.x == static_cast<unsigned>(args.num_ctas) - 1;
   if (!plans && !is_extra) device::LetNextKernelStart();
-  if (threadIdx.x < Shared::kMostStages) {
-    // Every lane arrives for itself: one per warp would do, but racecheck does not follow that.
-    device::InitBarrier(&shared.described[threadIdx.x], 32);
-    device::InitBarrier(&shared.full[threadIdx.x], Traits::kLoaderThreads);
-    device::InitBarrier(&shared.empty[threadIdx.x], Traits::kConsumerThreads);
-    if constexpr (Traits::EndsInPlace(kCapability))
-      device::InitBarrier(&shared.in_place.left[threadIdx.x], Traits::kConsumerThreads);
-  }
-  if (threadIdx.x == 0) {
-    shared.row_block.num_splits = shared.num_to_merge = 0;
-    if constexpr (Traits::EndsInPlace(kCapability) && Traits::kIs8Bit) {
-      device::InitBarrier(&shared.in_place.merged, Traits::kLoaderThreads);
-      for (uint32_t& parity : shared.in_place.parity) parity = 1;
+  RangeStart start;
+  const CtaRange range = [&] {
+    if constexpr (kOfFew) {
+      FewSequences sequences(args);
+      if (threadIdx.x == 0) PrepareShared<Traits>(shared);
+      if (threadIdx.x == 32) PrefetchFirstPageIds(args.call);
+      __syncthreads();  // Later no warp waits for another.
+      return sequences.FindRange(&start);
+    } else {
+      constexpr bool kMayBeBeside = kCapability == 90 && Traits::kMayBeBeside;
+      if (threadIdx.x == 0) PrepareShared<Traits>(shared);
+      return FindCtaRange<Traits::kThreads, true, kTileRows, kMayBeBeside>(args, shared);
     }
-    if constexpr (Traits::MergesInGroups(kCapability)) {
-      shared.group.partial = -1;
-      shared.group.others.num_splits = 0;
-    }
-  }
-  constexpr bool kMayBeBeside = kCapability == 90 && Traits::kMayBeBeside;
-  const CtaRange range = FindCtaRange<Traits::kThreads, true, kTileRows, kMayBeBeside>(args, shared);
-  if constexpr (kCapability == 90) {
+  }();
+  if constexpr (!kOfFew) start = shared.start;
+  if constexpr (kCapability == 90 && !kOfFew) {
     if (is_extra) return CompletePlan(args, range);
     if (plans) PlanPrefill<Traits>(args, range, stages);
   }
@@ -296,12 +318,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     // The kernel that folds has no register to spare: there the address is made anew.
     Shared& own =
         Traits::FoldsSplits(kCapability) ? SharedBefore<Traits>(device::KeptShared(stages)) : shared;
-    if (own.range_seq >= 0) Produce(args, range, own, stages);
+    if (range.has_tiles) Produce(args, range, start, own, stages);
   } else {
+    if constexpr (kOfFew) {
+      if (range.has_tiles) TouchFirstTile<Traits>(args, range, start);
+      if (threadIdx.x == 96) PrefetchWholeTable(args.call);
+    }
     if constexpr (kMovesRegisters) device::GrowRegisters<Traits::kConsumerRegisters>();
-    if (range.fills_rows)
-      FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args, range.cu_q_lens, shared.row_owners);
-    if (shared.range_seq >= 0) Consume(args, range, shared, stages);
+    if (range.fills_rows) {
+      if constexpr (kOfFew) {
+        FillSingleRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args);
+      } else {
+        FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args, range.cu_q_lens, shared.row_owners);
+      }
+    }
+    if (range.has_tiles) Consume(args, range, shared, stages);
   }
 }
 

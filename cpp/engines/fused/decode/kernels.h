@@ -30,6 +30,10 @@ DecodeKernelInfo FoldingKernelOf(DType q_dtype, DType kv_dtype);
 template <int head_dim, int value_dim>
 DecodeKernelInfo InPlaceKernelOf(DType q_dtype, DType kv_dtype);
 
+// Those for decode calls of few sequences (few_sequences.cuh): for the same dtypes and head dims.
+template <int head_dim, int value_dim>
+DecodeKernelInfo KernelForFewOf(DType q_dtype, DType kv_dtype);
+
 // Those whose consumer warps are a warpgroup, for many packed rows per row block: for compute capability 9.0
 // alone, and for pages of q's dtype.
 template <int head_dim, int value_dim>

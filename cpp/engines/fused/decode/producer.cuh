@@ -3,29 +3,36 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "device/ptx.cuh"
 #include "engines/fused/common/read_sequences.cuh"
 #include "engines/fused/decode/args.h"
 #include "engines/fused/decode/cta_range_cursor.h"
+#include "engines/fused/decode/few_sequences.cuh"
 #include "engines/fused/decode/find_range.cuh"
 #include "engines/fused/decode/shared_memory.cuh"
 
 namespace jpa::fused {
 
 // By one warp; a lane has two keys of a tile. Pages are looked up a tile ahead, so that their ids are there
-// when they are needed. With `folds` the kernel folds KV splits.
-template <bool folds>
+// when they are needed.
+template <typename Traits>
 class DescriptorMaker {
  public:
-  __device__ DescriptorMaker(const DecodeArgs& args, const CtaRange& range, SequencesAhead& sequences,
-                             int32_t seq, int64_t offset)
+  static constexpr bool kFolds = Traits::FoldsSplits(kCapability);
+  static constexpr bool kOfFew = Traits::kKind == DecodeKind::kOfFew;
+  using Sequences = std::conditional_t<kOfFew, SingleRowsAhead, SequencesAhead>;
+
+  // The range's cursor looks at those facts.
+  __device__ DescriptorMaker(const DecodeArgs& args, const CallFacts& facts, const CtaRange& range,
+                             Sequences& sequences, const RangeStart& start)
       : args_(args),
         call_(args.call),
         cta_(range.cta),
         num_queues_(range.queues.num_queues),
-        range_(call_.facts, range.heads, static_cast<int32_t>(call_.problem.num_seqs), sequences, seq, offset,
-               range.tiles, call_.batch_invariant) {
+        range_(facts, range.heads, static_cast<int32_t>(call_.problem.num_seqs), sequences, start.index,
+               start.offset, range.tiles, !kOfFew && call_.batch_invariant) {
     LookUpPages();
   }
 
@@ -41,26 +48,26 @@ class DescriptorMaker {
   }
 
   // Leaves the tile's descriptor.
-  template <typename Traits, typename Group>
+  template <typename Group>
   __device__ void Make(TileDescriptor* descriptor, SplitRowBlock* row_block, Group* group) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    if (lane == 0) Describe<Traits>(descriptor, row_block, group);  // while page ids arrive
+    if (lane == 0) Describe(descriptor, row_block, group);  // while page ids arrive
     uint32_t valid[kKeysPerLane];
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i) valid[i] = __ballot_sync(~0u, IsPage(pages_[i]));
     // The way of nearly all tiles is short: other warps wait for the descriptor where memory is fast.
     const bool all_valid = (valid[0] & valid[1]) == ~0u;
     if (args_.same_offsets && all_valid) {
-      StoreValidOffsets<Traits>(call_.params.k_strides, descriptor->k_offsets);
+      StoreValidOffsets(call_.params.k_strides, descriptor->k_offsets);
     } else if (!Traits::kSameDims && all_valid && call_.problem.num_k_pages == call_.problem.num_v_pages) {
-      StoreValidOffsets<Traits>(call_.params.k_strides, descriptor->k_offsets);
-      StoreValidOffsets<Traits>(call_.params.v_strides, descriptor->v_offsets);
+      StoreValidOffsets(call_.params.k_strides, descriptor->k_offsets);
+      StoreValidOffsets(call_.params.v_strides, descriptor->v_offsets);
     } else {
 #pragma unroll 1
       for (int side = 0; side < 2; ++side) {
-        StoreOffsets<Traits>(side == 0 ? call_.params.k_strides : call_.params.v_strides,
-                             side == 0 ? call_.problem.num_k_pages : call_.problem.num_v_pages,
-                             side == 0 ? descriptor->k_offsets : descriptor->v_offsets);
+        StoreOffsets(side == 0 ? call_.params.k_strides : call_.params.v_strides,
+                     side == 0 ? call_.problem.num_k_pages : call_.problem.num_v_pages,
+                     side == 0 ? descriptor->k_offsets : descriptor->v_offsets);
       }
     }
     if (lane == 0) {
@@ -87,7 +94,6 @@ class DescriptorMaker {
 
   // At the first tile of a KV split: starts to bring the row block's queries, of 32 query rows at most, into
   // the L2 cache. Consumers ask for them some tiles later, and wait for the answer.
-  template <typename Traits>
   __device__ void PrefetchQueries() const {
     if (!range_.StartsSplit()) return;
     const auto& at = range_.at();
@@ -119,31 +125,28 @@ class DescriptorMaker {
 
   __device__ bool IsPage(uint32_t page) const { return page < static_cast<uint32_t>(call_.num_pages); }
 
-  template <typename Traits>
   __device__ int64_t Offset(const PageStrides& strides, uint32_t page, uint32_t token) const {
     return (page * strides.page + token * strides.token + range_.at().head() * strides.head) *
            ByteWidth(Traits::kKV);
   }
 
   // Where the pool has all the pages.
-  template <typename Traits>
   __device__ void StoreValidOffsets(const PageStrides& strides, int64_t* offsets) const {
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i)
-      offsets[threadIdx.x % 32 + 32 * i] = Offset<Traits>(strides, pages_[i], tokens_[i]);
+      offsets[threadIdx.x % 32 + 32 * i] = Offset(strides, pages_[i], tokens_[i]);
   }
 
   // For any pools and any pages. The smaller of two pools is repeated.
-  template <typename Traits>
   __device__ void StoreOffsets(const PageStrides& strides, int64_t num_pages, int64_t* offsets) const {
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i) {
       const uint32_t page = pages_[i] % static_cast<uint32_t>(num_pages);
-      offsets[threadIdx.x % 32 + 32 * i] = IsPage(pages_[i]) ? Offset<Traits>(strides, page, tokens_[i]) : -1;
+      offsets[threadIdx.x % 32 + 32 * i] = IsPage(pages_[i]) ? Offset(strides, page, tokens_[i]) : -1;
     }
   }
 
-  template <typename Traits, typename Group>
+  template <typename Group>
   __device__ void Describe(TileDescriptor* descriptor, SplitRowBlock* row_block, Group* group) const {
     const auto& at = range_.at();
     descriptor->exists = 1;
@@ -153,8 +156,8 @@ class DescriptorMaker {
     const bool ends = range_.EndsSplit();
     if (!ends && (Traits::kByWarpgroup || !range_.StartsSplit())) return;
     if (ends) descriptor->is_whole = range_.HasRowBlockStart() && range_.HasRowBlockEnd();
-    if constexpr (folds) return DescribeFolded(descriptor);
-    if (call_.batch_invariant) {
+    if constexpr (kFolds) return DescribeFolded(descriptor);
+    if (!kOfFew && call_.batch_invariant) {
       descriptor->continues = 0;
       if (!ends) return;
       descriptor->has_shares = 0;
@@ -230,7 +233,7 @@ class DescriptorMaker {
   const CallArgs& call_;
   const int32_t cta_;
   const int32_t num_queues_;
-  CtaRangeCursor<SequencesAhead, kTileRows, false, folds> range_;
+  CtaRangeCursor<Sequences, kTileRows, false, kFolds> range_;
   uint32_t pages_[kKeysPerLane];   // of the next tile's keys; a negative id is a large number here
   uint32_t tokens_[kKeysPerLane];  // within these pages
 };

@@ -25,6 +25,7 @@ enum class DecodeKind : uint8_t {
   kPlain,
   kFolds,        // for batch-invariant calls alone (fold_splits.cuh)
   kEndsInPlace,  // for calls of many row blocks (end_in_place.cuh)
+  kOfFew,        // for decode calls of few sequences (few_sequences.cuh)
 };
 
 template <DType q_dtype_, DType kv_dtype_, int head_dim_, int value_dim_,
@@ -35,8 +36,8 @@ struct DecodeTraits {
   static constexpr int kHeadDim = head_dim_;    // of queries and keys
   static constexpr int kValueDim = value_dim_;  // of values and results
   // There is a prefill kernel that can decode in this kernel's place, if the call is not batch-invariant.
-  static constexpr bool kMayBeBeside =
-      kind_ != DecodeKind::kFolds && kHeadDim == 128 && kValueDim == 128 && ByteWidth(kv_dtype_) == 2;
+  static constexpr bool kMayBeBeside = (kind_ == DecodeKind::kPlain || kind_ == DecodeKind::kEndsInPlace) &&
+                                       kHeadDim == 128 && kValueDim == 128 && ByteWidth(kv_dtype_) == 2;
   static constexpr bool kSameDims = kHeadDim == kValueDim;
   static constexpr bool kIs8Bit = ByteWidth(kv_dtype_) == 1;
   // The dtype of both MMAs is the pages' own. 8-bit pages are exact in f16, and not all of them in bf16.

@@ -178,7 +178,12 @@ struct CtasNeeded {
   int32_t for_few_splits = 0;
 };
 
-// Tiles of each CTA of a queue; the last CTAs may have fewer or none.
+// There is a kernel for decode calls of no more sequences (few_sequences.cuh).
+inline constexpr int kMostSequencesOfFew = 128;
+
+// Tiles of each CTA of a queue; the last CTAs may have fewer or none. With `is_small` the caller knows that
+// all tiles of the queue, and its CTAs, are less than 2^31.
+template <bool is_small = false>
 JPA_HOST_DEVICE inline int64_t TilesPerCta(const HeadTiles& of_head, const HeadRange& heads,
                                            const HeadQueues& queues, const CtasNeeded& needed = {}) {
   const int32_t ctas = queues.ctas_per_queue.divisor();
@@ -192,7 +197,7 @@ JPA_HOST_DEVICE inline int64_t TilesPerCta(const HeadTiles& of_head, const HeadR
   }
   if (total <= ctas) return 1;
   // A division of 64 bits takes many times as long on the device.
-  const bool small = total < INT32_MAX - ctas;
+  const bool small = is_small || total < INT32_MAX - ctas;
   const int64_t per_cta =
       small ? queues.ctas_per_queue.Quotient(static_cast<int32_t>(total) + ctas - 1) : CeilDiv(total, ctas);
   // Where all row blocks are alike a CTA gets whole ones. A few idle CTAs cost nothing, since memory sets the

@@ -101,11 +101,10 @@ class MlaTileWalk {
 template <typename Traits, typename Shared>
 __device__ inline void DescribeTiles(const MlaArgs& args, const CtaRange& range, Shared& shared) {
   constexpr int kRing = Traits::kDescriptors;
-  const RangeShared<Traits::kThreads>& start = shared.start.range;
-  SequencesAhead sequences(args.decode.call, range.cu_q_lens, start.raw_sequence);
-  const TilePlace place = {
-      .head = start.range_head, .row_tile = start.range_row_tile, .offset = start.range_offset};
-  MlaTileWalk<Traits::kRows> walk(args.decode.call, range, sequences, start.range_seq, place);
+  const RangeStart& start = shared.start.range.start;
+  SequencesAhead sequences(args.decode.call, range.cu_q_lens, start.sequence);
+  const TilePlace place = {.head = start.head, .row_tile = start.row_tile, .offset = start.offset};
+  MlaTileWalk<Traits::kRows> walk(args.decode.call, range, sequences, start.index, place);
   uint32_t tile = 0;
 #pragma unroll 1
   for (;; walk.Advance()) {

@@ -71,7 +71,7 @@ __device__ __forceinline__ void RunMlaCta(const MlaArgs& args) {
 
   if (threadIdx.x >= Traits::kConsumerThreads) {
     device::ShrinkRegisters<Traits::kProducerRegisters>();
-    if (shared.start.range.range_seq < 0) return;
+    if (!range.has_tiles) return;
     // The same in all lanes, which the compiler then knows.
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x - Traits::kConsumerThreads) / 32, 0);
     if (warp == 0) {
@@ -84,7 +84,7 @@ __device__ __forceinline__ void RunMlaCta(const MlaArgs& args) {
   device::GrowRegisters<Traits::kConsumerRegisters>();
   FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads>(args.decode, range.cu_q_lens,
                                                             shared.start.row_owners);
-  if (shared.start.range.range_seq < 0) return;
+  if (!range.has_tiles) return;
   // Probabilities have the same memory.
   device::NamedBarrierSync<1, Traits::kConsumerThreads>();
   MlaConsumer<Traits>(args, shared, __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0)).Attend();

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) Mla8Kernel(const __grid_c
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
   if (warp >= Traits::kConsumerWarps) {
     device::ShrinkRegisters<Traits::kProducerRegisters>();
-    if (shared.start.range.range_seq < 0) return;
+    if (!range.has_tiles) return;
     if (warp == Traits::kConsumerWarps) {
       DescribeTiles<Traits>(args, range, shared);
     } else {
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) Mla8Kernel(const __grid_c
   device::GrowRegisters<Traits::kConsumerRegisters>();
   FillRowsWithoutKeys<Traits::kQ, Traits::kConsumerThreads, Traits::kRows>(args.decode, range.cu_q_lens,
                                                                            shared.start.row_owners);
-  if (shared.start.range.range_seq < 0) return;
+  if (!range.has_tiles) return;
   Mla8Consumer<Traits>(args, shared, warp / 4, warp % 4).Attend();
   MergeSplitRowBlocks<Traits, kMla8AllBarrier>(args.decode, shared, shared.merged);
 #endif
