@@ -15,6 +15,7 @@
 
 namespace jpa::fused {
 
+// MakeSequence for a sequence whose one row is in q: none of its bounds can be crossed but that of keys.
 __device__ inline Sequence SequenceOfSingleRow(const CallFacts& call, int32_t index, int32_t kv_len) {
   const int32_t keys = Smaller(Larger(kv_len, 0), call.capacity);
   return {.row = index, .num_rows = 1, .position = keys - 1, .kv_len = keys};
@@ -52,7 +53,7 @@ class SingleRowsAhead {
 // By one thread of each CTA: starts to bring the first page ids of one sequence into the L2 cache, however
 // many it has.
 __device__ inline void PrefetchFirstPageIds(const CallArgs& call) {
-  constexpr int64_t kPageIds = 256;
+  constexpr int64_t kPageIds = 256;  // 1 KB: 4k tokens in pages of 16, and little where it is in vain
   if (blockIdx.x >= call.problem.num_seqs) return;
   PrefetchPageIds(call, static_cast<int>(blockIdx.x),
                   static_cast<int32_t>(min(call.problem.max_pages, kPageIds)));

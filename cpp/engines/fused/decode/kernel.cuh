@@ -297,8 +297,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::CtasPerSm(kCapabilit
     if constexpr (kOfFew) {
       FewSequences sequences(args);
       if (threadIdx.x == 0) PrepareShared<Traits>(shared);
-      if (threadIdx.x == 32) PrefetchFirstPageIds(args.call);
-      __syncthreads();  // Later no warp waits for another.
+      if (threadIdx.x == 32) PrefetchFirstPageIds(args.call);  // meanwhile, in another warp
+      __syncthreads();                                         // Later no warp waits for another.
       return sequences.FindRange(&start);
     } else {
       constexpr bool kMayBeBeside = kCapability == 90 && Traits::kMayBeBeside;

@@ -178,7 +178,8 @@ struct CtasNeeded {
   int32_t for_few_splits = 0;
 };
 
-// There is a kernel for decode calls of no more sequences (few_sequences.cuh).
+// There is a kernel for decode calls of no more sequences (few_sequences.cuh), in which a lane reads up to
+// four lengths. On an H200 112 x 1k with 16/2 heads still took 34.0 us in place of 34.3.
 inline constexpr int kMostSequencesOfFew = 128;
 
 // Tiles of each CTA of a queue; the last CTAs may have fewer or none. With `is_small` the caller knows that
